@@ -1,0 +1,125 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The data types that flow between data, models and objectives. Depends on torch alone.
+
+One convention holds everywhere: **position t speaks of token t**. ``logprobs[b, t]`` is
+``log p(tokens[b, t] | tokens[b, :t])`` and 0 at the start of every sequence; ``mask[b, t]`` says that token t
+is learned from. Every per-token tensor is ``[B, S]``. The shift by one happens in ``models/gpt/view.py`` alone.
+
+Shapes: B rows, S positions, N sequences (N = B unless packed).
+"""
+
+import enum
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Self
+
+import torch
+from torch import Tensor
+
+__all__ = ["TokenBatch", "Unit"]
+
+
+class Unit(enum.Enum):
+    """What a loss is a mean of: its denominator is counted over the whole global batch."""
+
+    TOKEN = "token"
+    SEQUENCE = "sequence"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TokenBatch:
+    """Rows of tokens, right padded; or, with ``cu_seqlens``, one row that holds N sequences end to end."""
+
+    tokens: Tensor  # [B, S] int64, right padded
+    mask: Tensor  # [B, S] bool, tokens that are learned from
+    lengths: Tensor  # [N] int64, tokens in each sequence, prompt and answer
+    cu_seqlens: Tensor | None = None  # [N + 1] int32, set when packed: then B == 1 and the tail after it is padding
+
+    def __post_init__(self) -> None:
+        assert self.tokens.ndim == 2 and self.mask.shape == self.tokens.shape, (self.tokens.shape, self.mask.shape)
+        assert self.cu_seqlens is None or self.tokens.shape[0] == 1, "a packed batch has one row"
+
+    @property
+    def num_rows(self) -> int:
+        return self.tokens.shape[0]
+
+    @property
+    def seq_length(self) -> int:
+        return self.tokens.shape[1]
+
+    def starts(self) -> Tensor:
+        """[B, S] bool: the first token of every sequence, which nothing predicts."""
+        starts = torch.zeros_like(self.mask)
+        if self.cu_seqlens is None:
+            starts[:, 0] = True
+        else:
+            starts[0, self.cu_seqlens[:-1].long()] = True
+        return starts
+
+    def positions(self) -> Tensor:
+        """[B, S] int64: the position of each token within its own sequence."""
+        index = torch.arange(self.seq_length, device=self.tokens.device)
+        if self.cu_seqlens is None:
+            return index.expand(self.num_rows, -1)
+        return (index - self.cu_seqlens[:-1].long()[self.sequence_ids()[0]])[None]
+
+    def sequence_ids(self) -> Tensor:
+        """[B, S] int64: which sequence a token belongs to; padding after the last one counts as the last."""
+        if self.cu_seqlens is None:
+            return torch.arange(self.num_rows, device=self.tokens.device)[:, None].expand(-1, self.seq_length)
+        index = torch.arange(self.seq_length, device=self.tokens.device)
+        ids = torch.bucketize(index, self.cu_seqlens[1:].long(), right=True)
+        return ids.clamp_(max=self.lengths.numel() - 1)[None]
+
+    def per_sequence(self, x: Tensor) -> Tensor:
+        """[B, S] -> [N]: the sum over each sequence's learned tokens, padded and packed alike."""
+        total = torch.zeros(self.lengths.numel(), dtype=x.dtype, device=x.device)
+        return total.index_add(0, self.sequence_ids().reshape(-1), (x * self.mask).reshape(-1))
+
+    def learned(self) -> Tensor:
+        """[B, S] bool: the positions that have a prediction and are learned from."""
+        return self.mask & ~self.starts()
+
+    def count(self, unit: Unit) -> Tensor:
+        """[] int64: the number of units in this batch, the loss's share of the global denominator."""
+        learned = self.learned()
+        match unit:
+            case Unit.TOKEN:
+                return learned.sum()
+            case Unit.SEQUENCE:
+                return (self.per_sequence(learned.long()) > 0).sum()
+
+    def split(self, rows: int) -> list[Self]:
+        """Micro-batches of ``rows`` rows each; the number of rows must divide by it."""
+        assert self.cu_seqlens is None, "a packed row is already one micro-batch"
+        assert self.num_rows % rows == 0, (self.num_rows, rows)
+        parts = {
+            field.name: value.split(rows)
+            for field in fields(self)
+            if isinstance(value := getattr(self, field.name), Tensor)
+        }
+        return [
+            replace(self, **{name: chunks[i] for name, chunks in parts.items()}) for i in range(self.num_rows // rows)
+        ]
+
+    def to(self, device: torch.device) -> Self:
+        moved = {f.name: v.to(device) for f in fields(self) if isinstance(v := getattr(self, f.name), Tensor)}
+        return replace(self, **moved)
+
+    @classmethod
+    def from_rows(
+        cls, rows: Sequence[tuple[Sequence[int], Sequence[bool]]], *, pad_id: int, seq_length: int
+    ) -> "TokenBatch":
+        """Rows of (token ids, learned flags), right padded to ``seq_length``.
+
+        >>> TokenBatch.from_rows([([5, 6, 7], [False, True, True])], pad_id=0, seq_length=4).tokens
+        tensor([[5, 6, 7, 0]])
+        """
+        tokens = torch.full((len(rows), seq_length), pad_id, dtype=torch.int64)
+        mask = torch.zeros(len(rows), seq_length, dtype=torch.bool)
+        for i, (ids, learned) in enumerate(rows):
+            assert len(ids) == len(learned) <= seq_length, (len(ids), len(learned), seq_length)
+            tokens[i, : len(ids)] = torch.tensor(ids, dtype=torch.int64)
+            mask[i, : len(ids)] = torch.tensor(learned, dtype=torch.bool)
+        lengths = torch.tensor([len(ids) for ids, _ in rows], dtype=torch.int64)
+        return TokenBatch(tokens=tokens, mask=mask, lengths=lengths)
