@@ -1,0 +1,37 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Negative log-likelihood: the loss of supervised fine-tuning."""
+
+from torch import Tensor
+
+from nemo_aligner.batch import TokenBatch, Unit
+from nemo_aligner.objectives.protocol import Metrics, ModelOutput, Wants
+
+__all__ = ["NLL", "nll"]
+
+
+def nll(logprobs: Tensor, mask: Tensor) -> Tensor:
+    """Token-level negative log-likelihood, summed: ``-sum_t mask_t log p(y_t | y_<t)``.
+
+    logprobs: [B, S] float, mask: [B, S] bool. Returns [].
+
+    >>> import torch
+    >>> nll(torch.tensor([[0.0, -1.0, -2.0]]), torch.tensor([[False, True, True]]))
+    tensor(3.)
+    """
+    return -(logprobs * mask).sum()
+
+
+class NLL:
+    """The mean of :func:`nll` over every learned token of the global batch."""
+
+    wants = frozenset({Wants.LOGPROBS})
+    unit = Unit.TOKEN
+    metrics = ("loss",)
+
+    def weights(self, batch: TokenBatch) -> Tensor:
+        return -batch.learned().float()
+
+    def __call__(self, output: ModelOutput, batch: TokenBatch) -> tuple[Tensor, Metrics]:
+        assert output.logprobs is not None
+        loss = nll(output.logprobs, batch.learned())
+        return loss, {"loss": (loss.detach(), batch.count(self.unit))}

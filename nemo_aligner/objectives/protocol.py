@@ -1,0 +1,50 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What an objective asks of a model, and what it gives back."""
+
+import enum
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+
+from nemo_aligner.batch import TokenBatch, Unit
+
+__all__ = ["Metrics", "ModelOutput", "Objective", "Wants"]
+
+Metrics = dict[str, tuple[Tensor, Tensor]]
+"""{name: (sum, count)}, both scalars: means are made once, when all ranks and micro-batches are summed."""
+
+
+class Wants(enum.Enum):
+    """What the model must hand over, per token, gathered over the vocabulary."""
+
+    LOGPROBS = "logprobs"
+    ENTROPY = "entropy"
+    TOPK = "topk"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelOutput:
+    """The wanted fields, others None. Every tensor speaks of position t by token t; 0 where nothing is learned."""
+
+    logprobs: Tensor | None = None  # [B, S] float
+    entropy: Tensor | None = None  # [B, S] float, of the distribution that token t was drawn from
+    topk_logprobs: Tensor | None = None  # [B, S, K] float, descending
+    topk_ids: Tensor | None = None  # [B, S, K] int64
+
+
+class Objective(Protocol):
+    """A loss, as a function of what a model says of a batch. Pure: no model, no process group, no config."""
+
+    wants: frozenset[Wants]
+    unit: Unit
+    metrics: tuple[str, ...]  # the names that a call returns, in any order
+
+    def weights(self, batch: TokenBatch) -> Tensor | None:
+        """[B, S]: dL/dlogprobs where it is known before the forward, else None.
+
+        A loss linear in the log-probs gets its gradient in one pass over the head.
+        """
+
+    def __call__(self, output: ModelOutput, batch: TokenBatch) -> tuple[Tensor, Metrics]:
+        """The loss as a sum over its unit, and metrics as (sum, count)."""

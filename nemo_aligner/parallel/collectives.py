@@ -1,0 +1,89 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Sums and broadcasts that trainers and the engine need, by what they are for; each is a no-op on one rank."""
+
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from torch import Tensor
+
+from nemo_aligner.parallel import world
+
+__all__ = [
+    "broadcast_object",
+    "gather_over_tensor_parallel",
+    "max_over_tensor_parallel",
+    "maximum",
+    "sum_over_data_parallel",
+    "sum_over_tensor_parallel",
+    "totals",
+]
+
+T = TypeVar("T")
+
+
+def sum_over_data_parallel(x: Tensor) -> Tensor:
+    """The sum of ``x`` over the data parallel ranks, in place; whole rows, so without context parallel ranks."""
+    if world.dp_size() > 1:
+        dist.all_reduce(x, group=parallel_state.get_data_parallel_group())
+    return x
+
+
+def sum_over_tensor_parallel(x: Tensor) -> Tensor:
+    """The sum of ``x`` over the tensor parallel ranks, in place."""
+    if world.tp_size() > 1:
+        dist.all_reduce(x, group=parallel_state.get_tensor_model_parallel_group())
+    return x
+
+
+def max_over_tensor_parallel(x: Tensor) -> Tensor:
+    """The maximum of ``x`` over the tensor parallel ranks, in place."""
+    if world.tp_size() > 1:
+        dist.all_reduce(x, op=dist.ReduceOp.MAX, group=parallel_state.get_tensor_model_parallel_group())
+    return x
+
+
+def gather_over_tensor_parallel(x: Tensor) -> Tensor:
+    """[n, K] -> [n, TP * K]: each rank's columns side by side, in rank order."""
+    if world.tp_size() == 1:
+        return x
+    parts = [torch.empty_like(x) for _ in range(world.tp_size())]
+    dist.all_gather(parts, x.contiguous(), group=parallel_state.get_tensor_model_parallel_group())
+    return torch.cat(parts, dim=-1)
+
+
+def maximum(value: float) -> float:
+    """The largest ``value`` of all ranks."""
+    if world.world_size() == 1:
+        return value
+    x = torch.tensor([value], dtype=torch.float64, device=world.device())
+    dist.all_reduce(x, op=dist.ReduceOp.MAX)
+    return x.item()
+
+
+def totals(sums: dict[str, Tensor] | None, names: tuple[str, ...]) -> dict[str, Tensor]:
+    """Sum the last stage's metrics over data parallel ranks and give them to every stage.
+
+    Args:
+        sums: {name: [2] float64 (sum, count)} on the last pipeline stage; None on the others.
+        names: of all metrics, in one order known to every rank.
+    """
+    table = torch.zeros(len(names), 2, dtype=torch.float64, device=world.device())
+    if sums is not None:
+        for row, name in enumerate(names):
+            table[row] = sums[name]
+        sum_over_data_parallel(table)
+    if world.pp_size() > 1:
+        group = parallel_state.get_pipeline_model_parallel_group()
+        dist.broadcast(table, parallel_state.get_pipeline_model_parallel_last_rank(), group=group)
+    return dict(zip(names, table.cpu().unbind(0), strict=True))
+
+
+def broadcast_object(value: T) -> T:
+    """Rank 0's ``value``, on every rank."""
+    if world.world_size() == 1:
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, src=0, device=world.device())
+    return box[0]

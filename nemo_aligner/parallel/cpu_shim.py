@@ -1,0 +1,178 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What Megatron-core needs to run where there is no CUDA: a table, applied only then.
+
+Inside megatron-core's own modules the name ``torch`` is bound to a view of torch whose ``cuda`` is the CPU; torch
+itself is left alone but for the three methods in ``METHODS``, which without CUDA could only raise or mislead.
+Written against megatron-core 0.16.1.
+"""
+
+import contextlib
+import logging
+import sys
+import types
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+
+__all__ = ["METHODS", "SYMBOLS", "install"]
+
+CPU = torch.device("cpu")
+
+
+class _Stream:
+    """Work on a CPU is done in order: waiting for a stream or an event is waiting for nothing."""
+
+    def __init__(self, *_: object, **__: object) -> None:
+        pass
+
+    def __enter__(self) -> "_Stream":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def _nothing(self, *_: object) -> None:
+        pass
+
+    wait_stream = wait_event = synchronize = record = wait = _nothing
+
+    def query(self) -> bool:
+        return True
+
+    def record_event(self, *_: object) -> "_Stream":
+        return self
+
+
+def _nothing(*_: object, **__: object) -> None:
+    pass
+
+
+def _get_rng_state(*_: object, **__: object) -> torch.Tensor:
+    return torch.get_rng_state()
+
+
+def _set_rng_state(state: torch.Tensor, *_: object, **__: object) -> None:
+    torch.set_rng_state(state)
+
+
+def _manual_seed(seed: int) -> None:
+    # torch.manual_seed would call back into torch.cuda.manual_seed.
+    torch.random.default_generator.manual_seed(seed)
+
+
+# What ``torch.cuda`` is inside megatron-core: (name, replacement, reason).
+CUDA: tuple[tuple[str, Any, str], ...] = (
+    ("is_available", lambda: False, "asked before device choices"),
+    ("current_device", lambda: CPU, "device= of buffers in layers, mappings, p2p, DDP"),
+    ("device_count", lambda: 1, "parallel_state"),
+    ("set_device", _nothing, "start-up"),
+    ("synchronize", _nothing, "p2p, checkpoint save"),
+    ("empty_cache", _nothing, "optimizer and DDP offload"),
+    ("memory_allocated", lambda *_: 0, "logging of memory"),
+    ("max_memory_allocated", lambda *_: 0, "logging of memory"),
+    ("reset_peak_memory_stats", _nothing, "logging of memory"),
+    ("Stream", _Stream, "overlapped gradient reduction"),
+    ("Event", _Stream, "overlapped gradient reduction"),
+    ("stream", lambda *_: contextlib.nullcontext(), "overlapped gradient reduction"),
+    ("current_stream", lambda *_: _Stream(), "overlapped gradient reduction"),
+    ("default_stream", lambda *_: _Stream(), "overlapped gradient reduction"),
+    ("nvtx", types.SimpleNamespace(range_push=_nothing, range_pop=_nothing), "profiling ranges"),
+    ("manual_seed", _manual_seed, "tensor_parallel.random: the device's generator is the CPU's"),
+    ("get_rng_state", _get_rng_state, "tensor_parallel.random"),
+    ("set_rng_state", _set_rng_state, "tensor_parallel.random"),
+    ("random", types.SimpleNamespace(get_rng_state=_get_rng_state), "tensor_parallel.random"),
+)
+
+# Factories that megatron-core calls with device="cuda".
+FACTORIES = ("empty", "zeros", "ones", "full", "tensor", "arange", "empty_like", "zeros_like", "ones_like")
+
+# Functions of megatron-core that reach below torch.cuda's surface: (module, name, replacement, reason).
+SYMBOLS: tuple[tuple[str, str, Callable, str], ...] = (
+    ("megatron.core.tensor_parallel.random", "_get_cuda_rng_state", _get_rng_state, "calls into the CUDA generator"),
+    ("megatron.core.tensor_parallel.random", "_set_cuda_rng_state", _set_rng_state, "calls into the CUDA generator"),
+)
+
+
+class _TypeName(str):
+    """``tensor.type()``: 'torch.FloatTensor', which here also equals 'torch.cuda.FloatTensor'."""
+
+    __slots__ = ()
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, str) and str.__eq__(self, other.replace("torch.cuda.", "torch.", 1))
+
+    def __ne__(self, other: object) -> bool:
+        return not self == other
+
+    __hash__ = str.__hash__
+
+
+_tensor_type = torch.Tensor.type
+
+
+def _type(self: torch.Tensor, *args: object, **kwargs: object) -> object:
+    name = _tensor_type(self, *args, **kwargs)
+    return _TypeName(name) if isinstance(name, str) else name
+
+
+# Methods replaced on torch's own classes: (class, name, replacement, reason).
+METHODS: tuple[tuple[type, str, Callable, str], ...] = (
+    (torch.Tensor, "cuda", lambda self, *_, **__: self, "layers, optimizer and checkpoint move tensors with it"),
+    (torch.nn.Module, "cuda", lambda self, *_, **__: self, "model builders"),
+    (torch.Tensor, "type", _type, "the optimizers compare it with 'torch.cuda.FloatTensor'"),
+)
+
+
+def _on_cpu(factory: Callable) -> Callable:
+    def call(*args: object, **kwargs: Any) -> torch.Tensor:
+        if kwargs.get("device") is not None and not isinstance(kwargs["device"], torch.device):
+            kwargs["device"] = CPU
+        return factory(*args, **kwargs)
+
+    return call
+
+
+class _View(types.ModuleType):
+    """A module seen with some of its names replaced; all others are the module's own."""
+
+    def __init__(self, module: types.ModuleType, replaced: dict[str, object]) -> None:
+        super().__init__(module.__name__)
+        self.__dict__.update(replaced)
+        self.__dict__["_module"] = module
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self.__dict__["_module"], name)
+
+
+class _NoRngWarning(logging.Filter):
+    """Megatron warns when CPU draws happen inside its device RNG context; here the two are one generator."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        return "CPU RNG state changed" not in record.getMessage()
+
+
+def _megatron_modules() -> Iterator[types.ModuleType]:
+    for name, module in list(sys.modules.items()):
+        if name.startswith("megatron.core") and module is not None and module.__dict__.get("torch") is torch:
+            yield module
+
+
+_views: dict[str, _View] = {}
+
+
+def install() -> None:
+    """Apply the table to every megatron-core module loaded so far; call again after loading more."""
+    if torch.cuda.is_available():
+        return
+    if not _views:
+        cuda = _View(torch.cuda, {name: replacement for name, replacement, _ in CUDA})
+        _views["torch"] = _View(torch, {"cuda": cuda} | {name: _on_cpu(getattr(torch, name)) for name in FACTORIES})
+        for owner, name, replacement, _ in METHODS:
+            setattr(owner, name, replacement)
+        logging.getLogger("megatron.core.tensor_parallel.random").addFilter(_NoRngWarning())
+    for module in _megatron_modules():
+        module.__dict__["torch"] = _views["torch"]
+    for module_name, name, replacement, _ in SYMBOLS:
+        if module_name in sys.modules:
+            setattr(sys.modules[module_name], name, replacement)

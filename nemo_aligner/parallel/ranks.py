@@ -1,0 +1,132 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which rank is this process, as its starter's environment says. Imports neither torch nor Megatron.
+
+Knows torchrun, srun and our own starter (``launch/local.py``); knows nothing of models.
+"""
+
+import os
+import re
+import subprocess
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from nemo_aligner.errors import UserError
+
+__all__ = ["Layout", "Ranks", "discover"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ranks:
+    """One process's place in the job."""
+
+    rank: int
+    world_size: int
+    local_rank: int  # among the ranks of this node
+    init_method: str  # where the ranks meet, as torch's init_process_group takes it
+    starter: str  # "torchrun", "srun", "local" or "single"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    """How a world is cut: tensor (TP), pipeline (PP), context (CP) parallel sizes; the rest is data parallel."""
+
+    tensor: int = 1
+    pipeline: int = 1
+    context: int = 1
+    sequence_parallel: bool = False
+
+    @property
+    def model_size(self) -> int:
+        return self.tensor * self.pipeline * self.context
+
+    def check_fits(self, *, num_nodes: int, devices: int, world_size: int | None = None) -> None:
+        """Refuse a world that cannot be cut this way.
+
+        Args:
+            world_size: ranks that an outer starter (torchrun, srun) has already made; None where we start them.
+
+        Raises:
+            UserError: with the numbers and a setting that would fit.
+        """
+        asked = num_nodes * devices
+        if num_nodes < 1 or devices < 1:
+            raise UserError(
+                f"trainer.num_nodes={num_nodes} and trainer.devices={devices} make no world of ranks",
+                cure="set both to 1 or more",
+            )
+        if world_size is not None and world_size != asked:
+            raise UserError(
+                f"the starter made {world_size} ranks, but trainer.num_nodes={num_nodes} x trainer.devices={devices} "
+                f"= {asked}",
+                cure=_nodes_and_devices(world_size, num_nodes),
+            )
+        if asked % self.model_size:
+            fit = -(-asked // self.model_size) * self.model_size
+            raise UserError(
+                f"{asked} ranks (trainer.num_nodes={num_nodes} x trainer.devices={devices}) do not divide into models "
+                f"of model.tensor_model_parallel_size={self.tensor} x model.pipeline_model_parallel_size="
+                f"{self.pipeline} x model.context_parallel_size={self.context} = {self.model_size} ranks",
+                cure=_nodes_and_devices(fit, num_nodes) + f" ({fit} ranks), or make the model's sizes smaller",
+            )
+        if self.sequence_parallel and self.tensor == 1:
+            raise UserError(
+                "model.sequence_parallel=True needs tensor parallelism, but model.tensor_model_parallel_size=1",
+                cure="set model.sequence_parallel=False, or model.tensor_model_parallel_size to 2 or more",
+            )
+
+    def data_parallel_size(self, world_size: int) -> int:
+        return world_size // self.model_size
+
+
+def _nodes_and_devices(world_size: int, num_nodes: int) -> str:
+    nodes = num_nodes if world_size % num_nodes == 0 else 1
+    return f"set trainer.num_nodes={nodes} trainer.devices={world_size // nodes}"
+
+
+def discover(env: Mapping[str, str] = os.environ) -> Ranks | None:
+    """This process's rank where a starter has made ranks; None where nobody has."""
+    if "NEMO_ALIGNER_INIT_METHOD" in env:
+        return Ranks(
+            rank=int(env["RANK"]),
+            world_size=int(env["WORLD_SIZE"]),
+            local_rank=int(env["LOCAL_RANK"]),
+            init_method=env["NEMO_ALIGNER_INIT_METHOD"],
+            starter="local",
+        )
+    if {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} <= env.keys():
+        return Ranks(
+            rank=int(env["RANK"]),
+            world_size=int(env["WORLD_SIZE"]),
+            local_rank=int(env.get("LOCAL_RANK", "0")),
+            init_method="env://",
+            starter="torchrun",
+        )
+    # An interactive shell inside an allocation has SLURM_* too, but no step: there, we start the ranks.
+    if "SLURM_STEP_ID" in env and "SLURM_PROCID" in env and env.get("SLURM_STEP_NODELIST"):
+        return _slurm(env)
+    return None
+
+
+def _slurm(env: Mapping[str, str]) -> Ranks:
+    host = env.get("MASTER_ADDR") or _first_host(env["SLURM_STEP_NODELIST"])
+    # All tasks of a step derive the same port; jobs that share a node get different ones.
+    port = env.get("MASTER_PORT") or str(20000 + (int(env["SLURM_JOB_ID"]) * 7 + int(env["SLURM_STEP_ID"])) % 20000)
+    return Ranks(
+        rank=int(env["SLURM_PROCID"]),
+        world_size=int(env["SLURM_STEP_NUM_TASKS"]),
+        local_rank=int(env["SLURM_LOCALID"]),
+        init_method=f"tcp://{host}:{port}",
+        starter="srun",
+    )
+
+
+def _first_host(nodelist: str) -> str:
+    """The first host of a Slurm node list such as ``node[03-05,9],login1``."""
+    if "[" not in nodelist.split(",")[0]:
+        return nodelist.split(",")[0]
+    if match := re.match(r"^([^\[]+)\[(\d+)[^\]]*\]$", nodelist):
+        return match[1] + match[2]
+    names = subprocess.run(
+        ["scontrol", "show", "hostnames", nodelist], capture_output=True, text=True, check=True, timeout=30
+    )
+    return names.stdout.split()[0]

@@ -1,0 +1,238 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The language model's head: from hidden states to log-probabilities, entropy and top-k, with their gradients.
+
+Projects in chunks of rows, each tensor parallel rank its own slice of the vocabulary, so that [rows, vocabulary]
+never exists whole. Knows no batch and no objective.
+
+Shapes: n rows, H hidden size, V the true vocabulary, V_local this rank's slice without padding, K top-k.
+With z = hidden @ weight.T and p = softmax(z):
+    logprob = z[target] - lse(z)             d/dz = onehot(target) - p
+    entropy = lse(z) - sum(p * z)            d/dz = -p * (z - lse(z) + entropy)
+    top-k   = z[ids] - lse(z)                d/dz = onehot(ids) - p  for each id
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nemo_aligner.parallel import world
+from nemo_aligner.parallel.collectives import (
+    gather_over_tensor_parallel,
+    max_over_tensor_parallel,
+    sum_over_tensor_parallel,
+)
+
+__all__ = ["HeadOutput", "HeadRequest", "head_outputs"]
+
+# Logits of one chunk, in bytes: large enough for full matmul speed, small enough for a CPU's caches to help.
+CHUNK_BYTES = {"cpu": 32 << 20, "cuda": 512 << 20}
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeadRequest:
+    """What to compute from the logits, and how."""
+
+    vocab_size: int  # V: ids from here on are padding and have no probability
+    entropy: bool = False
+    top_k: int = 0
+    kept_logits_bytes: int = 1 << 30  # above this, the backward recomputes each chunk's logits
+
+
+@dataclass(frozen=True)
+class HeadOutput:
+    logprobs: Tensor  # [n] float
+    entropy: Tensor | None  # [n] float
+    topk_logprobs: Tensor | None  # [n, K] float, descending
+    topk_ids: Tensor | None  # [n, K] int64
+
+
+@dataclass
+class _Chunk:
+    """One chunk of rows on its way through softmax."""
+
+    rows: slice
+    logits: Tensor  # [c, V_local] float
+    lse: Tensor  # [c]
+    local: Tensor  # [c] int64: the target's column here, 0 where another rank owns it
+    owned: Tensor  # [c] bool: this rank owns the target
+
+
+class _Head:
+    """The head's arithmetic for one call: chunks, softmax statistics, gradients with respect to the logits."""
+
+    def __init__(self, hidden: Tensor, weight: Tensor, targets: Tensor, request: HeadRequest) -> None:
+        self.first = world.tp_rank() * weight.shape[0]
+        self.hidden, self.targets, self.request = hidden, targets, request
+        self.weight = weight[: max(0, min(weight.shape[0], request.vocab_size - self.first))]
+        self.dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+        row_bytes = max(1, self.weight.shape[0]) * self.dtype.itemsize
+        self.logits_bytes = hidden.shape[0] * row_bytes
+        self.chunk_rows = max(16, CHUNK_BYTES[hidden.device.type] // row_bytes)
+
+    def project(self, rows: slice) -> Tensor:
+        return (self.hidden[rows] @ self.weight.t()).to(self.dtype)
+
+    def chunks(self) -> Iterator[_Chunk]:
+        for start in range(0, self.hidden.shape[0], self.chunk_rows):
+            rows = slice(start, min(start + self.chunk_rows, self.hidden.shape[0]))
+            z = self.project(rows)
+            peak = z.amax(1) if z.shape[1] else z.new_full(z.shape[:1], -torch.inf)
+            peak = max_over_tensor_parallel(peak)
+            total = torch.sub(z, peak[:, None]).exp_().sum(1)
+            lse = sum_over_tensor_parallel(total).log_().add_(peak)
+            local = self.targets[rows] - self.first
+            owned = (local >= 0) & (local < z.shape[1])
+            yield _Chunk(rows, z, lse, local.where(owned, 0), owned)
+
+    def logprobs(self, chunk: _Chunk) -> Tensor:
+        if chunk.logits.shape[1] == 0:
+            return sum_over_tensor_parallel(torch.zeros_like(chunk.lse)) - chunk.lse
+        at_target = chunk.logits.gather(1, chunk.local[:, None])[:, 0]
+        return sum_over_tensor_parallel(at_target.where(chunk.owned, 0)) - chunk.lse
+
+    def entropy(self, chunk: _Chunk) -> Tensor:
+        expected = (torch.exp(chunk.logits - chunk.lse[:, None]) * chunk.logits).sum(1)
+        return chunk.lse - sum_over_tensor_parallel(expected)
+
+    def topk(self, chunk: _Chunk, k: int) -> tuple[Tensor, Tensor]:
+        values, ids = chunk.logits.topk(min(k, chunk.logits.shape[1]), dim=1)
+        if short := k - values.shape[1]:
+            # A rank whose slice is smaller than k offers candidates that can't win.
+            values = torch.nn.functional.pad(values, (0, short), value=-torch.inf)
+            ids = torch.nn.functional.pad(ids, (0, short))
+        values = gather_over_tensor_parallel(values)
+        ids = gather_over_tensor_parallel(ids + self.first)
+        best, order = values.topk(k, dim=1)
+        return best - chunk.lse[:, None], ids.gather(1, order)
+
+    def add_at_targets(self, dlogits: Tensor, chunk: _Chunk, grad: Tensor) -> None:
+        if dlogits.shape[1]:
+            dlogits.scatter_add_(1, chunk.local[:, None], grad.where(chunk.owned, 0)[:, None])
+
+    def project_back(self, dlogits: Tensor, rows: slice, grad_hidden: Tensor, grad_weight: Tensor) -> None:
+        dlogits = dlogits.to(self.hidden.dtype)
+        torch.mm(dlogits, self.weight, out=grad_hidden[rows])
+        grad_weight[: self.weight.shape[0]].addmm_(dlogits.t(), self.hidden[rows])
+
+
+class _KnownWeights(torch.autograd.Function):
+    """Log-probs whose gradient is known up to a factor before the forward: both are formed in one pass.
+
+    ``weights`` [n] is dL/dlogprob up to a common factor that the backward reads off; no logits are kept and none
+    are computed twice.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, weights: Tensor, request: HeadRequest
+    ) -> Tensor:
+        head = _Head(hidden, weight, targets, request)
+        logprobs = torch.empty(hidden.shape[0], dtype=head.dtype, device=hidden.device)
+        grad_hidden, grad_weight = torch.empty_like(hidden), torch.zeros_like(weight)
+        for chunk in head.chunks():
+            w = weights[chunk.rows].to(head.dtype)
+            logprobs[chunk.rows] = head.logprobs(chunk)
+            dlogits = chunk.logits.sub_(chunk.lse[:, None]).exp_().mul_(-w[:, None])
+            head.add_at_targets(dlogits, chunk, w)
+            head.project_back(dlogits, chunk.rows, grad_hidden, grad_weight)
+        ctx.save_for_backward(weights)
+        # Buffers, not graph tensors: the backward hands them out, so nothing may hold them for a second backward.
+        ctx.grads = (grad_hidden, grad_weight)
+        return logprobs
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        (weights,) = ctx.saved_tensors
+        weights = weights.to(grad.dtype)
+        size = (weights * weights).sum()
+        factor = (grad * weights).sum() / size if size > 0 else torch.zeros_like(size)
+        worst = (grad - factor * weights).abs().max() if grad.numel() else factor
+        if worst > 1e-4 * factor.abs() * weights.abs().max() + 1e-30:
+            raise RuntimeError("the objective's weights() is not its gradient with respect to the log-probs")
+        grad_hidden, grad_weight = ctx.grads
+        ctx.grads = None
+        return grad_hidden.mul_(factor.to(grad_hidden.dtype)), grad_weight.mul_(factor), None, None, None
+
+
+class _Outputs(torch.autograd.Function):
+    """Log-probs, entropy and top-k with any gradient; the backward reads kept logits or recomputes them."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, request: HeadRequest
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        head = _Head(hidden, weight, targets, request)
+        n, k = hidden.shape[0], request.top_k
+        new = {"dtype": head.dtype, "device": hidden.device}
+        logprobs, lse = torch.empty(n, **new), torch.empty(n, **new)
+        entropy = torch.empty(n if request.entropy else 0, **new)
+        topk = torch.empty(n, k, **new)
+        ids = torch.empty(n, k, dtype=torch.int64, device=hidden.device)
+        kept: list[Tensor] = []
+        for chunk in head.chunks():
+            logprobs[chunk.rows], lse[chunk.rows] = head.logprobs(chunk), chunk.lse
+            if request.entropy:
+                entropy[chunk.rows] = head.entropy(chunk)
+            if k:
+                topk[chunk.rows], ids[chunk.rows] = head.topk(chunk, k)
+            if any(ctx.needs_input_grad) and head.logits_bytes <= request.kept_logits_bytes:
+                kept.append(chunk.logits)
+        ctx.request, ctx.kept = request, kept
+        ctx.save_for_backward(hidden, weight, targets, lse, entropy, ids)
+        ctx.mark_non_differentiable(ids)
+        return logprobs, entropy, topk, ids
+
+    @staticmethod
+    def backward(
+        ctx: Any, grad_logprobs: Tensor, grad_entropy: Tensor, grad_topk: Tensor, _: Tensor
+    ) -> tuple[Tensor | None, ...]:
+        hidden, weight, targets, lse, entropy, ids = ctx.saved_tensors
+        head = _Head(hidden, weight, targets, ctx.request)
+        grad_hidden, grad_weight = torch.empty_like(hidden), torch.zeros_like(weight)
+        for i, start in enumerate(range(0, hidden.shape[0], head.chunk_rows)):
+            rows = slice(start, min(start + head.chunk_rows, hidden.shape[0]))
+            z = ctx.kept[i] if ctx.kept else head.project(rows)
+            local = targets[rows] - head.first
+            owned = (local >= 0) & (local < z.shape[1])
+            chunk = _Chunk(rows, z, lse[rows], local.where(owned, 0), owned)
+            logp = z.sub_(chunk.lse[:, None])
+            dlogits = logp.exp()
+            towards = -(grad_logprobs[rows] + grad_topk[rows].sum(1))[:, None]
+            if ctx.request.entropy:
+                towards = towards - grad_entropy[rows][:, None] * logp.add_(entropy[rows][:, None])
+            dlogits.mul_(towards)
+            head.add_at_targets(dlogits, chunk, grad_logprobs[rows])
+            for j in range(ctx.request.top_k):
+                column = ids[rows, j] - head.first
+                here = (column >= 0) & (column < dlogits.shape[1])
+                at = _Chunk(rows, z, chunk.lse, column.where(here, 0), here)
+                head.add_at_targets(dlogits, at, grad_topk[rows, j])
+            head.project_back(dlogits, rows, grad_hidden, grad_weight)
+        ctx.kept = None
+        return grad_hidden, grad_weight, None, None
+
+
+def head_outputs(
+    hidden: Tensor, weight: Tensor, targets: Tensor, *, request: HeadRequest, weights: Tensor | None = None
+) -> HeadOutput:
+    """What the model believes about ``targets``, from its last hidden states.
+
+    Args:
+        hidden: [n, H]; the gradient that comes back is this rank's part of a sum over tensor parallel ranks.
+        weight: [rows per rank, H], this rank's slice of the padded vocabulary.
+        targets: [n] int64, ids below ``request.vocab_size``.
+        weights: [n], dL/dlogprob up to a common factor, where it is known beforehand; it buys the one-pass head and
+            excludes entropy and top-k.
+    """
+    if weights is not None and torch.is_grad_enabled() and not request.entropy and not request.top_k:
+        return HeadOutput(_KnownWeights.apply(hidden, weight, targets, weights, request), None, None, None)
+    logprobs, entropy, topk, ids = _Outputs.apply(hidden, weight, targets, request)
+    return HeadOutput(
+        logprobs,
+        entropy if request.entropy else None,
+        topk if request.top_k else None,
+        ids if request.top_k else None,
+    )

@@ -1,0 +1,258 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The world of ranks: NCCL and CUDA where there is a GPU, gloo and the CPU shim where there is none.
+
+The only place, with its siblings in this package, that names torch.distributed, torch.cuda or Megatron's
+``parallel_state``. Everyone else asks here who they are and where their tensors live.
+"""
+
+import contextlib
+import logging
+import os
+import random
+import time
+import traceback
+from collections.abc import Iterator
+from datetime import timedelta
+
+import numpy
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state, tensor_parallel
+
+from nemo_aligner.parallel import cpu_shim
+from nemo_aligner.parallel.ranks import Layout, Ranks, discover
+
+__all__ = [
+    "barrier",
+    "describe_failure",
+    "device",
+    "device_memory",
+    "dp_rank",
+    "dp_size",
+    "ensure_single_process",
+    "is_first_stage",
+    "is_last_stage",
+    "is_logging_rank",
+    "is_node_leader",
+    "num_model_replicas",
+    "phase",
+    "pp_size",
+    "rank",
+    "report_once",
+    "seed_everything",
+    "set_layout",
+    "start",
+    "stop",
+    "synchronize",
+    "tp_rank",
+    "tp_size",
+    "world_size",
+]
+
+logger = logging.getLogger(__name__)
+
+_phase = "start"
+_local_rank = 0
+_layout = Layout()
+
+
+def start(ranks: Ranks | None = None, *, timeout: timedelta = timedelta(minutes=10)) -> None:
+    """Join the other ranks. Without ``ranks`` this process is a world of its own, which opens no port.
+
+    Args:
+        timeout: after which a collective that is not answered fails.
+    """
+    global _local_rank
+    cpu_shim.install()
+    cuda = torch.cuda.is_available()
+    if ranks is not None:
+        _local_rank = ranks.local_rank
+    if cuda:
+        torch.cuda.set_device(_local_rank)
+    with phase("meeting of the ranks"):
+        backend = "nccl" if cuda else "gloo"
+        if ranks is None:
+            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+        else:
+            dist.init_process_group(
+                backend,
+                init_method=ranks.init_method,
+                rank=ranks.rank,
+                world_size=ranks.world_size,
+                timeout=timeout,
+                device_id=device() if cuda else None,
+            )
+    if is_logging_rank():
+        where = torch.cuda.get_device_name() if cuda else "CPU (no CUDA device found)"
+        logger.info(
+            "world: %d rank(s), started by %s, backend %s on %s, collective time-out %.0f s",
+            world_size(),
+            ranks.starter if ranks else "this process alone",
+            backend,
+            where,
+            timeout.total_seconds(),
+        )
+
+
+def set_layout(layout: Layout, *, timeout: timedelta = timedelta(minutes=10)) -> None:
+    """Cut the world into tensor, pipeline and data parallel groups; a new layout replaces the last one."""
+    global _layout
+    if parallel_state.model_parallel_is_initialized():
+        parallel_state.destroy_model_parallel()
+    with phase("building process groups"):
+        parallel_state.initialize_model_parallel(
+            layout.tensor,
+            layout.pipeline,
+            context_parallel_size=layout.context,
+            distributed_timeout_minutes=timeout.total_seconds() / 60,
+            create_gloo_process_groups=False,
+        )
+    _layout = layout
+
+
+def stop() -> None:
+    """Leave the world; safe to call more than once."""
+    if dist.is_initialized():
+        if parallel_state.model_parallel_is_initialized():
+            parallel_state.destroy_model_parallel()
+        dist.destroy_process_group()
+
+
+@contextlib.contextmanager
+def ensure_single_process() -> Iterator[None]:
+    """A one-rank world for tools that only read or write checkpoints; the existing one, if there is one."""
+    if dist.is_initialized():
+        yield
+        return
+    start()
+    try:
+        set_layout(Layout())
+        yield
+    finally:
+        stop()
+
+
+def seed_everything(seed: int) -> None:
+    """Seed Python, numpy, torch and Megatron's trackers: alike over DP, apart over TP and PP where they must be."""
+    random.seed(seed)
+    numpy.random.seed(seed)
+    torch.manual_seed(seed)
+    tensor_parallel.model_parallel_cuda_manual_seed(seed + 100 * parallel_state.get_pipeline_model_parallel_rank())
+
+
+def device() -> torch.device:
+    """Where this rank's tensors live."""
+    return torch.device("cuda", _local_rank) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def device_memory() -> tuple[int, int] | None:
+    """(peak, total) bytes of the device's memory; None on a CPU."""
+    if not torch.cuda.is_available():
+        return None
+    return torch.cuda.max_memory_allocated(), torch.cuda.get_device_properties(device()).total_memory
+
+
+def synchronize() -> None:
+    """Wait for the device, so that a clock read next tells the truth."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else (r.rank if (r := discover()) else 0)
+
+
+def world_size() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def is_logging_rank() -> bool:
+    """The one rank that talks to people and writes the files all ranks share."""
+    return rank() == 0
+
+
+def is_node_leader() -> bool:
+    """One rank per node: the one that unpacks archives for its neighbours."""
+    return _local_rank == 0
+
+
+def tp_rank() -> int:
+    return parallel_state.get_tensor_model_parallel_rank()
+
+
+def tp_size() -> int:
+    return parallel_state.get_tensor_model_parallel_world_size()
+
+
+def pp_size() -> int:
+    return parallel_state.get_pipeline_model_parallel_world_size()
+
+
+def dp_rank() -> int:
+    return parallel_state.get_data_parallel_rank()
+
+
+def dp_size() -> int:
+    return parallel_state.get_data_parallel_world_size()
+
+
+def num_model_replicas() -> int:
+    """DP x CP: what Megatron's DDP divides gradients by."""
+    return parallel_state.get_data_parallel_world_size(with_context_parallel=True)
+
+
+def is_first_stage() -> bool:
+    return parallel_state.is_pipeline_first_stage()
+
+
+def is_last_stage() -> bool:
+    return parallel_state.is_pipeline_last_stage()
+
+
+def barrier() -> None:
+    """Wait for all ranks."""
+    if world_size() > 1:
+        dist.barrier()
+
+
+@contextlib.contextmanager
+def phase(name: str) -> Iterator[None]:
+    """Name what this rank is doing, for the message of a collective that fails meanwhile."""
+    global _phase
+    before, _phase = _phase, name
+    yield
+    # Not in a finally: after a failure the name must still say where it happened.
+    _phase = before
+
+
+def describe_failure(error: BaseException) -> str | None:
+    """'rank 3, phase ..., operation all_reduce: ...' where a collective failed; None for other errors."""
+    operation = None
+    for frame in traceback.extract_tb(error.__traceback__):
+        if frame.filename.endswith("distributed_c10d.py") and frame.name != "wrapper":
+            operation = operation or frame.name
+    text = str(error)
+    if operation is None and not any(word in text for word in ("gloo", "NCCL", "ProcessGroup", "Connection closed")):
+        return None
+    return f"rank {rank()}, phase '{_phase}', operation {operation or 'of Megatron'}: {text.splitlines()[0]}"
+
+
+def report_once(*, wait_seconds: float = 1.0) -> bool:
+    """True in exactly one of the ranks that call it: the one that tells people of an error all of them met.
+
+    Rank 0 is given ``wait_seconds`` to be the one.
+    """
+    if not dist.is_initialized():
+        return rank() == 0
+    if rank() != 0:
+        time.sleep(wait_seconds)
+    try:
+        return dist.distributed_c10d._get_default_store().add("nemo_aligner/reported", 1) == 1
+    except (RuntimeError, dist.DistError):
+        # The store lives in a rank that has already gone: it has told what there was to tell.
+        return False
+
+
+def threads() -> int:
+    """CPU threads of one rank."""
+    return int(os.environ.get("OMP_NUM_THREADS", torch.get_num_threads()))
