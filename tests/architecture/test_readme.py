@@ -1,0 +1,54 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the documents promise exists: make targets, scripts, linked files."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
+TARGETS = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+MAX_HELP_WORDS = 12
+
+
+def name(path: Path) -> str:
+    return str(path.relative_to(ROOT))
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name)
+def test_make_targets_exist(page: Path):
+    named = set(re.findall(r"(?:`|^ *|&& )make ([a-z-]+)", page.read_text(), re.MULTILINE))
+    assert named <= TARGETS
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name)
+def test_scripts_exist(page: Path):
+    scripts = re.findall(r"\bpython (\S+\.py)", page.read_text())
+    assert [script for script in scripts if not (ROOT / script).is_file()] == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name)
+def test_links_lead_to_files(page: Path):
+    links = re.findall(r"\]\((?!https?://|#)([^)#\s]+)", page.read_text())
+    missing = [
+        link
+        for link in links
+        if not (ROOT / link.lstrip("/") if link.startswith("/") else page.parent / link).exists()
+    ]
+    assert missing == []
+
+
+def test_each_target_has_a_short_help():
+    phony = re.search(r"^\.PHONY: (.+)$", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    helps = dict(re.findall(r"^([a-z-]+):.*## (.+)$", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    assert phony
+    assert set(phony[1].split()) == set(helps)
+    assert [target for target, text in helps.items() if len(text.split()) > MAX_HELP_WORDS] == []
+
+
+def test_pins_cover_what_setup_asks_for():
+    asked = re.findall(r'"([a-zA-Z0-9-]+)(?:\[\w+\])?[><=]=', (ROOT / "setup.py").read_text())
+    pinned = {line.split("==")[0].lower() for line in (ROOT / "constraints.txt").read_text().splitlines()}
+    # Transformer Engine is compiled against the CUDA build of torch at hand; no one version fits all.
+    assert [package for package in asked if package.lower() not in pinned | {"transformer-engine"}] == []
