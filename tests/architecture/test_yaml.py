@@ -47,10 +47,6 @@ def test_a_key_without_a_comment_is_found():
     assert uncommented(text) == ["b", "c.d"]
 
 
-def test_there_are_configuration_files():
-    assert FILES
-
-
 @pytest.mark.parametrize("path", FILES, ids=name)
 def test_every_key_has_a_comment(path: Path):
     assert uncommented(path.read_text()) == []
