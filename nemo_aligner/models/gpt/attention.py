@@ -1,0 +1,156 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Attention on torch's scaled_dot_product_attention, in the place of Megatron's own core attention.
+
+Causal, grouped queries, sliding windows, right padding, packed rows and a key/value cache with a length per row.
+Knows tensors of one layer; the batch reaches it as :class:`RowParams`.
+
+Shapes: S positions, B rows, H query heads and G key/value heads of this rank, D head size.
+"""
+
+import contextlib
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core import tensor_parallel
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+
+__all__ = ["KVCache", "RowParams", "SDPACoreAttention", "attend"]
+
+
+@dataclass
+class KVCache:
+    """Keys and values of past tokens, with a length per row; each layer's tensors are made at its first write."""
+
+    lengths: Tensor  # [B] int64: tokens of each row that are already in the cache
+    max_length: int
+    layers: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)  # layer: ([B, G, max, D], same)
+
+    def write(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Put [B, G, S, D] new keys and values behind each row's own past; returns the layer's whole tensors."""
+        rows, groups, new, size = key.shape
+        if layer not in self.layers:
+            shape = (rows, groups, self.max_length, size)
+            self.layers[layer] = (key.new_zeros(shape), value.new_zeros(shape))
+        # A row that is full writes its padding into the last slot, which its own length hides.
+        at = (self.lengths[:, None] + torch.arange(new, device=key.device)).clamp_(max=self.max_length - 1)
+        index = at[:, None, :, None].expand(rows, groups, new, size)
+        for cached, fresh in zip(self.layers[layer], (key, value), strict=True):
+            cached.scatter_(2, index, fresh)
+        return self.layers[layer]
+
+
+@dataclass
+class RowParams(PackedSeqParams):
+    """What attention must know of the rows. Megatron hands it through every layer untouched."""
+
+    # Not 'thd': Megatron then keeps [S, B, ...] shapes and applies RoPE by the per-row angles it is given.
+    qkv_format: str = "sbhd"
+    boundaries: tuple[int, ...] | None = None  # packed: where each sequence starts, and the end of the last
+    cache: KVCache | None = None
+
+
+def attend(
+    query: Tensor, key: Tensor, value: Tensor, *, scale: float, window: int | None = None, dropout: float = 0.0
+) -> Tensor:
+    """Causal attention of S new positions at the end of T >= S positions.
+
+    query: [B, H, S, D]; key, value: [B, G, T, D]. Returns [B, H, S, D].
+    """
+    new, total = query.shape[2], key.shape[2]
+    mask = None
+    if window is not None and window < total:
+        mask = _visible(torch.arange(total - new, total, device=query.device), total, window)
+    elif new != total:
+        mask = _visible(torch.arange(total - new, total, device=query.device), total, None)
+    return _sdpa(query, key, value, mask=mask, scale=scale, dropout=dropout)
+
+
+def _visible(position: Tensor, total: int, window: int | None) -> Tensor:
+    """[..., S] positions -> [..., S, total] bool: which keys each query sees."""
+    keys = torch.arange(total, device=position.device)
+    visible = keys <= position[..., None]
+    if window is not None:
+        visible &= keys > position[..., None] - window
+    return visible
+
+
+def _sdpa(query: Tensor, key: Tensor, value: Tensor, *, mask: Tensor | None, scale: float, dropout: float) -> Tensor:
+    if key.shape[1] != query.shape[1]:
+        # An expanded copy of the small key and value beats SDPA's own grouped path, which leaves its fast kernel.
+        repeats = query.shape[1] // key.shape[1]
+        key, value = key.repeat_interleave(repeats, dim=1), value.repeat_interleave(repeats, dim=1)
+    return F.scaled_dot_product_attention(
+        query, key, value, attn_mask=mask, is_causal=mask is None, scale=scale, dropout_p=dropout
+    )
+
+
+class SDPACoreAttention(MegatronModule):
+    """Core attention for Megatron's SelfAttention: [S, B, H, D] queries to [S, B, H * D] context."""
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        layer_number: int,
+        attn_mask_type: AttnMaskType,
+        attention_type: str,
+        attention_dropout: float | None = None,
+        softmax_scale: float | None = None,
+        cp_comm_type: str | None = None,
+        pg_collection: Any = None,
+    ) -> None:
+        super().__init__(config=config)
+        assert attention_type == "self" and attn_mask_type == AttnMaskType.causal, (attention_type, attn_mask_type)
+        assert cp_comm_type is None or config.context_parallel_size == 1, "keys and values are not gathered over CP"
+        del pg_collection
+        self.layer_number = layer_number
+        self.scale = softmax_scale if softmax_scale is not None else config.kv_channels**-0.5
+        self.window = config.window_size[0] + 1 if config.window_size is not None else None
+        self.dropout = config.attention_dropout if attention_dropout is None else attention_dropout
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        attn_mask_type: AttnMaskType | None = None,
+        attention_bias: Tensor | None = None,
+        packed_seq_params: RowParams | None = None,
+    ) -> Tensor:
+        assert attention_mask is None and attention_bias is None, "the rows say what is visible"
+        del attn_mask_type
+        rows = packed_seq_params or RowParams()
+        q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))
+        drops = self.training and self.dropout > 0
+        with tensor_parallel.get_cuda_rng_tracker().fork() if drops else contextlib.nullcontext():
+            out = self._dispatch(q, k, v, rows)
+        return out.permute(2, 0, 1, 3).reshape(query.shape[0], query.shape[1], -1)
+
+    def _dispatch(self, q: Tensor, k: Tensor, v: Tensor, rows: RowParams) -> Tensor:
+        options = {"scale": self.scale, "window": self.window, "dropout": self.dropout if self.training else 0.0}
+        if rows.cache is not None:
+            return self._attend_cached(q, k, v, rows.cache)
+        if rows.boundaries is None:
+            return attend(q, k, v, **options)
+        # Each packed sequence on its own: no neighbour is ever seen, and no S x S mask is made.
+        ends = [*rows.boundaries[1:]]
+        if ends[-1] < q.shape[2]:
+            ends.append(q.shape[2])
+        parts, start = [], 0
+        for end in ends:
+            parts.append(attend(q[:, :, start:end], k[:, :, start:end], v[:, :, start:end], **options))
+            start = end
+        return torch.cat(parts, dim=2)
+
+    def _attend_cached(self, q: Tensor, k: Tensor, v: Tensor, cache: KVCache) -> Tensor:
+        keys, values = cache.write(self.layer_number, k, v)
+        position = cache.lengths[:, None] + torch.arange(q.shape[2], device=q.device)  # [B, S]
+        longest = min(cache.max_length, int(position.max()) + 1)
+        mask = _visible(position, longest, self.window)[:, None]
+        return _sdpa(q, keys[:, :, :longest], values[:, :, :longest], mask=mask, scale=self.scale, dropout=0.0)

@@ -1,0 +1,261 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The architecture in a checkpoint's model_config.yaml, read into a typed config and on to Megatron's own.
+
+Knows NeMo's names for things; knows no training settings.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
+from typing import Any, Literal, get_args
+
+import torch
+import torch.nn.functional as F
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+
+from nemo_aligner.errors import UserError
+from nemo_aligner.parallel import world
+from nemo_aligner.parallel.ranks import Layout
+
+__all__ = ["GPTConfig", "RopeScaling", "dtype_of"]
+
+Normalization = Literal["rmsnorm", "layernorm", "layernorm1p"]
+Activation = Literal["fast-swiglu", "swiglu", "fast-geglu", "geglu", "squared-relu", "gelu"]
+PositionEmbedding = Literal["rope", "learned_absolute"]
+
+
+def squared_relu(x: Tensor) -> Tensor:
+    """relu(x)^2 (So et al. 2021, Primer)."""
+    return F.relu(x).square()
+
+
+# name: (gated, function)
+ACTIVATIONS: dict[str, tuple[bool, Callable[[Tensor], Tensor]]] = {
+    "fast-swiglu": (True, F.silu),
+    "swiglu": (True, F.silu),
+    "fast-geglu": (True, F.gelu),
+    "geglu": (True, F.gelu),
+    "squared-relu": (False, squared_relu),
+    "gelu": (False, F.gelu),
+}
+
+
+def dtype_of(precision: str | int) -> torch.dtype:
+    """The dtype that a ``precision`` key names: 32, bf16 or 16, with Lightning's spellings."""
+    match str(precision).removesuffix("-mixed").removesuffix("-true"):
+        case "32" | "fp32":
+            return torch.float32
+        case "bf16":
+            return torch.bfloat16
+        case "16" | "fp16":
+            return torch.float16
+    raise UserError(f"precision={precision!r} is not a precision", cure="set trainer.precision to 32, bf16 or 16")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RopeScaling:
+    """How rotary frequencies are stretched beyond the original context; Hugging Face's names."""
+
+    rope_type: Literal["llama3", "linear"]
+    factor: float
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    original_max_position_embeddings: int = 8192
+
+    def apply(self, inv_freq: Tensor) -> Tensor:
+        """[D/2] float -> [D/2]: slow frequencies divided by the factor, fast ones kept, between them a ramp."""
+        if self.rope_type == "linear":
+            return inv_freq / self.factor
+        turns = self.original_max_position_embeddings * inv_freq / (2 * math.pi)
+        keep = ((turns - self.low_freq_factor) / (self.high_freq_factor - self.low_freq_factor)).clamp(0, 1)
+        return inv_freq * keep + inv_freq / self.factor * (1 - keep)
+
+
+@dataclass(frozen=True, kw_only=True)
+class GPTConfig:
+    """Architecture of a GPT, as model_config.yaml spells it."""
+
+    num_layers: int
+    hidden_size: int
+    ffn_hidden_size: int
+    num_attention_heads: int
+    vocab_size: int  # true vocabulary, without padding
+    num_query_groups: int | None = None  # key/value heads; null: as many as attention heads
+    kv_channels: int | None = None  # size of one head; null: hidden_size / num_attention_heads
+    encoder_seq_length: int = 4096  # longest sequence that training takes
+    max_position_embeddings: int = 4096  # longest sequence that the model was made for
+    make_vocab_size_divisible_by: int = 128
+    normalization: Normalization = "layernorm"
+    layernorm_epsilon: float = 1e-5
+    activation: Activation = "gelu"
+    bias: bool = True
+    position_embedding_type: PositionEmbedding = "learned_absolute"
+    rotary_percentage: float = 1.0
+    rotary_base: float = 10000.0
+    rope_scaling: RopeScaling | None = None
+    share_embeddings_and_output_weights: bool = True
+    window_size: int | None = None  # a query sees itself and window_size - 1 tokens before it
+    init_method_std: float = 0.02
+    hidden_dropout: float = 0.0
+    attention_dropout: float = 0.0
+    precision: str = "bf16"  # dtype of the stored weights
+    apply_query_key_layer_scaling: bool = False
+
+    @classmethod
+    def from_dict(cls, config: Mapping[str, Any]) -> "GPTConfig":
+        """From model_config.yaml; keys that are not architecture are left to others.
+
+        Raises:
+            UserError: a needed key is missing, a value is not one of the known ones, or sizes do not divide.
+        """
+        known = {f.name for f in fields(cls)}
+        values = {k: v for k, v in config.items() if k in known}
+        missing = [n for n in ("num_layers", "hidden_size", "num_attention_heads", "vocab_size") if n not in values]
+        if missing:
+            raise UserError(
+                f"model_config.yaml lacks {', '.join(missing)}",
+                cure="convert the checkpoint anew with import_hf.py or convert_nemo_gpt_to_mcore.py",
+            )
+        values.setdefault("ffn_hidden_size", 4 * values["hidden_size"])
+        if scaling := _rope_scaling(config):
+            values["rope_scaling"] = RopeScaling(**scaling)
+        if values.get("ffn_hidden_size") is None:
+            values["ffn_hidden_size"] = 4 * values["hidden_size"]
+        values["precision"] = str(values.get("precision", "bf16"))
+        built = cls(**values)
+        built._check()
+        return built
+
+    def _check(self) -> None:
+        for name, kind in (
+            ("normalization", Normalization),
+            ("activation", Activation),
+            ("position_embedding_type", PositionEmbedding),
+        ):
+            if getattr(self, name) not in get_args(kind):
+                raise UserError(
+                    f"model.{name}={getattr(self, name)!r} in model_config.yaml is not supported",
+                    cure=f"known values: {', '.join(get_args(kind))}",
+                )
+        if self.kv_channels is None and self.hidden_size % self.num_attention_heads:
+            raise UserError(
+                f"model.hidden_size={self.hidden_size} does not divide by model.num_attention_heads="
+                f"{self.num_attention_heads}",
+                cure="set model.kv_channels to the size of one head",
+            )
+        if self.num_attention_heads % self.query_groups:
+            raise UserError(
+                f"model.num_attention_heads={self.num_attention_heads} does not divide by model.num_query_groups="
+                f"{self.query_groups}",
+                cure="set model.num_query_groups to a divisor of the attention heads",
+            )
+
+    @property
+    def query_groups(self) -> int:
+        return self.num_query_groups or self.num_attention_heads
+
+    @property
+    def head_dim(self) -> int:
+        return self.kv_channels or self.hidden_size // self.num_attention_heads
+
+    @property
+    def gated(self) -> bool:
+        return ACTIVATIONS[self.activation][0]
+
+    def padded_vocab_size(self, tensor_parallel: int) -> int:
+        """The vocabulary rounded up so that every tensor parallel rank holds an equal, well-shaped slice."""
+        unit = self.make_vocab_size_divisible_by * tensor_parallel
+        return -(-self.vocab_size // unit) * unit
+
+    def check_layout(self, layout: Layout) -> None:
+        """Refuse a layout that this architecture cannot be cut into.
+
+        Raises:
+            UserError: naming the model's size, the layout's, and values that fit.
+        """
+        for name, size in (
+            ("num_attention_heads", self.num_attention_heads),
+            ("num_query_groups", self.query_groups),
+            ("ffn_hidden_size", self.ffn_hidden_size),
+        ):
+            if size % layout.tensor:
+                fits = [n for n in range(1, size + 1) if self._fits_tensor_parallel(n)]
+                raise UserError(
+                    f"model.tensor_model_parallel_size={layout.tensor} does not divide the model's {name}={size}",
+                    cure=f"set model.tensor_model_parallel_size to one of {fits}",
+                )
+        if self.num_layers % layout.pipeline:
+            fits = [n for n in range(1, self.num_layers + 1) if self.num_layers % n == 0]
+            raise UserError(
+                f"model.pipeline_model_parallel_size={layout.pipeline} does not divide the model's "
+                f"num_layers={self.num_layers}",
+                cure=f"set model.pipeline_model_parallel_size to one of {fits}",
+            )
+
+    def _fits_tensor_parallel(self, n: int) -> bool:
+        return not any(size % n for size in (self.num_attention_heads, self.query_groups, self.ffn_hidden_size))
+
+    def transformer_config(self, layout: Layout, dtype: torch.dtype) -> TransformerConfig:
+        """Megatron's config for this architecture, cut by ``layout``, computing in ``dtype``."""
+        gated, activation = ACTIVATIONS[self.activation]
+        return TransformerConfig(
+            num_layers=self.num_layers,
+            hidden_size=self.hidden_size,
+            ffn_hidden_size=self.ffn_hidden_size,
+            num_attention_heads=self.num_attention_heads,
+            num_query_groups=self.query_groups,
+            kv_channels=self.head_dim,
+            normalization="RMSNorm" if self.normalization == "rmsnorm" else "LayerNorm",
+            layernorm_epsilon=self.layernorm_epsilon,
+            layernorm_zero_centered_gamma=self.normalization == "layernorm1p",
+            gated_linear_unit=gated,
+            activation_func=activation,
+            add_bias_linear=self.bias,
+            add_qkv_bias=self.bias,
+            window_size=(self.window_size - 1, 0) if self.window_size else None,
+            init_method_std=self.init_method_std,
+            hidden_dropout=self.hidden_dropout,
+            attention_dropout=self.attention_dropout,
+            apply_query_key_layer_scaling=self.apply_query_key_layer_scaling,
+            tensor_model_parallel_size=layout.tensor,
+            pipeline_model_parallel_size=layout.pipeline,
+            context_parallel_size=layout.context,
+            sequence_parallel=layout.sequence_parallel,
+            params_dtype=dtype,
+            pipeline_dtype=dtype,
+            bf16=dtype == torch.bfloat16,
+            fp16=dtype == torch.float16,
+            # The weights come from a checkpoint: initialising them would be time spent for nothing.
+            perform_initialization=False,
+            use_cpu_initialization=False,
+            # Fused kernels that need Transformer Engine or apex; its spec turns on its own.
+            bias_dropout_fusion=False,
+            bias_activation_fusion=False,
+            masked_softmax_fusion=False,
+            gradient_accumulation_fusion=False,
+            apply_rope_fusion=False,
+            persist_layer_norm=False,
+            deallocate_pipeline_outputs=True,
+            # Over gloo, batched sends and receives of neighbouring stages cross; one by one they do not.
+            batch_p2p_comm=world.device().type == "cuda",
+        )
+
+
+
+
+def _rope_scaling(config: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Our ``rope_scaling`` block, or NeMo's ``scale_positional_embedding`` and ``seq_len_interpolation_factor``."""
+    scaling = config.get("rope_scaling")
+    if scaling:
+        if scaling.get("rope_type") not in ("llama3", "linear"):
+            raise UserError(
+                f"rope_scaling.rope_type={scaling.get('rope_type')!r} in model_config.yaml is not supported",
+                cure="known values: llama3, linear",
+            )
+        return {k: v for k, v in scaling.items() if k in RopeScaling.__dataclass_fields__}
+    if config.get("scale_positional_embedding"):
+        return {"rope_type": "llama3", "factor": config.get("scale_factor", 8.0)}
+    if factor := config.get("seq_len_interpolation_factor"):
+        return {"rope_type": "linear", "factor": factor}
+    return None

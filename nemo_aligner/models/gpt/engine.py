@@ -1,0 +1,84 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The one bridge from an objective to Megatron's pipeline schedules. Knows stages and denominators; no algorithm."""
+
+from collections.abc import Iterator, Sequence
+from functools import partial
+
+import torch
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.transformer.module import MegatronModule
+from torch import Tensor
+
+from nemo_aligner.batch import TokenBatch
+from nemo_aligner.models.gpt.model import GPT
+from nemo_aligner.models.gpt.view import view
+from nemo_aligner.objectives.protocol import Metrics, ModelOutput, Objective
+from nemo_aligner.parallel import collectives, world
+
+__all__ = ["run"]
+
+
+def run(
+    wrapped: MegatronModule,
+    model: GPT,
+    batches: Sequence[TokenBatch],
+    objective: Objective,
+    *,
+    forward_only: bool,
+    kept_logits_bytes: int = 1 << 30,
+    outputs: list[ModelOutput] | None = None,
+) -> dict[str, float]:
+    """Forward, and unless ``forward_only`` backward, of one step's micro-batches through all pipeline stages.
+
+    The loss of each micro-batch is a sum; it is divided by the count of the objective's unit over all micro-batches
+    of all data parallel ranks, which the masks tell before any forward.
+
+    Args:
+        wrapped: ``model`` inside Megatron's DDP, or ``model`` itself where no gradients are wanted.
+        batches: this data parallel rank's micro-batches, all of one shape, as many as on every other rank.
+        outputs: filled on the last stage with each micro-batch's model output.
+
+    Returns:
+        {metric: mean over the global batch}, the same on every rank.
+    """
+    shapes = {(batch.num_rows, batch.seq_length) for batch in batches}
+    assert len(shapes) == 1, f"micro-batches of one step must share a shape, not {shapes}"
+    ((rows, seq_length),) = shapes
+    device = world.device()
+    total = torch.stack([batch.count(objective.unit) for batch in batches]).sum().to(device)
+    total = collectives.sum_over_data_parallel(total)
+    # Megatron divides by the number of micro-batches, its DDP by the number of data parallel ranks.
+    scale = len(batches) * world.dp_size() / total.clamp(min=1).item()
+
+    def loss_func(batch: TokenBatch, hidden: Tensor) -> tuple[Tensor, Metrics]:
+        output = view(model, hidden, batch, objective, kept_logits_bytes=kept_logits_bytes)
+        if outputs is not None:
+            outputs.append(output)
+        loss, metrics = objective(output, batch)
+        return loss * scale, metrics
+
+    def forward_step(iterator: Iterator[TokenBatch], module: MegatronModule) -> tuple[Tensor, partial]:
+        batch = next(iterator).to(device)
+        return module(**model.inputs(batch)), partial(loss_func, batch)
+
+    collected: list[Metrics] = get_forward_backward_func()(
+        forward_step_func=forward_step,
+        data_iterator=iter(batches),
+        model=wrapped,
+        num_microbatches=len(batches),
+        seq_length=seq_length,
+        micro_batch_size=rows,
+        forward_only=forward_only,
+    )
+    return _means(collected, objective.metrics)
+
+
+def _means(collected: list[Metrics], names: tuple[str, ...]) -> dict[str, float]:
+    sums = None
+    if world.is_last_stage():
+        sums = {
+            name: torch.stack([torch.stack([x.double() for x in micro[name]]) for micro in collected]).sum(0)
+            for name in names
+        }
+    totals = collectives.totals(sums, names)
+    return {name: (value / max(count, 1)) for name, (value, count) in ((n, t.tolist()) for n, t in totals.items())}

@@ -1,0 +1,120 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A GPT that trains, scores and writes, behind the alignable interface."""
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+
+import torch
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.transformer.module import MegatronModule
+from torch import Tensor
+
+from nemo_aligner.batch import TokenBatch, Unit
+from nemo_aligner.models.gpt import engine
+from nemo_aligner.models.gpt.generate import greedy
+from nemo_aligner.models.gpt.model import GPT
+from nemo_aligner.models.gpt.optim import OptimConfig, build_optimizer, learning_rate
+from nemo_aligner.objectives.protocol import Metrics, ModelOutput, Objective, Wants
+from nemo_aligner.parallel import world
+
+__all__ = ["GPTPolicy"]
+
+
+class _Score:
+    """The objective of scoring: it wants log-probs and has no loss."""
+
+    wants = frozenset({Wants.LOGPROBS})
+    unit = Unit.TOKEN
+    metrics: tuple[str, ...] = ()
+
+    def weights(self, batch: TokenBatch) -> None:
+        del batch
+
+    def __call__(self, output: ModelOutput, batch: TokenBatch) -> tuple[Tensor, Metrics]:
+        assert output.logprobs is not None
+        return output.logprobs.sum(), {}
+
+
+class GPTPolicy:
+    """A GPT and, once :meth:`prepare_training` was called, its gradients and optimizer."""
+
+    def __init__(self, model: GPT, *, eos_id: int | None = None, kept_logits_bytes: int = 1 << 30) -> None:
+        self.model = model
+        self.eos_id = eos_id
+        self.kept_logits_bytes = kept_logits_bytes
+        self._ddp: DistributedDataParallel | None = None
+        self._optimizer: MegatronOptimizer | None = None
+        self._step = 0
+
+    def prepare_training(self, optim: OptimConfig, *, clip_grad: float, max_steps: int) -> None:
+        """Make gradient buffers and optimizer state; before it, the policy can only score and write."""
+        self._optim, self._max_steps = optim, max_steps
+        config = self.model.config
+        ddp_config = DistributedDataParallelConfig(grad_reduce_in_fp32=True, overlap_grad_reduce=False)
+        self._ddp = DistributedDataParallel(config, ddp_config, self.model)
+        self._optimizer = build_optimizer(optim, [self._ddp], dtype=config.params_dtype, clip_grad=clip_grad)
+        config.finalize_model_grads_func = finalize_model_grads
+        config.grad_scale_func = self._optimizer.scale_loss
+
+    def get_loss_and_metrics(
+        self, batches: Sequence[TokenBatch], objective: Objective, *, forward_only: bool
+    ) -> dict[str, float]:
+        """See :class:`~nemo_aligner.models.alignable_interface.SupervisedInterface`."""
+        with self.inference() if forward_only else contextlib.nullcontext():
+            module: MegatronModule = self.model
+            if not forward_only:
+                assert self._ddp is not None and self._optimizer is not None, "prepare_training comes first"
+                module = self._ddp
+                module.train()
+                module.zero_grad_buffer()
+                self._optimizer.zero_grad()
+            return engine.run(
+                module,
+                self.model,
+                batches,
+                objective,
+                forward_only=forward_only,
+                kept_logits_bytes=self.kept_logits_bytes,
+            )
+
+    def optimizer_step(self) -> dict[str, float]:
+        """See :class:`~nemo_aligner.models.alignable_interface.SupervisedInterface`."""
+        assert self._optimizer is not None, "prepare_training comes first"
+        lr = learning_rate(self._step, peak=self._optim.lr, sched=self._optim.sched, max_steps=self._max_steps)
+        for group in self._optimizer.param_groups:
+            group["lr"] = lr
+        _, grad_norm, _ = self._optimizer.step()
+        self._step += 1
+        return {"lr": lr, "grad_norm": float(grad_norm)}
+
+    @contextlib.contextmanager
+    def inference(self) -> Iterator[None]:
+        """Within it, dropout is off and no gradients are kept."""
+        was_training = self.model.training
+        self.model.eval()
+        try:
+            with torch.no_grad():
+                yield
+        finally:
+            self.model.train(was_training)
+
+    def logprobs(self, batch: TokenBatch) -> Tensor:
+        """[B, S] float on the last pipeline stage's ranks, zeros elsewhere: log-probs of all tokens but the first."""
+        everything = torch.arange(batch.seq_length)[None] < batch.lengths[:, None]
+        batch = replace(batch, mask=everything.to(batch.mask.device)) if batch.cu_seqlens is None else batch
+        outputs: list[ModelOutput] = []
+        with self.inference():
+            engine.run(self.model, self.model, [batch], _Score(), forward_only=True, outputs=outputs)
+        if not outputs:
+            return torch.zeros(batch.tokens.shape, device=world.device())
+        assert outputs[0].logprobs is not None
+        return outputs[0].logprobs
+
+    infer = logprobs
+
+    def generate(self, prompts: Sequence[Sequence[int]], *, max_new_tokens: int) -> list[list[int]]:
+        """See :class:`~nemo_aligner.models.alignable_interface.AlignableGenerativeInterface`."""
+        with self.inference():
+            return greedy(self.model, prompts, max_new_tokens=max_new_tokens, eos_id=self.eos_id)

@@ -1,0 +1,61 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From hidden states to what an objective wants: learned positions selected, then projected in chunks.
+
+The one place where position t's token meets the hidden state of t - 1.
+"""
+
+from megatron.core import tensor_parallel
+from torch import Tensor
+
+from nemo_aligner.batch import TokenBatch
+from nemo_aligner.models.gpt.model import GPT
+from nemo_aligner.objectives.protocol import ModelOutput, Objective, Wants
+from nemo_aligner.parallel import world
+from nemo_aligner.parallel.vocab import HeadRequest
+
+__all__ = ["view"]
+
+
+def view(
+    model: GPT, hidden: Tensor, batch: TokenBatch, objective: Objective, *, kept_logits_bytes: int, top_k: int = 0
+) -> ModelOutput:
+    """What ``objective`` wants of this micro-batch; tensors are [B, S], 0 where nothing is learned.
+
+    Args:
+        hidden: [S, B, H] of the last stage, or this rank's [S / TP, B, H] with sequence parallelism.
+    """
+    learned = batch.learned()
+    row, position = learned.nonzero(as_tuple=True)
+    if model.config.sequence_parallel:
+        # Its backward reduce-scatters: each rank's gradient is the part of its slice of the vocabulary.
+        hidden = tensor_parallel.gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=True)
+    selected = hidden.reshape(-1, hidden.shape[-1]).index_select(0, (position - 1) * batch.num_rows + row)
+    if not model.config.sequence_parallel and world.tp_size() > 1:
+        selected = tensor_parallel.copy_to_tensor_model_parallel_region(selected)
+    weights = objective.weights(batch)
+    out = model.head(
+        selected,
+        batch.tokens[learned],
+        request=HeadRequest(
+            vocab_size=model.gpt_config.vocab_size,
+            entropy=Wants.ENTROPY in objective.wants,
+            top_k=top_k if Wants.TOPK in objective.wants else 0,
+            kept_logits_bytes=kept_logits_bytes,
+        ),
+        weights=None if weights is None else weights[learned],
+    )
+    assert not isinstance(out, Tensor)
+    return ModelOutput(
+        logprobs=_spread(out.logprobs, learned),
+        entropy=_spread(out.entropy, learned),
+        topk_logprobs=_spread(out.topk_logprobs, learned),
+        topk_ids=_spread(out.topk_ids, learned),
+    )
+
+
+def _spread(values: Tensor | None, learned: Tensor) -> Tensor | None:
+    """[n, ...] at learned positions -> [B, S, ...], 0 elsewhere."""
+    if values is None:
+        return None
+    full = values.new_zeros(*learned.shape, *values.shape[1:])
+    return full.masked_scatter(learned.reshape(*learned.shape, *[1] * (values.ndim - 1)), values)
