@@ -51,10 +51,8 @@ setup(
         ],
     },
     classifiers=[
-        "License :: OSI Approved :: Apache Software License",
         "Programming Language :: Python :: 3.11",
         "Operating System :: POSIX :: Linux",
-        "Operating System :: MacOS",
         "Topic :: Scientific/Engineering :: Artificial Intelligence",
     ],
 )

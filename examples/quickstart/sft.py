@@ -34,6 +34,7 @@ TRAINING = (
     "trainer.sft.val_check_interval=20",
     "model.encoder_seq_length=128",
     "model.data.chat=True",
+    "model.data.chat_template=tokenizer",
     f"model.data.train_ds.file_path={DATA / 'train.jsonl'}",
     "model.data.train_ds.micro_batch_size=8",
     "model.data.train_ds.global_batch_size=8",
