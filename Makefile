@@ -31,8 +31,8 @@ help:  ## Print the targets
 
 setup: $(STAMP)  ## Make .venv and install pinned versions
 
-# The stamp also holds TORCH and PIP_ARGS: another torch, or another index, installs again.
-ifneq ($(shell cat $(STAMP) 2>/dev/null),$(strip $(TORCH) $(PIP_ARGS)))
+# The stamp holds TORCH, so that another torch installs again.
+ifneq ($(shell cat $(STAMP) 2>/dev/null),$(TORCH))
 .PHONY: $(STAMP)
 endif
 
@@ -44,7 +44,7 @@ $(STAMP): setup.py constraints.txt
 	@grep -v '^torch==' constraints.txt > $(VENV)/constraints.txt
 	@$(PY) -m pip install --disable-pip-version-check $(PIP_ARGS) -c $(VENV)/constraints.txt \
 		"$(TORCH)" -e '.[dev,test,quickstart]'
-	@echo '$(strip $(TORCH) $(PIP_ARGS))' > $@
+	@echo '$(TORCH)' > $@
 
 format: $(STAMP)  ## Format and mend what ruff can mend
 	$(VENV)/bin/ruff check --fix .
