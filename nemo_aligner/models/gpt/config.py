@@ -226,8 +226,11 @@ class GPTConfig:
             pipeline_dtype=dtype,
             bf16=dtype == torch.bfloat16,
             fp16=dtype == torch.float16,
-            # The weights come from a checkpoint: initialising them would be time spent for nothing.
-            perform_initialization=False,
+            # The weights come from a checkpoint. Megatron marks tensor parallel weights while it initialises them,
+            # so the initialisation stays on and does nothing.
+            init_method=_leave,
+            output_layer_init_method=_leave,
+            embedding_init_method=_leave,
             use_cpu_initialization=False,
             # Fused kernels that need Transformer Engine or apex; its spec turns on its own.
             bias_dropout_fusion=False,
@@ -242,6 +245,10 @@ class GPTConfig:
         )
 
 
+
+
+def _leave(weight: Tensor) -> Tensor:
+    return weight
 
 
 def _rope_scaling(config: Mapping[str, Any]) -> dict[str, Any] | None:
