@@ -1,0 +1,107 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The settings under ``model.data`` for supervised fine-tuning. Defaults stand here and nowhere else."""
+
+import re
+from dataclasses import dataclass, field, fields
+
+from nemo_aligner.errors import UserError
+
+__all__ = ["ChatPromptTokens", "SFTDataConfig", "SFTSplitConfig", "unescape"]
+
+_ESCAPE = re.compile(r"\\(n|t|r|\\|x[0-9a-fA-F]{2})")
+_ESCAPED = {"n": "\n", "t": "\t", "r": "\r", "\\": "\\"}
+
+
+def unescape(text: str) -> str:
+    r"""Turn ``\n``, ``\t``, ``\r``, ``\\`` and ``\xNN``, as typed on a command line, into their characters.
+
+    >>> unescape(r"Q: {input}\nA: {output}")
+    'Q: {input}\nA: {output}'
+    """
+    return _ESCAPE.sub(lambda match: _ESCAPED.get(match[1]) or chr(int(match[1][1:], 16)), text)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChatPromptTokens:
+    """The text that marks turns in a conversation; escapes such as ``\\n`` are understood."""
+
+    system_turn_start: str = "\x00"  # before "System"
+    turn_start: str = "\x11"  # before a speaker's name; after the last learned turn it is the stop token
+    label_start: str = "\x12"  # before a turn's label
+    end_of_turn: str = "\n"  # after a turn's text
+    end_of_name: str = "\n"  # after a speaker's name and after a label
+
+    def __post_init__(self) -> None:
+        for entry in fields(self):
+            object.__setattr__(self, entry.name, unescape(getattr(self, entry.name)))
+
+
+@dataclass(frozen=True, kw_only=True)
+class SFTSplitConfig:
+    """One data file and how its rows become samples: ``model.data.train_ds`` or ``validation_ds``."""
+
+    file_path: str  # JSONL, one JSON object per line
+    global_batch_size: int = 128  # rows per optimizer step over all data-parallel ranks
+    micro_batch_size: int = 1  # rows per forward pass on one rank
+    shuffle: bool = True  # a new order each epoch, a function of model.seed and the epoch alone
+    memmap_workers: int | None = None  # no effect: one pass over the file finds its lines
+    max_seq_length: int = 4096  # tokens; a longer sample is truncated and counted
+    min_seq_length: int = 1  # no effect: a sample of any length is used
+    drop_last: bool = True  # leave out an incomplete last batch, unless it would be the only one
+    label_key: str = "output"  # the answer's field; the template ends with it
+    add_eos: bool = True  # end each sample with EOS, learned
+    add_sep: bool = False  # put the tokenizer's separator token before the answer
+    add_bos: bool | None = (
+        None  # start each sample with BOS; null: as the tokenizer or its chat template does
+    )
+    truncation_field: str | None = "input"  # fields cut first when a sample is too long, separated by commas
+    index_mapping_dir: str | None = None  # no effect: the index of lines is kept in memory, none is written
+    prompt_template: str = "{input} {output}"  # prompt and answer; each {name} is a field of the row
+    hf_dataset: bool = False  # no effect: the file is read as JSONL either way
+    truncation_method: str = "right"  # the end at which truncation_field loses tokens: right or left
+    output_original_text: bool = True  # no effect: samples carry tokens only
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "prompt_template", unescape(self.prompt_template))
+        for name in ("global_batch_size", "micro_batch_size"):
+            if getattr(self, name) < 1:
+                raise UserError(
+                    f"{name}={getattr(self, name)} in model.data for {self.file_path} is not positive",
+                    cure=f"set {name} to 1 or more",
+                )
+        if self.max_seq_length < 2:
+            raise UserError(
+                f"max_seq_length={self.max_seq_length} in model.data for {self.file_path} is too short",
+                cure="set max_seq_length to 2 or more, usually model.encoder_seq_length",
+            )
+        if self.truncation_method not in ("left", "right"):
+            raise UserError(
+                f"truncation_method={self.truncation_method!r} in model.data for {self.file_path} is unknown",
+                cure="use left or right",
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class SFTDataConfig:
+    """``model.data``: the two splits and what they share."""
+
+    train_ds: SFTSplitConfig
+    validation_ds: SFTSplitConfig
+    chat: bool = False  # rows are conversations; otherwise prompt and answer
+    chat_template: str = (
+        "prompt_tokens"  # prompt_tokens: chat_prompt_tokens; tokenizer: the tokenizer's own template
+    )
+    chat_prompt_tokens: ChatPromptTokens = field(default_factory=ChatPromptTokens)
+    sample: bool = False  # no effect: rows are drawn by shuffle, never resampled
+    num_workers: int = 0  # threads that tokenise ahead of training; 0: in the training thread
+
+    def __post_init__(self) -> None:
+        if self.chat_template not in ("prompt_tokens", "tokenizer"):
+            raise UserError(
+                f"model.data.chat_template={self.chat_template!r} is not known",
+                cure="use prompt_tokens or tokenizer",
+            )
+        if self.num_workers < 0:
+            raise UserError(
+                f"model.data.num_workers={self.num_workers} is negative", cure="set it to 0 or more"
+            )

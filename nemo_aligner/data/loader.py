@@ -1,0 +1,110 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One rank's share of each global batch, tokenised ahead of training where threads are given."""
+
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import KW_ONLY, dataclass, field
+from itertools import islice
+from typing import Protocol
+
+from nemo_aligner.batch import TokenBatch
+from nemo_aligner.data.collate import collate, empty_sample, padded_length
+from nemo_aligner.data.sample import Sample
+from nemo_aligner.data.sampler import GlobalBatchSampler, rank_rows
+
+__all__ = ["SFTLoader", "Samples"]
+
+
+class Samples(Protocol):
+    """A map-style data set."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> Sample: ...
+
+
+@dataclass(frozen=True, slots=True)
+class _Step:
+    micro_batches: list[TokenBatch]
+    num_rows: int
+    num_truncated: int
+
+
+@dataclass
+class SFTLoader:
+    """Micro-batches of global batch ``index``, for one data-parallel rank.
+
+    All micro-batches of a step have ``micro_batch_size`` rows and one length; missing rows are one padding
+    token with nothing learned. Every rank gets equally many micro-batches.
+    """
+
+    dataset: Samples
+    sampler: GlobalBatchSampler
+    _: KW_ONLY
+    dp_rank: int
+    dp_size: int
+    micro_batch_size: int  # rows
+    pad_id: int
+    multiple: int  # lengths are rounded up to a multiple of this many tokens
+    max_length: int  # tokens; no sample is longer
+    num_workers: int = 0  # threads that tokenise ahead; 0: none
+    num_seen: int = field(default=0, init=False)  # rows handed out so far on this rank
+    num_truncated: int = field(default=0, init=False)  # those of them that were cut to fit
+
+    def __post_init__(self) -> None:
+        assert 0 <= self.dp_rank < self.dp_size, (self.dp_rank, self.dp_size)
+        assert len(self.dataset) == self.sampler.num_samples, (len(self.dataset), self.sampler.num_samples)
+
+    def batch(self, index: int) -> list[TokenBatch]:
+        """The micro-batches of global batch ``index``, which counts on from epoch to epoch."""
+        return self._count(self._step(index))
+
+    def iterate(self, start: int, stop: int) -> Iterator[list[TokenBatch]]:
+        """The micro-batches of global batches ``start`` to ``stop - 1``, in order."""
+        indices = iter(range(start, stop))
+        if self.num_workers == 0:
+            yield from map(self.batch, indices)
+            return
+        pool = ThreadPoolExecutor(self.num_workers, thread_name_prefix="tokenise")
+        try:
+            # One batch more than there are threads, so that none of them idles while a batch is trained on.
+            ahead: deque[Future[_Step]] = deque(
+                pool.submit(self._step, index) for index in islice(indices, self.num_workers + 1)
+            )
+            while ahead:
+                step = ahead.popleft().result()
+                ahead.extend(pool.submit(self._step, index) for index in islice(indices, 1))
+                yield self._count(step)
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+
+    def _step(self, index: int) -> _Step:
+        rows = rank_rows(
+            self.sampler.rows(index),
+            dp_rank=self.dp_rank,
+            dp_size=self.dp_size,
+            micro_batch_size=self.micro_batch_size,
+        )
+        samples = [[self.dataset[row] for row in micro] for micro in rows]
+        present = [sample for micro in samples for sample in micro]
+        longest = max((len(sample.tokens) for sample in present), default=1)
+        length = padded_length(longest, multiple=self.multiple, maximum=self.max_length)
+        filler = empty_sample(self.pad_id)
+        return _Step(
+            micro_batches=[
+                collate(
+                    [*micro, *[filler] * (self.micro_batch_size - len(micro))],
+                    pad_id=self.pad_id,
+                    seq_length=length,
+                )
+                for micro in samples
+            ],
+            num_rows=len(present),
+            num_truncated=sum(sample.truncated for sample in present),
+        )
+
+    def _count(self, step: _Step) -> list[TokenBatch]:
+        self.num_seen += step.num_rows
+        self.num_truncated += step.num_truncated
+        return step.micro_batches

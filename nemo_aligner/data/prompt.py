@@ -1,0 +1,166 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Prompt and answer, laid out by a template such as ``{input} {output}``, to tokens and mask."""
+
+import logging
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from nemo_aligner.data.config import SFTSplitConfig
+from nemo_aligner.data.dolly import dolly_to_prompt_response, is_dolly
+from nemo_aligner.data.records import PromptResponse, read_prompt_response
+from nemo_aligner.data.sample import Sample, finish, split_bos
+from nemo_aligner.data.tokenizer import Tokenizer, encode_after
+from nemo_aligner.errors import UserError
+
+__all__ = ["PromptResponseLayout"]
+
+_LOG = logging.getLogger(__name__)
+
+# Spaces before a placeholder belong to its value, since most tokenizers join a space to the word after it.
+_PLACEHOLDER = re.compile(r"( *)\{(\w+)\}")
+
+
+@dataclass(frozen=True, slots=True)
+class _Piece:
+    text: str  # literal text; for a placeholder the spaces before it
+    key: str | None  # the placeholder's field
+
+
+class PromptResponseLayout:
+    """Turns a row's fields into one sample.
+
+    Each piece of the template is tokenised by itself, so that the prompt's tokens are those that a prompt
+    alone has when the model is asked later.
+
+    Args:
+        tokenizer: where ids come from.
+        cfg: template, truncation and special tokens.
+        answer_only_loss: learn the answer and EOS only; otherwise everything but BOS.
+
+    Raises:
+        UserError: the template, the truncation fields and the tokenizer do not go together.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, cfg: SFTSplitConfig, *, answer_only_loss: bool) -> None:
+        self._tokenizer = tokenizer
+        self._cfg = cfg
+        self._answer_only_loss = answer_only_loss
+        self._pieces = _split_template(cfg)
+        self._keys = tuple(dict.fromkeys(piece.key for piece in self._pieces if piece.key is not None))
+        self._truncation_keys = _truncation_keys(cfg, self._keys)
+        self._sep = _separator(tokenizer, cfg)
+        self._dolly_announced = False
+
+    def read(self, row: Mapping[str, object]) -> PromptResponse:
+        """The fields that the template needs; a raw Dolly row is converted first."""
+        if is_dolly(row) and not row.keys() >= set(self._keys):
+            if not self._dolly_announced:
+                self._dolly_announced = True
+                _LOG.info(
+                    "%s holds raw Dolly rows: read as examples/nlp/data/dolly/preprocess.py converts them",
+                    self._cfg.file_path,
+                )
+            row = dolly_to_prompt_response(row)
+        return read_prompt_response(row, keys=self._keys)
+
+    def __call__(self, record: PromptResponse) -> Sample:
+        """The sample; UserError if nothing of the answer is left to learn."""
+        cfg = self._cfg
+        pieces = self._tokenise(record.fields)
+        bos = split_bos(pieces, tokenizer=self._tokenizer, add_bos=cfg.add_bos)
+        eos = self._take_eos(pieces[-1])
+        num_answer = len(pieces[-1])
+        room = cfg.max_seq_length - len(bos) - len(self._sep) - len(eos)
+        truncated = self._fit(pieces, room)
+        if num_answer and not pieces[-1]:
+            raise UserError(
+                f"the prompt leaves no room for the answer within max_seq_length={cfg.max_seq_length}",
+                cure="raise max_seq_length, or name a long field in truncation_field",
+            )
+        prompt = [*(token for piece in pieces[:-1] for token in piece), *self._sep]
+        answer = [*pieces[-1], *eos]
+        mask = [False] * len(bos) + [not self._answer_only_loss] * len(prompt) + [True] * len(answer)
+        return finish([*bos, *prompt, *answer], mask, truncated=truncated, max_seq_length=cfg.max_seq_length)
+
+    def _tokenise(self, values: Mapping[str, str]) -> list[list[int]]:
+        ids: list[list[int]] = []
+        for piece in self._pieces:
+            text = piece.text
+            if piece.key is not None:
+                value = values[piece.key].strip(" ")
+                text = text + value if value else ""
+            if not text:
+                ids.append([])
+            elif any(ids):
+                ids.append(encode_after(self._tokenizer, text))
+            else:
+                ids.append(self._tokenizer.encode(text))
+        return ids
+
+    def _take_eos(self, answer: list[int]) -> list[int]:
+        """EOS to end with, taken off the answer's own end if its text was written with one."""
+        if not self._cfg.add_eos:
+            return []
+        while answer and answer[-1] == self._tokenizer.eos_id:
+            answer.pop()
+        return [self._tokenizer.eos_id]
+
+    def _fit(self, pieces: list[list[int]], room: int) -> bool:
+        """Cut the truncation fields, then the answer's end, to ``room`` tokens; whether that was needed."""
+        excess = sum(map(len, pieces)) - room
+        if excess <= 0:
+            return False
+        chosen = [i for i, piece in enumerate(self._pieces) if piece.key in self._truncation_keys]
+        for i, cut in zip(chosen, _shares([len(pieces[i]) for i in chosen], excess), strict=True):
+            kept = len(pieces[i]) - cut
+            pieces[i] = pieces[i][:kept] if self._cfg.truncation_method == "right" else pieces[i][cut:]
+        excess = sum(map(len, pieces)) - room
+        if excess > 0:
+            pieces[-1] = pieces[-1][: max(len(pieces[-1]) - excess, 0)]
+        return True
+
+
+def _shares(lengths: Sequence[int], excess: int) -> list[int]:
+    """Tokens that each field loses, ``excess`` in all if there are so many: equal shares, or all it has."""
+    cuts = [0] * len(lengths)
+    by_length = sorted(range(len(lengths)), key=lambda i: lengths[i])
+    for done, i in enumerate(by_length):
+        cuts[i] = min(lengths[i], -(-excess // (len(lengths) - done)))
+        excess -= cuts[i]
+    return cuts
+
+
+def _split_template(cfg: SFTSplitConfig) -> list[_Piece]:
+    template, ending = cfg.prompt_template, f"{{{cfg.label_key}}}"
+    if not template.endswith(ending) or template.count(ending) != 1:
+        raise UserError(
+            f"prompt_template={template!r} does not end with its one {ending}, the answer",
+            cure=f"end prompt_template with {ending}, or set label_key to the field that it ends with",
+        )
+    pieces, end = [], 0
+    for match in _PLACEHOLDER.finditer(template):
+        if match.start() > end:
+            pieces.append(_Piece(template[end : match.start()], None))
+        pieces.append(_Piece(match[1], match[2]))
+        end = match.end()
+    return pieces
+
+
+def _truncation_keys(cfg: SFTSplitConfig, keys: Sequence[str]) -> frozenset[str]:
+    chosen = frozenset(name.strip() for name in (cfg.truncation_field or "").split(",") if name.strip())
+    if not chosen <= set(keys):
+        raise UserError(
+            f"truncation_field={cfg.truncation_field!r} names {sorted(chosen - set(keys))}, "
+            f"but prompt_template={cfg.prompt_template!r} has {sorted(keys)}",
+            cure="name fields of prompt_template, separated by commas, or null",
+        )
+    return chosen
+
+
+def _separator(tokenizer: Tokenizer, cfg: SFTSplitConfig) -> list[int]:
+    if not cfg.add_sep:
+        return []
+    if tokenizer.sep_id is None:
+        raise UserError("add_sep=True, but the tokenizer has no separator token", cure="set add_sep=False")
+    return [tokenizer.sep_id]

@@ -1,0 +1,254 @@
+# SPDX-License-Identifier: Apache-2.0
+"""JSONL files as random-access sequences of typed records. Knows files and fields; knows no tokens.
+
+A file is read once when it is opened: each line is parsed and checked, and only its place is kept. Rows are
+then read from the mapped file when they are asked for.
+"""
+
+import json
+import mmap
+from array import array
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Generic, TypeVar
+
+from nemo_aligner.errors import UserError
+
+__all__ = [
+    "Chat",
+    "PromptResponse",
+    "RecordFile",
+    "Turn",
+    "parse_line",
+    "read_chat",
+    "read_prompt_response",
+    "text_field",
+]
+
+_LONGEST_SHOWN = 60  # characters of a bad value in a message
+
+R = TypeVar("R")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PromptResponse:
+    """The fields that a prompt template names."""
+
+    fields: Mapping[str, str]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Turn:
+    """One speaker's turn."""
+
+    speaker: str  # "User" or "Assistant" as a rule; with prompt tokens any name
+    text: str
+    label: str | None = None  # attributes of the turn, e.g. "quality:4,toxicity:0"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Chat:
+    """A conversation."""
+
+    system: str  # may be empty
+    turns: tuple[Turn, ...]  # at least one is learned, see ``learned``
+    mask: str  # the speaker whose turns are not learned
+    kind: str | None  # VALUE_TO_TEXT: labels before the text; TEXT_TO_VALUE: after it; None: not shown
+
+    def learned(self, index: int) -> bool:
+        """Whether a turn is learned. The first one is context only, unless labels are predicted from it."""
+        return self.turns[index].speaker != self.mask and (index > 0 or self.kind == "TEXT_TO_VALUE")
+
+
+class RecordFile(Generic[R]):
+    """The records of a JSONL file; the file is mapped, not loaded.
+
+    Args:
+        path: the file, one JSON object per line; blank lines are passed over.
+        read: makes a record of a parsed line; its UserError is reported with file and line.
+
+    Raises:
+        UserError: the file is missing, compressed or empty, or a line is bad.
+    """
+
+    def __init__(self, path: str | Path, read: Callable[[Mapping[str, object]], R]) -> None:
+        self.path = Path(path)
+        self._read = read
+        self._bytes = _map(self.path)
+        self._starts = array("Q")  # byte offset of each record
+        self._lines = array("Q")  # its line number, from 1
+        for start, number, line in self._scan():
+            try:
+                read(parse_line(line))
+            except UserError as error:
+                raise UserError(f"{self.path}, line {number}: {error.problem}", cure=error.cure) from error
+            self._starts.append(start)
+            self._lines.append(number)
+        if not self._starts:
+            raise UserError(f"{self.path} has no rows", cure="give a file with one JSON object per line")
+
+    def __len__(self) -> int:
+        return len(self._starts)
+
+    def __getitem__(self, index: int) -> R:
+        start = self._starts[index]
+        end = self._bytes.find(b"\n", start)
+        line = self._bytes[start : end if end >= 0 else len(self._bytes)]
+        return self._read(parse_line(line))
+
+    def where(self, index: int) -> str:
+        """The place of a record as messages name it: ``FILE, line N``."""
+        return f"{self.path}, line {self._lines[index]}"
+
+    def _scan(self) -> Iterator[tuple[int, int, bytes]]:
+        start, number = 0, 0
+        while start < len(self._bytes):
+            end = self._bytes.find(b"\n", start)
+            end = len(self._bytes) if end < 0 else end
+            line = self._bytes[start:end]
+            number += 1
+            if line.strip():
+                yield start, number, line
+            start = end + 1
+
+
+def parse_line(line: bytes) -> Mapping[str, object]:
+    """One JSON object.
+
+    Raises:
+        UserError: not UTF-8, not JSON, or not an object.
+    """
+    try:
+        row = json.loads(line.decode("utf-8-sig"))
+    except UnicodeDecodeError as error:
+        raise UserError(f"not UTF-8 text ({error.reason})", cure="save the file as UTF-8") from error
+    except json.JSONDecodeError as error:
+        shown = _shorten(line.decode("utf-8-sig").strip())
+        raise UserError(
+            f"not JSON ({error.msg} at column {error.colno}): {shown}",
+            cure="write one whole JSON object on each line",
+        ) from error
+    if not isinstance(row, dict):
+        raise UserError(
+            f"not a JSON object but {type(row).__name__}: {_shorten(row)}",
+            cure="write one JSON object on each line",
+        )
+    return row
+
+
+def read_prompt_response(row: Mapping[str, object], *, keys: Sequence[str]) -> PromptResponse:
+    """The row's values of ``keys``.
+
+    Raises:
+        UserError: a key is missing or its value is not a string.
+    """
+    return PromptResponse(fields={key: text_field(row, key) for key in keys})
+
+
+def read_chat(row: Mapping[str, object]) -> Chat:
+    """A conversation in either layout: {system, conversations, mask, type} or {messages: [{role, content}]}.
+
+    Raises:
+        UserError: a key is missing or has the wrong type, or no turn would be learned.
+    """
+    chat = (
+        _read_messages(row) if "messages" in row and "conversations" not in row else _read_conversations(row)
+    )
+    if not any(chat.learned(index) for index in range(len(chat.turns))):
+        raise UserError(
+            f"no turn is learned: speakers {[turn.speaker for turn in chat.turns]}, mask {chat.mask!r}, "
+            "and the first turn is context only",
+            cure="let an answer follow the first turn, or remove the line",
+        )
+    return chat
+
+
+def _read_conversations(row: Mapping[str, object]) -> Chat:
+    turns = tuple(
+        Turn(
+            speaker=text_field(turn, "from"),
+            text=text_field(turn, "value"),
+            label=_optional_text(turn, "label"),
+        )
+        for turn in _objects(row, "conversations")
+    )
+    kind = _optional_text(row, "type")
+    if kind not in (None, "VALUE_TO_TEXT", "TEXT_TO_VALUE"):
+        raise UserError(f"key 'type' is {kind!r}", cure="use VALUE_TO_TEXT, TEXT_TO_VALUE or null")
+    mask = _optional_text(row, "mask") or "User"
+    speakers = sorted({turn.speaker for turn in turns})
+    if mask not in speakers:
+        raise UserError(
+            f"key 'mask' is {mask!r}, but the speakers are {speakers}", cure="name the speaker to mask"
+        )
+    return Chat(system=_optional_text(row, "system") or "", turns=turns, mask=mask, kind=kind)
+
+
+def _read_messages(row: Mapping[str, object]) -> Chat:
+    speakers = {"user": "User", "assistant": "Assistant"}
+    messages = [
+        (text_field(entry, "role"), text_field(entry, "content")) for entry in _objects(row, "messages")
+    ]
+    system = messages.pop(0)[1] if messages[0][0] == "system" else ""
+    for role, _ in messages:
+        if role not in speakers:
+            raise UserError(
+                f"key 'messages' has the role {role!r} after its first entry"
+                if role == "system"
+                else f"key 'messages' has the role {role!r}",
+                cure="use user and assistant, and system for the first message only",
+            )
+    turns = tuple(Turn(speaker=speakers[role], text=text) for role, text in messages)
+    return Chat(system=system, turns=turns, mask="User", kind=None)
+
+
+def text_field(row: Mapping[str, object], key: str) -> str:
+    """The string under ``key``; UserError if it is missing or no string."""
+    if key not in row:
+        raise UserError(
+            f"key {key!r} is missing; the row has {sorted(row)}",
+            cure=f"add {key!r} to the row, or name another field in the settings under model.data",
+        )
+    value = row[key]
+    if not isinstance(value, str):
+        raise UserError(f"key {key!r} has the value {_shorten(value)}", cure=f"give {key!r} a string")
+    return value
+
+
+def _optional_text(row: Mapping[str, object], key: str) -> str | None:
+    return None if row.get(key) is None else text_field(row, key)
+
+
+def _objects(row: Mapping[str, object], key: str) -> list[Mapping[str, object]]:
+    if key not in row:
+        raise UserError(
+            f"key {key!r} is missing; the row has {sorted(row)}",
+            cure="give each row 'conversations' or 'messages', or set model.data.chat=False",
+        )
+    value = row[key]
+    if not (isinstance(value, list) and value and all(isinstance(entry, dict) for entry in value)):
+        raise UserError(
+            f"key {key!r} has the value {_shorten(value)}", cure=f"give {key!r} a list of JSON objects"
+        )
+    return value
+
+
+def _map(path: Path) -> mmap.mmap | bytes:
+    if not path.is_file():
+        raise UserError(
+            f"there is no data file {path}", cure="set file_path under model.data to a JSONL file"
+        )
+    if path.suffix == ".gz":
+        raise UserError(f"{path} is compressed, and rows are read in any order", cure=f"gunzip -k {path}")
+    try:
+        with path.open("rb") as file:
+            # An empty file cannot be mapped.
+            return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if path.stat().st_size else b""
+    except PermissionError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}", cure=f"chmod +r {path}") from error
+
+
+def _shorten(value: object) -> str:
+    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= _LONGEST_SHOWN else text[:_LONGEST_SHOWN] + " ..."

@@ -1,0 +1,95 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One tokenised row, and how it is shown to people. Knows neither files nor templates."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import groupby
+
+from nemo_aligner.data.tokenizer import Tokenizer
+from nemo_aligner.errors import UserError
+
+__all__ = ["Sample", "describe", "finish", "split_bos"]
+
+_LONGEST_SHOWN = 1000  # characters of one run of tokens; the middle of a longer one is left out
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sample:
+    """The tokens of one row."""
+
+    tokens: list[int]  # prompt and answer, BOS and EOS included
+    mask: list[bool]  # as long as tokens: which of them are learned
+    truncated: bool  # whether something was cut to fit max_seq_length
+
+    def __post_init__(self) -> None:
+        assert len(self.tokens) == len(self.mask), (len(self.tokens), len(self.mask))
+
+
+def finish(tokens: list[int], mask: list[bool], *, truncated: bool, max_seq_length: int) -> Sample:
+    """The sample, after the checks that every layout shares: it fits, and something in it is learned.
+
+    The first token is never learned, since nothing predicts it.
+
+    Raises:
+        UserError: nothing is learned.
+    """
+    assert len(tokens) <= max_seq_length, (len(tokens), max_seq_length)
+    mask = [False, *mask[1:]]
+    if not any(mask):
+        why = f" within max_seq_length={max_seq_length}" if truncated else ""
+        raise UserError(
+            f"no token of this row is learned{why}",
+            cure="raise max_seq_length or shorten the row"
+            if truncated
+            else "give the row an answer, or remove it",
+        )
+    return Sample(tokens=tokens, mask=mask, truncated=truncated)
+
+
+def split_bos(pieces: list[list[int]], *, tokenizer: Tokenizer, add_bos: bool | None) -> list[int]:
+    """Take BOS off the text's start and return what to start with instead: BOS once, or nothing.
+
+    Args:
+        pieces: the text's token ids, in order; changed where the text itself begins with BOS.
+        tokenizer: knows which token is BOS.
+        add_bos: whether to start with BOS where the text does not; None: as the tokenizer does.
+
+    Raises:
+        UserError: BOS is wanted and the tokenizer has none.
+    """
+    bos = tokenizer.bos_id
+    if bos is None:
+        if add_bos:
+            raise UserError(
+                "add_bos=True, but the tokenizer has no beginning-of-sequence token", cure="set add_bos=False"
+            )
+        return []
+    written = False
+    for piece in pieces:
+        while piece and piece[0] == bos:
+            written = True
+            piece.pop(0)
+        if piece:
+            break
+    wanted = tokenizer.adds_bos if add_bos is None else add_bos
+    return [bos] if wanted or written else []
+
+
+def describe(sample: Sample, tokenizer: Tokenizer) -> str:
+    """The sample as text, what is learned between ⟦ and ⟧."""
+    text = ""
+    for learned, run in groupby(range(len(sample.tokens)), key=lambda i: sample.mask[i]):
+        indices = list(run)
+        piece = _decode_run(tokenizer, sample.tokens, indices[0], indices[-1] + 1)
+        text += f"⟦{piece}⟧" if learned else piece
+    return text
+
+
+def _decode_run(tokenizer: Tokenizer, tokens: Sequence[int], start: int, stop: int) -> str:
+    # Decoded together with what stands before, so that a run keeps the space that joins it to the last one.
+    before, through = tokenizer.decode(tokens[:start]), tokenizer.decode(tokens[:stop])
+    piece = through[len(before) :] if through.startswith(before) else tokenizer.decode(tokens[start:stop])
+    if len(piece) <= _LONGEST_SHOWN:
+        return piece
+    half = _LONGEST_SHOWN // 2
+    return f"{piece[:half]} [... {len(piece) - 2 * half} characters ...] {piece[-half:]}"
