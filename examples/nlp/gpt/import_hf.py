@@ -1,0 +1,28 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Make a .nemo of a Hugging Face folder (Llama, SmolLM2, Mistral) or of a GGUF file.
+
+python examples/nlp/gpt/import_hf.py --in-file HF_FOLDER_OR_GGUF --out-file model.nemo
+"""
+
+import argparse
+from pathlib import Path
+
+from nemo_aligner.launch.cli import run_cli
+
+
+def main() -> None:
+    """Converts as the command line says."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--in-file", type=Path, required=True, help="Hugging Face folder, or a .gguf file")
+    parser.add_argument("--out-file", required=True, help="the .nemo to write; with / at its end, a folder")
+    parser.add_argument("--overwrite", action="store_true", help="replace an output that exists")
+    args = parser.parse_args()
+    from nemo_aligner.checkpoint.convert import import_from_huggingface
+
+    import_from_huggingface(args.in_file, args.out_file, overwrite=args.overwrite)
+
+
+if __name__ == "__main__":
+    run_cli(main)

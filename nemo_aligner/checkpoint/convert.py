@@ -1,0 +1,84 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The conversions behind the scripts: each joins a reader and a writer. Outputs are checked before inputs
+are read.
+"""
+
+import logging
+from pathlib import Path
+
+from nemo_aligner.checkpoint.gguf import import_gguf
+from nemo_aligner.checkpoint.huggingface import (
+    ImportedModel,
+    check_export_folder,
+    export_huggingface,
+    import_huggingface,
+)
+from nemo_aligner.checkpoint.legacy import import_legacy
+from nemo_aligner.checkpoint.nemo_archive import check_output, open_nemo, write_nemo
+from nemo_aligner.checkpoint.tokenizer_files import archived_tokenizer_files
+from nemo_aligner.checkpoint.weights import WeightReader, save_weights
+from nemo_aligner.errors import UserError
+
+__all__ = ["export_to_huggingface", "import_from_huggingface", "import_from_legacy"]
+
+_log = logging.getLogger(__name__)
+
+
+def import_from_huggingface(
+    source: Path, out: str, *, overwrite: bool = False, architecture: str | None = None
+) -> None:
+    """A Hugging Face folder or a .gguf file to a .nemo.
+
+    Args:
+        source: the folder or file.
+        out: the .nemo; with a "/" at its end, the extracted folder.
+        overwrite: whether an existing output is replaced.
+        architecture: refuse any other than this one.
+
+    Raises:
+        UserError: see the readers and ``write_nemo``.
+    """
+    check_output(out, overwrite=overwrite)
+    _log.info("reading %s", source)
+    model = import_gguf(source) if source.suffix == ".gguf" else import_huggingface(source)
+    found = model.config["huggingface"]["architecture"]
+    if architecture is not None and found != architecture:
+        raise UserError(
+            f"{source} is a {found}, not a {architecture}", cure="use examples/nlp/gpt/import_hf.py"
+        )
+    _write(model, out, overwrite=overwrite)
+
+
+def import_from_legacy(source: Path, out: str, *, overwrite: bool = False) -> None:
+    """An extracted .nemo in one of NeMo's old layouts to a .nemo that this package trains.
+
+    Raises:
+        UserError: see ``import_legacy`` and ``write_nemo``.
+    """
+    check_output(out, overwrite=overwrite)
+    _log.info("reading %s", source)
+    with open_nemo(source, old_layouts=True) as archive:
+        _write(import_legacy(archive), out, overwrite=overwrite)
+
+
+def export_to_huggingface(source: Path, out: Path, *, overwrite: bool = False) -> None:
+    """A .nemo or its extracted folder to a Hugging Face folder.
+
+    Raises:
+        UserError: see ``open_nemo`` and ``export_huggingface``.
+    """
+    check_export_folder(out, overwrite=overwrite)
+    _log.info("reading %s", source)
+    with open_nemo(source) as archive:
+        reader = WeightReader(archive.weights)
+        export_huggingface(
+            archive.config, reader, archived_tokenizer_files(archive), out, overwrite=overwrite
+        )
+
+
+def _write(model: ImportedModel, out: str, *, overwrite: bool) -> None:
+    def weights(folder: Path) -> None:
+        multiple = model.config["make_vocab_size_divisible_by"]
+        save_weights(folder, model.weights, model.config["num_layers"], vocab_multiple=multiple)
+
+    write_nemo(out, config=model.config, files=model.files, weights=weights, overwrite=overwrite)

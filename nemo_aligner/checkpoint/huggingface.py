@@ -1,0 +1,321 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Hugging Face folders to canonical config and weights, and back, driven by the tables in ``mappings``.
+
+Names, shapes and settings are checked before a tensor is read; tensors pass through one at a time in their
+stored dtype.
+"""
+
+import json
+import logging
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nemo_aligner.checkpoint.hf_config import (
+    dims_of,
+    extras,
+    family_for_export,
+    family_of,
+    to_hf_config,
+    to_nemo_config,
+)
+from nemo_aligner.checkpoint.mappings.table import Copy, Dims, Family, Rule, Shape
+from nemo_aligner.checkpoint.progress import Progress
+from nemo_aligner.checkpoint.tensor_files import HuggingFaceTensors, TensorSource, write_safetensors
+from nemo_aligner.checkpoint.tokenizer_files import TOKENIZER_FOLDER, describe_tokenizer, find_tokenizer_files
+from nemo_aligner.checkpoint.weights import WeightReader
+from nemo_aligner.errors import UserError
+
+__all__ = ["ImportedModel", "export_huggingface", "import_huggingface", "import_model"]
+
+_log = logging.getLogger(__name__)
+
+_PRECISIONS: dict[torch.dtype, str | int] = {torch.bfloat16: "bf16", torch.float16: 16, torch.float32: 32}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImportedModel:
+    """What becomes a .nemo: ``weights`` yields (canonical name, full tensor) once, reading as it goes."""
+
+    config: dict[str, Any]
+    weights: Iterator[tuple[str, Tensor]]
+    files: dict[str, Path | bytes]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Entry:
+    """A rule of one layer and one kind of parameter, with its final names and shapes."""
+
+    rule: Rule
+    nemo: str
+    shape: Shape
+    sources: dict[str, Shape]
+
+
+def import_huggingface(source: Path) -> ImportedModel:
+    """A folder that transformers' save_pretrained wrote, or that was downloaded from the hub.
+
+    Raises:
+        UserError: the folder has no config.json or no weights, its architecture or one of its settings is not
+            supported, or its tensors are not those that its config.json implies.
+    """
+    if not source.is_dir():
+        raise UserError(f"{source} is not a folder", cure="give a Hugging Face folder, or a .gguf file")
+    if not (source / "config.json").is_file():
+        _refuse_folder_without_config(source)
+    hf_config = _read_json(source / "config.json")
+    generation = source / "generation_config.json"
+    return import_model(
+        HuggingFaceTensors(source),
+        hf_config=hf_config,
+        generation_config=_read_json(generation) if generation.is_file() else None,
+        tokenizer_files=find_tokenizer_files(source),
+        where=str(source),
+    )
+
+
+def import_model(
+    tensors: TensorSource,
+    *,
+    hf_config: dict[str, Any],
+    generation_config: dict[str, Any] | None,
+    tokenizer_files: Mapping[str, Path | bytes],
+    where: str,
+) -> ImportedModel:
+    """A model from any source of Hugging Face tensors.
+
+    Args:
+        tensors: the weights.
+        hf_config: the content of config.json.
+        generation_config: the content of generation_config.json, if there is one.
+        tokenizer_files: file name to file or content; empty where there is no tokenizer.
+        where: names the source in messages.
+    """
+    family = family_of(hf_config, where)
+    config = to_nemo_config(family, hf_config, where)
+    entries = _entries(family, config)
+    _check_tensors(
+        entries, tensors, tied=config["share_embeddings_and_output_weights"], family=family, where=where
+    )
+    embedding = tensors.read(next(iter(entries[0].sources)))
+    if embedding.dtype not in _PRECISIONS:
+        raise UserError(
+            f"{where}: weights in {embedding.dtype} are not supported", cure="convert them to bfloat16"
+        )
+    config["precision"] = _PRECISIONS[embedding.dtype]
+    config["tokenizer"] = describe_tokenizer(tokenizer_files, where)
+    config["huggingface"] = {
+        "architecture": family.architecture,
+        "config": extras(family, hf_config),
+        "generation_config": generation_config,
+    }
+    files = {f"{TOKENIZER_FOLDER}/{name}": content for name, content in tokenizer_files.items()}
+    return ImportedModel(
+        config=config, weights=_read_all(entries, tensors, dims_of(config), where), files=files
+    )
+
+
+def export_huggingface(
+    config: dict[str, Any],
+    reader: WeightReader,
+    tokenizer_files: dict[str, Path],
+    out: Path,
+    *,
+    max_shard_bytes: int = 5 * 10**9,
+    overwrite: bool = False,
+) -> None:
+    """Writes a folder that transformers loads: config, generation config, tokenizer and safetensors.
+
+    Args:
+        config: model_config.yaml.
+        reader: the weights; padding of the vocabulary is not exported.
+        tokenizer_files: file name to file, copied as they are; empty where the model has no tokenizer.
+        out: the folder to write; it appears when it is complete.
+        max_shard_bytes: weights beyond this are split into shards.
+        overwrite: whether an existing folder is replaced.
+
+    Raises:
+        UserError: ``out`` exists, or the model is none that a supported architecture can express.
+    """
+    check_export_folder(out, overwrite=overwrite)
+    family = family_for_export(config)
+    entries = _entries(family, config)
+    _check_reader(entries, reader)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    staging = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
+    try:
+        _write_json(staging / "config.json", to_hf_config(family, config))
+        generation_config = (config.get("huggingface") or {}).get("generation_config")
+        if generation_config is not None:
+            _write_json(staging / "generation_config.json", generation_config)
+        for name, path in tokenizer_files.items():
+            (staging / name).parent.mkdir(exist_ok=True)
+            shutil.copyfile(path, staging / name)
+        _write_weights(staging, entries, reader, dims_of(config), max_shard_bytes)
+        staging.chmod(0o755)
+        if out.exists():
+            shutil.rmtree(out)
+        staging.rename(out)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+    _log.info("wrote %s", out)
+
+
+def check_export_folder(out: Path, *, overwrite: bool) -> None:
+    """Raises UserError where ``export_huggingface`` would refuse to write."""
+    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+        return
+    if not overwrite:
+        raise UserError(f"{out} exists", cure="give another output folder, or add --overwrite")
+    if not (out / "config.json").is_file():
+        raise UserError(
+            f"{out} is not a Hugging Face folder (it has no config.json), so it is not overwritten",
+            cure="give another output folder",
+        )
+
+
+def _entries(family: Family, config: dict[str, Any]) -> list[_Entry]:
+    """Every tensor of the model in order of layers; the embedding is the first."""
+    dims = dims_of(config)
+    entries = [_entry(rule, dims) for rule in family.outer]
+    kinds = ("weight", "bias") if config.get("bias", False) else ("weight",)
+    for layer in range(dims.layers):
+        for rule in family.layer:
+            entries += [
+                _entry(rule, dims, layer=layer, kind=kind) for kind in (kinds if rule.linear else ("",))
+            ]
+    if not config["share_embeddings_and_output_weights"]:
+        entries.append(_entry(family.head, dims))
+    return entries
+
+
+def _entry(rule: Rule, dims: Dims, *, layer: int = 0, kind: str = "") -> _Entry:
+    def name(pattern: str) -> str:
+        return pattern.format(i=layer) + (f".{kind}" if kind else "")
+
+    def cut(shape: Shape) -> Shape:
+        return shape[:1] if kind == "bias" else shape
+
+    sources = {name(pattern): cut(shape) for pattern, shape in rule.sources(dims).items()}
+    return _Entry(rule=rule, nemo=name(rule.nemo), shape=cut(rule.shape(dims)), sources=sources)
+
+
+def _check_tensors(
+    entries: list[_Entry], tensors: TensorSource, *, tied: bool, family: Family, where: str
+) -> None:
+    expected = {name: shape for entry in entries for name, shape in entry.sources.items()}
+    ignored = {name for name in tensors.shapes if name.endswith("rotary_emb.inv_freq")}
+    if tied and isinstance(family.head, Copy) and family.head.hf in tensors.shapes:
+        embedding = next(iter(expected))
+        if not torch.equal(tensors.read(family.head.hf), tensors.read(embedding)):
+            raise UserError(
+                f"{where}: tie_word_embeddings is true, but {family.head.hf} differs from {embedding}",
+                cure='set "tie_word_embeddings": false in its config.json',
+            )
+        ignored.add(family.head.hf)
+    if missing := expected.keys() - tensors.shapes.keys():
+        raise UserError(
+            f"{where}: tensors are missing: {_list(missing)}", cure="download the folder again, whole"
+        )
+    if extra := tensors.shapes.keys() - expected.keys() - ignored:
+        raise UserError(
+            f"{where}: tensors that a {family.architecture} does not have: {_list(extra)}",
+            cure="correct config.json (biases, number of layers), or use the plain model without adapters",
+        )
+    for name, shape in expected.items():
+        if tensors.shapes[name] != shape:
+            raise UserError(
+                f"{where}: {name} has shape {tensors.shapes[name]}, config.json implies {shape}",
+                cure="correct config.json, or download the folder again",
+            )
+
+
+def _read_all(
+    entries: list[_Entry], tensors: TensorSource, dims: Dims, where: str
+) -> Iterator[tuple[str, Tensor]]:
+    progress = Progress(f"reading {where}", total=len(entries), unit="tensors")
+    for entry in entries:
+        parts = [tensors.read(name) for name in entry.sources]
+        if len({part.dtype for part in parts}) > 1:
+            raise UserError(
+                f"{where}: {list(entry.sources)} differ in dtype", cure="convert the model to one dtype"
+            )
+        yield entry.nemo, entry.rule.join(parts, dims)
+        progress.advance()
+
+
+def _check_reader(entries: list[_Entry], reader: WeightReader) -> None:
+    expected = {entry.nemo: entry.shape for entry in entries}
+    names = set(reader.names())
+    cure = "export a checkpoint that matches its model_config.yaml"
+    if missing := expected.keys() - names:
+        raise UserError(f"the checkpoint lacks tensors: {_list(missing)}", cure=cure)
+    if extra := names - expected.keys():
+        raise UserError(f"the checkpoint has tensors that cannot be exported: {_list(extra)}", cure=cure)
+    for entry in entries:
+        found, shape = reader.shape(entry.nemo), entry.shape
+        is_vocabulary = isinstance(entry.rule, Copy) and entry.rule.axes[0] == "vocab"
+        if found[1:] != shape[1:] or (found[0] < shape[0] if is_vocabulary else found[0] != shape[0]):
+            raise UserError(f"{entry.nemo} has shape {found}, model_config.yaml implies {shape}", cure=cure)
+
+
+def _write_weights(
+    folder: Path, entries: list[_Entry], reader: WeightReader, dims: Dims, max_shard_bytes: int
+) -> None:
+    progress = Progress(f"writing {folder.parent}", total=len(entries), unit="tensors")
+    entry_of = {name: entry for entry in entries for name in entry.sources}
+    plan = {
+        name: torch.Size(shape).numel() * reader.dtype_of(entry.nemo).itemsize
+        for entry in entries
+        for name, shape in entry.sources.items()
+    }
+    parts: dict[str, Tensor] = {}
+
+    def read(name: str) -> Tensor:
+        if name not in parts:
+            entry = entry_of[name]
+            # The first rows: what follows pads the vocabulary.
+            tensor = reader.read(entry.nemo)[: entry.shape[0]]
+            parts.update(zip(entry.sources, entry.rule.split(tensor, dims), strict=True))
+            progress.advance()
+        # Shards must not share memory, and the other parts' rows are not to be kept alive.
+        return parts.pop(name).clone()
+
+    write_safetensors(folder, plan, read, max_shard_bytes=max_shard_bytes)
+
+
+def _refuse_folder_without_config(folder: Path) -> None:
+    if any(folder.glob("consolidated.*.pth")):
+        raise UserError(
+            f"{folder} is in Meta's own layout (consolidated.*.pth)",
+            cure="download the model's -hf form, or convert it with "
+            "python -m transformers.models.llama.convert_llama_weights_to_hf --input_dir IN --output_dir OUT",
+        )
+    raise UserError(
+        f"{folder} has no config.json", cure="give a Hugging Face folder that was downloaded whole"
+    )
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text())
+    except ValueError as error:
+        raise UserError(f"{path} is not JSON: {error}", cure="download the folder again") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path} is not a JSON object", cure="download the folder again")
+    return content
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False) + "\n")
+
+
+def _list(names: set[str]) -> str:
+    shown = sorted(names)[:5]
+    return ", ".join(shown) + (f" and {len(names) - len(shown)} more" if len(names) > len(shown) else "")

@@ -1,0 +1,160 @@
+# SPDX-License-Identifier: Apache-2.0
+"""NeMo's layouts from before distributed checkpoints: one model_weights.ckpt, with Megatron's older names
+or mcore's.
+
+Only the names and a few config keys differ from today's; query, key and value rows are interleaved by head
+in both.
+"""
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nemo_aligner.checkpoint.huggingface import ImportedModel
+from nemo_aligner.checkpoint.nemo_archive import NemoArchive
+from nemo_aligner.checkpoint.progress import Progress
+from nemo_aligner.checkpoint.tensor_files import load_pickled
+from nemo_aligner.data.tokenizer import load_tokenizer
+from nemo_aligner.errors import UserError
+
+__all__ = ["import_legacy"]
+
+_OUTER_NAMES = {
+    "language_model.embedding.word_embeddings.weight": "embedding.word_embeddings.weight",
+    "language_model.embedding.position_embeddings.weight": "embedding.position_embeddings.weight",
+    "language_model.encoder.final_layernorm.weight": "decoder.final_layernorm.weight",
+    "language_model.encoder.final_layernorm.bias": "decoder.final_layernorm.bias",
+    "language_model.output_layer.weight": "output_layer.weight",
+}
+_LAYER_NAMES = {
+    "input_layernorm.weight": "self_attention.linear_qkv.layer_norm_weight",
+    "input_layernorm.bias": "self_attention.linear_qkv.layer_norm_bias",
+    "self_attention.query_key_value.weight": "self_attention.linear_qkv.weight",
+    "self_attention.query_key_value.bias": "self_attention.linear_qkv.bias",
+    "self_attention.dense.weight": "self_attention.linear_proj.weight",
+    "self_attention.dense.bias": "self_attention.linear_proj.bias",
+    "post_attention_layernorm.weight": "mlp.linear_fc1.layer_norm_weight",
+    "post_attention_layernorm.bias": "mlp.linear_fc1.layer_norm_bias",
+    "mlp.dense_h_to_4h.weight": "mlp.linear_fc1.weight",
+    "mlp.dense_h_to_4h.bias": "mlp.linear_fc1.bias",
+    "mlp.dense_4h_to_h.weight": "mlp.linear_fc2.weight",
+    "mlp.dense_4h_to_h.bias": "mlp.linear_fc2.bias",
+}
+_LAYER_TENSOR = re.compile(r"language_model\.encoder\.layers\.(\d+)\.(.+)")
+_CANONICAL = re.compile(r"(embedding|decoder|output_layer)\..+")
+_SECOND_GATE = ".dense_h_to_4h_2."  # the up projection of an unfused gated MLP
+_PRECISIONS: dict[torch.dtype, str | int] = {torch.bfloat16: "bf16", torch.float16: 16, torch.float32: 32}
+_ONE_RANK = (
+    "merge the ranks first: NeMo's megatron_change_num_partitions.py to tensor and pipeline parallel size 1"
+)
+
+
+def import_legacy(archive: NemoArchive) -> ImportedModel:
+    """The model of an extracted .nemo that holds model_weights.ckpt or mp_rank_00/model_weights.ckpt.
+
+    Raises:
+        UserError: the weights are split over ranks, are already a distributed checkpoint, hold more than
+            tensors, or have names that no GPT of NeMo has.
+    """
+    state = load_pickled(_weights_file(archive))
+    tensors = dict(_canonical(state, str(archive.source)))
+    if "embedding.word_embeddings.weight" not in tensors:
+        raise UserError(
+            f"{archive.source}: the checkpoint has no word embeddings", cure="convert a GPT model"
+        )
+    config = _upgrade_config(archive, tensors)
+    files: dict[str, Path | bytes] = {
+        path.relative_to(archive.folder).as_posix(): path
+        for path in sorted(archive.folder.rglob("*"))
+        if path.is_file() and path.name not in ("model_config.yaml", "model_weights.ckpt")
+    }
+    return ImportedModel(config=config, weights=_read_all(tensors, config["vocab_size"]), files=files)
+
+
+def _weights_file(archive: NemoArchive) -> Path:
+    folder = archive.folder
+    if (folder / "model_weights" / "metadata.json").is_file():
+        raise UserError(
+            f"{archive.source} is a distributed checkpoint already",
+            cure="use it as it is; no conversion is needed",
+        )
+    ranks = sorted(folder.glob("*_rank_*/model_weights.ckpt"))
+    if len(ranks) > 1:
+        names = [path.parent.name for path in ranks]
+        raise UserError(
+            f"{archive.source}: the weights are split over {len(ranks)} ranks: {names}", cure=_ONE_RANK
+        )
+    for path in (folder / "model_weights.ckpt", *ranks):
+        if path.is_file():
+            return path
+    raise UserError(
+        f"{archive.source} holds no model_weights.ckpt",
+        cure="give the folder that an old .nemo was extracted to",
+    )
+
+
+def _canonical(state: dict[str, Tensor], where: str) -> Iterator[tuple[str, Tensor]]:
+    """(canonical name, tensor) of every entry; buffers that hold no weights are left out."""
+    for full_name, tensor in state.items():
+        if full_name.endswith(("inv_freq", "_extra_state")) or _SECOND_GATE in full_name:
+            continue
+        name = full_name.removeprefix("model.").removeprefix("module.")
+        second = (
+            state.get(full_name.replace(".dense_h_to_4h.", _SECOND_GATE))
+            if ".dense_h_to_4h." in name
+            else None
+        )
+        if second is not None:
+            tensor = torch.cat([tensor, second])
+        yield _canonical_name(name, where), tensor
+
+
+def _canonical_name(name: str, where: str) -> str:
+    if _CANONICAL.fullmatch(name):
+        return name
+    if name in _OUTER_NAMES:
+        return _OUTER_NAMES[name]
+    match = _LAYER_TENSOR.fullmatch(name)
+    if match is None or match[2] not in _LAYER_NAMES:
+        raise UserError(
+            f"{where}: {name} is no tensor of a GPT model of NeMo", cure="convert a plain GPT model"
+        )
+    return f"decoder.layers.{match[1]}.{_LAYER_NAMES[match[2]]}"
+
+
+def _upgrade_config(archive: NemoArchive, tensors: dict[str, Tensor]) -> dict[str, Any]:
+    """The config with what today's has beyond it."""
+    config = dict(archive.config)
+    if config.get("megatron_legacy"):
+        raise UserError(
+            f"{archive.source}: megatron_legacy=true is not supported", cure="convert a newer checkpoint"
+        )
+    embedding = tensors["embedding.word_embeddings.weight"]
+    config["mcore_gpt"] = True
+    config["precision"] = _PRECISIONS[embedding.dtype]
+    config.setdefault("share_embeddings_and_output_weights", "output_layer.weight" not in tensors)
+    config.setdefault("make_vocab_size_divisible_by", 128)
+    config["vocab_size"] = config.get("vocab_size") or _vocab_size(archive, embedding.shape[0])
+    for split in ("tensor_model_parallel_size", "pipeline_model_parallel_size"):
+        config[split] = 1
+    return config
+
+
+def _vocab_size(archive: NemoArchive, num_rows: int) -> int:
+    """The tokenizer's, where it is in the archive; else all rows, padding included."""
+    section = archive.config.get("tokenizer") or {}
+    if section.get("library") != "sentencepiece" or not section.get("model"):
+        return num_rows
+    return min(num_rows, load_tokenizer("sentencepiece", archive.file(section["model"])).vocab_size)
+
+
+def _read_all(tensors: dict[str, Tensor], vocab_size: int) -> Iterator[tuple[str, Tensor]]:
+    progress = Progress("converting", total=len(tensors), unit="tensors")
+    for name, tensor in tensors.items():
+        is_vocabulary = name in ("embedding.word_embeddings.weight", "output_layer.weight")
+        yield name, tensor[:vocab_size] if is_vocabulary else tensor
+        progress.advance()

@@ -1,0 +1,83 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Llama 2, 3 and 3.x, and the models that share their architecture (SmolLM2, ...)."""
+
+from nemo_aligner.checkpoint.mappings.table import QKV, Copy, Family, GatedMLP, Key
+
+__all__ = ["KEYS", "LAYER", "LLAMA", "NEMO", "OUTER", "OUTPUT"]
+
+KEYS = (
+    Key("vocab_size", "vocab_size"),
+    Key("num_hidden_layers", "num_layers"),
+    Key("hidden_size", "hidden_size"),
+    Key("intermediate_size", "ffn_hidden_size"),
+    Key("num_attention_heads", "num_attention_heads"),
+    Key("num_key_value_heads", "num_query_groups", None),
+    Key("head_dim", "kv_channels", None),
+    Key("max_position_embeddings", "max_position_embeddings", 2048),
+    Key("rms_norm_eps", "layernorm_epsilon", 1e-6),
+    Key("initializer_range", "init_method_std", 0.02),
+    Key("attention_dropout", "attention_dropout", 0.0),
+    Key("tie_word_embeddings", "share_embeddings_and_output_weights", False),
+)
+
+NEMO = {
+    "mcore_gpt": True,
+    "normalization": "rmsnorm",
+    "activation": "fast-swiglu",
+    "position_embedding_type": "rope",
+    "rotary_percentage": 1.0,
+    "hidden_dropout": 0.0,
+    "make_vocab_size_divisible_by": 128,
+}
+
+OUTER = (
+    Copy("embedding.word_embeddings.weight", "model.embed_tokens.weight", ("vocab", "hidden")),
+    Copy("decoder.final_layernorm.weight", "model.norm.weight", ("hidden",)),
+)
+
+LAYER = (
+    Copy(
+        "decoder.layers.{i}.self_attention.linear_qkv.layer_norm_weight",
+        "model.layers.{i}.input_layernorm.weight",
+        ("hidden",),
+    ),
+    QKV(
+        "decoder.layers.{i}.self_attention.linear_qkv",
+        q="model.layers.{i}.self_attn.q_proj",
+        k="model.layers.{i}.self_attn.k_proj",
+        v="model.layers.{i}.self_attn.v_proj",
+    ),
+    Copy(
+        "decoder.layers.{i}.self_attention.linear_proj",
+        "model.layers.{i}.self_attn.o_proj",
+        ("hidden", "query"),
+        linear=True,
+    ),
+    Copy(
+        "decoder.layers.{i}.mlp.linear_fc1.layer_norm_weight",
+        "model.layers.{i}.post_attention_layernorm.weight",
+        ("hidden",),
+    ),
+    GatedMLP(
+        "decoder.layers.{i}.mlp.linear_fc1",
+        gate="model.layers.{i}.mlp.gate_proj",
+        up="model.layers.{i}.mlp.up_proj",
+    ),
+    Copy(
+        "decoder.layers.{i}.mlp.linear_fc2", "model.layers.{i}.mlp.down_proj", ("hidden", "ffn"), linear=True
+    ),
+)
+
+OUTPUT = Copy("output_layer.weight", "lm_head.weight", ("vocab", "hidden"))
+
+LLAMA = Family(
+    architecture="LlamaForCausalLM",
+    model_type="llama",
+    keys=KEYS,
+    must_be={"hidden_act": "silu"},
+    bias_keys=("attention_bias", "mlp_bias"),
+    nemo=NEMO,
+    outer=OUTER,
+    layer=LAYER,
+    head=OUTPUT,
+)

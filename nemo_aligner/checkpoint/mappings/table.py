@@ -1,0 +1,186 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The vocabulary that the mapping tables are written in: how a family's config keys and weights correspond
+to ours.
+
+A weight rule names one canonical tensor and the Hugging Face tensors it is made of; ``{i}`` stands for the
+layer. Every ``join`` has its ``split``, and one undoes the other bit for bit. Knows no file format.
+"""
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+__all__ = ["QKV", "REQUIRED", "Copy", "Dims", "Family", "GatedMLP", "Key", "Rule"]
+
+REQUIRED = object()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Dims:
+    """The sizes that decide every tensor's shape."""
+
+    layers: int
+    hidden: int
+    ffn: int
+    heads: int
+    groups: int
+    head_dim: int
+    vocab: int
+
+    @property
+    def query(self) -> int:
+        """Rows of all query heads."""
+        return self.heads * self.head_dim
+
+    @property
+    def key(self) -> int:
+        """Rows of all key heads, and of all value heads."""
+        return self.groups * self.head_dim
+
+
+Shape = tuple[int, ...]
+
+
+class Rule(Protocol):
+    """One canonical weight. A linear rule stands for a weight and, in families with biases, a bias of as
+    many rows.
+    """
+
+    @property
+    def nemo(self) -> str:
+        """The canonical name; a linear rule's lacks ".weight"."""
+        ...
+
+    @property
+    def linear(self) -> bool:
+        """Whether a bias may belong to it."""
+        ...
+
+    def sources(self, dims: Dims) -> dict[str, Shape]:
+        """The Hugging Face tensors, in order, with their shapes."""
+        ...
+
+    def shape(self, dims: Dims) -> Shape:
+        """The canonical tensor's shape."""
+        ...
+
+    def join(self, parts: list[Tensor], dims: Dims) -> Tensor:
+        """Hugging Face to canonical."""
+        ...
+
+    def split(self, tensor: Tensor, dims: Dims) -> list[Tensor]:
+        """Canonical to Hugging Face."""
+        ...
+
+
+@dataclass(frozen=True)
+class Copy:
+    """The same tensor under two names; ``axes`` names the sizes of Dims."""
+
+    nemo: str
+    hf: str
+    axes: tuple[str, ...]
+    linear: bool = False
+
+    def sources(self, dims: Dims) -> dict[str, Shape]:
+        """See Rule."""
+        return {self.hf: self.shape(dims)}
+
+    def shape(self, dims: Dims) -> Shape:
+        """See Rule."""
+        return tuple(getattr(dims, axis) for axis in self.axes)
+
+    def join(self, parts: list[Tensor], dims: Dims) -> Tensor:  # noqa: ARG002
+        """See Rule."""
+        return parts[0]
+
+    def split(self, tensor: Tensor, dims: Dims) -> list[Tensor]:  # noqa: ARG002
+        """See Rule."""
+        return [tensor]
+
+
+@dataclass(frozen=True)
+class QKV:
+    """The fused projection: for each query group its query heads, then its key head, then its value head."""
+
+    nemo: str
+    q: str
+    k: str
+    v: str
+    linear: bool = True
+
+    def sources(self, dims: Dims) -> dict[str, Shape]:
+        """See Rule."""
+        key = (dims.key, dims.hidden)
+        return {self.q: (dims.query, dims.hidden), self.k: key, self.v: key}
+
+    def shape(self, dims: Dims) -> Shape:
+        """See Rule."""
+        return (dims.query + 2 * dims.key, dims.hidden)
+
+    def join(self, parts: list[Tensor], dims: Dims) -> Tensor:
+        """See Rule."""
+        per_group = [part.reshape(dims.groups, -1, *part.shape[1:]) for part in parts]
+        return torch.cat(per_group, dim=1).flatten(0, 1)
+
+    def split(self, tensor: Tensor, dims: Dims) -> list[Tensor]:
+        """See Rule."""
+        per_group = tensor.reshape(dims.groups, -1, *tensor.shape[1:])
+        rows = [dims.query // dims.groups, dims.head_dim, dims.head_dim]
+        return [part.flatten(0, 1) for part in per_group.split(rows, dim=1)]
+
+
+@dataclass(frozen=True)
+class GatedMLP:
+    """The fused first layer of a gated MLP: the gate's rows, then the up projection's."""
+
+    nemo: str
+    gate: str
+    up: str
+    linear: bool = True
+
+    def sources(self, dims: Dims) -> dict[str, Shape]:
+        """See Rule."""
+        return dict.fromkeys((self.gate, self.up), (dims.ffn, dims.hidden))
+
+    def shape(self, dims: Dims) -> Shape:
+        """See Rule."""
+        return (2 * dims.ffn, dims.hidden)
+
+    def join(self, parts: list[Tensor], dims: Dims) -> Tensor:  # noqa: ARG002
+        """See Rule."""
+        return torch.cat(parts)
+
+    def split(self, tensor: Tensor, dims: Dims) -> list[Tensor]:  # noqa: ARG002
+        """See Rule."""
+        return list(tensor.chunk(2))
+
+
+@dataclass(frozen=True)
+class Key:
+    """A config key: its name in config.json, in model_config.yaml, and what transformers takes where it is
+    absent.
+    """
+
+    hf: str
+    nemo: str
+    default: Any = REQUIRED
+
+
+@dataclass(frozen=True, kw_only=True)
+class Family:
+    """Everything that is particular to one Hugging Face architecture."""
+
+    architecture: str
+    model_type: str
+    keys: tuple[Key, ...]
+    must_be: dict[
+        str, Any
+    ]  # config.json keys that change the computation, with the one value that is supported
+    bias_keys: tuple[str, ...]  # config.json keys that switch biases on; all or none of them
+    nemo: dict[str, Any]  # what is the same in every model of the family
+    outer: tuple[Rule, ...]
+    layer: tuple[Rule, ...]
+    head: Rule  # stored only where the embedding is not shared

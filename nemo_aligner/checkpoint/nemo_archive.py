@@ -1,0 +1,336 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The .nemo file: a tar (or a folder with the same content) of model_config.yaml, tokenizer files and
+model_weights/.
+
+Opening checks every member before anything is written; writing is atomic. Knows no key of the config.
+"""
+
+import contextlib
+import io
+import logging
+import lzma
+import os
+import shutil
+import tarfile
+import tempfile
+import zlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from nemo_aligner.checkpoint.progress import Progress
+from nemo_aligner.checkpoint.torch_dist import read_backend
+from nemo_aligner.errors import UserError
+
+__all__ = ["CONFIG_NAME", "WEIGHTS_NAME", "NemoArchive", "check_output", "open_nemo", "write_nemo"]
+
+CONFIG_NAME = "model_config.yaml"
+WEIGHTS_NAME = "model_weights"
+
+_COPY_BYTES = 16 * 1024**2
+_GET_AGAIN = "get the file again from its publisher; a .nemo is a tar of plain files"
+_CONVERT = "python examples/nlp/gpt/convert_nemo_gpt_to_mcore.py --in-folder FOLDER --out-file NEW.nemo"
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class NemoArchive:
+    """An opened .nemo, valid while its context is."""
+
+    source: Path  # what was opened, for messages
+    folder: Path  # where its files lie
+    config: dict[str, Any]  # model_config.yaml
+
+    @property
+    def weights(self) -> Path:
+        """The distributed checkpoint of the weights."""
+        return self.folder / WEIGHTS_NAME
+
+    def file(self, name: str) -> Path:
+        """A file or folder of the archive by the name that the config gives it, with or without "nemo:".
+
+        Raises:
+            UserError: it is not there, or the name leads out of the archive.
+        """
+        path = self.folder / name.removeprefix("nemo:")
+        if not path.resolve().is_relative_to(self.folder.resolve()):
+            raise UserError(
+                f"{self.source}: the config names {name}, which is outside the archive", cure=_GET_AGAIN
+            )
+        if not path.exists():
+            raise UserError(f"{self.source} holds no {name}, which its config names", cure=_GET_AGAIN)
+        return path
+
+
+@contextlib.contextmanager
+def open_nemo(path: Path | str, *, old_layouts: bool = False) -> Iterator[NemoArchive]:
+    """Opens a .nemo file (extracted to a temporary folder, removed afterwards) or an extracted folder (used
+    in place).
+
+    Args:
+        path: the file or folder.
+        old_layouts: whether weights that are no distributed checkpoint are let through.
+
+    Raises:
+        UserError: it is not there, damaged, hostile, or its weights are in an old layout.
+    """
+    path = Path(path)
+    with contextlib.ExitStack() as stack:
+        if path.is_dir():
+            folder = path
+        elif path.is_file():
+            with _open_tar(path) as tar:
+                members = _checked_members(tar, path)
+                temporary = tempfile.TemporaryDirectory(prefix="nemo_aligner_", ignore_cleanup_errors=True)
+                folder = Path(stack.enter_context(temporary))
+                _extract(tar, members, folder, path)
+        else:
+            raise UserError(
+                f"{path} does not exist", cure="give the path of a .nemo file or of its extracted folder"
+            )
+        archive = NemoArchive(source=path, folder=folder, config=_read_config(folder, path))
+        if not old_layouts:
+            _check_weights_layout(archive)
+        yield archive
+
+
+def write_nemo(
+    path: Path | str,
+    *,
+    config: dict[str, Any],
+    files: dict[str, Path | bytes],
+    weights: Callable[[Path], None],
+    overwrite: bool = False,
+) -> None:
+    """Writes a .nemo; ``path`` is replaced in one step at the end, so that an interrupted run leaves
+    nothing half done.
+
+    Args:
+        path: where to; one that ends with "/" or is a folder gets the extracted layout.
+        config: becomes model_config.yaml; plain dicts, lists, strings and numbers.
+        files: name within the archive to a file or its content.
+        weights: writes the distributed checkpoint into the folder it is given.
+        overwrite: whether an existing .nemo is replaced.
+
+    Raises:
+        UserError: ``path`` exists and ``overwrite`` is False, or it is a folder that is no extracted .nemo.
+    """
+    check_output(path, overwrite=overwrite)
+    as_folder = _is_folder(path)
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    staging = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    finished = path.with_name(path.name + ".tmp")
+    try:
+        (staging / CONFIG_NAME).write_text(yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
+        for name, content in files.items():
+            target = staging / name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            if isinstance(content, bytes):
+                target.write_bytes(content)
+            else:
+                shutil.copyfile(content, target)
+        weights(staging / WEIGHTS_NAME)
+        if as_folder:
+            staging.chmod(0o755)
+            _replace_folder(staging, path)
+        else:
+            _pack(staging, finished)
+            finished.replace(path)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+        finished.unlink(missing_ok=True)
+    _log.info("wrote %s", path)
+
+
+def check_output(path: Path | str, *, overwrite: bool) -> None:
+    """Raises UserError where ``write_nemo`` would refuse to write; for use before the work that leads up to
+    it.
+    """
+    as_folder, path = _is_folder(path), Path(path)
+    if not path.exists() or (path.is_dir() and not any(path.iterdir())):
+        return
+    if not overwrite:
+        raise UserError(f"{path} exists", cure="give another output, or add --overwrite")
+    if as_folder and not (path / CONFIG_NAME).is_file():
+        raise UserError(
+            f"{path} is a folder that is not an extracted .nemo, so it is not overwritten",
+            cure="give a file name that ends with .nemo, or a new folder",
+        )
+
+
+def _is_folder(path: Path | str) -> bool:
+    return str(path).endswith("/") or Path(path).is_dir()
+
+
+@contextlib.contextmanager
+def _open_tar(path: Path) -> Iterator[tarfile.TarFile]:
+    try:
+        with tarfile.open(path, "r:*") as tar:
+            yield tar
+    except (tarfile.TarError, EOFError, OSError, zlib.error, lzma.LZMAError) as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise
+        raise UserError(f"{path} is not a whole tar archive: {error}", cure=_GET_AGAIN) from error
+
+
+def _checked_members(tar: tarfile.TarFile, path: Path) -> list[tarfile.TarInfo]:
+    """The archive's files, or UserError if any member is not a plain file, folder or link within the
+    archive.
+    """
+    members = tar.getmembers()
+    _check_end(tar, path)
+    for member in members:
+        if Path(member.name).is_absolute():
+            raise UserError(
+                f"{path}: member {member.name!r} is refused: its name is absolute", cure=_GET_AGAIN
+            )
+        try:
+            tarfile.data_filter(member, "/nonexistent")
+        except tarfile.FilterError as error:
+            raise UserError(f"{path}: member {member.name!r} is refused: {error}", cure=_GET_AGAIN) from error
+    needed = sum(member.size for member in members)
+    if needed > (free := shutil.disk_usage(tempfile.gettempdir()).free):
+        raise UserError(
+            f"{path} needs {needed / 1e9:.1f} GB in {tempfile.gettempdir()}, which has {free / 1e9:.1f} GB",
+            cure="set TMPDIR to a folder on a larger disk, or extract the file with tar and give the folder",
+        )
+    return [member for member in members if not member.isdir()]
+
+
+def _check_end(tar: tarfile.TarFile, path: Path) -> None:
+    """A tar that is cut between two members reads without an error; only its end mark is missing."""
+    assert tar.fileobj is not None
+    tar.fileobj.seek(tar.offset)
+    if tar.fileobj.read(tarfile.BLOCKSIZE) != tarfile.NUL * tarfile.BLOCKSIZE:
+        raise UserError(f"{path} is cut short: its last block is missing", cure=_GET_AGAIN)
+
+
+def _extract(tar: tarfile.TarFile, members: list[tarfile.TarInfo], folder: Path, path: Path) -> None:
+    progress = Progress(f"reading {path.name}", total=sum(member.size for member in members), unit="bytes")
+    for member in members:
+        # A link is followed within the archive and written as a file of its own.
+        try:
+            source = tar.extractfile(member)
+        except (KeyError, RecursionError) as error:
+            raise UserError(f"{path}: member {member.name!r} links to nothing", cure=_GET_AGAIN) from error
+        if source is None:
+            raise UserError(f"{path}: member {member.name!r} is not a file", cure=_GET_AGAIN)
+        target = folder / member.name
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            stream = target.open("xb")
+        except OSError as error:
+            raise UserError(
+                f"{path}: member {member.name!r} cannot be written: {error}", cure=_GET_AGAIN
+            ) from error
+        with source, stream:
+            while block := source.read(_COPY_BYTES):
+                stream.write(block)
+                progress.advance(len(block))
+
+
+def _read_config(folder: Path, source: Path) -> dict[str, Any]:
+    path = folder / CONFIG_NAME
+    if not path.is_file():
+        raise UserError(
+            f"{source} holds no {CONFIG_NAME}", cure="give a .nemo file, or the folder it was extracted to"
+        )
+    try:
+        config = OmegaConf.load(path)
+    except (OmegaConfBaseException, yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{source}: {CONFIG_NAME} is not YAML: {error}", cure=_GET_AGAIN) from error
+    if not isinstance(config, DictConfig):
+        raise UserError(f"{source}: {CONFIG_NAME} is not a mapping", cure=_GET_AGAIN)
+    resolved = _resolve(config)
+    assert isinstance(resolved, dict)
+    return resolved
+
+
+def _resolve(node: DictConfig | ListConfig) -> dict[str, Any] | list[Any]:
+    """Plain containers; an interpolation that points outside the file (as NeMo writes them) stays a
+    string.
+    """
+    plain: dict[Any, Any] = {}
+    for key in node if isinstance(node, DictConfig) else range(len(node)):
+        try:
+            value = node[key]
+        except OmegaConfBaseException:
+            raw = OmegaConf.to_container(node, resolve=False)
+            assert isinstance(raw, dict | list)
+            value = raw[key]
+        plain[key] = _resolve(value) if isinstance(value, DictConfig | ListConfig) else value
+    return plain if isinstance(node, DictConfig) else list(plain.values())
+
+
+def _check_weights_layout(archive: NemoArchive) -> None:
+    """Raises UserError unless the weights are a torch_dist checkpoint."""
+    match read_backend(archive.weights):
+        case "torch_dist":
+            return
+        case None:
+            pass
+        case other:
+            raise UserError(
+                f"{archive.source}: the weights are in the {other} format",
+                cure="save it again in the NeMo release that wrote it, with dist_ckpt_format: torch_dist",
+            )
+    if any(archive.folder.glob("*model_weights.ckpt")) or any(
+        archive.folder.glob("*_rank_*/model_weights.ckpt")
+    ):
+        raise UserError(
+            f"{archive.source}: the weights are in NeMo's old layout (model_weights.ckpt)",
+            cure=f"convert it: {_CONVERT}",
+        )
+    raise UserError(
+        f"{archive.source} holds no {WEIGHTS_NAME}/metadata.json, so it has no weights", cure=_GET_AGAIN
+    )
+
+
+def _pack(staging: Path, target: Path) -> None:
+    """Moves the files of ``staging`` into a tar; each is deleted once it is in, so that the disk holds
+    little twice.
+    """
+    paths = sorted(path for path in staging.rglob("*") if path.is_file())
+    paths.sort(key=lambda path: path.name != CONFIG_NAME)
+    progress = Progress(
+        f"writing {target.stem}", total=sum(path.stat().st_size for path in paths), unit="bytes"
+    )
+    with target.open("wb") as stream:
+        with tarfile.open(fileobj=stream, mode="w") as tar:
+            for path in paths:
+                info = tarfile.TarInfo(path.relative_to(staging).as_posix())
+                info.size, info.mtime = path.stat().st_size, int(path.stat().st_mtime)
+                with path.open("rb") as source:
+                    tar.addfile(info, _ReportingReader(source, progress))
+                path.unlink()
+        stream.flush()
+        os.fsync(stream.fileno())
+
+
+class _ReportingReader(io.RawIOBase):
+    """A file being read, which tells ``progress`` of every block."""
+
+    def __init__(self, stream: io.BufferedReader, progress: Progress) -> None:
+        self._stream, self._progress = stream, progress
+
+    def read(self, size: int = -1) -> bytes:
+        block = self._stream.read(size)
+        self._progress.advance(len(block))
+        return block
+
+
+def _replace_folder(new: Path, path: Path) -> None:
+    if not path.exists():
+        new.rename(path)
+        return
+    old = Path(tempfile.mkdtemp(prefix=f".{path.name}.old.", dir=path.parent))
+    path.rename(old / path.name)
+    new.rename(path)
+    shutil.rmtree(old)

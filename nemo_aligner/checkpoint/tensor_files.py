@@ -1,0 +1,166 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The weight files of a Hugging Face folder, read tensor by tensor and written shard by shard.
+
+Reads model.safetensors, its sharded form and pytorch_model*.bin (weights only); writes safetensors. Knows
+no model.
+"""
+
+import json
+import pickle
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from nemo_aligner.errors import UserError
+
+__all__ = ["HuggingFaceTensors", "Plan", "TensorSource", "load_pickled", "write_safetensors"]
+
+_GET_AGAIN = "download the folder again, whole"
+
+Plan = dict[str, int]  # tensor name to its bytes, in the order of writing
+
+
+class TensorSource(Protocol):
+    """Tensors by Hugging Face name, wherever they are stored."""
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Every tensor's name and shape."""
+        ...
+
+    def read(self, name: str) -> Tensor:
+        """The tensor."""
+        ...
+
+
+class HuggingFaceTensors:
+    """The tensors of a folder that transformers' save_pretrained wrote, in whichever form.
+
+    Raises:
+        UserError: there are no weights, a shard is missing, or a file is damaged or holds more than tensors.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._pickled: tuple[Path, dict[str, Tensor]] | None = None
+        self._file_of: dict[str, Path] = {}
+        self._shapes: dict[str, tuple[int, ...]] = {}
+        for file in _weight_files(folder):
+            for name, shape in self._shapes_in(file).items():
+                self._file_of[name] = file
+                self._shapes[name] = shape
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """See TensorSource."""
+        return self._shapes
+
+    def read(self, name: str) -> Tensor:
+        """See TensorSource."""
+        file = self._file_of[name]
+        if file.suffix == ".bin":
+            return self._load_pickled(file)[name]
+        try:
+            with safe_open(file, framework="pt") as opened:
+                return opened.get_tensor(name)
+        except SafetensorError as error:
+            raise UserError(f"{file}: {name} cannot be read: {error}", cure=_GET_AGAIN) from error
+
+    def _shapes_in(self, file: Path) -> dict[str, tuple[int, ...]]:
+        if file.suffix == ".bin":
+            return {name: tuple(tensor.shape) for name, tensor in self._load_pickled(file).items()}
+        try:
+            with safe_open(file, framework="pt") as opened:
+                return {name: tuple(opened.get_slice(name).get_shape()) for name in opened.keys()}  # noqa: SIM118
+        except SafetensorError as error:
+            raise UserError(f"{file} is not a whole safetensors file: {error}", cure=_GET_AGAIN) from error
+
+    def _load_pickled(self, file: Path) -> dict[str, Tensor]:
+        if self._pickled is None or self._pickled[0] != file:
+            self._pickled = None  # releases one shard before the next is read
+            self._pickled = (file, load_pickled(file))
+        return self._pickled[1]
+
+
+def load_pickled(file: Path) -> dict[str, Tensor]:
+    """A state dict written by torch.save, memory mapped where its format allows; other entries are dropped.
+
+    Raises:
+        UserError: the file is damaged or would run code.
+    """
+    try:
+        loaded = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
+        raise UserError(
+            f"{file} is damaged or holds more than tensors: {str(error).splitlines()[0]}", cure=_GET_AGAIN
+        ) from error
+    if not isinstance(loaded, dict):
+        raise UserError(f"{file} holds no state dict but {type(loaded).__name__}", cure=_GET_AGAIN)
+    return {name: value for name, value in loaded.items() if isinstance(value, Tensor)}
+
+
+def write_safetensors(
+    folder: Path, plan: Plan, read: Callable[[str], Tensor], *, max_shard_bytes: int
+) -> None:
+    """Writes model.safetensors, or shards of at most ``max_shard_bytes`` and their index.
+
+    Args:
+        folder: where to.
+        plan: every tensor and its bytes, known before any is read, so that shards can be named.
+        read: gives a tensor; called once each, in order; one shard is in memory.
+        max_shard_bytes: a tensor larger than this gets a shard of its own.
+    """
+    shards = _split(plan, max_shard_bytes)
+    index: dict[str, str] = {}
+    for number, names in enumerate(shards, start=1):
+        file = (
+            "model.safetensors" if len(shards) == 1 else f"model-{number:05}-of-{len(shards):05}.safetensors"
+        )
+        index |= dict.fromkeys(names, file)
+        save_file({name: read(name).contiguous() for name in names}, folder / file, metadata={"format": "pt"})
+        (folder / file).chmod(0o644)  # safetensors makes it private
+    if len(shards) > 1:
+        document = {"metadata": {"total_size": sum(plan.values())}, "weight_map": index}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(document, indent=2) + "\n")
+
+
+def _split(plan: Plan, max_shard_bytes: int) -> list[list[str]]:
+    shards: list[list[str]] = [[]]
+    room = max_shard_bytes
+    for name, num_bytes in plan.items():
+        if num_bytes > room and shards[-1]:
+            shards.append([])
+            room = max_shard_bytes
+        shards[-1].append(name)
+        room -= num_bytes
+    return shards
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    """The weight files, of one form; safetensors are preferred, as in transformers."""
+    for stem, suffix in (("model", ".safetensors"), ("pytorch_model", ".bin")):
+        if (folder / f"{stem}{suffix}").is_file():
+            return [folder / f"{stem}{suffix}"]
+        index = folder / f"{stem}{suffix}.index.json"
+        if index.is_file():
+            return _indexed_files(index)
+    raise UserError(
+        f"{folder} holds no weights: no model.safetensors, no pytorch_model.bin, and no index of either",
+        cure="give a folder that transformers' save_pretrained wrote, or that was downloaded whole",
+    )
+
+
+def _indexed_files(index: Path) -> list[Path]:
+    try:
+        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{index} is not a weight index: {error}", cure=_GET_AGAIN) from error
+    for name in names:
+        if Path(name).name != name or not (index.parent / name).is_file():
+            raise UserError(f"{index} names {name}, which is not in {index.parent}", cure=_GET_AGAIN)
+    return [index.parent / name for name in names]

@@ -1,0 +1,345 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The torch_dist checkpoint folder as files: tensors are added and read one at a time, without a process
+group.
+
+The folder holds data files (``*.distcp``: serialised tensors, end to end), ``.metadata`` (a pickle that
+says which part of which tensor lies where), ``common.pt`` and ``metadata.json``; megatron-core's
+dist_checkpointing reads and writes the same. Nothing in a folder can run code here: the pickle is read by
+an unpickler that knows this format's classes only. Knows no model.
+"""
+
+import io
+import json
+import pickle
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Any, Self
+
+import torch
+from torch import Tensor
+
+# The classes of the file format; no process group is used.
+from torch.distributed.checkpoint.filesystem import _StorageInfo  # noqa: TID251
+from torch.distributed.checkpoint.metadata import (  # noqa: TID251
+    BytesStorageMetadata,
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+
+from nemo_aligner.errors import UserError
+
+__all__ = ["FolderReader", "FolderWriter", "check_folder", "read_backend"]
+
+_DATA_FILE_BYTES = 4 * 1024**3
+_DOWNLOAD_AGAIN = (
+    "get the checkpoint again from where it came; it is damaged or was not made by a training job"
+)
+
+_FORMAT_MODULE = "torch.distributed.checkpoint"
+_ALLOWED_GLOBALS = frozenset(
+    [
+        (f"{_FORMAT_MODULE}.metadata", name)
+        for name in (
+            "BytesStorageMetadata",
+            "ChunkStorageMetadata",
+            "Metadata",
+            "MetadataIndex",
+            "StorageMeta",
+            "TensorProperties",
+            "TensorStorageMetadata",
+            "_MEM_FORMAT_ENCODING",
+        )
+    ]
+    + [(f"{_FORMAT_MODULE}.filesystem", name) for name in ("_StorageInfo", "_StoragePrefix")]
+    + [
+        (f"{_FORMAT_MODULE}.planner", name)
+        for name in ("SavePlan", "TensorWriteData", "WriteItem", "WriteItemType", "BytesIOWriteData")
+    ]
+    + [
+        ("torch.distributed._shard.sharded_tensor.metadata", name)
+        for name in ("TensorProperties", "MEM_FORMAT_ENCODING")
+    ]
+    + [
+        ("megatron.core.dist_checkpointing.strategies.torch", name)
+        for name in ("MCoreMetadata", "MCoreSavePlan")
+    ]
+    + [("torch", "Size"), ("torch.serialization", "_get_layout")]
+    + [
+        ("torch", str(dtype).removeprefix("torch."))
+        for dtype in vars(torch).values()
+        if isinstance(dtype, torch.dtype)
+    ]
+    + [("collections", "OrderedDict"), ("pathlib", "PosixPath"), ("pathlib", "Path"), ("builtins", "set")]
+)
+
+
+class _MetadataUnpickler(pickle.Unpickler):
+    """Refuses every class and function that a .metadata file has no use for."""
+
+    def __init__(self, stream: IO[bytes], path: Path) -> None:
+        super().__init__(stream)
+        self._path = path
+
+    def find_class(self, module: str, name: str) -> Any:  # noqa: ANN401
+        if (module, name) not in _ALLOWED_GLOBALS:
+            raise UserError(
+                f"{self._path} names {module}.{name}, which no checkpoint needs and which could run code",
+                cure="do not load this file; get the checkpoint again from its publisher",
+            )
+        return super().find_class(module, name)
+
+
+def read_backend(folder: Path) -> str | None:
+    """The tensor format that metadata.json names ("torch_dist", "zarr"), None where there is no such file."""
+    path = folder / "metadata.json"
+    if not path.is_file():
+        return None
+    try:
+        return str(json.loads(path.read_text())["sharded_backend"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"{path} is not a checkpoint's metadata.json: {error}", cure=_DOWNLOAD_AGAIN
+        ) from error
+
+
+def check_folder(folder: Path) -> None:
+    """Raises UserError unless ``folder`` is a whole torch_dist checkpoint that cannot run code when it is
+    loaded.
+
+    To be called before megatron-core gets the folder: its loader unpickles .metadata and the object entries
+    without restriction.
+    """
+    reader = FolderReader(folder)
+    common = folder / "common.pt"
+    if not common.is_file():
+        raise UserError(f"{folder} has no common.pt", cure=_DOWNLOAD_AGAIN)
+    _load_safely(common.open("rb"), where=str(common))
+    for key, value in reader.objects():
+        _check_extra_state(value, where=f"{folder}: {key}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TensorEntry:
+    """A tensor of the folder: its whole shape, its dtype and the chunks that make it up."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    chunks: tuple[ChunkStorageMetadata, ...]
+
+
+class FolderReader:
+    """Reads any block of any tensor of a torch_dist folder, whatever sharding it was saved with.
+
+    Raises:
+        UserError: the folder is not torch_dist, is incomplete, or its .metadata holds anything but metadata.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        if (backend := read_backend(folder)) != "torch_dist":
+            raise UserError(
+                f"{folder} is not a torch_dist checkpoint (metadata.json says {backend})",
+                cure=_DOWNLOAD_AGAIN,
+            )
+        self._folder = folder
+        metadata = _read_metadata(folder)
+        self._storage: dict[MetadataIndex, _StorageInfo] = metadata.storage_data
+        self._object_keys = [
+            k for k, v in metadata.state_dict_metadata.items() if isinstance(v, BytesStorageMetadata)
+        ]
+        self.tensors: dict[str, TensorEntry] = {
+            key: TensorEntry(
+                shape=tuple(entry.size), dtype=entry.properties.dtype, chunks=tuple(entry.chunks)
+            )
+            for key, entry in metadata.state_dict_metadata.items()
+            if isinstance(entry, TensorStorageMetadata)
+        }
+
+    def read(self, key: str, start: tuple[int, ...], size: tuple[int, ...]) -> Tensor:
+        """The block of tensor ``key`` that begins at ``start``; start and size have one number per axis."""
+        entry = self.tensors[key]
+        block = torch.empty(size, dtype=entry.dtype)
+        filled = 0
+        for chunk in entry.chunks:
+            low = [max(a, b) for a, b in zip(start, chunk.offsets, strict=True)]
+            high = [
+                min(a + n, b + m) for a, n, b, m in zip(start, size, chunk.offsets, chunk.sizes, strict=True)
+            ]
+            if any(a >= b for a, b in zip(low, high, strict=True)):
+                continue
+            source = self._read_chunk(key, chunk)
+            inner = source[
+                tuple(slice(a - o, b - o) for a, b, o in zip(low, high, chunk.offsets, strict=True))
+            ]
+            block[tuple(slice(a - o, b - o) for a, b, o in zip(low, high, start, strict=True))] = inner
+            filled += inner.numel()
+        if filled != block.numel():
+            raise UserError(
+                f"{self._folder}: {filled} of {block.numel()} values of {key} at {start} are stored",
+                cure=_DOWNLOAD_AGAIN,
+            )
+        return block
+
+    def objects(self) -> Iterator[tuple[str, Any]]:
+        """Every entry that is not a tensor, with its value."""
+        for key in self._object_keys:
+            yield key, self._load(MetadataIndex(key), key)
+
+    def _read_chunk(self, key: str, chunk: ChunkStorageMetadata) -> Tensor:
+        tensor = self._load(MetadataIndex(key, chunk.offsets), key)
+        if not isinstance(tensor, Tensor) or tensor.shape != chunk.sizes:
+            raise UserError(
+                f"{self._folder}: the part of {key} at {tuple(chunk.offsets)} is damaged",
+                cure=_DOWNLOAD_AGAIN,
+            )
+        return tensor
+
+    def _load(self, index: MetadataIndex, key: str) -> Any:  # noqa: ANN401
+        info = self._storage.get(index)
+        if info is None:
+            raise UserError(
+                f"{self._folder}: .metadata does not say where {key} is stored", cure=_DOWNLOAD_AGAIN
+            )
+        with (self._folder / info.relative_path).open("rb") as stream:
+            stream.seek(info.offset)
+            return _load_safely(io.BytesIO(stream.read(info.length)), where=f"{self._folder}: {key}")
+
+
+class FolderWriter(AbstractContextManager["FolderWriter"]):
+    """Writes a torch_dist folder chunk by chunk; what was added is on disk, not in memory.
+
+    Leaving the context without an error writes the metadata, which is what makes the folder a checkpoint.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._tensors: dict[str, TensorStorageMetadata | BytesStorageMetadata] = {}
+        self._storage: dict[MetadataIndex, _StorageInfo] = {}
+        self._num_files = 0
+        self._stream: IO[bytes] | None = None
+
+    def __enter__(self) -> Self:
+        self._folder.mkdir(parents=True, exist_ok=True)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._stream is not None:
+            self._stream.close()
+        if kind is None:
+            self._write_metadata()
+
+    def add(self, key: str, chunk: Tensor, *, offsets: tuple[int, ...], shape: tuple[int, ...]) -> None:
+        """Adds the block of tensor ``key`` (whole shape ``shape``) that begins at ``offsets``."""
+        assert chunk.ndim == len(offsets) == len(shape), (key, chunk.shape, offsets, shape)
+        entry = self._tensors.setdefault(
+            key,
+            TensorStorageMetadata(
+                properties=TensorProperties(dtype=chunk.dtype), size=torch.Size(shape), chunks=[]
+            ),
+        )
+        assert isinstance(entry, TensorStorageMetadata), key
+        assert entry.properties.dtype == chunk.dtype, (key, chunk.dtype)
+        index = MetadataIndex(key, offsets, len(entry.chunks))
+        entry.chunks.append(ChunkStorageMetadata(offsets=torch.Size(offsets), sizes=chunk.shape))
+        # torch.save writes the whole storage behind a view.
+        self._store(index, chunk.detach().clone(memory_format=torch.contiguous_format))
+
+    def add_object(self, key: str, value: list[None]) -> None:
+        """Adds an entry that is not a tensor."""
+        self._tensors[key] = BytesStorageMetadata()
+        self._store(MetadataIndex(key), value)
+
+    def _store(self, index: MetadataIndex, value: Tensor | list[None]) -> None:
+        if self._stream is None or self._stream.tell() >= _DATA_FILE_BYTES:
+            if self._stream is not None:
+                self._stream.close()
+            self._stream = (self._folder / f"__0_{self._num_files}.distcp").open("wb")
+            self._num_files += 1
+        begin = self._stream.tell()
+        torch.save(value, self._stream)
+        name = Path(self._stream.name).name
+        self._storage[index] = _StorageInfo(
+            relative_path=name, offset=begin, length=self._stream.tell() - begin
+        )
+
+    def _write_metadata(self) -> None:
+        torch.save({}, self._folder / "common.pt")
+        backends = {"sharded_backend": "torch_dist", "common_backend": "torch"}
+        versions = {"sharded_backend_version": 1, "common_backend_version": 1}
+        (self._folder / "metadata.json").write_text(json.dumps(backends | versions))
+        metadata = Metadata(state_dict_metadata=self._tensors, planner_data={}, storage_data=self._storage)
+        with (self._folder / ".metadata").open("wb") as stream:
+            pickle.dump(metadata, stream)
+
+
+def _read_metadata(folder: Path) -> Metadata:
+    path = folder / ".metadata"
+    if not path.is_file():
+        raise UserError(
+            f"{folder} has no .metadata file, so its tensors cannot be found", cure=_DOWNLOAD_AGAIN
+        )
+    try:
+        with path.open("rb") as stream:
+            metadata = _MetadataUnpickler(stream, path).load()
+        _check_metadata(metadata, folder)
+    except UserError:
+        raise
+    # A damaged pickle can fail in any of these ways.
+    except (
+        pickle.UnpicklingError,
+        EOFError,
+        ArithmeticError,
+        AttributeError,
+        LookupError,
+        TypeError,
+        ValueError,
+    ) as error:
+        raise UserError(f"{path} is damaged: {error}", cure=_DOWNLOAD_AGAIN) from error
+    return metadata
+
+
+def _check_metadata(metadata: Metadata, folder: Path) -> None:
+    """Raises UserError or TypeError where an entry points outside the folder or past the end of a file."""
+    if not isinstance(metadata, Metadata) or not isinstance(metadata.storage_data, dict):
+        raise TypeError(f"it holds {type(metadata).__name__}")
+    sizes = {path.name: path.stat().st_size for path in folder.iterdir() if path.is_file()}
+    for index, info in metadata.storage_data.items():
+        if info.relative_path not in sizes:
+            raise UserError(
+                f"{folder}: {index.fqn} is stored in {info.relative_path}, which is not in the folder",
+                cure=_DOWNLOAD_AGAIN,
+            )
+        if info.offset < 0 or info.length < 0 or info.offset + info.length > sizes[info.relative_path]:
+            raise UserError(
+                f"{folder / info.relative_path} is cut short: {index.fqn} lies past its end",
+                cure=_DOWNLOAD_AGAIN,
+            )
+
+
+def _load_safely(stream: IO[bytes], *, where: str) -> Any:  # noqa: ANN401
+    try:
+        with stream, torch.serialization.safe_globals([io.BytesIO]):
+            return torch.load(stream, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, OSError) as error:
+        raise UserError(
+            f"{where} is damaged or holds more than tensors: {str(error).splitlines()[0]}",
+            cure=_DOWNLOAD_AGAIN,
+        ) from error
+
+
+def _check_extra_state(value: Any, *, where: str) -> None:  # noqa: ANN401
+    """Transformer Engine unpickles a non-empty byte tensor found here, and torch.loads a BytesIO."""
+    for item in value if isinstance(value, list) else [value]:
+        if isinstance(item, io.BytesIO):
+            _load_safely(io.BytesIO(item.getvalue()), where=where)
+        elif isinstance(item, Tensor) and item.dtype == torch.uint8 and item.numel() > 0:
+            raise UserError(
+                f"{where} holds pickled FP8 state, which could run code", cure="save the model without FP8"
+            )

@@ -1,0 +1,142 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A model's weights as a distributed checkpoint: full tensors by canonical name on one side, mcore's keys
+on the other.
+
+Layers are stacked along a first axis as mcore's TransformerBlock saves them, and keys carry the prefix that
+a GPTModel is loaded with, so the folder loads at any TP x PP. No model is built and no more than one tensor
+is in memory.
+"""
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from nemo_aligner.checkpoint.torch_dist import FolderReader, FolderWriter, check_folder
+from nemo_aligner.errors import UserError
+
+__all__ = ["WeightReader", "check_folder", "save_weights"]
+
+_PREFIX = "model."
+_LAYER_NAME = re.compile(r"(decoder\.layers)\.(\d+)\.(.+)")
+_VOCABULARY_NAMES = ("embedding.word_embeddings.weight", "output_layer.weight")
+
+# mcore asks for an object beside each of these modules' weights; None is what it saves without FP8.
+_LAYER_MODULES_WITH_STATE = (
+    "self_attention.core_attention",
+    "self_attention.linear_proj",
+    "self_attention.linear_qkv",
+    "mlp.linear_fc1",
+    "mlp.linear_fc2",
+)
+
+
+def save_weights(
+    folder: Path, weights: Iterable[tuple[str, Tensor]], num_layers: int, *, vocab_multiple: int = 1
+) -> None:
+    """Writes ``weights`` (canonical name, full tensor) to ``folder`` as they come.
+
+    Args:
+        folder: created where it is missing.
+        weights: each tensor once, in any order; every layer has the same names, shapes and dtypes.
+        num_layers: the number of decoder layers.
+        vocab_multiple: rows of the embedding and of the output layer are zero padded to a multiple of this.
+
+    Raises:
+        UserError: a layer's tensor is missing, or layers differ in dtype.
+    """
+    layers_of: dict[str, dict[int, torch.dtype]] = {}
+    with FolderWriter(folder) as writer:
+        for name, tensor in weights:
+            if name in _VOCABULARY_NAMES:
+                tensor = _pad_rows(tensor, vocab_multiple)
+            match = _LAYER_NAME.fullmatch(name)
+            if match is None:
+                writer.add(_PREFIX + name, tensor, offsets=(0,) * tensor.ndim, shape=tuple(tensor.shape))
+                continue
+            key, layer = f"{_PREFIX}{match[1]}.{match[3]}", int(match[2])
+            dtypes = layers_of.setdefault(key, {})
+            dtypes[layer] = tensor.dtype
+            if len(set(dtypes.values())) > 1:
+                raise UserError(
+                    f"{name} is {tensor.dtype}, the same tensor of other layers is {dtypes[min(dtypes)]}",
+                    cure="convert the whole model to one dtype first",
+                )
+            writer.add(
+                key, tensor[None], offsets=(layer,) + (0,) * tensor.ndim, shape=(num_layers, *tensor.shape)
+            )
+        for key, dtypes in layers_of.items():
+            if missing := sorted(set(range(num_layers)) - dtypes.keys()):
+                raise UserError(f"{key} is missing in layers {missing}", cure="convert a complete model")
+        for module in _LAYER_MODULES_WITH_STATE:
+            for layer in range(num_layers):
+                writer.add_object(
+                    f"{_PREFIX}decoder.layers.{module}._extra_state/shard_{layer}_{num_layers}", [None]
+                )
+        writer.add_object(f"{_PREFIX}decoder.final_layernorm._extra_state/shard_0_1", [None])
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where a canonical tensor lies: all of ``key``, or its layer ``layer``."""
+
+    key: str
+    layer: int | None
+
+
+class WeightReader:
+    """Reads a model's tensors by canonical name, one at a time.
+
+    Raises:
+        UserError: the folder is not a checkpoint, or is damaged or hostile.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._reader = FolderReader(folder)
+        self._places: dict[str, _Place] = {}
+        for key, entry in self._reader.tensors.items():
+            if not key.startswith(_PREFIX):
+                continue
+            name = key.removeprefix(_PREFIX)
+            if not name.startswith("decoder.layers.") or _LAYER_NAME.fullmatch(name):
+                self._places[name] = _Place(key, None)
+                continue
+            rest = name.removeprefix("decoder.layers.")
+            for layer in range(entry.shape[0]):
+                self._places[f"decoder.layers.{layer}.{rest}"] = _Place(key, layer)
+
+    def names(self) -> list[str]:
+        """Every tensor's canonical name."""
+        return list(self._places)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the embedding, which is the model's."""
+        return self.dtype_of(_VOCABULARY_NAMES[0])
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The tensor's shape; rows of the vocabulary include the padding."""
+        place = self._places[name]
+        shape = self._reader.tensors[place.key].shape
+        return shape if place.layer is None else shape[1:]
+
+    def read(self, name: str) -> Tensor:
+        """The tensor; rows of the vocabulary include the padding."""
+        place, shape = self._places[name], self.shape(name)
+        if place.layer is None:
+            return self._reader.read(place.key, (0,) * len(shape), shape)
+        return self._reader.read(place.key, (place.layer,) + (0,) * len(shape), (1, *shape))[0]
+
+    def dtype_of(self, name: str) -> torch.dtype:
+        """The dtype that a tensor is stored in."""
+        if name not in self._places:
+            raise UserError(f"the checkpoint has no {name}", cure="use the checkpoint of a GPT model")
+        return self._reader.tensors[self._places[name].key].dtype
+
+
+def _pad_rows(tensor: Tensor, multiple: int) -> Tensor:
+    missing = -tensor.shape[0] % multiple
+    return torch.nn.functional.pad(tensor, (0, 0, 0, missing)) if missing else tensor

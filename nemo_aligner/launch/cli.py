@@ -1,0 +1,34 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How a command line tool ends: with a user's mistake told plainly, or with a clean stop. Knows no tool."""
+
+import logging
+import sys
+from collections.abc import Callable
+from typing import NoReturn
+
+from nemo_aligner.errors import UserError
+
+__all__ = ["USER_ERROR_CODE", "run_cli"]
+
+USER_ERROR_CODE = 2
+_INTERRUPTED_CODE = 130  # 128 + SIGINT, as shells count
+
+
+def run_cli(main: Callable[[], None]) -> NoReturn:
+    """Runs ``main`` with log lines on stderr and leaves the process.
+
+    Exit codes: 0; 2 after a UserError, printed without a traceback, its cure as the last line; 130 after
+    Ctrl-C.
+    """
+    logging.basicConfig(
+        level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stderr
+    )
+    try:
+        main()
+    except UserError as error:
+        sys.stderr.write(f"error: {error}\n")
+        sys.exit(USER_ERROR_CODE)
+    except KeyboardInterrupt:
+        sys.stderr.write("stopped\n")
+        sys.exit(_INTERRUPTED_CODE)
+    sys.exit(0)
