@@ -56,6 +56,11 @@ class SFTLoader:
         assert 0 <= self.dp_rank < self.dp_size, (self.dp_rank, self.dp_size)
         assert len(self.dataset) == self.sampler.num_samples, (len(self.dataset), self.sampler.num_samples)
 
+    @property
+    def batches_per_epoch(self) -> int:
+        """Global batches in one pass over the data."""
+        return self.sampler.batches_per_epoch
+
     def batch(self, index: int) -> list[TokenBatch]:
         """The micro-batches of global batch ``index``, which counts on from epoch to epoch."""
         return self._count(self._step(index))

@@ -8,17 +8,17 @@ from typing import NoReturn
 
 from nemo_aligner.errors import UserError
 
-__all__ = ["USER_ERROR_CODE", "run_cli"]
+__all__ = ["INTERRUPTED_CODE", "USER_ERROR_CODE", "run_cli"]
 
 USER_ERROR_CODE = 2
-_INTERRUPTED_CODE = 130  # 128 + SIGINT, as shells count
+INTERRUPTED_CODE = 130  # 128 + SIGINT, as shells count
 
 
 def run_cli(main: Callable[[], None]) -> NoReturn:
     """Runs ``main`` with log lines on stderr and leaves the process.
 
-    Exit codes: 0; 2 after a UserError, printed without a traceback, its cure as the last line; 130 after
-    Ctrl-C.
+    Exit codes: 0; 2 after a UserError or a file that cannot be read or written, printed without a
+    traceback, its cure as the last line; 130 after Ctrl-C.
     """
     logging.basicConfig(
         level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stderr
@@ -28,7 +28,11 @@ def run_cli(main: Callable[[], None]) -> NoReturn:
     except UserError as error:
         sys.stderr.write(f"error: {error}\n")
         sys.exit(USER_ERROR_CODE)
+    except OSError as error:
+        cure = "check that the path is right, that it may be read or written, and that its disk has room"
+        sys.stderr.write(f"error: {error}\nCure: {cure}\n")
+        sys.exit(USER_ERROR_CODE)
     except KeyboardInterrupt:
         sys.stderr.write("stopped\n")
-        sys.exit(_INTERRUPTED_CODE)
+        sys.exit(INTERRUPTED_CODE)
     sys.exit(0)

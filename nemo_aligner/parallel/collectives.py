@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Sums and broadcasts that trainers and the engine need, by what they are for; each is a no-op on one rank."""
 
+import socket
 from typing import TypeVar
 
 import torch
@@ -12,6 +13,7 @@ from nemo_aligner.parallel import world
 
 __all__ = [
     "broadcast_object",
+    "from_node_leader",
     "gather_over_tensor_parallel",
     "max_over_tensor_parallel",
     "maximum",
@@ -87,3 +89,12 @@ def broadcast_object(value: T) -> T:
     box = [value]
     dist.broadcast_object_list(box, src=0, device=world.device())
     return box[0]
+
+
+def from_node_leader(value: T) -> T:
+    """The ``value`` of the rank that :func:`world.is_node_leader` names on this rank's node."""
+    if world.world_size() == 1:
+        return value
+    gathered: list[tuple[str, bool, T]] = [None] * world.world_size()  # type: ignore[list-item]
+    dist.all_gather_object(gathered, (socket.gethostname(), world.is_node_leader(), value))
+    return next(v for host, leads, v in gathered if leads and host == socket.gethostname())

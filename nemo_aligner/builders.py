@@ -1,0 +1,148 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From settings to objects. The only module that may import everything; it builds and decides nothing else."""
+
+import contextlib
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from nemo_aligner.checkpoint.model_nemo import save_nemo, shared_nemo
+from nemo_aligner.checkpoint.nemo_archive import NemoArchive
+from nemo_aligner.checkpoint.sharded import load_model
+from nemo_aligner.config import ModelConfig, SFTJob, log_no_effect
+from nemo_aligner.data.config import SFTDataConfig, SFTSplitConfig
+from nemo_aligner.data.datasets import describe, open_sft
+from nemo_aligner.data.loader import SFTLoader
+from nemo_aligner.data.sampler import GlobalBatchSampler
+from nemo_aligner.data.tokenizer import Tokenizer, check_fits, load_tokenizer
+from nemo_aligner.errors import UserError
+from nemo_aligner.models.gpt.config import GPTConfig, dtype_of
+from nemo_aligner.models.gpt.model import build_gpt
+from nemo_aligner.models.gpt.policy import GPTPolicy
+from nemo_aligner.parallel import collectives, world
+from nemo_aligner.run.experiment import Experiment, ExperimentConfig
+from nemo_aligner.run.progress import heartbeat
+
+__all__ = ["Pretrained", "load_pretrained", "open_experiment", "sft_loaders"]
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pretrained:
+    """A checkpoint, loaded onto this layout, and what is needed to write it again."""
+
+    policy: GPTPolicy
+    tokenizer: Tokenizer | None
+    config: dict[str, Any]  # model_config.yaml as it is to be saved
+    files: dict[str, Path | bytes]  # tokenizer files, by their names within the archive
+
+    def save(self, path: Path) -> None:
+        """Write the model as it is now. Called by every rank."""
+        save_nemo(self.policy.model, path, config=self.config, files=self.files)
+
+
+@contextlib.contextmanager
+def open_experiment(job: SFTJob) -> Iterator[Experiment]:
+    """The run's folder, the same on every rank."""
+    config: ExperimentConfig = job.exp_manager
+    folder = collectives.broadcast_object(config.folder())
+    if world.is_logging_rank():
+        log_no_effect(job)
+        logger.info("results go to %s", folder)
+    with Experiment(config, folder, writes=world.is_logging_rank()) as run:
+        yield run
+
+
+def load_pretrained(model: ModelConfig, *, precision: str | int) -> Pretrained:
+    """The model, its tokenizer and its config from ``model.restore_from_path``.
+
+    Raises:
+        UserError: the checkpoint is not there, damaged, or does not fit the layout or the overrides.
+    """
+    with shared_nemo(model.restore_from_path) as archive:
+        config = {**archive.config, **model.architecture}
+        gpt = GPTConfig.from_dict(config)
+        built = build_gpt(gpt, model.layout, dtype_of(precision))
+        with heartbeat("loading weights", enabled=world.is_logging_rank()):
+            load_model(built, archive.weights)
+        tokenizer = _load_tokenizer(archive, gpt.vocab_size)
+        files = _tokenizer_files(archive)
+    policy = GPTPolicy(
+        built, eos_id=tokenizer.eos_id if tokenizer else None, kept_logits_bytes=model.kept_logits_mib << 20
+    )
+    return Pretrained(policy=policy, tokenizer=tokenizer, config=config | {"precision": str(precision)}, files=files)
+
+
+def _load_tokenizer(archive: NemoArchive, vocab_size: int) -> Tokenizer | None:
+    block = archive.config.get("tokenizer")
+    if not block:
+        return None
+    name = block["model"] if block["library"] == "sentencepiece" else block["type"]
+    tokenizer = load_tokenizer(block["library"], archive.file(name))
+    check_fits(tokenizer, vocab_size)
+    return tokenizer
+
+
+def _tokenizer_files(archive: NemoArchive) -> dict[str, Path | bytes]:
+    """All files of the archive but config and weights, read while the archive is open."""
+    return {
+        path.relative_to(archive.folder).as_posix(): path.read_bytes()
+        for path in sorted(archive.folder.rglob("*"))
+        if path.is_file() and path.name != "model_config.yaml" and archive.weights not in path.parents
+    }
+
+
+def sft_loaders(
+    data: SFTDataConfig, pretrained: Pretrained, model: ModelConfig
+) -> tuple[SFTLoader, SFTLoader]:
+    """Training and validation batches; the first training sample is shown.
+
+    Raises:
+        UserError: there is no tokenizer, or a file has a bad line.
+    """
+    tokenizer = pretrained.tokenizer
+    if tokenizer is None:
+        raise UserError(
+            f"model.restore_from_path={model.restore_from_path} holds no tokenizer, and training from text needs one",
+            cure="import the Hugging Face folder again with its tokenizer files in it",
+        )
+    longest = pretrained.policy.model.gpt_config.encoder_seq_length
+    with heartbeat("reading data", enabled=world.is_logging_rank()):
+        loaders = tuple(
+            _loader(data, _capped(split, longest), tokenizer, model) for split in (data.train_ds, data.validation_ds)
+        )
+    train, validation = loaders
+    if world.is_logging_rank():
+        shown = describe(train.dataset[0], tokenizer)
+        logger.info("first training sample, learned tokens between ⟦ and ⟧:\n%s", shown)
+        logger.info("%d training and %d validation samples", len(train.dataset), len(validation.dataset))
+    return train, validation
+
+
+def _capped(split: SFTSplitConfig, longest: int) -> SFTSplitConfig:
+    return replace(split, max_seq_length=min(split.max_seq_length, longest))
+
+
+def _loader(data: SFTDataConfig, split: SFTSplitConfig, tokenizer: Tokenizer, model: ModelConfig) -> SFTLoader:
+    dataset = open_sft(data, split, tokenizer, answer_only_loss=model.answer_only_loss)
+    sampler = GlobalBatchSampler(
+        len(dataset),
+        split.global_batch_size,
+        shuffle=split.shuffle,
+        seed=model.seed,
+        drop_last=split.drop_last,
+    )
+    return SFTLoader(
+        dataset,
+        sampler,
+        dp_rank=world.dp_rank(),
+        dp_size=world.dp_size(),
+        micro_batch_size=split.micro_batch_size,
+        pad_id=tokenizer.pad_id,
+        multiple=world.tp_size() if model.sequence_parallel else 1,
+        max_length=split.max_seq_length,
+        num_workers=data.num_workers,
+    )

@@ -1,0 +1,259 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From Hydra's config to typed, frozen settings. A key that nobody knows is an error with the nearest known one.
+
+Each layer owns its block's dataclass; this module composes them into one Job per script.
+"""
+
+import dataclasses
+import difflib
+import logging
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, TypeVar
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from nemo_aligner.algorithms.supervised import SupervisedConfig
+from nemo_aligner.data.config import SFTDataConfig
+from nemo_aligner.errors import UserError
+from nemo_aligner.models.gpt.config import GPTConfig, dtype_of
+from nemo_aligner.models.gpt.optim import OptimConfig
+from nemo_aligner.parallel.ranks import Layout
+from nemo_aligner.run.experiment import ExperimentConfig
+
+__all__ = ["ModelConfig", "SFTJob", "TrainerConfig", "parse"]
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainerConfig:
+    """The ``trainer`` block."""
+
+    sft: SupervisedConfig = field(default_factory=SupervisedConfig)
+    num_nodes: int = 1
+    devices: int = 1
+    accelerator: str = "gpu"
+    precision: str | int = "bf16"
+    collective_timeout: float = 600.0
+    logger: bool = False
+    enable_checkpointing: bool = False
+    use_distributed_sampler: bool = False
+    max_time: str | None = None
+    max_epochs: int | None = None
+    max_steps: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class PeftConfig:
+    """The ``model.peft`` block."""
+
+    peft_scheme: str = "none"
+    restore_from_path: str | None = None
+    lora_tuning: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """The ``model`` block, without the architecture's own keys: those stand in ``architecture``."""
+
+    restore_from_path: str
+    data: SFTDataConfig
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    peft: PeftConfig = field(default_factory=PeftConfig)
+    architecture: dict[str, Any] = field(default_factory=dict)
+    seed: int = 1234
+    tensor_model_parallel_size: int = 1
+    pipeline_model_parallel_size: int = 1
+    context_parallel_size: int = 1
+    sequence_parallel: bool = False
+    answer_only_loss: bool = True
+    kept_logits_mib: int = 1024
+    use_flash_attention: bool | None = None
+    global_batch_size: int | None = None
+    micro_batch_size: int | None = None
+    mcore_gpt: bool = True
+    megatron_amp_O2: bool = False  # noqa: N815 - NeMo's key
+    resume_from_checkpoint: str | None = None
+    save_nemo_on_validation_end: bool = False
+    sync_batch_comm: bool = False
+    activations_checkpoint_granularity: str | None = None
+    activations_checkpoint_method: str | None = None
+    activations_checkpoint_num_layers: int | None = None
+    activations_checkpoint_layers_per_pipeline: int | None = None
+    gradient_as_bucket_view: bool = False
+    ffn_dropout: float = 0.0
+    steerlm2: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def layout(self) -> Layout:
+        return Layout(
+            tensor=self.tensor_model_parallel_size,
+            pipeline=self.pipeline_model_parallel_size,
+            context=self.context_parallel_size,
+            sequence_parallel=self.sequence_parallel,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class SFTJob:
+    """All settings of train_gpt_sft.py."""
+
+    model: ModelConfig
+    trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    exp_manager: ExperimentConfig = field(default_factory=ExperimentConfig)
+    name: str = "megatron_gpt_sft"
+
+    def check(self, world_size: int | None = None) -> None:
+        """Refuse what needs neither file nor rank to be seen as wrong.
+
+        Args:
+            world_size: ranks that an outer starter made; None where we start them.
+        """
+        trainer, model = self.trainer, self.model
+        dtype_of(trainer.precision)
+        model.layout.check_fits(num_nodes=trainer.num_nodes, devices=trainer.devices, world_size=world_size)
+        model.optim.check()
+        for key, value, off, what in (
+            ("model.peft.peft_scheme", model.peft.peft_scheme, ("none", None, ""), "parameter-efficient tuning"),
+            ("model.context_parallel_size", model.context_parallel_size, (1,), "context parallelism"),
+            ("model.ffn_dropout", model.ffn_dropout, (0.0,), "dropout inside the MLP"),
+        ):
+            if value not in off:
+                raise UserError(f"{key}={value}: {what} is not supported", cure=f"set {key}={off[0]}")
+        ranks = model.layout.data_parallel_size(trainer.num_nodes * trainer.devices)
+        for name, split in (("train_ds", model.data.train_ds), ("validation_ds", model.data.validation_ds)):
+            unit = split.micro_batch_size * ranks
+            if split.global_batch_size % unit:
+                fit = -(-split.global_batch_size // unit) * unit
+                raise UserError(
+                    f"model.data.{name}.global_batch_size={split.global_batch_size} is not a multiple of "
+                    f"micro_batch_size={split.micro_batch_size} x {ranks} data parallel ranks = {unit}",
+                    cure=f"set model.data.{name}.global_batch_size={fit}",
+                )
+
+
+# Settings that are read and have no effect: (key, value that asks for nothing, reason).
+NO_EFFECT: tuple[tuple[str, object, str], ...] = (
+    ("trainer.accelerator", "gpu", "a GPU is used where there is one, else the CPU"),
+    ("trainer.logger", False, "exp_manager makes the loggers"),
+    ("trainer.enable_checkpointing", False, "exp_manager saves"),
+    ("trainer.use_distributed_sampler", False, "batches are dealt out by the loader"),
+    ("trainer.max_time", None, "not yet in effect"),
+    ("trainer.sft.save_interval", None, "not yet in effect: the model is saved when training ends"),
+    ("exp_manager.create_wandb_logger", False, "not yet in effect: see metrics.jsonl and TensorBoard"),
+    ("exp_manager.resume_if_exists", None, "not yet in effect: a run starts at step 0"),
+    ("exp_manager.checkpoint_callback_params.monitor", None, "not yet in effect: one checkpoint is saved, the last"),
+    ("model.optim.name", "adamw", "AdamW, its state not yet sharded over data parallel ranks"),
+    ("model.megatron_amp_O2", False, "weights are kept in trainer.precision, with fp32 copies in the optimizer"),
+    ("model.resume_from_checkpoint", None, "not yet in effect"),
+    ("model.activations_checkpoint_granularity", None, "not yet in effect: activations are kept"),
+    ("model.sync_batch_comm", False, "Megatron's schedules decide"),
+    ("model.gradient_as_bucket_view", False, "gradients always are views of buckets"),
+)
+
+
+def log_no_effect(job: SFTJob) -> None:
+    """One line for each setting that was given and does nothing here."""
+    for key, off, reason in NO_EFFECT:
+        value: Any = job
+        for part in key.split("."):
+            value = getattr(value, part)
+        if value not in (None, off):
+            logger.info("%s=%s has no effect: %s", key, value, reason)
+
+
+ARCHITECTURE_KEYS = frozenset(
+    {f.name for f in dataclasses.fields(GPTConfig)} | {"scale_positional_embedding", "seq_len_interpolation_factor"}
+)
+
+
+def parse(config: DictConfig, kind: type[T]) -> T:
+    """``config`` as a ``kind``.
+
+    Raises:
+        UserError: a key is unknown (with the nearest known one), missing, or has a value of the wrong type.
+    """
+    try:
+        values = OmegaConf.to_container(config, resolve=True, throw_on_missing=False)
+    except OmegaConfBaseException as error:
+        raise UserError(f"the configuration does not resolve: {error}", cure="correct the key it names") from error
+    assert isinstance(values, dict)
+    values = {str(k): v for k, v in values.items() if k != "hydra"}
+    model = values.get("model")
+    if isinstance(model, dict):
+        # null leaves the checkpoint's own value in place.
+        given = {k: v for k, v in model.items() if k in ARCHITECTURE_KEYS and v is not None}
+        values["model"] = {k: v for k, v in model.items() if k not in ARCHITECTURE_KEYS} | {"architecture": given}
+    return _build(values, kind, "")
+
+
+def _build(values: Mapping[str, Any], kind: type[T], path: str) -> T:
+    hints = typing.get_type_hints(kind)
+    known = {f.name: f for f in dataclasses.fields(kind)}  # type: ignore[arg-type]
+    for key in values:
+        if key not in known:
+            _refuse_unknown(f"{path}{key}", key, [*known, *(ARCHITECTURE_KEYS if path == "model." else ())])
+    given = {}
+    for name, spec in known.items():
+        required = spec.default is dataclasses.MISSING and spec.default_factory is dataclasses.MISSING
+        if name in values and values[name] != "???":
+            given[name] = _convert(values[name], hints[name], f"{path}{name}")
+        elif required or name in values:
+            raise UserError(f"{path}{name} is not set", cure=f"add {path}{name}=... to the command line")
+    return kind(**given)
+
+
+def _refuse_unknown(key: str, name: str, known: list[str]) -> typing.NoReturn:
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    prefix = key[: -len(name)]
+    cure = f"did you mean {prefix}{near[0]}?" if near else f"known keys: {', '.join(prefix + k for k in sorted(known))}"
+    raise UserError(f"unknown key {key}", cure=cure)
+
+
+def _convert(value: Any, hint: Any, key: str) -> Any:  # noqa: ANN401, PLR0911 - values of a YAML file
+    if dataclasses.is_dataclass(hint):
+        if not isinstance(value, dict):
+            raise UserError(f"{key}={value!r} is not a block of keys", cure=f"set keys below it, as in {key}.NAME=...")
+        return _build(value, hint, f"{key}.")
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        if value is None and type(None) in args:
+            return None
+        for option in (a for a in args if a is not type(None)):
+            if _is_exactly(value, option):
+                return value
+        return _convert(value, next(a for a in args if a is not type(None)), key)
+    if origin is Literal:
+        if value in args:
+            return value
+        raise UserError(f"{key}={value!r} is not known", cure=f"use one of {', '.join(map(str, args))}")
+    if origin is tuple and isinstance(value, list) and len(value) == len(args):
+        return tuple(_convert(v, a, f"{key}[{i}]") for i, (v, a) in enumerate(zip(value, args, strict=True)))
+    if origin is dict and isinstance(value, dict):
+        return value
+    if _is_exactly(value, hint):
+        return value
+    if hint is float and isinstance(value, int | str) and not isinstance(value, bool):
+        return _number(value, key)
+    if hint is str and isinstance(value, int | float):
+        return str(value)
+    name = hint.__name__ if isinstance(hint, type) else str(hint)
+    raise UserError(f"{key}={value!r} is not of type {name}", cure=f"give {key} a value of type {name}")
+
+
+def _is_exactly(value: object, hint: object) -> bool:
+    return isinstance(hint, type) and isinstance(value, hint) and not (isinstance(value, bool) and hint is not bool)
+
+
+def _number(value: int | str, key: str) -> float:
+    try:
+        # YAML 1.1 reads 5e-6 as a string.
+        return float(value)
+    except ValueError as error:
+        raise UserError(f"{key}={value!r} is not a number", cure=f"set {key} to a number") from error

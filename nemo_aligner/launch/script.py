@@ -1,0 +1,149 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What every training script shares around its own wiring: Hydra, typed settings, ranks, and how errors are told."""
+
+import functools
+import inspect
+import logging
+import os
+import re
+import sys
+import traceback
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import Protocol, TypeVar
+
+import hydra
+from omegaconf import DictConfig
+
+from nemo_aligner.errors import UserError
+from nemo_aligner.launch import local
+from nemo_aligner.launch.cli import INTERRUPTED_CODE, USER_ERROR_CODE
+from nemo_aligner.parallel.ranks import Layout, Ranks, discover
+
+__all__ = ["script"]
+
+logger = logging.getLogger(__name__)
+
+
+class _Trainer(Protocol):
+    num_nodes: int
+    devices: int
+    collective_timeout: float
+
+
+class _Model(Protocol):
+    seed: int
+
+    @property
+    def layout(self) -> Layout: ...
+
+
+class Job(Protocol):
+    """The settings that starting ranks needs."""
+
+    trainer: _Trainer
+    model: _Model
+
+    def check(self, world_size: int | None = None) -> None: ...
+
+
+J = TypeVar("J", bound=Job)
+
+
+def script(config_name: str, kind: type[J]) -> Callable[[Callable[[J], None]], Callable[[], None]]:
+    """Make a script's main out of a function of its job.
+
+    The function runs on every rank, in a world that stands and is cut as the settings say. A :class:`UserError`
+    anywhere is printed once, by one rank, without a traceback; the exit code is then 2.
+
+    Args:
+        config_name: the YAML in the conf folder beside the script.
+        kind: the job's dataclass.
+    """
+
+    def decorate(main: Callable[[J], None]) -> Callable[[], None]:
+        @functools.wraps(main)
+        def entry() -> None:
+            ranks = discover()
+            _prepare_process(ranks)
+            conf = Path(inspect.getfile(main)).resolve().parent / "conf"
+
+            def task(config: DictConfig) -> None:
+                _run(config, kind, main, ranks)
+
+            hydra.main(version_base="1.3", config_path=str(conf), config_name=config_name)(task)()
+
+        return entry
+
+    return decorate
+
+
+def _prepare_process(ranks: Ranks | None) -> None:
+    if ranks is not None and ranks.starter == "local":
+        local.follow_parent()
+    # Keys that YAML lacks are ours to judge: Hydra's own complaint proposes to add them.
+    sys.argv[1:] = [f"++{a}" if re.match(r"^[A-Za-z_][\w.]*=", a) else a for a in sys.argv[1:]]
+    talks = ranks is None or ranks.rank == 0
+    logging.basicConfig(
+        level=logging.INFO if talks else logging.WARNING, format="[%(asctime)s] %(message)s", datefmt="%H:%M:%S"
+    )
+    for noisy in ("megatron", "torch", "transformers", "fsspec", "hydra"):
+        logging.getLogger(noisy).setLevel(logging.WARNING if talks else logging.ERROR)
+    if _amx_may_be_broken() and "ONEDNN_MAX_CPU_ISA" not in os.environ:
+        # Read when torch is imported. Some virtual machines advertise AMX and die of its first instruction.
+        os.environ["ONEDNN_MAX_CPU_ISA"] = "AVX512_CORE"
+        if talks:
+            logger.info("ONEDNN_MAX_CPU_ISA=AVX512_CORE: AMX is not trusted on a virtual machine")
+
+
+def _amx_may_be_broken() -> bool:
+    try:
+        flags = re.search(r"^flags\s*:(.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    except OSError:
+        return False
+    return flags is not None and {"amx_bf16", "hypervisor"} <= set(flags[1].split())
+
+
+def _run(config: DictConfig, kind: type[J], main: Callable[[J], None], ranks: Ranks | None) -> None:
+    # Imported once the process is prepared: this brings torch and Megatron.
+    from nemo_aligner.config import parse
+    from nemo_aligner.parallel import world
+
+    code = 0
+    try:
+        job = parse(config, kind)
+        job.check(ranks.world_size if ranks else None)
+        if ranks is None and job.trainer.num_nodes > 1:
+            raise UserError(
+                f"trainer.num_nodes={job.trainer.num_nodes}, but this machine can start its own ranks only",
+                cure="start the script on every node with srun or torchrun, or set trainer.num_nodes=1",
+            )
+        if ranks is None and job.trainer.devices > 1:
+            sys.exit(local.start_ranks(job.trainer.devices))
+        timeout = timedelta(seconds=job.trainer.collective_timeout)
+        world.start(ranks, timeout=timeout)
+        world.set_layout(job.model.layout, timeout=timeout)
+        world.seed_everything(job.model.seed)
+        main(job)
+    except UserError as error:
+        if world.report_once():
+            sys.stderr.write(f"error: {error}\n")
+        code = USER_ERROR_CODE
+    except KeyboardInterrupt:
+        code = INTERRUPTED_CODE
+    except Exception as error:  # the process edge: whatever it is, it is told and ends this rank
+        if reason := world.describe_failure(error):
+            sys.stderr.write(f"A collective failed on {reason}\n")
+        else:
+            sys.stderr.write(f"rank {world.rank()}:\n{traceback.format_exc()}")
+        code = 1
+    if code:
+        # Without the group's farewell, which would wait for ranks that may be gone.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        logging.shutdown()
+        os._exit(code)
+    world.stop()
+
+
