@@ -126,7 +126,7 @@ def _shares(lengths: Sequence[int], excess: int) -> list[int]:
     cuts = [0] * len(lengths)
     by_length = sorted(range(len(lengths)), key=lambda i: lengths[i])
     for done, i in enumerate(by_length):
-        cuts[i] = min(lengths[i], -(-excess // (len(lengths) - done)))
+        cuts[i] = min(lengths[i], excess // (len(lengths) - done))
         excess -= cuts[i]
     return cuts
 

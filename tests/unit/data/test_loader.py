@@ -1,0 +1,137 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Batches as ranks get them: the same rows for every number of ranks, threads and restarts."""
+
+import random
+
+import pytest
+import torch
+
+from nemo_aligner.batch import Unit
+from nemo_aligner.data.loader import SFTLoader
+from nemo_aligner.data.sample import Sample
+from nemo_aligner.data.sampler import GlobalBatchSampler
+from nemo_aligner.errors import UserError
+
+
+class Rows:
+    """Row i: i + 1 tokens of value i (at most 12), the last half of them learned."""
+
+    def __init__(self, num_rows):
+        self.num_rows = num_rows
+
+    def __len__(self):
+        return self.num_rows
+
+    def __getitem__(self, index):
+        length = min(index % 17 + 2, 12)
+        return Sample(
+            tokens=[index] * length,
+            mask=[i >= length // 2 for i in range(length)],
+            truncated=index % 17 + 2 > 12,
+        )
+
+
+def loader(
+    num_rows=20, *, dp_rank=0, dp_size=1, num_workers=0, global_batch_size=6, micro_batch_size=2, rows=None
+):
+    rows = rows or Rows(num_rows)
+    sampler = GlobalBatchSampler(len(rows), global_batch_size, shuffle=True, seed=3, drop_last=False)
+    return SFTLoader(
+        rows,
+        sampler,
+        dp_rank=dp_rank,
+        dp_size=dp_size,
+        micro_batch_size=micro_batch_size,
+        pad_id=999,
+        multiple=4,
+        max_length=12,
+        num_workers=num_workers,
+    )
+
+
+def as_lists(steps):
+    return [
+        [(b.tokens.tolist(), b.mask.tolist(), b.lengths.tolist()) for b in micro_batches]
+        for micro_batches in steps
+    ]
+
+
+def test_micro_batches_of_a_step_share_one_shape():
+    for micro_batches in loader().iterate(0, 8):
+        assert len({b.tokens.shape for b in micro_batches}) == 1
+        length = micro_batches[0].seq_length
+        assert length % 4 == 0
+        assert length <= 12
+        assert length - max(int(b.lengths.max()) for b in micro_batches) < 4
+
+
+@pytest.mark.parametrize("dp_size", [1, 2, 3, 4])
+@pytest.mark.parametrize("micro_batch_size", [1, 2, 4])
+def test_every_row_of_a_batch_reaches_one_rank(dp_size, micro_batch_size):
+    ranks = [loader(dp_rank=r, dp_size=dp_size, micro_batch_size=micro_batch_size) for r in range(dp_size)]
+    for step in range(9):
+        batches = [rank.batch(step) for rank in ranks]
+        assert len({len(micro_batches) for micro_batches in batches}) == 1
+        flat = [b for micro_batches in batches for b in micro_batches]
+        assert all(b.num_rows == micro_batch_size for b in flat)
+        rows = [int(row[0]) for b in flat for row in b.tokens]
+        assert [row for row in rows if row != 999] == ranks[0].sampler.rows(step)
+        learned = sum(int(b.count(Unit.TOKEN)) for b in flat)
+        expected = [Rows(20)[row] for row in ranks[0].sampler.rows(step)]
+        assert learned == sum(sum(sample.mask[1:]) for sample in expected)
+
+
+@pytest.mark.parametrize("num_rows", [1, 3])
+@pytest.mark.parametrize("dp_size", [1, 4])
+def test_a_file_shorter_than_a_batch(num_rows, dp_size):
+    ranks = [loader(num_rows, dp_rank=r, dp_size=dp_size, global_batch_size=128) for r in range(dp_size)]
+    for step in range(3):
+        flat = [b for rank in ranks for b in rank.batch(step)]
+        assert sorted(int(row[0]) for b in flat for row in b.tokens if row[0] != 999) == list(range(num_rows))
+
+
+@pytest.mark.parametrize("num_workers", [0, 1, 3])
+@pytest.mark.parametrize("start", [0, 1, 4, 7])
+def test_a_restart_goes_on_where_it_stopped(num_workers, start):
+    straight = as_lists(loader().iterate(0, 9))
+    resumed = loader(num_workers=num_workers)
+    assert as_lists(resumed.iterate(start, 9)) == straight[start:]
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_truncated_rows_are_counted_as_they_are_handed_out(num_workers):
+    batches = loader(num_workers=num_workers)
+    steps = batches.iterate(0, 4)
+    next(steps)
+    rows = batches.sampler.rows(0)
+    assert batches.num_seen == 6
+    assert batches.num_truncated == sum(Rows(20)[row].truncated for row in rows)
+    list(steps)
+    assert (batches.num_seen, batches.num_truncated) == (
+        20,
+        sum(Rows(20)[row].truncated for row in range(20)),
+    )
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_a_bad_row_is_reported_from_a_thread_too(num_workers):
+    class Bad(Rows):
+        def __getitem__(self, index):
+            if index == 5:
+                raise UserError("rows.jsonl, line 6: bad", cure="mend it")
+            return super().__getitem__(index)
+
+    with pytest.raises(UserError, match="line 6"):
+        list(loader(num_workers=num_workers, rows=Bad(20)).iterate(0, 4))
+
+
+def test_neighbours_do_not_change_a_row():
+    random.seed(0)
+    for step in random.sample(range(40), 5):
+        for batch in loader().batch(step):
+            for row, mask, length in zip(batch.tokens, batch.mask, batch.lengths, strict=True):
+                n = int(length)
+                assert torch.equal(row[n:], torch.full_like(row[n:], 999))
+                assert not mask[n:].any()
+                if row[0] != 999:
+                    assert row[:n].tolist() == Rows(20)[int(row[0])].tokens

@@ -1,0 +1,109 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Token batches, padded and packed: the same sequences must count and sum alike."""
+
+import pytest
+import torch
+
+from nemo_aligner.batch import TokenBatch, Unit
+
+ROWS = [
+    ([5, 6, 7], [False, True, True]),
+    ([8], [False]),
+    ([1, 2, 3, 4], [True, True, False, True]),
+    ([9, 9], [False, False]),
+]
+
+
+def padded(seq_length=6):
+    return TokenBatch.from_rows(ROWS, pad_id=0, seq_length=seq_length)
+
+
+def packed(tail=2):
+    lengths = torch.tensor([len(ids) for ids, _ in ROWS])
+    ids = [token for ids, _ in ROWS for token in ids] + [0] * tail
+    mask = [flag for _, mask in ROWS for flag in mask] + [False] * tail
+    ends = torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)]).to(torch.int32)
+    return TokenBatch(tokens=torch.tensor([ids]), mask=torch.tensor([mask]), lengths=lengths, cu_seqlens=ends)
+
+
+def test_rows_are_right_padded():
+    batch = padded()
+    assert batch.tokens.tolist() == [
+        [5, 6, 7, 0, 0, 0],
+        [8, 0, 0, 0, 0, 0],
+        [1, 2, 3, 4, 0, 0],
+        [9, 9, 0, 0, 0, 0],
+    ]
+    assert batch.mask.sum(1).tolist() == [2, 0, 3, 0]
+    assert batch.lengths.tolist() == [3, 1, 4, 2]
+    assert (batch.num_rows, batch.seq_length) == (4, 6)
+
+
+@pytest.mark.parametrize("make", [padded, packed])
+def test_units_are_counted_without_first_tokens(make):
+    # The third row's first token is marked, but nothing predicts it.
+    assert make().count(Unit.TOKEN) == 4
+    assert make().count(Unit.SEQUENCE) == 2
+
+
+@pytest.mark.parametrize("tail", [0, 3])
+def test_per_sequence_sums_are_alike_padded_and_packed(tail):
+    wide, long = padded(), packed(tail)
+    scores = torch.arange(10, dtype=torch.float64) ** 2
+    wide_scores = torch.zeros(4, 6, dtype=torch.float64)
+    for row, length, scored in zip(
+        wide_scores, wide.lengths, scores.split(wide.lengths.tolist()), strict=True
+    ):
+        row[: int(length)] = scored
+    long_scores = torch.cat([scores, torch.full((tail,), 7.0, dtype=torch.float64)])[None]
+    expected = [
+        sum(float(s) for s, m in zip(chunk, mask, strict=True) if m)
+        for chunk, (_, mask) in zip(scores.split(wide.lengths.tolist()), ROWS, strict=True)
+    ]
+    assert wide.per_sequence(wide_scores).tolist() == expected
+    assert long.per_sequence(long_scores).tolist() == expected
+
+
+def test_positions_and_starts():
+    batch = packed()
+    assert batch.positions()[0, :10].tolist() == [0, 1, 2, 0, 0, 1, 2, 3, 0, 1]
+    assert batch.starts()[0].nonzero().flatten().tolist() == [0, 3, 4, 8]
+    assert batch.sequence_ids()[0].tolist() == [0, 0, 0, 1, 2, 2, 2, 2, 3, 3, 3, 3]
+    wide = padded()
+    assert wide.positions().tolist() == [list(range(6))] * 4
+    assert wide.starts().sum() == 4
+
+
+def test_split_keeps_rows_in_order():
+    batch = padded()
+    parts = batch.split(2)
+    assert len(parts) == 2
+    assert torch.equal(torch.cat([part.tokens for part in parts]), batch.tokens)
+    assert torch.equal(torch.cat([part.mask for part in parts]), batch.mask)
+    assert torch.equal(torch.cat([part.lengths for part in parts]), batch.lengths)
+    for unit in Unit:
+        assert sum(int(part.count(unit)) for part in parts) == int(batch.count(unit))
+
+
+def test_split_refuses_a_remainder_and_packed_rows():
+    with pytest.raises(AssertionError):
+        padded().split(3)
+    with pytest.raises(AssertionError):
+        packed().split(1)
+
+
+def test_a_packed_batch_is_one_row():
+    with pytest.raises(AssertionError):
+        TokenBatch(
+            tokens=torch.zeros(2, 3, dtype=torch.int64),
+            mask=torch.zeros(2, 3, dtype=torch.bool),
+            lengths=torch.tensor([3, 3]),
+            cu_seqlens=torch.tensor([0, 3, 6], dtype=torch.int32),
+        )
+
+
+@pytest.mark.parametrize("make", [padded, packed])
+def test_moving_moves_every_field(make):
+    moved = make().to(torch.device("meta"))
+    assert moved.tokens.device.type == moved.mask.device.type == moved.lengths.device.type == "meta"
+    assert (moved.cu_seqlens is None) == (make().cu_seqlens is None)
