@@ -7,7 +7,7 @@ when the model is asked.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass
 from itertools import groupby
 
 from nemo_aligner.data.config import ChatPromptTokens, SFTSplitConfig
@@ -46,10 +46,10 @@ class PromptTokensLayout:
 
     def __init__(self, tokenizer: Tokenizer, tokens: ChatPromptTokens, cfg: SFTSplitConfig) -> None:
         self._tokenizer = tokenizer
-        self._tokens = tokens
+        self._tokens = tokens.unescaped()
         self._cfg = cfg
-        for entry in fields(tokens):
-            _check_writable(tokenizer, entry.name, getattr(tokens, entry.name))
+        for name, text in asdict(self._tokens).items():
+            _check_writable(tokenizer, name, text)
 
     def read(self, row: Mapping[str, object]) -> Chat:
         """A conversation of either layout."""

@@ -2,7 +2,7 @@
 """The settings under ``model.data`` for supervised fine-tuning. Defaults stand here and nowhere else."""
 
 import re
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 
 from nemo_aligner.errors import UserError
 
@@ -31,9 +31,9 @@ class ChatPromptTokens:
     end_of_turn: str = "\n"  # after a turn's text
     end_of_name: str = "\n"  # after a speaker's name and after a label
 
-    def __post_init__(self) -> None:
-        for entry in fields(self):
-            object.__setattr__(self, entry.name, unescape(getattr(self, entry.name)))
+    def unescaped(self) -> "ChatPromptTokens":
+        """The same tokens as the characters that they stand for."""
+        return ChatPromptTokens(**{name: unescape(text) for name, text in asdict(self).items()})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,13 +56,14 @@ class SFTSplitConfig:
     )
     truncation_field: str | None = "input"  # fields cut first when a sample is too long, separated by commas
     index_mapping_dir: str | None = None  # no effect: the index of lines is kept in memory, none is written
-    prompt_template: str = "{input} {output}"  # prompt and answer; each {name} is a field of the row
+    prompt_template: str = (
+        "{input} {output}"  # prompt and answer; each {name} is a field; escapes are understood
+    )
     hf_dataset: bool = False  # no effect: the file is read as JSONL either way
     truncation_method: str = "right"  # the end at which truncation_field loses tokens: right or left
     output_original_text: bool = True  # no effect: samples carry tokens only
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "prompt_template", unescape(self.prompt_template))
         for name in ("global_batch_size", "micro_batch_size"):
             if getattr(self, name) < 1:
                 raise UserError(

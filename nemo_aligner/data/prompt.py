@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from nemo_aligner.data.config import SFTSplitConfig
+from nemo_aligner.data.config import SFTSplitConfig, unescape
 from nemo_aligner.data.dolly import dolly_to_prompt_response, is_dolly
 from nemo_aligner.data.records import PromptResponse, read_prompt_response
 from nemo_aligner.data.sample import Sample, finish, split_bos
@@ -132,7 +132,7 @@ def _shares(lengths: Sequence[int], excess: int) -> list[int]:
 
 
 def _split_template(cfg: SFTSplitConfig) -> list[_Piece]:
-    template, ending = cfg.prompt_template, f"{{{cfg.label_key}}}"
+    template, ending = unescape(cfg.prompt_template), f"{{{cfg.label_key}}}"
     if not template.endswith(ending) or template.count(ending) != 1:
         raise UserError(
             f"prompt_template={template!r} does not end with its one {ending}, the answer",

@@ -22,12 +22,8 @@ def test_unescape(typed, meant):
     assert unescape(typed) == meant
 
 
-def test_escapes_are_understood_in_templates():
-    assert (
-        SFTSplitConfig(file_path="f", prompt_template=r"{input}\n{output}").prompt_template
-        == "{input}\n{output}"
-    )
-    assert ChatPromptTokens(end_of_turn=r"\n", turn_start=r"\x11") == ChatPromptTokens()
+def test_escapes_are_understood_in_prompt_tokens():
+    assert ChatPromptTokens(end_of_turn=r"\n", turn_start=r"\x11").unescaped() == ChatPromptTokens()
 
 
 @pytest.mark.parametrize(
