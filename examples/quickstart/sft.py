@@ -31,12 +31,13 @@ TRAINING = (
     "trainer.devices=1",
     "trainer.precision=32",
     "trainer.sft.max_epochs=2",
-    "trainer.sft.val_check_interval=20",
+    "trainer.sft.max_steps=32",
+    "trainer.sft.val_check_interval=8",
     "model.encoder_seq_length=128",
     "model.data.chat=True",
     "model.data.chat_template=tokenizer",
     f"model.data.train_ds.file_path={DATA / 'train.jsonl'}",
-    "model.data.train_ds.micro_batch_size=8",
+    "model.data.train_ds.micro_batch_size=4",
     "model.data.train_ds.global_batch_size=8",
     f"model.data.validation_ds.file_path={DATA / 'validation.jsonl'}",
     "model.optim.lr=1e-4",
@@ -60,7 +61,9 @@ def complete(folder: Path) -> list[str]:
     """Greedy answers to ``PROMPTS``, by transformers, from a Hugging Face folder."""
     # transformers takes seconds to import, and the first step should not wait for it.
     from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()
     tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left")
     model = AutoModelForCausalLM.from_pretrained(folder)
     chats = [[{"role": "user", "content": prompt}] for prompt in PROMPTS]
