@@ -72,7 +72,7 @@ class _GgufTensors:
     """A TensorSource that dequantises as it reads and puts the rows of q and k into Hugging Face's order."""
 
     def __init__(self, reader: "GGUFReader", *, heads: tuple[int, int], path: Path) -> None:
-        self._heads = dict(zip(("q", "k"), heads, strict=True))
+        self._heads: dict[str, int] = {"q": heads[0], "k": heads[1]}
         self._tensors = {_hf_name(tensor.name, path): tensor for tensor in reader.tensors}
         self._shapes = {name: tuple(int(n) for n in reversed(t.shape)) for name, t in self._tensors.items()}
         self._dtype = self._common_dtype()

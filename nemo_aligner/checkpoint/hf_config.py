@@ -24,6 +24,18 @@ __all__ = [
 
 FAMILIES = (LLAMA, MISTRAL)
 _DTYPE_NAMES = {"bf16": "bfloat16", "16": "float16", "32": "float32"}
+_COMPUTATION_KEYS = ("normalization", "activation", "position_embedding_type", "rotary_percentage")
+_SAME_COMPUTATION = {"activation": ("fast-swiglu", "swiglu")}
+_NEMO_DEFAULTS = {
+    "normalization": "layernorm",
+    "activation": "gelu",
+    "position_embedding_type": "learned_absolute",
+    "rotary_percentage": 1.0,
+    "bias": True,
+    "share_embeddings_and_output_weights": True,
+    "window_size": None,
+}
+_NEMO_ROPE_KEYS = ("scale_positional_embedding", "seq_len_interpolation_factor")
 _ROPE_KEYS = ("rope_parameters", "rope_theta", "rope_scaling", "partial_rotary_factor")
 _LLAMA3_ROPE_KEYS = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 
@@ -96,10 +108,13 @@ def _read_rope(hf_config: dict[str, Any], where: str) -> tuple[float, dict[str, 
     match rope.get("rope_type", rope.get("type", "default")):
         case "default":
             return base, None
-        case "linear":
-            return base, {"rope_type": "linear", "factor": float(rope["factor"])}
-        case "llama3":
-            return base, {"rope_type": "llama3"} | {key: rope[key] for key in _LLAMA3_ROPE_KEYS}
+        case "linear" | "llama3" as kind:
+            needed = _LLAMA3_ROPE_KEYS if kind == "llama3" else ("factor",)
+            if missing := [key for key in needed if key not in rope]:
+                raise UserError(
+                    f"{where}: rope scaling of type {kind} lacks {missing}", cure="correct config.json"
+                )
+            return base, {"rope_type": kind} | {key: rope[key] for key in needed}
         case other:
             raise UserError(
                 f"{where}: rope scaling of type {other} is not supported",
@@ -122,7 +137,7 @@ def to_hf_config(family: Family, config: dict[str, Any]) -> dict[str, Any]:
     }
     hf_config |= (config.get("huggingface") or {}).get("config") or {}
     hf_config |= {key.hf: _value_for_export(key, config) for key in family.keys}
-    hf_config |= dict.fromkeys(family.bias_keys, bool(config.get("bias", False)))
+    hf_config |= dict.fromkeys(family.bias_keys, bool(config["bias"]))
     rope = {"rope_type": "default"} | (config.get("rope_scaling") or {})
     theta = float(config.get("rotary_base", 10000.0))
     hf_config["rope_parameters"] = rope | {"rope_theta": theta}
@@ -141,28 +156,46 @@ def _value_for_export(key: Key, config: dict[str, Any]) -> Any:  # noqa: ANN401
     return value
 
 
-def family_for_export(config: dict[str, Any]) -> Family:
-    """The family that the model came from; for one that NeMo wrote, the one that can express it."""
-    for name, value in LLAMA.nemo.items():
-        if name == "activation" and config.get(name) == "swiglu":
-            continue
-        if (
-            name not in ("mcore_gpt", "hidden_dropout", "make_vocab_size_divisible_by")
-            and config.get(name, value) != value
-        ):
+def family_for_export(config: dict[str, Any]) -> tuple[Family, dict[str, Any]]:
+    """The family that a model_config.yaml is exported as, and the config with NeMo's defaults filled in.
+
+    A model that NeMo made, which names no family, becomes the one that can express it.
+
+    Raises:
+        UserError: no family can.
+    """
+    config = _NEMO_DEFAULTS | config
+    for name in _COMPUTATION_KEYS:
+        if (found := config.get(name)) not in (wanted := _SAME_COMPUTATION.get(name, (LLAMA.nemo[name],))):
             raise UserError(
-                f"no supported Hugging Face architecture has {name}={config[name]}",
-                cure=f"export a model with {name}={value}",
+                f"no supported Hugging Face architecture has {name}={found}",
+                cure=f"export a model with {wanted[0]}",
+            )
+    for name in _NEMO_ROPE_KEYS:
+        if config.get(name):
+            raise UserError(
+                f"{name}={config[name]} has no place in config.json", cure="write it as rope_scaling"
             )
     named = (config.get("huggingface") or {}).get("architecture")
-    for family in FAMILIES:
-        if family.architecture == named:
-            return family
-    return LLAMA if config.get("window_size") is None else MISTRAL
+    inferred = LLAMA if config["window_size"] is None else MISTRAL
+    family = next((family for family in FAMILIES if family.architecture == named), inferred)
+    if config["bias"] and not family.bias_keys:
+        raise UserError(
+            f"{family.architecture} has no biases, the model has", cure="export a model with bias=false"
+        )
+    if config["window_size"] is not None and all(key.nemo != "window_size" for key in family.keys):
+        raise UserError(
+            f"{family.architecture} has no window_size, the model has {config['window_size']}",
+            cure="set huggingface.architecture: MistralForCausalLM in model_config.yaml",
+        )
+    return family, config
 
 
 def dims_of(config: dict[str, Any]) -> Dims:
     """The sizes that a model_config.yaml names."""
+    needed = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "vocab_size")
+    if missing := [name for name in needed if config.get(name) is None]:
+        raise UserError(f"model_config.yaml has no {', '.join(missing)}", cure="add what is missing to it")
     heads = int(config["num_attention_heads"])
     return Dims(
         layers=int(config["num_layers"]),

@@ -26,17 +26,16 @@ from nemo_aligner.checkpoint.hf_config import (
     to_nemo_config,
 )
 from nemo_aligner.checkpoint.mappings.table import Copy, Dims, Family, Rule, Shape
+from nemo_aligner.checkpoint.nemo_archive import replace_folder
 from nemo_aligner.checkpoint.progress import Progress
 from nemo_aligner.checkpoint.tensor_files import HuggingFaceTensors, TensorSource, write_safetensors
 from nemo_aligner.checkpoint.tokenizer_files import TOKENIZER_FOLDER, describe_tokenizer, find_tokenizer_files
-from nemo_aligner.checkpoint.weights import WeightReader
+from nemo_aligner.checkpoint.weights import WeightReader, precision_of
 from nemo_aligner.errors import UserError
 
 __all__ = ["ImportedModel", "export_huggingface", "import_huggingface", "import_model"]
 
 _log = logging.getLogger(__name__)
-
-_PRECISIONS: dict[torch.dtype, str | int] = {torch.bfloat16: "bf16", torch.float16: 16, torch.float32: 32}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,11 +103,7 @@ def import_model(
         entries, tensors, tied=config["share_embeddings_and_output_weights"], family=family, where=where
     )
     embedding = tensors.read(next(iter(entries[0].sources)))
-    if embedding.dtype not in _PRECISIONS:
-        raise UserError(
-            f"{where}: weights in {embedding.dtype} are not supported", cure="convert them to bfloat16"
-        )
-    config["precision"] = _PRECISIONS[embedding.dtype]
+    config["precision"] = precision_of(embedding.dtype, where)
     config["tokenizer"] = describe_tokenizer(tokenizer_files, where)
     config["huggingface"] = {
         "architecture": family.architecture,
@@ -144,7 +139,7 @@ def export_huggingface(
         UserError: ``out`` exists, or the model is none that a supported architecture can express.
     """
     check_export_folder(out, overwrite=overwrite)
-    family = family_for_export(config)
+    family, config = family_for_export(config)
     entries = _entries(family, config)
     _check_reader(entries, reader)
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -159,9 +154,7 @@ def export_huggingface(
             shutil.copyfile(path, staging / name)
         _write_weights(staging, entries, reader, dims_of(config), max_shard_bytes)
         staging.chmod(0o755)
-        if out.exists():
-            shutil.rmtree(out)
-        staging.rename(out)
+        replace_folder(staging, out)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
     _log.info("wrote %s", out)
@@ -184,7 +177,7 @@ def _entries(family: Family, config: dict[str, Any]) -> list[_Entry]:
     """Every tensor of the model in order of layers; the embedding is the first."""
     dims = dims_of(config)
     entries = [_entry(rule, dims) for rule in family.outer]
-    kinds = ("weight", "bias") if config.get("bias", False) else ("weight",)
+    kinds = ("weight", "bias") if config["bias"] else ("weight",)
     for layer in range(dims.layers):
         for rule in family.layer:
             entries += [
@@ -210,6 +203,10 @@ def _check_tensors(
     entries: list[_Entry], tensors: TensorSource, *, tied: bool, family: Family, where: str
 ) -> None:
     expected = {name: shape for entry in entries for name, shape in entry.sources.items()}
+    if missing := expected.keys() - tensors.shapes.keys():
+        raise UserError(
+            f"{where}: tensors are missing: {_list(missing)}", cure="download the folder again, whole"
+        )
     ignored = {name for name in tensors.shapes if name.endswith("rotary_emb.inv_freq")}
     if tied and isinstance(family.head, Copy) and family.head.hf in tensors.shapes:
         embedding = next(iter(expected))
@@ -219,10 +216,6 @@ def _check_tensors(
                 cure='set "tie_word_embeddings": false in its config.json',
             )
         ignored.add(family.head.hf)
-    if missing := expected.keys() - tensors.shapes.keys():
-        raise UserError(
-            f"{where}: tensors are missing: {_list(missing)}", cure="download the folder again, whole"
-        )
     if extra := tensors.shapes.keys() - expected.keys() - ignored:
         raise UserError(
             f"{where}: tensors that a {family.architecture} does not have: {_list(extra)}",

@@ -18,6 +18,7 @@ from nemo_aligner.checkpoint.huggingface import ImportedModel
 from nemo_aligner.checkpoint.nemo_archive import NemoArchive
 from nemo_aligner.checkpoint.progress import Progress
 from nemo_aligner.checkpoint.tensor_files import load_pickled
+from nemo_aligner.checkpoint.weights import precision_of
 from nemo_aligner.data.tokenizer import load_tokenizer
 from nemo_aligner.errors import UserError
 
@@ -44,10 +45,21 @@ _LAYER_NAMES = {
     "mlp.dense_4h_to_h.weight": "mlp.linear_fc2.weight",
     "mlp.dense_4h_to_h.bias": "mlp.linear_fc2.bias",
 }
+_NEEDED = frozenset(
+    {
+        "embedding.word_embeddings.weight",
+        "decoder.final_layernorm.weight",
+        "self_attention.linear_qkv.layer_norm_weight",
+        "self_attention.linear_qkv.weight",
+        "self_attention.linear_proj.weight",
+        "mlp.linear_fc1.layer_norm_weight",
+        "mlp.linear_fc1.weight",
+        "mlp.linear_fc2.weight",
+    }
+)
 _LAYER_TENSOR = re.compile(r"language_model\.encoder\.layers\.(\d+)\.(.+)")
 _CANONICAL = re.compile(r"(embedding|decoder|output_layer)\..+")
 _SECOND_GATE = ".dense_h_to_4h_2."  # the up projection of an unfused gated MLP
-_PRECISIONS: dict[torch.dtype, str | int] = {torch.bfloat16: "bf16", torch.float16: 16, torch.float32: 32}
 _ONE_RANK = (
     "merge the ranks first: NeMo's megatron_change_num_partitions.py to tensor and pipeline parallel size 1"
 )
@@ -62,10 +74,7 @@ def import_legacy(archive: NemoArchive) -> ImportedModel:
     """
     state = load_pickled(_weights_file(archive))
     tensors = dict(_canonical(state, str(archive.source)))
-    if "embedding.word_embeddings.weight" not in tensors:
-        raise UserError(
-            f"{archive.source}: the checkpoint has no word embeddings", cure="convert a GPT model"
-        )
+    _check_complete(tensors, archive)
     config = _upgrade_config(archive, tensors)
     files: dict[str, Path | bytes] = {
         path.relative_to(archive.folder).as_posix(): path
@@ -126,6 +135,28 @@ def _canonical_name(name: str, where: str) -> str:
     return f"decoder.layers.{match[1]}.{_LAYER_NAMES[match[2]]}"
 
 
+def _check_complete(tensors: dict[str, Tensor], archive: NemoArchive) -> None:
+    """Raises UserError unless the layers are those that the config counts, each with all of its weights."""
+    num_layers = archive.config.get("num_layers")
+    if not isinstance(num_layers, int):
+        raise UserError(
+            f"{archive.source}: num_layers={num_layers} in its config", cure="convert a GPT model"
+        )
+    needed = {name for name in _OUTER_NAMES.values() if name in _NEEDED}
+    for layer in range(num_layers):
+        needed |= {f"decoder.layers.{layer}.{name}" for name in _LAYER_NAMES.values() if name in _NEEDED}
+    if missing := sorted(needed - tensors.keys()):
+        raise UserError(
+            f"{archive.source}: {len(missing)} tensors are missing, the first is {missing[0]}",
+            cure="convert a complete GPT model",
+        )
+    if f"decoder.layers.{num_layers}.self_attention.linear_qkv.weight" in tensors:
+        raise UserError(
+            f"{archive.source}: there are more layers than num_layers={num_layers}",
+            cure="correct num_layers in model_config.yaml",
+        )
+
+
 def _upgrade_config(archive: NemoArchive, tensors: dict[str, Tensor]) -> dict[str, Any]:
     """The config with what today's has beyond it."""
     config = dict(archive.config)
@@ -135,7 +166,7 @@ def _upgrade_config(archive: NemoArchive, tensors: dict[str, Tensor]) -> dict[st
         )
     embedding = tensors["embedding.word_embeddings.weight"]
     config["mcore_gpt"] = True
-    config["precision"] = _PRECISIONS[embedding.dtype]
+    config["precision"] = precision_of(embedding.dtype, str(archive.source))
     config.setdefault("share_embeddings_and_output_weights", "output_layer.weight" not in tensors)
     config.setdefault("make_vocab_size_divisible_by", 128)
     config["vocab_size"] = config.get("vocab_size") or _vocab_size(archive, embedding.shape[0])

@@ -20,21 +20,29 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from nemo_aligner.checkpoint.progress import Progress
 from nemo_aligner.checkpoint.torch_dist import read_backend
 from nemo_aligner.errors import UserError
 
-__all__ = ["CONFIG_NAME", "WEIGHTS_NAME", "NemoArchive", "check_output", "open_nemo", "write_nemo"]
+__all__ = [
+    "CONFIG_NAME",
+    "WEIGHTS_NAME",
+    "NemoArchive",
+    "check_output",
+    "open_nemo",
+    "replace_folder",
+    "write_nemo",
+]
 
 CONFIG_NAME = "model_config.yaml"
 WEIGHTS_NAME = "model_weights"
 
 _COPY_BYTES = 16 * 1024**2
 _GET_AGAIN = "get the file again from its publisher; a .nemo is a tar of plain files"
-_CONVERT = "python examples/nlp/gpt/convert_nemo_gpt_to_mcore.py --in-folder FOLDER --out-file NEW.nemo"
+_CONVERTER = "python examples/nlp/gpt/convert_nemo_gpt_to_mcore.py"
 
 _log = logging.getLogger(__name__)
 
@@ -139,7 +147,7 @@ def write_nemo(
         weights(staging / WEIGHTS_NAME)
         if as_folder:
             staging.chmod(0o755)
-            _replace_folder(staging, path)
+            replace_folder(staging, path)
         else:
             _pack(staging, finished)
             finished.replace(path)
@@ -248,25 +256,21 @@ def _read_config(folder: Path, source: Path) -> dict[str, Any]:
         raise UserError(f"{source}: {CONFIG_NAME} is not YAML: {error}", cure=_GET_AGAIN) from error
     if not isinstance(config, DictConfig):
         raise UserError(f"{source}: {CONFIG_NAME} is not a mapping", cure=_GET_AGAIN)
-    resolved = _resolve(config)
-    assert isinstance(resolved, dict)
-    return resolved
+    return _resolve(config)
 
 
-def _resolve(node: DictConfig | ListConfig) -> dict[str, Any] | list[Any]:
-    """Plain containers; an interpolation that points outside the file (as NeMo writes them) stays a
-    string.
-    """
-    plain: dict[Any, Any] = {}
-    for key in node if isinstance(node, DictConfig) else range(len(node)):
+def _resolve(config: DictConfig) -> dict[str, Any]:
+    """Plain containers; a value that refers to something outside the file, as NeMo's do, stays as it is."""
+    plain: dict[str, Any] = {}
+    for key in map(str, config):
         try:
-            value = node[key]
+            value = config[key]
+            plain[key] = OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
         except OmegaConfBaseException:
-            raw = OmegaConf.to_container(node, resolve=False)
-            assert isinstance(raw, dict | list)
-            value = raw[key]
-        plain[key] = _resolve(value) if isinstance(value, DictConfig | ListConfig) else value
-    return plain if isinstance(node, DictConfig) else list(plain.values())
+            raw = OmegaConf.to_container(config, resolve=False)
+            assert isinstance(raw, dict)
+            plain[key] = raw[key]
+    return plain
 
 
 def _check_weights_layout(archive: NemoArchive) -> None:
@@ -286,7 +290,7 @@ def _check_weights_layout(archive: NemoArchive) -> None:
     ):
         raise UserError(
             f"{archive.source}: the weights are in NeMo's old layout (model_weights.ckpt)",
-            cure=f"convert it: {_CONVERT}",
+            cure=f"convert it: {_CONVERTER} --in-folder {archive.source} --out-file NEW.nemo",
         )
     raise UserError(
         f"{archive.source} holds no {WEIGHTS_NAME}/metadata.json, so it has no weights", cure=_GET_AGAIN
@@ -326,7 +330,8 @@ class _ReportingReader(io.RawIOBase):
         return block
 
 
-def _replace_folder(new: Path, path: Path) -> None:
+def replace_folder(new: Path, path: Path) -> None:
+    """Renames ``new`` to ``path``, which it replaces where it exists; both lie in one folder."""
     if not path.exists():
         new.rename(path)
         return

@@ -18,7 +18,7 @@ from torch import Tensor
 from nemo_aligner.checkpoint.torch_dist import FolderReader, FolderWriter, check_folder
 from nemo_aligner.errors import UserError
 
-__all__ = ["WeightReader", "check_folder", "save_weights"]
+__all__ = ["WeightReader", "check_folder", "precision_of", "save_weights"]
 
 _PREFIX = "model."
 _LAYER_NAME = re.compile(r"(decoder\.layers)\.(\d+)\.(.+)")
@@ -135,6 +135,18 @@ class WeightReader:
         if name not in self._places:
             raise UserError(f"the checkpoint has no {name}", cure="use the checkpoint of a GPT model")
         return self._reader.tensors[self._places[name].key].dtype
+
+
+def precision_of(dtype: torch.dtype, where: str) -> str | int:
+    """model_config.yaml's ``precision`` for weights of ``dtype``; ``where`` names them in messages."""
+    match dtype:
+        case torch.bfloat16:
+            return "bf16"
+        case torch.float16:
+            return 16
+        case torch.float32:
+            return 32
+    raise UserError(f"{where}: weights in {dtype} are not supported", cure="convert them to bfloat16 first")
 
 
 def _pad_rows(tensor: Tensor, multiple: int) -> Tensor:
