@@ -148,9 +148,9 @@ class _KnownWeights(torch.autograd.Function):
         (weights,) = ctx.saved_tensors
         weights = weights.to(grad.dtype)
         size = (weights * weights).sum()
-        factor = (grad * weights).sum() / size if size > 0 else torch.zeros_like(size)
-        worst = (grad - factor * weights).abs().max() if grad.numel() else factor
-        if worst > 1e-4 * factor.abs() * weights.abs().max() + 1e-30:
+        factor = (grad * weights).sum() / size.clamp(min=torch.finfo(size.dtype).tiny)
+        off = (grad - factor * weights).square().sum()
+        if off > 1e-8 * factor.square() * size:
             raise RuntimeError("the objective's weights() is not its gradient with respect to the log-probs")
         grad_hidden, grad_weight = ctx.grads
         ctx.grads = None

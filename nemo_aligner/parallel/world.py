@@ -39,7 +39,6 @@ __all__ = [
     "pp_size",
     "rank",
     "report_once",
-    "seed_everything",
     "set_layout",
     "start",
     "stop",
@@ -53,7 +52,6 @@ logger = logging.getLogger(__name__)
 
 _phase = "start"
 _local_rank = 0
-_layout = Layout()
 
 
 def start(ranks: Ranks | None = None, *, timeout: timedelta = timedelta(minutes=10)) -> None:
@@ -94,9 +92,11 @@ def start(ranks: Ranks | None = None, *, timeout: timedelta = timedelta(minutes=
         )
 
 
-def set_layout(layout: Layout, *, timeout: timedelta = timedelta(minutes=10)) -> None:
-    """Cut the world into tensor, pipeline and data parallel groups; a new layout replaces the last one."""
-    global _layout
+def set_layout(layout: Layout, *, seed: int = 1234, timeout: timedelta = timedelta(minutes=10)) -> None:
+    """Cut the world into tensor, pipeline and data parallel groups, and seed it.
+
+    A new layout replaces the last one. Random draws are alike over DP, apart over TP and PP where they must be.
+    """
     if parallel_state.model_parallel_is_initialized():
         parallel_state.destroy_model_parallel()
     with phase("building process groups"):
@@ -107,7 +107,7 @@ def set_layout(layout: Layout, *, timeout: timedelta = timedelta(minutes=10)) ->
             distributed_timeout_minutes=timeout.total_seconds() / 60,
             create_gloo_process_groups=False,
         )
-    _layout = layout
+    _seed(seed)
 
 
 def stop() -> None:
@@ -132,8 +132,7 @@ def ensure_single_process() -> Iterator[None]:
         stop()
 
 
-def seed_everything(seed: int) -> None:
-    """Seed Python, numpy, torch and Megatron's trackers: alike over DP, apart over TP and PP where they must be."""
+def _seed(seed: int) -> None:
     random.seed(seed)
     numpy.random.seed(seed)
     torch.manual_seed(seed)

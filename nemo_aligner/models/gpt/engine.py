@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """The one bridge from an objective to Megatron's pipeline schedules. Knows stages and denominators; no algorithm."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 
 import torch
+from megatron.core import tensor_parallel
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
@@ -15,7 +16,7 @@ from nemo_aligner.models.gpt.view import view
 from nemo_aligner.objectives.protocol import Metrics, ModelOutput, Objective
 from nemo_aligner.parallel import collectives, world
 
-__all__ = ["run"]
+__all__ = ["logits", "run"]
 
 
 def run(
@@ -82,3 +83,35 @@ def _means(collected: list[Metrics], names: tuple[str, ...]) -> dict[str, float]
         }
     totals = collectives.totals(sums, names)
     return {name: (value / max(count, 1)) for name, (value, count) in ((n, t.tolist()) for n, t in totals.items())}
+
+
+@torch.no_grad()
+def logits(model: GPT, batch: TokenBatch) -> Tensor | None:
+    """[B, S, V] float logits of every position on the last stage's ranks, None elsewhere. For looking at small models.
+
+    Position t holds the distribution of token t + 1, as transformers has it.
+    """
+    found: list[Tensor] = []
+
+    def loss_func(hidden: Tensor) -> tuple[Tensor, Metrics]:
+        if model.config.sequence_parallel:
+            hidden = tensor_parallel.gather_from_sequence_parallel_region(hidden)
+        local = model.head(hidden.reshape(-1, hidden.shape[-1]))
+        assert isinstance(local, Tensor)
+        whole = collectives.gather_over_tensor_parallel(local)[:, : model.gpt_config.vocab_size]
+        found.append(whole.reshape(*hidden.shape[:2], -1).transpose(0, 1).float())
+        return hidden.new_zeros(()), {}
+
+    def forward_step(iterator: Iterator[TokenBatch], module: MegatronModule) -> tuple[Tensor, Callable]:
+        return module(**model.inputs(next(iterator))), loss_func
+
+    get_forward_backward_func()(
+        forward_step_func=forward_step,
+        data_iterator=iter([batch.to(world.device())]),
+        model=model,
+        num_microbatches=1,
+        seq_length=batch.seq_length,
+        micro_batch_size=batch.num_rows,
+        forward_only=True,
+    )
+    return found[0] if found else None

@@ -89,4 +89,9 @@ def build_optimizer(
         params_dtype=dtype,
         use_distributed_optimizer=False,
     )
-    return get_megatron_optimizer(config, list(chunks), use_gloo_process_groups=False)
+    built = get_megatron_optimizer(config, list(chunks), use_gloo_process_groups=False)
+    for group in built.param_groups:
+        if "fused" in group:
+            # torch's own AdamW (no Transformer Engine, no apex): one pass over memory, no temporary copies.
+            group["foreach"], group["fused"] = False, True
+    return built

@@ -1,0 +1,67 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Results do not depend on the layout: one rank is the oracle, 8 gloo ranks are cut in many ways."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent))
+import worker
+
+from nemo_aligner.checkpoint.sharded import save_model
+from nemo_aligner.models.gpt.model import build_gpt
+from nemo_aligner.parallel import world
+from nemo_aligner.parallel.ranks import Layout
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Oracle curves of one rank and, from the same saved weights, what 8 ranks make of every case."""
+    out = tmp_path_factory.mktemp("layouts")
+    with world.ensure_single_process():
+        for tied in (True, False):
+            model = build_gpt(worker.config(tied=tied), Layout(), torch.float32)
+            worker.randomize(model)
+            save_model(model, out / f"weights-tied-{tied}")
+            oracle = worker.Case(tied=tied, mbs=13)
+            torch.save(worker.train(oracle, out / f"weights-tied-{tied}"), out / f"oracle-tied-{tied}.pt")
+        torch.save(worker.logits(worker.Case(), out / "weights-tied-True"), out / "logits-oracle.pt")
+    log = out / "log.txt"
+    with log.open("wb") as stream:
+        done = subprocess.run(
+            [sys.executable, worker.__file__, str(out), "8"],
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+            stdout=stream,
+            stderr=stream,
+            timeout=240,
+            check=False,
+        )
+    assert done.returncode == 0, log.read_text()[-4000:]
+    return out
+
+
+@pytest.mark.parametrize("case", worker.CASES, ids=str)
+def test_losses_and_grad_norms_are_one_ranks(folder: Path, case: worker.Case):
+    curve, oracle = torch.load(folder / f"{case}.pt"), torch.load(folder / f"oracle-tied-{case.tied}.pt")
+    assert curve["loss"] == pytest.approx(oracle["loss"], rel=1e-5)
+    assert curve["grad_norm"] == pytest.approx(oracle["grad_norm"], rel=1e-5)
+
+
+def test_a_local_count_would_be_seen(folder: Path):
+    curve, oracle = torch.load(folder / f"{worker.LOCAL_COUNT}.pt"), torch.load(folder / "oracle-tied-True.pt")
+    assert curve["grad_norm"] != pytest.approx(oracle["grad_norm"], rel=1e-2)
+
+
+@pytest.mark.parametrize("case", worker.RELOADED, ids=str)
+def test_weights_saved_at_tp2_pp2_give_the_same_logits_everywhere(folder: Path, case: worker.Case):
+    saved = torch.load(folder / f"logits-{worker.RELOADED[0]}-dp0.pt")
+    for path in folder.glob(f"logits-{case}-dp*.pt"):
+        found = torch.load(path)
+        if case.tp == worker.RELOADED[0].tp and not case.sp:
+            assert torch.equal(found, saved)
+        torch.testing.assert_close(found, saved, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(saved, torch.load(folder / "logits-oracle.pt"), rtol=1e-5, atol=1e-5)
