@@ -122,8 +122,7 @@ def _run(config: DictConfig, kind: type[J], main: Callable[[J], None], ranks: Ra
         if ranks is None and job.trainer.devices > 1:
             sys.exit(local.start_ranks(job.trainer.devices))
         timeout = timedelta(seconds=job.trainer.collective_timeout)
-        world.start(ranks, timeout=timeout)
-        world.set_layout(job.model.layout, seed=job.model.seed, timeout=timeout)
+        world.start(ranks, layout=job.model.layout, seed=job.model.seed, timeout=timeout)
         main(job)
     except UserError as error:
         if world.report_once():

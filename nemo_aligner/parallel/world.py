@@ -39,7 +39,6 @@ __all__ = [
     "pp_size",
     "rank",
     "report_once",
-    "set_layout",
     "start",
     "stop",
     "synchronize",
@@ -54,10 +53,19 @@ _phase = "start"
 _local_rank = 0
 
 
-def start(ranks: Ranks | None = None, *, timeout: timedelta = timedelta(minutes=10)) -> None:
-    """Join the other ranks. Without ``ranks`` this process is a world of its own, which opens no port.
+def start(
+    ranks: Ranks | None = None,
+    *,
+    layout: Layout = Layout(),  # noqa: B008 - frozen
+    seed: int = 1234,
+    timeout: timedelta = timedelta(minutes=10),
+) -> None:
+    """Join the other ranks and cut the world into tensor, pipeline and data parallel groups.
 
     Args:
+        ranks: this process's place; None makes it a world of its own, which opens no port.
+        layout: how the world is cut.
+        seed: of random draws, which are alike over DP and apart over TP and PP where they must be.
         timeout: after which a collective that is not answered fails.
     """
     global _local_rank
@@ -67,8 +75,8 @@ def start(ranks: Ranks | None = None, *, timeout: timedelta = timedelta(minutes=
         _local_rank = ranks.local_rank
     if cuda:
         torch.cuda.set_device(_local_rank)
+    backend = "nccl" if cuda else "gloo"
     with phase("meeting of the ranks"):
-        backend = "nccl" if cuda else "gloo"
         if ranks is None:
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
         else:
@@ -80,25 +88,6 @@ def start(ranks: Ranks | None = None, *, timeout: timedelta = timedelta(minutes=
                 timeout=timeout,
                 device_id=device() if cuda else None,
             )
-    if is_logging_rank():
-        where = torch.cuda.get_device_name() if cuda else "CPU (no CUDA device found)"
-        logger.info(
-            "world: %d rank(s), started by %s, backend %s on %s, collective time-out %.0f s",
-            world_size(),
-            ranks.starter if ranks else "this process alone",
-            backend,
-            where,
-            timeout.total_seconds(),
-        )
-
-
-def set_layout(layout: Layout, *, seed: int = 1234, timeout: timedelta = timedelta(minutes=10)) -> None:
-    """Cut the world into tensor, pipeline and data parallel groups, and seed it.
-
-    A new layout replaces the last one. Random draws are alike over DP, apart over TP and PP where they must be.
-    """
-    if parallel_state.model_parallel_is_initialized():
-        parallel_state.destroy_model_parallel()
     with phase("building process groups"):
         parallel_state.initialize_model_parallel(
             layout.tensor,
@@ -108,6 +97,14 @@ def set_layout(layout: Layout, *, seed: int = 1234, timeout: timedelta = timedel
             create_gloo_process_groups=False,
         )
     _seed(seed)
+    if is_logging_rank():
+        where = torch.cuda.get_device_name() if cuda else "CPU (no CUDA device found)"
+        starter = ranks.starter if ranks else "this process alone"
+        logger.info(
+            "world: %d rank(s) started by %s, TP %d x PP %d x DP %d, backend %s on %s, collective time-out %.0f s",
+            *(world_size(), starter, layout.tensor, layout.pipeline, dp_size(), backend, where),
+            timeout.total_seconds(),
+        )
 
 
 def stop() -> None:
@@ -126,7 +123,6 @@ def ensure_single_process() -> Iterator[None]:
         return
     start()
     try:
-        set_layout(Layout())
         yield
     finally:
         stop()

@@ -4,8 +4,10 @@
 Imports once and forks the ranks; each case builds its layout in the same world and writes OUT_FOLDER/<case>.pt.
 """
 
+import contextlib
 import os
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -150,32 +152,35 @@ def logits(case: Case, weights: Path) -> torch.Tensor | None:
 
 def run_rank(rank: int, size: int, out: Path) -> None:
     torch.set_num_threads(1)
-    init = f"file://{out}/ranks"
-    world.start(
-        Ranks(rank=rank, world_size=size, local_rank=rank, init_method=init, starter="local"), timeout=TIMEOUT
-    )
+
+    @contextlib.contextmanager
+    def cut(case: Case, name: str) -> Iterator[None]:
+        init = f"file://{out}/ranks-{name}"
+        ranks = Ranks(rank=rank, world_size=size, local_rank=rank, init_method=init, starter="local")
+        world.start(ranks, layout=case.layout, timeout=TIMEOUT)
+        yield
+        world.barrier()
+        world.stop()
+
     sum_over_ranks = collectives.sum_over_data_parallel
     for case in (*CASES, LOCAL_COUNT):
-        world.set_layout(case.layout, timeout=TIMEOUT)
-        if case.local_count:
-            collectives.sum_over_data_parallel = lambda x: x if x.ndim == 0 else sum_over_ranks(x)
-        curve = train(case, out / f"weights-tied-{case.tied}")
-        if rank == 0:
-            torch.save(curve, out / f"{case}.pt")
+        with cut(case, str(case)):
+            if case.local_count:
+                collectives.sum_over_data_parallel = lambda x: x if x.ndim == 0 else sum_over_ranks(x)
+            curve = train(case, out / f"weights-tied-{case.tied}")
+            if rank == 0:
+                torch.save(curve, out / f"{case}.pt")
     collectives.sum_over_data_parallel = sum_over_ranks
 
-    saved = RELOADED[0]
-    world.set_layout(saved.layout, timeout=TIMEOUT)
-    model = build_gpt(config(tied=True), saved.layout, torch.float32)
-    load_model(model, out / "weights-tied-True")
-    save_model(model, out / "weights-tp2-pp2")
+    with cut(RELOADED[0], "save"):
+        model = build_gpt(config(tied=True), RELOADED[0].layout, torch.float32)
+        load_model(model, out / "weights-tied-True")
+        save_model(model, out / "weights-tp2-pp2")
     for case in RELOADED:
-        world.set_layout(case.layout, timeout=TIMEOUT)
-        found = logits(case, out / "weights-tp2-pp2")
-        if found is not None and world.tp_rank() == 0:
-            torch.save(found, out / f"logits-{case}-dp{world.dp_rank()}.pt")
-    world.barrier()
-    world.stop()
+        with cut(case, f"reload-{case}"):
+            found = logits(case, out / "weights-tp2-pp2")
+            if found is not None and world.tp_rank() == 0:
+                torch.save(found, out / f"logits-{case}-dp{world.dp_rank()}.pt")
 
 
 def main() -> None:
