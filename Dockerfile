@@ -13,7 +13,8 @@ WORKDIR /opt/nemo-aligner
 COPY . .
 RUN make setup PYTHON=python3.11
 # Transformer Engine compiles against the torch that is installed, so it is built outside pip's isolation.
-RUN .venv/bin/pip install -c .venv/constraints.txt --no-build-isolation '.[gpu,wandb]'
+RUN .venv/bin/pip install wheel pybind11 ninja \
+    && .venv/bin/pip install -c .venv/constraints.txt --no-build-isolation -e '.[gpu,wandb]'
 
 ENV PATH=/opt/nemo-aligner/.venv/bin:$PATH
 CMD ["bash"]
