@@ -1,0 +1,184 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The same logits as transformers, from folders that its save_pretrained wrote and our import read."""
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    PreTrainedModel,
+)
+
+from nemo_aligner.batch import TokenBatch
+from nemo_aligner.checkpoint.convert import export_to_huggingface, import_from_huggingface
+from nemo_aligner.checkpoint.nemo_archive import open_nemo, write_nemo
+from nemo_aligner.checkpoint.sharded import load_model, save_model
+from nemo_aligner.models.gpt import engine
+from nemo_aligner.models.gpt.config import GPTConfig
+from nemo_aligner.models.gpt.model import GPT, build_gpt
+from nemo_aligner.models.gpt.policy import GPTPolicy
+from nemo_aligner.parallel.ranks import Layout
+
+SIZES = {
+    "vocab_size": 101,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 128,
+    "attn_implementation": "eager",
+}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 500000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 16,
+}
+LINEAR = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 2.0}
+FAMILIES: dict[str, Callable[[], LlamaConfig | MistralConfig]] = {
+    "llama2": lambda: LlamaConfig(**SIZES),
+    "llama3": lambda: LlamaConfig(**SIZES, num_key_value_heads=2, rope_parameters=LLAMA3),
+    "llama-linear": lambda: LlamaConfig(**SIZES, rope_parameters=LINEAR),
+    "llama-head-dim": lambda: LlamaConfig(**SIZES, num_key_value_heads=2, head_dim=12),
+    "llama-bias": lambda: LlamaConfig(**SIZES, num_key_value_heads=1, attention_bias=True, mlp_bias=True),
+    "smollm2": lambda: LlamaConfig(
+        **SIZES, num_key_value_heads=2, tie_word_embeddings=True, rms_norm_eps=1e-5
+    ),
+    "mistral": lambda: MistralConfig(**SIZES, num_key_value_heads=2, sliding_window=7, head_dim=16),
+}
+LENGTHS = (60, 3, 41)  # beyond the original context of the stretched ropes and beyond the sliding window
+
+
+def reference(config: LlamaConfig | MistralConfig) -> PreTrainedModel:
+    """transformers' model with weights at another scale than the initial one, norms and biases not trivial."""
+    model = (MistralForCausalLM if isinstance(config, MistralConfig) else LlamaForCausalLM)(config)
+    draw = torch.Generator().manual_seed(11)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=draw) * 0.25 + (parameter.ndim == 1))
+    return model.eval()
+
+
+def load(folder: Path, nemo: Path) -> GPT:
+    import_from_huggingface(folder, str(nemo))
+    return load_nemo(nemo)
+
+
+def load_nemo(nemo: Path) -> GPT:
+    with open_nemo(nemo) as archive:
+        model = build_gpt(GPTConfig.from_dict(archive.config), Layout(), torch.float32).eval()
+        load_model(model, archive.weights)
+    return model
+
+
+@torch.no_grad()
+def logits_of(model: PreTrainedModel, batch: TokenBatch) -> torch.Tensor:
+    return model(batch.tokens).logits
+
+
+def real(batch: TokenBatch) -> torch.Tensor:
+    """[B, S] bool: not padding."""
+    return torch.arange(batch.seq_length)[None] < batch.lengths[:, None]
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def both(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[PreTrainedModel, GPT]:
+    """transformers' model of a family, and ours from the folder that it wrote."""
+    out = tmp_path_factory.mktemp(request.param)
+    theirs = reference(FAMILIES[request.param]())
+    theirs.save_pretrained(out / "hf")
+    return theirs, load(out / "hf", out / "x.nemo")
+
+
+def test_logits(both: tuple[PreTrainedModel, GPT], random_rows: Callable[..., TokenBatch]):
+    theirs, ours = both
+    batch = random_rows(LENGTHS)
+    expected, found = logits_of(theirs, batch), engine.logits(ours, batch)
+    assert expected.std() > 0.5, "logits near zero would prove nothing"
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
+
+
+def test_logprobs(both: tuple[PreTrainedModel, GPT], random_rows: Callable[..., TokenBatch]):
+    theirs, ours = both
+    batch = random_rows(LENGTHS, seed=1)
+    everywhere = logits_of(theirs, batch).log_softmax(-1)[:, :-1]
+    expected = torch.zeros(batch.tokens.shape)
+    expected[:, 1:] = everywhere.gather(2, batch.tokens[:, 1:, None])[..., 0]
+    found = GPTPolicy(ours).logprobs(batch)
+    torch.testing.assert_close(found, expected * real(batch), rtol=0, atol=1e-4)
+
+
+def test_rows_depend_neither_on_padding_nor_on_neighbours(
+    both: tuple[PreTrainedModel, GPT], random_rows: Callable[..., TokenBatch]
+):
+    _, ours = both
+    batch, other = random_rows(LENGTHS), random_rows(LENGTHS, seed=5)
+    seen = real(batch)
+    tokens = batch.tokens.where(seen, 77)
+    tokens[0] = other.tokens[0]
+    changed = TokenBatch(tokens=tokens, mask=batch.mask, lengths=batch.lengths)
+    before, after = (GPTPolicy(ours).logprobs(x) for x in (batch, changed))
+    assert torch.equal(before[1:], after[1:])
+    assert not torch.equal(before[0], after[0])
+    for row, length in enumerate(LENGTHS):
+        alone = TokenBatch.from_rows(
+            [(batch.tokens[row, :length].tolist(), [True] * length)], pad_id=0, seq_length=length
+        )
+        torch.testing.assert_close(
+            GPTPolicy(ours).logprobs(alone)[0], before[row, :length], rtol=1e-5, atol=1e-5
+        )
+
+
+@pytest.mark.parametrize("family", ["llama3", "smollm2", "mistral"])
+def test_what_we_saved_gives_transformers_the_same_logits(
+    family: str, tmp_path: Path, random_rows: Callable[..., TokenBatch]
+):
+    """Through our model and back, as after a training run: not only the files of an import are exported."""
+    batch = random_rows(LENGTHS)
+    theirs = reference(FAMILIES[family]())
+    theirs.save_pretrained(tmp_path / "hf")
+    ours = load(tmp_path / "hf", tmp_path / "x.nemo")
+    with open_nemo(tmp_path / "x.nemo") as archive:
+        config = archive.config
+    write_nemo(
+        f"{tmp_path}/y/",
+        config=config,
+        files={},
+        weights=lambda folder: save_model(ours, folder),
+        overwrite=False,
+    )
+    export_to_huggingface(tmp_path / "y", tmp_path / "out")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "out", attn_implementation="eager").eval()
+    assert torch.equal(logits_of(again, batch), logits_of(theirs, batch))
+
+
+def test_a_published_model_answers_as_published(tmp_path: Path):
+    data = os.environ.get("NEMO_ALIGNER_TEST_DATA")
+    if not data or not (folder := Path(data, "stories260k_hf")).is_dir():
+        pytest.skip("NEMO_ALIGNER_TEST_DATA names no folder with stories260k_hf, which is optional data")
+    expected = json.loads((folder / "reference_outputs.json").read_text())
+    ours = load(folder, tmp_path / "x.nemo")
+    ids = expected["ids"]
+    batch = TokenBatch.from_rows([(ids, [True] * len(ids))], pad_id=0, seq_length=len(ids))
+    last = engine.logits(ours, batch)[0, -1]
+    top = last.topk(len(expected["last_logits_top5"]))
+    assert top.indices.tolist() == expected["last_logits_top5_ids"]
+    assert top.values.tolist() == pytest.approx(expected["last_logits_top5"], abs=1e-4)
+    (written,) = GPTPolicy(ours).generate([ids], max_new_tokens=200)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    assert (
+        tokenizer.decode([*ids, *written], skip_special_tokens=True).strip() == expected["greedy_200"].strip()
+    )
