@@ -33,18 +33,25 @@ class TokenBatch:
     tokens: Tensor  # [B, S] int64, right padded
     mask: Tensor  # [B, S] bool, tokens that are learned from
     lengths: Tensor  # [N] int64, tokens in each sequence, prompt and answer
-    cu_seqlens: Tensor | None = None  # [N + 1] int32, set when packed: then B == 1 and the tail after it is padding
+    cu_seqlens: Tensor | None = (
+        None  # [N + 1] int32, set when packed: then B == 1 and the tail after it is padding
+    )
 
     def __post_init__(self) -> None:
-        assert self.tokens.ndim == 2 and self.mask.shape == self.tokens.shape, (self.tokens.shape, self.mask.shape)
+        assert self.tokens.ndim == 2 and self.mask.shape == self.tokens.shape, (
+            self.tokens.shape,
+            self.mask.shape,
+        )
         assert self.cu_seqlens is None or self.tokens.shape[0] == 1, "a packed batch has one row"
 
     @property
     def num_rows(self) -> int:
+        """B."""
         return self.tokens.shape[0]
 
     @property
     def seq_length(self) -> int:
+        """S."""
         return self.tokens.shape[1]
 
     def starts(self) -> Tensor:
@@ -93,16 +100,18 @@ class TokenBatch:
         """Micro-batches of ``rows`` rows each; the number of rows must divide by it."""
         assert self.cu_seqlens is None, "a packed row is already one micro-batch"
         assert self.num_rows % rows == 0, (self.num_rows, rows)
-        parts = {
-            field.name: value.split(rows)
+        parts: dict[str, Sequence[Tensor]] = {
+            field.name: torch.split(value, rows)
             for field in fields(self)
             if isinstance(value := getattr(self, field.name), Tensor)
         }
         return [
-            replace(self, **{name: chunks[i] for name, chunks in parts.items()}) for i in range(self.num_rows // rows)
+            replace(self, **{name: chunks[i] for name, chunks in parts.items()})
+            for i in range(self.num_rows // rows)
         ]
 
     def to(self, device: torch.device) -> Self:
+        """The same batch on ``device``."""
         moved = {f.name: v.to(device) for f in fields(self) if isinstance(v := getattr(self, f.name), Tensor)}
         return replace(self, **moved)
 

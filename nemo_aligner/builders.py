@@ -65,7 +65,9 @@ def load_pretrained(model: ModelConfig, *, precision: str | int) -> Pretrained:
     with shared_nemo(model.restore_from_path) as archive:
         config = {**archive.config, **model.architecture}
         gpt = GPTConfig.from_dict(config)
-        built = build_gpt(gpt, model.layout, dtype_of(precision))
+        built = build_gpt(
+            gpt, model.layout, dtype_of(precision), use_flash_attention=model.use_flash_attention
+        )
         with heartbeat("loading weights", enabled=world.is_logging_rank()):
             load_model(built, archive.weights)
         tokenizer = _load_tokenizer(archive, gpt.vocab_size)
@@ -73,7 +75,9 @@ def load_pretrained(model: ModelConfig, *, precision: str | int) -> Pretrained:
     policy = GPTPolicy(
         built, eos_id=tokenizer.eos_id if tokenizer else None, kept_logits_bytes=model.kept_logits_mib << 20
     )
-    return Pretrained(policy=policy, tokenizer=tokenizer, config=config | {"precision": str(precision)}, files=files)
+    return Pretrained(
+        policy=policy, tokenizer=tokenizer, config=config | {"precision": str(precision)}, files=files
+    )
 
 
 def _load_tokenizer(archive: NemoArchive, vocab_size: int) -> Tokenizer | None:
@@ -112,7 +116,8 @@ def sft_loaders(
     longest = pretrained.policy.model.gpt_config.encoder_seq_length
     with heartbeat("reading data", enabled=world.is_logging_rank()):
         loaders = tuple(
-            _loader(data, _capped(split, longest), tokenizer, model) for split in (data.train_ds, data.validation_ds)
+            _loader(data, _capped(split, longest), tokenizer, model)
+            for split in (data.train_ds, data.validation_ds)
         )
     train, validation = loaders
     if world.is_logging_rank():
@@ -126,7 +131,9 @@ def _capped(split: SFTSplitConfig, longest: int) -> SFTSplitConfig:
     return replace(split, max_seq_length=min(split.max_seq_length, longest))
 
 
-def _loader(data: SFTDataConfig, split: SFTSplitConfig, tokenizer: Tokenizer, model: ModelConfig) -> SFTLoader:
+def _loader(
+    data: SFTDataConfig, split: SFTSplitConfig, tokenizer: Tokenizer, model: ModelConfig
+) -> SFTLoader:
     dataset = open_sft(data, split, tokenizer, answer_only_loss=model.answer_only_loss)
     sampler = GlobalBatchSampler(
         len(dataset),

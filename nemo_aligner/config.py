@@ -4,6 +4,7 @@
 Each layer owns its block's dataclass; this module composes them into one Job per script.
 """
 
+import builtins
 import dataclasses
 import difflib
 import logging
@@ -11,7 +12,7 @@ import types
 import typing
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -78,7 +79,7 @@ class ModelConfig:
     global_batch_size: int | None = None
     micro_batch_size: int | None = None
     mcore_gpt: bool = True
-    megatron_amp_O2: bool = False  # noqa: N815 - NeMo's key
+    megatron_amp_O2: bool = False
     resume_from_checkpoint: str | None = None
     save_nemo_on_validation_end: bool = False
     sync_batch_comm: bool = False
@@ -92,6 +93,7 @@ class ModelConfig:
 
     @property
     def layout(self) -> Layout:
+        """How the world is to be cut."""
         return Layout(
             tensor=self.tensor_model_parallel_size,
             pipeline=self.pipeline_model_parallel_size,
@@ -120,7 +122,12 @@ class SFTJob:
         model.layout.check_fits(num_nodes=trainer.num_nodes, devices=trainer.devices, world_size=world_size)
         model.optim.check()
         for key, value, off, what in (
-            ("model.peft.peft_scheme", model.peft.peft_scheme, ("none", None, ""), "parameter-efficient tuning"),
+            (
+                "model.peft.peft_scheme",
+                model.peft.peft_scheme,
+                ("none", None, ""),
+                "parameter-efficient tuning",
+            ),
             ("model.context_parallel_size", model.context_parallel_size, (1,), "context parallelism"),
             ("model.ffn_dropout", model.ffn_dropout, (0.0,), "dropout inside the MLP"),
         ):
@@ -148,9 +155,17 @@ NO_EFFECT: tuple[tuple[str, object, str], ...] = (
     ("trainer.sft.save_interval", None, "not yet in effect: the model is saved when training ends"),
     ("exp_manager.create_wandb_logger", False, "not yet in effect: see metrics.jsonl and TensorBoard"),
     ("exp_manager.resume_if_exists", None, "not yet in effect: a run starts at step 0"),
-    ("exp_manager.checkpoint_callback_params.monitor", None, "not yet in effect: one checkpoint is saved, the last"),
+    (
+        "exp_manager.checkpoint_callback_params.monitor",
+        None,
+        "not yet in effect: one checkpoint is saved, the last",
+    ),
     ("model.optim.name", "adamw", "AdamW, its state not yet sharded over data parallel ranks"),
-    ("model.megatron_amp_O2", False, "weights are kept in trainer.precision, with fp32 copies in the optimizer"),
+    (
+        "model.megatron_amp_O2",
+        False,
+        "weights are kept in trainer.precision, with fp32 copies in the optimizer",
+    ),
     ("model.resume_from_checkpoint", None, "not yet in effect"),
     ("model.activations_checkpoint_granularity", None, "not yet in effect: activations are kept"),
     ("model.sync_batch_comm", False, "Megatron's schedules decide"),
@@ -169,7 +184,8 @@ def log_no_effect(job: SFTJob) -> None:
 
 
 ARCHITECTURE_KEYS = frozenset(
-    {f.name for f in dataclasses.fields(GPTConfig)} | {"scale_positional_embedding", "seq_len_interpolation_factor"}
+    {f.name for f in dataclasses.fields(GPTConfig)}
+    | {"scale_positional_embedding", "seq_len_interpolation_factor"}
 )
 
 
@@ -182,14 +198,18 @@ def parse(config: DictConfig, kind: type[T]) -> T:
     try:
         values = OmegaConf.to_container(config, resolve=True, throw_on_missing=False)
     except OmegaConfBaseException as error:
-        raise UserError(f"the configuration does not resolve: {error}", cure="correct the key it names") from error
+        raise UserError(
+            f"the configuration does not resolve: {error}", cure="correct the key it names"
+        ) from error
     assert isinstance(values, dict)
     values = {str(k): v for k, v in values.items() if k != "hydra"}
     model = values.get("model")
     if isinstance(model, dict):
         # null leaves the checkpoint's own value in place.
         given = {k: v for k, v in model.items() if k in ARCHITECTURE_KEYS and v is not None}
-        values["model"] = {k: v for k, v in model.items() if k not in ARCHITECTURE_KEYS} | {"architecture": given}
+        values["model"] = {k: v for k, v in model.items() if k not in ARCHITECTURE_KEYS} | {
+            "architecture": given
+        }
     return _build(values, kind, "")
 
 
@@ -212,31 +232,48 @@ def _build(values: Mapping[str, Any], kind: type[T], path: str) -> T:
 def _refuse_unknown(key: str, name: str, known: list[str]) -> typing.NoReturn:
     near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     prefix = key[: -len(name)]
-    cure = f"did you mean {prefix}{near[0]}?" if near else f"known keys: {', '.join(prefix + k for k in sorted(known))}"
+    cure = (
+        f"did you mean {prefix}{near[0]}?"
+        if near
+        else f"known keys: {', '.join(prefix + k for k in sorted(known))}"
+    )
     raise UserError(f"unknown key {key}", cure=cure)
 
 
-def _convert(value: Any, hint: Any, key: str) -> Any:  # noqa: ANN401, PLR0911 - values of a YAML file
-    if dataclasses.is_dataclass(hint):
+def _convert(value: Any, hint: Any, key: str) -> Any:  # noqa: ANN401 - values of a YAML file
+    if isinstance(hint, type) and dataclasses.is_dataclass(hint):
         if not isinstance(value, dict):
-            raise UserError(f"{key}={value!r} is not a block of keys", cure=f"set keys below it, as in {key}.NAME=...")
+            raise UserError(
+                f"{key}={value!r} is not a block of keys", cure=f"set keys below it, as in {key}.NAME=..."
+            )
         return _build(value, hint, f"{key}.")
-    origin, args = typing.get_origin(hint), typing.get_args(hint)
-    if origin in (typing.Union, types.UnionType):
-        if value is None and type(None) in args:
-            return None
-        for option in (a for a in args if a is not type(None)):
-            if _is_exactly(value, option):
+    args = typing.get_args(hint)
+    match typing.get_origin(hint):
+        case typing.Union | types.UnionType:
+            return _convert_union(value, args, key)
+        case typing.Literal:
+            if value in args:
                 return value
-        return _convert(value, next(a for a in args if a is not type(None)), key)
-    if origin is Literal:
-        if value in args:
+            raise UserError(f"{key}={value!r} is not known", cure=f"use one of {', '.join(map(str, args))}")
+        case builtins.tuple if isinstance(value, list) and len(value) == len(args):
+            return tuple(
+                _convert(v, a, f"{key}[{i}]") for i, (v, a) in enumerate(zip(value, args, strict=True))
+            )
+        case builtins.dict if isinstance(value, dict):
             return value
-        raise UserError(f"{key}={value!r} is not known", cure=f"use one of {', '.join(map(str, args))}")
-    if origin is tuple and isinstance(value, list) and len(value) == len(args):
-        return tuple(_convert(v, a, f"{key}[{i}]") for i, (v, a) in enumerate(zip(value, args, strict=True)))
-    if origin is dict and isinstance(value, dict):
+    return _convert_plain(value, hint, key)
+
+
+def _convert_union(value: Any, options: tuple[Any, ...], key: str) -> Any:  # noqa: ANN401
+    if value is None and type(None) in options:
+        return None
+    kinds = [option for option in options if option is not type(None)]
+    if any(_is_exactly(value, kind) for kind in kinds):
         return value
+    return _convert(value, kinds[0], key)
+
+
+def _convert_plain(value: Any, hint: Any, key: str) -> Any:  # noqa: ANN401
     if _is_exactly(value, hint):
         return value
     if hint is float and isinstance(value, int | str) and not isinstance(value, bool):
@@ -248,7 +285,11 @@ def _convert(value: Any, hint: Any, key: str) -> Any:  # noqa: ANN401, PLR0911 -
 
 
 def _is_exactly(value: object, hint: object) -> bool:
-    return isinstance(hint, type) and isinstance(value, hint) and not (isinstance(value, bool) and hint is not bool)
+    return (
+        isinstance(hint, type)
+        and isinstance(value, hint)
+        and not (isinstance(value, bool) and hint is not bool)
+    )
 
 
 def _number(value: int | str, key: str) -> float:

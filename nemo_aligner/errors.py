@@ -1,6 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """The one error type that speaks to users. Scripts print it without a traceback; every other error is a bug."""
 
+from __future__ import annotations
+
+from collections.abc import Callable
+
 __all__ = ["UserError"]
 
 
@@ -21,7 +25,7 @@ class UserError(ValueError):
         self.cure = cure
         super().__init__(f"{problem}\nCure: {cure}")
 
-    def __reduce__(self) -> tuple:
+    def __reduce__(self) -> tuple[Callable[[str, str], UserError], tuple[str, str]]:
         # Exceptions cross process borders when a rank reports to its starter; keyword-only arguments need this.
         return (_rebuild, (self.problem, self.cure))
 

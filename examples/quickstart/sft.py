@@ -69,7 +69,9 @@ def complete(folder: Path) -> list[str]:
     inputs = tokenizer.apply_chat_template(
         chats, add_generation_prompt=True, padding=True, return_tensors="pt", return_dict=True
     )
-    output = model.generate(**inputs, max_new_tokens=40, do_sample=False)
+    output = model.generate(  # pyright: ignore[reportAttributeAccessIssue] - typed without its mixin
+        **inputs, max_new_tokens=40, do_sample=False
+    )
     return tokenizer.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
 
 

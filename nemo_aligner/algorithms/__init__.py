@@ -1,1 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
+"""Training loops. They see models only through models/alignable_interface.py."""

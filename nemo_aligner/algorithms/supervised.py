@@ -39,10 +39,14 @@ class Batches(Protocol):
     """A source of global batches, as this data parallel rank sees them."""
 
     @property
-    def batches_per_epoch(self) -> int: ...
+    def batches_per_epoch(self) -> int:
+        """Global batches in one pass over the data."""
+        ...
 
     @property
-    def num_truncated(self) -> int: ...
+    def num_truncated(self) -> int:
+        """Samples that this rank has cut so far."""
+        ...
 
     def iterate(self, start: int, stop: int) -> Iterator[list[TokenBatch]]:
         """Micro-batches of global batches ``start`` to ``stop - 1``, counted on from epoch to epoch."""
@@ -134,7 +138,7 @@ class SupervisedTrainer:
             "rows": counts["rows"],
         }
 
-    def _count(self, batches: Sequence[TokenBatch]) -> dict[str, float]:
+    def _count(self, batches: Sequence[TokenBatch]) -> dict[str, int]:
         """Rows, tokens and the objective's units of the global batch; rows that only fill up are not counted."""
         rows = torch.tensor(
             [
@@ -145,7 +149,8 @@ class SupervisedTrainer:
             dtype=torch.int64,
             device=world.device(),
         )
-        return dict(zip(("rows", "tokens", "units"), collectives.sum_over_data_parallel(rows).tolist(), strict=True))
+        totals: list[int] = collectives.sum_over_data_parallel(rows).tolist()  # pyright: ignore[reportUnknownMemberType]
+        return dict(zip(("rows", "tokens", "units"), totals, strict=True))
 
     def _training_batches(self) -> Iterator[list[TokenBatch]]:
         plan, done, epoch = self.plan, 0, 0

@@ -2,6 +2,7 @@
 """A model's weights between its ranks and a torch_dist folder: saved at one TP x PP, loaded at any other."""
 
 from pathlib import Path
+from typing import Any
 
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.core import CheckpointingException
@@ -28,7 +29,9 @@ class _SaveInProcess(TorchDistSaveShardedStrategy):
     """Writes from this process: Megatron's own strategy starts processes that import torch again for each save."""
 
     def save(self, sharded_state_dict: ShardedStateDict, checkpoint_dir: str | Path) -> None:
-        state, _, _ = _replace_state_dict_keys_with_sharded_keys(sharded_state_dict, self.keep_only_main_replica)
+        state, _, _ = _replace_state_dict_keys_with_sharded_keys(
+            sharded_state_dict, self.keep_only_main_replica
+        )
         torch_dist_checkpoint.save(
             mcore_to_pyt_state_dict(state, False),
             storage_writer=torch_dist_checkpoint.FileSystemWriter(checkpoint_dir, thread_count=1),
@@ -46,7 +49,9 @@ def save_model(model: MegatronModule, folder: Path) -> None:
     cpu_shim.install()
     with world.phase(f"saving weights to {folder}"):
         dist_checkpointing.save(
-            model.sharded_state_dict(prefix=PREFIX), str(folder), sharded_strategy=_SaveInProcess("torch_dist", 1)
+            model.sharded_state_dict(prefix=PREFIX),
+            str(folder),
+            sharded_strategy=_SaveInProcess("torch_dist", 1),
         )
 
 
@@ -60,7 +65,7 @@ def load_model(model: MegatronModule, folder: Path) -> None:
     cpu_shim.install()
     with world.phase(f"loading weights from {folder}"):
         try:
-            state = dist_checkpointing.load(model.sharded_state_dict(prefix=PREFIX), str(folder))
+            state: Any = dist_checkpointing.load(model.sharded_state_dict(prefix=PREFIX), str(folder))
         except (CheckpointingException, KeyError, RuntimeError) as error:
             if world.describe_failure(error):
                 raise

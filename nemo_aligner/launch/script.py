@@ -27,13 +27,19 @@ logger = logging.getLogger(__name__)
 
 
 class _Trainer(Protocol):
-    num_nodes: int
-    devices: int
-    collective_timeout: float
+    @property
+    def num_nodes(self) -> int: ...
+
+    @property
+    def devices(self) -> int: ...
+
+    @property
+    def collective_timeout(self) -> float: ...
 
 
 class _Model(Protocol):
-    seed: int
+    @property
+    def seed(self) -> int: ...
 
     @property
     def layout(self) -> Layout: ...
@@ -42,10 +48,19 @@ class _Model(Protocol):
 class Job(Protocol):
     """The settings that starting ranks needs."""
 
-    trainer: _Trainer
-    model: _Model
+    @property
+    def trainer(self) -> _Trainer:
+        """The ``trainer`` block."""
+        ...
 
-    def check(self, world_size: int | None = None) -> None: ...
+    @property
+    def model(self) -> _Model:
+        """The ``model`` block."""
+        ...
+
+    def check(self, world_size: int | None = None) -> None:
+        """Refuse what needs neither file nor rank to be seen as wrong."""
+        ...
 
 
 J = TypeVar("J", bound=Job)
@@ -86,7 +101,9 @@ def _prepare_process(ranks: Ranks | None) -> None:
     sys.argv[1:] = [f"++{a}" if re.match(r"^[A-Za-z_][\w.]*=", a) else a for a in sys.argv[1:]]
     talks = ranks is None or ranks.rank == 0
     logging.basicConfig(
-        level=logging.INFO if talks else logging.WARNING, format="[%(asctime)s] %(message)s", datefmt="%H:%M:%S"
+        level=logging.INFO if talks else logging.WARNING,
+        format="[%(asctime)s] %(message)s",
+        datefmt="%H:%M:%S",
     )
     for noisy in ("megatron", "torch", "transformers", "fsspec", "hydra"):
         logging.getLogger(noisy).setLevel(logging.WARNING if talks else logging.ERROR)
@@ -143,5 +160,3 @@ def _run(config: DictConfig, kind: type[J], main: Callable[[J], None], ranks: Ra
         logging.shutdown()
         os._exit(code)
     world.stop()
-
-

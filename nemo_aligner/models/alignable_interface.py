@@ -30,9 +30,11 @@ class SupervisedInterface(Protocol):
         Returns:
             Means over the global batch, the same on every rank; "loss" among them.
         """
+        ...
 
     def optimizer_step(self) -> dict[str, float]:
         """Clip, step, advance the schedule. Returns "lr" and "grad_norm", the same on every rank."""
+        ...
 
 
 @runtime_checkable
@@ -41,9 +43,11 @@ class Inferrable(Protocol):
 
     def inference(self) -> AbstractContextManager[None]:
         """Within it, dropout is off and no gradients are kept."""
+        ...
 
     def infer(self, batch: TokenBatch) -> Tensor:
         """A language model: log-probs [B, S]. A reward model: rewards [B]. A critic: values [B, S]."""
+        ...
 
 
 @runtime_checkable
@@ -52,9 +56,11 @@ class AlignableGenerativeInterface(SupervisedInterface, Inferrable, Protocol):
 
     def logprobs(self, batch: TokenBatch) -> Tensor:
         """[B, S] float: log p(token t | tokens before t), at learned positions, else 0."""
+        ...
 
     def generate(self, prompts: Sequence[Sequence[int]], *, max_new_tokens: int) -> list[list[int]]:
         """The most likely continuation of each prompt, by token, without the prompt."""
+        ...
 
 
 @runtime_checkable
@@ -63,3 +69,4 @@ class CriticModelInterface(SupervisedInterface, Inferrable, Protocol):
 
     def infer_rm_critic(self, batch: TokenBatch) -> tuple[Tensor, Tensor]:
         """(rewards [B], values [B, S])."""
+        ...

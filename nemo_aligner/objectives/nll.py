@@ -29,9 +29,11 @@ class NLL:
     metrics = ("loss",)
 
     def weights(self, batch: TokenBatch) -> Tensor:
+        """[B, S]: -1 at learned tokens."""
         return -batch.learned().float()
 
     def __call__(self, output: ModelOutput, batch: TokenBatch) -> tuple[Tensor, Metrics]:
+        """The summed loss, and "loss" per learned token."""
         assert output.logprobs is not None
         loss = nll(output.logprobs, batch.learned())
         return loss, {"loss": (loss.detach(), batch.count(self.unit))}

@@ -36,15 +36,28 @@ class ModelOutput:
 class Objective(Protocol):
     """A loss, as a function of what a model says of a batch. Pure: no model, no process group, no config."""
 
-    wants: frozenset[Wants]
-    unit: Unit
-    metrics: tuple[str, ...]  # the names that a call returns, in any order
+    @property
+    def wants(self) -> frozenset[Wants]:
+        """What it needs of the model."""
+        ...
+
+    @property
+    def unit(self) -> Unit:
+        """What the loss is a mean of."""
+        ...
+
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        """The names that a call returns, in any order."""
+        ...
 
     def weights(self, batch: TokenBatch) -> Tensor | None:
         """[B, S]: dL/dlogprobs where it is known before the forward, else None.
 
         A loss linear in the log-probs gets its gradient in one pass over the head.
         """
+        ...
 
     def __call__(self, output: ModelOutput, batch: TokenBatch) -> tuple[Tensor, Metrics]:
         """The loss as a sum over its unit, and metrics as (sum, count)."""
+        ...

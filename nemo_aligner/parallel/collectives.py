@@ -2,7 +2,7 @@
 """Sums and broadcasts that trainers and the engine need, by what they are for; each is a no-op on one rank."""
 
 import socket
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -77,7 +77,7 @@ def totals(sums: dict[str, Tensor] | None, names: tuple[str, ...]) -> dict[str, 
             table[row] = sums[name]
         sum_over_data_parallel(table)
     if world.pp_size() > 1:
-        group = parallel_state.get_pipeline_model_parallel_group()
+        group: Any = parallel_state.get_pipeline_model_parallel_group()
         dist.broadcast(table, parallel_state.get_pipeline_model_parallel_last_rank(), group=group)
     return dict(zip(names, table.cpu().unbind(0), strict=True))
 

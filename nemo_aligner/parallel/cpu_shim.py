@@ -10,7 +10,7 @@ import contextlib
 import logging
 import sys
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -89,8 +89,18 @@ FACTORIES = ("empty", "zeros", "ones", "full", "tensor", "arange", "empty_like",
 
 # Functions of megatron-core that reach below torch.cuda's surface: (module, name, replacement, reason).
 SYMBOLS: tuple[tuple[str, str, Callable, str], ...] = (
-    ("megatron.core.tensor_parallel.random", "_get_cuda_rng_state", _get_rng_state, "calls into the CUDA generator"),
-    ("megatron.core.tensor_parallel.random", "_set_cuda_rng_state", _set_rng_state, "calls into the CUDA generator"),
+    (
+        "megatron.core.tensor_parallel.random",
+        "_get_cuda_rng_state",
+        _get_rng_state,
+        "calls into the CUDA generator",
+    ),
+    (
+        "megatron.core.tensor_parallel.random",
+        "_set_cuda_rng_state",
+        _set_rng_state,
+        "calls into the CUDA generator",
+    ),
 )
 
 
@@ -111,21 +121,26 @@ class _TypeName(str):
 _tensor_type = torch.Tensor.type
 
 
-def _type(self: torch.Tensor, *args: object, **kwargs: object) -> object:
+def _type(self: torch.Tensor, *args: Any, **kwargs: Any) -> object:  # noqa: ANN401 - handed on
     name = _tensor_type(self, *args, **kwargs)
     return _TypeName(name) if isinstance(name, str) else name
 
 
 # Methods replaced on torch's own classes: (class, name, replacement, reason).
 METHODS: tuple[tuple[type, str, Callable, str], ...] = (
-    (torch.Tensor, "cuda", lambda self, *_, **__: self, "layers, optimizer and checkpoint move tensors with it"),
+    (
+        torch.Tensor,
+        "cuda",
+        lambda self, *_, **__: self,
+        "layers, optimizer and checkpoint move tensors with it",
+    ),
     (torch.nn.Module, "cuda", lambda self, *_, **__: self, "model builders"),
     (torch.Tensor, "type", _type, "the optimizers compare it with 'torch.cuda.FloatTensor'"),
 )
 
 
 def _on_cpu(factory: Callable) -> Callable:
-    def call(*args: object, **kwargs: Any) -> torch.Tensor:
+    def call(*args: object, **kwargs: object) -> torch.Tensor:
         if kwargs.get("device") is not None and not isinstance(kwargs["device"], torch.device):
             kwargs["device"] = CPU
         return factory(*args, **kwargs)
@@ -136,7 +151,7 @@ def _on_cpu(factory: Callable) -> Callable:
 class _View(types.ModuleType):
     """A module seen with some of its names replaced; all others are the module's own."""
 
-    def __init__(self, module: types.ModuleType, replaced: dict[str, object]) -> None:
+    def __init__(self, module: types.ModuleType, replaced: Mapping[str, object]) -> None:
         super().__init__(module.__name__)
         self.__dict__.update(replaced)
         self.__dict__["_module"] = module
@@ -167,7 +182,9 @@ def install() -> None:
         return
     if not _views:
         cuda = _View(torch.cuda, {name: replacement for name, replacement, _ in CUDA})
-        _views["torch"] = _View(torch, {"cuda": cuda} | {name: _on_cpu(getattr(torch, name)) for name in FACTORIES})
+        _views["torch"] = _View(
+            torch, {"cuda": cuda} | {name: _on_cpu(getattr(torch, name)) for name in FACTORIES}
+        )
         for owner, name, replacement, _ in METHODS:
             setattr(owner, name, replacement)
         logging.getLogger("megatron.core.tensor_parallel.random").addFilter(_NoRngWarning())

@@ -37,6 +37,7 @@ class Layout:
 
     @property
     def model_size(self) -> int:
+        """Ranks of one model."""
         return self.tensor * self.pipeline * self.context
 
     def check_fits(self, *, num_nodes: int, devices: int, world_size: int | None = None) -> None:
@@ -66,7 +67,8 @@ class Layout:
                 f"{asked} ranks (trainer.num_nodes={num_nodes} x trainer.devices={devices}) do not divide into models "
                 f"of model.tensor_model_parallel_size={self.tensor} x model.pipeline_model_parallel_size="
                 f"{self.pipeline} x model.context_parallel_size={self.context} = {self.model_size} ranks",
-                cure=_nodes_and_devices(fit, num_nodes) + f" ({fit} ranks), or make the model's sizes smaller",
+                cure=_nodes_and_devices(fit, num_nodes)
+                + f" ({fit} ranks), or make the model's sizes smaller",
             )
         if self.sequence_parallel and self.tensor == 1:
             raise UserError(
@@ -75,6 +77,7 @@ class Layout:
             )
 
     def data_parallel_size(self, world_size: int) -> int:
+        """Copies of the model in a world of ``world_size`` ranks."""
         return world_size // self.model_size
 
 
@@ -110,7 +113,9 @@ def discover(env: Mapping[str, str] = os.environ) -> Ranks | None:
 def _slurm(env: Mapping[str, str]) -> Ranks:
     host = env.get("MASTER_ADDR") or _first_host(env["SLURM_STEP_NODELIST"])
     # All tasks of a step derive the same port; jobs that share a node get different ones.
-    port = env.get("MASTER_PORT") or str(20000 + (int(env["SLURM_JOB_ID"]) * 7 + int(env["SLURM_STEP_ID"])) % 20000)
+    port = env.get("MASTER_PORT") or str(
+        20000 + (int(env["SLURM_JOB_ID"]) * 7 + int(env["SLURM_STEP_ID"])) % 20000
+    )
     return Ranks(
         rank=int(env["SLURM_PROCID"]),
         world_size=int(env["SLURM_STEP_NUM_TASKS"]),

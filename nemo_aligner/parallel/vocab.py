@@ -13,7 +13,7 @@ With z = hidden @ weight.T and p = softmax(z):
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -26,6 +26,8 @@ from nemo_aligner.parallel.collectives import (
 )
 
 __all__ = ["HeadOutput", "HeadRequest", "head_outputs"]
+
+Context: TypeAlias = Any  # torch puts any attribute on an autograd context
 
 # Logits of one chunk, in bytes: large enough for full matmul speed, small enough for a CPU's caches to help.
 CHUNK_BYTES = {"cpu": 32 << 20, "cuda": 512 << 20}
@@ -43,6 +45,8 @@ class HeadRequest:
 
 @dataclass(frozen=True)
 class HeadOutput:
+    """What was asked for; the other fields are None."""
+
     logprobs: Tensor  # [n] float
     entropy: Tensor | None  # [n] float
     topk_logprobs: Tensor | None  # [n, K] float, descending
@@ -127,7 +131,7 @@ class _KnownWeights(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, weights: Tensor, request: HeadRequest
+        ctx: Context, hidden: Tensor, weight: Tensor, targets: Tensor, weights: Tensor, request: HeadRequest
     ) -> Tensor:
         head = _Head(hidden, weight, targets, request)
         logprobs = torch.empty(hidden.shape[0], dtype=head.dtype, device=hidden.device)
@@ -144,7 +148,7 @@ class _KnownWeights(torch.autograd.Function):
         return logprobs
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Context, grad: Tensor) -> tuple[Tensor | None, ...]:
         (weights,) = ctx.saved_tensors
         weights = weights.to(grad.dtype)
         size = (weights * weights).sum()
@@ -162,7 +166,7 @@ class _Outputs(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, request: HeadRequest
+        ctx: Context, hidden: Tensor, weight: Tensor, targets: Tensor, request: HeadRequest
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         head = _Head(hidden, weight, targets, request)
         n, k = hidden.shape[0], request.top_k
@@ -187,7 +191,7 @@ class _Outputs(torch.autograd.Function):
 
     @staticmethod
     def backward(
-        ctx: Any, grad_logprobs: Tensor, grad_entropy: Tensor, grad_topk: Tensor, _: Tensor
+        ctx: Context, grad_logprobs: Tensor, grad_entropy: Tensor, grad_topk: Tensor, _: Tensor
     ) -> tuple[Tensor | None, ...]:
         hidden, weight, targets, lse, entropy, ids = ctx.saved_tensors
         head = _Head(hidden, weight, targets, ctx.request)

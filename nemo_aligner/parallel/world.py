@@ -13,6 +13,7 @@ import time
 import traceback
 from collections.abc import Iterator
 from datetime import timedelta
+from typing import Any
 
 import numpy
 import torch
@@ -88,12 +89,13 @@ def start(
                 timeout=timeout,
                 device_id=device() if cuda else None,
             )
+    minutes: Any = timeout.total_seconds() / 60  # typed int by Megatron, which makes a timedelta of it
     with phase("building process groups"):
         parallel_state.initialize_model_parallel(
             layout.tensor,
             layout.pipeline,
             context_parallel_size=layout.context,
-            distributed_timeout_minutes=timeout.total_seconds() / 60,
+            distributed_timeout_minutes=minutes,
             create_gloo_process_groups=False,
         )
     _seed(seed)
@@ -132,7 +134,9 @@ def _seed(seed: int) -> None:
     random.seed(seed)
     numpy.random.seed(seed)
     torch.manual_seed(seed)
-    tensor_parallel.model_parallel_cuda_manual_seed(seed + 100 * parallel_state.get_pipeline_model_parallel_rank())
+    tensor_parallel.model_parallel_cuda_manual_seed(
+        seed + 100 * parallel_state.get_pipeline_model_parallel_rank()
+    )
 
 
 def device() -> torch.device:
@@ -154,10 +158,12 @@ def synchronize() -> None:
 
 
 def rank() -> int:
+    """This process's number in the world; before the world stands, what its starter says."""
     return dist.get_rank() if dist.is_initialized() else (r.rank if (r := discover()) else 0)
 
 
 def world_size() -> int:
+    """Ranks in the world."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
@@ -172,22 +178,27 @@ def is_node_leader() -> bool:
 
 
 def tp_rank() -> int:
+    """This rank's slice of each layer."""
     return parallel_state.get_tensor_model_parallel_rank()
 
 
 def tp_size() -> int:
+    """Ranks that share each layer."""
     return parallel_state.get_tensor_model_parallel_world_size()
 
 
 def pp_size() -> int:
+    """Pipeline stages."""
     return parallel_state.get_pipeline_model_parallel_world_size()
 
 
 def dp_rank() -> int:
+    """Which copy of the model this rank is part of."""
     return parallel_state.get_data_parallel_rank()
 
 
 def dp_size() -> int:
+    """Copies of the model."""
     return parallel_state.get_data_parallel_world_size()
 
 
@@ -197,10 +208,12 @@ def num_model_replicas() -> int:
 
 
 def is_first_stage() -> bool:
+    """Whether this rank holds the embedding."""
     return parallel_state.is_pipeline_first_stage()
 
 
 def is_last_stage() -> bool:
+    """Whether this rank holds the head."""
     return parallel_state.is_pipeline_last_stage()
 
 
@@ -227,7 +240,9 @@ def describe_failure(error: BaseException) -> str | None:
         if frame.filename.endswith("distributed_c10d.py") and frame.name != "wrapper":
             operation = operation or frame.name
     text = str(error)
-    if operation is None and not any(word in text for word in ("gloo", "NCCL", "ProcessGroup", "Connection closed")):
+    if operation is None and not any(
+        word in text for word in ("gloo", "NCCL", "ProcessGroup", "Connection closed")
+    ):
         return None
     return f"rank {rank()}, phase '{_phase}', operation {operation or 'of Megatron'}: {text.splitlines()[0]}"
 

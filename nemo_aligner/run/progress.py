@@ -81,6 +81,7 @@ class ProgressBar:
             logger.info("step %d/%d  %s  ETA %s", step, self._total, text, _clock(left))
 
     def close(self) -> None:
+        """Give the terminal back."""
         if self._bar is not None:
             self._bar.stop()
 

@@ -1,1 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
+"""GPT models on megatron-core. Only the engine and its neighbours here know pipeline stages."""

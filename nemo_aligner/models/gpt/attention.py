@@ -9,12 +9,12 @@ Shapes: S positions, B rows, H query heads and G key/value heads of this rank, D
 
 import contextlib
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from megatron.core import tensor_parallel
 from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -56,7 +56,13 @@ class RowParams(PackedSeqParams):
 
 
 def attend(
-    query: Tensor, key: Tensor, value: Tensor, *, scale: float, window: int | None = None, dropout: float = 0.0
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    scale: float,
+    window: int | None = None,
+    dropout: float = 0.0,
 ) -> Tensor:
     """Causal attention of S new positions at the end of T >= S positions.
 
@@ -80,7 +86,9 @@ def _visible(position: Tensor, total: int, window: int | None) -> Tensor:
     return visible
 
 
-def _sdpa(query: Tensor, key: Tensor, value: Tensor, *, mask: Tensor | None, scale: float, dropout: float) -> Tensor:
+def _sdpa(
+    query: Tensor, key: Tensor, value: Tensor, *, mask: Tensor | None, scale: float, dropout: float
+) -> Tensor:
     if key.shape[1] != query.shape[1]:
         # An expanded copy of the small key and value beats SDPA's own grouped path, which leaves its fast kernel.
         repeats = query.shape[1] // key.shape[1]
@@ -93,7 +101,7 @@ def _sdpa(query: Tensor, key: Tensor, value: Tensor, *, mask: Tensor | None, sca
 class SDPACoreAttention(MegatronModule):
     """Core attention for Megatron's SelfAttention: [S, B, H, D] queries to [S, B, H * D] context."""
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - Megatron's signature
         self,
         config: TransformerConfig,
         layer_number: int,
@@ -102,13 +110,19 @@ class SDPACoreAttention(MegatronModule):
         attention_dropout: float | None = None,
         softmax_scale: float | None = None,
         cp_comm_type: str | None = None,
-        pg_collection: Any = None,
+        pg_collection: ProcessGroupCollection | None = None,
     ) -> None:
         super().__init__(config=config)
-        assert attention_type == "self" and attn_mask_type == AttnMaskType.causal, (attention_type, attn_mask_type)
-        assert cp_comm_type is None or config.context_parallel_size == 1, "keys and values are not gathered over CP"
+        assert attention_type == "self" and attn_mask_type == AttnMaskType.causal, (
+            attention_type,
+            attn_mask_type,
+        )
+        assert cp_comm_type is None or config.context_parallel_size == 1, (
+            "keys and values are not gathered over CP"
+        )
         del pg_collection
         self.layer_number = layer_number
+        assert config.kv_channels is not None
         self.scale = softmax_scale if softmax_scale is not None else config.kv_channels**-0.5
         self.window = config.window_size[0] + 1 if config.window_size is not None else None
         self.dropout = config.attention_dropout if attention_dropout is None else attention_dropout
@@ -123,17 +137,24 @@ class SDPACoreAttention(MegatronModule):
         attention_bias: Tensor | None = None,
         packed_seq_params: RowParams | None = None,
     ) -> Tensor:
+        """[S, B, H, D] query, [S, B, G, D] key and value to [S, B, H * D]."""
         assert attention_mask is None and attention_bias is None, "the rows say what is visible"
         del attn_mask_type
         rows = packed_seq_params or RowParams()
         q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))
         drops = self.training and self.dropout > 0
-        with tensor_parallel.get_cuda_rng_tracker().fork() if drops else contextlib.nullcontext():
+        tracker = tensor_parallel.get_cuda_rng_tracker()
+        assert tracker is not None, "the world is not started"
+        with tracker.fork() if drops else contextlib.nullcontext():
             out = self._dispatch(q, k, v, rows)
         return out.permute(2, 0, 1, 3).reshape(query.shape[0], query.shape[1], -1)
 
     def _dispatch(self, q: Tensor, k: Tensor, v: Tensor, rows: RowParams) -> Tensor:
-        options = {"scale": self.scale, "window": self.window, "dropout": self.dropout if self.training else 0.0}
+        options = {
+            "scale": self.scale,
+            "window": self.window,
+            "dropout": self.dropout if self.training else 0.0,
+        }
         if rows.cache is not None:
             return self._attend_cached(q, k, v, rows.cache)
         if rows.boundaries is None:
@@ -153,4 +174,6 @@ class SDPACoreAttention(MegatronModule):
         position = cache.lengths[:, None] + torch.arange(q.shape[2], device=q.device)  # [B, S]
         longest = min(cache.max_length, int(position.max()) + 1)
         mask = _visible(position, longest, self.window)[:, None]
-        return _sdpa(q, keys[:, :, :longest], values[:, :, :longest], mask=mask, scale=self.scale, dropout=0.0)
+        return _sdpa(
+            q, keys[:, :, :longest], values[:, :, :longest], mask=mask, scale=self.scale, dropout=0.0
+        )

@@ -30,7 +30,7 @@ def squared_relu(x: Tensor) -> Tensor:
     return F.relu(x).square()
 
 
-# name: (gated, function)
+# By name, whether it is gated and the function.
 ACTIVATIONS: dict[str, tuple[bool, Callable[[Tensor], Tensor]]] = {
     "fast-swiglu": (True, F.silu),
     "swiglu": (True, F.silu),
@@ -50,7 +50,9 @@ def dtype_of(precision: str | int) -> torch.dtype:
             return torch.bfloat16
         case "16" | "fp16":
             return torch.float16
-    raise UserError(f"precision={precision!r} is not a precision", cure="set trainer.precision to 32, bf16 or 16")
+    raise UserError(
+        f"precision={precision!r} is not a precision", cure="set trainer.precision to 32, bf16 or 16"
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,7 +113,9 @@ class GPTConfig:
         """
         known = {f.name for f in fields(cls)}
         values = {k: v for k, v in config.items() if k in known}
-        missing = [n for n in ("num_layers", "hidden_size", "num_attention_heads", "vocab_size") if n not in values]
+        missing = [
+            n for n in ("num_layers", "hidden_size", "num_attention_heads", "vocab_size") if n not in values
+        ]
         if missing:
             raise UserError(
                 f"model_config.yaml lacks {', '.join(missing)}",
@@ -153,14 +157,17 @@ class GPTConfig:
 
     @property
     def query_groups(self) -> int:
+        """Key/value heads."""
         return self.num_query_groups or self.num_attention_heads
 
     @property
     def head_dim(self) -> int:
+        """Size of one head."""
         return self.kv_channels or self.hidden_size // self.num_attention_heads
 
     @property
     def gated(self) -> bool:
+        """Whether the MLP multiplies its activation by a second projection."""
         return ACTIVATIONS[self.activation][0]
 
     def padded_vocab_size(self, tensor_parallel: int) -> int:
@@ -194,7 +201,9 @@ class GPTConfig:
             )
 
     def _fits_tensor_parallel(self, n: int) -> bool:
-        return not any(size % n for size in (self.num_attention_heads, self.query_groups, self.ffn_hidden_size))
+        return not any(
+            size % n for size in (self.num_attention_heads, self.query_groups, self.ffn_hidden_size)
+        )
 
     def transformer_config(self, layout: Layout, dtype: torch.dtype) -> TransformerConfig:
         """Megatron's config for this architecture, cut by ``layout``, computing in ``dtype``."""
@@ -243,8 +252,6 @@ class GPTConfig:
             # Over gloo, batched sends and receives of neighbouring stages cross; one by one they do not.
             batch_p2p_comm=world.device().type == "cuda",
         )
-
-
 
 
 def _leave(weight: Tensor) -> Tensor:

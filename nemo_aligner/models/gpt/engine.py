@@ -82,7 +82,9 @@ def _means(collected: list[Metrics], names: tuple[str, ...]) -> dict[str, float]
             for name in names
         }
     totals = collectives.totals(sums, names)
-    return {name: (value / max(count, 1)) for name, (value, count) in ((n, t.tolist()) for n, t in totals.items())}
+    return {
+        name: (value / max(count, 1)) for name, (value, count) in ((n, t.tolist()) for n, t in totals.items())
+    }
 
 
 @torch.no_grad()

@@ -45,7 +45,9 @@ def greedy(
         if not any(alive):
             break
         step = TokenBatch(
-            tokens=token[:, None], mask=torch.zeros_like(token[:, None], dtype=torch.bool), lengths=torch.ones_like(token)
+            tokens=token[:, None],
+            mask=torch.zeros_like(token[:, None], dtype=torch.bool),
+            lengths=torch.ones_like(token),
         )
         last = model(**model.inputs(step, cache))[0]
         cache.lengths = cache.lengths + 1

@@ -24,9 +24,10 @@ class Norm(nn.Module):
         self.bias = None if self.rms else nn.Parameter(torch.zeros(self.shape, dtype=config.params_dtype))
         for parameter in self.parameters():
             # Under sequence parallelism each rank sees some positions only: Megatron sums these gradients over TP.
-            parameter.sequence_parallel = config.sequence_parallel
+            setattr(parameter, "sequence_parallel", config.sequence_parallel)  # noqa: B010 - torch types no such name
 
     def forward(self, x: Tensor) -> Tensor:
+        """[..., hidden] -> [..., hidden]."""
         weight = self.weight + 1 if self.zero_centered else self.weight
         if self.rms:
             return F.rms_norm(x, self.shape, weight, self.eps)

@@ -4,11 +4,13 @@
 import importlib
 import logging
 from dataclasses import replace
+from typing import Any
 
 import torch
 from megatron.core import parallel_state, tensor_parallel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.transformer.enums import AttnBackend
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -22,7 +24,7 @@ from nemo_aligner.parallel import cpu_shim, world
 from nemo_aligner.parallel.ranks import Layout
 from nemo_aligner.parallel.vocab import HeadOutput, HeadRequest, head_outputs
 
-__all__ = ["GPT", "VocabHead", "build_gpt", "have_transformer_engine"]
+__all__ = ["GPT", "VocabHead", "build_gpt", "have_transformer_engine", "replace_core_attention"]
 
 logger = logging.getLogger(__name__)
 
@@ -38,6 +40,10 @@ def have_transformer_engine() -> bool:
         logger.info("Transformer Engine is not usable (%s): torch's kernels are used", error)
         return False
     return True
+
+
+# By model.use_flash_attention; torch's own attention chooses by itself.
+ATTENTION_BACKENDS = {None: AttnBackend.auto, True: AttnBackend.flash, False: AttnBackend.unfused}
 
 
 class VocabHead(tensor_parallel.ColumnParallelLinear):
@@ -57,6 +63,7 @@ class VocabHead(tensor_parallel.ColumnParallelLinear):
     ) -> HeadOutput | Tensor:
         """[n, H] hidden and [n] targets to :class:`HeadOutput`; without targets to [n, V / TP] logits."""
         weight = self.weight if weight is None else weight
+        assert weight is not None
         if targets is None:
             return hidden @ weight.t()
         assert request is not None
@@ -66,7 +73,7 @@ class VocabHead(tensor_parallel.ColumnParallelLinear):
 class GPT(GPTModel):
     """GPTModel whose last stage returns hidden states [S, B, H], and whose RoPE goes by each row's positions."""
 
-    def __init__(self, gpt: GPTConfig, config: TransformerConfig, spec: TransformerBlockSubmodules) -> None:
+    def __init__(self, gpt: GPTConfig, config: TransformerConfig, spec: Any) -> None:  # noqa: ANN401 - see layer_spec
         super().__init__(
             config,
             spec,
@@ -101,7 +108,7 @@ class GPT(GPTModel):
             "packed_seq_params": RowParams(boundaries=boundaries, cache=cache),
         }
 
-    def _preprocess(  # noqa: PLR0913 - Megatron's signature
+    def _preprocess(
         self,
         input_ids: Tensor,
         position_ids: Tensor,
@@ -112,7 +119,9 @@ class GPT(GPTModel):
     ) -> tuple[Tensor | None, ...]:
         assert inference_context is None and decoder_input is None, "the cache travels in RowParams"
         del packed_seq_params
-        embedded = self.embedding(input_ids=input_ids, position_ids=position_ids) if self.pre_process else None
+        embedded = (
+            self.embedding(input_ids=input_ids, position_ids=position_ids) if self.pre_process else None
+        )
         rope = self.rotary_pos_emb(position_ids) if self.position_embedding_type == "rope" else None
         return embedded, rope, None, None, None, padding_mask
 
@@ -121,37 +130,62 @@ class GPT(GPTModel):
 
     def head(self, hidden: Tensor, targets: Tensor | None = None, **options: object) -> HeadOutput | Tensor:
         """The output layer on selected hidden states, with the tied weight where it is tied."""
-        weight = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
+        weight = (
+            self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
+        )
         return self.output_layer(hidden, targets, weight, **options)
 
 
-def layer_spec(gpt: GPTConfig, config: TransformerConfig) -> TransformerBlockSubmodules:
-    """Megatron's local layers with our norm and attention, for this pipeline stage."""
-    layer = get_gpt_layer_local_spec(normalization=config.normalization)
-    attention = replace(layer.submodules.self_attention.submodules, core_attention=SDPACoreAttention)
-    submodules = replace(
-        layer.submodules,
-        input_layernorm=Norm,
-        pre_mlp_layernorm=Norm,
-        self_attention=ModuleSpec(
-            module=layer.submodules.self_attention.module,
-            params=layer.submodules.self_attention.params,
-            submodules=attention,
-        ),
-    )
-    layer = ModuleSpec(module=layer.module, params=layer.params, submodules=submodules)
+def layer_spec(config: TransformerConfig) -> TransformerBlockSubmodules:
+    """The layers of this pipeline stage: Transformer Engine's where it is usable, else Megatron's with our norm."""
+    if have_transformer_engine():
+        # Imported here: the module needs Transformer Engine.
+        from nemo_aligner.models.gpt.attention_te import layer_and_norm
+
+        layer, norm = layer_and_norm()
+    else:
+        layer, norm = _local_layer(config), Norm
     count = get_num_layers_to_build(config, None, parallel_state.get_pipeline_model_parallel_rank())
-    return TransformerBlockSubmodules(layer_specs=[layer] * count, layer_norm=Norm)
+    norm_of_any_type: Any = norm
+    return TransformerBlockSubmodules(layer_specs=[layer] * count, layer_norm=norm_of_any_type)
 
 
-def build_gpt(gpt: GPTConfig, layout: Layout, dtype: torch.dtype) -> GPT:
+def _local_layer(config: TransformerConfig) -> ModuleSpec:
+    layer = get_gpt_layer_local_spec(normalization=config.normalization)
+    layer = replace_core_attention(layer, SDPACoreAttention)
+    submodules: Any = layer.submodules
+    return replace(layer, submodules=replace(submodules, input_layernorm=Norm, pre_mlp_layernorm=Norm))
+
+
+def replace_core_attention(layer: ModuleSpec, core: type[SDPACoreAttention]) -> ModuleSpec:
+    """The same layer with ``core`` between its query, key and value and its output projection."""
+    submodules: Any = layer.submodules  # Megatron types them as object
+    attention = submodules.self_attention
+    attention = replace(attention, submodules=replace(attention.submodules, core_attention=core))
+    return replace(layer, submodules=replace(submodules, self_attention=attention))
+
+
+def build_gpt(
+    gpt: GPTConfig, layout: Layout, dtype: torch.dtype, *, use_flash_attention: bool | None = None
+) -> GPT:
     """This rank's part of the model, its weights not yet loaded.
+
+    Args:
+        use_flash_attention: with Transformer Engine, True or False forces the backend; None lets it choose.
 
     Raises:
         UserError: the architecture cannot be cut by ``layout``.
     """
     gpt.check_layout(layout)
     config = gpt.transformer_config(layout, dtype)
+    config.attention_backend = ATTENTION_BACKENDS[use_flash_attention]
     cpu_shim.install()
-    model = GPT(gpt, config, layer_spec(gpt, config))
+    if world.is_logging_rank():
+        kernels = (
+            f"Transformer Engine, {config.attention_backend.name}"
+            if have_transformer_engine()
+            else "torch SDPA"
+        )
+        logger.info("attention: %s", kernels)
+    model = GPT(gpt, config, layer_spec(config))
     return model.to(world.device())

@@ -43,7 +43,9 @@ class OptimConfig:
     def check(self) -> None:
         """Refuse what would train nothing or the wrong way."""
         if self.lr <= 0:
-            raise UserError(f"model.optim.lr={self.lr} is not positive", cure="set model.optim.lr, for instance to 5e-6")
+            raise UserError(
+                f"model.optim.lr={self.lr} is not positive", cure="set model.optim.lr, for instance to 5e-6"
+            )
         if self.sched.name == "CosineAnnealing" and self.sched.min_lr > self.lr:
             raise UserError(
                 f"model.optim.sched.min_lr={self.sched.min_lr} is above model.optim.lr={self.lr}",

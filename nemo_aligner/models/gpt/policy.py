@@ -4,9 +4,14 @@
 import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
-from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.distributed import (
+    DistributedDataParallel,
+    DistributedDataParallelConfig,
+    finalize_model_grads,
+)
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
@@ -29,10 +34,10 @@ class _Score:
     unit = Unit.TOKEN
     metrics: tuple[str, ...] = ()
 
-    def weights(self, batch: TokenBatch) -> None:
-        del batch
+    def weights(self, batch: TokenBatch) -> None:  # noqa: ARG002 - the protocol's
+        return None
 
-    def __call__(self, output: ModelOutput, batch: TokenBatch) -> tuple[Tensor, Metrics]:
+    def __call__(self, output: ModelOutput, batch: TokenBatch) -> tuple[Tensor, Metrics]:  # noqa: ARG002
         assert output.logprobs is not None
         return output.logprobs.sum(), {}
 
@@ -82,10 +87,13 @@ class GPTPolicy:
     def optimizer_step(self) -> dict[str, float]:
         """See :class:`~nemo_aligner.models.alignable_interface.SupervisedInterface`."""
         assert self._optimizer is not None, "prepare_training comes first"
-        lr = learning_rate(self._step, peak=self._optim.lr, sched=self._optim.sched, max_steps=self._max_steps)
+        lr = learning_rate(
+            self._step, peak=self._optim.lr, sched=self._optim.sched, max_steps=self._max_steps
+        )
         for group in self._optimizer.param_groups:
             group["lr"] = lr
-        _, grad_norm, _ = self._optimizer.step()
+        stepped: Any = self._optimizer.step()
+        _, grad_norm, _ = stepped
         self._step += 1
         return {"lr": lr, "grad_norm": float(grad_norm)}
 

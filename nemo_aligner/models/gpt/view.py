@@ -17,7 +17,13 @@ __all__ = ["view"]
 
 
 def view(
-    model: GPT, hidden: Tensor, batch: TokenBatch, objective: Objective, *, kept_logits_bytes: int, top_k: int = 0
+    model: GPT,
+    hidden: Tensor,
+    batch: TokenBatch,
+    objective: Objective,
+    *,
+    kept_logits_bytes: int,
+    top_k: int = 0,
 ) -> ModelOutput:
     """What ``objective`` wants of this micro-batch; tensors are [B, S], 0 where nothing is learned.
 
@@ -28,7 +34,9 @@ def view(
     row, position = learned.nonzero(as_tuple=True)
     if model.config.sequence_parallel:
         # Its backward reduce-scatters: each rank's gradient is the part of its slice of the vocabulary.
-        hidden = tensor_parallel.gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=True)
+        hidden = tensor_parallel.gather_from_sequence_parallel_region(
+            hidden, tensor_parallel_output_grad=True
+        )
     selected = hidden.reshape(-1, hidden.shape[-1]).index_select(0, (position - 1) * batch.num_rows + row)
     if not model.config.sequence_parallel and world.tp_size() > 1:
         selected = tensor_parallel.copy_to_tensor_model_parallel_region(selected)

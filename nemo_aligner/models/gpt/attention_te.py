@@ -1,0 +1,75 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Layers of Transformer Engine, its attention for training and ours for the key/value cache. Imported where TE is."""
+
+import itertools
+
+import torch
+from megatron.core.extensions.transformer_engine import TEDotProductAttention, TENorm
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+
+from nemo_aligner.models.gpt.attention import RowParams, SDPACoreAttention
+from nemo_aligner.models.gpt.model import replace_core_attention
+
+__all__ = ["TECoreAttention", "layer_and_norm"]
+
+
+class TECoreAttention(SDPACoreAttention):
+    """Transformer Engine's fused kernels on padded and packed rows; cached rows go the way of SDPA."""
+
+    def __init__(  # noqa: PLR0913 - Megatron's signature
+        self,
+        config: TransformerConfig,
+        layer_number: int,
+        attn_mask_type: AttnMaskType,
+        attention_type: str,
+        attention_dropout: float | None = None,
+        softmax_scale: float | None = None,
+        cp_comm_type: str | None = None,
+        pg_collection: ProcessGroupCollection | None = None,
+    ) -> None:
+        options = (attention_dropout, softmax_scale, cp_comm_type, pg_collection)
+        super().__init__(config, layer_number, attn_mask_type, attention_type, *options)
+        self.fused = TEDotProductAttention(config, layer_number, attn_mask_type, attention_type, *options[:1])
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        attn_mask_type: AttnMaskType | None = None,
+        attention_bias: Tensor | None = None,
+        packed_seq_params: RowParams | None = None,
+    ) -> Tensor:
+        """[S, B, H, D] query, [S, B, G, D] key and value to [S, B, H * D]."""
+        rows = packed_seq_params or RowParams()
+        if rows.cache is not None:
+            return super().forward(query, key, value, attention_mask, packed_seq_params=rows)
+        assert attention_mask is None and attention_bias is None, "the rows say what is visible"
+        if rows.boundaries is None:
+            return self.fused(query, key, value, None, AttnMaskType.causal)
+        del attn_mask_type
+        ends = [*rows.boundaries, *([query.shape[0]] if rows.boundaries[-1] < query.shape[0] else [])]
+        cu_seqlens = torch.tensor(ends, dtype=torch.int32, device=query.device)
+        longest = max(end - start for start, end in itertools.pairwise(ends))
+        params = PackedSeqParams(
+            qkv_format="thd",
+            cu_seqlens_q=cu_seqlens,
+            cu_seqlens_kv=cu_seqlens,
+            max_seqlen_q=longest,
+            max_seqlen_kv=longest,
+        )
+        tokens = (x.squeeze(1) for x in (query, key, value))
+        out = self.fused(*tokens, None, AttnMaskType.padding_causal, packed_seq_params=params)
+        return out.reshape(query.shape[0], 1, -1)
+
+
+def layer_and_norm() -> tuple[ModuleSpec, type]:
+    """The layer, and the norm after the last one."""
+    return replace_core_attention(get_gpt_layer_with_transformer_engine_spec(), TECoreAttention), TENorm
