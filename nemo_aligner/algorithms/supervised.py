@@ -149,8 +149,8 @@ class SupervisedTrainer:
             dtype=torch.int64,
             device=world.device(),
         )
-        totals: list[int] = collectives.sum_over_data_parallel(rows).tolist()  # pyright: ignore[reportUnknownMemberType]
-        return dict(zip(("rows", "tokens", "units"), totals, strict=True))
+        totals = collectives.sum_over_data_parallel(rows)
+        return {name: int(total) for name, total in zip(("rows", "tokens", "units"), totals, strict=True)}
 
     def _training_batches(self) -> Iterator[list[TokenBatch]]:
         plan, done, epoch = self.plan, 0, 0
