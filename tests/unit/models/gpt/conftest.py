@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 
 from nemo_aligner.batch import TokenBatch
+from nemo_aligner.checkpoint.convert import import_from_huggingface
+from nemo_aligner.checkpoint.nemo_archive import open_nemo
 from nemo_aligner.checkpoint.sharded import load_model
 from nemo_aligner.checkpoint.weights import save_weights
 from nemo_aligner.models.gpt.config import GPTConfig
@@ -78,6 +80,20 @@ def model_of(tmp_path: Path) -> Callable[[GPTConfig, Mapping[str, Tensor]], GPT]
         save_weights(tmp_path / "weights", weights.items(), config.num_layers, vocab_multiple=multiple)
         model = build_gpt(config, Layout(), torch.float32).eval()
         load_model(model, tmp_path / "weights")
+        return model
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def imported() -> Callable[[Path, Path], GPT]:
+    """The model of a Hugging Face folder, by way of the .nemo that is written."""
+
+    def make(folder: Path, nemo: Path) -> GPT:
+        import_from_huggingface(folder, str(nemo))
+        with open_nemo(nemo) as archive:
+            model = build_gpt(GPTConfig.from_dict(archive.config), Layout(), torch.float32).eval()
+            load_model(model, archive.weights)
         return model
 
     return make

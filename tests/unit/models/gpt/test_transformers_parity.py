@@ -19,14 +19,12 @@ from transformers import (
 )
 
 from nemo_aligner.batch import TokenBatch
-from nemo_aligner.checkpoint.convert import export_to_huggingface, import_from_huggingface
+from nemo_aligner.checkpoint.convert import export_to_huggingface
 from nemo_aligner.checkpoint.nemo_archive import open_nemo, write_nemo
-from nemo_aligner.checkpoint.sharded import load_model, save_model
+from nemo_aligner.checkpoint.sharded import save_model
 from nemo_aligner.models.gpt import engine
-from nemo_aligner.models.gpt.config import GPTConfig
-from nemo_aligner.models.gpt.model import GPT, build_gpt
+from nemo_aligner.models.gpt.model import GPT
 from nemo_aligner.models.gpt.policy import GPTPolicy
-from nemo_aligner.parallel.ranks import Layout
 
 SIZES = {
     "vocab_size": 101,
@@ -70,18 +68,6 @@ def reference(config: LlamaConfig | MistralConfig) -> PreTrainedModel:
     return model.eval()
 
 
-def load(folder: Path, nemo: Path) -> GPT:
-    import_from_huggingface(folder, str(nemo))
-    return load_nemo(nemo)
-
-
-def load_nemo(nemo: Path) -> GPT:
-    with open_nemo(nemo) as archive:
-        model = build_gpt(GPTConfig.from_dict(archive.config), Layout(), torch.float32).eval()
-        load_model(model, archive.weights)
-    return model
-
-
 @torch.no_grad()
 def logits_of(model: PreTrainedModel, batch: TokenBatch) -> torch.Tensor:
     return model(batch.tokens).logits
@@ -94,13 +80,15 @@ def real(batch: TokenBatch) -> torch.Tensor:
 
 @pytest.fixture(scope="module", params=FAMILIES)
 def both(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+    request: pytest.FixtureRequest,
+    tmp_path_factory: pytest.TempPathFactory,
+    imported: Callable[[Path, Path], GPT],
 ) -> tuple[PreTrainedModel, GPT]:
     """transformers' model of a family, and ours from the folder that it wrote."""
     out = tmp_path_factory.mktemp(request.param)
     theirs = reference(FAMILIES[request.param]())
     theirs.save_pretrained(out / "hf")
-    return theirs, load(out / "hf", out / "x.nemo")
+    return theirs, imported(out / "hf", out / "x.nemo")
 
 
 def test_logits(both: tuple[PreTrainedModel, GPT], random_rows: Callable[..., TokenBatch]):
@@ -144,13 +132,16 @@ def test_rows_depend_neither_on_padding_nor_on_neighbours(
 
 @pytest.mark.parametrize("family", ["llama3", "smollm2", "mistral"])
 def test_what_we_saved_gives_transformers_the_same_logits(
-    family: str, tmp_path: Path, random_rows: Callable[..., TokenBatch]
+    family: str,
+    tmp_path: Path,
+    imported: Callable[[Path, Path], GPT],
+    random_rows: Callable[..., TokenBatch],
 ):
     """Through our model and back, as after a training run: not only the files of an import are exported."""
     batch = random_rows(LENGTHS)
     theirs = reference(FAMILIES[family]())
     theirs.save_pretrained(tmp_path / "hf")
-    ours = load(tmp_path / "hf", tmp_path / "x.nemo")
+    ours = imported(tmp_path / "hf", tmp_path / "x.nemo")
     with open_nemo(tmp_path / "x.nemo") as archive:
         config = archive.config
     write_nemo(
@@ -165,12 +156,12 @@ def test_what_we_saved_gives_transformers_the_same_logits(
     assert torch.equal(logits_of(again, batch), logits_of(theirs, batch))
 
 
-def test_a_published_model_answers_as_published(tmp_path: Path):
+def test_a_published_model_answers_as_published(tmp_path: Path, imported: Callable[[Path, Path], GPT]):
     data = os.environ.get("NEMO_ALIGNER_TEST_DATA")
     if not data or not (folder := Path(data, "stories260k_hf")).is_dir():
         pytest.skip("NEMO_ALIGNER_TEST_DATA names no folder with stories260k_hf, which is optional data")
     expected = json.loads((folder / "reference_outputs.json").read_text())
-    ours = load(folder, tmp_path / "x.nemo")
+    ours = imported(folder, tmp_path / "x.nemo")
     ids = expected["ids"]
     batch = TokenBatch.from_rows([(ids, [True] * len(ids))], pad_id=0, seq_length=len(ids))
     last = engine.logits(ours, batch)[0, -1]

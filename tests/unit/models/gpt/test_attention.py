@@ -1,0 +1,142 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Who sees whom: packed rows, sliding windows, and a cache with a length per row."""
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from nemo_aligner.batch import TokenBatch
+from nemo_aligner.models.gpt import engine
+from nemo_aligner.models.gpt.attention import KVCache, attend
+from nemo_aligner.models.gpt.config import GPTConfig
+from nemo_aligner.models.gpt.model import GPT
+from nemo_aligner.models.gpt.policy import GPTPolicy
+from nemo_aligner.objectives.nll import NLL
+
+VOCAB = 101
+LENGTHS = (11, 1, 23, 2, 17)
+SIZES = {
+    "num_layers": 2,
+    "hidden_size": 32,
+    "ffn_hidden_size": 48,
+    "num_attention_heads": 4,
+    "vocab_size": VOCAB,
+}
+CONFIGS = {
+    "rope": {"position_embedding_type": "rope", "num_query_groups": 2},
+    "window": {"position_embedding_type": "rope", "num_query_groups": 1, "window_size": 4},
+    "window of one": {"position_embedding_type": "rope", "window_size": 1},
+    "learned positions": {"position_embedding_type": "learned_absolute", "max_position_embeddings": 64},
+}
+
+
+@pytest.fixture(params=CONFIGS)
+def model(request: pytest.FixtureRequest, random_model: Callable[..., GPT]) -> GPT:
+    return random_model(GPTConfig(**SIZES, **CONFIGS[request.param]))
+
+
+@pytest.mark.parametrize("window", [None, 1, 3, 100])
+@pytest.mark.parametrize("total", [9, 14])
+def test_attend_is_the_formula(window: int | None, total: int):
+    draw = torch.Generator().manual_seed(0)
+    q, k, v = (
+        torch.randn(2, heads, n, 8, generator=draw, dtype=torch.float64)
+        for heads, n in ((6, 9), (3, total), (3, total))
+    )
+    found = attend(q, k, v, scale=0.3, window=window)
+    for row, head, query in ((0, 0, 0), (0, 5, 8), (1, 2, 4), (1, 3, 8)):
+        at = total - 9 + query
+        seen = slice(0 if window is None else max(0, at - window + 1), at + 1)
+        keys, values = k[row, head // 2, seen], v[row, head // 2, seen]
+        expected = torch.softmax(0.3 * keys @ q[row, head, query], 0) @ values
+        torch.testing.assert_close(found[row, head, query], expected)
+
+
+def test_packed_rows_are_each_row_alone(
+    model: GPT, random_rows: Callable[..., TokenBatch], packed: Callable[[TokenBatch], TokenBatch]
+):
+    batch = random_rows(LENGTHS)
+    found = engine.logits(model, packed(batch))[0]
+    start = 0
+    for row, length in enumerate(LENGTHS):
+        alone = replace(
+            batch,
+            tokens=batch.tokens[row : row + 1, :length],
+            mask=batch.mask[row : row + 1, :length],
+            lengths=batch.lengths[row : row + 1],
+        )
+        expected = engine.logits(model, alone)[0]
+        torch.testing.assert_close(found[start : start + length], expected, rtol=1e-6, atol=1e-5)
+        start += length
+
+
+def test_packed_rows_never_see_their_neighbours(
+    model: GPT, random_rows: Callable[..., TokenBatch], packed: Callable[[TokenBatch], TokenBatch]
+):
+    batch = random_rows(LENGTHS)
+    poisoned = replace(batch, tokens=batch.tokens.clone())
+    poisoned.tokens[2] = (poisoned.tokens[2] + 1) % VOCAB
+    before, after = (engine.logits(model, packed(x))[0] for x in (batch, poisoned))
+    start, end = sum(LENGTHS[:2]), sum(LENGTHS[:3])
+    assert torch.equal(before[:start], after[:start])
+    assert torch.equal(before[end:], after[end:])
+    assert not torch.isclose(before[start:end], after[start:end]).all(1).any()
+
+
+def test_packed_and_padded_rows_have_one_loss_and_gradient(
+    model: GPT, random_rows: Callable[..., TokenBatch], packed: Callable[[TokenBatch], TokenBatch]
+):
+    batch = random_rows(LENGTHS)
+    losses, gradients = [], []
+    for form in (batch, packed(batch)):
+        losses.append(engine.run(model, model, [form], NLL(), forward_only=False)["loss"])
+        gradients.append([parameter.grad.clone() for parameter in model.parameters()])
+        model.zero_grad()
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
+    torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-4, atol=1e-6)
+
+
+@torch.no_grad()
+def test_cached_steps_are_the_whole_forward(model: GPT, random_rows: Callable[..., TokenBatch]):
+    """Prompts of unequal length, then one token at a time, then several at once: always the logits of the row."""
+    prompts, steps = (7, 1, 4), (1, 1, 1, 3, 1)
+    rows = random_rows([n + sum(steps) for n in prompts], seed=2)
+    whole = engine.logits(model, rows)
+
+    def forward(tokens: Tensor, lengths: Tensor, cache: KVCache) -> Tensor:
+        batch = TokenBatch(tokens=tokens, mask=torch.zeros_like(tokens, dtype=torch.bool), lengths=lengths)
+        return model.head(model(**model.inputs(batch, cache)))[..., :VOCAB].transpose(0, 1)
+
+    lengths = torch.tensor(prompts)
+    cache = KVCache(torch.zeros_like(lengths), max_length=max(prompts) + sum(steps))
+    found = forward(rows.tokens[:, : max(prompts)], lengths, cache)
+    for row, length in enumerate(prompts):
+        torch.testing.assert_close(found[row, :length], whole[row, :length], rtol=1e-5, atol=1e-5)
+    cache.lengths = lengths
+    for new in steps:
+        at = cache.lengths[:, None] + torch.arange(new)
+        found = forward(rows.tokens.gather(1, at), torch.full_like(lengths, new), cache)
+        expected = whole.gather(1, at[..., None].expand(-1, -1, VOCAB))
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+        cache.lengths = cache.lengths + new
+
+
+def test_written_tokens_have_the_log_probs_of_scoring(model: GPT, random_rows: Callable[..., TokenBatch]):
+    policy = GPTPolicy(model)
+    batch = random_rows((5, 1, 9))
+    prompts = [row[:n].tolist() for row, n in zip(batch.tokens, batch.lengths, strict=True)]
+    written = policy.generate(prompts, max_new_tokens=8)
+    rows = [[*p, *w] for p, w in zip(prompts, written, strict=True)]
+    whole = TokenBatch.from_rows(
+        [(r, [True] * len(r)) for r in rows], pad_id=0, seq_length=max(map(len, rows))
+    )
+    best = engine.logits(model, whole).log_softmax(-1).max(-1)
+    logprobs = policy.logprobs(whole)
+    for row, prompt in enumerate(prompts):
+        here = slice(len(prompt), len(prompt) + 8)
+        before = slice(len(prompt) - 1, len(prompt) + 7)
+        assert best.indices[row, before].tolist() == written[row]
+        torch.testing.assert_close(logprobs[row, here], best.values[row, before], rtol=1e-5, atol=1e-5)
