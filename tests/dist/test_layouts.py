@@ -4,14 +4,18 @@
 import os
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 import torch
+import yaml
+from transformers import LlamaForCausalLM
 
 sys.path.insert(0, str(Path(__file__).parent))
 import worker
 
+from nemo_aligner.checkpoint.convert import export_to_huggingface
 from nemo_aligner.checkpoint.sharded import save_model
 from nemo_aligner.models.gpt.model import build_gpt
 from nemo_aligner.parallel import world
@@ -30,6 +34,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
             oracle = worker.Case(tied=tied, mbs=13)
             torch.save(worker.train(oracle, out / f"weights-tied-{tied}"), out / f"oracle-tied-{tied}.pt")
         torch.save(worker.logits(worker.Case(), out / "weights-tied-True"), out / "logits-oracle.pt")
+    (out / "saved").mkdir()
+    (out / "saved/model_config.yaml").write_text(yaml.safe_dump(asdict(worker.config(tied=True))))
     log = out / "log.txt"
     with log.open("wb") as stream:
         done = subprocess.run(
@@ -52,7 +58,10 @@ def test_losses_and_grad_norms_are_one_ranks(folder: Path, case: worker.Case):
 
 
 def test_a_local_count_would_be_seen(folder: Path):
-    curve, oracle = torch.load(folder / f"{worker.LOCAL_COUNT}.pt"), torch.load(folder / "oracle-tied-True.pt")
+    curve, oracle = (
+        torch.load(folder / f"{worker.LOCAL_COUNT}.pt"),
+        torch.load(folder / "oracle-tied-True.pt"),
+    )
     assert curve["grad_norm"] != pytest.approx(oracle["grad_norm"], rel=1e-2)
 
 
@@ -65,3 +74,11 @@ def test_weights_saved_at_tp2_pp2_give_the_same_logits_everywhere(folder: Path, 
             assert torch.equal(found, saved)
         torch.testing.assert_close(found, saved, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(saved, torch.load(folder / "logits-oracle.pt"), rtol=1e-5, atol=1e-5)
+
+
+def test_weights_saved_at_tp2_pp2_give_the_same_logits_in_transformers(folder: Path, tmp_path: Path):
+    export_to_huggingface(folder / "saved", tmp_path / "huggingface")
+    model = LlamaForCausalLM.from_pretrained(tmp_path / "huggingface")
+    with torch.no_grad():
+        found = model(worker.rows_for_logits().tokens).logits
+    torch.testing.assert_close(found, torch.load(folder / "logits-oracle.pt"), rtol=1e-5, atol=1e-5)

@@ -79,7 +79,7 @@ def config(*, tied: bool) -> GPTConfig:
         num_query_groups=4,
         vocab_size=VOCAB,
         make_vocab_size_divisible_by=8,
-        normalization="layernorm",
+        normalization="rmsnorm",
         activation="swiglu",
         bias=True,
         position_embedding_type="rope",
@@ -106,9 +106,7 @@ def micro_batches(step: int, *, dp_rank: int, dp_size: int, mbs: int) -> list[To
     rows = samples(step)
     mine = rank_rows(range(len(rows)), dp_rank=dp_rank, dp_size=dp_size, micro_batch_size=mbs)
     return [
-        collate(
-            [*(rows[i] for i in micro), *[empty_sample(0)] * (mbs - len(micro))], pad_id=0, seq_length=32
-        )
+        collate([*(rows[i] for i in micro), *[empty_sample(0)] * (mbs - len(micro))], pad_id=0, seq_length=32)
         for micro in mine
     ]
 
@@ -141,7 +139,9 @@ def train(case: Case, weights: Path) -> dict[str, list[float]]:
 def rows_for_logits() -> TokenBatch:
     draw = torch.Generator().manual_seed(9)
     tokens = torch.randint(0, VOCAB, (3, 24), generator=draw)
-    return TokenBatch(tokens=tokens, mask=torch.ones_like(tokens, dtype=torch.bool), lengths=torch.full((3,), 24))
+    return TokenBatch(
+        tokens=tokens, mask=torch.ones_like(tokens, dtype=torch.bool), lengths=torch.full((3,), 24)
+    )
 
 
 def logits(case: Case, weights: Path) -> torch.Tensor | None:
@@ -175,10 +175,10 @@ def run_rank(rank: int, size: int, out: Path) -> None:
     with cut(RELOADED[0], "save"):
         model = build_gpt(config(tied=True), RELOADED[0].layout, torch.float32)
         load_model(model, out / "weights-tied-True")
-        save_model(model, out / "weights-tp2-pp2")
+        save_model(model, out / "saved/model_weights")
     for case in RELOADED:
         with cut(case, f"reload-{case}"):
-            found = logits(case, out / "weights-tp2-pp2")
+            found = logits(case, out / "saved/model_weights")
             if found is not None and world.tp_rank() == 0:
                 torch.save(found, out / f"logits-{case}-dp{world.dp_rank()}.pt")
 
