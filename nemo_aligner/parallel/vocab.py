@@ -41,6 +41,7 @@ class HeadRequest:
     entropy: bool = False
     top_k: int = 0
     kept_logits_bytes: int = 1 << 30  # above this, the backward recomputes each chunk's logits
+    chunk_bytes: int | None = None  # logits of one chunk, at least 16 rows; None: what suits the device
 
 
 @dataclass(frozen=True)
@@ -72,9 +73,10 @@ class _Head:
         self.hidden, self.targets, self.request = hidden, targets, request
         self.weight = weight[: max(0, min(weight.shape[0], request.vocab_size - self.first))]
         self.dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
-        row_bytes = max(1, self.weight.shape[0]) * self.dtype.itemsize
+        # Padding counts: every rank must cut the same chunks, or their collectives would not match.
+        row_bytes = weight.shape[0] * self.dtype.itemsize
         self.logits_bytes = hidden.shape[0] * row_bytes
-        self.chunk_rows = max(16, CHUNK_BYTES[hidden.device.type] // row_bytes)
+        self.chunk_rows = max(16, (request.chunk_bytes or CHUNK_BYTES[hidden.device.type]) // row_bytes)
 
     def project(self, rows: slice) -> Tensor:
         return (self.hidden[rows] @ self.weight.t()).to(self.dtype)

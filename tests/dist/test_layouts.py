@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Results do not depend on the layout: one rank is the oracle, 8 gloo ranks are cut in many ways."""
 
-import os
-import subprocess
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -13,6 +11,7 @@ import yaml
 from transformers import LlamaForCausalLM
 
 sys.path.insert(0, str(Path(__file__).parent))
+import fork
 import worker
 
 from nemo_aligner.checkpoint.convert import export_to_huggingface
@@ -36,17 +35,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         torch.save(worker.logits(worker.Case(), out / "weights-tied-True"), out / "logits-oracle.pt")
     (out / "saved").mkdir()
     (out / "saved/model_config.yaml").write_text(yaml.safe_dump(asdict(worker.config(tied=True))))
-    log = out / "log.txt"
-    with log.open("wb") as stream:
-        done = subprocess.run(
-            [sys.executable, worker.__file__, str(out), "8"],
-            env=os.environ | {"OMP_NUM_THREADS": "1"},
-            stdout=stream,
-            stderr=stream,
-            timeout=240,
-            check=False,
-        )
-    assert done.returncode == 0, log.read_text()[-4000:]
+    fork.run_script(worker.__file__, out, ranks=8)
     return out
 
 

@@ -5,14 +5,13 @@ Imports once and forks the ranks; each case builds its layout in the same world 
 """
 
 import contextlib
-import os
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 
 import torch
+from fork import fork_ranks
 
 from nemo_aligner.batch import TokenBatch
 from nemo_aligner.checkpoint.sharded import load_model, save_model
@@ -183,24 +182,5 @@ def run_rank(rank: int, size: int, out: Path) -> None:
                 torch.save(found, out / f"logits-{case}-dp{world.dp_rank()}.pt")
 
 
-def main() -> None:
-    out, size = Path(sys.argv[1]), int(sys.argv[2])
-    children = []
-    for rank in range(size):
-        if (pid := os.fork()) == 0:
-            code = 1
-            try:
-                run_rank(rank, size, out)
-                code = 0
-            finally:
-                sys.stderr.flush()
-                if code:
-                    sys.excepthook(*sys.exc_info())
-                os._exit(code)
-        children.append(pid)
-    codes = [os.waitpid(pid, 0)[1] for pid in children]
-    sys.exit(any(codes))
-
-
 if __name__ == "__main__":
-    main()
+    fork_ranks(run_rank)

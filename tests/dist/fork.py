@@ -1,0 +1,45 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Several ranks for the price of one import: a script that forks itself, and how a test starts it."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+__all__ = ["fork_ranks", "run_script"]
+
+
+def run_script(script: str, out: Path, *, ranks: int) -> None:
+    """Run ``python script out ranks`` and fail with its last words if any rank failed."""
+    log = out / "log.txt"
+    with log.open("wb") as stream:
+        done = subprocess.run(
+            [sys.executable, script, str(out), str(ranks)],
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+            stdout=stream,
+            stderr=stream,
+            timeout=240,
+            check=False,
+        )
+    assert done.returncode == 0, log.read_text()[-4000:]
+
+
+def fork_ranks(run_rank: Callable[[int, int, Path], None]) -> None:
+    """The main of such a script: ``run_rank(rank, number of ranks, out)`` in one child per rank."""
+    out, size = Path(sys.argv[1]), int(sys.argv[2])
+    children = []
+    for rank in range(size):
+        if (pid := os.fork()) == 0:
+            code = 1
+            try:
+                run_rank(rank, size, out)
+                code = 0
+            finally:
+                if code:
+                    sys.excepthook(*sys.exc_info())
+                sys.stderr.flush()
+                os._exit(code)
+        children.append(pid)
+    codes = [os.waitpid(pid, 0)[1] for pid in children]
+    sys.exit(any(codes))
