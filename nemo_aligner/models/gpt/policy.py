@@ -2,6 +2,7 @@
 """A GPT that trains, scores and writes, behind the alignable interface."""
 
 import contextlib
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
@@ -95,7 +96,8 @@ class GPTPolicy:
         stepped: Any = self._optimizer.step()
         _, grad_norm, _ = stepped
         self._step += 1
-        return {"lr": lr, "grad_norm": float(grad_norm)}
+        # fp16 skips a step whose gradients overflow its loss scale, and then has no norm.
+        return {"lr": lr, "grad_norm": math.nan if grad_norm is None else float(grad_norm)}
 
     @contextlib.contextmanager
     def inference(self) -> Iterator[None]:
