@@ -25,6 +25,7 @@ class NLL:
     """The mean of :func:`nll` over every learned token of the global batch."""
 
     wants = frozenset({Wants.LOGPROBS})
+    top_k = 0
     unit = Unit.TOKEN
     metrics = ("loss",)
 

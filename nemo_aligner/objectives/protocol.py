@@ -42,6 +42,11 @@ class Objective(Protocol):
         ...
 
     @property
+    def top_k(self) -> int:
+        """K of ``Wants.TOPK``; 0 where that is not wanted."""
+        ...
+
+    @property
     def unit(self) -> Unit:
         """What the loss is a mean of."""
         ...

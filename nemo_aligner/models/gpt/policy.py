@@ -32,6 +32,7 @@ class _Score:
     """The objective of scoring: it wants log-probs and has no loss."""
 
     wants = frozenset({Wants.LOGPROBS})
+    top_k = 0
     unit = Unit.TOKEN
     metrics: tuple[str, ...] = ()
 

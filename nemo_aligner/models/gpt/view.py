@@ -23,7 +23,6 @@ def view(
     objective: Objective,
     *,
     kept_logits_bytes: int,
-    top_k: int = 0,
 ) -> ModelOutput:
     """What ``objective`` wants of this micro-batch; tensors are [B, S], 0 where nothing is learned.
 
@@ -47,7 +46,7 @@ def view(
         request=HeadRequest(
             vocab_size=model.gpt_config.vocab_size,
             entropy=Wants.ENTROPY in objective.wants,
-            top_k=top_k if Wants.TOPK in objective.wants else 0,
+            top_k=objective.top_k if Wants.TOPK in objective.wants else 0,
             kept_logits_bytes=kept_logits_bytes,
         ),
         weights=None if weights is None else weights[learned],

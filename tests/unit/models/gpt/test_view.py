@@ -1,0 +1,72 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What an objective gets: per-token tensors that speak of position t by token t, at learned positions only."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from nemo_aligner.batch import TokenBatch, Unit
+from nemo_aligner.models.gpt import engine
+from nemo_aligner.models.gpt.config import GPTConfig
+from nemo_aligner.models.gpt.model import build_gpt
+from nemo_aligner.objectives.protocol import Metrics, ModelOutput, Wants
+from nemo_aligner.parallel import world
+from nemo_aligner.parallel.ranks import Layout
+
+
+class Everything:
+    """Wants all there is, and records nothing of its own."""
+
+    wants = frozenset(Wants)
+    top_k = 3
+    unit = Unit.SEQUENCE
+    metrics = ("rows",)
+
+    def weights(self, batch: TokenBatch) -> None:
+        return None
+
+    def __call__(self, output: ModelOutput, batch: TokenBatch) -> tuple[Tensor, Metrics]:
+        count = batch.count(self.unit)
+        return output.logprobs.sum(), {"rows": (count, count)}
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
+def test_every_wanted_field_is_that_of_the_plain_softmax(packed: bool):
+    draw = torch.Generator().manual_seed(3)
+    tokens = torch.randint(0, 50, (2, 9), generator=draw)
+    mask = torch.rand(2, 9, generator=draw) < 0.6
+    batch = TokenBatch(tokens=tokens, mask=mask, lengths=torch.tensor([9, 9]))
+    with world.ensure_single_process():
+        config = GPTConfig(
+            num_layers=2,
+            hidden_size=16,
+            ffn_hidden_size=32,
+            num_attention_heads=2,
+            vocab_size=50,
+            precision="32",
+        )
+        model = build_gpt(config, Layout(), torch.float32).eval()
+        for parameter in model.parameters():
+            parameter.data.copy_(torch.randn(parameter.shape, generator=draw) * 0.4)
+        plain = engine.logits(model, batch)
+        given = batch
+        if packed:
+            cu_seqlens = torch.tensor([0, 9, 18], dtype=torch.int32)
+            flat = {"tokens": tokens.reshape(1, -1), "mask": mask.reshape(1, -1)}
+            given = TokenBatch(**flat, lengths=batch.lengths, cu_seqlens=cu_seqlens)
+        outputs: list[ModelOutput] = []
+        engine.run(model, model, [given], Everything(), forward_only=True, outputs=outputs)
+    # Position t's token is predicted by the logits at t - 1.
+    logp = torch.log_softmax(plain[:, :-1].double(), dim=-1)
+    best, ids = logp.topk(3)
+    learned = mask[:, 1:]
+    expected = {
+        "logprobs": logp.gather(2, tokens[:, 1:, None])[:, :, 0] * learned,
+        "entropy": -(logp.exp() * logp).sum(-1) * learned,
+        "topk_logprobs": best * learned[..., None],
+    }
+    for name, value in expected.items():
+        found = getattr(outputs[0], name).reshape(2, 9, *value.shape[2:])
+        assert not found[:, 0].any()
+        torch.testing.assert_close(found[:, 1:].double(), value, rtol=1e-5, atol=1e-5)
+    assert torch.equal(outputs[0].topk_ids.reshape(2, 9, 3)[:, 1:], ids * learned[..., None])
