@@ -22,7 +22,7 @@ class Everything:
     unit = Unit.SEQUENCE
     metrics = ("rows",)
 
-    def weights(self, batch: TokenBatch) -> None:
+    def weights(self, batch: TokenBatch) -> None:  # noqa: ARG002 - the protocol's
         return None
 
     def __call__(self, output: ModelOutput, batch: TokenBatch) -> tuple[Tensor, Metrics]:
