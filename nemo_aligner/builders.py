@@ -11,7 +11,7 @@ from typing import Any
 from nemo_aligner.checkpoint.model_nemo import save_nemo, shared_nemo
 from nemo_aligner.checkpoint.nemo_archive import NemoArchive
 from nemo_aligner.checkpoint.sharded import load_model
-from nemo_aligner.config import ModelConfig, SFTJob, log_no_effect
+from nemo_aligner.config import ModelConfig, SFTJob
 from nemo_aligner.data.config import SFTDataConfig, SFTSplitConfig
 from nemo_aligner.data.datasets import describe, open_sft
 from nemo_aligner.data.loader import SFTLoader
@@ -20,12 +20,13 @@ from nemo_aligner.data.tokenizer import Tokenizer, check_fits, load_tokenizer
 from nemo_aligner.errors import UserError
 from nemo_aligner.models.gpt.config import GPTConfig, dtype_of
 from nemo_aligner.models.gpt.model import build_gpt
+from nemo_aligner.models.gpt.optim import OptimConfig
 from nemo_aligner.models.gpt.policy import GPTPolicy
 from nemo_aligner.parallel import collectives, world
 from nemo_aligner.run.experiment import Experiment, ExperimentConfig
 from nemo_aligner.run.progress import heartbeat
 
-__all__ = ["Pretrained", "load_pretrained", "open_experiment", "sft_loaders"]
+__all__ = ["Pretrained", "load_pretrained", "open_experiment", "sft_loaders", "warn_of_schedule"]
 
 logger = logging.getLogger(__name__)
 
@@ -50,7 +51,6 @@ def open_experiment(job: SFTJob) -> Iterator[Experiment]:
     config: ExperimentConfig = job.exp_manager
     folder = collectives.broadcast_object(config.folder())
     if world.is_logging_rank():
-        log_no_effect(job)
         logger.info("results go to %s", folder)
     with Experiment(config, folder, writes=world.is_logging_rank()) as run:
         yield run
@@ -113,10 +113,10 @@ def sft_loaders(
             f"model.restore_from_path={model.restore_from_path} holds no tokenizer, and training from text needs one",
             cure="import the Hugging Face folder again with its tokenizer files in it",
         )
-    longest = pretrained.policy.model.gpt_config.encoder_seq_length
+    gpt, multiple = pretrained.policy.model.gpt_config, model.length_multiple
     with heartbeat("reading data", enabled=world.is_logging_rank()):
         loaders = tuple(
-            _loader(data, _capped(split, longest), tokenizer, model)
+            _loader(data, _capped(split, gpt, multiple), tokenizer, model)
             for split in (data.train_ds, data.validation_ds)
         )
     train, validation = loaders
@@ -127,8 +127,17 @@ def sft_loaders(
     return train, validation
 
 
-def _capped(split: SFTSplitConfig, longest: int) -> SFTSplitConfig:
-    return replace(split, max_seq_length=min(split.max_seq_length, longest))
+def _capped(split: SFTSplitConfig, gpt: GPTConfig, multiple: int) -> SFTSplitConfig:
+    """``split`` with the longest sequence that the model takes, a multiple of ``multiple`` tokens."""
+    longest = min(split.max_seq_length, gpt.encoder_seq_length)
+    if gpt.position_embedding_type == "learned_absolute" and longest > gpt.max_position_embeddings:
+        raise UserError(
+            f"sequences of {longest} tokens (model.data's max_seq_length={split.max_seq_length}, "
+            f"model.encoder_seq_length={gpt.encoder_seq_length}) are longer than the model's "
+            f"{gpt.max_position_embeddings} learned positions",
+            cure=f"set model.encoder_seq_length={gpt.max_position_embeddings}",
+        )
+    return replace(split, max_seq_length=longest // multiple * multiple)
 
 
 def _loader(
@@ -149,7 +158,27 @@ def _loader(
         dp_size=world.dp_size(),
         micro_batch_size=split.micro_batch_size,
         pad_id=tokenizer.pad_id,
-        multiple=world.tp_size() if model.sequence_parallel else 1,
+        multiple=model.length_multiple,
         max_length=split.max_seq_length,
         num_workers=data.num_workers,
     )
+
+
+def warn_of_schedule(optim: OptimConfig, *, max_steps: int) -> None:
+    """Say so where a short run leaves the warm-up or the cosine without their steps."""
+    sched = optim.sched
+    if not world.is_logging_rank():
+        return
+    if sched.warmup_steps >= max_steps:
+        logger.warning(
+            "the learning rate does not reach model.optim.lr=%g: the run has %d steps; "
+            "set model.optim.sched.warmup_steps, now %d, below that",
+            *(optim.lr, max_steps, sched.warmup_steps),
+        )
+    elif sched.name == "CosineAnnealing" and sched.warmup_steps + sched.constant_steps >= max_steps:
+        logger.warning(
+            "the learning rate goes to model.optim.sched.min_lr=%g right after the warm-up: "
+            "warmup_steps=%d + constant_steps=%d leave none of the %d steps for the cosine; "
+            "set model.optim.sched.constant_steps=0",
+            *(sched.min_lr, sched.warmup_steps, sched.constant_steps, max_steps),
+        )

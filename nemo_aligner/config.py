@@ -10,8 +10,9 @@ import difflib
 import logging
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, TypeVar
 
 from omegaconf import DictConfig, OmegaConf
@@ -25,7 +26,7 @@ from nemo_aligner.models.gpt.optim import OptimConfig
 from nemo_aligner.parallel.ranks import Layout
 from nemo_aligner.run.experiment import ExperimentConfig
 
-__all__ = ["ModelConfig", "SFTJob", "TrainerConfig", "parse"]
+__all__ = ["ModelConfig", "SFTJob", "TrainerConfig", "log_no_effect", "parse"]
 
 logger = logging.getLogger(__name__)
 
@@ -101,6 +102,11 @@ class ModelConfig:
             sequence_parallel=self.sequence_parallel,
         )
 
+    @property
+    def length_multiple(self) -> int:
+        """Padded lengths are multiples of this many tokens: with sequence parallelism each rank has a slice."""
+        return self.tensor_model_parallel_size if self.sequence_parallel else 1
+
 
 @dataclass(frozen=True, kw_only=True)
 class SFTJob:
@@ -121,6 +127,7 @@ class SFTJob:
         dtype_of(trainer.precision)
         model.layout.check_fits(num_nodes=trainer.num_nodes, devices=trainer.devices, world_size=world_size)
         model.optim.check()
+        trainer.sft.check("trainer.sft")
         for key, value, off, what in (
             (
                 "model.peft.peft_scheme",
@@ -144,43 +151,86 @@ class SFTJob:
                     cure=f"set model.data.{name}.global_batch_size={fit}",
                 )
 
+    def check_paths(self) -> None:
+        """Refuse files that are not there, and an output that is, before ranks start and weights are read."""
+        model = self.model
+        paths = {
+            "model.restore_from_path": model.restore_from_path,
+            "model.data.train_ds.file_path": model.data.train_ds.file_path,
+            "model.data.validation_ds.file_path": model.data.validation_ds.file_path,
+        }
+        for key, path in paths.items():
+            if not Path(path).exists():
+                raise UserError(f"{key}={path} does not exist", cure=f"set {key} to a path that does")
+        self.exp_manager.check_folder()
 
-# Settings that are read and have no effect: (key, value that asks for nothing, reason).
-NO_EFFECT: tuple[tuple[str, object, str], ...] = (
-    ("trainer.accelerator", "gpu", "a GPU is used where there is one, else the CPU"),
-    ("trainer.logger", False, "exp_manager makes the loggers"),
-    ("trainer.enable_checkpointing", False, "exp_manager saves"),
-    ("trainer.use_distributed_sampler", False, "batches are dealt out by the loader"),
-    ("trainer.max_time", None, "not yet in effect"),
-    ("trainer.sft.save_interval", None, "not yet in effect: the model is saved when training ends"),
-    ("exp_manager.create_wandb_logger", False, "not yet in effect: see metrics.jsonl and TensorBoard"),
-    ("exp_manager.resume_if_exists", None, "not yet in effect: a run starts at step 0"),
+
+# Settings that are read and change nothing: (key, values that ask for nothing, what happens instead).
+NO_EFFECT: tuple[tuple[str, tuple[object, ...], str], ...] = (
+    ("trainer.accelerator", (), "a GPU is used where there is one, else the CPU"),
+    ("trainer.logger", (False,), "exp_manager makes the loggers"),
+    ("trainer.enable_checkpointing", (False,), "exp_manager saves"),
+    ("trainer.use_distributed_sampler", (False,), "the loader deals batches out to ranks"),
+    ("trainer.max_epochs", (), "trainer.sft.max_epochs counts"),
+    ("trainer.max_steps", (), "trainer.sft.max_steps counts"),
+    ("model.global_batch_size", (), "model.data.train_ds.global_batch_size counts"),
+    ("model.micro_batch_size", (), "model.data.train_ds.micro_batch_size counts"),
+    ("model.mcore_gpt", (True,), "models always are megatron-core's"),
+    ("model.megatron_amp_O2", (False,), "weights are in trainer.precision, the optimizer keeps fp32 copies"),
+    ("model.sync_batch_comm", (False,), "Megatron's schedules decide"),
+    ("model.gradient_as_bucket_view", (False,), "gradients always are views of buckets"),
+    ("model.data.sample", (False,), "rows are drawn by shuffle, never resampled"),
+    ("exp_manager.checkpoint_callback_params.model_parallel_size", (), "a checkpoint loads at any layout"),
+)
+NOT_YET: tuple[tuple[str, tuple[object, ...], str], ...] = (
+    ("trainer.max_time", (), "the run is not limited in time"),
+    ("trainer.sft.save_interval", (), "the model is saved when training ends"),
+    ("model.resume_from_checkpoint", (), "the run starts at step 0"),
+    ("model.save_nemo_on_validation_end", (False,), "the model is saved when training ends"),
+    ("model.activations_checkpoint_granularity", (), "all activations are kept"),
+    ("model.optim.name", ("adam", "adamw", "fused_adam"), "AdamW's state is whole on every rank"),
+    ("exp_manager.create_wandb_logger", (False,), "metrics go to metrics.jsonl and TensorBoard"),
+    ("exp_manager.resume_if_exists", (False,), "the run starts at step 0"),
+    ("exp_manager.create_checkpoint_callback", (False,), "the model is saved when training ends"),
+    ("exp_manager.checkpoint_callback_params.monitor", (), "the last model is the one that is saved"),
+    ("exp_manager.checkpoint_callback_params.save_top_k", (), "the last model is the one that is saved"),
+    ("exp_manager.checkpoint_callback_params.always_save_nemo", (False,), "one .nemo is written, at the end"),
     (
-        "exp_manager.checkpoint_callback_params.monitor",
-        None,
-        "not yet in effect: one checkpoint is saved, the last",
+        "exp_manager.checkpoint_callback_params.save_best_model",
+        (False,),
+        "the last model is the one that is saved",
     ),
-    ("model.optim.name", "adamw", "AdamW, its state not yet sharded over data parallel ranks"),
-    (
-        "model.megatron_amp_O2",
-        False,
-        "weights are kept in trainer.precision, with fp32 copies in the optimizer",
-    ),
-    ("model.resume_from_checkpoint", None, "not yet in effect"),
-    ("model.activations_checkpoint_granularity", None, "not yet in effect: activations are kept"),
-    ("model.sync_batch_comm", False, "Megatron's schedules decide"),
-    ("model.gradient_as_bucket_view", False, "gradients always are views of buckets"),
 )
 
 
-def log_no_effect(job: SFTJob) -> None:
-    """One line for each setting that was given and does nothing here."""
-    for key, off, reason in NO_EFFECT:
-        value: Any = job
-        for part in key.split("."):
-            value = getattr(value, part)
-        if value not in (None, off):
-            logger.info("%s=%s has no effect: %s", key, value, reason)
+def log_no_effect(config: DictConfig, kind: type[object], *, given: Sequence[str]) -> None:
+    """One line for each setting that asks for an effect it does not have.
+
+    Args:
+        config: as Hydra composed it.
+        kind: the job's dataclass; a value that is its default asks for nothing unless it was given.
+        given: the command line's settings, as KEY=VALUE.
+    """
+    keys = {word.lstrip("+").split("=")[0] for word in given}
+    for table, verdict in ((NO_EFFECT, "has no effect"), (NOT_YET, "is not yet in effect")):
+        for key, idle, instead in table:
+            parent, _, name = key.rpartition(".")
+            block = OmegaConf.select(config, parent)
+            # An interpolation only repeats another setting.
+            if block is None or OmegaConf.is_missing(block, name) or OmegaConf.is_interpolation(block, name):
+                continue
+            value = OmegaConf.select(config, key)
+            if value in (None, *idle) or (key not in keys and value == _default(kind, key)):
+                continue
+            logger.info("%s=%s %s: %s", key, value, verdict, instead)
+
+
+def _default(kind: type[object], key: str) -> object:
+    """The default of a dotted key in nested dataclasses."""
+    name, _, rest = key.partition(".")
+    if rest:
+        return _default(typing.get_type_hints(kind)[name], rest)
+    return next(f.default for f in dataclasses.fields(kind) if f.name == name)  # type: ignore[arg-type]
 
 
 ARCHITECTURE_KEYS = frozenset(
@@ -198,8 +248,9 @@ def parse(config: DictConfig, kind: type[T]) -> T:
     try:
         values = OmegaConf.to_container(config, resolve=True, throw_on_missing=False)
     except OmegaConfBaseException as error:
+        line = str(error).splitlines()[0]
         raise UserError(
-            f"the configuration does not resolve: {error}", cure="correct the key it names"
+            f"the configuration does not resolve: {line}", cure="correct the key it names"
         ) from error
     assert isinstance(values, dict)
     values = {str(k): v for k, v in values.items() if k != "hydra"}

@@ -10,6 +10,7 @@ from typing import Protocol
 import torch
 
 from nemo_aligner.batch import TokenBatch
+from nemo_aligner.errors import UserError
 from nemo_aligner.models.alignable_interface import SupervisedInterface
 from nemo_aligner.objectives.protocol import Objective
 from nemo_aligner.parallel import collectives, world
@@ -33,6 +34,23 @@ class SupervisedConfig:
     limit_train_batches: int | float | None = 1.0  # batches of an epoch: a number, or a share up to 1.0
     limit_val_batches: int | float | None = 1.0  # batches of a validation: a number, or a share up to 1.0
     gradient_clip_val: float = 1.0  # the gradient's norm is cut to this; 0: never
+
+    def check(self, block: str) -> None:
+        """Refuse a run that would do no step; ``block`` is where these settings stand, as in "trainer.sft"."""
+        for name, value, wrong, cure in (
+            ("max_epochs", self.max_epochs, self.max_epochs < 1, "1 or more"),
+            ("max_steps", self.max_steps, self.max_steps == 0, "-1 (no limit), or 1 or more"),
+            (
+                "limit_train_batches",
+                self.limit_train_batches,
+                self.limit_train_batches == 0,
+                "1.0 (all batches)",
+            ),
+            ("val_check_interval", self.val_check_interval, self.val_check_interval < 0, "0 (never) or more"),
+            ("gradient_clip_val", self.gradient_clip_val, self.gradient_clip_val < 0, "0 (never) or more"),
+        ):
+            if wrong:
+                raise UserError(f"{block}.{name}={value} makes no run", cure=f"set {block}.{name} to {cure}")
 
 
 class Batches(Protocol):
@@ -100,10 +118,17 @@ class SupervisedTrainer:
                         self.run.log(self.validate(), step=step)
         finally:
             bar.close()
-        if world.is_logging_rank() and self.train.num_truncated:
+        self._report_truncated()
+
+    def _report_truncated(self) -> None:
+        counts = torch.tensor([self.train.num_truncated, self.train.num_seen], device=world.device())
+        truncated, seen = collectives.sum_over_data_parallel(counts).tolist()
+        if truncated and world.is_logging_rank():
             logger.warning(
-                "%d of this rank's training samples were longer than model.data.train_ds.max_seq_length and were cut",
-                self.train.num_truncated,
+                "%d of %d training samples were too long and were cut: raise model.data.train_ds.max_seq_length "
+                "(and model.encoder_seq_length, if it is lower), or shorten them",
+                truncated,
+                seen,
             )
 
     def validate(self) -> dict[str, float]:

@@ -8,10 +8,11 @@ from typing import NoReturn
 
 from nemo_aligner.errors import UserError
 
-__all__ = ["INTERRUPTED_CODE", "USER_ERROR_CODE", "run_cli"]
+__all__ = ["INTERRUPTED_CODE", "OS_ERROR_CURE", "USER_ERROR_CODE", "run_cli"]
 
 USER_ERROR_CODE = 2
 INTERRUPTED_CODE = 130  # 128 + SIGINT, as shells count
+OS_ERROR_CURE = "check that the path is right, that it may be read or written, and that its disk has room"
 
 
 def run_cli(main: Callable[[], None]) -> NoReturn:
@@ -29,8 +30,7 @@ def run_cli(main: Callable[[], None]) -> NoReturn:
         sys.stderr.write(f"error: {error}\n")
         sys.exit(USER_ERROR_CODE)
     except OSError as error:
-        cure = "check that the path is right, that it may be read or written, and that its disk has room"
-        sys.stderr.write(f"error: {error}\nCure: {cure}\n")
+        sys.stderr.write(f"error: {error}\nCure: {OS_ERROR_CURE}\n")
         sys.exit(USER_ERROR_CODE)
     except KeyboardInterrupt:
         sys.stderr.write("stopped\n")

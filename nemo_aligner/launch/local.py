@@ -15,6 +15,7 @@ from pathlib import Path
 __all__ = ["follow_parent", "start_ranks"]
 
 GRACE_SECONDS = 4.0  # for ranks to end by themselves after one has failed, or after a signal
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _PR_SET_PDEATHSIG = 1
 
 
@@ -32,63 +33,69 @@ def start_ranks(count: int) -> int:
     The ranks meet in a file of a temporary folder, so no port is chosen; their own temporary files go there too.
 
     Returns:
-        0 if all ranks ended well, else the exit code of the first that did not.
+        0 if all ranks ended well, else the exit code of the first that did not; 128 + N after signal N.
     """
     folder = Path(tempfile.mkdtemp(prefix="nemo_aligner_ranks_"))
-    threads = os.environ.get("OMP_NUM_THREADS") or str(max(1, (os.cpu_count() or 1) // count))
     ranks: list[subprocess.Popen] = []
-    # Signals end the ranks below, in order; the default would leave them behind.
-    before = signal.signal(signal.SIGTERM, _interrupt)
+    # Signals end the ranks below, in order; the defaults would leave them or the folder behind.
+    before = {number: signal.signal(number, _interrupt) for number in STOP_SIGNALS}
     try:
         for rank in range(count):
-            env = os.environ | {
-                "RANK": str(rank),
-                "LOCAL_RANK": str(rank),
-                "WORLD_SIZE": str(count),
-                "NEMO_ALIGNER_INIT_METHOD": f"file://{folder}/ranks",
-                "NEMO_ALIGNER_STARTER": str(os.getpid()),
-                "OMP_NUM_THREADS": threads,
-                "TMPDIR": str(folder),
-            }
             # A session of its own: Ctrl-C reaches this process alone, which then ends the ranks.
             command = [sys.executable, *sys.orig_argv[1:]]
+            env = os.environ | _place(rank, count, folder)
             ranks.append(subprocess.Popen(command, env=env, start_new_session=True))
         return _wait(ranks)
     except _Interrupted as stop:
+        sys.stderr.write(f"{stop.signal.name}: the {count} ranks are stopped\n")
         _end(ranks, first=signal.SIGINT)
         return 128 + stop.signal
     finally:
         _end(ranks, first=signal.SIGKILL)
-        signal.signal(signal.SIGTERM, before)
         shutil.rmtree(folder, ignore_errors=True)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _place(rank: int, count: int, folder: Path) -> dict[str, str]:
+    """The environment that tells a rank where it stands."""
+    return {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(count),
+        "NEMO_ALIGNER_INIT_METHOD": f"file://{folder}/ranks",
+        "NEMO_ALIGNER_STARTER": str(os.getpid()),
+        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS") or str(max(1, (os.cpu_count() or 1) // count)),
+        "TMPDIR": str(folder),
+    }
 
 
 class _Interrupted(Exception):
     def __init__(self, number: int) -> None:
-        self.signal = number
+        self.signal = signal.Signals(number)
 
 
 def _interrupt(number: int, _: object) -> None:
+    # The first signal counts. Ending takes seconds at most, and a second one would leave ranks behind.
+    for other in STOP_SIGNALS:
+        signal.signal(other, signal.SIG_IGN)
     raise _Interrupted(number)
 
 
 def _wait(ranks: Sequence[subprocess.Popen]) -> int:
-    try:
-        while True:
-            codes = [rank.poll() for rank in ranks]
-            failed = next((i for i, code in enumerate(codes) if code not in (None, 0)), None)
-            if failed is not None:
-                code = ranks[failed].returncode
-                if code < 0:
-                    name = signal.Signals(-code).name
-                    sys.stderr.write(f"rank {failed} was ended by {name}; the other ranks are stopped\n")
-                _settle(ranks)
-                return code if code > 0 else 128 - code
-            if None not in codes:
-                return 0
-            time.sleep(0.05)
-    except KeyboardInterrupt:
-        raise _Interrupted(signal.SIGINT) from None
+    while True:
+        codes = [rank.poll() for rank in ranks]
+        failed = next((i for i, code in enumerate(codes) if code not in (None, 0)), None)
+        if failed is not None:
+            code = ranks[failed].returncode
+            if code < 0:
+                name = signal.Signals(-code).name
+                sys.stderr.write(f"rank {failed} was ended by {name}; the other ranks are stopped\n")
+            _settle(ranks)
+            return code if code > 0 else 128 - code
+        if None not in codes:
+            return 0
+        time.sleep(0.05)
 
 
 def _settle(ranks: Sequence[subprocess.Popen]) -> None:

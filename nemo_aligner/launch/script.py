@@ -6,6 +6,7 @@ import inspect
 import logging
 import os
 import re
+import signal
 import sys
 import traceback
 from collections.abc import Callable
@@ -14,11 +15,14 @@ from pathlib import Path
 from typing import Protocol, TypeVar
 
 import hydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException
 from omegaconf import DictConfig
+from omegaconf.errors import OmegaConfBaseException
 
 from nemo_aligner.errors import UserError
 from nemo_aligner.launch import local
-from nemo_aligner.launch.cli import INTERRUPTED_CODE, USER_ERROR_CODE
+from nemo_aligner.launch.cli import INTERRUPTED_CODE, OS_ERROR_CURE, USER_ERROR_CODE
 from nemo_aligner.parallel.ranks import Layout, Ranks, discover
 
 __all__ = ["script"]
@@ -87,11 +91,25 @@ def script(config_name: str, kind: type[J]) -> Callable[[Callable[[J], None]], C
             def task(config: DictConfig) -> None:
                 _run(config, kind, main, ranks)
 
-            hydra.main(version_base="1.3", config_path=str(conf), config_name=config_name)(task)()
+            # So set, Hydra raises what it finds wrong and does not print it its own way.
+            os.environ["HYDRA_FULL_ERROR"] = "1"
+            try:
+                hydra.main(version_base="1.3", config_path=str(conf), config_name=config_name)(task)()
+            except (HydraException, OmegaConfBaseException) as error:
+                if _talks(ranks):
+                    line = str(error).splitlines()[0]
+                    sys.stderr.write(
+                        f"error: {line}\nCure: write settings as KEY=VALUE, as in trainer.devices=2\n"
+                    )
+                sys.exit(USER_ERROR_CODE)
 
         return entry
 
     return decorate
+
+
+def _talks(ranks: Ranks | None) -> bool:
+    return ranks is None or ranks.rank == 0
 
 
 def _prepare_process(ranks: Ranks | None) -> None:
@@ -99,7 +117,7 @@ def _prepare_process(ranks: Ranks | None) -> None:
         local.follow_parent()
     # Keys that YAML lacks are ours to judge: Hydra's own complaint proposes to add them.
     sys.argv[1:] = [f"++{a}" if re.match(r"^[A-Za-z_][\w.]*=", a) else a for a in sys.argv[1:]]
-    talks = ranks is None or ranks.rank == 0
+    talks = _talks(ranks)
     logging.basicConfig(
         level=logging.INFO if talks else logging.WARNING,
         format="[%(asctime)s] %(message)s",
@@ -122,41 +140,75 @@ def _amx_may_be_broken() -> bool:
     return flags is not None and {"amx_bf16", "hypervisor"} <= set(flags[1].split())
 
 
-def _run(config: DictConfig, kind: type[J], main: Callable[[J], None], ranks: Ranks | None) -> None:
-    # Imported once the process is prepared: this brings torch and Megatron.
-    from nemo_aligner.config import parse
-    from nemo_aligner.parallel import world
+class _Terminated(BaseException):
+    """SIGTERM, unwound as Ctrl-C is, so that temporary files go."""
 
-    code = 0
+
+def _terminate(*_: object) -> None:
+    raise _Terminated
+
+
+def _run(config: DictConfig, kind: type[J], main: Callable[[J], None], ranks: Ranks | None) -> None:
+    signal.signal(signal.SIGTERM, _terminate)
     try:
-        job = parse(config, kind)
-        job.check(ranks.world_size if ranks else None)
-        if ranks is None and job.trainer.num_nodes > 1:
-            raise UserError(
-                f"trainer.num_nodes={job.trainer.num_nodes}, but this machine can start its own ranks only",
-                cure="start the script on every node with srun or torchrun, or set trainer.num_nodes=1",
-            )
-        if ranks is None and job.trainer.devices > 1:
-            sys.exit(local.start_ranks(job.trainer.devices))
-        timeout = timedelta(seconds=job.trainer.collective_timeout)
-        world.start(ranks, layout=job.model.layout, seed=job.model.seed, timeout=timeout)
-        main(job)
-    except UserError as error:
-        if world.report_once():
-            sys.stderr.write(f"error: {error}\n")
-        code = USER_ERROR_CODE
+        code = _told(functools.partial(_start, config, kind, main, ranks))
     except KeyboardInterrupt:
         code = INTERRUPTED_CODE
-    except Exception as error:  # the process edge: whatever it is, it is told and ends this rank
-        if reason := world.describe_failure(error):
-            sys.stderr.write(f"A collective failed on {reason}\n")
-        else:
-            sys.stderr.write(f"rank {world.rank()}:\n{traceback.format_exc()}")
-        code = 1
+    except _Terminated:
+        code = 128 + signal.SIGTERM
     if code:
         # Without the group's farewell, which would wait for ranks that may be gone.
         sys.stdout.flush()
         sys.stderr.flush()
         logging.shutdown()
         os._exit(code)
+
+
+def _start(config: DictConfig, kind: type[J], main: Callable[[J], None], ranks: Ranks | None) -> int:
+    # Imported once the process is prepared: this brings torch and Megatron.
+    from nemo_aligner.config import log_no_effect, parse
+    from nemo_aligner.parallel import world
+    from nemo_aligner.run.progress import heartbeat
+
+    job = parse(config, kind)
+    job.check(ranks.world_size if ranks else None)
+    if ranks is None:
+        job.check_paths()
+        if job.trainer.num_nodes > 1:
+            raise UserError(
+                f"trainer.num_nodes={job.trainer.num_nodes}, but this machine can start its own ranks only",
+                cure="start the script on every node with srun or torchrun, or set trainer.num_nodes=1",
+            )
+        if job.trainer.devices > 1:
+            return local.start_ranks(job.trainer.devices)
+    timeout = timedelta(seconds=job.trainer.collective_timeout)
+    with heartbeat("waiting for all ranks", enabled=ranks is not None and ranks.rank == 0):
+        world.start(ranks, layout=job.model.layout, seed=job.model.seed, timeout=timeout)
+    if world.is_logging_rank():
+        log_no_effect(config, kind, given=HydraConfig.get().overrides.task)
+    main(job)
     world.stop()
+    return 0
+
+
+def _told(work: Callable[[], int]) -> int:
+    """The exit code of ``work``; what went wrong is told once."""
+    from nemo_aligner.parallel import world
+
+    try:
+        return work()
+    except UserError as error:
+        if world.report_once():
+            sys.stderr.write(f"error: {error}\n")
+        return USER_ERROR_CODE
+    except Exception as error:  # the process edge: whatever it is, it is told and ends this rank
+        if isinstance(error, OSError) and error.filename is not None:
+            sys.stderr.write(f"error on rank {world.rank()}: {error}\nCure: {OS_ERROR_CURE}\n")
+            return USER_ERROR_CODE
+        if reason := world.describe_failure(error):
+            # Silent where a rank has told already why it left the others.
+            if world.report_once(wait_seconds=0.0):
+                sys.stderr.write(f"A collective failed on {reason}\n")
+        else:
+            sys.stderr.write(f"rank {world.rank()}:\n{traceback.format_exc()}")
+        return 1

@@ -4,6 +4,7 @@
 import json
 import logging
 import math
+import os
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -64,6 +65,35 @@ class ExperimentConfig:
             return Path(self.explicit_log_dir)
         return Path(self.exp_dir or "nemo_experiments") / self.name / time.strftime("%Y-%m-%d_%H-%M-%S")
 
+    def nemo_path(self, folder: Path) -> Path:
+        """Where the trained model goes, in the run's folder."""
+        return folder / "checkpoints" / f"{self.name}.nemo"
+
+    def check_folder(self) -> None:
+        """Refuse a folder whose result this run would overwrite, or that it cannot write to.
+
+        Raises:
+            UserError: a trained model is there already, or the folder cannot be made or written.
+        """
+        folder = Path(self.explicit_log_dir or self.exp_dir or ".")
+        key = "exp_manager.explicit_log_dir" if self.explicit_log_dir else "exp_manager.exp_dir"
+        result = self.nemo_path(folder)
+        if (
+            self.explicit_log_dir
+            and self.checkpoint_callback_params.save_nemo_on_train_end
+            and result.exists()
+        ):
+            raise UserError(
+                f"{result} exists: a run in {key}={folder} has ended, and its result is not overwritten",
+                cure=f"set {key} to another folder, or move the file away",
+            )
+        there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+        if not (there.is_dir() and os.access(there, os.W_OK | os.X_OK)):
+            raise UserError(
+                f"{key}={folder} cannot be written: {there} is not a folder that you may write to",
+                cure=f"set {key} to a folder that you may write to",
+            )
+
 
 class Experiment:
     """An open run folder. ``log`` is a no-op on all ranks but the writing one.
@@ -81,30 +111,18 @@ class Experiment:
     @property
     def nemo_path(self) -> Path:
         """Where the trained model goes."""
-        return self.folder / "checkpoints" / f"{self.config.name}.nemo"
-
-    def check(self) -> None:
-        """Refuse a folder whose results this run would overwrite.
-
-        Raises:
-            UserError: a trained model is there already, or the folder cannot be written.
-        """
-        if self.config.checkpoint_callback_params.save_nemo_on_train_end and self.nemo_path.exists():
-            raise UserError(
-                f"{self.nemo_path} exists: this run has ended before and its result is not overwritten",
-                cure="set exp_manager.explicit_log_dir to another folder, or move the file away",
-            )
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(
-                f"exp_manager.explicit_log_dir={self.folder} cannot be made: {error.strerror}",
-                cure="set exp_manager.explicit_log_dir to a folder that you may write to",
-            ) from error
+        return self.config.nemo_path(self.folder)
 
     def __enter__(self) -> Self:
         if self.writes:
-            self.check()
+            self.config.check_folder()
+            try:
+                self.folder.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise UserError(
+                    f"the run's folder {self.folder} cannot be made: {error.strerror}",
+                    cure="set exp_manager.explicit_log_dir to a folder that you may write to",
+                ) from error
             self._metrics = (self.folder / "metrics.jsonl").open("a", encoding="utf-8")
             if self.config.create_tensorboard_logger:
                 # Imported here: it takes a second, and only one rank writes.

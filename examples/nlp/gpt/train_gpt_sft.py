@@ -13,7 +13,7 @@ from nemo_aligner.launch.script import script
 def main(job: SFTJob) -> None:
     """Fine-tune a checkpoint on prompts and answers, or on conversations."""
     from nemo_aligner.algorithms.supervised import SupervisedTrainer
-    from nemo_aligner.builders import load_pretrained, open_experiment, sft_loaders
+    from nemo_aligner.builders import load_pretrained, open_experiment, sft_loaders, warn_of_schedule
     from nemo_aligner.objectives.nll import NLL
 
     config = job.trainer.sft
@@ -21,6 +21,7 @@ def main(job: SFTJob) -> None:
         pretrained = load_pretrained(job.model, precision=job.trainer.precision)
         train, validation = sft_loaders(job.model.data, pretrained, job.model)
         trainer = SupervisedTrainer(config, pretrained.policy, NLL(), train, validation, run)
+        warn_of_schedule(job.model.optim, max_steps=trainer.plan.max_steps)
         pretrained.policy.prepare_training(
             job.model.optim, clip_grad=config.gradient_clip_val, max_steps=trainer.plan.max_steps
         )

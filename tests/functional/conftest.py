@@ -1,0 +1,199 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A toy model and toy data, and the scripts run in processes of their own as a person runs them."""
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from nemo_aligner.checkpoint.convert import import_from_huggingface
+
+ROOT = Path(__file__).parents[2]
+SCRIPT = ROOT / "examples/nlp/gpt/train_gpt_sft.py"
+COLOURS = ("red", "green", "blue", "white")
+
+
+@pytest.fixture(scope="session")
+def hf_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Llama of two layers with a byte-level tokenizer, as transformers writes it."""
+    folder = tmp_path_factory.mktemp("hf")
+    torch.manual_seed(0)
+    LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=259,
+            hidden_size=64,
+            intermediate_size=128,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            max_position_embeddings=256,
+            bos_token_id=1,
+            eos_token_id=2,
+        )
+    ).save_pretrained(folder)
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=259,
+        special_tokens=["<unk>", "<s>", "</s>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator([], trainer)
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>"
+    ).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def nemo(hf_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The toy model as a .nemo."""
+    path = tmp_path_factory.mktemp("nemo") / "toy.nemo"
+    import_from_huggingface(hf_folder, str(path))
+    return path
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """32 prompts with one of four answers each."""
+    path = tmp_path_factory.mktemp("data") / "rows.jsonl"
+    rows = [{"input": f"thing {i}:", "output": COLOURS[i % 4]} for i in range(32)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.fixture
+def settings(nemo: Path, data: Path, tmp_path: Path) -> dict[str, object]:
+    """Settings of a toy run that ends well; tests change some."""
+    return {
+        "model.restore_from_path": nemo,
+        "model.data.train_ds.file_path": data,
+        "model.data.train_ds.micro_batch_size": 4,
+        "model.data.train_ds.global_batch_size": 8,
+        "model.data.validation_ds.file_path": data,
+        "model.optim.sched.constant_steps": 0,
+        "trainer.precision": 32,
+        "trainer.sft.max_steps": 2,
+        "exp_manager.explicit_log_dir": tmp_path / "run",
+        "exp_manager.create_tensorboard_logger": False,
+    }
+
+
+@dataclass(kw_only=True)
+class Job:
+    """A running script, its output in files, its temporary files in a folder of its own."""
+
+    process: subprocess.Popen[str]
+    folder: Path
+    started: float
+    ranks: list[psutil.Process]
+
+    @property
+    def err(self) -> str:
+        return (self.folder / "stderr").read_text()
+
+    @property
+    def out(self) -> str:
+        return (self.folder / "stdout").read_text()
+
+    @property
+    def temporary_files(self) -> list[str]:
+        return sorted(path.name for path in (self.folder / "tmp").glob("nemo_aligner_*"))
+
+    def wait(self, *, timeout: float = 120) -> int:
+        """The exit code."""
+        try:
+            return self.process.wait(timeout)
+        except subprocess.TimeoutExpired:
+            raise AssertionError(f"still running after {timeout} s:\n{self.err[-4000:]}") from None
+
+    def wait_for(self, text: str, *, timeout: float = 90) -> None:
+        """Until ``text`` stands in stderr; then ``ranks`` are the processes of the ranks."""
+        deadline = time.monotonic() + timeout
+        while text not in self.err:
+            assert self.process.poll() is None, f"ended with {self.process.returncode}:\n{self.err[-4000:]}"
+            assert time.monotonic() < deadline, f"no {text!r} in {timeout} s:\n{self.err[-4000:]}"
+            time.sleep(0.05)
+        self.ranks = psutil.Process(self.process.pid).children()
+
+    def alive(self) -> list[psutil.Process]:
+        """Ranks that have not ended."""
+        dead = (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD)
+        found = []
+        for rank in self.ranks:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                if rank.status() not in dead:
+                    found.append(rank)
+        return found
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[Callable[..., Job]]:
+    """Starts the SFT script with settings, or any command; whatever is left at the end of the test is killed."""
+    jobs: list[Job] = []
+
+    def begin(
+        settings: dict[str, object] | Sequence[object],
+        *,
+        command: Sequence[object] = (SCRIPT,),
+        env: dict[str, str] | None = None,
+    ) -> Job:
+        words = (
+            [f"{key}={value}" for key, value in settings.items()] if isinstance(settings, dict) else settings
+        )
+        folder = tmp_path / f"job{len(jobs)}"
+        (folder / "tmp").mkdir(parents=True)
+        toy = {
+            "PYTHONPATH": str(ROOT),
+            "TMPDIR": str(folder / "tmp"),
+            "OMP_NUM_THREADS": "1",
+            "HF_HUB_OFFLINE": "1",
+        }
+        with (folder / "stdout").open("w") as out, (folder / "stderr").open("w") as err:
+            process = subprocess.Popen(
+                [sys.executable, *map(str, command), *map(str, words)],
+                cwd=tmp_path,
+                env=os.environ | toy | (env or {}),
+                stdin=subprocess.DEVNULL,
+                stdout=out,
+                stderr=err,
+                text=True,
+                start_new_session=True,
+            )
+        jobs.append(Job(process=process, folder=folder, started=time.monotonic(), ranks=[]))
+        return jobs[-1]
+
+    yield begin
+    for job in jobs:
+        for process in (*job.alive(), job.process):
+            with contextlib.suppress(psutil.NoSuchProcess, ProcessLookupError):
+                process.send_signal(signal.SIGKILL)
+        job.process.wait()
+
+
+@pytest.fixture
+def run(start: Callable[..., Job]) -> Callable[..., Job]:
+    """As ``start``, but waits for the end."""
+
+    def complete(
+        settings: dict[str, object] | Sequence[object], *, command: Sequence[object] = (SCRIPT,)
+    ) -> Job:
+        job = start(settings, command=command)
+        job.wait()
+        return job
+
+    return complete

@@ -1,0 +1,133 @@
+# SPDX-License-Identifier: Apache-2.0
+"""However a job ends, nothing of it stays: no process, no temporary folder, and the reason is told."""
+
+import contextlib
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import pytest
+
+SECONDS_TO_END = 10
+
+
+@pytest.fixture
+def training(start: Callable, settings: dict[str, object]) -> Callable:
+    """Starts a run of two ranks that would take minutes, and returns once it trains."""
+
+    def begin(**changed: object):
+        endless = {
+            "trainer.devices": 2,
+            "trainer.sft.max_steps": 1_000_000,
+            "trainer.sft.max_epochs": 1_000_000,
+            "trainer.sft.val_check_interval": 0,
+        }
+        job = start(settings | endless | changed)
+        job.wait_for("step 1/")
+        assert len(job.ranks) == 2
+        return job
+
+    return begin
+
+
+def gone(processes: list[psutil.Process], *, seconds: float) -> bool:
+    """Whether all have ended within some time."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        alive = []
+        for process in processes:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                alive += [process] if process.status() != psutil.STATUS_ZOMBIE else []
+        if not alive:
+            return True
+        time.sleep(0.05)
+    return False
+
+
+def test_ctrl_c_ends_every_rank(training: Callable, tmp_path: Path):
+    job = training()
+    job.process.send_signal(signal.SIGINT)
+    assert job.wait(timeout=SECONDS_TO_END) == 130
+    assert job.alive() == []
+    assert job.temporary_files == []
+    assert "Traceback" not in job.err
+    assert not (tmp_path / "run/checkpoints").exists()
+
+
+def test_a_signal_to_a_run_of_one_rank_ends_it(start: Callable, settings: dict[str, object]):
+    job = start(settings | {"trainer.sft.max_steps": 1_000_000, "trainer.sft.max_epochs": 1_000_000})
+    job.wait_for("step 1/")
+    job.process.send_signal(signal.SIGTERM)
+    assert job.wait(timeout=SECONDS_TO_END) == 143
+    assert job.temporary_files == []
+    assert "Traceback" not in job.err
+
+
+def test_a_rank_that_dies_ends_the_job(training: Callable):
+    job = training()
+    job.ranks[1].send_signal(signal.SIGKILL)
+    assert job.wait(timeout=SECONDS_TO_END) == 128 + signal.SIGKILL
+    assert "rank 1 was ended by SIGKILL" in job.err
+    assert job.alive() == []
+    assert job.temporary_files == []
+
+
+def test_a_rank_that_hangs_is_reported_by_the_others(training: Callable):
+    job = training(**{"trainer.collective_timeout": 5})
+    job.ranks[1].send_signal(signal.SIGSTOP)
+    assert job.wait(timeout=5 + SECONDS_TO_END) == 1
+    (line,) = (line for line in job.err.splitlines() if line.startswith("A collective failed"))
+    assert "rank 0, phase 'step " in line
+    assert "operation all_reduce" in line
+    assert job.alive() == []
+    assert job.temporary_files == []
+
+
+# Ranks that do nothing but wait, so that the starter alone is tried, in a second.
+IDLE = """
+import os, sys, time
+from nemo_aligner.launch import local
+if "RANK" not in os.environ:
+    sys.exit(local.start_ranks(3))
+local.follow_parent()
+sys.stderr.write("up ")
+sys.stderr.flush()
+time.sleep(3600)
+"""
+
+
+@pytest.fixture
+def idle(start: Callable, tmp_path: Path):
+    """Three ranks that wait."""
+    (tmp_path / "idle.py").write_text(IDLE)
+    job = start([], command=["idle.py"])
+    job.wait_for("up up up")
+    assert len(job.ranks) == 3
+    return job
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_the_starter_ends_its_ranks_on_a_signal(idle, number: signal.Signals):
+    idle.process.send_signal(number)
+    assert idle.wait(timeout=SECONDS_TO_END) == 128 + number
+    assert idle.alive() == []
+    assert idle.temporary_files == []
+    assert f"{number.name}: the 3 ranks are stopped" in idle.err
+
+
+def test_a_second_ctrl_c_leaves_nothing_either(idle):
+    idle.ranks[0].send_signal(signal.SIGSTOP)
+    idle.process.send_signal(signal.SIGINT)
+    time.sleep(0.3)
+    idle.process.send_signal(signal.SIGINT)
+    assert idle.wait(timeout=SECONDS_TO_END) == 130
+    assert idle.alive() == []
+    assert idle.temporary_files == []
+
+
+def test_ranks_do_not_outlive_their_starter(idle):
+    idle.process.send_signal(signal.SIGKILL)
+    idle.wait()
+    assert gone(idle.ranks, seconds=SECONDS_TO_END)
