@@ -1,0 +1,108 @@
+# SPDX-License-Identifier: Apache-2.0
+"""model_config.yaml, read: defaults, NeMo's own names, and what is refused with a cure."""
+
+import pytest
+import torch
+
+from nemo_aligner.errors import UserError
+from nemo_aligner.models.gpt.config import GPTConfig, RopeScaling, dtype_of
+from nemo_aligner.parallel.ranks import Layout
+
+SMALL = {
+    "num_layers": 6,
+    "hidden_size": 48,
+    "num_attention_heads": 12,
+    "num_query_groups": 4,
+    "vocab_size": 1000,
+}
+
+
+@pytest.mark.parametrize(
+    ("precision", "dtype"),
+    [
+        (32, torch.float32),
+        ("32-true", torch.float32),
+        ("bf16", torch.bfloat16),
+        ("bf16-mixed", torch.bfloat16),
+        (16, torch.float16),
+        ("fp16", torch.float16),
+    ],
+)
+def test_precisions(precision: str | int, dtype: torch.dtype):
+    assert dtype_of(precision) == dtype
+
+
+def test_an_unknown_precision_is_refused():
+    with pytest.raises(UserError, match=r"precision='fp8'[\s\S]*Cure: .*32, bf16 or 16"):
+        dtype_of("fp8")
+
+
+def test_what_a_config_leaves_out():
+    config = GPTConfig.from_dict(SMALL | {"ffn_hidden_size": None, "trainer": {}, "num_query_groups": None})
+    assert (config.ffn_hidden_size, config.head_dim, config.query_groups) == (192, 4, 12)
+    assert GPTConfig.from_dict(SMALL | {"kv_channels": 16}).head_dim == 16
+
+
+@pytest.mark.parametrize(
+    ("names", "scaling"),
+    [
+        ({"rope_scaling": None}, None),
+        ({"seq_len_interpolation_factor": 4}, RopeScaling(rope_type="linear", factor=4)),
+        ({"scale_positional_embedding": True}, RopeScaling(rope_type="llama3", factor=8.0)),
+        (
+            {"scale_positional_embedding": True, "scale_factor": 32.0},
+            RopeScaling(rope_type="llama3", factor=32.0),
+        ),
+        (
+            {"rope_scaling": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}},
+            RopeScaling(rope_type="linear", factor=2.0),
+        ),
+    ],
+)
+def test_rope_scaling_by_either_name(names: dict, scaling: RopeScaling | None):
+    assert GPTConfig.from_dict(SMALL | names).rope_scaling == scaling
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_attention_heads": 5}, r"hidden_size=48 .*num_attention_heads=5[\s\S]*kv_channels"),
+        ({"num_query_groups": 5}, "num_attention_heads=12 .*num_query_groups=5"),
+        ({"normalization": "batchnorm"}, r"normalization='batchnorm'[\s\S]*rmsnorm, layernorm, layernorm1p"),
+        ({"activation": "relu"}, r"activation='relu'[\s\S]*fast-swiglu"),
+        ({"position_embedding_type": "alibi"}, "position_embedding_type='alibi'"),
+        ({"rope_scaling": {"rope_type": "yarn"}}, r"rope_type='yarn'[\s\S]*llama3, linear"),
+    ],
+)
+def test_what_cannot_be_built_is_refused(changes: dict, message: str):
+    with pytest.raises(UserError, match=message):
+        GPTConfig.from_dict(SMALL | changes)
+
+
+@pytest.mark.parametrize("key", ["num_layers", "hidden_size", "num_attention_heads", "vocab_size"])
+def test_a_missing_size_is_named(key: str):
+    with pytest.raises(UserError, match=f"model_config.yaml lacks {key}"):
+        GPTConfig.from_dict({k: v for k, v in SMALL.items() if k != key})
+
+
+@pytest.mark.parametrize(
+    ("layout", "message"),
+    [
+        (
+            Layout(tensor=5),
+            r"tensor_model_parallel_size=5 .*num_attention_heads=12[\s\S]*one of \[1, 2, 4\]",
+        ),
+        (Layout(tensor=3), r"num_query_groups=4[\s\S]*one of \[1, 2, 4\]"),
+        (Layout(pipeline=4), r"pipeline_model_parallel_size=4 .*num_layers=6[\s\S]*one of \[1, 2, 3, 6\]"),
+    ],
+)
+def test_a_layout_that_cannot_cut_the_model_is_refused(layout: Layout, message: str):
+    with pytest.raises(UserError, match=message):
+        GPTConfig.from_dict(SMALL).check_layout(layout)
+
+
+@pytest.mark.parametrize(
+    ("tensor", "rows"), [(1, 1024), (2, 1024), (4, 1024), (8, 1024), (16, 2048), (3, 1152)]
+)
+def test_the_vocabulary_is_padded_to_equal_slices(tensor: int, rows: int):
+    assert GPTConfig.from_dict(SMALL).padded_vocab_size(tensor) == rows

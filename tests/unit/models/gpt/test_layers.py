@@ -1,0 +1,71 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Norms and rotary angles against their formulas in float64."""
+
+import math
+
+import pytest
+import torch
+
+from nemo_aligner.models.gpt.config import GPTConfig, RopeScaling
+from nemo_aligner.models.gpt.layers import Norm, RowRotary
+from nemo_aligner.parallel.ranks import Layout
+
+SIZES = {"num_layers": 1, "hidden_size": 24, "ffn_hidden_size": 8, "num_attention_heads": 2, "vocab_size": 8}
+
+
+@pytest.mark.parametrize("name", ["rmsnorm", "layernorm", "layernorm1p"])
+def test_norms(name: str):
+    config = GPTConfig(**SIZES, normalization=name, layernorm_epsilon=0.1)
+    norm = Norm(config.transformer_config(Layout(), torch.float32), 24, eps=0.1)
+    x = torch.randn(5, 3, 24, generator=torch.Generator().manual_seed(0), dtype=torch.float64) * 3 + 1
+
+    def formula(weight: torch.Tensor, bias: torch.Tensor | float) -> torch.Tensor:
+        centred = x if name == "rmsnorm" else x - x.mean(-1, keepdim=True)
+        return centred / (centred.square().mean(-1, keepdim=True) + 0.1).sqrt() * weight + bias
+
+    # As it is made, a norm scales by 1 and shifts by 0, however the weight is stored.
+    torch.testing.assert_close(norm(x.float()).double(), formula(torch.ones(24), 0.0), rtol=1e-5, atol=1e-5)
+    torch.nn.init.uniform_(norm.weight, -1, 1)
+    bias = 0.0
+    if name != "rmsnorm":
+        torch.nn.init.uniform_(norm.bias, -1, 1)
+        bias = norm.bias
+    scale = norm.weight + 1 if name == "layernorm1p" else norm.weight
+    torch.testing.assert_close(norm(x.float()).double(), formula(scale, bias).double(), rtol=1e-5, atol=1e-5)
+
+
+def llama3(frequency: float, *, factor: float, low: float, high: float, context: int) -> float:
+    """One frequency after Llama 3.1's stretching, by wavelength as its authors put it."""
+    wavelength = 2 * math.pi / frequency
+    if wavelength < context / high:
+        return frequency
+    if wavelength > context / low:
+        return frequency / factor
+    smooth = (context / wavelength - low) / (high - low)
+    return (1 - smooth) * frequency / factor + smooth * frequency
+
+
+@pytest.mark.parametrize("percentage", [1.0, 0.5, 0.25])
+@pytest.mark.parametrize("scaling", [None, "linear", "llama3"])
+def test_angles_go_by_each_tokens_own_position(percentage: float, scaling: str | None):
+    stretch = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 64}
+    config = GPTConfig(
+        **SIZES,
+        kv_channels=24,
+        rotary_percentage=percentage,
+        rotary_base=1000.0,
+        rope_scaling=None if scaling is None else RopeScaling(rope_type=scaling, factor=8.0, **stretch),
+    )
+    positions = torch.tensor([[0, 1, 2, 3], [700, 0, 1, 5]])
+    found = RowRotary(config, torch.device("cpu"))(positions)
+    size = int(24 * percentage)
+    assert found.shape == (4, 2, 1, size)
+    for i in range(size // 2):
+        frequency = 1000.0 ** (-2 * i / size)
+        if scaling == "linear":
+            frequency /= 8
+        elif scaling == "llama3":
+            frequency = llama3(frequency, factor=8.0, low=1.0, high=4.0, context=64)
+        expected = (positions.t() * frequency).float()
+        for half in (i, i + size // 2):
+            torch.testing.assert_close(found[:, :, 0, half], expected, rtol=1e-5, atol=1e-6)

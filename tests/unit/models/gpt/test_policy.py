@@ -1,0 +1,88 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A policy as its trainers see it: global means, modes, scoring."""
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+import torch
+
+from nemo_aligner.batch import TokenBatch
+from nemo_aligner.models.gpt import engine
+from nemo_aligner.models.gpt.config import GPTConfig
+from nemo_aligner.models.gpt.model import GPT
+from nemo_aligner.models.gpt.optim import OptimConfig, SchedConfig
+from nemo_aligner.models.gpt.policy import GPTPolicy
+from nemo_aligner.objectives.nll import NLL
+
+CONFIG = GPTConfig(
+    num_layers=2,
+    hidden_size=16,
+    ffn_hidden_size=24,
+    num_attention_heads=2,
+    vocab_size=101,
+    position_embedding_type="rope",
+)
+OPTIM = OptimConfig(lr=1e-2, sched=SchedConfig(name="constant", warmup_steps=0))
+
+
+@pytest.fixture
+def batch(random_rows: Callable[..., TokenBatch]) -> TokenBatch:
+    """6 rows of uneven length, of which between none and all is learned."""
+    batch = random_rows((9, 4, 12, 2, 7, 10))
+    share = torch.tensor([0.1, 0.9, 0.5, 0.0, 1.0, 0.3])[:, None]
+    learned = torch.rand(batch.mask.shape, generator=torch.Generator().manual_seed(1)) < share
+    return replace(batch, mask=batch.mask & learned)
+
+
+def trained(model: GPT, batches: list[TokenBatch], *, steps: int = 3) -> list[tuple[float, float]]:
+    policy = GPTPolicy(model)
+    policy.prepare_training(OPTIM, clip_grad=1.0, max_steps=steps)
+    curve = []
+    for _ in range(steps):
+        loss = policy.get_loss_and_metrics(batches, NLL(), forward_only=False)["loss"]
+        curve.append((loss, policy.optimizer_step()["grad_norm"]))
+    return curve
+
+
+@pytest.mark.parametrize("rows", [1, 2, 3])
+def test_micro_batches_do_not_change_losses_and_grad_norms(
+    rows: int, batch: TokenBatch, random_model: Callable[..., GPT]
+):
+    whole = trained(random_model(CONFIG), [batch])
+    assert whole[-1][0] < whole[0][0]
+    parts = trained(random_model(CONFIG), batch.split(rows))
+    assert [x for pair in parts for x in pair] == pytest.approx([x for pair in whole for x in pair], rel=1e-5)
+
+
+def test_validation_changes_nothing(batch: TokenBatch, random_model: Callable[..., GPT]):
+    policy = GPTPolicy(random_model(CONFIG))
+    policy.prepare_training(OPTIM, clip_grad=1.0, max_steps=2)
+    training = policy.get_loss_and_metrics([batch], NLL(), forward_only=False)
+    gradients = [p.main_grad.clone() for p in policy.model.parameters()]
+    validation = policy.get_loss_and_metrics(batch.split(2), NLL(), forward_only=True)
+    assert validation == pytest.approx(training, rel=1e-6)
+    assert policy.model.training
+    for before, parameter in zip(gradients, policy.model.parameters(), strict=True):
+        assert torch.equal(before, parameter.main_grad)
+
+
+def test_scoring_takes_every_token_whatever_is_learned(batch: TokenBatch, random_model: Callable[..., GPT]):
+    policy = GPTPolicy(random_model(CONFIG))
+    everywhere = engine.logits(policy.model, batch).log_softmax(-1)[:, :-1]
+    found = policy.logprobs(batch)
+    for row, length in enumerate(batch.lengths.tolist()):
+        tokens = batch.tokens[row, 1:length]
+        expected = everywhere[row, : length - 1].gather(1, tokens[:, None])[:, 0]
+        torch.testing.assert_close(found[row, 1:length], expected, rtol=1e-5, atol=1e-5)
+        assert not found[row, 0]
+        assert not found[row, length:].any()
+
+
+def test_a_mode_comes_back_after_an_error(random_model: Callable[..., GPT]):
+    policy = GPTPolicy(random_model(CONFIG).train())
+
+    with pytest.raises(ZeroDivisionError), policy.inference():
+        _ = 1 / int(policy.model.training or torch.is_grad_enabled())
+    assert policy.model.training
+    assert torch.is_grad_enabled()
