@@ -62,6 +62,11 @@ class Batches(Protocol):
         ...
 
     @property
+    def num_seen(self) -> int:
+        """Samples that this rank has handed out so far."""
+        ...
+
+    @property
     def num_truncated(self) -> int:
         """Samples that this rank has cut so far."""
         ...
@@ -122,7 +127,7 @@ class SupervisedTrainer:
 
     def _report_truncated(self) -> None:
         counts = torch.tensor([self.train.num_truncated, self.train.num_seen], device=world.device())
-        truncated, seen = collectives.sum_over_data_parallel(counts).tolist()
+        truncated, seen = (int(count) for count in collectives.sum_over_data_parallel(counts))
         if truncated and world.is_logging_rank():
             logger.warning(
                 "%d of %d training samples were too long and were cut: raise model.data.train_ds.max_seq_length "

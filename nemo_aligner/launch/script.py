@@ -66,6 +66,10 @@ class Job(Protocol):
         """Refuse what needs neither file nor rank to be seen as wrong."""
         ...
 
+    def check_paths(self) -> None:
+        """Refuse files that are not there, before ranks are started."""
+        ...
+
 
 J = TypeVar("J", bound=Job)
 
