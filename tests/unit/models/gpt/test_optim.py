@@ -1,0 +1,125 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The schedule against its formula, and the optimizer against torch's AdamW."""
+
+import math
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from nemo_aligner.batch import TokenBatch
+from nemo_aligner.errors import UserError
+from nemo_aligner.models.gpt.config import GPTConfig
+from nemo_aligner.models.gpt.model import GPT
+from nemo_aligner.models.gpt.optim import OptimConfig, SchedConfig, learning_rate
+from nemo_aligner.models.gpt.policy import GPTPolicy
+from nemo_aligner.objectives.nll import NLL
+
+CONFIG = {
+    "num_layers": 2,
+    "hidden_size": 16,
+    "ffn_hidden_size": 24,
+    "num_attention_heads": 2,
+    "vocab_size": 101,
+    "activation": "swiglu",
+    "position_embedding_type": "rope",
+}
+CONSTANT = SchedConfig(name="constant", warmup_steps=0)
+
+
+def curve(max_steps: int, *, peak: float = 1.0, **sched: object) -> list[float]:
+    return [
+        learning_rate(s, peak=peak, sched=SchedConfig(**sched), max_steps=max_steps) for s in range(max_steps)
+    ]
+
+
+def test_cosine_is_the_formula():
+    peak, low, warmup, held, steps = 3e-4, 2e-5, 5, 4, 30
+    found = curve(steps, peak=peak, warmup_steps=warmup, constant_steps=held, min_lr=low)
+    decay = steps - warmup - held
+    for step in range(steps):
+        if step < warmup:
+            expected = peak * (step + 1) / (warmup + 1)
+        elif step < warmup + decay:
+            expected = low + (peak - low) * math.cos(math.pi * (step - warmup) / decay / 2) ** 2
+        else:
+            expected = low
+        assert found[step] == pytest.approx(expected, rel=1e-12)
+    assert found[warmup] == peak == max(found)
+    assert found[-held:] == [low] * held
+
+
+def test_schedules_at_their_ends():
+    assert curve(3, name="constant", warmup_steps=0) == [1.0, 1.0, 1.0]
+    assert curve(4, name="constant", warmup_steps=1) == [0.5, 1.0, 1.0, 1.0]
+    assert curve(3, warmup_steps=0, constant_steps=0, min_lr=0.1)[0] == 1.0
+    # More constant steps than the run has: nothing is left for the cosine.
+    assert curve(4, warmup_steps=1, constant_steps=1000, min_lr=0.1) == [0.5, 0.1, 0.1, 0.1]
+
+
+@pytest.mark.parametrize(
+    ("optim", "setting"),
+    [
+        (OptimConfig(lr=0.0), "model.optim.lr=0.0"),
+        (OptimConfig(lr=1e-7, sched=SchedConfig(min_lr=1e-6)), "model.optim.sched.min_lr=1e-06"),
+    ],
+)
+def test_a_rate_that_trains_the_wrong_way_is_refused(optim: OptimConfig, setting: str):
+    with pytest.raises(UserError, match=setting):
+        optim.check()
+
+
+@pytest.mark.parametrize("clip_grad", [1e-2, 1e6], ids=["clipped", "not clipped"])
+def test_five_steps_are_torchs_adamw(
+    clip_grad: float, random_model: Callable[..., GPT], random_rows: Callable[..., TokenBatch]
+):
+    """The same gradients into both; torch's in float64."""
+    model = random_model(GPTConfig(**CONFIG))
+    optim = OptimConfig(
+        lr=3e-2,
+        weight_decay=0.0,
+        betas=(0.8, 0.95),
+        eps=1e-7,
+        sched=SchedConfig(warmup_steps=3, constant_steps=1),
+    )
+    policy = GPTPolicy(model)
+    policy.prepare_training(optim, clip_grad=clip_grad, max_steps=5)
+    twins = [p.detach().double().requires_grad_() for p in model.parameters()]
+    theirs = torch.optim.AdamW(twins, betas=(0.8, 0.95), eps=1e-7, weight_decay=0.0)
+    for step in range(5):
+        policy.get_loss_and_metrics([random_rows((9, 5, 7), seed=step)], NLL(), forward_only=False)
+        for ours, twin in zip(model.parameters(), twins, strict=True):
+            twin.grad = ours.main_grad.double()
+        found = policy.optimizer_step()
+
+        norm = torch.nn.utils.clip_grad_norm_(twins, clip_grad)
+        for group in theirs.param_groups:
+            group["lr"] = learning_rate(step, peak=3e-2, sched=optim.sched, max_steps=5)
+        theirs.step()
+        assert found == pytest.approx(
+            {"lr": theirs.param_groups[0]["lr"], "grad_norm": norm.item()}, rel=1e-5
+        )
+        for (name, ours), twin in zip(model.named_parameters(), twins, strict=True):
+            torch.testing.assert_close(
+                ours.double(), twin, rtol=1e-5, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}"
+            )
+
+
+def test_steps_too_small_for_bf16_are_not_lost(
+    random_model: Callable[..., GPT], random_rows: Callable[..., TokenBatch]
+):
+    """One step moves a weight by less than bf16 resolves; the fp32 copies add them up."""
+    model = random_model(GPTConfig(**CONFIG), dtype=torch.bfloat16)
+    before = {name: p.detach().float().clone() for name, p in model.named_parameters()}
+    policy = GPTPolicy(model)
+    policy.prepare_training(
+        OptimConfig(lr=1e-4, weight_decay=0.0, sched=CONSTANT), clip_grad=1.0, max_steps=30
+    )
+    for _ in range(30):
+        policy.get_loss_and_metrics([random_rows((9, 5, 7))], NLL(), forward_only=False)
+        policy.optimizer_step()
+    norms = [n for n in before if n.endswith("layernorm.weight")]
+    assert norms
+    moved = [(model.get_parameter(n).float() - before[n]).abs().mean() for n in norms]
+    # Adam on one batch moves by nearly the learning rate a step: 3e-3 in all, bf16's step near 0.7 is 4e-3.
+    assert 1e-3 < torch.stack(moved).mean() < 4e-3
