@@ -56,6 +56,7 @@ def open_experiment(job: SFTJob) -> Iterator[Experiment]:
         yield run
 
 
+@world.phase("loading the model")
 def load_pretrained(model: ModelConfig, *, precision: str | int) -> Pretrained:
     """The model, its tokenizer and its config from ``model.restore_from_path``.
 
@@ -99,6 +100,7 @@ def _tokenizer_files(archive: NemoArchive) -> dict[str, Path | bytes]:
     }
 
 
+@world.phase("reading data")
 def sft_loaders(
     data: SFTDataConfig, pretrained: Pretrained, model: ModelConfig
 ) -> tuple[SFTLoader, SFTLoader]:

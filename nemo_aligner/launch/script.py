@@ -16,7 +16,7 @@ from typing import Protocol, TypeVar
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import HydraException
+from hydra.errors import HydraException, OverrideParseException
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
@@ -101,10 +101,7 @@ def script(config_name: str, kind: type[J]) -> Callable[[Callable[[J], None]], C
                 hydra.main(version_base="1.3", config_path=str(conf), config_name=config_name)(task)()
             except (HydraException, OmegaConfBaseException) as error:
                 if _talks(ranks):
-                    line = str(error).splitlines()[0]
-                    sys.stderr.write(
-                        f"error: {line}\nCure: write settings as KEY=VALUE, as in trainer.devices=2\n"
-                    )
+                    sys.stderr.write(f"error: {_hydra_problem(error)}\n")
                 sys.exit(USER_ERROR_CODE)
 
         return entry
@@ -114,6 +111,17 @@ def script(config_name: str, kind: type[J]) -> Callable[[Callable[[J], None]], C
 
 def _talks(ranks: Ranks | None) -> bool:
     return ranks is None or ranks.rank == 0
+
+
+def _hydra_problem(error: Exception) -> UserError:
+    """What Hydra could not compose, in one line, with its cure."""
+    line = str(error).splitlines()[0]
+    if isinstance(error, OverrideParseException):
+        word = error.override.removeprefix("++")
+        return UserError(
+            f"{word} is no setting: {line}", cure="write KEY=VALUE, quoted where VALUE has spaces or [ ]"
+        )
+    return UserError(line, cure="correct what it names; --cfg job prints the configuration as it is composed")
 
 
 def _prepare_process(ranks: Ranks | None) -> None:
@@ -156,10 +164,10 @@ def _run(config: DictConfig, kind: type[J], main: Callable[[J], None], ranks: Ra
     signal.signal(signal.SIGTERM, _terminate)
     try:
         code = _told(functools.partial(_start, config, kind, main, ranks))
-    except KeyboardInterrupt:
-        code = INTERRUPTED_CODE
-    except _Terminated:
-        code = 128 + signal.SIGTERM
+    except (KeyboardInterrupt, _Terminated) as stop:
+        code = INTERRUPTED_CODE if isinstance(stop, KeyboardInterrupt) else 128 + signal.SIGTERM
+        if ranks is None:
+            sys.stderr.write("stopped\n")
     if code:
         # Without the group's farewell, which would wait for ranks that may be gone.
         sys.stdout.flush()
@@ -207,7 +215,8 @@ def _told(work: Callable[[], int]) -> int:
         return USER_ERROR_CODE
     except Exception as error:  # the process edge: whatever it is, it is told and ends this rank
         if isinstance(error, OSError) and error.filename is not None:
-            sys.stderr.write(f"error on rank {world.rank()}: {error}\nCure: {OS_ERROR_CURE}\n")
+            if world.report_once():
+                sys.stderr.write(f"error: {error}\nCure: {OS_ERROR_CURE}\n")
             return USER_ERROR_CODE
         if reason := world.describe_failure(error):
             # Silent where a rank has told already why it left the others.

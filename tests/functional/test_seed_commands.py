@@ -94,7 +94,7 @@ OLD_CONFIG = {
 
 @pytest.fixture
 def dolly(tmp_path: Path) -> Path:
-    """Raw rows, as databricks-dolly-15k.jsonl has them."""
+    """Raw rows, as databricks-dolly-15k.jsonl has them; the last is longer than the toy models take."""
     path = tmp_path / "databricks-dolly-15k.jsonl"
     rows = [
         {
@@ -105,6 +105,7 @@ def dolly(tmp_path: Path) -> Path:
         }
         for i in range(12)
     ]
+    rows[-1]["context"] *= 40
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
 
@@ -177,6 +178,8 @@ def test_the_2b_path_from_the_old_checkpoint_to_the_terminal_command(
     train, validation = lines(tmp_path / "results/metrics.jsonl")
     assert train["train/consumed_samples"] == 12
     assert validation["validation/loss"] > 0
+    # Summed over both ranks, of which one alone has the long row.
+    assert "1 of 12 training samples were too long" in job.err
     assert (tmp_path / "results/checkpoints/megatron_gpt_sft.nemo").is_file()
     assert job.temporary_files == []
 
