@@ -235,16 +235,21 @@ def phase(name: str) -> Iterator[None]:
 
 def describe_failure(error: BaseException) -> str | None:
     """'rank 3, phase ..., operation all_reduce: ...' where a collective failed; None for other errors."""
-    operation = None
-    for frame in traceback.extract_tb(error.__traceback__):
-        if frame.filename.endswith("distributed_c10d.py") and frame.name != "wrapper":
-            operation = operation or frame.name
+    called = [
+        frame.name
+        for frame in traceback.extract_tb(error.__traceback__)
+        if frame.filename.endswith("distributed_c10d.py") and frame.name != "wrapper"
+    ]
     text = str(error)
-    if operation is None and not any(
-        word in text for word in ("gloo", "NCCL", "ProcessGroup", "Connection closed")
-    ):
+    if not called and not any(word in text for word in ("gloo", "NCCL", "ProcessGroup", "Connection closed")):
         return None
-    return f"rank {rank()}, phase '{_phase}', operation {operation or 'of Megatron'}: {text.splitlines()[0]}"
+    # Megatron's DDP reduces a bucket of gradients inside torch's coalescing context, which is what raises.
+    operation = (
+        {"_coalescing_manager": "all_reduce of gradients"}.get(called[0], called[0])
+        if called
+        else "of Megatron"
+    )
+    return f"rank {rank()}, phase '{_phase}', operation {operation}: {text.splitlines()[0]}"
 
 
 def report_once(*, wait_seconds: float = 1.0) -> bool:
