@@ -2,6 +2,7 @@
 """The chunked head on one rank against the plain form: values, gradients, padding, and what it never makes."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 import torch
@@ -233,3 +234,31 @@ def test_tokens_by_vocabulary_never_exists(form: str):
     with _Largest() as whole:
         (-(hidden @ weight.t()).log_softmax(-1).gather(1, targets[:, None]).sum()).backward()
     assert whole.numel == n * vocab
+
+
+class _Products(TorchDispatchMode):
+    """Counts matrix products."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += function.overloadpacket in (
+            torch.ops.aten.mm,
+            torch.ops.aten.addmm,
+            torch.ops.aten.addmm_,
+        )
+        return function(*args, **kwargs or {})
+
+
+@pytest.mark.parametrize(
+    ("spare_bytes", "products"), [(0, 3), (-1, 4)], ids=["within the budget", "above the budget"]
+)
+def test_logits_are_kept_within_the_budget_alone(spare_bytes: int, products: int):
+    """Three products a chunk, forward and backward, where its logits were kept; a fourth makes them again."""
+    hidden, weight, targets = inputs()
+    asked = replace(request(rows=16), kept_logits_bytes=N * PADDED * 8 + spare_bytes)
+    with _Products() as found:
+        head_outputs(hidden, weight, targets, request=asked).logprobs.sum().backward()
+    assert found.count == products * 3
