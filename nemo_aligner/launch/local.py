@@ -85,17 +85,19 @@ def _interrupt(number: int, _: object) -> None:
 def _wait(ranks: Sequence[subprocess.Popen]) -> int:
     while True:
         codes = [rank.poll() for rank in ranks]
-        failed = next((i for i, code in enumerate(codes) if code not in (None, 0)), None)
-        if failed is not None:
-            code = ranks[failed].returncode
-            if code < 0:
-                name = signal.Signals(-code).name
-                sys.stderr.write(f"rank {failed} was ended by {name}; the other ranks are stopped\n")
-            _settle(ranks)
-            return code if code > 0 else 128 - code
+        if failed := [code for code in codes if code]:
+            break
         if None not in codes:
             return 0
         time.sleep(0.05)
+    _settle(ranks)
+    # A rank that was killed is the reason; the others only miss it, and may even be seen to end first.
+    for index, rank in enumerate(ranks):
+        if rank.returncode is not None and rank.returncode < 0:
+            name = signal.Signals(-rank.returncode).name
+            sys.stderr.write(f"rank {index} was ended by {name}; the other ranks are stopped\n")
+            return 128 - rank.returncode
+    return failed[0]
 
 
 def _settle(ranks: Sequence[subprocess.Popen]) -> None:

@@ -131,3 +131,17 @@ def test_ranks_do_not_outlive_their_starter(idle):
     idle.process.send_signal(signal.SIGKILL)
     idle.wait()
     assert gone(idle.ranks, seconds=SECONDS_TO_END)
+
+
+def test_the_rank_that_was_killed_is_named_even_if_another_ends_first(start: Callable, tmp_path: Path):
+    (tmp_path / "killed.py").write_text(
+        "import os, signal, sys, time\n"
+        "from nemo_aligner.launch import local\n"
+        "match os.environ.get('RANK'):\n"
+        "    case None: sys.exit(local.start_ranks(2))\n"
+        "    case '0': sys.exit(1)\n"
+        "    case '1': time.sleep(1); os.kill(os.getpid(), signal.SIGSEGV)\n"
+    )
+    job = start([], command=["killed.py"])
+    assert job.wait(timeout=SECONDS_TO_END) == 128 + signal.SIGSEGV
+    assert "rank 1 was ended by SIGSEGV" in job.err
