@@ -4,7 +4,7 @@
     python benchmarks/chunked_head.py --tokens 8192 --vocabulary 128256 --hidden 256
 
 Every form runs in a process of its own, in fp32 on the CPU. Memory is what the process's peak grows by, beyond the
-inputs. The plain form makes [tokens, vocabulary] whole, more than once: 13 GiB at the default sizes. Results go to
+inputs. The plain form makes [tokens, vocabulary] whole, more than once: 12 GiB at the default sizes. Results go to
 benchmarks/results/chunked_head.json too.
 """
 
