@@ -180,6 +180,17 @@ NO_EFFECT: tuple[tuple[str, tuple[object, ...], str], ...] = (
     ("model.sync_batch_comm", (False,), "Megatron's schedules decide"),
     ("model.gradient_as_bucket_view", (False,), "gradients always are views of buckets"),
     ("model.data.sample", (False,), "rows are drawn by shuffle, never resampled"),
+    *(
+        (f"model.data.{split}.{name}", idle, instead)
+        for split in ("train_ds", "validation_ds")
+        for name, idle, instead in (
+            ("memmap_workers", (), "one pass over the file finds its lines"),
+            ("min_seq_length", (0, 1), "a sample of any length is used"),
+            ("index_mapping_dir", (), "the index of lines is kept in memory"),
+            ("hf_dataset", (False,), "the file is read as JSONL either way"),
+        )
+    ),
+    ("model.data.validation_ds.output_original_text", (), "samples carry tokens only"),
     ("exp_manager.checkpoint_callback_params.model_parallel_size", (), "a checkpoint loads at any layout"),
 )
 NOT_YET: tuple[tuple[str, tuple[object, ...], str], ...] = (
@@ -188,12 +199,18 @@ NOT_YET: tuple[tuple[str, tuple[object, ...], str], ...] = (
     ("model.resume_from_checkpoint", (), "the run starts at step 0"),
     ("model.save_nemo_on_validation_end", (False,), "the model is saved when training ends"),
     ("model.activations_checkpoint_granularity", (), "all activations are kept"),
+    ("model.activations_checkpoint_method", (), "all activations are kept"),
+    ("model.activations_checkpoint_num_layers", (), "all activations are kept"),
+    ("model.activations_checkpoint_layers_per_pipeline", (), "all activations are kept"),
     ("model.optim.name", ("adam", "adamw", "fused_adam"), "AdamW's state is whole on every rank"),
     ("exp_manager.create_wandb_logger", (False,), "metrics go to metrics.jsonl and TensorBoard"),
     ("exp_manager.resume_if_exists", (False,), "the run starts at step 0"),
+    ("exp_manager.resume_ignore_no_checkpoint", (False,), "the run starts at step 0"),
     ("exp_manager.create_checkpoint_callback", (False,), "the model is saved when training ends"),
     ("exp_manager.checkpoint_callback_params.monitor", (), "the last model is the one that is saved"),
     ("exp_manager.checkpoint_callback_params.save_top_k", (), "the last model is the one that is saved"),
+    ("exp_manager.checkpoint_callback_params.mode", (), "the last model is the one that is saved"),
+    ("exp_manager.checkpoint_callback_params.filename", (), "one .nemo is written, at the end"),
     ("exp_manager.checkpoint_callback_params.always_save_nemo", (False,), "one .nemo is written, at the end"),
     (
         "exp_manager.checkpoint_callback_params.save_best_model",
@@ -217,7 +234,7 @@ def log_no_effect(config: DictConfig, kind: type[object], *, given: Sequence[str
             parent, _, name = key.rpartition(".")
             block = OmegaConf.select(config, parent)
             # An interpolation only repeats another setting.
-            if block is None or OmegaConf.is_missing(block, name) or OmegaConf.is_interpolation(block, name):
+            if block is None or name not in block or OmegaConf.is_interpolation(block, name):
                 continue
             value = OmegaConf.select(config, key)
             if value in (None, *idle) or (key not in keys and value == _default(kind, key)):

@@ -1,0 +1,102 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Settings without an effect: the files that explain them, the table and the log agree."""
+
+import logging
+from pathlib import Path
+
+import hydra
+import pytest
+from omegaconf import DictConfig, OmegaConf
+
+from nemo_aligner.config import NO_EFFECT, NOT_YET, SFTJob, log_no_effect
+
+CONF = Path(__file__).parents[2] / "examples/nlp/gpt/conf"
+# Blocks of _base, by where gpt_sft.yaml puts them.
+BLOCKS = {
+    "_base/trainer.yaml": "trainer",
+    "_base/exp_manager.yaml": "exp_manager",
+    "_base/optim.yaml": "model.optim",
+}
+
+
+def compose(*words: str) -> DictConfig:
+    with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
+        return hydra.compose("gpt_sft", list(words))
+
+
+def told(caplog: pytest.LogCaptureFixture, *words: str) -> list[str]:
+    with caplog.at_level(logging.INFO, logger="nemo_aligner.config"):
+        log_no_effect(compose(*words), SFTJob, given=words)
+    return [record.getMessage() for record in caplog.records]
+
+
+def commented(words: str) -> set[str]:
+    """Dotted keys whose comment in the YAML starts with ``words``."""
+    found = set()
+    for file, block in {**BLOCKS, "gpt_sft.yaml": ""}.items():
+        path: list[tuple[int, str]] = [(-1, block)] if block else []
+        for line in (CONF / file).read_text().splitlines():
+            setting, _, comment = line.partition("  # ")
+            name = setting.split(":")[0]
+            indent = len(name) - len(name.lstrip())
+            while path and path[-1][0] >= indent:
+                path.pop()
+            path.append((indent, name.strip()))
+            if comment.startswith(words):
+                found.add(".".join(part for _, part in path))
+    return found
+
+
+def test_nothing_is_told_of_a_run_that_asks_for_nothing(caplog: pytest.LogCaptureFixture):
+    assert told(caplog) == []
+
+
+@pytest.mark.parametrize(
+    ("word", "line"),
+    [
+        ("exp_manager.resume_if_exists=True", "exp_manager.resume_if_exists=True is not yet in effect: "),
+        (
+            "++exp_manager.create_wandb_logger=True",
+            "exp_manager.create_wandb_logger=True is not yet in effect: ",
+        ),
+        ("trainer.max_steps=5", "trainer.max_steps=5 has no effect: trainer.sft.max_steps counts"),
+        ("model.data.train_ds.hf_dataset=True", "model.data.train_ds.hf_dataset=True has no effect: "),
+    ],
+)
+def test_what_is_asked_for_is_told_once(caplog: pytest.LogCaptureFixture, word: str, line: str):
+    (found,) = told(caplog, word)
+    assert found.startswith(line)
+
+
+@pytest.mark.parametrize(
+    "word",
+    [
+        "exp_manager.create_wandb_logger=False",
+        "model.optim.name=adamw",
+        "trainer.max_time=null",
+        "model.seed=1",
+    ],
+)
+def test_what_asks_for_nothing_is_not_told(caplog: pytest.LogCaptureFixture, word: str):
+    assert told(caplog, word) == []
+
+
+def test_a_file_of_ones_own_may_lack_keys(caplog: pytest.LogCaptureFixture):
+    config = OmegaConf.create({"trainer": {}, "model": {"data": {}}})
+    OmegaConf.set_struct(config, True)
+    with caplog.at_level(logging.INFO, logger="nemo_aligner.config"):
+        log_no_effect(config, SFTJob, given=())
+    assert caplog.records == []
+
+
+@pytest.mark.parametrize(("table", "words"), [(NO_EFFECT, "no effect"), (NOT_YET, "not yet in effect")])
+def test_comments_and_tables_agree(table: tuple, words: str):
+    # The optimizer's name has an effect; what is missing is one of the properties that the name promises.
+    assert commented(words) == {key for key, _, _ in table} - {"model.optim.name"}
+
+
+def test_every_key_of_the_tables_exists():
+    config = compose()
+    for key, _, _ in (*NO_EFFECT, *NOT_YET):
+        parent, _, name = key.rpartition(".")
+        assert name in OmegaConf.select(config, parent), key
