@@ -6,7 +6,6 @@ Knows torchrun, srun and our own starter (``launch/local.py``); knows nothing of
 
 import os
 import re
-import subprocess
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -126,12 +125,10 @@ def _slurm(env: Mapping[str, str]) -> Ranks:
 
 
 def _first_host(nodelist: str) -> str:
-    """The first host of a Slurm node list such as ``node[03-05,9],login1``."""
-    if "[" not in nodelist.split(",")[0]:
-        return nodelist.split(",")[0]
-    if match := re.match(r"^([^\[]+)\[(\d+)[^\]]*\]$", nodelist):
-        return match[1] + match[2]
-    names = subprocess.run(
-        ["scontrol", "show", "hostnames", nodelist], capture_output=True, text=True, check=True, timeout=30
-    )
-    return names.stdout.split()[0]
+    """The first host of a Slurm node list such as ``node[03-05,9]-ib,login1``.
+
+    Read here and not by scontrol, which containers rarely have.
+    """
+    first = re.match(r"(?:[^,\[]|\[[^\]]*\])+", nodelist)
+    assert first is not None, nodelist
+    return re.sub(r"\[(\d+)[^\]]*\]", r"\1", first[0])

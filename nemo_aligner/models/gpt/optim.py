@@ -93,6 +93,8 @@ def build_optimizer(
     )
     built = get_megatron_optimizer(config, list(chunks), use_gloo_process_groups=False)
     for group in built.param_groups:
+        # Megatron leaves it to its own scheduler to apply wd_mult, which is 0 for biases and norms.
+        group["weight_decay"] = optim.weight_decay * group["wd_mult"]
         if "fused" in group:
             # torch's own AdamW (no Transformer Engine, no apex): one pass over memory, no temporary copies.
             group["foreach"], group["fused"] = False, True

@@ -113,8 +113,8 @@ class GPTPolicy:
 
     def logprobs(self, batch: TokenBatch) -> Tensor:
         """[B, S] float on the last pipeline stage's ranks, zeros elsewhere: log-probs of all tokens but the first."""
-        everything = torch.arange(batch.seq_length)[None] < batch.lengths[:, None]
-        batch = replace(batch, mask=everything.to(batch.mask.device)) if batch.cu_seqlens is None else batch
+        ends = batch.lengths[:, None] if batch.cu_seqlens is None else batch.cu_seqlens[-1]
+        batch = replace(batch, mask=torch.arange(batch.seq_length, device=ends.device)[None] < ends)
         outputs: list[ModelOutput] = []
         with self.inference():
             engine.run(self.model, self.model, [batch], _Score(), forward_only=True, outputs=outputs)

@@ -56,6 +56,9 @@ def test_our_own_starter_comes_first():
         ("node[007,009-011]", "node007"),
         ("rack-2-node[9]", "rack-2-node9"),
         ("a1,node[03-05]", "a1"),
+        ("node[03-05,9],login1", "node03"),
+        ("r[1-2]n[03-04],r3n[5]", "r1n03"),
+        ("node[4-5]-ib", "node4-ib"),
     ],
 )
 def test_srun_meets_at_the_first_node(nodes: str, first: str):

@@ -73,11 +73,11 @@ def test_a_rate_that_trains_the_wrong_way_is_refused(optim: OptimConfig, setting
 def test_five_steps_are_torchs_adamw(
     clip_grad: float, random_model: Callable[..., GPT], random_rows: Callable[..., TokenBatch]
 ):
-    """The same gradients into both; torch's in float64."""
+    """The same gradients into both; torch's in float64. Weight decay on a bias or a norm would show."""
     model = random_model(GPTConfig(**CONFIG))
     optim = OptimConfig(
         lr=3e-2,
-        weight_decay=0.0,
+        weight_decay=0.5,
         betas=(0.8, 0.95),
         eps=1e-7,
         sched=SchedConfig(warmup_steps=3, constant_steps=1),
@@ -85,7 +85,15 @@ def test_five_steps_are_torchs_adamw(
     policy = GPTPolicy(model)
     policy.prepare_training(optim, clip_grad=clip_grad, max_steps=5)
     twins = [p.detach().double().requires_grad_() for p in model.parameters()]
-    theirs = torch.optim.AdamW(twins, betas=(0.8, 0.95), eps=1e-7, weight_decay=0.0)
+    decays = {True: 0.5, False: 0.0}
+    theirs = torch.optim.AdamW(
+        [
+            {"params": [p for p in twins if (p.ndim > 1) is matrix], "weight_decay": decay}
+            for matrix, decay in decays.items()
+        ],
+        betas=(0.8, 0.95),
+        eps=1e-7,
+    )
     for step in range(5):
         policy.get_loss_and_metrics([random_rows((9, 5, 7), seed=step)], NLL(), forward_only=False)
         for ours, twin in zip(model.parameters(), twins, strict=True):

@@ -79,6 +79,16 @@ def test_scoring_takes_every_token_whatever_is_learned(batch: TokenBatch, random
         assert not found[row, length:].any()
 
 
+def test_packed_scoring_takes_every_token_too(
+    batch: TokenBatch, random_model: Callable[..., GPT], packed: Callable[[TokenBatch], TokenBatch]
+):
+    policy = GPTPolicy(random_model(CONFIG))
+    rows, found = policy.logprobs(batch), policy.logprobs(packed(batch))[0]
+    real = torch.cat([row[:length] for row, length in zip(rows, batch.lengths.tolist(), strict=True)])
+    torch.testing.assert_close(found[: real.numel()], real, rtol=1e-5, atol=1e-5)
+    assert not found[real.numel() :].any()
+
+
 def test_a_mode_comes_back_after_an_error(random_model: Callable[..., GPT]):
     policy = GPTPolicy(random_model(CONFIG).train())
 
