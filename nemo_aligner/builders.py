@@ -18,10 +18,11 @@ from nemo_aligner.data.loader import SFTLoader
 from nemo_aligner.data.sampler import GlobalBatchSampler
 from nemo_aligner.data.tokenizer import Tokenizer, check_fits, load_tokenizer
 from nemo_aligner.errors import UserError
-from nemo_aligner.models.gpt.config import GPTConfig, dtype_of
+from nemo_aligner.models.gpt.config import GPTConfig
+from nemo_aligner.models.gpt.learning_rate import OptimConfig
 from nemo_aligner.models.gpt.model import build_gpt
-from nemo_aligner.models.gpt.optim import OptimConfig
 from nemo_aligner.models.gpt.policy import GPTPolicy
+from nemo_aligner.models.gpt.transformer import dtype_of
 from nemo_aligner.parallel import collectives, world
 from nemo_aligner.run.experiment import Experiment, ExperimentConfig
 from nemo_aligner.run.progress import heartbeat

@@ -18,13 +18,13 @@ from typing import Any, TypeVar
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from nemo_aligner.algorithms.supervised import SupervisedConfig
 from nemo_aligner.data.config import SFTDataConfig
 from nemo_aligner.errors import UserError
-from nemo_aligner.models.gpt.config import GPTConfig, dtype_of
-from nemo_aligner.models.gpt.optim import OptimConfig
+from nemo_aligner.models.gpt.config import GPTConfig, precision_name
+from nemo_aligner.models.gpt.learning_rate import OptimConfig
 from nemo_aligner.parallel.ranks import Layout
 from nemo_aligner.run.experiment import ExperimentConfig
+from nemo_aligner.run.schedule import SupervisedConfig
 
 __all__ = ["ModelConfig", "SFTJob", "TrainerConfig", "log_no_effect", "parse"]
 
@@ -124,7 +124,7 @@ class SFTJob:
             world_size: ranks that an outer starter made; None where we start them.
         """
         trainer, model = self.trainer, self.model
-        dtype_of(trainer.precision)
+        precision_name(trainer.precision)
         model.layout.check_fits(num_nodes=trainer.num_nodes, devices=trainer.devices, world_size=world_size)
         model.optim.check()
         trainer.sft.check("trainer.sft")

@@ -163,7 +163,7 @@ def _terminate(*_: object) -> None:
 def _run(config: DictConfig, kind: type[J], main: Callable[[J], None], ranks: Ranks | None) -> None:
     signal.signal(signal.SIGTERM, _terminate)
     try:
-        code = _told(functools.partial(_start, config, kind, main, ranks))
+        code = _start(config, kind, main, ranks)
     except (KeyboardInterrupt, _Terminated) as stop:
         code = INTERRUPTED_CODE if isinstance(stop, KeyboardInterrupt) else 128 + signal.SIGTERM
         if ranks is None:
@@ -177,27 +177,38 @@ def _run(config: DictConfig, kind: type[J], main: Callable[[J], None], ranks: Ra
 
 
 def _start(config: DictConfig, kind: type[J], main: Callable[[J], None], ranks: Ranks | None) -> int:
-    # Imported once the process is prepared: this brings torch and Megatron.
-    from nemo_aligner.config import log_no_effect, parse
+    """Settings first, before torch and Megatron are imported: a mistake there is told at once."""
+    from nemo_aligner.config import parse
+
+    try:
+        job = parse(config, kind)
+        job.check(ranks.world_size if ranks else None)
+        if ranks is None:
+            job.check_paths()
+            if job.trainer.num_nodes > 1:
+                raise UserError(
+                    f"trainer.num_nodes={job.trainer.num_nodes}, but this machine can start its own ranks only",
+                    cure="start the script on every node with srun or torchrun, or set trainer.num_nodes=1",
+                )
+    except UserError as error:
+        if _talks(ranks):
+            sys.stderr.write(f"error: {error}\n")
+        return USER_ERROR_CODE
+    if ranks is None and job.trainer.devices > 1:
+        return local.start_ranks(job.trainer.devices)
+    return _told(functools.partial(_join, config, job, main, ranks))
+
+
+def _join(config: DictConfig, job: J, main: Callable[[J], None], ranks: Ranks | None) -> int:
+    from nemo_aligner.config import log_no_effect
     from nemo_aligner.parallel import world
     from nemo_aligner.run.progress import heartbeat
 
-    job = parse(config, kind)
-    job.check(ranks.world_size if ranks else None)
-    if ranks is None:
-        job.check_paths()
-        if job.trainer.num_nodes > 1:
-            raise UserError(
-                f"trainer.num_nodes={job.trainer.num_nodes}, but this machine can start its own ranks only",
-                cure="start the script on every node with srun or torchrun, or set trainer.num_nodes=1",
-            )
-        if job.trainer.devices > 1:
-            return local.start_ranks(job.trainer.devices)
     timeout = timedelta(seconds=job.trainer.collective_timeout)
     with heartbeat("waiting for all ranks", enabled=ranks is not None and ranks.rank == 0):
         world.start(ranks, layout=job.model.layout, seed=job.model.seed, timeout=timeout)
     if world.is_logging_rank():
-        log_no_effect(config, kind, given=HydraConfig.get().overrides.task)
+        log_no_effect(config, type(job), given=HydraConfig.get().overrides.task)
     main(job)
     world.stop()
     return 0

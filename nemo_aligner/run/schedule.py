@@ -5,7 +5,37 @@ from dataclasses import dataclass
 
 from nemo_aligner.errors import UserError
 
-__all__ = ["Plan", "limited", "make_plan"]
+__all__ = ["Plan", "SupervisedConfig", "limited", "make_plan"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SupervisedConfig:
+    """The ``trainer.sft`` block (and its kin of other supervised algorithms)."""
+
+    max_epochs: int = 1  # passes over the training data
+    max_steps: int = -1  # stop after this many optimizer steps; -1: no limit
+    val_check_interval: int | float = 100  # steps between validations; a float is a share of an epoch
+    save_interval: int = 100  # steps between checkpoints
+    limit_train_batches: int | float | None = 1.0  # batches of an epoch: a number, or a share up to 1.0
+    limit_val_batches: int | float | None = 1.0  # batches of a validation: a number, or a share up to 1.0
+    gradient_clip_val: float = 1.0  # the gradient's norm is cut to this; 0: never
+
+    def check(self, block: str) -> None:
+        """Refuse a run that would do no step; ``block`` is where these settings stand, as in "trainer.sft"."""
+        for name, value, wrong, cure in (
+            ("max_epochs", self.max_epochs, self.max_epochs < 1, "1 or more"),
+            ("max_steps", self.max_steps, self.max_steps == 0, "-1 (no limit), or 1 or more"),
+            (
+                "limit_train_batches",
+                self.limit_train_batches,
+                self.limit_train_batches == 0,
+                "1.0 (all batches)",
+            ),
+            ("val_check_interval", self.val_check_interval, self.val_check_interval < 0, "0 (never) or more"),
+            ("gradient_clip_val", self.gradient_clip_val, self.gradient_clip_val < 0, "0 (never) or more"),
+        ):
+            if wrong:
+                raise UserError(f"{block}.{name}={value} makes no run", cure=f"set {block}.{name} to {cure}")
 
 
 @dataclass(frozen=True, kw_only=True)

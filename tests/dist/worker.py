@@ -21,7 +21,7 @@ from nemo_aligner.data.sampler import rank_rows
 from nemo_aligner.models.gpt import engine
 from nemo_aligner.models.gpt.config import GPTConfig
 from nemo_aligner.models.gpt.model import GPT, build_gpt
-from nemo_aligner.models.gpt.optim import OptimConfig, SchedConfig
+from nemo_aligner.models.gpt.learning_rate import OptimConfig, SchedConfig
 from nemo_aligner.models.gpt.policy import GPTPolicy
 from nemo_aligner.objectives.nll import NLL
 from nemo_aligner.parallel import collectives, world

@@ -1,55 +1,44 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The architecture in a checkpoint's model_config.yaml, read into a typed config and on to Megatron's own.
+"""The architecture in a checkpoint's model_config.yaml, read into a typed config.
 
-Knows NeMo's names for things; knows no training settings.
+Knows NeMo's names for things; knows no training settings. Imports neither torch nor Megatron, so that settings are
+checked before either is loaded.
 """
 
-import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields
-from typing import Any, Literal, get_args
+from __future__ import annotations
 
-import torch
-import torch.nn.functional as F
-from megatron.core.transformer.transformer_config import TransformerConfig
-from torch import Tensor
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from nemo_aligner.errors import UserError
-from nemo_aligner.parallel import world
 from nemo_aligner.parallel.ranks import Layout
 
-__all__ = ["GPTConfig", "RopeScaling", "dtype_of"]
+if TYPE_CHECKING:
+    from torch import Tensor
+
+__all__ = ["GPTConfig", "Precision", "RopeScaling", "precision_name"]
+
+Precision = Literal["32", "bf16", "16"]
 
 Normalization = Literal["rmsnorm", "layernorm", "layernorm1p"]
 Activation = Literal["fast-swiglu", "swiglu", "fast-geglu", "geglu", "squared-relu", "gelu"]
 PositionEmbedding = Literal["rope", "learned_absolute"]
 
 
-def squared_relu(x: Tensor) -> Tensor:
-    """relu(x)^2 (So et al. 2021, Primer)."""
-    return F.relu(x).square()
+GATED_ACTIVATIONS = frozenset({"fast-swiglu", "swiglu", "fast-geglu", "geglu"})
 
 
-# By name, whether it is gated and the function.
-ACTIVATIONS: dict[str, tuple[bool, Callable[[Tensor], Tensor]]] = {
-    "fast-swiglu": (True, F.silu),
-    "swiglu": (True, F.silu),
-    "fast-geglu": (True, F.gelu),
-    "geglu": (True, F.gelu),
-    "squared-relu": (False, squared_relu),
-    "gelu": (False, F.gelu),
-}
-
-
-def dtype_of(precision: str | int) -> torch.dtype:
-    """The dtype that a ``precision`` key names: 32, bf16 or 16, with Lightning's spellings."""
+def precision_name(precision: str | int) -> Precision:
+    """A ``precision`` key, with Lightning's spellings, as 32, bf16 or 16."""
     match str(precision).removesuffix("-mixed").removesuffix("-true"):
         case "32" | "fp32":
-            return torch.float32
+            return "32"
         case "bf16":
-            return torch.bfloat16
+            return "bf16"
         case "16" | "fp16":
-            return torch.float16
+            return "16"
     raise UserError(
         f"precision={precision!r} is not a precision", cure="set trainer.precision to 32, bf16 or 16"
     )
@@ -105,7 +94,7 @@ class GPTConfig:
     apply_query_key_layer_scaling: bool = False
 
     @classmethod
-    def from_dict(cls, config: Mapping[str, Any]) -> "GPTConfig":
+    def from_dict(cls, config: Mapping[str, Any]) -> GPTConfig:
         """From model_config.yaml; keys that are not architecture are left to others.
 
         Raises:
@@ -168,7 +157,7 @@ class GPTConfig:
     @property
     def gated(self) -> bool:
         """Whether the MLP multiplies its activation by a second projection."""
-        return ACTIVATIONS[self.activation][0]
+        return self.activation in GATED_ACTIVATIONS
 
     def padded_vocab_size(self, tensor_parallel: int) -> int:
         """The vocabulary rounded up so that every tensor parallel rank holds an equal, well-shaped slice."""
@@ -204,58 +193,6 @@ class GPTConfig:
         return not any(
             size % n for size in (self.num_attention_heads, self.query_groups, self.ffn_hidden_size)
         )
-
-    def transformer_config(self, layout: Layout, dtype: torch.dtype) -> TransformerConfig:
-        """Megatron's config for this architecture, cut by ``layout``, computing in ``dtype``."""
-        gated, activation = ACTIVATIONS[self.activation]
-        return TransformerConfig(
-            num_layers=self.num_layers,
-            hidden_size=self.hidden_size,
-            ffn_hidden_size=self.ffn_hidden_size,
-            num_attention_heads=self.num_attention_heads,
-            num_query_groups=self.query_groups,
-            kv_channels=self.head_dim,
-            normalization="RMSNorm" if self.normalization == "rmsnorm" else "LayerNorm",
-            layernorm_epsilon=self.layernorm_epsilon,
-            layernorm_zero_centered_gamma=self.normalization == "layernorm1p",
-            gated_linear_unit=gated,
-            activation_func=activation,
-            add_bias_linear=self.bias,
-            add_qkv_bias=self.bias,
-            window_size=(self.window_size - 1, 0) if self.window_size else None,
-            init_method_std=self.init_method_std,
-            hidden_dropout=self.hidden_dropout,
-            attention_dropout=self.attention_dropout,
-            apply_query_key_layer_scaling=self.apply_query_key_layer_scaling,
-            tensor_model_parallel_size=layout.tensor,
-            pipeline_model_parallel_size=layout.pipeline,
-            context_parallel_size=layout.context,
-            sequence_parallel=layout.sequence_parallel,
-            params_dtype=dtype,
-            pipeline_dtype=dtype,
-            bf16=dtype == torch.bfloat16,
-            fp16=dtype == torch.float16,
-            # The weights come from a checkpoint. Megatron marks tensor parallel weights while it initialises them,
-            # so the initialisation stays on and does nothing.
-            init_method=_leave,
-            output_layer_init_method=_leave,
-            embedding_init_method=_leave,
-            use_cpu_initialization=False,
-            # Fused kernels that need Transformer Engine or apex; its spec turns on its own.
-            bias_dropout_fusion=False,
-            bias_activation_fusion=False,
-            masked_softmax_fusion=False,
-            gradient_accumulation_fusion=False,
-            apply_rope_fusion=False,
-            persist_layer_norm=False,
-            deallocate_pipeline_outputs=True,
-            # Over gloo, batched sends and receives of neighbouring stages cross; one by one they do not.
-            batch_p2p_comm=world.device().type == "cuda",
-        )
-
-
-def _leave(weight: Tensor) -> Tensor:
-    return weight
 
 
 def _rope_scaling(config: Mapping[str, Any]) -> dict[str, Any] | None:

@@ -20,6 +20,7 @@ from nemo_aligner.batch import TokenBatch
 from nemo_aligner.models.gpt.attention import KVCache, RowParams, SDPACoreAttention
 from nemo_aligner.models.gpt.config import GPTConfig
 from nemo_aligner.models.gpt.layers import Norm, RowRotary
+from nemo_aligner.models.gpt.transformer import transformer_config
 from nemo_aligner.parallel import cpu_shim, world
 from nemo_aligner.parallel.ranks import Layout
 from nemo_aligner.parallel.vocab import HeadOutput, HeadRequest, head_outputs
@@ -177,7 +178,7 @@ def build_gpt(
         UserError: the architecture cannot be cut by ``layout``.
     """
     gpt.check_layout(layout)
-    config = gpt.transformer_config(layout, dtype)
+    config = transformer_config(gpt, layout, dtype)
     config.attention_backend = ATTENTION_BACKENDS[use_flash_attention]
     cpu_shim.install()
     if world.is_logging_rank():

@@ -20,8 +20,9 @@ from torch import Tensor
 from nemo_aligner.batch import TokenBatch, Unit
 from nemo_aligner.models.gpt import engine
 from nemo_aligner.models.gpt.generate import greedy
+from nemo_aligner.models.gpt.learning_rate import OptimConfig, learning_rate
 from nemo_aligner.models.gpt.model import GPT
-from nemo_aligner.models.gpt.optim import OptimConfig, build_optimizer, learning_rate
+from nemo_aligner.models.gpt.optim import build_optimizer
 from nemo_aligner.objectives.protocol import Metrics, ModelOutput, Objective, Wants
 from nemo_aligner.parallel import world
 

@@ -5,7 +5,8 @@ import pytest
 import torch
 
 from nemo_aligner.errors import UserError
-from nemo_aligner.models.gpt.config import GPTConfig, RopeScaling, dtype_of
+from nemo_aligner.models.gpt.config import GPTConfig, RopeScaling
+from nemo_aligner.models.gpt.transformer import dtype_of
 from nemo_aligner.parallel.ranks import Layout
 
 SMALL = {

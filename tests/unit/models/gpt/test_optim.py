@@ -10,8 +10,8 @@ import torch
 from nemo_aligner.batch import TokenBatch
 from nemo_aligner.errors import UserError
 from nemo_aligner.models.gpt.config import GPTConfig
+from nemo_aligner.models.gpt.learning_rate import OptimConfig, SchedConfig, learning_rate
 from nemo_aligner.models.gpt.model import GPT
-from nemo_aligner.models.gpt.optim import OptimConfig, SchedConfig, learning_rate
 from nemo_aligner.models.gpt.policy import GPTPolicy
 from nemo_aligner.objectives.nll import NLL
 

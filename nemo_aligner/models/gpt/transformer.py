@@ -1,0 +1,89 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From our architecture and layout to Megatron's TransformerConfig."""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+
+from nemo_aligner.models.gpt.config import GPTConfig, precision_name
+from nemo_aligner.parallel import world
+from nemo_aligner.parallel.ranks import Layout
+
+__all__ = ["dtype_of", "transformer_config"]
+
+DTYPES = {"32": torch.float32, "bf16": torch.bfloat16, "16": torch.float16}
+
+
+def squared_relu(x: Tensor) -> Tensor:
+    """relu(x)^2 (So et al. 2021, Primer)."""
+    return F.relu(x).square()
+
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "fast-swiglu": F.silu,
+    "swiglu": F.silu,
+    "fast-geglu": F.gelu,
+    "geglu": F.gelu,
+    "squared-relu": squared_relu,
+    "gelu": F.gelu,
+}
+
+
+def dtype_of(precision: str | int) -> torch.dtype:
+    """The dtype that a ``precision`` key names."""
+    return DTYPES[precision_name(precision)]
+
+
+def transformer_config(gpt: GPTConfig, layout: Layout, dtype: torch.dtype) -> TransformerConfig:
+    """Megatron's config for ``gpt``, cut by ``layout``, computing in ``dtype``."""
+    return TransformerConfig(
+        num_layers=gpt.num_layers,
+        hidden_size=gpt.hidden_size,
+        ffn_hidden_size=gpt.ffn_hidden_size,
+        num_attention_heads=gpt.num_attention_heads,
+        num_query_groups=gpt.query_groups,
+        kv_channels=gpt.head_dim,
+        normalization="RMSNorm" if gpt.normalization == "rmsnorm" else "LayerNorm",
+        layernorm_epsilon=gpt.layernorm_epsilon,
+        layernorm_zero_centered_gamma=gpt.normalization == "layernorm1p",
+        gated_linear_unit=gpt.gated,
+        activation_func=ACTIVATIONS[gpt.activation],
+        add_bias_linear=gpt.bias,
+        add_qkv_bias=gpt.bias,
+        window_size=(gpt.window_size - 1, 0) if gpt.window_size else None,
+        init_method_std=gpt.init_method_std,
+        hidden_dropout=gpt.hidden_dropout,
+        attention_dropout=gpt.attention_dropout,
+        apply_query_key_layer_scaling=gpt.apply_query_key_layer_scaling,
+        tensor_model_parallel_size=layout.tensor,
+        pipeline_model_parallel_size=layout.pipeline,
+        context_parallel_size=layout.context,
+        sequence_parallel=layout.sequence_parallel,
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        bf16=dtype == torch.bfloat16,
+        fp16=dtype == torch.float16,
+        # The weights come from a checkpoint. Megatron marks tensor parallel weights while it initialises them,
+        # so the initialisation stays on and does nothing.
+        init_method=_leave,
+        output_layer_init_method=_leave,
+        embedding_init_method=_leave,
+        use_cpu_initialization=False,
+        # Fused kernels that need Transformer Engine or apex; its spec turns on its own.
+        bias_dropout_fusion=False,
+        bias_activation_fusion=False,
+        masked_softmax_fusion=False,
+        gradient_accumulation_fusion=False,
+        apply_rope_fusion=False,
+        persist_layer_norm=False,
+        deallocate_pipeline_outputs=True,
+        # Over gloo, batched sends and receives of neighbouring stages cross; one by one they do not.
+        batch_p2p_comm=world.device().type == "cuda",
+    )
+
+
+def _leave(weight: Tensor) -> Tensor:
+    return weight
