@@ -8,6 +8,7 @@ import torch
 
 from nemo_aligner.models.gpt.config import GPTConfig, RopeScaling
 from nemo_aligner.models.gpt.layers import Norm, RowRotary
+from nemo_aligner.models.gpt.transformer import transformer_config
 from nemo_aligner.parallel.ranks import Layout
 
 SIZES = {"num_layers": 1, "hidden_size": 24, "ffn_hidden_size": 8, "num_attention_heads": 2, "vocab_size": 8}
@@ -16,7 +17,7 @@ SIZES = {"num_layers": 1, "hidden_size": 24, "ffn_hidden_size": 8, "num_attentio
 @pytest.mark.parametrize("name", ["rmsnorm", "layernorm", "layernorm1p"])
 def test_norms(name: str):
     config = GPTConfig(**SIZES, normalization=name, layernorm_epsilon=0.1)
-    norm = Norm(config.transformer_config(Layout(), torch.float32), 24, eps=0.1)
+    norm = Norm(transformer_config(config, Layout(), torch.float32), 24, eps=0.1)
     x = torch.randn(5, 3, 24, generator=torch.Generator().manual_seed(0), dtype=torch.float64) * 3 + 1
 
     def formula(weight: torch.Tensor, bias: torch.Tensor | float) -> torch.Tensor:
