@@ -145,3 +145,24 @@ def test_the_rank_that_was_killed_is_named_even_if_another_ends_first(start: Cal
     job = start([], command=["killed.py"])
     assert job.wait(timeout=SECONDS_TO_END) == 128 + signal.SIGSEGV
     assert "rank 1 was ended by SIGSEGV" in job.err
+
+
+def test_ranks_clean_up_after_another_has_failed(start: Callable, tmp_path: Path):
+    (tmp_path / "failed.py").write_text(
+        "import os, pathlib, signal, sys, tempfile, time\n"
+        "from nemo_aligner.launch import local\n"
+        "signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))\n"
+        "match os.environ.get('RANK'):\n"
+        "    case None: sys.exit(local.start_ranks(2))\n"
+        "    case '0':\n"
+        "        with tempfile.TemporaryDirectory(prefix='staging', dir='.'):\n"
+        "            pathlib.Path('ready').touch()\n"
+        "            time.sleep(3600)\n"
+        "    case '1':\n"
+        "        while not pathlib.Path('ready').exists(): time.sleep(0.05)\n"
+        "        sys.exit(3)\n"
+    )
+    job = start([], command=["failed.py"])
+    assert job.wait(timeout=SECONDS_TO_END) == 3
+    assert job.alive() == []
+    assert list(tmp_path.glob("staging*")) == []
