@@ -57,16 +57,21 @@ class Plan:
 def limited(total: int, limit: int | float | None) -> int:
     """How many of ``total`` batches a ``limit_*_batches`` setting leaves.
 
-    An int is a number of batches, a float up to 1.0 a share of them; None and negative values mean all.
+    An int is a number of batches, a float up to 1.0 a share of them, at least one unless it is 0; None and negative
+    values mean all.
 
-    >>> limited(50, 40), limited(50, 0.1), limited(50, 1.0), limited(50, None), limited(50, -1)
-    (40, 5, 50, 50, 50)
+    >>> limited(50, 40), limited(50, 0.1), limited(50, 0.001), limited(50, 1.0), limited(50, None), limited(50, -1)
+    (40, 5, 1, 50, 50, 50)
     """
     if limit is None or limit < 0:
         return total
     if isinstance(limit, int):
         return min(total, limit)
-    return total if limit >= 1.0 else int(total * limit)
+    return total if limit >= 1.0 else _share(total, limit)
+
+
+def _share(total: int, share: float) -> int:
+    return max(1, int(total * share)) if share > 0 else 0
 
 
 def make_plan(
@@ -96,7 +101,7 @@ def make_plan(
         )
     interval = val_check_interval
     if isinstance(interval, float):
-        interval = int(interval * steps_per_epoch)
+        interval = _share(steps_per_epoch, interval)
     return Plan(
         steps_per_epoch=steps_per_epoch,
         max_steps=total,
