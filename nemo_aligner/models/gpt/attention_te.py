@@ -1,22 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Layers of Transformer Engine, its attention for training and ours for the key/value cache. Imported where TE is."""
+"""Transformer Engine's attention for training, ours for the key/value cache. Imported only where TE is."""
 
 import itertools
 
 import torch
-from megatron.core.extensions.transformer_engine import TEDotProductAttention, TENorm
-from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec
+from megatron.core.extensions.transformer_engine import TEDotProductAttention
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.enums import AttnMaskType
-from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from nemo_aligner.models.gpt.attention import RowParams, SDPACoreAttention
-from nemo_aligner.models.gpt.model import replace_core_attention
 
-__all__ = ["TECoreAttention", "layer_and_norm"]
+__all__ = ["TECoreAttention"]
 
 
 class TECoreAttention(SDPACoreAttention):
@@ -68,8 +65,3 @@ class TECoreAttention(SDPACoreAttention):
         tokens = (x.squeeze(1) for x in (query, key, value))
         out = self.fused(*tokens, None, AttnMaskType.padding_causal, packed_seq_params=params)
         return out.reshape(query.shape[0], 1, -1)
-
-
-def layer_and_norm() -> tuple[ModuleSpec, type]:
-    """The layer, and the norm after the last one."""
-    return replace_core_attention(get_gpt_layer_with_transformer_engine_spec(), TECoreAttention), TENorm

@@ -1,46 +1,29 @@
 # SPDX-License-Identifier: Apache-2.0
 """megatron-core's GPTModel, made to return hidden states; and the layer specs it is built from."""
 
-import importlib
 import logging
-from dataclasses import replace
 from typing import Any
 
 import torch
-from megatron.core import parallel_state, tensor_parallel
-from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core import tensor_parallel
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.transformer.enums import AttnBackend
-from megatron.core.transformer.spec_utils import ModuleSpec
-from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from nemo_aligner.batch import TokenBatch
-from nemo_aligner.models.gpt.attention import KVCache, RowParams, SDPACoreAttention
+from nemo_aligner.models.gpt.attention import KVCache, RowParams
 from nemo_aligner.models.gpt.config import GPTConfig
-from nemo_aligner.models.gpt.layers import Norm, RowRotary
+from nemo_aligner.models.gpt.layers import RowRotary
+from nemo_aligner.models.gpt.spec import have_transformer_engine, layer_spec
 from nemo_aligner.models.gpt.transformer import transformer_config
 from nemo_aligner.parallel import cpu_shim, world
 from nemo_aligner.parallel.ranks import Layout
 from nemo_aligner.parallel.vocab import HeadOutput, HeadRequest, head_outputs
 
-__all__ = ["GPT", "VocabHead", "build_gpt", "have_transformer_engine", "replace_core_attention"]
+__all__ = ["GPT", "VocabHead", "build_gpt"]
 
 logger = logging.getLogger(__name__)
-
-
-def have_transformer_engine() -> bool:
-    """Whether Transformer Engine is installed and there is a GPU for it."""
-    if world.device().type != "cuda":
-        return False
-    try:
-        importlib.import_module("transformer_engine.pytorch")
-    except (ImportError, RuntimeError, OSError) as error:
-        # Its empty meta package raises RuntimeError, a build for another CUDA raises OSError.
-        logger.info("Transformer Engine is not usable (%s): torch's kernels are used", error)
-        return False
-    return True
 
 
 # By model.use_flash_attention; torch's own attention chooses by itself.
@@ -135,35 +118,6 @@ class GPT(GPTModel):
             self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
         )
         return self.output_layer(hidden, targets, weight, **options)
-
-
-def layer_spec(config: TransformerConfig) -> TransformerBlockSubmodules:
-    """The layers of this pipeline stage: Transformer Engine's where it is usable, else Megatron's with our norm."""
-    if have_transformer_engine():
-        # Imported here: the module needs Transformer Engine.
-        from nemo_aligner.models.gpt.attention_te import layer_and_norm
-
-        layer, norm = layer_and_norm()
-    else:
-        layer, norm = _local_layer(config), Norm
-    count = get_num_layers_to_build(config, None, parallel_state.get_pipeline_model_parallel_rank())
-    norm_of_any_type: Any = norm
-    return TransformerBlockSubmodules(layer_specs=[layer] * count, layer_norm=norm_of_any_type)
-
-
-def _local_layer(config: TransformerConfig) -> ModuleSpec:
-    layer = get_gpt_layer_local_spec(normalization=config.normalization)
-    layer = replace_core_attention(layer, SDPACoreAttention)
-    submodules: Any = layer.submodules
-    return replace(layer, submodules=replace(submodules, input_layernorm=Norm, pre_mlp_layernorm=Norm))
-
-
-def replace_core_attention(layer: ModuleSpec, core: type[SDPACoreAttention]) -> ModuleSpec:
-    """The same layer with ``core`` between its query, key and value and its output projection."""
-    submodules: Any = layer.submodules  # Megatron types them as object
-    attention = submodules.self_attention
-    attention = replace(attention, submodules=replace(attention.submodules, core_attention=core))
-    return replace(layer, submodules=replace(submodules, self_attention=attention))
 
 
 def build_gpt(

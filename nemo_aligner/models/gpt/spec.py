@@ -1,0 +1,70 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the layers are made of: Transformer Engine's modules where it is usable, else Megatron's with our norm."""
+
+import importlib
+import logging
+from dataclasses import replace
+from typing import Any
+
+from megatron.core import parallel_state
+from megatron.core.models.gpt.gpt_layer_specs import (
+    get_gpt_layer_local_spec,
+    get_gpt_layer_with_transformer_engine_spec,
+)
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from nemo_aligner.models.gpt.attention import SDPACoreAttention
+from nemo_aligner.models.gpt.layers import Norm
+from nemo_aligner.parallel import world
+
+__all__ = ["have_transformer_engine", "layer_spec"]
+
+logger = logging.getLogger(__name__)
+
+
+def have_transformer_engine() -> bool:
+    """Whether Transformer Engine is installed and there is a GPU for it."""
+    if world.device().type != "cuda":
+        return False
+    try:
+        importlib.import_module("transformer_engine.pytorch")
+    except (ImportError, RuntimeError, OSError) as error:
+        # Its empty meta package raises RuntimeError, a build for another CUDA raises OSError.
+        logger.info("Transformer Engine is not usable (%s): torch's kernels are used", error)
+        return False
+    return True
+
+
+def layer_spec(config: TransformerConfig) -> TransformerBlockSubmodules:
+    """The layers of this pipeline stage, and the norm after the last one."""
+    layer, norm = _te_layer() if have_transformer_engine() else _local_layer(config)
+    count = get_num_layers_to_build(config, None, parallel_state.get_pipeline_model_parallel_rank())
+    return TransformerBlockSubmodules(layer_specs=[layer] * count, layer_norm=norm)
+
+
+def _te_layer() -> tuple[ModuleSpec, Any]:
+    # Imported here: both need Transformer Engine.
+    from megatron.core.extensions.transformer_engine import TENorm
+
+    from nemo_aligner.models.gpt.attention_te import TECoreAttention
+
+    return _with_core_attention(get_gpt_layer_with_transformer_engine_spec(), TECoreAttention), TENorm
+
+
+def _local_layer(config: TransformerConfig) -> tuple[ModuleSpec, Any]:
+    layer = _with_core_attention(
+        get_gpt_layer_local_spec(normalization=config.normalization), SDPACoreAttention
+    )
+    submodules: Any = layer.submodules  # Megatron types them as object
+    submodules = replace(submodules, input_layernorm=Norm, pre_mlp_layernorm=Norm)
+    return replace(layer, submodules=submodules), Norm
+
+
+def _with_core_attention(layer: ModuleSpec, core: type[SDPACoreAttention]) -> ModuleSpec:
+    """The same layer with ``core`` between its query, key and value and its output projection."""
+    submodules: Any = layer.submodules
+    attention = submodules.self_attention
+    attention = replace(attention, submodules=replace(attention.submodules, core_attention=core))
+    return replace(layer, submodules=replace(submodules, self_attention=attention))
