@@ -103,10 +103,15 @@ def discover(env: Mapping[str, str] = os.environ) -> Ranks | None:
             init_method="env://",
             starter="torchrun",
         )
-    # An interactive shell inside an allocation has SLURM_* too, but no step: there, we start the ranks.
-    if "SLURM_STEP_ID" in env and "SLURM_PROCID" in env and env.get("SLURM_STEP_NODELIST"):
+    # A shell inside an allocation has SLURM_* too, but no step or one of Slurm's own: there, we start the ranks.
+    if "SLURM_PROCID" in env and env.get("SLURM_STEP_NODELIST") and _is_srun_step(env.get("SLURM_STEP_ID")):
         return _slurm(env)
     return None
+
+
+def _is_srun_step(step: str | None) -> bool:
+    """Slurm numbers its own steps (batch script, interactive shell, extern) downwards from 2^32 - 1."""
+    return step is not None and int(step) < 0xFFFFFFF0
 
 
 def _slurm(env: Mapping[str, str]) -> Ranks:

@@ -31,6 +31,8 @@ def test_nobody_has_made_ranks():
     # A shell inside an allocation, and a batch script: ranks are still to be started.
     assert discover({k: SRUN[k] for k in ("SLURM_JOB_ID", "SLURM_PROCID", "SLURM_LOCALID")}) is None
     assert discover({"RANK": "0", "WORLD_SIZE": "1"}) is None
+    # The shell of salloc, where Slurm runs it as its interactive step.
+    assert discover(SRUN | {"SLURM_STEP_ID": "4294967290", "SLURM_STEP_NUM_TASKS": "1"}) is None
 
 
 def test_torchrun():
