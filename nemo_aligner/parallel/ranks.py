@@ -21,6 +21,7 @@ class Ranks:
     rank: int
     world_size: int
     local_rank: int  # among the ranks of this node
+    local_size: int = 1  # ranks of this node, as far as the starter says
     init_method: str  # where the ranks meet, as torch's init_process_group takes it
     starter: str  # "torchrun", "srun", "local" or "single"
 
@@ -92,6 +93,7 @@ def discover(env: Mapping[str, str] = os.environ) -> Ranks | None:
             rank=int(env["RANK"]),
             world_size=int(env["WORLD_SIZE"]),
             local_rank=int(env["LOCAL_RANK"]),
+            local_size=int(env["WORLD_SIZE"]),
             init_method=env["NEMO_ALIGNER_INIT_METHOD"],
             starter="local",
         )
@@ -100,6 +102,7 @@ def discover(env: Mapping[str, str] = os.environ) -> Ranks | None:
             rank=int(env["RANK"]),
             world_size=int(env["WORLD_SIZE"]),
             local_rank=int(env.get("LOCAL_RANK", "0")),
+            local_size=int(env.get("LOCAL_WORLD_SIZE", "1")),
             init_method="env://",
             starter="torchrun",
         )
@@ -124,6 +127,8 @@ def _slurm(env: Mapping[str, str]) -> Ranks:
         rank=int(env["SLURM_PROCID"]),
         world_size=int(env["SLURM_STEP_NUM_TASKS"]),
         local_rank=int(env["SLURM_LOCALID"]),
+        # Such as 4(x2),3: nodes of one job have equally many.
+        local_size=int(re.split(r"\D", env.get("SLURM_STEP_TASKS_PER_NODE", "1"))[0]),
         init_method=f"tcp://{host}:{port}",
         starter="srun",
     )

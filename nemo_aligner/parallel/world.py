@@ -20,6 +20,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
 
+from nemo_aligner.errors import UserError
 from nemo_aligner.parallel import cpu_shim
 from nemo_aligner.parallel.ranks import Layout, Ranks, discover
 
@@ -27,6 +28,7 @@ __all__ = [
     "barrier",
     "describe_failure",
     "device",
+    "device_index",
     "device_memory",
     "dp_rank",
     "dp_size",
@@ -52,6 +54,7 @@ logger = logging.getLogger(__name__)
 
 _phase = "start"
 _local_rank = 0
+_device_index = 0
 
 
 def start(
@@ -69,13 +72,14 @@ def start(
         seed: of random draws, which are alike over DP and apart over TP and PP where they must be.
         timeout: after which a collective that is not answered fails.
     """
-    global _local_rank
+    global _local_rank, _device_index
     cpu_shim.install()
     cuda = torch.cuda.is_available()
     if ranks is not None:
         _local_rank = ranks.local_rank
     if cuda:
-        torch.cuda.set_device(_local_rank)
+        _device_index = device_index(ranks, torch.cuda.device_count())
+        torch.cuda.set_device(_device_index)
     backend = "nccl" if cuda else "gloo"
     with phase("meeting of the ranks"):
         if ranks is None:
@@ -107,6 +111,25 @@ def start(
             *(world_size(), starter, layout.tensor, layout.pipeline, dp_size(), backend, where),
             timeout.total_seconds(),
         )
+
+
+def device_index(ranks: Ranks | None, visible: int) -> int:
+    """Which of the ``visible`` GPUs is this rank's own.
+
+    Raises:
+        UserError: the node has fewer GPUs than ranks; on all of its ranks, so that one of them tells it.
+    """
+    if ranks is None:
+        return 0
+    if ranks.starter == "srun" and visible == 1:
+        # srun --gpus-per-task=1 shows each rank its own GPU only, always under the number 0.
+        return 0
+    if (needed := max(ranks.local_size, ranks.local_rank + 1)) > visible:
+        raise UserError(
+            f"{needed} ranks on this node need a GPU each, and it shows {visible}",
+            cure=f"set trainer.devices={visible}, or make more GPUs visible (CUDA_VISIBLE_DEVICES)",
+        )
+    return ranks.local_rank
 
 
 def stop() -> None:
@@ -141,7 +164,7 @@ def _seed(seed: int) -> None:
 
 def device() -> torch.device:
     """Where this rank's tensors live."""
-    return torch.device("cuda", _local_rank) if torch.cuda.is_available() else torch.device("cpu")
+    return torch.device("cuda", _device_index) if torch.cuda.is_available() else torch.device("cpu")
 
 
 def device_memory() -> tuple[int, int] | None:

@@ -3,6 +3,7 @@
 
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 
@@ -38,6 +39,7 @@ def test_nobody_has_made_ranks():
 def test_torchrun():
     expected = Ranks(rank=5, world_size=16, local_rank=1, init_method="env://", starter="torchrun")
     assert discover(TORCHRUN) == expected
+    assert discover(TORCHRUN | {"LOCAL_WORLD_SIZE": "4"}) == replace(expected, local_size=4)
     # torchrun inside a Slurm step: the inner starter made the ranks.
     assert discover(SRUN | TORCHRUN) == expected
 
@@ -45,7 +47,7 @@ def test_torchrun():
 def test_our_own_starter_comes_first():
     own = {"NEMO_ALIGNER_INIT_METHOD": "file:///tmp/meet", "RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1"}
     assert discover(TORCHRUN | own) == Ranks(
-        rank=1, world_size=2, local_rank=1, init_method="file:///tmp/meet", starter="local"
+        rank=1, world_size=2, local_rank=1, local_size=2, init_method="file:///tmp/meet", starter="local"
     )
 
 
@@ -177,3 +179,10 @@ def test_it_imports_neither_torch_nor_megatron():
         "sys.exit(any(m.split('.')[0] in ('torch', 'megatron') for m in sys.modules))"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.mark.parametrize(("tasks", "size"), [("4(x2)", 4), ("8", 8), ("4,3", 4)])
+def test_ranks_of_a_slurm_node(tasks: str, size: int):
+    ranks = discover(SRUN | {"SLURM_STEP_TASKS_PER_NODE": tasks})
+    assert ranks is not None
+    assert ranks.local_size == size
