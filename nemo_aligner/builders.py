@@ -163,6 +163,7 @@ def _loader(
         pad_id=tokenizer.pad_id,
         multiple=model.length_multiple,
         max_length=split.max_seq_length,
+        one_length=world.pp_size() > 1,
         num_workers=data.num_workers,
     )
 

@@ -35,8 +35,8 @@ class _Step:
 class SFTLoader:
     """Micro-batches of global batch ``index``, for one data-parallel rank.
 
-    All micro-batches of a step have ``micro_batch_size`` rows and one length; missing rows are one padding
-    token with nothing learned. Every rank gets equally many micro-batches.
+    All micro-batches of a step have ``micro_batch_size`` rows; missing rows are one padding token with nothing
+    learned. Every rank gets equally many micro-batches.
     """
 
     dataset: Samples
@@ -48,6 +48,9 @@ class SFTLoader:
     pad_id: int
     multiple: int  # lengths are rounded up to a multiple of this many tokens
     max_length: int  # tokens; no sample is longer
+    one_length: bool = (
+        True  # pad all micro-batches of a step alike, as pipeline stages need; else each to its own
+    )
     num_workers: int = 0  # threads that tokenise ahead; 0: none
     num_seen: int = field(default=0, init=False)  # rows handed out so far on this rank
     num_truncated: int = field(default=0, init=False)  # those of them that were cut to fit
@@ -93,8 +96,7 @@ class SFTLoader:
         )
         samples = [[self.dataset[row] for row in micro] for micro in rows]
         present = [sample for micro in samples for sample in micro]
-        longest = max((len(sample.tokens) for sample in present), default=1)
-        length = padded_length(longest, multiple=self.multiple, maximum=self.max_length)
+        lengths = [self._length(present if self.one_length else micro) for micro in samples]
         filler = empty_sample(self.pad_id)
         return _Step(
             micro_batches=[
@@ -103,11 +105,15 @@ class SFTLoader:
                     pad_id=self.pad_id,
                     seq_length=length,
                 )
-                for micro in samples
+                for micro, length in zip(samples, lengths, strict=True)
             ],
             num_rows=len(present),
             num_truncated=sum(sample.truncated for sample in present),
         )
+
+    def _length(self, samples: list[Sample]) -> int:
+        longest = max((len(sample.tokens) for sample in samples), default=1)
+        return padded_length(longest, multiple=self.multiple, maximum=self.max_length)
 
     def _count(self, step: _Step) -> list[TokenBatch]:
         self.num_seen += step.num_rows

@@ -23,7 +23,7 @@ class SupervisedInterface(Protocol):
         """Run this data parallel rank's micro-batches of one step.
 
         Args:
-            batches: micro-batches of one shape, as many on every data parallel rank.
+            batches: micro-batches, as many on every data parallel rank.
             objective: its loss is divided by its unit's count over the whole global batch.
             forward_only: False leaves gradients behind for :meth:`optimizer_step`.
 

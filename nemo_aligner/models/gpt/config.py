@@ -197,6 +197,13 @@ class GPTConfig:
 
 def _rope_scaling(config: Mapping[str, Any]) -> dict[str, Any] | None:
     """Our ``rope_scaling`` block, or NeMo's ``scale_positional_embedding`` and ``seq_len_interpolation_factor``."""
+    names = ("rope_scaling", "scale_positional_embedding", "seq_len_interpolation_factor")
+    asked = {name: config[name] for name in names if config.get(name)}
+    if len(asked) > 1:
+        raise UserError(
+            f"rotary positions are scaled twice: {asked}",
+            cure=f"keep one; the checkpoint's own stand in its model_config.yaml, yours as model.{[*asked][-1]}",
+        )
     scaling = config.get("rope_scaling")
     if scaling:
         if scaling.get("rope_type") not in ("llama3", "linear"):

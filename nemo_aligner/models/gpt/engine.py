@@ -36,15 +36,16 @@ def run(
 
     Args:
         wrapped: ``model`` inside Megatron's DDP, or ``model`` itself where no gradients are wanted.
-        batches: this data parallel rank's micro-batches, all of one shape, as many as on every other rank.
+        batches: this data parallel rank's micro-batches, as many as on every other rank; of one shape where there
+            is more than one pipeline stage.
         outputs: filled on the last stage with each micro-batch's model output.
 
     Returns:
         {metric: mean over the global batch}, the same on every rank.
     """
+    rows, seq_length = batches[0].num_rows, batches[0].seq_length
     shapes = {(batch.num_rows, batch.seq_length) for batch in batches}
-    assert len(shapes) == 1, f"micro-batches of one step must share a shape, not {shapes}"
-    ((rows, seq_length),) = shapes
+    assert len(shapes) == 1 or world.pp_size() == 1, f"pipeline stages exchange one shape, not {shapes}"
     device = world.device()
     total = torch.stack([batch.count(objective.unit) for batch in batches]).sum().to(device)
     total = collectives.sum_over_data_parallel(total)

@@ -96,8 +96,8 @@ class GPTPolicy:
         for group in self._optimizer.param_groups:
             group["lr"] = lr
         stepped: Any = self._optimizer.step()
-        _, grad_norm, _ = stepped
-        self._step += 1
+        done, grad_norm, _ = stepped
+        self._step += bool(done)
         # fp16 skips a step whose gradients overflow its loss scale, and then has no norm.
         return {"lr": lr, "grad_norm": math.nan if grad_norm is None else float(grad_norm)}
 

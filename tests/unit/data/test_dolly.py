@@ -71,7 +71,7 @@ def test_the_script_never_overwrites_unasked(raw):
     output = raw.with_name("databricks-dolly-15k-output.jsonl")
     output.write_text("precious")
     refused = preprocess("--input", raw, "--dataset-impl", "text")
-    assert refused.returncode == 1
+    assert refused.returncode == 2
     assert f"{output} exists\nCure: add --overwrite" in refused.stderr
     assert output.read_text() == "precious"
     assert preprocess("--input", raw, "--overwrite").returncode == 0
@@ -90,15 +90,15 @@ def test_the_script_reads_compressed_rows_and_takes_a_name(raw, tmp_path):
 def test_the_script_stops_at_a_bad_line_and_leaves_nothing(jsonl, line):
     source = jsonl(ROWS[0], line)
     done = preprocess("--input", source)
-    assert done.returncode == 1
-    assert done.stderr.startswith(f"{source}, line 2: ")
+    assert done.returncode == 2
+    assert done.stderr.startswith(f"error: {source}, line 2: ")
     assert "Traceback" not in done.stderr
     assert list(source.parent.iterdir()) == [source]
 
 
 @pytest.mark.parametrize(
     ("arguments", "status"),
-    [([], 2), (["--input", "absent.jsonl"], 1), (["--input", "x", "--dataset-impl", "mmap"], 2)],
+    [([], 2), (["--input", "absent.jsonl"], 2), (["--input", "x", "--dataset-impl", "mmap"], 2)],
 )
 def test_the_script_refuses(arguments, status):
     done = preprocess(*arguments)

@@ -135,3 +135,19 @@ def test_neighbours_do_not_change_a_row():
                 assert not mask[n:].any()
                 if row[0] != 999:
                     assert row[:n].tolist() == Rows(20)[int(row[0])].tokens
+
+
+def test_without_pipeline_stages_each_micro_batch_is_as_long_as_it_must_be():
+    samples = [Sample(tokens=[1] * n, mask=[False] + [True] * (n - 1), truncated=False) for n in (3, 4, 9, 2)]
+    sampler = GlobalBatchSampler(4, 4, shuffle=False, seed=0, drop_last=True)
+    options = {
+        "dp_rank": 0,
+        "dp_size": 1,
+        "micro_batch_size": 2,
+        "pad_id": 0,
+        "multiple": 2,
+        "max_length": 16,
+    }
+    for one_length, expected in ((True, [10, 10]), (False, [4, 10])):
+        loader = SFTLoader(samples, sampler, **options, one_length=one_length)
+        assert [batch.seq_length for batch in loader.batch(0)] == expected

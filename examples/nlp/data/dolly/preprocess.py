@@ -18,10 +18,11 @@ from pathlib import Path
 from nemo_aligner.data.dolly import dolly_to_prompt_response
 from nemo_aligner.data.records import parse_line
 from nemo_aligner.errors import UserError
+from nemo_aligner.launch.cli import run_cli
 
 
-def main() -> int:
-    """Run from the command line; the exit status."""
+def main() -> None:
+    """Run from the command line."""
     parser = argparse.ArgumentParser(description="Convert Dolly rows to {input, output, category}.")
     parser.add_argument("--input", type=Path, required=True, help="Dolly's rows: .jsonl or .jsonl.gz")
     parser.add_argument("--output", type=Path, help="the file to write; default: INPUT-output.jsonl")
@@ -29,13 +30,8 @@ def main() -> int:
     parser.add_argument("--dataset-impl", choices=["text"], default="text", help="only JSON text is written")
     args = parser.parse_args()
     output = args.output or default_output(args.input)
-    try:
-        num_rows = convert(args.input, output, overwrite=args.overwrite)
-    except UserError as error:
-        sys.stderr.write(f"{error}\n")
-        return 1
+    num_rows = convert(args.input, output, overwrite=args.overwrite)
     sys.stdout.write(f"wrote {num_rows} rows to {output}\n")
-    return 0
 
 
 def default_output(source: Path) -> Path:
@@ -92,4 +88,4 @@ def _umask() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_cli(main)
