@@ -36,7 +36,7 @@ def one_pass(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
 
 
 def recomputed(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-    """The backward makes each chunk's logits again: what any other loss gets above model.kept_logits_bytes."""
+    """The backward makes each chunk's logits again: what any other loss gets above model.kept_logits_mib."""
     request = HeadRequest(vocab_size=weight.shape[0], kept_logits_bytes=0)
     return -head_outputs(hidden, weight, targets, request=request).logprobs.mean()
 

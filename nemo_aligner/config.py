@@ -274,7 +274,12 @@ def parse(config: DictConfig, kind: type[T]) -> T:
     model = values.get("model")
     if isinstance(model, dict):
         # null leaves the checkpoint's own value in place.
+        hints = typing.get_type_hints(GPTConfig)
         given = {k: v for k, v in model.items() if k in ARCHITECTURE_KEYS and v is not None}
+        for key in given.keys() & hints.keys():
+            converted = _convert(given[key], hints[key], f"model.{key}")
+            # A block is checked and stays as model_config.yaml has it.
+            given[key] = given[key] if dataclasses.is_dataclass(converted) else converted
         values["model"] = {k: v for k, v in model.items() if k not in ARCHITECTURE_KEYS} | {
             "architecture": given
         }

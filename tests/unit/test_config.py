@@ -8,7 +8,8 @@ import hydra
 import pytest
 from omegaconf import DictConfig, OmegaConf
 
-from nemo_aligner.config import NO_EFFECT, NOT_YET, SFTJob, log_no_effect
+from nemo_aligner.config import NO_EFFECT, NOT_YET, SFTJob, log_no_effect, parse
+from nemo_aligner.errors import UserError
 
 CONF = Path(__file__).parents[2] / "examples/nlp/gpt/conf"
 # Blocks of _base, by where gpt_sft.yaml puts them.
@@ -100,3 +101,30 @@ def test_every_key_of_the_tables_exists():
     for key, _, _ in (*NO_EFFECT, *NOT_YET):
         parent, _, name = key.rpartition(".")
         assert name in OmegaConf.select(config, parent), key
+
+
+GIVEN = (
+    "model.restore_from_path=a",
+    "model.data.train_ds.file_path=b",
+    "model.data.validation_ds.file_path=c",
+)
+
+
+@pytest.mark.parametrize(
+    ("word", "problem"),
+    [
+        ("++model.hidden_dropout=often", r"model.hidden_dropout='often' is not a number"),
+        ("++model.encoder_seq_length=12.5", r"model.encoder_seq_length=12.5 is not of type int"),
+        ("++model.activation=relu", r"model.activation='relu'[\s\S]*Cure: use one of .*gelu"),
+        ("++model.rope_scaling={rope_type:linear}", r"model.rope_scaling.factor is not set"),
+    ],
+)
+def test_overrides_of_the_architecture_are_checked(word: str, problem: str):
+    with pytest.raises(UserError, match=problem):
+        parse(compose(*GIVEN, word), SFTJob)
+
+
+def test_overrides_of_the_architecture_keep_their_form():
+    words = ("++model.hidden_dropout=0", "++model.rope_scaling={rope_type:linear,factor:2.0}")
+    given = parse(compose(*GIVEN, *words), SFTJob).model.architecture
+    assert given == {"hidden_dropout": 0.0, "rope_scaling": {"rope_type": "linear", "factor": 2.0}}

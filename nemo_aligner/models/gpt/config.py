@@ -202,7 +202,7 @@ def _rope_scaling(config: Mapping[str, Any]) -> dict[str, Any] | None:
     if len(asked) > 1:
         raise UserError(
             f"rotary positions are scaled twice: {asked}",
-            cure=f"keep one; the checkpoint's own stand in its model_config.yaml, yours as model.{[*asked][-1]}",
+            cure="keep one of them: leave yours out, or take the checkpoint's out of its model_config.yaml",
         )
     scaling = config.get("rope_scaling")
     if scaling:

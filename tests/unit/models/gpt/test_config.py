@@ -72,6 +72,10 @@ def test_rope_scaling_by_either_name(names: dict, scaling: RopeScaling | None):
         ({"normalization": "batchnorm"}, r"normalization='batchnorm'[\s\S]*rmsnorm, layernorm, layernorm1p"),
         ({"activation": "relu"}, r"activation='relu'[\s\S]*fast-swiglu"),
         ({"position_embedding_type": "alibi"}, "position_embedding_type='alibi'"),
+        (
+            {"rope_scaling": {"rope_type": "linear", "factor": 2.0}, "seq_len_interpolation_factor": 4},
+            r"scaled twice.*seq_len_interpolation_factor[\s\S]*keep one",
+        ),
         ({"rope_scaling": {"rope_type": "yarn"}}, r"rope_type='yarn'[\s\S]*llama3, linear"),
     ],
 )
