@@ -23,6 +23,8 @@ MODEL_SHA256 := bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70
 # a bf16 matrix product kills the process.
 RUN := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false ONEDNN_MAX_CPU_ISA=AVX512_CORE
 PYTEST := $(RUN) $(PY) -m pytest
+# Wherever the tests run, they run alike: on CPUs.
+CPU_PYTEST := CUDA_VISIBLE_DEVICES= $(PYTEST) -m "not gpu"
 
 .PHONY: help setup format lint types test-fast test-dist test-functional test test-gpu model quickstart-sft bench clean
 
@@ -60,16 +62,16 @@ types: $(STAMP)  ## Check types
 	$(VENV)/bin/pyright --pythonpath $(PY)
 
 test-fast: $(STAMP)  ## Unit tests, doctests, architecture: under two minutes
-	$(PYTEST) -m "not gpu" nemo_aligner tests/unit tests/architecture
+	$(CPU_PYTEST) nemo_aligner tests/unit tests/architecture
 
 test-dist: $(STAMP)  ## Tests that start several ranks on gloo
-	$(PYTEST) -m "not gpu" tests/dist
+	$(CPU_PYTEST) tests/dist
 
 test-functional: $(STAMP) $(MODEL)  ## Scripts, end to end, at toy size
-	$(PYTEST) -m "not gpu" tests/functional
+	$(CPU_PYTEST) tests/functional
 
 test: lint types $(MODEL)  ## Everything that CI runs
-	$(PYTEST) -m "not gpu"
+	$(CPU_PYTEST)
 
 test-gpu: $(STAMP)  ## Tests that need a CUDA device
 	$(PYTEST) -m gpu

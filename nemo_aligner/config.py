@@ -179,6 +179,7 @@ NO_EFFECT: tuple[tuple[str, tuple[object, ...], str], ...] = (
     ("model.megatron_amp_O2", (False,), "weights are in trainer.precision, the optimizer keeps fp32 copies"),
     ("model.sync_batch_comm", (False,), "Megatron's schedules decide"),
     ("model.gradient_as_bucket_view", (False,), "gradients always are views of buckets"),
+    ("model.steerlm2", ({},), "supervised fine-tuning reads none of it"),
     ("model.data.sample", (False,), "rows are drawn by shuffle, never resampled"),
     *(
         (f"model.data.{split}.{name}", idle, instead)
@@ -188,9 +189,9 @@ NO_EFFECT: tuple[tuple[str, tuple[object, ...], str], ...] = (
             ("min_seq_length", (0, 1), "a sample of any length is used"),
             ("index_mapping_dir", (), "the index of lines is kept in memory"),
             ("hf_dataset", (False,), "the file is read as JSONL either way"),
+            ("output_original_text", (), "samples carry tokens only"),
         )
     ),
-    ("model.data.validation_ds.output_original_text", (), "samples carry tokens only"),
     ("exp_manager.checkpoint_callback_params.model_parallel_size", (), "a checkpoint loads at any layout"),
 )
 NOT_YET: tuple[tuple[str, tuple[object, ...], str], ...] = (

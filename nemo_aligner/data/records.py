@@ -141,8 +141,14 @@ def read_prompt_response(row: Mapping[str, object], *, keys: Sequence[str]) -> P
     """The row's values of ``keys``.
 
     Raises:
-        UserError: a key is missing or its value is not a string.
+        UserError: the row is a conversation, or a key is missing or its value is not a string.
     """
+    turns = sorted({"conversations", "messages"} & row.keys())
+    if turns and not row.keys() >= set(keys):
+        raise UserError(
+            f"the row is a conversation: it has {turns[0]!r}, and not all of {', '.join(keys)}",
+            cure="set model.data.chat=True (and model.data.chat_template=tokenizer for the tokenizer's own template)",
+        )
     return PromptResponse(fields={key: text_field(row, key) for key in keys})
 
 

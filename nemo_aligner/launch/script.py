@@ -24,6 +24,7 @@ from nemo_aligner.errors import UserError
 from nemo_aligner.launch import local
 from nemo_aligner.launch.cli import INTERRUPTED_CODE, OS_ERROR_CURE, USER_ERROR_CODE
 from nemo_aligner.parallel.ranks import Layout, Ranks, discover
+from nemo_aligner.run.experiment import keep_early_records
 
 __all__ = ["script"]
 
@@ -119,7 +120,8 @@ def _hydra_problem(error: Exception) -> UserError:
     if isinstance(error, OverrideParseException):
         word = error.override.removeprefix("++")
         return UserError(
-            f"{word} is no setting: {line}", cure="write KEY=VALUE, quoted where VALUE has spaces or [ ]"
+            f"{word} is no setting: {line}",
+            cure="""write KEY=VALUE; where VALUE has spaces, quotes, [ ] or { }, as 'KEY="VALUE"'""",
         )
     return UserError(line, cure="correct what it names; --cfg job prints the configuration as it is composed")
 
@@ -135,6 +137,8 @@ def _prepare_process(ranks: Ranks | None) -> None:
         format="[%(asctime)s] %(message)s",
         datefmt="%H:%M:%S",
     )
+    if talks:
+        keep_early_records()
     for noisy in ("megatron", "torch", "transformers", "fsspec", "hydra"):
         logging.getLogger(noisy).setLevel(logging.WARNING if talks else logging.ERROR)
     if _amx_may_be_broken() and "ONEDNN_MAX_CPU_ISA" not in os.environ:

@@ -6,11 +6,13 @@ The only place, with its siblings in this package, that names torch.distributed,
 """
 
 import contextlib
+import importlib.metadata
 import logging
 import os
 import random
 import time
 import traceback
+import warnings
 from collections.abc import Iterator
 from datetime import timedelta
 from typing import Any
@@ -52,6 +54,8 @@ __all__ = [
 
 logger = logging.getLogger(__name__)
 
+MEGATRON_SERIES = "0.16."
+
 _phase = "start"
 _local_rank = 0
 _device_index = 0
@@ -74,6 +78,12 @@ def start(
     """
     global _local_rank, _device_index
     cpu_shim.install()
+    _check_megatron()
+    # Megatron calls torch.distributed by names that torch is about to retire, and says so on every rank.
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
+    if layout.tensor > 1:
+        # Megatron counts on kernels starting in the order they were queued; read when CUDA starts.
+        os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     cuda = torch.cuda.is_available()
     if ranks is not None:
         _local_rank = ranks.local_rank
@@ -110,6 +120,14 @@ def start(
             "world: %d rank(s) started by %s, TP %d x PP %d x DP %d, backend %s on %s, collective time-out %.0f s",
             *(world_size(), starter, layout.tensor, layout.pipeline, dp_size(), backend, where),
             timeout.total_seconds(),
+        )
+
+
+def _check_megatron() -> None:
+    found = importlib.metadata.version("megatron-core")
+    if not found.startswith(MEGATRON_SERIES) and is_logging_rank():
+        logger.warning(
+            "megatron-core %s is installed; this release is tested with %s", found, f"{MEGATRON_SERIES}*"
         )
 
 
@@ -289,8 +307,3 @@ def report_once(*, wait_seconds: float = 1.0) -> bool:
     except (RuntimeError, dist.DistError):
         # The store lives in a rank that has already gone: it has told what there was to tell.
         return False
-
-
-def threads() -> int:
-    """CPU threads of one rank."""
-    return int(os.environ.get("OMP_NUM_THREADS", torch.get_num_threads()))

@@ -3,6 +3,7 @@
 
 import json
 import logging
+import logging.handlers
 import math
 import os
 import time
@@ -17,9 +18,17 @@ from nemo_aligner.errors import UserError
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
-__all__ = ["CheckpointCallbackConfig", "Experiment", "ExperimentConfig", "WandbConfig"]
+__all__ = ["CheckpointCallbackConfig", "Experiment", "ExperimentConfig", "WandbConfig", "keep_early_records"]
 
 logger = logging.getLogger(__name__)
+
+# What is logged before the run's folder is known; flushed by hand, once there is a log.txt.
+_early = logging.handlers.MemoryHandler(1000, flushLevel=logging.CRITICAL + 1, flushOnClose=False)
+
+
+def keep_early_records() -> None:
+    """Hold log records from here on until a run is opened: its log.txt then begins with them."""
+    logging.getLogger().addHandler(_early)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,6 +141,9 @@ class Experiment:
             handler = logging.FileHandler(self.folder / "log.txt", encoding="utf-8")
             handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
             logging.getLogger().addHandler(handler)
+            logging.getLogger().removeHandler(_early)
+            _early.setTarget(handler)
+            _early.flush()
             self._handler = handler
         return self
 

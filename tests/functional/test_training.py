@@ -67,6 +67,9 @@ def test_the_loss_falls_and_every_step_is_on_record(
     assert validation[1]["validation/loss"] < validation[0]["validation/loss"]
     assert list((tmp_path / "run/tensorboard").iterdir())
     assert "step 20/20" in job.err
+    log = (tmp_path / "run/log.txt").read_text()
+    assert "world: 1 rank(s)" in log.splitlines()[0], "it begins before the folder was there"
+    assert "step 20/20" in log
 
 
 @pytest.mark.parametrize(("global_batch", "micro_batch"), [(5, 1), (12, 3), (40, 40)])

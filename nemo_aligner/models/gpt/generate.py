@@ -6,6 +6,7 @@ from collections.abc import Sequence
 import torch
 
 from nemo_aligner.batch import TokenBatch
+from nemo_aligner.errors import UserError
 from nemo_aligner.models.gpt.attention import KVCache
 from nemo_aligner.models.gpt.model import GPT
 from nemo_aligner.parallel import collectives, world
@@ -21,7 +22,17 @@ def greedy(
 
     Returns:
         New tokens of each prompt; EOS, where it was reached, is the last of them.
+
+    Raises:
+        UserError: there are more tokens than learned positions.
     """
+    longest, places = max(len(p) for p in prompts) + max_new_tokens, model.gpt_config.max_position_embeddings
+    if model.gpt_config.position_embedding_type == "learned_absolute" and longest > places:
+        raise UserError(
+            f"a prompt and max_new_tokens={max_new_tokens} make {longest} tokens, and the model has {places} "
+            "learned positions",
+            cure=f"lower max_new_tokens by {longest - places}",
+        )
     assert world.pp_size() == 1 and not model.config.sequence_parallel, "greedy runs on one pipeline stage"
     device = world.device()
     batch = TokenBatch.from_rows(

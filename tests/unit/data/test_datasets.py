@@ -37,8 +37,10 @@ def test_conversations(jsonl, chatml, chat_template, shown):
 
 
 def test_conversations_given_as_prompt_and_answer_name_the_setting(jsonl, bpe):
-    with pytest.raises(UserError, match="line 1: key 'input' is missing"):
+    with pytest.raises(UserError, match="line 1: the row is a conversation") as caught:
         opened(jsonl(MESSAGES), bpe)
+    assert "model.data.chat=True" in caught.value.cure
+    assert len(opened(jsonl(MESSAGES | {"input": "a", "output": "b"}), bpe)) == 1
     with pytest.raises(UserError, match="line 1: key 'conversations' is missing") as caught:
         opened(jsonl({"input": "a", "output": "b"}), bpe, chat=True)
     assert "model.data.chat=False" in caught.value.cure

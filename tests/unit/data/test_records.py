@@ -48,6 +48,10 @@ GOOD = '{"input": "a", "output": "b"}'
         (b'{"input": null, "output": "b"}', "key 'input' has the value null"),
         (b'{"input": "\xff", "output": "b"}', "not UTF-8"),
         (b'{"instruction": "a", "response": ["b"]}', "key 'input' is missing"),
+        (
+            b'{"messages": [{"role": "user", "content": "a"}]}',
+            "the row is a conversation: it has 'messages', and not all of input, output",
+        ),
     ],
 )
 def test_bad_lines_name_file_line_and_cure(tmp_path, line, problem):

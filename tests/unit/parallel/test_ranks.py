@@ -172,10 +172,11 @@ def test_the_cure_of_a_world_fits():
             assert devices % 6 == 0
 
 
-def test_it_imports_neither_torch_nor_megatron():
-    """A script asks for its place before it imports anything slow."""
+@pytest.mark.parametrize("module", ["parallel.ranks", "launch.script", "config"])
+def test_it_imports_neither_torch_nor_megatron(module: str):
+    """A script asks for its place, and has its settings checked, before it imports anything slow."""
     code = (
-        "import sys, nemo_aligner.parallel.ranks; "
+        f"import sys, nemo_aligner.{module}; "
         "sys.exit(any(m.split('.')[0] in ('torch', 'megatron') for m in sys.modules))"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

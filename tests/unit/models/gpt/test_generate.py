@@ -9,6 +9,8 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
 
 from nemo_aligner.batch import TokenBatch
+from nemo_aligner.errors import UserError
+from nemo_aligner.models.gpt.config import GPTConfig
 from nemo_aligner.models.gpt.model import GPT
 from nemo_aligner.models.gpt.policy import GPTPolicy
 
@@ -60,3 +62,21 @@ def test_greedy_is_transformers(
     ended = [continuation(prompt, eos) for prompt in prompts]
     assert len({len(row) for row in ended}) > 1, "rows must end at different steps"
     assert GPTPolicy(ours, eos_id=eos).generate(prompts, max_new_tokens=NEW) == ended
+
+
+def test_learned_positions_bound_the_text(random_model: Callable[[GPTConfig], GPT]):
+    model = random_model(
+        GPTConfig(
+            num_layers=1,
+            hidden_size=32,
+            ffn_hidden_size=48,
+            num_attention_heads=4,
+            vocab_size=101,
+            position_embedding_type="learned_absolute",
+            max_position_embeddings=8,
+        )
+    )
+    policy = GPTPolicy(model)
+    assert len(policy.generate([[1, 2, 3]], max_new_tokens=5)[0]) == 5
+    with pytest.raises(UserError, match=r"9 tokens.*8 learned positions[\s\S]*lower max_new_tokens by 1"):
+        policy.generate([[1], [1, 2, 3]], max_new_tokens=6)
