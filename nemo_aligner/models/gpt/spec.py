@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the layers are made of: Transformer Engine's modules where it is usable, else Megatron's with our norm."""
 
+import functools
 import importlib
 import logging
 from dataclasses import replace
@@ -24,6 +25,7 @@ __all__ = ["have_transformer_engine", "layer_spec"]
 logger = logging.getLogger(__name__)
 
 
+@functools.cache
 def have_transformer_engine() -> bool:
     """Whether Transformer Engine is installed and there is a GPU for it."""
     if world.device().type != "cuda":
