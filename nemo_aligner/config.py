@@ -203,7 +203,6 @@ NOT_YET: tuple[tuple[str, tuple[object, ...], str], ...] = (
     ("model.activations_checkpoint_method", (), "all activations are kept"),
     ("model.activations_checkpoint_num_layers", (), "all activations are kept"),
     ("model.activations_checkpoint_layers_per_pipeline", (), "all activations are kept"),
-    ("model.optim.name", ("adam", "adamw", "fused_adam"), "AdamW's state is whole on every rank"),
     ("exp_manager.create_wandb_logger", (False,), "metrics go to metrics.jsonl and TensorBoard"),
     ("exp_manager.resume_if_exists", (False,), "the run starts at step 0"),
     ("exp_manager.resume_ignore_no_checkpoint", (False,), "the run starts at step 0"),

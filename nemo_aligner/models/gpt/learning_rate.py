@@ -29,6 +29,8 @@ class OptimConfig:
     weight_decay: float = 0.01  # decoupled, on matrices only
     betas: tuple[float, float] = (0.9, 0.98)  # decay of Adam's two moments
     eps: float = 1e-8  # added to Adam's denominator
+    overlap_grad_sync: bool = False  # sum gradients over data parallel ranks while the backward goes on
+    overlap_param_sync: bool = False  # gather weights while the next forward goes on
     sched: SchedConfig = field(default_factory=SchedConfig)
 
     def check(self) -> None:

@@ -1,22 +1,44 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Megatron's optimizer, from the ``model.optim`` block."""
+"""Megatron's distributed optimizer, from the ``model.optim`` block."""
 
 from collections.abc import Sequence
 
 import torch
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
-from megatron.core.transformer.module import MegatronModule
 
+from nemo_aligner.models.gpt.adamw import replace_torch_adamw
 from nemo_aligner.models.gpt.learning_rate import OptimConfig
+from nemo_aligner.models.gpt.model import GPT
 from nemo_aligner.parallel import cpu_shim
 
-__all__ = ["build_optimizer"]
+__all__ = ["build_optimizer", "wrap"]
+
+
+def wrap(chunks: Sequence[GPT], optim: OptimConfig) -> list[DistributedDataParallel]:
+    """Gradient buffers in fp32 around each chunk of the model, summed over the data parallel ranks."""
+    config = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True,
+        use_distributed_optimizer=True,
+        overlap_grad_reduce=optim.overlap_grad_sync,
+        overlap_param_gather=optim.overlap_param_sync,
+    )
+    return [
+        # Buckets of later chunks are reduced at once, as Megatron's schedule has their gradients last.
+        DistributedDataParallel(chunk.config, config, chunk, disable_bucketing=index > 0)
+        for index, chunk in enumerate(chunks)
+    ]
 
 
 def build_optimizer(
-    optim: OptimConfig, chunks: Sequence[MegatronModule], *, dtype: torch.dtype, clip_grad: float
+    optim: OptimConfig,
+    chunks: Sequence[DistributedDataParallel],
+    *,
+    dtype: torch.dtype,
+    clip_grad: float,
 ) -> MegatronOptimizer:
-    """AdamW over this rank's parameters, fp32 main copies where ``dtype`` is smaller."""
+    """AdamW whose state, with fp32 main copies where ``dtype`` is smaller, is dealt out over data parallel ranks."""
+    replace_torch_adamw()
     cpu_shim.install()
     config = OptimizerConfig(
         optimizer="adam",
@@ -29,13 +51,11 @@ def build_optimizer(
         bf16=dtype == torch.bfloat16,
         fp16=dtype == torch.float16,
         params_dtype=dtype,
-        use_distributed_optimizer=False,
+        use_distributed_optimizer=True,
+        overlap_param_gather=optim.overlap_param_sync,
     )
     built = get_megatron_optimizer(config, list(chunks), use_gloo_process_groups=False)
     for group in built.param_groups:
         # Megatron leaves it to its own scheduler to apply wd_mult, which is 0 for biases and norms.
         group["weight_decay"] = optim.weight_decay * group["wd_mult"]
-        if "fused" in group:
-            # torch's own AdamW (no Transformer Engine, no apex): one pass over memory, no temporary copies.
-            group["foreach"], group["fused"] = False, True
     return built

@@ -8,11 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from megatron.core.distributed import (
-    DistributedDataParallel,
-    DistributedDataParallelConfig,
-    finalize_model_grads,
-)
+from megatron.core.distributed import DistributedDataParallel, finalize_model_grads
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
@@ -22,7 +18,7 @@ from nemo_aligner.models.gpt import engine
 from nemo_aligner.models.gpt.generate import greedy
 from nemo_aligner.models.gpt.learning_rate import OptimConfig, learning_rate
 from nemo_aligner.models.gpt.model import GPT
-from nemo_aligner.models.gpt.optim import build_optimizer
+from nemo_aligner.models.gpt.optim import build_optimizer, wrap
 from nemo_aligner.objectives.protocol import Metrics, ModelOutput, Objective, Wants
 from nemo_aligner.parallel import world
 
@@ -60,10 +56,11 @@ class GPTPolicy:
         """Make gradient buffers and optimizer state; before it, the policy can only score and write."""
         self._optim, self._max_steps = optim, max_steps
         config = self.model.config
-        ddp_config = DistributedDataParallelConfig(grad_reduce_in_fp32=True, overlap_grad_reduce=False)
-        self._ddp = DistributedDataParallel(config, ddp_config, self.model)
+        (self._ddp,) = wrap([self.model], optim)
         self._optimizer = build_optimizer(optim, [self._ddp], dtype=config.params_dtype, clip_grad=clip_grad)
         config.finalize_model_grads_func = finalize_model_grads
+        if optim.overlap_grad_sync:
+            config.no_sync_func = self._ddp.no_sync
         config.grad_scale_func = self._optimizer.scale_loss
 
     def get_loss_and_metrics(
@@ -100,6 +97,21 @@ class GPTPolicy:
         self._step += bool(done)
         # fp16 skips a step whose gradients overflow its loss scale, and then has no norm.
         return {"lr": lr, "grad_norm": math.nan if grad_norm is None else float(grad_norm)}
+
+    def training_state(self, *, loading: bool) -> dict[str, Any]:
+        """Megatron's sharded state of the optimizer and the schedule, beside the weights: to save, or to load into."""
+        assert self._optimizer is not None, "prepare_training comes first"
+        weights = self.model.sharded_state_dict(prefix="model.")
+        optimizer = self._optimizer.sharded_state_dict(
+            weights, is_loading=loading, metadata={"distrib_optim_sharding_type": "fully_reshardable"}
+        )
+        return {"optimizer": optimizer, "schedule_step": self._step}
+
+    def load_training_state(self, state: dict[str, Any]) -> None:
+        """Take over what was loaded into :meth:`training_state`."""
+        assert self._optimizer is not None, "prepare_training comes first"
+        self._optimizer.load_state_dict(state["optimizer"])
+        self._step = state["schedule_step"]
 
     @contextlib.contextmanager
     def inference(self) -> Iterator[None]:
