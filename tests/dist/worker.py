@@ -70,7 +70,21 @@ RELOADED = (Case(tp=2, pp=2), Case(tp=2), Case(tp=2, pp=4), Case(), Case(pp=2), 
 
 
 def config(*, tied: bool) -> GPTConfig:
+    """A Llama with biases and a tied head; untied, every other norm, activation and bias that families have."""
+    parts = (
+        {"normalization": "rmsnorm", "activation": "swiglu", "bias": True}
+        if tied
+        else {
+            "normalization": "layernorm1p",
+            "activation": "squared-relu",
+            "bias": False,
+            "qkv_bias": True,
+            "qk_layernorm": True,
+            "rotary_percentage": 0.5,
+        }
+    )
     return GPTConfig(
+        **parts,
         num_layers=4,
         hidden_size=32,
         ffn_hidden_size=48,
@@ -78,9 +92,6 @@ def config(*, tied: bool) -> GPTConfig:
         num_query_groups=4,
         vocab_size=VOCAB,
         make_vocab_size_divisible_by=8,
-        normalization="rmsnorm",
-        activation="swiglu",
-        bias=True,
         position_embedding_type="rope",
         max_position_embeddings=64,
         share_embeddings_and_output_weights=tied,

@@ -8,7 +8,7 @@ checked before either is loaded.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
@@ -18,16 +18,28 @@ from nemo_aligner.parallel.ranks import Layout
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["GPTConfig", "Precision", "RopeScaling", "precision_name"]
+__all__ = ["GPTConfig", "Precision", "RopeScaling", "precision_name", "window_tokens"]
 
 Precision = Literal["32", "bf16", "16"]
 
 Normalization = Literal["rmsnorm", "layernorm", "layernorm1p"]
-Activation = Literal["fast-swiglu", "swiglu", "fast-geglu", "geglu", "squared-relu", "gelu"]
+Activation = Literal[
+    "fast-swiglu", "swiglu", "fast-geglu", "geglu", "fast-reglu", "reglu", "squared-relu", "gelu"
+]
 PositionEmbedding = Literal["rope", "learned_absolute"]
 
 
-GATED_ACTIVATIONS = frozenset({"fast-swiglu", "swiglu", "fast-geglu", "geglu"})
+# Keys of NeMo's that change the computation, with the values that are supported.
+SUPPORTED: dict[str, tuple[object, ...]] = {
+    "transformer_block_type": (None, "pre_ln"),
+    "attention_type": (None, "multihead"),
+    "headscale": (None, False),
+    "normalize_attention_scores": (None, True),
+    "multi_query_attention": (None, False),
+    "rotary_interleaved": (None, False),
+    "apply_embedding_scaling": (None, False),
+    "num_moe_experts": (None, 0),
+}
 
 
 def precision_name(precision: str | int) -> Precision:
@@ -80,7 +92,11 @@ class GPTConfig:
     normalization: Normalization = "layernorm"
     layernorm_epsilon: float = 1e-5
     activation: Activation = "gelu"
-    bias: bool = True
+    bias: bool = True  # on every linear layer
+    qkv_bias: bool = False  # on query, key and value where ``bias`` is off
+    qk_layernorm: bool = False  # a norm on each query and key head
+    openai_gelu: bool = False  # gelu by its tanh approximation
+    bias_activation_fusion: bool = True  # NeMo's fused kernels approximate gelu so too; others are exact
     position_embedding_type: PositionEmbedding = "learned_absolute"
     rotary_percentage: float = 1.0
     rotary_base: float = 10000.0
@@ -91,7 +107,7 @@ class GPTConfig:
     hidden_dropout: float = 0.0
     attention_dropout: float = 0.0
     precision: str = "bf16"  # dtype of the stored weights
-    apply_query_key_layer_scaling: bool = False
+    apply_query_key_layer_scaling: bool = False  # kept for fp16 by NeMo; the result is the same
 
     @classmethod
     def from_dict(cls, config: Mapping[str, Any]) -> GPTConfig:
@@ -110,6 +126,13 @@ class GPTConfig:
                 f"model_config.yaml lacks {', '.join(missing)}",
                 cure="convert the checkpoint anew with import_hf.py or convert_nemo_gpt_to_mcore.py",
             )
+        for name, supported in SUPPORTED.items():
+            if (found := config.get(name)) not in supported:
+                raise UserError(
+                    f"{name}={found!r} in model_config.yaml is not supported",
+                    cure=f"use a model with {name}: {supported[-1]}",
+                )
+        values["window_size"] = window_tokens(values.get("window_size"))
         values.setdefault("ffn_hidden_size", 4 * values["hidden_size"])
         if scaling := _rope_scaling(config):
             values["rope_scaling"] = RopeScaling(**scaling)
@@ -157,7 +180,12 @@ class GPTConfig:
     @property
     def gated(self) -> bool:
         """Whether the MLP multiplies its activation by a second projection."""
-        return self.activation in GATED_ACTIVATIONS
+        return self.activation.endswith("glu")
+
+    @property
+    def tanh_gelu(self) -> bool:
+        """Whether gelu is computed by its tanh approximation, as NeMo's model was."""
+        return self.openai_gelu or self.bias_activation_fusion
 
     def padded_vocab_size(self, tensor_parallel: int) -> int:
         """The vocabulary rounded up so that every tensor parallel rank holds an equal, well-shaped slice."""
@@ -193,6 +221,21 @@ class GPTConfig:
         return not any(
             size % n for size in (self.num_attention_heads, self.query_groups, self.ffn_hidden_size)
         )
+
+
+def window_tokens(window: int | Sequence[int] | None) -> int | None:
+    """How many tokens a query sees, itself included; NeMo's pairs count those [before, behind] it."""
+    if window is None or isinstance(window, int):
+        return window
+    match tuple(window):
+        case (-1, -1 | 0):
+            return None
+        case (int(before), 0):
+            return before + 1
+    raise UserError(
+        f"window_size={list(window)} in model_config.yaml is not supported",
+        cure="use a pair that ends with 0",
+    )
 
 
 def _rope_scaling(config: Mapping[str, Any]) -> dict[str, Any] | None:

@@ -41,32 +41,36 @@ def have_transformer_engine() -> bool:
 
 def layer_spec(config: TransformerConfig) -> TransformerBlockSubmodules:
     """The layers of this pipeline stage, and the norm after the last one."""
-    layer, norm = _te_layer() if have_transformer_engine() else _local_layer(config)
+    layer, norm = _te_layer(config) if have_transformer_engine() else _local_layer(config)
     count = get_num_layers_to_build(config, None, parallel_state.get_pipeline_model_parallel_rank())
     return TransformerBlockSubmodules(layer_specs=[layer] * count, layer_norm=norm)
 
 
-def _te_layer() -> tuple[ModuleSpec, Any]:
+def _te_layer(config: TransformerConfig) -> tuple[ModuleSpec, Any]:
     # Imported here: both need Transformer Engine.
     from megatron.core.extensions.transformer_engine import TENorm
 
     from nemo_aligner.models.gpt.attention_te import TECoreAttention
 
-    return _with_core_attention(get_gpt_layer_with_transformer_engine_spec(), TECoreAttention), TENorm
+    layer = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.qk_layernorm)
+    return _with_attention(layer, core_attention=TECoreAttention), TENorm
 
 
 def _local_layer(config: TransformerConfig) -> tuple[ModuleSpec, Any]:
-    layer = _with_core_attention(
-        get_gpt_layer_local_spec(normalization=config.normalization), SDPACoreAttention
+    head_norms = {"q_layernorm": Norm, "k_layernorm": Norm} if config.qk_layernorm else {}
+    layer = _with_attention(
+        get_gpt_layer_local_spec(normalization=config.normalization),
+        core_attention=SDPACoreAttention,
+        **head_norms,
     )
     submodules: Any = layer.submodules  # Megatron types them as object
     submodules = replace(submodules, input_layernorm=Norm, pre_mlp_layernorm=Norm)
     return replace(layer, submodules=submodules), Norm
 
 
-def _with_core_attention(layer: ModuleSpec, core: type[SDPACoreAttention]) -> ModuleSpec:
-    """The same layer with ``core`` between its query, key and value and its output projection."""
+def _with_attention(layer: ModuleSpec, **modules: type) -> ModuleSpec:
+    """The same layer with ``modules`` for parts of its attention."""
     submodules: Any = layer.submodules
     attention = submodules.self_attention
-    attention = replace(attention, submodules=replace(attention.submodules, core_attention=core))
+    attention = replace(attention, submodules=replace(attention.submodules, **modules))
     return replace(layer, submodules=replace(submodules, self_attention=attention))

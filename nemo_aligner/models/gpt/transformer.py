@@ -22,11 +22,18 @@ def squared_relu(x: Tensor) -> Tensor:
     return F.relu(x).square()
 
 
+def tanh_gelu(x: Tensor) -> Tensor:
+    """Gelu's tanh approximation (Hendrycks and Gimpel 2016)."""
+    return F.gelu(x, approximate="tanh")
+
+
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "fast-swiglu": F.silu,
     "swiglu": F.silu,
     "fast-geglu": F.gelu,
     "geglu": F.gelu,
+    "fast-reglu": F.relu,
+    "reglu": F.relu,
     "squared-relu": squared_relu,
     "gelu": F.gelu,
 }
@@ -50,14 +57,14 @@ def transformer_config(gpt: GPTConfig, layout: Layout, dtype: torch.dtype) -> Tr
         layernorm_epsilon=gpt.layernorm_epsilon,
         layernorm_zero_centered_gamma=gpt.normalization == "layernorm1p",
         gated_linear_unit=gpt.gated,
-        activation_func=ACTIVATIONS[gpt.activation],
+        activation_func=_activation(gpt),
         add_bias_linear=gpt.bias,
-        add_qkv_bias=gpt.bias,
+        add_qkv_bias=gpt.bias or gpt.qkv_bias,
+        qk_layernorm=gpt.qk_layernorm,
         window_size=(gpt.window_size - 1, 0) if gpt.window_size else None,
         init_method_std=gpt.init_method_std,
         hidden_dropout=gpt.hidden_dropout,
         attention_dropout=gpt.attention_dropout,
-        apply_query_key_layer_scaling=gpt.apply_query_key_layer_scaling,
         tensor_model_parallel_size=layout.tensor,
         pipeline_model_parallel_size=layout.pipeline,
         context_parallel_size=layout.context,
@@ -83,6 +90,11 @@ def transformer_config(gpt: GPTConfig, layout: Layout, dtype: torch.dtype) -> Tr
         # Over gloo, batched sends and receives of neighbouring stages cross; one by one they do not.
         batch_p2p_comm=world.device().type == "cuda",
     )
+
+
+def _activation(gpt: GPTConfig) -> Callable[[Tensor], Tensor]:
+    function = ACTIVATIONS[gpt.activation]
+    return tanh_gelu if function is F.gelu and gpt.tanh_gelu else function
 
 
 def _leave(weight: Tensor) -> Tensor:

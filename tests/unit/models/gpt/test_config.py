@@ -77,11 +77,27 @@ def test_rope_scaling_by_either_name(names: dict, scaling: RopeScaling | None):
             r"scaled twice.*seq_len_interpolation_factor[\s\S]*keep one",
         ),
         ({"rope_scaling": {"rope_type": "yarn"}}, r"rope_type='yarn'[\s\S]*llama3, linear"),
+        ({"transformer_block_type": "post_ln"}, r"transformer_block_type='post_ln'[\s\S]*pre_ln"),
+        ({"attention_type": "multi_query"}, "attention_type='multi_query'"),
+        ({"headscale": True}, "headscale=True"),
+        ({"normalize_attention_scores": False}, "normalize_attention_scores=False"),
+        ({"multi_query_attention": True}, "multi_query_attention=True"),
+        ({"rotary_interleaved": True}, "rotary_interleaved=True"),
+        ({"apply_embedding_scaling": True}, "apply_embedding_scaling=True"),
+        ({"num_moe_experts": 8}, "num_moe_experts=8"),
+        ({"window_size": [7, 7]}, r"window_size=\[7, 7\]"),
     ],
 )
 def test_what_cannot_be_built_is_refused(changes: dict, message: str):
     with pytest.raises(UserError, match=message):
         GPTConfig.from_dict(SMALL | changes)
+
+
+@pytest.mark.parametrize(
+    ("window", "tokens"), [(None, None), (7, 7), ([6, 0], 7), ([-1, 0], None), ([-1, -1], None)]
+)
+def test_windows_as_numbers_and_as_pairs(window: object, tokens: int | None):
+    assert GPTConfig.from_dict(SMALL | {"window_size": window}).window_size == tokens
 
 
 @pytest.mark.parametrize("key", ["num_layers", "hidden_size", "num_attention_heads", "vocab_size"])

@@ -66,7 +66,7 @@ def collect(
 
 
 def gpt2() -> tuple[PreTrainedModel, GPTConfig, Callable[[Weights], Weights]]:
-    """LayerNorm, biases, learned positions, gelu, a tied head."""
+    """LayerNorm, biases, learned positions, gelu's tanh approximation, a tied head."""
     theirs = GPT2LMHeadModel(
         GPT2Config(
             vocab_size=VOCAB,
@@ -75,7 +75,7 @@ def gpt2() -> tuple[PreTrainedModel, GPTConfig, Callable[[Weights], Weights]]:
             n_head=HEADS,
             n_inner=FFN,
             n_positions=POSITIONS,
-            activation_function="gelu",
+            activation_function="gelu_new",
             attn_implementation="eager",
         )
     )
@@ -111,7 +111,7 @@ def gpt2() -> tuple[PreTrainedModel, GPTConfig, Callable[[Weights], Weights]]:
 
 
 def gpt_neox() -> tuple[PreTrainedModel, GPTConfig, Callable[[Weights], Weights]]:
-    """Rotary positions on a part of each head, LayerNorm, biases, gelu, a head of its own."""
+    """Rotary positions on a part of each head, LayerNorm, biases, exact gelu, a head of its own."""
     rope = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.25}
     theirs = GPTNeoXForCausalLM(GPTNeoXConfig(**THEIRS, use_parallel_residual=False, rope_parameters=rope))
     ours = GPTConfig(
@@ -119,6 +119,7 @@ def gpt_neox() -> tuple[PreTrainedModel, GPTConfig, Callable[[Weights], Weights]
         position_embedding_type="rope",
         rotary_percentage=0.25,
         share_embeddings_and_output_weights=False,
+        bias_activation_fusion=False,
     )
 
     def layer(state: Weights, p: str) -> Weights:
@@ -189,11 +190,11 @@ def nemotron() -> tuple[PreTrainedModel, GPTConfig, Callable[[Weights], Weights]
     return theirs, ours, lambda state: collect(state, names, layer, "model.layers")
 
 
-def geglu(
-    activation: str = "geglu", window: int | None = None
+def gated(
+    activation: str, theirs_has: str, **options: object
 ) -> tuple[PreTrainedModel, GPTConfig, Callable[[Weights], Weights]]:
-    """A Llama with a gated gelu."""
-    theirs = LlamaForCausalLM(LlamaConfig(**THEIRS, hidden_act="gelu", rms_norm_eps=1e-5))
+    """A Llama with another gated activation."""
+    theirs = LlamaForCausalLM(LlamaConfig(**THEIRS, hidden_act=theirs_has, rms_norm_eps=1e-5))
     ours = GPTConfig(
         **SIZES,
         normalization="rmsnorm",
@@ -201,7 +202,7 @@ def geglu(
         bias=False,
         position_embedding_type="rope",
         share_embeddings_and_output_weights=False,
-        window_size=window,
+        **options,
     )
 
     def layer(state: Weights, p: str) -> Weights:
@@ -215,9 +216,12 @@ ARCHITECTURES = {
     "gpt2": gpt2,
     "gpt-neox": gpt_neox,
     "nemotron": nemotron,
-    "geglu": geglu,
-    "fast-geglu": lambda: geglu("fast-geglu"),
-    "a window longer than the row": lambda: geglu(window=1000),
+    "geglu": lambda: gated("geglu", "gelu", bias_activation_fusion=False),
+    "fast-geglu": lambda: gated("fast-geglu", "gelu_pytorch_tanh"),
+    "openai_gelu": lambda: gated("geglu", "gelu_new", openai_gelu=True, bias_activation_fusion=False),
+    "reglu": lambda: gated("reglu", "relu"),
+    "fast-reglu": lambda: gated("fast-reglu", "relu"),
+    "a window longer than the row": lambda: gated("swiglu", "silu", window_size=1000),
 }
 
 
