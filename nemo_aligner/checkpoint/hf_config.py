@@ -9,8 +9,11 @@ from typing import Any
 
 from nemo_aligner.checkpoint.mappings.llama import LLAMA
 from nemo_aligner.checkpoint.mappings.mistral import MISTRAL
-from nemo_aligner.checkpoint.mappings.table import REQUIRED, Dims, Family, Key
+from nemo_aligner.checkpoint.mappings.nemotron import NEMOTRON
+from nemo_aligner.checkpoint.mappings.qwen import QWEN2, QWEN3
+from nemo_aligner.checkpoint.mappings.table import DERIVED, REQUIRED, Dims, Family, Key
 from nemo_aligner.errors import UserError
+from nemo_aligner.models.gpt.config import window_tokens
 
 __all__ = [
     "FAMILIES",
@@ -22,21 +25,23 @@ __all__ = [
     "to_nemo_config",
 ]
 
-FAMILIES = (LLAMA, MISTRAL)
+FAMILIES = (LLAMA, MISTRAL, QWEN2, QWEN3, NEMOTRON)  # the first that fits is what NeMo's models become
 _DTYPE_NAMES = {"bf16": "bfloat16", "16": "float16", "32": "float32"}
-_COMPUTATION_KEYS = ("normalization", "activation", "position_embedding_type", "rotary_percentage")
-_SAME_COMPUTATION = {"activation": ("fast-swiglu", "swiglu")}
-_NEMO_DEFAULTS = {
+# What decides the computation, with the value that a model_config.yaml without it means.
+_COMPUTATION = {
     "normalization": "layernorm",
     "activation": "gelu",
     "position_embedding_type": "learned_absolute",
     "rotary_percentage": 1.0,
     "bias": True,
-    "share_embeddings_and_output_weights": True,
+    "qkv_bias": False,
+    "qk_layernorm": False,
     "window_size": None,
 }
+_NEMO_DEFAULTS = _COMPUTATION | {"share_embeddings_and_output_weights": True}
 _NEMO_ROPE_KEYS = ("scale_positional_embedding", "seq_len_interpolation_factor")
 _ROPE_KEYS = ("rope_parameters", "rope_theta", "rope_scaling", "partial_rotary_factor")
+_WINDOW_KEYS = ("use_sliding_window", "layer_types")
 _LLAMA3_ROPE_KEYS = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 
 
@@ -75,15 +80,36 @@ def to_nemo_config(family: Family, hf_config: dict[str, Any], where: str) -> dic
         value = hf_config.get(key.hf, key.default)
         if value is REQUIRED:
             raise UserError(f"{where}: config.json has no {key.hf}", cure="download the folder again, whole")
-        config[key.nemo] = value
+        config[key.nemo] = None if value is DERIVED else value
     heads = config["num_attention_heads"]
     config["num_query_groups"] = config["num_query_groups"] or heads
     config["kv_channels"] = config["kv_channels"] or config["hidden_size"] // heads
     config["encoder_seq_length"] = config["max_position_embeddings"]
-    config.setdefault("window_size", None)
+    config.setdefault("window_size", _read_window(hf_config, where) if family.window_by_layer else None)
     config["bias"] = _read_biases(family, hf_config, where)
-    config["rotary_base"], config["rope_scaling"] = _read_rope(hf_config, where)
+    config |= _read_rope(family, hf_config, where)
     return config
+
+
+def _read_window(hf_config: dict[str, Any], where: str) -> int | None:
+    """The sliding window that all layers have, None where none has one."""
+    if (
+        not hf_config.get("use_sliding_window", False)
+        or (window := hf_config.get("sliding_window", 4096)) is None
+    ):
+        return None
+    layers, full = hf_config["num_hidden_layers"], hf_config.get("max_window_layers", 28)
+    kinds = hf_config.get("layer_types") or ["full_attention"] * min(full, layers) + ["sliding_attention"] * (
+        layers - full
+    )
+    if len(set(kinds)) > 1:
+        raise UserError(
+            f"{where}: the sliding window of {window} tokens is on {kinds.count('sliding_attention')} of its "
+            f"{layers} layers (use_sliding_window, max_window_layers), which is not supported",
+            cure=f'set "use_sliding_window": false and remove "layer_types" in its config.json: up to {window} '
+            "tokens the results are the same",
+        )
+    return window if "sliding_attention" in kinds else None
 
 
 def _read_biases(family: Family, hf_config: dict[str, Any], where: str) -> bool:
@@ -96,25 +122,33 @@ def _read_biases(family: Family, hf_config: dict[str, Any], where: str) -> bool:
     return any(values.values())
 
 
-def _read_rope(hf_config: dict[str, Any], where: str) -> tuple[float, dict[str, Any] | None]:
-    """(base, scaling); newer files keep both under rope_parameters, older ones in two keys."""
+def _read_rope(family: Family, hf_config: dict[str, Any], where: str) -> dict[str, Any]:
+    """NeMo's keys of rotary positions; newer files keep all under rope_parameters, older ones in three keys."""
     rope = hf_config.get("rope_parameters") or hf_config.get("rope_scaling") or {}
-    base = float(rope.get("rope_theta", hf_config.get("rope_theta") or 10000.0))
-    rotary_share = rope.get("partial_rotary_factor", hf_config.get("partial_rotary_factor"))
-    if rotary_share not in (None, 1.0):
+    share = rope.get("partial_rotary_factor", hf_config.get("partial_rotary_factor", family.rotary_share))
+    if family.rotary_share is None and share not in (None, 1.0):
         raise UserError(
-            f"{where}: partial_rotary_factor={rotary_share} is not supported", cure="use a model with 1.0"
+            f"{where}: partial_rotary_factor={share} is not supported for {family.architecture}",
+            cure="use a model with 1.0",
         )
+    return {
+        "rotary_base": float(rope.get("rope_theta", hf_config.get("rope_theta") or 10000.0)),
+        "rotary_percentage": 1.0 if share is None else share,
+        "rope_scaling": _read_rope_scaling(rope, where),
+    }
+
+
+def _read_rope_scaling(rope: dict[str, Any], where: str) -> dict[str, Any] | None:
     match rope.get("rope_type", rope.get("type", "default")):
         case "default":
-            return base, None
+            return None
         case "linear" | "llama3" as kind:
             needed = _LLAMA3_ROPE_KEYS if kind == "llama3" else ("factor",)
             if missing := [key for key in needed if key not in rope]:
                 raise UserError(
                     f"{where}: rope scaling of type {kind} lacks {missing}", cure="correct config.json"
                 )
-            return base, {"rope_type": kind} | {key: rope[key] for key in needed}
+            return {"rope_type": kind} | {key: rope[key] for key in needed}
         case other:
             raise UserError(
                 f"{where}: rope scaling of type {other} is not supported",
@@ -124,27 +158,26 @@ def _read_rope(hf_config: dict[str, Any], where: str) -> tuple[float, dict[str, 
 
 def extras(family: Family, hf_config: dict[str, Any]) -> dict[str, Any]:
     """What config.json says beyond the keys that have a place of their own."""
-    owned = {key.hf for key in family.keys} | {*family.bias_keys, *_ROPE_KEYS, "dtype", "torch_dtype"}
+    owned = {key.hf for key in family.keys} | {*family.bias_keys, *_ROPE_KEYS, *_WINDOW_KEYS}
+    owned |= {"architectures", "model_type", "dtype", "torch_dtype"}
     return {name: value for name, value in hf_config.items() if name not in owned}
 
 
 def to_hf_config(family: Family, config: dict[str, Any]) -> dict[str, Any]:
     """The content of config.json for a model_config.yaml."""
-    hf_config = {
-        "architectures": [family.architecture],
-        "model_type": family.model_type,
-        "hidden_act": "silu",
+    hf_config = dict((config.get("huggingface") or {}).get("config") or {})
+    hf_config |= {"architectures": [family.architecture], "model_type": family.model_type}
+    hf_config |= {name: value for name, value in family.must_be.items() if value is not None}
+    hf_config |= {
+        key.hf: value for key in family.keys if (value := _value_for_export(key, config)) is not DERIVED
     }
-    hf_config |= (config.get("huggingface") or {}).get("config") or {}
-    hf_config |= {key.hf: _value_for_export(key, config) for key in family.keys}
     hf_config |= dict.fromkeys(family.bias_keys, bool(config["bias"]))
-    rope = {"rope_type": "default"} | (config.get("rope_scaling") or {})
-    theta = float(config.get("rotary_base", 10000.0))
-    hf_config["rope_parameters"] = rope | {"rope_theta": theta}
-    # transformers 4 reads these two and would silently take its default base without them.
-    hf_config["rope_theta"] = theta
-    if rope["rope_type"] != "default":
-        hf_config["rope_scaling"] = rope
+    if family.window_by_layer:
+        window = config["window_size"]
+        hf_config["use_sliding_window"] = window is not None
+        if window is not None:
+            hf_config |= {"sliding_window": window, "max_window_layers": 0}
+    hf_config |= _rope_for_export(family, config)
     hf_config["dtype"] = _DTYPE_NAMES[str(config["precision"])]
     return hf_config
 
@@ -153,42 +186,69 @@ def _value_for_export(key: Key, config: dict[str, Any]) -> Any:  # noqa: ANN401
     value = config.get(key.nemo, key.default)
     if value is REQUIRED:
         raise UserError(f"model_config.yaml has no {key.nemo}", cure=f"add {key.nemo} to it")
+    if key.default is DERIVED and value == config["hidden_size"] // config["num_attention_heads"]:
+        return DERIVED
     return value
+
+
+def _rope_for_export(family: Family, config: dict[str, Any]) -> dict[str, Any]:
+    scaling = {"rope_type": "default"} | (config.get("rope_scaling") or {})
+    # transformers 4 reads these beside rope_parameters and would silently take its defaults without them.
+    older: dict[str, Any] = {"rope_theta": float(config.get("rotary_base", 10000.0))}
+    if family.rotary_share is not None:
+        older["partial_rotary_factor"] = config["rotary_percentage"]
+    rope = {"rope_parameters": scaling | older} | older
+    return rope if scaling["rope_type"] == "default" else rope | {"rope_scaling": scaling | older}
 
 
 def family_for_export(config: dict[str, Any]) -> tuple[Family, dict[str, Any]]:
     """The family that a model_config.yaml is exported as, and the config with NeMo's defaults filled in.
 
-    A model that NeMo made, which names no family, becomes the one that can express it.
+    A model that NeMo made, which names no family, becomes the first one that can express it.
 
     Raises:
-        UserError: no family can.
+        UserError: no family can, or the one that is named cannot.
     """
     config = _NEMO_DEFAULTS | config
-    for name in _COMPUTATION_KEYS:
-        if (found := config.get(name)) not in (wanted := _SAME_COMPUTATION.get(name, (LLAMA.nemo[name],))):
-            raise UserError(
-                f"no supported Hugging Face architecture has {name}={found}",
-                cure=f"export a model with {wanted[0]}",
-            )
+    dims = dims_of(config)
+    config |= {"kv_channels": dims.head_dim, "num_query_groups": dims.groups}
+    config["window_size"] = window_tokens(config["window_size"])
     for name in _NEMO_ROPE_KEYS:
         if config.get(name):
             raise UserError(
                 f"{name}={config[name]} has no place in config.json", cure="write it as rope_scaling"
             )
-    named = (config.get("huggingface") or {}).get("architecture")
-    inferred = LLAMA if config["window_size"] is None else MISTRAL
-    family = next((family for family in FAMILIES if family.architecture == named), inferred)
-    if config["bias"] and not family.bias_keys:
-        raise UserError(
-            f"{family.architecture} has no biases, the model has", cure="export a model with bias=false"
-        )
-    if config["window_size"] is not None and all(key.nemo != "window_size" for key in family.keys):
-        raise UserError(
-            f"{family.architecture} has no window_size, the model has {config['window_size']}",
-            cure="set huggingface.architecture: MistralForCausalLM in model_config.yaml",
-        )
-    return family, config
+    obstacles = {family.architecture: _obstacles(family, config) for family in FAMILIES}
+    fitting = [architecture for architecture, found in obstacles.items() if not found]
+    nearest = min(obstacles, key=lambda architecture: len(obstacles[architecture]))
+    wanted = (config.get("huggingface") or {}).get("architecture") or nearest
+    if not (found := obstacles.get(wanted, obstacles[nearest])):
+        return next(family for family in FAMILIES if family.architecture == wanted), config
+    raise UserError(
+        f"{wanted} cannot express this model: {'; '.join(found)}",
+        cure=f"set huggingface.architecture: {fitting[0]} in model_config.yaml"
+        if fitting
+        else f"export a model of one of the supported architectures: {', '.join(obstacles)}",
+    )
+
+
+def _obstacles(family: Family, config: dict[str, Any]) -> list[str]:
+    """What of the computation ``family`` cannot express."""
+    # A bias on every layer is one on query, key and value too.
+    found = {name: config[name] for name in _COMPUTATION} | {
+        "qkv_bias": config["qkv_bias"] and not config["bias"]
+    }
+    fixed = {"bias": False, "qkv_bias": False} | family.nemo
+    return [
+        f"{name}={value}, it has {wanted}"
+        for name, value in found.items()
+        if name not in family.free and _same(value) != _same(wanted := fixed.get(name, _COMPUTATION[name]))
+    ]
+
+
+def _same(value: object) -> object:
+    """One value for the names of one computation."""
+    return value.removeprefix("fast-") if isinstance(value, str) else value
 
 
 def dims_of(config: dict[str, Any]) -> Dims:

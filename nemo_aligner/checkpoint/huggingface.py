@@ -119,7 +119,7 @@ def import_model(
 def export_huggingface(
     config: dict[str, Any],
     reader: WeightReader,
-    tokenizer_files: dict[str, Path],
+    tokenizer_files: Mapping[str, Path | bytes],
     out: Path,
     *,
     max_shard_bytes: int = 5 * 10**9,
@@ -130,7 +130,7 @@ def export_huggingface(
     Args:
         config: model_config.yaml.
         reader: the weights; padding of the vocabulary is not exported.
-        tokenizer_files: file name to file, copied as they are; empty where the model has no tokenizer.
+        tokenizer_files: file name to file or content; empty where the model has no tokenizer.
         out: the folder to write; it appears when it is complete.
         max_shard_bytes: weights beyond this are split into shards.
         overwrite: whether an existing folder is replaced.
@@ -149,9 +149,9 @@ def export_huggingface(
         generation_config = (config.get("huggingface") or {}).get("generation_config")
         if generation_config is not None:
             _write_json(staging / "generation_config.json", generation_config)
-        for name, path in tokenizer_files.items():
+        for name, content in tokenizer_files.items():
             (staging / name).parent.mkdir(exist_ok=True)
-            shutil.copyfile(path, staging / name)
+            (staging / name).write_bytes(content if isinstance(content, bytes) else content.read_bytes())
         _write_weights(staging, entries, reader, dims_of(config), max_shard_bytes)
         staging.chmod(0o755)
         replace_folder(staging, out)
@@ -177,15 +177,19 @@ def _entries(family: Family, config: dict[str, Any]) -> list[_Entry]:
     """Every tensor of the model in order of layers; the embedding is the first."""
     dims = dims_of(config)
     entries = [_entry(rule, dims) for rule in family.outer]
-    kinds = ("weight", "bias") if config["bias"] else ("weight",)
     for layer in range(dims.layers):
         for rule in family.layer:
-            entries += [
-                _entry(rule, dims, layer=layer, kind=kind) for kind in (kinds if rule.linear else ("",))
-            ]
+            entries += [_entry(rule, dims, layer=layer, kind=kind) for kind in _kinds(rule, config)]
     if not config["share_embeddings_and_output_weights"]:
         entries.append(_entry(family.head, dims))
     return entries
+
+
+def _kinds(rule: Rule, config: dict[str, Any]) -> tuple[str, ...]:
+    """What its name is followed by: a linear layer has a weight and may have a bias."""
+    if not rule.biased_by:
+        return ("",)
+    return ("weight", "bias") if any(config.get(key) for key in rule.biased_by) else ("weight",)
 
 
 def _entry(rule: Rule, dims: Dims, *, layer: int = 0, kind: str = "") -> _Entry:

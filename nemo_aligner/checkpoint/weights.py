@@ -32,6 +32,7 @@ _LAYER_MODULES_WITH_STATE = (
     "mlp.linear_fc1",
     "mlp.linear_fc2",
 )
+_HEAD_NORMS = ("self_attention.q_layernorm", "self_attention.k_layernorm")
 
 
 def save_weights(
@@ -71,7 +72,8 @@ def save_weights(
         for key, dtypes in layers_of.items():
             if missing := sorted(set(range(num_layers)) - dtypes.keys()):
                 raise UserError(f"{key} is missing in layers {missing}", cure="convert a complete model")
-        for module in _LAYER_MODULES_WITH_STATE:
+        head_norms = [m for m in _HEAD_NORMS if f"{_PREFIX}decoder.layers.{m}.weight" in layers_of]
+        for module in (*_LAYER_MODULES_WITH_STATE, *head_norms):
             for layer in range(num_layers):
                 writer.add_object(
                     f"{_PREFIX}decoder.layers.{module}._extra_state/shard_{layer}_{num_layers}", [None]

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Llama 2, 3 and 3.x, and the models that share their architecture (SmolLM2, ...)."""
 
-from nemo_aligner.checkpoint.mappings.table import QKV, Copy, Family, GatedMLP, Key
+from nemo_aligner.checkpoint.mappings.table import DERIVED, QKV, Copy, Family, GatedMLP, Key
 
-__all__ = ["KEYS", "LAYER", "LLAMA", "NEMO", "OUTER", "OUTPUT"]
+__all__ = ["ATTENTION", "KEYS", "LAYER", "LLAMA", "MLP_OUTPUT", "NEMO", "OUTER", "OUTPUT"]
 
 KEYS = (
     Key("vocab_size", "vocab_size"),
@@ -12,7 +12,7 @@ KEYS = (
     Key("intermediate_size", "ffn_hidden_size"),
     Key("num_attention_heads", "num_attention_heads"),
     Key("num_key_value_heads", "num_query_groups", None),
-    Key("head_dim", "kv_channels", None),
+    Key("head_dim", "kv_channels", DERIVED),
     Key("max_position_embeddings", "max_position_embeddings", 2048),
     Key("rms_norm_eps", "layernorm_epsilon", 1e-6),
     Key("initializer_range", "init_method_std", 0.02),
@@ -35,12 +35,7 @@ OUTER = (
     Copy("decoder.final_layernorm.weight", "model.norm.weight", ("hidden",)),
 )
 
-LAYER = (
-    Copy(
-        "decoder.layers.{i}.self_attention.linear_qkv.layer_norm_weight",
-        "model.layers.{i}.input_layernorm.weight",
-        ("hidden",),
-    ),
+ATTENTION = (
     QKV(
         "decoder.layers.{i}.self_attention.linear_qkv",
         q="model.layers.{i}.self_attn.q_proj",
@@ -51,8 +46,24 @@ LAYER = (
         "decoder.layers.{i}.self_attention.linear_proj",
         "model.layers.{i}.self_attn.o_proj",
         ("hidden", "query"),
-        linear=True,
+        biased_by=("bias",),
     ),
+)
+
+MLP_OUTPUT = Copy(
+    "decoder.layers.{i}.mlp.linear_fc2",
+    "model.layers.{i}.mlp.down_proj",
+    ("hidden", "ffn"),
+    biased_by=("bias",),
+)
+
+LAYER = (
+    Copy(
+        "decoder.layers.{i}.self_attention.linear_qkv.layer_norm_weight",
+        "model.layers.{i}.input_layernorm.weight",
+        ("hidden",),
+    ),
+    *ATTENTION,
     Copy(
         "decoder.layers.{i}.mlp.linear_fc1.layer_norm_weight",
         "model.layers.{i}.post_attention_layernorm.weight",
@@ -63,9 +74,7 @@ LAYER = (
         gate="model.layers.{i}.mlp.gate_proj",
         up="model.layers.{i}.mlp.up_proj",
     ),
-    Copy(
-        "decoder.layers.{i}.mlp.linear_fc2", "model.layers.{i}.mlp.down_proj", ("hidden", "ffn"), linear=True
-    ),
+    MLP_OUTPUT,
 )
 
 OUTPUT = Copy("output_layer.weight", "lm_head.weight", ("vocab", "hidden"))

@@ -2,22 +2,20 @@
 """Mistral: Llama's weights without biases, with a sliding attention window."""
 
 from nemo_aligner.checkpoint.mappings.llama import KEYS, LAYER, NEMO, OUTER, OUTPUT
-from nemo_aligner.checkpoint.mappings.table import Family, Key
+from nemo_aligner.checkpoint.mappings.table import Family, Key, with_own
 
 __all__ = ["MISTRAL"]
-
-_OWN_DEFAULTS = (
-    Key("num_key_value_heads", "num_query_groups", 8),
-    Key("max_position_embeddings", "max_position_embeddings", 4096 * 32),
-    Key("sliding_window", "window_size", 4096),
-)
 
 MISTRAL = Family(
     architecture="MistralForCausalLM",
     model_type="mistral",
-    keys=(*(key for key in KEYS if key.hf not in {own.hf for own in _OWN_DEFAULTS}), *_OWN_DEFAULTS),
+    keys=with_own(
+        KEYS,
+        Key("num_key_value_heads", "num_query_groups", 8),
+        Key("max_position_embeddings", "max_position_embeddings", 4096 * 32),
+        Key("sliding_window", "window_size", 4096),
+    ),
     must_be={"hidden_act": "silu", "layer_types": None},
-    bias_keys=(),
     nemo=NEMO,
     outer=OUTER,
     layer=LAYER,

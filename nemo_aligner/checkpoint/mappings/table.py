@@ -6,15 +6,17 @@ A weight rule names one canonical tensor and the Hugging Face tensors it is made
 layer. Every ``join`` has its ``split``, and one undoes the other bit for bit. Knows no file format.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-__all__ = ["QKV", "REQUIRED", "Copy", "Dims", "Family", "GatedMLP", "Key", "Rule"]
+__all__ = ["DERIVED", "QKV", "REQUIRED", "Copy", "Dims", "Family", "GatedMLP", "Key", "Rule", "with_own"]
 
 REQUIRED = object()
+DERIVED = object()  # absent from config.json where it follows from the other sizes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,18 +46,16 @@ Shape = tuple[int, ...]
 
 
 class Rule(Protocol):
-    """One canonical weight. A linear rule stands for a weight and, in families with biases, a bias of as
-    many rows.
-    """
+    """One canonical weight; a linear layer's stands for its bias of as many rows too, where it has one."""
 
     @property
     def nemo(self) -> str:
-        """The canonical name; a linear rule's lacks ".weight"."""
+        """The canonical name; a linear layer's lacks ".weight"."""
         ...
 
     @property
-    def linear(self) -> bool:
-        """Whether a bias may belong to it."""
+    def biased_by(self) -> tuple[str, ...]:
+        """The keys of model_config.yaml any of which gives it a bias; empty where it is no linear layer."""
         ...
 
     def sources(self, dims: Dims) -> dict[str, Shape]:
@@ -82,7 +82,7 @@ class Copy:
     nemo: str
     hf: str
     axes: tuple[str, ...]
-    linear: bool = False
+    biased_by: tuple[str, ...] = ()
 
     def sources(self, dims: Dims) -> dict[str, Shape]:
         """See Rule."""
@@ -109,7 +109,7 @@ class QKV:
     q: str
     k: str
     v: str
-    linear: bool = True
+    biased_by: tuple[str, ...] = ("bias", "qkv_bias")
 
     def sources(self, dims: Dims) -> dict[str, Shape]:
         """See Rule."""
@@ -139,7 +139,7 @@ class GatedMLP:
     nemo: str
     gate: str
     up: str
-    linear: bool = True
+    biased_by: tuple[str, ...] = ("bias",)
 
     def sources(self, dims: Dims) -> dict[str, Shape]:
         """See Rule."""
@@ -169,18 +169,45 @@ class Key:
     default: Any = REQUIRED
 
 
+def with_own(keys: Iterable[Key], *own: Key) -> tuple[Key, ...]:
+    """``keys`` with a family's own in place of those of the same name in config.json."""
+    return (*(key for key in keys if key.hf not in {key.hf for key in own}), *own)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Family:
-    """Everything that is particular to one Hugging Face architecture."""
+    """Everything that is particular to one Hugging Face architecture.
+
+    Attributes:
+        keys: what config.json and model_config.yaml both say.
+        must_be: config.json's keys that change the computation, with the one value that is supported; None
+            stands for their absence.
+        bias_keys: config.json's keys that switch biases on; all or none of them.
+        rotary_share: the rotated share of each head where config.json has no partial_rotary_factor; None
+            where the whole head is rotated in every model of the family.
+        window_by_layer: whether config.json says of each layer if it has the sliding window.
+        nemo: what is the same in every model of the family.
+        head: the output layer, stored only where the embedding is not shared.
+    """
 
     architecture: str
     model_type: str
     keys: tuple[Key, ...]
-    must_be: dict[
-        str, Any
-    ]  # config.json keys that change the computation, with the one value that is supported
-    bias_keys: tuple[str, ...]  # config.json keys that switch biases on; all or none of them
-    nemo: dict[str, Any]  # what is the same in every model of the family
+    must_be: dict[str, Any]
+    bias_keys: tuple[str, ...] = ()
+    rotary_share: float | None = None
+    window_by_layer: bool = False
+    nemo: dict[str, Any]
     outer: tuple[Rule, ...]
     layer: tuple[Rule, ...]
-    head: Rule  # stored only where the embedding is not shared
+    head: Rule
+
+    @property
+    def free(self) -> set[str]:
+        """The keys of model_config.yaml that config.json can express any value of."""
+        optional = {
+            "bias": bool(self.bias_keys),
+            "rotary_percentage": self.rotary_share is not None,
+            "window_size": self.window_by_layer,
+        }
+        return {key.nemo for key in self.keys} | {name for name, free in optional.items() if free}

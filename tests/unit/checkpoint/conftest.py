@@ -1,21 +1,27 @@
 # SPDX-License-Identifier: Apache-2.0
 """Tiny Hugging Face folders, written by transformers, with weights that no two layers share."""
 
+import io
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import sentencepiece
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers.implementations import ByteLevelBPETokenizer
 from transformers import (
+    AutoModelForCausalLM,
     GenerationConfig,
     LlamaConfig,
-    LlamaForCausalLM,
     MistralConfig,
-    MistralForCausalLM,
+    NemotronConfig,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen3Config,
 )
 
 SIZES = {
@@ -35,7 +41,7 @@ LLAMA3_ROPE = {
     "original_max_position_embeddings": 16,
 }
 LINEAR_ROPE = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 2.0}
-CONFIGS: dict[str, Callable[[], LlamaConfig | MistralConfig]] = {
+CONFIGS: dict[str, Callable[[], PreTrainedConfig]] = {
     "llama2": lambda: LlamaConfig(**SIZES),
     "llama3": lambda: LlamaConfig(**SIZES, num_key_value_heads=2, rope_parameters=LLAMA3_ROPE),
     "llama-linear": lambda: LlamaConfig(**SIZES, rope_parameters=LINEAR_ROPE, head_dim=16),
@@ -46,13 +52,27 @@ CONFIGS: dict[str, Callable[[], LlamaConfig | MistralConfig]] = {
     ),
     "mistral": lambda: MistralConfig(**SIZES, num_key_value_heads=2, sliding_window=7, head_dim=12),
     "mistral-full": lambda: MistralConfig(**SIZES, num_key_value_heads=4, sliding_window=None),
+    "qwen2": lambda: Qwen2Config(**SIZES, num_key_value_heads=2, rope_parameters=LINEAR_ROPE),
+    "qwen2-window": lambda: Qwen2Config(
+        **SIZES, num_key_value_heads=4, use_sliding_window=True, sliding_window=7, max_window_layers=0
+    ),
+    "qwen3": lambda: Qwen3Config(**SIZES, num_key_value_heads=2, head_dim=12, rope_parameters=LLAMA3_ROPE),
+    "qwen3-tied": lambda: Qwen3Config(**SIZES, num_key_value_heads=4, head_dim=8, tie_word_embeddings=True),
+    "nemotron": lambda: NemotronConfig(**SIZES, num_key_value_heads=2, rope_parameters=dict(LLAMA3_ROPE)),
+    "nemotron-bias": lambda: NemotronConfig(
+        **SIZES,
+        num_key_value_heads=4,
+        attention_bias=True,
+        mlp_bias=True,
+        head_dim=16,
+        partial_rotary_factor=0.25,
+    ),
 }
 
 
 def build(name: str, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
     """A model of CONFIGS with random norms and biases too."""
-    config = CONFIGS[name]()
-    model = MistralForCausalLM(config) if isinstance(config, MistralConfig) else LlamaForCausalLM(config)
+    model = AutoModelForCausalLM.from_config(CONFIGS[name]())
     generator = torch.Generator().manual_seed(7)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -77,6 +97,36 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     )
     fast.chat_template = "{% for message in messages %}{{ message['content'] }}</s>{% endfor %}"
     return fast
+
+
+CORPUS = ["the lamp is lit", "the capital of France", "one two three"] * 5
+
+
+@pytest.fixture(scope="session")
+def sentencepiece_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small SentencePiece model."""
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(CORPUS),
+        model_writer=model,
+        model_type="bpe",
+        vocab_size=60,
+        hard_vocab_limit=False,
+        minloglevel=2,
+    )
+    path = tmp_path_factory.mktemp("sentencepiece") / "tokenizer.model"
+    path.write_bytes(model.getvalue())
+    return path
+
+
+@pytest.fixture(scope="session")
+def gpt2_files(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """vocab.json and merges.txt of a byte-level BPE, as GPT-2's."""
+    bpe = ByteLevelBPETokenizer()
+    bpe.train_from_iterator(CORPUS, vocab_size=300, special_tokens=["<|endoftext|>"], show_progress=False)
+    folder = tmp_path_factory.mktemp("gpt2")
+    vocab, merges = bpe.save_model(str(folder))
+    return Path(vocab), Path(merges)
 
 
 @pytest.fixture

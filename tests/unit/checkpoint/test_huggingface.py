@@ -19,7 +19,10 @@ from nemo_aligner.checkpoint.nemo_archive import open_nemo
 from nemo_aligner.checkpoint.weights import WeightReader
 from nemo_aligner.errors import UserError
 
-NAMES = ["llama2", "llama3", "llama-linear", "llama-bias", "smollm2", "mistral", "mistral-full"]
+NAMES = [
+    *("llama2", "llama3", "llama-linear", "llama-bias", "smollm2", "mistral", "mistral-full"),
+    *("qwen2", "qwen2-window", "qwen3", "qwen3-tied", "nemotron", "nemotron-bias"),
+]
 TOKENS = torch.arange(40).reshape(1, 40) % 101
 
 
@@ -155,6 +158,45 @@ def test_older_rope_keys_are_read(hf_folder: Callable[..., Path], tmp_path: Path
     assert torch.equal(logits(tmp_path / "out"), expected)
 
 
+@pytest.mark.parametrize(
+    ("stored", "window"),
+    [
+        ({"use_sliding_window": False, "sliding_window": 9, "max_window_layers": 1}, None),
+        ({"use_sliding_window": True, "sliding_window": 9, "max_window_layers": 3}, None),
+        ({"use_sliding_window": True, "sliding_window": None, "max_window_layers": 0}, None),
+        ({"use_sliding_window": True, "sliding_window": 9, "max_window_layers": 0}, 9),
+        ({"use_sliding_window": True, "sliding_window": 9, "layer_types": ["sliding_attention"] * 3}, 9),
+    ],
+)
+def test_sliding_window_of_qwen(hf_folder: Callable[..., Path], stored: dict[str, Any], window: int | None):
+    source = hf_folder("qwen2", tokenizer=False)
+    edit_json(source / "config.json", **{"layer_types": ...} | stored)
+    assert import_huggingface(source).config["window_size"] == window
+
+
+def test_older_keys_of_nemotron_are_read(hf_folder: Callable[..., Path], tmp_path: Path):
+    source = hf_folder("nemotron-bias", tokenizer=False)
+    share = {"partial_rotary_factor": 0.25, "rope_theta": 10000.0, "rope_parameters": ...}
+    edit_json(source / "config.json", **share)
+    assert import_huggingface(source).config["rotary_percentage"] == 0.25
+    edit_json(source / "config.json", partial_rotary_factor=...)
+    assert import_huggingface(source).config["rotary_percentage"] == 0.5
+    import_from_huggingface(source, str(tmp_path / "x.nemo"))
+    export_to_huggingface(tmp_path / "x.nemo", tmp_path / "out")
+    exported = json.loads((tmp_path / "out/config.json").read_text())
+    assert exported["partial_rotary_factor"] == exported["rope_parameters"]["partial_rotary_factor"] == 0.5
+
+
+def test_no_padding_of_the_vocabulary_is_exported(hf_folder: Callable[..., Path], tmp_path: Path):
+    for name in ("qwen2", "qwen3-tied", "nemotron"):
+        source, nemo, out = hf_folder(name), tmp_path / f"{name}.nemo", tmp_path / name
+        import_from_huggingface(source, str(nemo))
+        with open_nemo(nemo) as archive:
+            assert WeightReader(archive.weights).shape("embedding.word_embeddings.weight") == (128, 32)
+        export_to_huggingface(nemo, out)
+        assert state(out)["model.embed_tokens.weight"].shape == (101, 32)
+
+
 def test_a_stored_copy_of_a_tied_head_is_accepted_if_equal(hf_folder: Callable[..., Path]):
     source = hf_folder("smollm2")
     tensors = load_file(source / "model.safetensors")
@@ -185,6 +227,23 @@ def test_a_stored_copy_of_a_tied_head_is_accepted_if_equal(hf_folder: Callable[.
         ("llama2", {"num_hidden_layers": 2}, r"does not have: model\.layers\.2"),
         ("llama2", {"vocab_size": 100}, r"embed_tokens\.weight has shape \(101, 32\)"),
         ("mistral", {"layer_types": ["full_attention"]}, "layer_types"),
+        (
+            "qwen2",
+            {"use_sliding_window": True, "sliding_window": 9, "max_window_layers": 1, "layer_types": None},
+            r"9 tokens is on 2 of its 3 layers[\s\S]*\"use_sliding_window\": false",
+        ),
+        (
+            "qwen3",
+            {
+                "use_sliding_window": True,
+                "sliding_window": 9,
+                "layer_types": ["full_attention", "sliding_attention", "sliding_attention"],
+            },
+            "on 2 of its 3 layers",
+        ),
+        ("qwen3", {"attention_bias": True}, "attention_bias=True"),
+        ("nemotron", {"hidden_act": "silu"}, "hidden_act=silu"),
+        ("nemotron-bias", {"mlp_bias": False}, "'attention_bias': True, 'mlp_bias': False"),
     ],
 )
 def test_what_cannot_be_imported_is_refused(
@@ -222,7 +281,13 @@ def test_damaged_and_foreign_folders_are_refused(hf_folder: Callable[..., Path],
     [
         ({"normalization": "layernorm1p"}, "normalization=layernorm1p"),
         ({"activation": "squared-relu"}, "activation=squared-relu"),
-        ({"window_size": 5}, "no window_size"),
+        ({"window_size": 5}, r"window_size=5[\s\S]*huggingface\.architecture: MistralForCausalLM"),
+        ({"qkv_bias": True}, r"qkv_bias=True[\s\S]*Qwen2ForCausalLM"),
+        ({"qk_layernorm": True}, r"qk_layernorm=True[\s\S]*Qwen3ForCausalLM"),
+        (
+            {"rotary_percentage": 0.5},
+            r"rotary_percentage=0\.5, it has 1\.0[\s\S]*Cure: .*NemotronForCausalLM",
+        ),
         ({"seq_len_interpolation_factor": 2}, "seq_len_interpolation_factor=2"),
         ({"vocab_size": 300}, "embedding.word_embeddings.weight has shape"),
         ({"num_layers": 4}, r"lacks tensors: decoder\.layers\.3"),
@@ -239,8 +304,9 @@ def test_what_cannot_be_exported_is_refused(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["hf", "x"]
 
 
-def test_a_model_that_names_no_family_is_exported(hf_folder: Callable[..., Path], tmp_path: Path):
-    source = hf_folder("mistral")
+@pytest.mark.parametrize("name", ["mistral", "qwen2", "qwen2-window", "qwen3", "nemotron", "nemotron-bias"])
+def test_a_model_that_names_no_family_is_exported(hf_folder: Callable[..., Path], tmp_path: Path, name: str):
+    source = hf_folder(name)
     import_from_huggingface(source, f"{tmp_path}/x/")
     with open_nemo(tmp_path / "x") as archive:
         del archive.config["huggingface"]

@@ -12,10 +12,12 @@ from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     LlamaConfig,
-    LlamaForCausalLM,
     MistralConfig,
-    MistralForCausalLM,
+    NemotronConfig,
+    PreTrainedConfig,
     PreTrainedModel,
+    Qwen2Config,
+    Qwen3Config,
 )
 
 from nemo_aligner.batch import TokenBatch
@@ -44,7 +46,7 @@ LLAMA3 = {
     "original_max_position_embeddings": 16,
 }
 LINEAR = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 2.0}
-FAMILIES: dict[str, Callable[[], LlamaConfig | MistralConfig]] = {
+FAMILIES: dict[str, Callable[[], PreTrainedConfig]] = {
     "llama2": lambda: LlamaConfig(**SIZES),
     "llama3": lambda: LlamaConfig(**SIZES, num_key_value_heads=2, rope_parameters=LLAMA3),
     "llama-linear": lambda: LlamaConfig(**SIZES, rope_parameters=LINEAR),
@@ -54,13 +56,28 @@ FAMILIES: dict[str, Callable[[], LlamaConfig | MistralConfig]] = {
         **SIZES, num_key_value_heads=2, tie_word_embeddings=True, rms_norm_eps=1e-5
     ),
     "mistral": lambda: MistralConfig(**SIZES, num_key_value_heads=2, sliding_window=7, head_dim=16),
+    "qwen2": lambda: Qwen2Config(**SIZES, num_key_value_heads=2, rope_parameters=LINEAR),
+    "qwen2-window": lambda: Qwen2Config(
+        **SIZES, num_key_value_heads=4, use_sliding_window=True, sliding_window=7, max_window_layers=0
+    ),
+    "qwen3": lambda: Qwen3Config(**SIZES, num_key_value_heads=2, head_dim=12, rope_parameters=LLAMA3),
+    "qwen3-tied": lambda: Qwen3Config(**SIZES, num_key_value_heads=4, head_dim=8, tie_word_embeddings=True),
+    "nemotron": lambda: NemotronConfig(**SIZES, num_key_value_heads=2, rope_parameters=dict(LLAMA3)),
+    "nemotron-bias": lambda: NemotronConfig(
+        **SIZES,
+        num_key_value_heads=4,
+        attention_bias=True,
+        mlp_bias=True,
+        head_dim=16,
+        partial_rotary_factor=0.25,
+    ),
 }
 LENGTHS = (60, 3, 41)  # beyond the original context of the stretched ropes and beyond the sliding window
 
 
-def reference(config: LlamaConfig | MistralConfig) -> PreTrainedModel:
+def reference(config: PreTrainedConfig) -> PreTrainedModel:
     """transformers' model with weights at another scale than the initial one, norms and biases not trivial."""
-    model = (MistralForCausalLM if isinstance(config, MistralConfig) else LlamaForCausalLM)(config)
+    model = AutoModelForCausalLM.from_config(config)
     draw = torch.Generator().manual_seed(11)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -130,7 +147,7 @@ def test_rows_depend_neither_on_padding_nor_on_neighbours(
         )
 
 
-@pytest.mark.parametrize("family", ["llama3", "smollm2", "mistral"])
+@pytest.mark.parametrize("family", ["llama3", "smollm2", "mistral", "qwen2", "qwen3", "nemotron"])
 def test_what_we_saved_gives_transformers_the_same_logits(
     family: str,
     tmp_path: Path,
