@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""NeMo's layouts from before distributed checkpoints: one model_weights.ckpt, with Megatron's older names
-or mcore's.
+"""What NeMo wrote: one model_weights.ckpt, with Megatron's older names or mcore's, or a distributed checkpoint
+whose config leaves the vocabulary to the tokenizer.
 
-Only the names and a few config keys differ from today's; query, key and value rows are interleaved by head
-in both.
+Only the names and a few config keys differ from ours; query, key and value rows are interleaved by head in all.
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +18,18 @@ from nemo_aligner.checkpoint.huggingface import ImportedModel
 from nemo_aligner.checkpoint.nemo_archive import NemoArchive
 from nemo_aligner.checkpoint.progress import Progress
 from nemo_aligner.checkpoint.tensor_files import load_pickled
-from nemo_aligner.checkpoint.weights import precision_of
-from nemo_aligner.data.tokenizer import load_tokenizer
+from nemo_aligner.checkpoint.tokenizer_files import (
+    TOKENIZER_FOLDER,
+    archived_tokenizer_files,
+    describe_tokenizer,
+    load_archived_tokenizer,
+)
+from nemo_aligner.checkpoint.weights import WeightReader, precision_of
 from nemo_aligner.errors import UserError
 
 __all__ = ["import_legacy"]
+
+_Tensors = dict[str, Callable[[], Tensor]]  # canonical name to what reads the tensor
 
 _OUTER_NAMES = {
     "language_model.embedding.word_embeddings.weight": "embedding.word_embeddings.weight",
@@ -66,31 +73,55 @@ _ONE_RANK = (
 
 
 def import_legacy(archive: NemoArchive) -> ImportedModel:
-    """The model of an extracted .nemo that holds model_weights.ckpt or mp_rank_00/model_weights.ckpt.
+    """The model of an extracted .nemo that NeMo wrote.
 
     Raises:
-        UserError: the weights are split over ranks, are already a distributed checkpoint, hold more than
-            tensors, or have names that no GPT of NeMo has.
+        UserError: the weights are split over ranks, can be used as they are, hold more than tensors, or have
+            names that no GPT of NeMo has.
     """
-    state = load_pickled(_weights_file(archive))
-    tensors = dict(_canonical(state, str(archive.source)))
+    tensors = _distributed_tensors(archive) if _is_distributed(archive) else _pickled_tensors(archive)
     _check_complete(tensors, archive)
     config = _upgrade_config(archive, tensors)
+    in_hugging_face_form: dict[str, Path | bytes] = {}
+    if (config.get("tokenizer") or {}).get("library") == "megatron":
+        found = archived_tokenizer_files(archive)
+        in_hugging_face_form = {f"{TOKENIZER_FOLDER}/{name}": content for name, content in found.items()}
+        config["tokenizer"] = describe_tokenizer(found, str(archive.source))
     files: dict[str, Path | bytes] = {
         path.relative_to(archive.folder).as_posix(): path
         for path in sorted(archive.folder.rglob("*"))
-        if path.is_file() and path.name not in ("model_config.yaml", "model_weights.ckpt")
+        if path.is_file()
+        and path.name not in ("model_config.yaml", "model_weights.ckpt")
+        and archive.weights not in path.parents
     }
-    return ImportedModel(config=config, weights=_read_all(tensors, config["vocab_size"]), files=files)
+    weights = _read_all(tensors, config["vocab_size"])
+    return ImportedModel(config=config, weights=weights, files=files | in_hugging_face_form)
 
 
-def _weights_file(archive: NemoArchive) -> Path:
-    folder = archive.folder
-    if (folder / "model_weights" / "metadata.json").is_file():
+def _is_distributed(archive: NemoArchive) -> bool:
+    if not (archive.weights / "metadata.json").is_file():
+        return False
+    if archive.config.get("vocab_size"):
         raise UserError(
             f"{archive.source} is a distributed checkpoint already",
             cure="use it as it is; no conversion is needed",
         )
+    return True
+
+
+def _distributed_tensors(archive: NemoArchive) -> _Tensors:
+    reader = WeightReader(archive.weights)
+    names = [name for name in reader.names() if not name.endswith("_extra_state")]
+    return {_canonical_name(name, str(archive.source)): partial(reader.read, name) for name in names}
+
+
+def _pickled_tensors(archive: NemoArchive) -> _Tensors:
+    state = load_pickled(_weights_file(archive))
+    return {name: tensor.detach for name, tensor in _canonical(state, str(archive.source))}
+
+
+def _weights_file(archive: NemoArchive) -> Path:
+    folder = archive.folder
     ranks = sorted(folder.glob("*_rank_*/model_weights.ckpt"))
     if len(ranks) > 1:
         names = [path.parent.name for path in ranks]
@@ -135,7 +166,7 @@ def _canonical_name(name: str, where: str) -> str:
     return f"decoder.layers.{match[1]}.{_LAYER_NAMES[match[2]]}"
 
 
-def _check_complete(tensors: dict[str, Tensor], archive: NemoArchive) -> None:
+def _check_complete(tensors: _Tensors, archive: NemoArchive) -> None:
     """Raises UserError unless the layers are those that the config counts, each with all of its weights."""
     num_layers = archive.config.get("num_layers")
     if not isinstance(num_layers, int):
@@ -157,14 +188,14 @@ def _check_complete(tensors: dict[str, Tensor], archive: NemoArchive) -> None:
         )
 
 
-def _upgrade_config(archive: NemoArchive, tensors: dict[str, Tensor]) -> dict[str, Any]:
+def _upgrade_config(archive: NemoArchive, tensors: _Tensors) -> dict[str, Any]:
     """The config with what today's has beyond it."""
     config = dict(archive.config)
     if config.get("megatron_legacy"):
         raise UserError(
             f"{archive.source}: megatron_legacy=true is not supported", cure="convert a newer checkpoint"
         )
-    embedding = tensors["embedding.word_embeddings.weight"]
+    embedding = tensors["embedding.word_embeddings.weight"]()
     config["mcore_gpt"] = True
     config["precision"] = precision_of(embedding.dtype, str(archive.source))
     config.setdefault("share_embeddings_and_output_weights", "output_layer.weight" not in tensors)
@@ -177,15 +208,13 @@ def _upgrade_config(archive: NemoArchive, tensors: dict[str, Tensor]) -> dict[st
 
 def _vocab_size(archive: NemoArchive, num_rows: int) -> int:
     """The tokenizer's, where it is in the archive; else all rows, padding included."""
-    section = archive.config.get("tokenizer") or {}
-    if section.get("library") != "sentencepiece" or not section.get("model"):
-        return num_rows
-    return min(num_rows, load_tokenizer("sentencepiece", archive.file(section["model"])).vocab_size)
+    tokenizer = load_archived_tokenizer(archive) if archived_tokenizer_files(archive) else None
+    return num_rows if tokenizer is None else min(num_rows, tokenizer.vocab_size)
 
 
-def _read_all(tensors: dict[str, Tensor], vocab_size: int) -> Iterator[tuple[str, Tensor]]:
+def _read_all(tensors: _Tensors, vocab_size: int) -> Iterator[tuple[str, Tensor]]:
     progress = Progress("converting", total=len(tensors), unit="tensors")
-    for name, tensor in tensors.items():
+    for name, read in tensors.items():
         is_vocabulary = name in ("embedding.word_embeddings.weight", "output_layer.weight")
-        yield name, tensor[:vocab_size] if is_vocabulary else tensor
+        yield name, read()[:vocab_size] if is_vocabulary else read()
         progress.advance()

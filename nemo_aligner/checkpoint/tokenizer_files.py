@@ -1,17 +1,25 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A model's tokenizer as files: which files of a Hugging Face folder belong to it, and whether they load."""
+"""A model's tokenizer as files: which files of a Hugging Face folder or of a .nemo belong to it, and loading them."""
 
+import contextlib
+import json
 import logging
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from nemo_aligner.checkpoint.nemo_archive import NemoArchive
-from nemo_aligner.data.tokenizer import load_tokenizer
+from nemo_aligner.data.tokenizer import Tokenizer, load_tokenizer
 from nemo_aligner.errors import UserError
 
-__all__ = ["TOKENIZER_FOLDER", "archived_tokenizer_files", "describe_tokenizer", "find_tokenizer_files"]
+__all__ = [
+    "TOKENIZER_FOLDER",
+    "archived_tokenizer_files",
+    "describe_tokenizer",
+    "find_tokenizer_files",
+    "load_archived_tokenizer",
+]
 
 TOKENIZER_FOLDER = "tokenizer"
 
@@ -29,6 +37,11 @@ _TOKENIZER_FILES = (
     "vocab.txt",
 )
 
+_GPT2_NAMES = (
+    "GPT2BPETokenizer",
+    "megatron-gpt-345m",
+)  # GPT-2's byte-level BPE, in NeMo's ``library: megatron``
+
 _log = logging.getLogger(__name__)
 
 
@@ -39,17 +52,63 @@ def find_tokenizer_files(folder: Path) -> dict[str, Path]:
     return {path.relative_to(folder).as_posix(): path for path in files if path.is_file()}
 
 
-def archived_tokenizer_files(archive: NemoArchive) -> dict[str, Path]:
-    """The tokenizer's files in a .nemo, by the names that they have in a Hugging Face folder."""
-    section = archive.config.get("tokenizer") or {}
-    if section.get("library") == "sentencepiece" and section.get("model"):
-        model = archive.file(section["model"])
-        beside = find_tokenizer_files(model.parent) if model.parent != archive.folder else {}
-        return beside | {"tokenizer.model": model}
-    if section.get("library") == "huggingface" and (archive.folder / TOKENIZER_FOLDER).is_dir():
-        return find_tokenizer_files(archive.file(section["type"]))
-    _log.warning("%s holds no tokenizer files; the Hugging Face folder will have none", archive.source)
+def archived_tokenizer_files(archive: NemoArchive) -> dict[str, Path | bytes]:
+    """The tokenizer's files in a .nemo, by the names that they have in a Hugging Face folder.
+
+    Raises:
+        UserError: a file that the config names is missing, or tokens beyond the files are asked for.
+    """
+    section = _section(archive)
+    match section.get("library"):
+        case "sentencepiece" if section.get("model"):
+            model = archive.file(section["model"])
+            beside = find_tokenizer_files(model.parent) if model.parent != archive.folder else {}
+            return {**beside, "tokenizer.model": model}
+        case "huggingface" if section.get("type") and (archive.folder / section["type"]).is_dir():
+            return {**find_tokenizer_files(archive.file(section["type"]))}
+        case "megatron" if (
+            section.get("type") in _GPT2_NAMES and section.get("vocab_file") and section.get("merge_file")
+        ):
+            return {**_gpt2_files(archive.file(section["vocab_file"]), archive.file(section["merge_file"]))}
+    _log.warning("%s holds no tokenizer files", archive.source)
     return {}
+
+
+def load_archived_tokenizer(archive: NemoArchive) -> Tokenizer | None:
+    """The tokenizer of a .nemo; None where its config names none.
+
+    Raises:
+        UserError: its files are not in the .nemo, do not load, or mean something that is not supported.
+    """
+    section = _section(archive)
+    if not section:
+        return None
+    match section.get("library"):
+        case "sentencepiece" if section.get("model"):
+            return load_tokenizer("sentencepiece", archive.file(section["model"]))
+        case "huggingface" if section.get("type") and (archive.folder / section["type"]).is_dir():
+            return load_tokenizer("huggingface", archive.file(section["type"]))
+        case "megatron" if files := archived_tokenizer_files(archive):
+            with _as_folder(files) as folder:
+                return load_tokenizer("huggingface", folder)
+    named = {name: value for name, value in section.items() if value is not None}
+    raise UserError(
+        f"{archive.source}: its tokenizer is not in it, or is of a kind that is not supported: {named}",
+        cure="extract it (tar xf), put the tokenizer's files into a folder in it, and name that in its "
+        f"model_config.yaml: library: huggingface, type: {TOKENIZER_FOLDER}",
+    )
+
+
+def _section(archive: NemoArchive) -> dict[str, Any]:
+    section = archive.config.get("tokenizer") or {}
+    for name in ("special_tokens", "additional_special_tokens"):
+        if section.get(name):
+            raise UserError(
+                f"{archive.source}: tokenizer.{name}={section[name]} in its model_config.yaml is not supported",
+                cure="put a Hugging Face tokenizer that has these tokens into its folder, as library: huggingface "
+                f"and type: {TOKENIZER_FOLDER}",
+            )
+    return section
 
 
 def describe_tokenizer(files: Mapping[str, Path | bytes], where: str) -> dict[str, Any] | None:
@@ -69,14 +128,29 @@ def _loads_as_huggingface(files: Mapping[str, Path | bytes]) -> bool:
     """Tried on the tokenizer's files alone, as they will lie in the .nemo."""
     if not files:
         return False
-    with tempfile.TemporaryDirectory(prefix="nemo_aligner_") as folder:
-        for name, content in files.items():
-            target = Path(folder) / name
-            target.parent.mkdir(exist_ok=True)
-            target.write_bytes(content if isinstance(content, bytes) else content.read_bytes())
+    with _as_folder(files) as folder:
         try:
             load_tokenizer("huggingface", folder)
         except UserError as error:
             _log.info("the tokenizer does not load: %s", error.problem)
             return False
     return True
+
+
+def _gpt2_files(vocab: Path, merges: Path) -> dict[str, bytes]:
+    """The same tokenizer as tokenizer.json, which loads whatever the model beside it is."""
+    config = json.dumps({"tokenizer_class": "GPT2Tokenizer"}).encode()
+    files = {"vocab.json": vocab, "merges.txt": merges, "tokenizer_config.json": config}
+    with _as_folder(files) as folder:
+        load_tokenizer("huggingface", folder).save(folder / "saved")
+        return {name: path.read_bytes() for name, path in find_tokenizer_files(folder / "saved").items()}
+
+
+@contextlib.contextmanager
+def _as_folder(files: Mapping[str, Path | bytes]) -> Iterator[Path]:
+    with tempfile.TemporaryDirectory(prefix="nemo_aligner_") as folder:
+        for name, content in files.items():
+            target = Path(folder) / name
+            target.parent.mkdir(exist_ok=True)
+            target.write_bytes(content if isinstance(content, bytes) else content.read_bytes())
+        yield Path(folder)

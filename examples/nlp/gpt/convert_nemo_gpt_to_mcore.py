@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Make a .nemo with a distributed checkpoint of an old one (model_weights.ckpt), extracted with tar -xf.
+"""Make a .nemo that is trained here of one that NeMo wrote: in its old layout (model_weights.ckpt), or with a
+distributed checkpoint whose config leaves the vocabulary to the tokenizer.
 
 python examples/nlp/gpt/convert_nemo_gpt_to_mcore.py --in-folder ./model_checkpoint --out-file
 ./mcore_gpt.nemo

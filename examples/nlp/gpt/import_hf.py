@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Make a .nemo of a Hugging Face folder (Llama, SmolLM2, Mistral) or of a GGUF file.
+"""Make a .nemo of a Hugging Face folder (Llama, Mistral, Qwen2, Qwen3, Nemotron) or of a GGUF file.
 
 python examples/nlp/gpt/import_hf.py --in-file HF_FOLDER_OR_GGUF --out-file model.nemo
 """
