@@ -9,8 +9,16 @@ from pathlib import Path
 from typing import Any
 
 from nemo_aligner.checkpoint.model_nemo import save_nemo, shared_nemo
-from nemo_aligner.checkpoint.nemo_archive import NemoArchive
+from nemo_aligner.checkpoint.nemo_archive import CONFIG_NAME, WEIGHTS_NAME, NemoArchive
 from nemo_aligner.checkpoint.sharded import load_model
+from nemo_aligner.checkpoint.training import (
+    TRAINING_NAMES,
+    Checkpoint,
+    TrainingCheckpoints,
+    find_checkpoints,
+    read_checkpoint,
+    remove_unfinished,
+)
 from nemo_aligner.config import ModelConfig, SFTJob
 from nemo_aligner.data.config import SFTDataConfig, SFTSplitConfig
 from nemo_aligner.data.datasets import describe, open_sft
@@ -27,7 +35,16 @@ from nemo_aligner.parallel import collectives, world
 from nemo_aligner.run.experiment import Experiment, ExperimentConfig
 from nemo_aligner.run.progress import heartbeat
 
-__all__ = ["Pretrained", "load_pretrained", "open_experiment", "sft_loaders", "warn_of_schedule"]
+__all__ = [
+    "Pretrained",
+    "load_pretrained",
+    "open_experiment",
+    "resume_point",
+    "save_result",
+    "sft_loaders",
+    "training_checkpoints",
+    "warn_of_schedule",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -41,9 +58,9 @@ class Pretrained:
     config: dict[str, Any]  # model_config.yaml as it is to be saved
     files: dict[str, Path | bytes]  # tokenizer files, by their names within the archive
 
-    def save(self, path: Path) -> None:
+    def save(self, path: Path, *, overwrite: bool = False) -> None:
         """Write the model as it is now. Called by every rank."""
-        save_nemo(self.policy.model, path, config=self.config, files=self.files)
+        save_nemo(self.policy.model, path, config=self.config, files=self.files, overwrite=overwrite)
 
 
 @contextlib.contextmanager
@@ -57,14 +74,78 @@ def open_experiment(job: SFTJob) -> Iterator[Experiment]:
         yield run
 
 
+@world.phase("looking for a checkpoint")
+def resume_point(job: SFTJob, run: Experiment) -> Checkpoint | None:
+    """The checkpoint that the run goes on from: its folder's newest, else the one that the settings name.
+
+    What interrupted saves have left in the folder is removed.
+
+    Raises:
+        UserError: there is none, and the settings ask for one.
+    """
+    found: Checkpoint | UserError | None = None
+    if world.is_logging_rank():
+        try:
+            found = _find(job, run)
+        except UserError as error:
+            found = error
+    found = collectives.broadcast_object(found)
+    if isinstance(found, UserError):
+        raise found
+    return found
+
+
+def _find(job: SFTJob, run: Experiment) -> Checkpoint | None:
+    config = job.exp_manager
+    remove_unfinished(run.checkpoints_folder)
+    named = config.resume_from_checkpoint or job.model.resume_from_checkpoint
+    if config.resume_if_exists and (own := find_checkpoints(run.checkpoints_folder)):
+        return own[-1]
+    if named:
+        return read_checkpoint(Path(named))
+    if config.resume_if_exists and not config.resume_ignore_no_checkpoint:
+        raise UserError(
+            f"there is no checkpoint in {run.checkpoints_folder}, and "
+            "exp_manager.resume_ignore_no_checkpoint=False",
+            cure="set exp_manager.resume_ignore_no_checkpoint=True to start anew",
+        )
+    return None
+
+
+def training_checkpoints(job: SFTJob, run: Experiment, pretrained: Pretrained) -> TrainingCheckpoints | None:
+    """Where the run saves; None where it is not to."""
+    if not job.exp_manager.create_checkpoint_callback:
+        return None
+    return TrainingCheckpoints(
+        run.checkpoints_folder,
+        job.exp_manager.checkpoint_callback_params,
+        pretrained.policy,
+        model_config=pretrained.config,
+        files=pretrained.files,
+    )
+
+
+def save_result(
+    job: SFTJob, run: Experiment, pretrained: Pretrained, checkpoints: TrainingCheckpoints | None
+) -> None:
+    """Write the trained model, or the best one of the run, as a .nemo; an earlier end of the same run is replaced."""
+    params = job.exp_manager.checkpoint_callback_params
+    if params.save_best_model and checkpoints is not None:
+        checkpoints.save_best(run.nemo_path)
+    elif params.save_nemo_on_train_end:
+        pretrained.save(run.nemo_path, overwrite=True)
+
+
 @world.phase("loading the model")
-def load_pretrained(model: ModelConfig, *, precision: str | int) -> Pretrained:
-    """The model, its tokenizer and its config from ``model.restore_from_path``.
+def load_pretrained(
+    model: ModelConfig, *, precision: str | int, start: Checkpoint | None = None
+) -> Pretrained:
+    """The model, its tokenizer and its config from ``model.restore_from_path``, or from the checkpoint ``start``.
 
     Raises:
         UserError: the checkpoint is not there, damaged, or does not fit the layout or the overrides.
     """
-    with shared_nemo(model.restore_from_path) as archive:
+    with shared_nemo(start.path if start else model.restore_from_path) as archive:
         config = {**archive.config, **model.architecture}
         gpt = GPTConfig.from_dict(config)
         built = build_gpt(
@@ -93,11 +174,12 @@ def _load_tokenizer(archive: NemoArchive, vocab_size: int) -> Tokenizer | None:
 
 
 def _tokenizer_files(archive: NemoArchive) -> dict[str, Path | bytes]:
-    """All files of the archive but config and weights, read while the archive is open."""
+    """All files of the archive but config, weights and training state, read while the archive is open."""
+    names = {path: path.relative_to(archive.folder) for path in sorted(archive.folder.rglob("*"))}
     return {
-        path.relative_to(archive.folder).as_posix(): path.read_bytes()
-        for path in sorted(archive.folder.rglob("*"))
-        if path.is_file() and path.name != "model_config.yaml" and archive.weights not in path.parents
+        name.as_posix(): path.read_bytes()
+        for path, name in names.items()
+        if path.is_file() and name.parts[0] not in (CONFIG_NAME, WEIGHTS_NAME, *TRAINING_NAMES)
     }
 
 

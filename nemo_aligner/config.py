@@ -127,6 +127,7 @@ class SFTJob:
         precision_name(trainer.precision)
         model.layout.check_fits(num_nodes=trainer.num_nodes, devices=trainer.devices, world_size=world_size)
         model.optim.check()
+        self.exp_manager.check()
         trainer.sft.check("trainer.sft")
         for key, value, off, what in (
             (
@@ -179,6 +180,11 @@ NO_EFFECT: tuple[tuple[str, tuple[object, ...], str], ...] = (
     ("model.megatron_amp_O2", (False,), "weights are in trainer.precision, the optimizer keeps fp32 copies"),
     ("model.sync_batch_comm", (False,), "Megatron's schedules decide"),
     ("model.gradient_as_bucket_view", (False,), "gradients always are views of buckets"),
+    (
+        "model.save_nemo_on_validation_end",
+        (False,),
+        "every checkpoint is a model; the .nemo is written at the end",
+    ),
     ("model.steerlm2", ({},), "supervised fine-tuning reads none of it"),
     ("model.data.sample", (False,), "rows are drawn by shuffle, never resampled"),
     *(
@@ -195,28 +201,10 @@ NO_EFFECT: tuple[tuple[str, tuple[object, ...], str], ...] = (
     ("exp_manager.checkpoint_callback_params.model_parallel_size", (), "a checkpoint loads at any layout"),
 )
 NOT_YET: tuple[tuple[str, tuple[object, ...], str], ...] = (
-    ("trainer.max_time", (), "the run is not limited in time"),
-    ("trainer.sft.save_interval", (), "the model is saved when training ends"),
-    ("model.resume_from_checkpoint", (), "the run starts at step 0"),
-    ("model.save_nemo_on_validation_end", (False,), "the model is saved when training ends"),
     ("model.activations_checkpoint_granularity", (), "all activations are kept"),
     ("model.activations_checkpoint_method", (), "all activations are kept"),
     ("model.activations_checkpoint_num_layers", (), "all activations are kept"),
     ("model.activations_checkpoint_layers_per_pipeline", (), "all activations are kept"),
-    ("exp_manager.create_wandb_logger", (False,), "metrics go to metrics.jsonl and TensorBoard"),
-    ("exp_manager.resume_if_exists", (False,), "the run starts at step 0"),
-    ("exp_manager.resume_ignore_no_checkpoint", (False,), "the run starts at step 0"),
-    ("exp_manager.create_checkpoint_callback", (False,), "the model is saved when training ends"),
-    ("exp_manager.checkpoint_callback_params.monitor", (), "the last model is the one that is saved"),
-    ("exp_manager.checkpoint_callback_params.save_top_k", (), "the last model is the one that is saved"),
-    ("exp_manager.checkpoint_callback_params.mode", (), "the last model is the one that is saved"),
-    ("exp_manager.checkpoint_callback_params.filename", (), "one .nemo is written, at the end"),
-    ("exp_manager.checkpoint_callback_params.always_save_nemo", (False,), "one .nemo is written, at the end"),
-    (
-        "exp_manager.checkpoint_callback_params.save_best_model",
-        (False,),
-        "the last model is the one that is saved",
-    ),
 )
 
 

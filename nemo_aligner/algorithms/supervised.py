@@ -2,19 +2,24 @@
 """The supervised loop: batches in, an objective, steps, validation. Sees the model through its interface only."""
 
 import logging
+import signal
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Protocol
 
 import torch
 
 from nemo_aligner.batch import TokenBatch
+from nemo_aligner.checkpoint.training import Checkpoint, TrainerState, TrainingCheckpoints
+from nemo_aligner.errors import UserError
 from nemo_aligner.models.alignable_interface import SupervisedInterface
 from nemo_aligner.objectives.protocol import Objective
 from nemo_aligner.parallel import collectives, world
 from nemo_aligner.run.experiment import Experiment
 from nemo_aligner.run.progress import ProgressBar
-from nemo_aligner.run.schedule import Plan, SupervisedConfig, make_plan
+from nemo_aligner.run.schedule import SupervisedConfig, make_plan
+from nemo_aligner.run.stop import SAVED_CODE, StoppedEarly, StopRequest, TimeLimit
 
 __all__ = ["Batches", "SupervisedTrainer"]
 
@@ -27,6 +32,11 @@ class Batches(Protocol):
     @property
     def batches_per_epoch(self) -> int:
         """Global batches in one pass over the data."""
+        ...
+
+    @property
+    def fingerprint(self) -> dict[str, object]:
+        """What makes up the batches: equal fingerprints, equal batches."""
         ...
 
     @property
@@ -45,7 +55,11 @@ class Batches(Protocol):
 
 
 class SupervisedTrainer:
-    """Trains ``model`` on ``objective`` (SFT, reward models, SteerLM, distillation)."""
+    """Trains ``model`` on ``objective`` (SFT, reward models, SteerLM, distillation).
+
+    Args:
+        checkpoints: where to save while training; None: nowhere.
+    """
 
     def __init__(
         self,
@@ -55,43 +69,112 @@ class SupervisedTrainer:
         train: Batches,
         validation: Batches,
         run: Experiment,
+        checkpoints: TrainingCheckpoints | None = None,
     ) -> None:
         self.config, self.model, self.objective = config, model, objective
-        self.train, self.validation, self.run = train, validation, run
-        self.plan = self.make_plan(config, train, validation)
-
-    @staticmethod
-    def make_plan(config: SupervisedConfig, train: Batches, validation: Batches) -> Plan:
-        """The run in steps; the learning-rate schedule is as long as this says."""
-        return make_plan(
-            batches_per_epoch=train.batches_per_epoch,
-            max_epochs=config.max_epochs,
-            max_steps=config.max_steps,
-            val_check_interval=config.val_check_interval,
-            limit_train_batches=config.limit_train_batches,
-            val_batches=validation.batches_per_epoch,
-            limit_val_batches=config.limit_val_batches,
+        self.train, self.validation, self.run, self.checkpoints = train, validation, run, checkpoints
+        # The learning-rate schedule is as long as this says.
+        self.plan = make_plan(
+            config, batches_per_epoch=train.batches_per_epoch, val_batches=validation.batches_per_epoch
         )
+        self.limit = TimeLimit(run.config.max_seconds)
+        self.state = TrainerState(data=train.fingerprint | {"steps_per_epoch": self.plan.steps_per_epoch})
 
-    def fit(self) -> None:
-        """Train to the end of the plan."""
-        plan = self.plan
-        bar = ProgressBar(total=plan.max_steps, enabled=world.is_logging_rank())
-        consumed = 0
+    def fit(self, start: Checkpoint | None = None) -> None:
+        """Train to the end of the plan, from ``start`` where a run is gone on with.
+
+        Raises:
+            StoppedEarly: a signal or the time limit ended the run between two steps; it is saved.
+            UserError: ``start`` is at the end of the plan, or its run had other batches.
+        """
+        if start is not None:
+            self._resume(start)
+        self.run.begin(self.state.step)
+        bar = ProgressBar(total=self.plan.max_steps, start=self.state.step, enabled=world.is_logging_rank())
         try:
-            for step, batches in enumerate(self._training_batches(), start=1):
-                with world.phase(f"step {step}"):
-                    metrics = self._step(batches)
-                    consumed += int(metrics.pop("rows"))
-                    metrics |= {"consumed_samples": consumed, "epoch": 1 + (step - 1) // plan.steps_per_epoch}
-                self.run.log({f"train/{name}": value for name, value in metrics.items()}, step=step)
-                bar.update(step, metrics)
-                if plan.validates_after(step):
-                    with world.phase(f"validation after step {step}"):
-                        self.run.log(self.validate(), step=step)
+            with StopRequest() as request:
+                for batches in self._training_batches():
+                    self._advance(batches, bar)
+                    self._save_or_stop(request)
+                if self.checkpoints is not None:
+                    self.checkpoints.finish()
         finally:
             bar.close()
         self._report_truncated()
+
+    def _resume(self, start: Checkpoint) -> None:
+        changed = {
+            name: (value, self.state.data.get(name))
+            for name, value in start.state.data.items()
+            if value != self.state.data.get(name)
+        }
+        if changed:
+            told = ", ".join(f"{name} was {old} and is {new}" for name, (old, new) in changed.items())
+            raise UserError(
+                f"{start.path} was trained on other batches: {told}",
+                cure="give the run's own data and batch size, or start a new run in another "
+                "exp_manager.explicit_log_dir with model.restore_from_path set to this checkpoint",
+            )
+        if start.state.step >= self.plan.max_steps and self.run.nemo_path.exists():
+            raise UserError(
+                f"the run in {self.run.folder} is finished: {start.state.step} of {self.plan.max_steps} steps "
+                "are done",
+                cure="to go on, set trainer.sft.max_steps (or trainer.sft.max_epochs) higher; for another run, "
+                "set exp_manager.explicit_log_dir to a new folder",
+            )
+        assert self.checkpoints is not None
+        self.checkpoints.restore(start)
+        self.state = start.state
+        if world.is_logging_rank():
+            logger.info("resumed after step %d of %d", self.state.step, self.plan.max_steps)
+
+    def _advance(self, batches: Sequence[TokenBatch], bar: ProgressBar) -> None:
+        """One step, and validation where it is due."""
+        step = self.state.step + 1
+        with world.phase(f"step {step}"):
+            metrics = self._step(batches)
+        self.limit.note("step", metrics["step_time"])
+        consumed = self.state.consumed_samples + int(metrics.pop("rows"))
+        self.state = replace(self.state, step=step, consumed_samples=consumed)
+        metrics |= {"consumed_samples": consumed, "epoch": 1 + (step - 1) // self.plan.steps_per_epoch}
+        self.run.log({f"train/{name}": value for name, value in metrics.items()}, step=step)
+        bar.update(step, metrics)
+        if self.plan.validates_after(step):
+            with world.phase(f"validation after step {step}"):
+                means = self.validate()
+            self.run.log(means, step=step)
+            self.limit.note("validation", means["validation/step_time"])
+            known = {name.replace("validation/", "val_"): value for name, value in means.items()}
+            self.state = replace(self.state, metrics={k: v for k, v in known.items() if k != "val_step_time"})
+
+    def _save_or_stop(self, request: StopRequest) -> None:
+        """Save where it is due; end the run where any rank was asked to, or its time is up."""
+        writing = self.checkpoints is not None and self.checkpoints.is_writing
+        step, ends = self.state.step, self.state.step == self.plan.max_steps
+        number, up, writing = collectives.maxima([request.number, self.limit.is_up, writing])
+        if self.checkpoints is not None:
+            self.checkpoints.poll(all_ranks_done=not writing)
+            if ends or number or up or self.plan.saves_after(step):
+                self._save(self.checkpoints, wait=bool(ends or number or up))
+        if ends or not (number or up):
+            return
+        reason = signal.Signals(int(number)).name if number else "exp_manager.max_time_per_run"
+        if self.checkpoints is None:
+            raise StoppedEarly(
+                f"stopped after step {step} by {reason}; nothing is saved: create_checkpoint_callback=False",
+                exit_code=128 + int(number) if number else 0,
+            )
+        raise StoppedEarly(
+            f"stopped after step {step} of {self.plan.max_steps} by {reason}; the same command goes on from there",
+            exit_code=SAVED_CODE if number else 0,
+        )
+
+    def _save(self, checkpoints: TrainingCheckpoints, *, wait: bool) -> None:
+        started = time.perf_counter()
+        checkpoints.save(self.state, steps_per_epoch=self.plan.steps_per_epoch)
+        if wait:
+            checkpoints.finish()
+        self.limit.note("save", time.perf_counter() - started)
 
     def _report_truncated(self) -> None:
         counts = torch.tensor([self.train.num_truncated, self.train.num_seen], device=world.device())
@@ -151,10 +234,12 @@ class SupervisedTrainer:
         return {name: int(total) for name, total in zip(("rows", "tokens", "units"), totals, strict=True)}
 
     def _training_batches(self) -> Iterator[list[TokenBatch]]:
-        plan, done, epoch = self.plan, 0, 0
+        """Global batches from the step that is reached on, epoch by epoch."""
+        plan = self.plan
+        done = self.state.step
         while done < plan.max_steps:
-            first = epoch * self.train.batches_per_epoch
-            steps = min(plan.steps_per_epoch, plan.max_steps - done)
+            epoch, within = divmod(done, plan.steps_per_epoch)
+            first = epoch * self.train.batches_per_epoch + within
+            steps = min(plan.steps_per_epoch - within, plan.max_steps - done)
             yield from self.train.iterate(first, first + steps)
             done += steps
-            epoch += 1

@@ -42,13 +42,19 @@ def shared_nemo(path: Path | str) -> Iterator[NemoArchive]:
 
 
 def save_nemo(
-    model: MegatronModule, path: Path, *, config: dict[str, Any], files: dict[str, Path | bytes]
+    model: MegatronModule,
+    path: Path,
+    *,
+    config: dict[str, Any],
+    files: dict[str, Path | bytes],
+    overwrite: bool = False,
 ) -> None:
     """Write ``model`` of all ranks as one .nemo. Called by every rank; ``path`` is on a disk that all nodes share.
 
     Args:
         config: becomes model_config.yaml.
         files: name within the archive to its content; rank 0's are used.
+        overwrite: whether an existing file is replaced.
     """
 
     def weights(folder: Path) -> None:
@@ -56,7 +62,7 @@ def save_nemo(
 
     with heartbeat(f"saving {path}", enabled=world.is_logging_rank()), world.phase(f"saving {path}"):
         if world.is_logging_rank():
-            write_nemo(path, config=config, files=files, weights=weights)
+            write_nemo(path, config=config, files=files, weights=weights, overwrite=overwrite)
         else:
             weights(path)
         world.barrier()

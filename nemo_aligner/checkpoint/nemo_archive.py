@@ -14,7 +14,7 @@ import shutil
 import tarfile
 import tempfile
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,7 @@ __all__ = [
     "check_output",
     "open_nemo",
     "replace_folder",
+    "write_contents",
     "write_nemo",
 ]
 
@@ -136,14 +137,7 @@ def write_nemo(
     staging = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
     finished = path.with_name(path.name + ".tmp")
     try:
-        (staging / CONFIG_NAME).write_text(yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
-        for name, content in files.items():
-            target = staging / name
-            target.parent.mkdir(parents=True, exist_ok=True)
-            if isinstance(content, bytes):
-                target.write_bytes(content)
-            else:
-                shutil.copyfile(content, target)
+        write_contents(staging, config=config, files=files)
         weights(staging / WEIGHTS_NAME)
         if as_folder:
             staging.chmod(0o755)
@@ -155,6 +149,18 @@ def write_nemo(
         shutil.rmtree(staging, ignore_errors=True)
         finished.unlink(missing_ok=True)
     _log.info("wrote %s", path)
+
+
+def write_contents(folder: Path, *, config: Mapping[str, Any], files: Mapping[str, Path | bytes]) -> None:
+    """Write everything of an extracted .nemo but the weights into ``folder``; see :func:`write_nemo`."""
+    (folder / CONFIG_NAME).write_text(yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True))
+    for name, content in files.items():
+        target = folder / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if isinstance(content, bytes):
+            target.write_bytes(content)
+        else:
+            shutil.copyfile(content, target)
 
 
 def check_output(path: Path | str, *, overwrite: bool) -> None:

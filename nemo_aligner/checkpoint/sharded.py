@@ -1,12 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A model's weights between its ranks and a torch_dist folder: saved at one TP x PP, loaded at any other."""
+"""State of all ranks to and from torch_dist folders: saved at one layout, loaded at any other."""
 
+from concurrent.futures import Executor, Future
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.core import CheckpointingException
-from megatron.core.dist_checkpointing.mapping import ShardedStateDict
+from megatron.core.dist_checkpointing.dict_utils import dict_list_map_inplace
+from megatron.core.dist_checkpointing.mapping import ShardedStateDict, ShardedTensor
 from megatron.core.dist_checkpointing.strategies.torch import (
     MCoreSavePlanner,
     TorchDistSaveShardedStrategy,
@@ -20,39 +23,100 @@ from nemo_aligner.checkpoint.torch_dist import check_folder
 from nemo_aligner.errors import UserError
 from nemo_aligner.parallel import cpu_shim, world
 
-__all__ = ["load_model", "save_model"]
+__all__ = ["load_model", "load_state", "save_model", "save_state"]
 
 PREFIX = "model."
 
 
 class _SaveInProcess(TorchDistSaveShardedStrategy):
-    """Writes from this process: Megatron's own strategy starts processes that import torch again for each save."""
+    """Writes from this process: Megatron's own strategy starts processes that import torch again for each save.
+
+    With an executor the tensors are copied, and written while training goes on.
+    """
+
+    def __init__(self, executor: Executor | None) -> None:
+        super().__init__("torch_dist", 1)
+        self._executor = executor
+        self.written: Future[Any] | None = None
 
     def save(self, sharded_state_dict: ShardedStateDict, checkpoint_dir: str | Path) -> None:
+        if self._executor is not None:
+            dict_list_map_inplace(_copied, sharded_state_dict)
         state, _, _ = _replace_state_dict_keys_with_sharded_keys(
             sharded_state_dict, self.keep_only_main_replica
         )
-        torch_dist_checkpoint.save(
-            mcore_to_pyt_state_dict(state, False),
-            storage_writer=torch_dist_checkpoint.FileSystemWriter(checkpoint_dir, thread_count=1),
-            planner=MCoreSavePlanner(
-                dedup_replicated_tensors=not self.keep_only_main_replica, flatten_state_dict=False
-            ),
-        )
+        tensors = mcore_to_pyt_state_dict(state, False)
+        # Of its own, so that a thread's collectives do not cross those of training.
+        group = world.writers_group() if self._executor else None
+
+        def write() -> None:
+            torch_dist_checkpoint.save(
+                tensors,
+                storage_writer=torch_dist_checkpoint.FileSystemWriter(checkpoint_dir, thread_count=1),
+                planner=MCoreSavePlanner(
+                    dedup_replicated_tensors=not self.keep_only_main_replica, flatten_state_dict=False
+                ),
+                process_group=group,
+            )
+
+        if self._executor is None:
+            write()
+        else:
+            self.written = self._executor.submit(write)
 
 
-def save_model(model: MegatronModule, folder: Path) -> None:
-    """Write the weights of all ranks into ``folder``, which rank 0 makes. Called by every rank."""
+def _copied(value: object) -> object:
+    if isinstance(value, ShardedTensor) and value.data is not None:
+        return replace(value, data=value.data.detach().to("cpu", copy=True))
+    return value
+
+
+def save_state(
+    state: ShardedStateDict, folder: Path, *, executor: Executor | None = None
+) -> Future[Any] | None:
+    """Write ``state`` of all ranks into ``folder``, which rank 0 makes. Called by every rank.
+
+    Args:
+        state: Megatron's sharded tensors, and plain values that are the same on every rank.
+        executor: one thread that writes in the background; the future then tells this rank's end.
+    """
     if world.is_logging_rank():
         folder.mkdir(parents=True, exist_ok=False)
     world.barrier()
     cpu_shim.install()
-    with world.phase(f"saving weights to {folder}"):
-        dist_checkpointing.save(
-            model.sharded_state_dict(prefix=PREFIX),
-            str(folder),
-            sharded_strategy=_SaveInProcess("torch_dist", 1),
-        )
+    strategy = _SaveInProcess(executor)
+    with world.phase(f"saving {folder}"):
+        dist_checkpointing.save(state, str(folder), sharded_strategy=strategy)
+    return strategy.written
+
+
+def load_state(state: ShardedStateDict, folder: Path, *, remedy: str) -> dict[str, Any]:
+    """The values of ``state`` from ``folder``, whatever layout they were saved at. Called by every rank.
+
+    Args:
+        remedy: the cure where they do not fit.
+
+    Raises:
+        UserError: a tensor is missing, has another shape, or the folder could run code.
+    """
+    check_folder(folder)
+    cpu_shim.install()
+    with world.phase(f"loading {folder}"):
+        try:
+            loaded: Any = dist_checkpointing.load(state, str(folder))
+        except (CheckpointingException, KeyError, RuntimeError) as error:
+            if world.describe_failure(error):
+                raise
+            raise UserError(
+                f"what is stored in {folder} does not fit the model: {str(error).splitlines()[0]}",
+                cure=remedy,
+            ) from error
+    return loaded
+
+
+def save_model(model: MegatronModule, folder: Path) -> None:
+    """Write the weights of all ranks into ``folder``, which rank 0 makes. Called by every rank."""
+    save_state(model.sharded_state_dict(prefix=PREFIX), folder)
 
 
 def load_model(model: MegatronModule, folder: Path) -> None:
@@ -61,19 +125,11 @@ def load_model(model: MegatronModule, folder: Path) -> None:
     Raises:
         UserError: a tensor is missing, has another shape, or the folder could run code.
     """
-    check_folder(folder)
-    cpu_shim.install()
-    with world.phase(f"loading weights from {folder}"):
-        try:
-            state: Any = dist_checkpointing.load(model.sharded_state_dict(prefix=PREFIX), str(folder))
-        except (CheckpointingException, KeyError, RuntimeError) as error:
-            if world.describe_failure(error):
-                raise
-            raise UserError(
-                f"the weights in {folder} do not fit the model that model_config.yaml beside it describes: "
-                f"{str(error).splitlines()[0]}",
-                cure="use the model_config.yaml that was saved with these weights, without architecture overrides",
-            ) from error
+    state = load_state(
+        model.sharded_state_dict(prefix=PREFIX),
+        folder,
+        remedy="use the model_config.yaml that was saved with these weights, without architecture overrides",
+    )
     # Megatron neither saves nor asks for the FP8 state of Transformer Engine's attention, which a strict load misses.
     lacks = model.load_state_dict(
         {name.removeprefix(PREFIX): value for name, value in state.items()}, strict=False

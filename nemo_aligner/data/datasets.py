@@ -34,6 +34,11 @@ class SFTDataset(Generic[R]):
     def __len__(self) -> int:
         return len(self.records)
 
+    @property
+    def fingerprint(self) -> dict[str, object]:
+        """What the rows follow from."""
+        return {"rows": self.records.fingerprint}
+
     def __getitem__(self, index: int) -> Sample:
         """The sample of one row; UserError naming file and line if nothing in it is learned."""
         try:

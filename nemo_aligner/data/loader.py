@@ -23,6 +23,11 @@ class Samples(Protocol):
 
     def __getitem__(self, index: int) -> Sample: ...
 
+    @property
+    def fingerprint(self) -> dict[str, object]:
+        """What the rows follow from."""
+        ...
+
 
 @dataclass(frozen=True, slots=True)
 class _Step:
@@ -58,6 +63,11 @@ class SFTLoader:
     def __post_init__(self) -> None:
         assert 0 <= self.dp_rank < self.dp_size, (self.dp_rank, self.dp_size)
         assert len(self.dataset) == self.sampler.num_samples, (len(self.dataset), self.sampler.num_samples)
+
+    @property
+    def fingerprint(self) -> dict[str, object]:
+        """What makes up the batches: equal fingerprints, equal batches."""
+        return self.dataset.fingerprint | self.sampler.fingerprint
 
     @property
     def batches_per_epoch(self) -> int:

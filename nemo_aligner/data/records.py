@@ -5,6 +5,7 @@ A file is read once when it is opened: each line is parsed and checked, and only
 then read from the mapped file when they are asked for.
 """
 
+import hashlib
 import json
 import mmap
 from array import array
@@ -26,6 +27,7 @@ __all__ = [
     "text_field",
 ]
 
+_DIGESTED = 1 << 20  # bytes at either end of a file that its fingerprint looks at
 _LONGEST_SHOWN = 60  # characters of a bad value in a message
 
 R = TypeVar("R")
@@ -96,6 +98,15 @@ class RecordFile(Generic[R]):
         end = self._bytes.find(b"\n", start)
         line = self._bytes[start : end if end >= 0 else len(self._bytes)]
         return self._read(parse_line(line))
+
+    @property
+    def fingerprint(self) -> str:
+        """A digest of the file's size, first and last bytes, and of where its rows start."""
+        digest = hashlib.sha256(str(len(self._bytes)).encode())
+        digest.update(self._bytes[:_DIGESTED])
+        digest.update(self._bytes[-_DIGESTED:])
+        digest.update(self._starts.tobytes())
+        return digest.hexdigest()[:16]
 
     def where(self, index: int) -> str:
         """The place of a record as messages name it: ``FILE, line N``."""

@@ -31,9 +31,16 @@ class GlobalBatchSampler:
         self.global_batch_size = global_batch_size
         self.shuffle = shuffle
         self.seed = seed
+        self.drop_last = drop_last
         whole, rest = divmod(num_samples, global_batch_size)
         self.batches_per_epoch = whole if whole and (drop_last or not rest) else whole + 1
         self._epoch_order: tuple[int, np.ndarray] | None = None
+
+    @property
+    def fingerprint(self) -> dict[str, object]:
+        """What the batches' composition follows from."""
+        names = ("num_samples", "global_batch_size", "shuffle", "seed", "drop_last")
+        return {name: vars(self)[name] for name in names}
 
     def rows(self, batch_index: int) -> list[int]:
         """The row ids of one global batch; ``batch_index`` counts on from epoch to epoch."""

@@ -9,13 +9,15 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+
+from nemo_aligner.run.stop import STOP_SIGNALS
 
 __all__ = ["follow_parent", "start_ranks"]
 
 GRACE_SECONDS = 4.0  # for ranks to end by themselves after one has failed, or after a signal
-STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+END_SIGNALS = (signal.SIGINT, signal.SIGHUP)
 _PR_SET_PDEATHSIG = 1
 
 
@@ -32,13 +34,17 @@ def start_ranks(count: int) -> int:
 
     The ranks meet in a file of a temporary folder, so no port is chosen; their own temporary files go there too.
 
+    SIGTERM and SIGUSR1 are handed on: a rank that trains saves first, so their end is waited for. SIGINT and SIGHUP,
+    and a SIGTERM after the first, end the ranks within seconds.
+
     Returns:
         0 if all ranks ended well, else the exit code of the first that did not; 128 + N after signal N.
     """
     folder = Path(tempfile.mkdtemp(prefix="nemo_aligner_ranks_"))
     ranks: list[subprocess.Popen] = []
     # Signals end the ranks below, in order; the defaults would leave them or the folder behind.
-    before = {number: signal.signal(number, _interrupt) for number in STOP_SIGNALS}
+    before = {number: signal.signal(number, _interrupt) for number in END_SIGNALS}
+    before |= {number: signal.signal(number, _hand_on(ranks)) for number in STOP_SIGNALS}
     try:
         for rank in range(count):
             # A session of its own: Ctrl-C reaches this process alone, which then ends the ranks.
@@ -76,9 +82,23 @@ class _Interrupted(Exception):
         self.signal = signal.Signals(number)
 
 
+def _hand_on(ranks: Sequence[subprocess.Popen]) -> Callable[[int, object], None]:
+    asked: list[int] = []
+
+    def handler(number: int, frame: object) -> None:
+        if asked and number == signal.SIGTERM:
+            _interrupt(number, frame)
+        asked.append(number)
+        sys.stderr.write(f"{signal.Signals(number).name}: the {len(ranks)} ranks are asked to save and end\n")
+        for rank in ranks:
+            rank.send_signal(number)
+
+    return handler
+
+
 def _interrupt(number: int, _: object) -> None:
-    # The first signal counts. Ending takes seconds at most, and a second one would leave ranks behind.
-    for other in STOP_SIGNALS:
+    # From here on signals are ignored. Ending takes seconds at most, and another one would leave ranks behind.
+    for other in (*END_SIGNALS, *STOP_SIGNALS):
         signal.signal(other, signal.SIG_IGN)
     raise _Interrupted(number)
 

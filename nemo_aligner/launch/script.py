@@ -25,6 +25,7 @@ from nemo_aligner.launch import local
 from nemo_aligner.launch.cli import INTERRUPTED_CODE, OS_ERROR_CURE, USER_ERROR_CODE
 from nemo_aligner.parallel.ranks import Layout, Ranks, discover
 from nemo_aligner.run.experiment import keep_early_records
+from nemo_aligner.run.stop import STOP_SIGNALS, StoppedEarly
 
 __all__ = ["script"]
 
@@ -157,19 +158,23 @@ def _amx_may_be_broken() -> bool:
 
 
 class _Terminated(BaseException):
-    """SIGTERM, unwound as Ctrl-C is, so that temporary files go."""
+    """SIGTERM or SIGUSR1 outside of training, unwound as Ctrl-C is, so that temporary files go."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
 
 
-def _terminate(*_: object) -> None:
-    raise _Terminated
+def _terminate(number: int, _: object) -> None:
+    raise _Terminated(number)
 
 
 def _run(config: DictConfig, kind: type[J], main: Callable[[J], None], ranks: Ranks | None) -> None:
-    signal.signal(signal.SIGTERM, _terminate)
+    for number in STOP_SIGNALS:
+        signal.signal(number, _terminate)
     try:
         code = _start(config, kind, main, ranks)
     except (KeyboardInterrupt, _Terminated) as stop:
-        code = INTERRUPTED_CODE if isinstance(stop, KeyboardInterrupt) else 128 + signal.SIGTERM
+        code = INTERRUPTED_CODE if isinstance(stop, KeyboardInterrupt) else 128 + stop.number
         if ranks is None:
             sys.stderr.write("stopped\n")
     if code:
@@ -224,6 +229,10 @@ def _told(work: Callable[[], int]) -> int:
 
     try:
         return work()
+    except StoppedEarly as stop:
+        if world.is_logging_rank():
+            sys.stderr.write(f"{stop}\n")
+        return stop.exit_code
     except UserError as error:
         if world.report_once():
             sys.stderr.write(f"error: {error}\n")

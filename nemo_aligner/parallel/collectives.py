@@ -2,6 +2,7 @@
 """Sums and broadcasts that trainers and the engine need, by what they are for; each is a no-op on one rank."""
 
 import socket
+from collections.abc import Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -16,7 +17,7 @@ __all__ = [
     "from_node_leader",
     "gather_over_tensor_parallel",
     "max_over_tensor_parallel",
-    "maximum",
+    "maxima",
     "sum_over_data_parallel",
     "sum_over_tensor_parallel",
     "totals",
@@ -55,13 +56,13 @@ def gather_over_tensor_parallel(x: Tensor) -> Tensor:
     return torch.cat(parts, dim=-1)
 
 
-def maximum(value: float) -> float:
-    """The largest ``value`` of all ranks."""
+def maxima(values: Sequence[float]) -> list[float]:
+    """The largest of each of ``values`` over all ranks."""
     if world.world_size() == 1:
-        return value
-    x = torch.tensor([value], dtype=torch.float64, device=world.device())
+        return list(values)
+    x = torch.tensor(values, dtype=torch.float64, device=world.device())
     dist.all_reduce(x, op=dist.ReduceOp.MAX)
-    return x.item()
+    return x.tolist()
 
 
 def totals(sums: dict[str, Tensor] | None, names: tuple[str, ...]) -> dict[str, Tensor]:

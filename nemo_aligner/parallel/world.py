@@ -50,6 +50,7 @@ __all__ = [
     "tp_rank",
     "tp_size",
     "world_size",
+    "writers_group",
 ]
 
 logger = logging.getLogger(__name__)
@@ -59,6 +60,7 @@ MEGATRON_SERIES = "0.16."
 _phase = "start"
 _local_rank = 0
 _device_index = 0
+_writers: Any = None
 
 
 def start(
@@ -78,9 +80,7 @@ def start(
     """
     global _local_rank, _device_index
     cpu_shim.install()
-    _check_megatron()
-    # Megatron calls torch.distributed by names that torch is about to retire, and says so on every rank.
-    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
+    _know_megatron()
     if layout.tensor > 1:
         # Megatron counts on kernels starting in the order they were queued; read when CUDA starts.
         os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
@@ -123,7 +123,11 @@ def start(
         )
 
 
-def _check_megatron() -> None:
+def _know_megatron() -> None:
+    """Say so where its version is another one, and pass over what it makes torch warn of on every rank."""
+    # It calls torch.distributed by names that torch is about to retire, and looks for .grad wherever it may be.
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
+    warnings.filterwarnings("ignore", "The .grad attribute of a Tensor", module=r"megatron\.core")
     found = importlib.metadata.version("megatron-core")
     if not found.startswith(MEGATRON_SERIES) and is_logging_rank():
         logger.warning(
@@ -152,10 +156,20 @@ def device_index(ranks: Ranks | None, visible: int) -> int:
 
 def stop() -> None:
     """Leave the world; safe to call more than once."""
+    global _writers
     if dist.is_initialized():
+        _writers = None
         if parallel_state.model_parallel_is_initialized():
             parallel_state.destroy_model_parallel()
         dist.destroy_process_group()
+
+
+def writers_group() -> Any:  # noqa: ANN401 - torch's ProcessGroup, which only this package names
+    """All ranks over gloo, for a thread that writes while training goes on; made at the first call, by every rank."""
+    global _writers
+    if _writers is None:
+        _writers = dist.new_group(backend="gloo")
+    return _writers
 
 
 @contextlib.contextmanager

@@ -1,26 +1,35 @@
 # SPDX-License-Identifier: Apache-2.0
 """Where a run writes: its folder, metrics.jsonl, TensorBoard and its log file. Rank 0 writes, the others know where."""
 
+import contextlib
+import importlib.util
+import itertools
 import json
 import logging
 import logging.handlers
 import math
 import os
+import secrets
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import IO, TYPE_CHECKING, Self
+from typing import IO, TYPE_CHECKING, Literal, Self
 
 from nemo_aligner.errors import UserError
+from nemo_aligner.run.stop import seconds_of
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
+    from wandb import Run as WandbRun
 
 __all__ = ["CheckpointCallbackConfig", "Experiment", "ExperimentConfig", "WandbConfig", "keep_early_records"]
 
 logger = logging.getLogger(__name__)
+
+# In every finished checkpoint's folder: where the run stood.
+TRAINER_STATE = "trainer_state.json"
 
 # What is logged before the run's folder is known; flushed by hand, once there is a log.txt.
 _early = logging.handlers.MemoryHandler(1000, flushLevel=logging.CRITICAL + 1, flushOnClose=False)
@@ -33,24 +42,25 @@ def keep_early_records() -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class WandbConfig:
-    """``exp_manager.wandb_logger_kwargs``."""
+    """``exp_manager.wandb_logger_kwargs``; a name that is empty, as an undefined shell variable makes it, is none."""
 
-    project: str | None = None  # project that the run is filed under
-    name: str | None = None  # the run's name
+    project: str | None = None  # project that the run is filed under; null: exp_manager.name
+    name: str | None = None  # the run's name; null: exp_manager.name
 
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointCallbackConfig:
     """``exp_manager.checkpoint_callback_params``."""
 
-    monitor: str = "val_loss"  # metric that ranks checkpoints
-    save_top_k: int = 5  # how many of the best are kept
-    mode: str = "min"  # whether less or more of the metric is better
+    monitor: str = "val_loss"  # metric that ranks checkpoints; validation_loss means the same
+    save_top_k: int = 5  # how many of the best are kept beside the newest; -1: all
+    mode: Literal["min", "max"] = "min"  # whether less or more of the metric is better
     always_save_nemo: bool = False  # write a .nemo beside each checkpoint
     save_nemo_on_train_end: bool = True  # write checkpoints/<name>.nemo when training ends
-    filename: str | None = None  # template of checkpoint names
+    filename: str = "model--{val_loss:.3f}-{step}-{consumed_samples}-{epoch}"  # template of checkpoint names
     model_parallel_size: int | None = None  # ranks of one model replica
-    save_best_model: bool = False  # write the best checkpoint as .nemo
+    save_best_model: bool = False  # checkpoints/<name>.nemo is the best checkpoint, not the last
+    async_save: bool = False  # write while training goes on
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,11 +70,13 @@ class ExperimentConfig:
     explicit_log_dir: str | None = None  # the run's folder
     exp_dir: str | None = None  # else the folder is <exp_dir>/<name>/<time>
     name: str = "default"  # names the run and its .nemo
+    max_time_per_run: str | None = None  # days:hours:minutes:seconds; save and end before they are over
     create_tensorboard_logger: bool = True  # write TensorBoard events
     create_wandb_logger: bool = False  # log to Weights & Biases
     wandb_logger_kwargs: WandbConfig = field(default_factory=WandbConfig)
-    resume_if_exists: bool = True  # go on from the last checkpoint
+    resume_if_exists: bool = True  # go on from the folder's newest checkpoint
     resume_ignore_no_checkpoint: bool = True  # start anew where there is none
+    resume_from_checkpoint: str | None = None  # go on from this checkpoint where the folder has none
     create_checkpoint_callback: bool = True  # save while training
     checkpoint_callback_params: CheckpointCallbackConfig = field(default_factory=CheckpointCallbackConfig)
 
@@ -76,31 +88,59 @@ class ExperimentConfig:
 
     def nemo_path(self, folder: Path) -> Path:
         """Where the trained model goes, in the run's folder."""
-        return folder / "checkpoints" / f"{self.name}.nemo"
+        return self.checkpoints_folder(folder) / f"{self.name}.nemo"
 
-    def check_folder(self) -> None:
-        """Refuse a folder whose result this run would overwrite, or that it cannot write to.
+    def checkpoints_folder(self, folder: Path) -> Path:
+        """Where checkpoints go, in the run's folder."""
+        return folder / "checkpoints"
+
+    @property
+    def max_seconds(self) -> float | None:
+        """``max_time_per_run`` in seconds.
 
         Raises:
-            UserError: a trained model is there already, or the folder cannot be made or written.
+            UserError: it is no duration.
+        """
+        return seconds_of(self.max_time_per_run, "exp_manager.max_time_per_run")
+
+    def check(self) -> None:
+        """Refuse what could not be logged or ended as asked."""
+        assert self.max_seconds is None or self.max_seconds >= 0
+        if self.create_wandb_logger and importlib.util.find_spec("wandb") is None:
+            raise UserError(
+                "exp_manager.create_wandb_logger=True, but wandb is not installed",
+                cure="pip install 'nemo-aligner[wandb]', or set exp_manager.create_wandb_logger=False",
+            )
+
+    def check_folder(self) -> None:
+        """Refuse a folder whose results this run would overwrite, or that it cannot write to.
+
+        Raises:
+            UserError: an earlier run's results are there and not gone on from, or the folder cannot be written.
         """
         folder = Path(self.explicit_log_dir or self.exp_dir or ".")
         key = "exp_manager.explicit_log_dir" if self.explicit_log_dir else "exp_manager.exp_dir"
-        result = self.nemo_path(folder)
-        if (
-            self.explicit_log_dir
-            and self.checkpoint_callback_params.save_nemo_on_train_end
-            and result.exists()
-        ):
-            raise UserError(
-                f"{result} exists: a run in {key}={folder} has ended, and its result is not overwritten",
-                cure=f"set {key} to another folder, or move the file away",
-            )
+        if self.explicit_log_dir:
+            self._check_earlier_run(folder, key)
         there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
         if not (there.is_dir() and os.access(there, os.W_OK | os.X_OK)):
             raise UserError(
                 f"{key}={folder} cannot be written: {there} is not a folder that you may write to",
                 cure=f"set {key} to a folder that you may write to",
+            )
+
+    def _check_earlier_run(self, folder: Path, key: str) -> None:
+        checkpoint = next(self.checkpoints_folder(folder).glob(f"*/{TRAINER_STATE}"), None)
+        result = self.nemo_path(folder)
+        if checkpoint is None and result.exists() and self.checkpoint_callback_params.save_nemo_on_train_end:
+            raise UserError(
+                f"{result} exists: a run in {key}={folder} has ended, and its result is not overwritten",
+                cure=f"set {key} to another folder, or move the file away",
+            )
+        if checkpoint is not None and not self.resume_if_exists:
+            raise UserError(
+                f"{key}={folder} holds checkpoints of an earlier run, and exp_manager.resume_if_exists=False",
+                cure=f"set {key} to another folder, or exp_manager.resume_if_exists=True to go on",
             )
 
 
@@ -114,13 +154,20 @@ class Experiment:
 
     def __init__(self, config: ExperimentConfig, folder: Path, *, writes: bool) -> None:
         self.config, self.folder, self.writes = config, folder, writes
+        self._open = contextlib.ExitStack()
         self._metrics: IO[str] | None = None
         self._tensorboard: SummaryWriter | None = None
+        self._wandb: WandbRun | None = None
 
     @property
     def nemo_path(self) -> Path:
         """Where the trained model goes."""
         return self.config.nemo_path(self.folder)
+
+    @property
+    def checkpoints_folder(self) -> Path:
+        """Where checkpoints go."""
+        return self.config.checkpoints_folder(self.folder)
 
     def __enter__(self) -> Self:
         if self.writes:
@@ -132,33 +179,60 @@ class Experiment:
                     f"the run's folder {self.folder} cannot be made: {error.strerror}",
                     cure="set exp_manager.explicit_log_dir to a folder that you may write to",
                 ) from error
-            self._metrics = (self.folder / "metrics.jsonl").open("a", encoding="utf-8")
-            if self.config.create_tensorboard_logger:
-                # Imported here: it takes a second, and only one rank writes.
-                from torch.utils.tensorboard import SummaryWriter
-
-                self._tensorboard = SummaryWriter(self.folder / "tensorboard")
             handler = logging.FileHandler(self.folder / "log.txt", encoding="utf-8")
             handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
-            logging.getLogger().addHandler(handler)
-            logging.getLogger().removeHandler(_early)
+            root = logging.getLogger()
+            root.addHandler(handler)
+            self._open.callback(handler.close)
+            self._open.callback(root.removeHandler, handler)
+            root.removeHandler(_early)
             _early.setTarget(handler)
             _early.flush()
-            self._handler = handler
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._metrics is not None:
-            self._metrics.close()
-            logging.getLogger().removeHandler(self._handler)
-            self._handler.close()
-        if self._tensorboard is not None:
-            self._tensorboard.close()
+        self._open.close()
+        self._metrics = self._tensorboard = self._wandb = None
+
+    def begin(self, step: int) -> None:
+        """Open metrics.jsonl, TensorBoard and wandb for what comes after ``step`` steps.
+
+        What an earlier run in this folder has logged beyond that is taken back: those steps are done again.
+        """
+        if not self.writes:
+            return
+        metrics = self.folder / "metrics.jsonl"
+        _rewind(metrics, step)
+        self._metrics = self._open.enter_context(metrics.open("a", encoding="utf-8"))
+        if self.config.create_tensorboard_logger:
+            # Imported here: it takes a second, and only one rank writes.
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._tensorboard = SummaryWriter(self.folder / "tensorboard", purge_step=step + 1)
+            self._open.callback(self._tensorboard.close)
+        if self.config.create_wandb_logger:
+            self._wandb = self._open_wandb()
+            self._open.callback(self._wandb.finish)
+
+    def _open_wandb(self) -> "WandbRun":
+        import wandb
+
+        kwargs, name = self.config.wandb_logger_kwargs, self.config.name
+        identity = self.folder / "wandb_id"
+        if not identity.exists():
+            identity.write_text(secrets.token_hex(4))
+        return wandb.init(
+            project=kwargs.project or name,
+            name=kwargs.name or name,
+            dir=self.folder,
+            id=identity.read_text(),
+            resume="allow",
+        )
 
     def log(self, metrics: Mapping[str, float], *, step: int) -> None:
-        """Add a line to metrics.jsonl, and a point to TensorBoard, for ``step`` steps done."""
+        """Add a line to metrics.jsonl, and a point to TensorBoard and wandb, for ``step`` steps done."""
         if self._metrics is None:
             return
         values = {name: value if math.isfinite(value) else str(value) for name, value in metrics.items()}
@@ -167,3 +241,23 @@ class Experiment:
         if self._tensorboard is not None:
             for name, value in metrics.items():
                 self._tensorboard.add_scalar(name, value, step)
+        if self._wandb is not None:
+            self._wandb.log(dict(metrics), step=step)
+
+
+def _rewind(path: Path, step: int) -> None:
+    """Leave the whole lines of ``path`` up to ``step``; a file that would be left empty is moved aside."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
+        # A line that a killed process has begun is the last, and has no end.
+        if line.endswith("\n") and json.loads(line)["step"] <= step:
+            kept.append(line)
+    if not kept:
+        number = next(n for n in itertools.count(1) if not path.with_suffix(f".{n}.jsonl").exists())
+        path.rename(path.with_suffix(f".{number}.jsonl"))
+        return
+    fresh = path.with_suffix(".tmp")
+    fresh.write_text("".join(kept), encoding="utf-8")
+    fresh.replace(path)

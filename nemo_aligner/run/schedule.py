@@ -15,7 +15,9 @@ class SupervisedConfig:
     max_epochs: int = 1  # passes over the training data
     max_steps: int = -1  # stop after this many optimizer steps; -1: no limit
     val_check_interval: int | float = 100  # steps between validations; a float is a share of an epoch
-    save_interval: int = 100  # steps between checkpoints
+    save_interval: int | float = (
+        100  # steps between checkpoints; a float is a share of an epoch; 0: at the end only
+    )
     limit_train_batches: int | float | None = 1.0  # batches of an epoch: a number, or a share up to 1.0
     limit_val_batches: int | float | None = 1.0  # batches of a validation: a number, or a share up to 1.0
     gradient_clip_val: float = 1.0  # the gradient's norm is cut to this; 0: never
@@ -31,6 +33,7 @@ class SupervisedConfig:
                 self.limit_train_batches == 0,
                 "1.0 (all batches)",
             ),
+            ("save_interval", self.save_interval, self.save_interval < 0, "0 (at the end only) or more"),
             ("val_check_interval", self.val_check_interval, self.val_check_interval < 0, "0 (never) or more"),
             ("gradient_clip_val", self.gradient_clip_val, self.gradient_clip_val < 0, "0 (never) or more"),
         ):
@@ -44,8 +47,13 @@ class Plan:
 
     steps_per_epoch: int
     max_steps: int
+    save_interval: int  # steps between checkpoints; 0: only where the run ends
     val_check_interval: int  # steps between validations; 0: none
     val_batches: int  # global batches of one validation
+
+    def saves_after(self, step: int) -> bool:
+        """Whether a checkpoint follows once ``step`` steps are done (from 1)."""
+        return step == self.max_steps or (self.save_interval > 0 and step % self.save_interval == 0)
 
     def validates_after(self, step: int) -> bool:
         """Whether validation follows once ``step`` steps are done (from 1)."""
@@ -74,37 +82,31 @@ def _share(total: int, share: float) -> int:
     return max(1, int(total * share)) if share > 0 else 0
 
 
-def make_plan(
-    *,
-    batches_per_epoch: int,
-    max_epochs: int,
-    max_steps: int,
-    val_check_interval: int | float,
-    limit_train_batches: int | float | None,
-    val_batches: int,
-    limit_val_batches: int | float | None,
-) -> Plan:
-    """The run that these settings make of data with ``batches_per_epoch`` global batches.
+def _interval(value: int | float, steps_per_epoch: int) -> int:
+    """Steps; a float is a share of an epoch."""
+    return max(0, _share(steps_per_epoch, value) if isinstance(value, float) else value)
+
+
+def make_plan(config: SupervisedConfig, *, batches_per_epoch: int, val_batches: int) -> Plan:
+    """The run that these settings make of data with so many global batches.
 
     Raises:
         UserError: it would do no step.
     """
-    steps_per_epoch = limited(batches_per_epoch, limit_train_batches)
-    total = steps_per_epoch * max_epochs
-    if max_steps >= 0:
-        total = min(total, max_steps)
+    steps_per_epoch = limited(batches_per_epoch, config.limit_train_batches)
+    total = steps_per_epoch * config.max_epochs
+    if config.max_steps >= 0:
+        total = min(total, config.max_steps)
     if total == 0:
         raise UserError(
-            f"the run would do no step: max_epochs={max_epochs}, max_steps={max_steps}, limit_train_batches="
-            f"{limit_train_batches} of {batches_per_epoch} batches an epoch",
+            f"the run would do no step: max_epochs={config.max_epochs}, max_steps={config.max_steps}, "
+            f"limit_train_batches={config.limit_train_batches} of {batches_per_epoch} batches an epoch",
             cure="set max_epochs to 1 or more, max_steps to -1 and limit_train_batches to 1.0",
         )
-    interval = val_check_interval
-    if isinstance(interval, float):
-        interval = _share(steps_per_epoch, interval)
     return Plan(
         steps_per_epoch=steps_per_epoch,
         max_steps=total,
-        val_check_interval=max(0, interval),
-        val_batches=limited(val_batches, limit_val_batches),
+        save_interval=_interval(config.save_interval, steps_per_epoch),
+        val_check_interval=_interval(config.val_check_interval, steps_per_epoch),
+        val_batches=limited(val_batches, config.limit_val_batches),
     )

@@ -2,6 +2,7 @@
 """However a job ends, nothing of it stays: no process, no temporary folder, and the reason is told."""
 
 import contextlib
+import json
 import signal
 import time
 from collections.abc import Callable
@@ -23,10 +24,10 @@ def training(start: Callable, settings: dict[str, object]) -> Callable:
             "trainer.sft.max_steps": 1_000_000,
             "trainer.sft.max_epochs": 1_000_000,
             "trainer.sft.val_check_interval": 0,
-        }
-        job = start(settings | endless | changed)
+        } | changed
+        job = start(settings | endless)
         job.wait_for("step 1/")
-        assert len(job.ranks) == 2
+        assert len(job.ranks) == (0 if endless["trainer.devices"] == 1 else 2)
         return job
 
     return begin
@@ -56,13 +57,53 @@ def test_ctrl_c_ends_every_rank(training: Callable, tmp_path: Path):
     assert not (tmp_path / "run/checkpoints").exists()
 
 
-def test_a_signal_to_a_run_of_one_rank_ends_it(start: Callable, settings: dict[str, object]):
-    job = start(settings | {"trainer.sft.max_steps": 1_000_000, "trainer.sft.max_epochs": 1_000_000})
-    job.wait_for("step 1/")
-    job.process.send_signal(signal.SIGTERM)
-    assert job.wait(timeout=SECONDS_TO_END) == 143
+@pytest.mark.parametrize(
+    ("ranks", "number"), [(1, signal.SIGTERM), (2, signal.SIGUSR1), (2, signal.SIGTERM)], ids=str
+)
+def test_a_run_that_is_asked_to_end_saves_and_goes_on_later(
+    training: Callable, run: Callable, settings: dict[str, object], tmp_path: Path, ranks: int, number: int
+):
+    job = training(**{"trainer.devices": ranks})
+    job.process.send_signal(number)
+    assert job.wait(timeout=SECONDS_TO_END) == 75
+    assert f"by {signal.Signals(number).name}; the same command goes on from there" in job.err
+    assert job.alive() == []
     assert job.temporary_files == []
     assert "Traceback" not in job.err
+    assert not (tmp_path / "run/checkpoints/megatron_gpt_sft.nemo").exists()
+    done = json.loads((tmp_path / "run/checkpoints/last/trainer_state.json").read_text())["step"]
+    more = {"trainer.sft.max_epochs": 1_000_000, "trainer.sft.max_steps": done + 2}
+    again = run(settings | more)
+    assert again.wait() == 0, again.err
+    assert f"resumed after step {done} of {done + 2}" in again.err
+    assert f"step {done + 1}/{done + 2}" in again.err
+
+
+def test_a_signal_before_training_ends_the_run(start: Callable, settings: dict[str, object]):
+    job = start(settings)
+    job.wait_for("world: ")
+    job.process.send_signal(signal.SIGTERM)
+    assert job.wait(timeout=SECONDS_TO_END) in (75, 143)
+    assert job.temporary_files == []
+    assert "Traceback" not in job.err
+
+
+def test_without_checkpoints_a_run_that_is_asked_to_end_ends(training: Callable, tmp_path: Path):
+    job = training(**{"exp_manager.create_checkpoint_callback": False})
+    job.process.send_signal(signal.SIGTERM)
+    assert job.wait(timeout=SECONDS_TO_END) == 143
+    assert "nothing is saved" in job.err
+    assert not (tmp_path / "run/checkpoints").exists()
+
+
+def test_a_run_ends_before_its_time_is_over(run: Callable, settings: dict[str, object], tmp_path: Path):
+    endless = {"trainer.sft.max_steps": 1_000_000, "trainer.sft.max_epochs": 1_000_000}
+    job = run(settings | endless | {"exp_manager.max_time_per_run": "00:00:00:12"})
+    assert job.wait() == 0, job.err
+    assert time.monotonic() - job.started < 12 + 3
+    assert "by exp_manager.max_time_per_run; the same command goes on from there" in job.err
+    assert (tmp_path / "run/checkpoints/last/trainer_state.json").exists()
+    assert not (tmp_path / "run/checkpoints/megatron_gpt_sft.nemo").exists()
 
 
 def test_a_rank_that_dies_ends_the_job(training: Callable):
@@ -114,7 +155,23 @@ def test_the_starter_ends_its_ranks_on_a_signal(idle, number: signal.Signals):
     assert idle.wait(timeout=SECONDS_TO_END) == 128 + number
     assert idle.alive() == []
     assert idle.temporary_files == []
-    assert f"{number.name}: the 3 ranks are stopped" in idle.err
+    told = "asked to save and end" if number == signal.SIGTERM else "stopped"
+    assert f"{number.name}: the 3 ranks are {told}" in idle.err
+
+
+def test_a_second_sigterm_does_not_wait(start: Callable, tmp_path: Path):
+    busy = "import signal; signal.signal(signal.SIGTERM, lambda *_: sys.stderr.write('saving '))"
+    (tmp_path / "saving.py").write_text(
+        IDLE.replace("local.follow_parent()", f"local.follow_parent()\n{busy}")
+    )
+    job = start([], command=["saving.py"])
+    job.wait_for("up up up")
+    job.process.send_signal(signal.SIGTERM)
+    job.wait_for("saving saving saving")
+    assert job.process.poll() is None
+    job.process.send_signal(signal.SIGTERM)
+    assert job.wait(timeout=SECONDS_TO_END) == 143
+    assert job.alive() == []
 
 
 def test_a_second_ctrl_c_leaves_nothing_either(idle):

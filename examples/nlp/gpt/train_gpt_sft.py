@@ -12,22 +12,23 @@ from nemo_aligner.launch.script import script
 @script("gpt_sft", SFTJob)
 def main(job: SFTJob) -> None:
     """Fine-tune a checkpoint on prompts and answers, or on conversations."""
+    from nemo_aligner import builders
     from nemo_aligner.algorithms.supervised import SupervisedTrainer
-    from nemo_aligner.builders import load_pretrained, open_experiment, sft_loaders, warn_of_schedule
     from nemo_aligner.objectives.nll import NLL
 
     config = job.trainer.sft
-    with open_experiment(job) as run:
-        pretrained = load_pretrained(job.model, precision=job.trainer.precision)
-        train, validation = sft_loaders(job.model.data, pretrained, job.model)
-        trainer = SupervisedTrainer(config, pretrained.policy, NLL(), train, validation, run)
-        warn_of_schedule(job.model.optim, max_steps=trainer.plan.max_steps)
+    with builders.open_experiment(job) as run:
+        start = builders.resume_point(job, run)
+        pretrained = builders.load_pretrained(job.model, precision=job.trainer.precision, start=start)
+        train, validation = builders.sft_loaders(job.model.data, pretrained, job.model)
+        checkpoints = builders.training_checkpoints(job, run, pretrained)
+        trainer = SupervisedTrainer(config, pretrained.policy, NLL(), train, validation, run, checkpoints)
+        builders.warn_of_schedule(job.model.optim, max_steps=trainer.plan.max_steps)
         pretrained.policy.prepare_training(
             job.model.optim, clip_grad=config.gradient_clip_val, max_steps=trainer.plan.max_steps
         )
-        trainer.fit()
-        if job.exp_manager.checkpoint_callback_params.save_nemo_on_train_end:
-            pretrained.save(run.nemo_path)
+        trainer.fit(start)
+        builders.save_result(job, run, pretrained, checkpoints)
 
 
 if __name__ == "__main__":

@@ -4,24 +4,18 @@
 import pytest
 
 from nemo_aligner.errors import UserError
-from nemo_aligner.run.schedule import Plan, make_plan
+from nemo_aligner.run.schedule import Plan, SupervisedConfig, make_plan
 
 
 def plan(**settings: int | float | None) -> Plan:
-    defaults = {
-        "batches_per_epoch": 5,
-        "max_epochs": 2,
-        "max_steps": -1,
-        "val_check_interval": 1.0,
-        "limit_train_batches": 1.0,
-        "val_batches": 4,
-        "limit_val_batches": 1.0,
-    }
-    return make_plan(**(defaults | settings))
+    config = SupervisedConfig(**{"max_epochs": 2, "val_check_interval": 1.0, **settings})
+    return make_plan(config, batches_per_epoch=5, val_batches=4)
 
 
 def test_shares_and_numbers():
-    assert plan() == Plan(steps_per_epoch=5, max_steps=10, val_check_interval=5, val_batches=4)
+    expected = Plan(steps_per_epoch=5, max_steps=10, save_interval=2, val_check_interval=5, val_batches=4)
+    assert plan(save_interval=2) == expected
+    assert plan(save_interval=0.4) == expected
     assert plan(max_steps=3, limit_train_batches=2).max_steps == 3
     assert plan(limit_train_batches=0.4, limit_val_batches=3).max_steps == 4
 
@@ -47,3 +41,11 @@ def test_validation_follows_the_last_step():
 def test_a_run_without_a_step_is_refused():
     with pytest.raises(UserError, match=r"max_steps=0[\s\S]*Cure: "):
         plan(max_steps=0)
+
+
+def test_saves_are_at_their_interval_and_at_the_end():
+    def saves(interval: int) -> list[int]:
+        return [step for step in range(1, 11) if plan(save_interval=interval).saves_after(step)]
+
+    assert saves(4) == [4, 8, 10]
+    assert saves(0) == [10]

@@ -1,0 +1,306 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The checkpoints of a run: written whole or not at all, the best of them kept, the newest found again.
+
+A checkpoint is the extracted layout of a .nemo (``model_config.yaml``, tokenizer files, ``model_weights/``), so it is
+also a model; beside them lie ``training_state/`` (the optimizer, as a distributed checkpoint) and
+``trainer_state.json``. What a run goes on from stands in that file and never in a name.
+"""
+
+import json
+import logging
+import os
+import re
+import shutil
+from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+from megatron.core.transformer.module import MegatronModule
+
+from nemo_aligner.checkpoint.nemo_archive import WEIGHTS_NAME, write_contents, write_nemo
+from nemo_aligner.checkpoint.sharded import load_state, save_state
+from nemo_aligner.errors import UserError
+from nemo_aligner.parallel import world
+from nemo_aligner.run.experiment import TRAINER_STATE, CheckpointCallbackConfig
+from nemo_aligner.run.progress import heartbeat
+
+__all__ = [
+    "TRAINING_NAMES",
+    "Checkpoint",
+    "TrainerState",
+    "TrainingCheckpoints",
+    "checkpoint_name",
+    "find_checkpoints",
+    "monitor_name",
+    "read_checkpoint",
+    "remove_unfinished",
+]
+
+STATE_FOLDER = "training_state"
+TRAINING_NAMES = (STATE_FOLDER, TRAINER_STATE)  # what a checkpoint holds beside a model
+UNFINISHED = ".saving-"
+LAST = "last"  # a link to the newest checkpoint
+
+logger = logging.getLogger(__name__)
+
+
+class Trained(Protocol):
+    """What a checkpoint holds tensors of."""
+
+    @property
+    def model(self) -> MegatronModule:
+        """The weights."""
+        ...
+
+    def training_state(self, *, loading: bool) -> dict[str, Any]:
+        """Everything else that the next step needs."""
+        ...
+
+    def load_training_state(self, state: dict[str, Any]) -> None:
+        """Take over what was loaded into :meth:`training_state`."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainerState:
+    """Where a run stands between two steps."""
+
+    step: int = 0  # optimizer steps done
+    consumed_samples: int = 0
+    metrics: dict[str, float] = field(
+        default_factory=dict
+    )  # of the last validation, by monitor name: val_loss
+    data: dict[str, Any] = field(
+        default_factory=dict
+    )  # what makes up the batches; another value, other batches
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checkpoint:
+    """A finished checkpoint."""
+
+    path: Path
+    state: TrainerState
+
+
+def checkpoint_name(template: str, state: TrainerState, *, steps_per_epoch: int) -> str:
+    """``template`` filled in: each {name} or {name:format} becomes name=value.
+
+    >>> state = TrainerState(step=50, consumed_samples=6400, metrics={"val_loss": 2.34567})
+    >>> checkpoint_name("sft--{val_loss:.3f}-{step}-{consumed_samples}-{epoch}", state, steps_per_epoch=100)
+    'sft--val_loss=2.346-step=50-consumed_samples=6400-epoch=0'
+    """
+    values: Mapping[str, float] = {
+        **state.metrics,
+        "step": state.step,
+        "consumed_samples": state.consumed_samples,
+        "epoch": (state.step - 1) // steps_per_epoch,
+    }
+
+    def fill(match: re.Match[str]) -> str:
+        value = values.get(monitor_name(match[1]), float("nan"))
+        return f"{match[1]}={value:{match[2] or ''}}"
+
+    name = re.sub(r"\{([\w/]+)(?::([^}]*))?\}", fill, template)
+    # Two checkpoints never share a name.
+    return (name if "{step" in template else f"{name}-step={state.step}").replace("/", "_")
+
+
+def monitor_name(name: str) -> str:
+    """One name for a validation metric, however it is written.
+
+    >>> monitor_name("validation_loss"), monitor_name("validation/loss"), monitor_name("val_loss")
+    ('val_loss', 'val_loss', 'val_loss')
+    """
+    return re.sub(r"^validation[_/]", "val_", name)
+
+
+class TrainingCheckpoints:
+    """Saves, finds, loads and prunes. Every method is called by every rank; rank 0 alone touches folders.
+
+    Args:
+        folder: ``<run>/checkpoints``, on a disk that all nodes share.
+        config: what is kept, and under which names.
+        trained: whose tensors are saved.
+        model_config: model_config.yaml's content.
+        files: the other files of the .nemo, by name.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        config: CheckpointCallbackConfig,
+        trained: Trained,
+        *,
+        model_config: dict[str, Any],
+        files: Mapping[str, Path | bytes],
+    ) -> None:
+        self.folder, self.config, self._trained = folder, config, trained
+        self._model_config, self._files = model_config, files
+        self._executor = ThreadPoolExecutor(1, "save") if config.async_save else None
+        self._pending: tuple[Path, TrainerState, list[Future[Any]]] | None = None
+
+    def restore(self, checkpoint: Checkpoint) -> None:
+        """Load the training state of ``checkpoint``; its weights are loaded as those of any .nemo."""
+        with heartbeat(f"resuming from {checkpoint.path}", enabled=world.is_logging_rank()):
+            state = load_state(
+                self._trained.training_state(loading=True),
+                checkpoint.path / STATE_FOLDER,
+                remedy="resume with the model.optim and the architecture that the run was started with",
+            )
+            self._trained.load_training_state(state)
+
+    def save(self, state: TrainerState, *, steps_per_epoch: int) -> None:
+        """Write a checkpoint; with ``async_save`` it is finished by a later :meth:`poll` or :meth:`finish`."""
+        self.finish()
+        name = checkpoint_name(self.config.filename, state, steps_per_epoch=steps_per_epoch)
+        staging = self.folder / f"{UNFINISHED}{name}"
+        writes = world.is_logging_rank()
+        with heartbeat(f"saving {self.folder / name}", enabled=writes), world.phase(f"saving {name}"):
+            if writes:
+                staging.mkdir(parents=True)
+                write_contents(staging, config=self._model_config, files=self._files)
+            world.barrier()
+            weights = self._trained.model.sharded_state_dict(prefix="model.")
+            parts = ((WEIGHTS_NAME, weights), (STATE_FOLDER, self._trained.training_state(loading=False)))
+            written = [
+                save_state(part, staging / part_name, executor=self._executor) for part_name, part in parts
+            ]
+        self._pending = (self.folder / name, state, [future for future in written if future is not None])
+        if self._executor is None:
+            self.finish()
+
+    @property
+    def is_writing(self) -> bool:
+        """Whether this rank still writes in the background."""
+        return self._pending is not None and not all(future.done() for future in self._pending[2])
+
+    def poll(self, *, all_ranks_done: bool) -> None:
+        """Finish a save in the background once no rank is writing any more."""
+        if self._pending is not None and all_ranks_done:
+            self.finish()
+
+    def finish(self) -> None:
+        """Wait for the save in the background, if there is one, and make it a checkpoint."""
+        if self._pending is None:
+            return
+        path, state, written = self._pending
+        self._pending = None
+        with world.phase(f"saving {path.name}"):
+            for future in written:
+                future.result()
+            world.barrier()
+            if world.is_logging_rank():
+                self._commit(path, state)
+            world.barrier()
+
+    def _commit(self, path: Path, state: TrainerState) -> None:
+        staging = path.with_name(UNFINISHED + path.name)
+        with (staging / TRAINER_STATE).open("w") as stream:
+            json.dump(asdict(state), stream, indent=2)
+            stream.flush()
+            os.fsync(stream.fileno())
+        staging.rename(path)
+        _sync(self.folder)
+        _link(self.folder / LAST, path.name)
+        logger.info("saved %s", path)
+        if self.config.always_save_nemo:
+            self._pack(path, path.with_name(path.name + ".nemo"), overwrite=False)
+        self._prune()
+
+    def _prune(self) -> None:
+        for checkpoint in prunable(find_checkpoints(self.folder), self.config):
+            # Renamed first: what is only half removed must not be found again.
+            doomed = checkpoint.path.rename(checkpoint.path.with_name(UNFINISHED + checkpoint.path.name))
+            shutil.rmtree(doomed)
+            checkpoint.path.with_name(checkpoint.path.name + ".nemo").unlink(missing_ok=True)
+
+    def _pack(self, checkpoint: Path, path: Path, *, overwrite: bool) -> None:
+        write_nemo(
+            path,
+            config=self._model_config,
+            files=dict(self._files),
+            weights=lambda folder: shutil.copytree(checkpoint / WEIGHTS_NAME, folder) and None,
+            overwrite=overwrite,
+        )
+
+    def save_best(self, path: Path) -> None:
+        """Write the checkpoint that the monitor ranks first as a .nemo."""
+        self.finish()
+        if world.is_logging_rank():
+            best = ranked(find_checkpoints(self.folder), self.config)[0]
+            logger.info("the best checkpoint by %s is %s", self.config.monitor, best.path.name)
+            self._pack(best.path, path, overwrite=True)
+        world.barrier()
+
+
+def find_checkpoints(folder: Path) -> list[Checkpoint]:
+    """The finished checkpoints in ``folder``, oldest first."""
+    found = []
+    for path in folder.glob(f"*/{TRAINER_STATE}"):
+        if not path.parent.name.startswith(UNFINISHED) and not path.parent.is_symlink():
+            found.append(read_checkpoint(path.parent))
+    return sorted(found, key=lambda checkpoint: checkpoint.state.step)
+
+
+def read_checkpoint(path: Path) -> Checkpoint:
+    """The checkpoint at ``path``.
+
+    Raises:
+        UserError: it is none.
+    """
+    try:
+        state = TrainerState(**json.loads((path / TRAINER_STATE).read_text()))
+    except (OSError, ValueError, TypeError) as error:
+        raise UserError(
+            f"{path} is not a training checkpoint: {TRAINER_STATE} in it cannot be read ({error})",
+            cure="name a folder below a run's checkpoints/; a .nemo is started from with model.restore_from_path",
+        ) from error
+    return Checkpoint(path=path.resolve(), state=state)
+
+
+def remove_unfinished(folder: Path) -> None:
+    """Remove what saves that were interrupted have left."""
+    for path in folder.glob(f"{UNFINISHED}*"):
+        logger.info("removing %s: its save was interrupted", path)
+        if path.is_symlink():
+            path.unlink()
+        else:
+            shutil.rmtree(path)
+
+
+def ranked(checkpoints: list[Checkpoint], config: CheckpointCallbackConfig) -> list[Checkpoint]:
+    """Best first by the monitor, among equals the newer first; without a value for it, last."""
+    name, sign = monitor_name(config.monitor), -1 if config.mode == "max" else 1
+
+    def key(checkpoint: Checkpoint) -> tuple[float, int]:
+        value = checkpoint.state.metrics.get(name, float("nan"))
+        return (sign * value if value == value else float("inf")), -checkpoint.state.step
+
+    return sorted(checkpoints, key=key)
+
+
+def prunable(checkpoints: list[Checkpoint], config: CheckpointCallbackConfig) -> list[Checkpoint]:
+    """Those that are neither among the best ``save_top_k`` nor the newest."""
+    if config.save_top_k < 0 or not checkpoints:
+        return []
+    newest = max(checkpoints, key=lambda checkpoint: checkpoint.state.step)
+    return [c for c in ranked(checkpoints, config)[config.save_top_k :] if c is not newest]
+
+
+def _link(link: Path, target: str) -> None:
+    fresh = link.with_name(f"{UNFINISHED}{link.name}")
+    fresh.unlink(missing_ok=True)
+    fresh.symlink_to(target)
+    fresh.replace(link)
+
+
+def _sync(folder: Path) -> None:
+    """Have the disk hold the folder's entries as they are now."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

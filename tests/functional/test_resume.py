@@ -1,0 +1,157 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A run that was killed and started again is the run that was never killed: weights, optimizer, metrics, to the bit.
+
+``make test-resume`` runs every seed of every case; the other targets run the first of each.
+"""
+
+import json
+import random
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+
+from nemo_aligner.checkpoint.torch_dist import FolderReader
+
+STEPS = 12  # three epochs of four steps
+TIMINGS = ("time", "train/step_time", "train/tokens_per_s", "validation/step_time")
+
+
+@pytest.fixture(scope="session")
+def undisturbed() -> dict[int, Path]:
+    """Folders of whole runs by their number of ranks, made when first asked for."""
+    return {}
+
+
+@pytest.fixture
+def resumable(settings: dict[str, object]) -> Callable[..., dict[str, object]]:
+    """Settings of a run that saves every 3 steps and validates every 4, in ``folder`` on ``ranks`` ranks."""
+
+    def make(folder: Path, ranks: int) -> dict[str, object]:
+        return settings | {
+            "trainer.devices": ranks,
+            "model.data.train_ds.micro_batch_size": 1,
+            "model.data.train_ds.global_batch_size": 8,
+            "trainer.sft.max_epochs": 3,
+            "trainer.sft.max_steps": -1,
+            "trainer.sft.save_interval": 3,
+            "trainer.sft.val_check_interval": 4,
+            "model.optim.lr": 1e-2,
+            "model.optim.sched.warmup_steps": 2,
+            "model.hidden_dropout": 0.0,
+            "exp_manager.explicit_log_dir": folder,
+            "exp_manager.checkpoint_callback_params.save_top_k": 1,
+        }
+
+    return make
+
+
+def tensors(folder: Path) -> dict[str, torch.Tensor]:
+    """Everything in the newest checkpoint's weights and optimizer."""
+    found = {}
+    for part in ("model_weights", "training_state"):
+        reader = FolderReader(folder / "checkpoints/last" / part)
+        for key, entry in reader.tensors.items():
+            found[f"{part}/{key}"] = reader.read(key, (0,) * len(entry.shape), entry.shape)
+    return found
+
+
+def metrics(folder: Path) -> list[dict[str, object]]:
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in line.items() if name not in TIMINGS} for line in lines]
+
+
+def assert_same_run(found: Path, wanted: Path) -> None:
+    ours, theirs = tensors(found), tensors(wanted)
+    assert ours.keys() == theirs.keys()
+    assert any("exp_avg_sq" in key for key in ours)
+    assert [key for key in ours if not torch.equal(ours[key], theirs[key])] == []
+    assert metrics(found) == metrics(wanted)
+    assert [line["step"] for line in metrics(found) if "train/loss" in line] == list(range(1, STEPS + 1))
+    checkpoints = [sorted(path.name for path in (f / "checkpoints").iterdir()) for f in (found, wanted)]
+    assert checkpoints[0] == checkpoints[1]
+
+
+def steps_done(folder: Path) -> int:
+    path = folder / "metrics.jsonl"
+    return sum('"train/loss"' in line for line in path.read_text().splitlines()) if path.exists() else 0
+
+
+def is_saving(folder: Path) -> bool:
+    """Whether a second checkpoint is being written."""
+    made = list((folder / "checkpoints").glob("*/trainer_state.json"))
+    return bool(made) and any((folder / "checkpoints").glob(".saving-*step*/model_weights/*"))
+
+
+MOMENTS: dict[str, Callable[[random.Random], Callable[[Path], bool]]] = {
+    "a random step": lambda draw: (lambda step: lambda folder: steps_done(folder) >= step)(
+        draw.randint(1, 11)
+    ),
+    "an epoch's last step": lambda draw: (lambda step: lambda folder: steps_done(folder) >= step)(
+        4 * draw.randint(1, 2)
+    ),
+    "a save": lambda draw: is_saving,  # noqa: ARG005 - the others' signature
+}
+
+
+def kill_at(job, folder: Path, moment: Callable[[Path], bool], *, delay: float) -> None:
+    """SIGKILL all of the job's processes once ``moment`` is there, ``delay`` seconds later if it still holds."""
+    deadline = time.monotonic() + 90
+    while True:
+        assert time.monotonic() < deadline, job.err[-4000:]
+        assert job.process.poll() is None, f"it ended before the moment to kill it: {job.err[-4000:]}"
+        if not moment(folder):
+            time.sleep(0.001)
+            continue
+        time.sleep(delay)
+        family = [psutil.Process(job.process.pid), *psutil.Process(job.process.pid).children()]
+        for process in family:
+            process.send_signal(signal.SIGSTOP)
+        if moment(folder):
+            break
+        for process in family:
+            process.send_signal(signal.SIGCONT)
+    for process in family:
+        process.send_signal(signal.SIGKILL)
+    job.process.wait()
+    psutil.wait_procs(family, timeout=10)
+
+
+def cases() -> list:
+    """All of them; those with a seed above 0, and most on 4 ranks, are long."""
+    found = []
+    for moment in MOMENTS:
+        for ranks in (1, 4):
+            for seed in range(3):
+                quick = seed == 0 and (ranks == 1 or moment == "a save")
+                marks = [] if quick else [pytest.mark.resume]
+                found.append(pytest.param(moment, ranks, seed, marks=marks, id=f"{moment}-{ranks}-{seed}"))
+    return found
+
+
+@pytest.mark.parametrize(("moment", "ranks", "seed"), cases())
+def test_a_killed_run_goes_on_as_if_it_never_was(
+    run: Callable,
+    start: Callable,
+    resumable: Callable,
+    undisturbed: dict[int, Path],
+    tmp_path: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+    moment: str,
+    ranks: int,
+    seed: int,
+):
+    if ranks not in undisturbed:
+        undisturbed[ranks] = tmp_path_factory.mktemp("undisturbed")
+        whole = run(resumable(undisturbed[ranks], ranks))
+        assert whole.wait() == 0, whole.err
+    draw = random.Random(seed)
+    killed = start(resumable(tmp_path / "run", ranks))
+    kill_at(killed, tmp_path / "run", MOMENTS[moment](draw), delay=draw.random() * 0.03)
+    again = run(resumable(tmp_path / "run", ranks))
+    assert again.wait() == 0, again.err
+    assert_same_run(tmp_path / "run", undisturbed[ranks])
