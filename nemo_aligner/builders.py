@@ -11,6 +11,7 @@ from typing import Any
 from nemo_aligner.checkpoint.model_nemo import save_nemo, shared_nemo
 from nemo_aligner.checkpoint.nemo_archive import CONFIG_NAME, WEIGHTS_NAME, NemoArchive
 from nemo_aligner.checkpoint.sharded import load_model
+from nemo_aligner.checkpoint.tokenizer_files import load_archived_tokenizer
 from nemo_aligner.checkpoint.training import (
     TRAINING_NAMES,
     Checkpoint,
@@ -24,7 +25,7 @@ from nemo_aligner.data.config import SFTDataConfig, SFTSplitConfig
 from nemo_aligner.data.datasets import describe, open_sft
 from nemo_aligner.data.loader import SFTLoader
 from nemo_aligner.data.sampler import GlobalBatchSampler
-from nemo_aligner.data.tokenizer import Tokenizer, check_fits, load_tokenizer
+from nemo_aligner.data.tokenizer import Tokenizer, check_fits
 from nemo_aligner.errors import UserError
 from nemo_aligner.models.gpt.config import GPTConfig
 from nemo_aligner.models.gpt.learning_rate import OptimConfig
@@ -164,12 +165,9 @@ def load_pretrained(
 
 
 def _load_tokenizer(archive: NemoArchive, vocab_size: int) -> Tokenizer | None:
-    block = archive.config.get("tokenizer")
-    if not block:
-        return None
-    name = block["model"] if block["library"] == "sentencepiece" else block["type"]
-    tokenizer = load_tokenizer(block["library"], archive.file(name))
-    check_fits(tokenizer, vocab_size)
+    tokenizer = load_archived_tokenizer(archive)
+    if tokenizer is not None:
+        check_fits(tokenizer, vocab_size)
     return tokenizer
 
 
