@@ -155,3 +155,92 @@ def test_a_killed_run_goes_on_as_if_it_never_was(
     again = run(resumable(tmp_path / "run", ranks))
     assert again.wait() == 0, again.err
     assert_same_run(tmp_path / "run", undisturbed[ranks])
+
+
+def test_a_kill_while_a_thread_saves_loses_nothing(
+    run: Callable, start: Callable, resumable: Callable, tmp_path: Path
+):
+    background = {"exp_manager.checkpoint_callback_params.async_save": True}
+    whole = run(resumable(tmp_path / "whole", 2) | background)
+    assert whole.wait() == 0, whole.err
+    killed = start(resumable(tmp_path / "run", 2) | background)
+    kill_at(killed, tmp_path / "run", is_saving, delay=0)
+    again = run(resumable(tmp_path / "run", 2) | background)
+    assert again.wait() == 0, again.err
+    assert_same_run(tmp_path / "run", tmp_path / "whole")
+
+
+def test_a_run_goes_on_with_other_ranks_and_says_when_it_is_finished(
+    run: Callable, resumable: Callable, tmp_path: Path
+):
+    constant = {"model.optim.sched.name": "constant", "model.hidden_dropout": 0.0}
+    whole = run(resumable(tmp_path / "whole", 1) | constant)
+    assert whole.wait() == 0, whole.err
+    part = resumable(tmp_path / "part", 2) | constant
+    assert run(part | {"trainer.sft.max_steps": 6}).wait() == 0
+
+    finished = run(part | {"trainer.sft.max_steps": 6})
+    assert finished.wait() == 2
+    problem, cure = finished.err.splitlines()[-2:]
+    assert problem.endswith("is finished: 6 of 6 steps are done")
+    assert "trainer.sft.max_steps" in cure
+
+    more = run(part | {"trainer.devices": 1})
+    assert more.wait() == 0, more.err
+    losses = [
+        [
+            line["train/loss"]
+            for line in metrics(folder)
+            if line.get("step", 0) in range(7, 11) and "train/loss" in line
+        ]
+        for folder in (tmp_path / "part", tmp_path / "whole")
+    ]
+    assert len(losses[0]) == 4
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
+
+
+def test_other_data_is_not_gone_on_with(run: Callable, resumable: Callable, data: Path, tmp_path: Path):
+    settings = resumable(tmp_path / "run", 1)
+    assert run(settings | {"trainer.sft.max_steps": 3}).wait() == 0
+    other = tmp_path / "other.jsonl"
+    other.write_text(data.read_text().replace("red", "blue"))
+    job = run(settings | {"model.data.train_ds.file_path": other})
+    assert job.wait() == 2
+    assert "was trained on other batches: rows was" in job.err
+    fresh = run(settings | {"exp_manager.resume_if_exists": False})
+    assert fresh.wait() == 2
+    assert "holds checkpoints of an earlier run" in fresh.err
+
+
+def test_a_checkpoint_of_another_run_is_gone_on_from(run: Callable, resumable: Callable, tmp_path: Path):
+    first, second = resumable(tmp_path / "first", 1), resumable(tmp_path / "second", 1)
+    assert run(first | {"trainer.sft.max_steps": 3}).wait() == 0
+    named = {"exp_manager.resume_from_checkpoint": tmp_path / "first/checkpoints/last"}
+    job = run(second | named | {"trainer.sft.max_steps": 5})
+    assert job.wait() == 0, job.err
+    assert [line["step"] for line in metrics(tmp_path / "second") if "train/loss" in line] == [4, 5]
+    none = run(resumable(tmp_path / "third", 1) | {"exp_manager.resume_ignore_no_checkpoint": False})
+    assert none.wait() == 2
+    assert none.err.splitlines()[-1].endswith("exp_manager.resume_ignore_no_checkpoint=True to start anew")
+
+
+def test_wandb_is_given_the_run_whatever_its_name(start: Callable, resumable: Callable, tmp_path: Path):
+    settings = resumable(tmp_path / "run", 1) | {
+        "trainer.sft.max_steps": 3,
+        "exp_manager.create_wandb_logger": True,
+        "exp_manager.wandb_logger_kwargs.project": "colours",
+        "exp_manager.wandb_logger_kwargs.name": "",
+    }
+    for steps in (3, 5):
+        job = start(
+            settings | {"trainer.sft.max_steps": steps}, env={"WANDB_MODE": "offline", "WANDB_SILENT": "true"}
+        )
+        assert job.wait() == 0, job.err
+    runs = list((tmp_path / "run/wandb").glob("offline-run-*/run-*.wandb"))
+    assert len(runs) == 2
+    identity = (tmp_path / "run/wandb_id").read_text()
+    assert {path.stem for path in runs} == {f"run-{identity}"}
+    content = runs[0].read_bytes()
+    assert b"colours" in content
+    assert b"megatron_gpt_sft" in content
+    assert b"train/loss" in content
