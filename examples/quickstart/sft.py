@@ -44,6 +44,7 @@ TRAINING = (
     "model.optim.sched.constant_steps=0",
     "model.optim.sched.min_lr=1e-5",
     "exp_manager.checkpoint_callback_params.save_nemo_on_train_end=True",
+    "exp_manager.create_checkpoint_callback=False",
 )
 
 
