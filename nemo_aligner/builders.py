@@ -150,14 +150,21 @@ def load_pretrained(
         config = {**archive.config, **model.architecture}
         gpt = GPTConfig.from_dict(config)
         built = build_gpt(
-            gpt, model.layout, dtype_of(precision), use_flash_attention=model.use_flash_attention
+            gpt,
+            model.layout,
+            dtype_of(precision),
+            use_flash_attention=model.use_flash_attention,
+            recompute=model.recompute,
         )
         with heartbeat("loading weights", enabled=world.is_logging_rank()):
             load_model(built, archive.weights)
         tokenizer = _load_tokenizer(archive, gpt.vocab_size)
         files = _tokenizer_files(archive)
     policy = GPTPolicy(
-        built, eos_id=tokenizer.eos_id if tokenizer else None, kept_logits_bytes=model.kept_logits_mib << 20
+        built,
+        eos_id=tokenizer.eos_id if tokenizer else None,
+        kept_logits_bytes=model.kept_logits_mib << 20,
+        seed=model.seed,
     )
     return Pretrained(
         policy=policy, tokenizer=tokenizer, config=config | {"precision": str(precision)}, files=files
@@ -259,10 +266,10 @@ def warn_of_schedule(optim: OptimConfig, *, max_steps: int) -> None:
             "set model.optim.sched.warmup_steps, now %d, below that",
             *(optim.lr, max_steps, sched.warmup_steps),
         )
-    elif sched.name == "CosineAnnealing" and sched.warmup_steps + sched.constant_steps >= max_steps:
+    elif sched.decays and sched.warmup_steps + sched.constant_steps >= max_steps:
         logger.warning(
             "the learning rate goes to model.optim.sched.min_lr=%g right after the warm-up: "
-            "warmup_steps=%d + constant_steps=%d leave none of the %d steps for the cosine; "
+            "warmup_steps=%d + constant_steps=%d leave none of the %d steps for the decay; "
             "set model.optim.sched.constant_steps=0",
             *(sched.min_lr, sched.warmup_steps, sched.constant_steps, max_steps),
         )

@@ -22,6 +22,7 @@ from nemo_aligner.data.config import SFTDataConfig
 from nemo_aligner.errors import UserError
 from nemo_aligner.models.gpt.config import GPTConfig, precision_name
 from nemo_aligner.models.gpt.learning_rate import OptimConfig
+from nemo_aligner.models.gpt.recompute import Granularity, Method, Recompute
 from nemo_aligner.parallel.ranks import Layout
 from nemo_aligner.run.experiment import ExperimentConfig
 from nemo_aligner.run.schedule import SupervisedConfig
@@ -72,6 +73,7 @@ class ModelConfig:
     seed: int = 1234
     tensor_model_parallel_size: int = 1
     pipeline_model_parallel_size: int = 1
+    virtual_pipeline_model_parallel_size: int | None = None
     context_parallel_size: int = 1
     sequence_parallel: bool = False
     answer_only_loss: bool = True
@@ -84,8 +86,8 @@ class ModelConfig:
     resume_from_checkpoint: str | None = None
     save_nemo_on_validation_end: bool = False
     sync_batch_comm: bool = False
-    activations_checkpoint_granularity: str | None = None
-    activations_checkpoint_method: str | None = None
+    activations_checkpoint_granularity: Granularity | None = None
+    activations_checkpoint_method: Method | None = None
     activations_checkpoint_num_layers: int | None = None
     activations_checkpoint_layers_per_pipeline: int | None = None
     gradient_as_bucket_view: bool = False
@@ -98,8 +100,18 @@ class ModelConfig:
         return Layout(
             tensor=self.tensor_model_parallel_size,
             pipeline=self.pipeline_model_parallel_size,
+            virtual_pipeline=self.virtual_pipeline_model_parallel_size or 1,
             context=self.context_parallel_size,
             sequence_parallel=self.sequence_parallel,
+        )
+
+    @property
+    def recompute(self) -> Recompute:
+        """Which activations the backward computes again."""
+        return Recompute(
+            granularity=self.activations_checkpoint_granularity,
+            method=self.activations_checkpoint_method,
+            num_layers=self.activations_checkpoint_num_layers,
         )
 
     @property
@@ -127,6 +139,7 @@ class SFTJob:
         precision_name(trainer.precision)
         model.layout.check_fits(num_nodes=trainer.num_nodes, devices=trainer.devices, world_size=world_size)
         model.optim.check()
+        model.recompute.check()
         self.exp_manager.check()
         trainer.sft.check("trainer.sft")
         for key, value, off, what in (
@@ -138,9 +151,16 @@ class SFTJob:
             ),
             ("model.context_parallel_size", model.context_parallel_size, (1,), "context parallelism"),
             ("model.ffn_dropout", model.ffn_dropout, (0.0,), "dropout inside the MLP"),
+            (
+                "model.activations_checkpoint_layers_per_pipeline",
+                model.activations_checkpoint_layers_per_pipeline,
+                (None,),
+                "recomputing fewer layers on later stages",
+            ),
         ):
             if value not in off:
-                raise UserError(f"{key}={value}: {what} is not supported", cure=f"set {key}={off[0]}")
+                cure = f"set {key}={'null' if off[0] is None else off[0]}"
+                raise UserError(f"{key}={value}: {what} is not supported", cure=cure)
         ranks = model.layout.data_parallel_size(trainer.num_nodes * trainer.devices)
         for name, split in (("train_ds", model.data.train_ds), ("validation_ds", model.data.validation_ds)):
             unit = split.micro_batch_size * ranks
@@ -200,12 +220,6 @@ NO_EFFECT: tuple[tuple[str, tuple[object, ...], str], ...] = (
     ),
     ("exp_manager.checkpoint_callback_params.model_parallel_size", (), "a checkpoint loads at any layout"),
 )
-NOT_YET: tuple[tuple[str, tuple[object, ...], str], ...] = (
-    ("model.activations_checkpoint_granularity", (), "all activations are kept"),
-    ("model.activations_checkpoint_method", (), "all activations are kept"),
-    ("model.activations_checkpoint_num_layers", (), "all activations are kept"),
-    ("model.activations_checkpoint_layers_per_pipeline", (), "all activations are kept"),
-)
 
 
 def log_no_effect(config: DictConfig, kind: type[object], *, given: Sequence[str]) -> None:
@@ -217,17 +231,16 @@ def log_no_effect(config: DictConfig, kind: type[object], *, given: Sequence[str
         given: the command line's settings, as KEY=VALUE.
     """
     keys = {word.lstrip("+").split("=")[0] for word in given}
-    for table, verdict in ((NO_EFFECT, "has no effect"), (NOT_YET, "is not yet in effect")):
-        for key, idle, instead in table:
-            parent, _, name = key.rpartition(".")
-            block = OmegaConf.select(config, parent)
-            # An interpolation only repeats another setting.
-            if block is None or name not in block or OmegaConf.is_interpolation(block, name):
-                continue
-            value = OmegaConf.select(config, key)
-            if value in (None, *idle) or (key not in keys and value == _default(kind, key)):
-                continue
-            logger.info("%s=%s %s: %s", key, value, verdict, instead)
+    for key, idle, instead in NO_EFFECT:
+        parent, _, name = key.rpartition(".")
+        block = OmegaConf.select(config, parent)
+        # An interpolation only repeats another setting.
+        if block is None or name not in block or OmegaConf.is_interpolation(block, name):
+            continue
+        value = OmegaConf.select(config, key)
+        if value in (None, *idle) or (key not in keys and value == _default(kind, key)):
+            continue
+        logger.info("%s=%s has no effect: %s", key, value, instead)
 
 
 def _default(kind: type[object], key: str) -> object:

@@ -32,6 +32,7 @@ class Layout:
 
     tensor: int = 1
     pipeline: int = 1
+    virtual_pipeline: int = 1  # chunks of layers on each pipeline rank; above 1 the pipeline is interleaved
     context: int = 1
     sequence_parallel: bool = False
 
@@ -69,6 +70,13 @@ class Layout:
                 f"{self.pipeline} x model.context_parallel_size={self.context} = {self.model_size} ranks",
                 cure=_nodes_and_devices(fit, num_nodes)
                 + f" ({fit} ranks), or make the model's sizes smaller",
+            )
+        if self.virtual_pipeline > 1 and self.pipeline == 1:
+            raise UserError(
+                f"model.virtual_pipeline_model_parallel_size={self.virtual_pipeline} interleaves a pipeline, but "
+                "model.pipeline_model_parallel_size=1",
+                cure="set model.virtual_pipeline_model_parallel_size=null, or "
+                "model.pipeline_model_parallel_size to 2 or more",
             )
         if self.sequence_parallel and self.tensor == 1:
             raise UserError(

@@ -6,6 +6,7 @@ The only place, with its siblings in this package, that names torch.distributed,
 """
 
 import contextlib
+import hashlib
 import importlib.metadata
 import logging
 import os
@@ -44,6 +45,7 @@ __all__ = [
     "pp_size",
     "rank",
     "report_once",
+    "seed_step",
     "start",
     "stop",
     "synchronize",
@@ -104,10 +106,10 @@ def start(
                 device_id=device() if cuda else None,
             )
     minutes: Any = timeout.total_seconds() / 60  # typed int by Megatron, which makes a timedelta of it
+    chunks = layout.virtual_pipeline if layout.virtual_pipeline > 1 else None
     with phase("building process groups"):
         parallel_state.initialize_model_parallel(
-            layout.tensor,
-            layout.pipeline,
+            *(layout.tensor, layout.pipeline, chunks),
             context_parallel_size=layout.context,
             distributed_timeout_minutes=minutes,
             create_gloo_process_groups=False,
@@ -192,6 +194,19 @@ def _seed(seed: int) -> None:
     tensor_parallel.model_parallel_cuda_manual_seed(
         seed + 100 * parallel_state.get_pipeline_model_parallel_rank()
     )
+
+
+def seed_step(seed: int, step: int) -> None:
+    """Make the random draws of a training step a function of ``seed``, ``step`` and this rank's place alone.
+
+    Data parallel and pipeline ranks draw apart. Tensor parallel ranks draw alike for activations that all of them hold,
+    and apart for those that they share out.
+    """
+    replica = parallel_state.get_data_parallel_rank(with_context_parallel=True)
+    place = f"{seed} {step} {replica} {parallel_state.get_pipeline_model_parallel_rank()}"
+    derived = int.from_bytes(hashlib.blake2b(place.encode(), digest_size=6).digest())
+    torch.manual_seed(derived)
+    tensor_parallel.model_parallel_cuda_manual_seed(derived)
 
 
 def device() -> torch.device:

@@ -5,16 +5,17 @@ Imports once and forks the ranks; each case builds its layout in the same world 
 """
 
 import contextlib
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import astuple, dataclass, replace
 from datetime import timedelta
 from pathlib import Path
 
 import torch
 from fork import fork_ranks
+from megatron.core import tensor_parallel
 
 from nemo_aligner.batch import TokenBatch
-from nemo_aligner.checkpoint.sharded import load_model, save_model
+from nemo_aligner.checkpoint.sharded import load_model, load_state, save_model, save_state
 from nemo_aligner.data.collate import collate, empty_sample
 from nemo_aligner.data.sample import Sample
 from nemo_aligner.data.sampler import rank_rows
@@ -23,6 +24,7 @@ from nemo_aligner.models.gpt.config import GPTConfig
 from nemo_aligner.models.gpt.model import GPT, build_gpt
 from nemo_aligner.models.gpt.learning_rate import OptimConfig, SchedConfig
 from nemo_aligner.models.gpt.policy import GPTPolicy
+from nemo_aligner.models.gpt.recompute import Recompute
 from nemo_aligner.objectives.nll import NLL
 from nemo_aligner.parallel import collectives, world
 from nemo_aligner.parallel.ranks import Layout, Ranks
@@ -37,36 +39,82 @@ class Case:
 
     tp: int = 1
     pp: int = 1
+    vp: int = 1
     sp: bool = False
     mbs: int = 1
     tied: bool = True
+    overlap: bool = False
+    bf16: bool = False
+    recompute: Recompute = Recompute()
     local_count: bool = False  # divide by this rank's own count: what must not be done
 
     @property
     def layout(self) -> Layout:
-        return Layout(tensor=self.tp, pipeline=self.pp, sequence_parallel=self.sp)
+        return Layout(
+            tensor=self.tp, pipeline=self.pp, virtual_pipeline=self.vp, sequence_parallel=self.sp
+        )
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return torch.bfloat16 if self.bf16 else torch.float32
 
     def __str__(self) -> str:
-        flags = [word for word in ("sp", "tied", "local_count") if getattr(self, word)]
-        return "-".join([f"tp{self.tp}", f"pp{self.pp}", f"mbs{self.mbs}", *flags])
+        flags = [word for word in ("sp", "tied", "overlap", "bf16", "local_count") if getattr(self, word)]
+        recompute = [str(x) for x in astuple(self.recompute) if x is not None]
+        return "-".join(
+            [f"tp{self.tp}", f"pp{self.pp}", f"vp{self.vp}", f"mbs{self.mbs}", *flags, *recompute]
+        )
 
 
+SELECTIVE = Recompute(granularity="selective")
+UNIFORM = Recompute(granularity="full", method="uniform", num_layers=2)
+BLOCK = Recompute(granularity="full", method="block", num_layers=1)
 CASES = (
     Case(),
     Case(mbs=3),
     Case(tied=False, mbs=2),
+    Case(mbs=2, overlap=True),
+    Case(mbs=1, tied=False, overlap=True, recompute=UNIFORM),
     Case(tp=2),
     Case(tp=2, sp=True, mbs=2),
+    Case(tp=2, sp=True, overlap=True, recompute=SELECTIVE),
     Case(tp=4, sp=True, mbs=4, tied=False),
     Case(pp=2, mbs=2),
+    Case(pp=2, mbs=1, tied=False, overlap=True, recompute=BLOCK),
+    Case(pp=2, vp=2),  # 4 micro-batches
+    Case(pp=2, vp=2, mbs=1, tied=False, overlap=True),
     Case(pp=4, tied=False),
     Case(tp=2, pp=2, sp=True, mbs=2),
     Case(tp=2, pp=2, mbs=3, tied=False),
-    Case(tp=2, pp=4, sp=True, mbs=2),
-    Case(tp=4, pp=2, mbs=5),
+    Case(tp=2, pp=2, vp=2, sp=True, mbs=3, recompute=replace(UNIFORM, num_layers=1)),  # 3 micro-batches, levelled to 4
+    Case(tp=2, pp=4, mbs=2),
+    Case(tp=4, pp=2, sp=True, mbs=4),
+)
+BF16 = (
+    Case(bf16=True, mbs=2),
+    Case(tp=2, sp=True, bf16=True, overlap=True),
+    Case(tp=2, pp=2, vp=2, sp=True, mbs=3, bf16=True),
 )
 LOCAL_COUNT = Case(mbs=2, local_count=True)
-RELOADED = (Case(tp=2, pp=2), Case(tp=2), Case(tp=2, pp=4), Case(), Case(pp=2), Case(tp=2, sp=True))
+RELOADED = (
+    Case(tp=2, pp=2),
+    Case(tp=2),
+    Case(tp=2, pp=4),
+    Case(),
+    Case(pp=2),
+    Case(pp=2, vp=2),
+    Case(tp=2, sp=True),
+)
+# Saved with the optimizer by 4 ranks; these go on, each with its number of ranks.
+SAVED = Case(tp=2, pp=2, mbs=4, tied=False, overlap=True)  # several buckets, with padding between them
+RESUMED = {
+    replace(SAVED, pp=4, overlap=False): 8,
+    replace(SAVED, pp=1): 2,
+    replace(SAVED, vp=2, overlap=False): 4,
+    replace(SAVED, tp=1, pp=1): 4,
+    SAVED: 8,
+    replace(SAVED, tp=4, pp=2, sp=True, overlap=False): 8,
+}
 
 
 def config(*, tied: bool) -> GPTConfig:
@@ -130,20 +178,40 @@ def randomize(model: GPT) -> None:
             parameter.data.add_(0.7)
 
 
-def train(case: Case, weights: Path) -> dict[str, list[float]]:
-    """Losses and grad norms of 4 steps from the weights saved in ``weights``."""
-    model = build_gpt(config(tied=case.tied), case.layout, torch.float32)
+def loaded(case: Case, weights: Path) -> GPTPolicy:
+    """A policy ready to train from the weights saved in ``weights``."""
+    model = build_gpt(config(tied=case.tied), case.layout, case.dtype, recompute=case.recompute)
     load_model(model, weights)
     policy = GPTPolicy(model)
-    sched = SchedConfig(name="constant", warmup_steps=0)
-    policy.prepare_training(OptimConfig(lr=1e-2, sched=sched), clip_grad=1.0, max_steps=4)
-    curve: dict[str, list[float]] = {"loss": [], "grad_norm": []}
-    for step in range(4):
+    optim = OptimConfig(
+        lr=1e-2,
+        sched=SchedConfig(name="constant", warmup_steps=0),
+        overlap_grad_sync=case.overlap,
+        overlap_param_sync=case.overlap,
+        bucket_cap_mb=0.002,  # many in a chunk, most with padding at their end
+    )
+    policy.prepare_training(optim, clip_grad=1.0, max_steps=5)
+    return policy
+
+
+def train(policy: GPTPolicy, case: Case, steps: Iterable[int]) -> dict[str, list[float]]:
+    """Losses and grad norms of ``steps``; with overlap, validation losses of what the second step is about to learn."""
+    curve: dict[str, list[float]] = {"loss": [], "grad_norm": [], "validation": []}
+    for step in steps:
         batches = micro_batches(step, dp_rank=world.dp_rank(), dp_size=world.dp_size(), mbs=case.mbs)
+        if step == 1 and case.overlap:
+            curve["validation"].append(policy.get_loss_and_metrics(batches, NLL(), forward_only=True)["loss"])
         metrics = policy.get_loss_and_metrics(batches, NLL(), forward_only=False) | policy.optimizer_step()
-        for name, values in curve.items():
-            values.append(metrics[name])
+        for name in ("loss", "grad_norm"):
+            curve[name].append(metrics[name])
     return curve
+
+
+def replicas_agree(policy: GPTPolicy) -> bool:
+    """Whether all data parallel ranks hold the same weights."""
+    mine = torch.cat([p.detach().float().flatten() for p in policy.model.parameters()])
+    mean = collectives.sum_over_data_parallel(mine.double()) / world.dp_size()
+    return torch.equal(mean.float(), mine)
 
 
 def rows_for_logits() -> TokenBatch:
@@ -160,37 +228,95 @@ def logits(case: Case, weights: Path) -> torch.Tensor | None:
     return engine.logits(model, rows_for_logits())
 
 
+def train_all(layout: Layout, rank: int, out: Path) -> None:
+    """CASES and their kin of this layout."""
+    sum_over_ranks = collectives.sum_over_data_parallel
+    for case in (*CASES, *BF16, LOCAL_COUNT):
+        if case.layout != layout:
+            continue
+        if case.local_count:
+            collectives.sum_over_data_parallel = lambda x: x if x.ndim == 0 else sum_over_ranks(x)
+        policy = loaded(case, out / f"weights-tied-{case.tied}")
+        curve: dict = train(policy, case, range(3))
+        collectives.sum_over_data_parallel = sum_over_ranks
+        curve["agree"] = replicas_agree(policy)
+        if rank == 0:
+            torch.save(curve, out / f"{case}.pt")
+
+
+def reload_all(layout: Layout, out: Path) -> None:
+    """Weights from TP 2 x PP 2 to RELOADED."""
+    for case in RELOADED:
+        if case.layout == layout:
+            found = logits(case, out / "saved/model_weights")
+            if found is not None and world.tp_rank() == 0:
+                torch.save(found, out / f"logits-{case}-dp{world.dp_rank()}.pt")
+
+
+def save_all(rank: int, out: Path) -> None:
+    """What the others load: weights, and weights and optimizer after 2 steps of 5."""
+    model = build_gpt(config(tied=True), SAVED.layout, torch.float32)
+    load_model(model, out / "weights-tied-True")
+    save_model(model, out / "saved/model_weights")
+    policy = loaded(SAVED, out / "weights-tied-False")
+    train(policy, SAVED, range(2))
+    save_model(policy.model, out / "resume-weights")
+    save_state(policy.training_state(loading=False), out / "resume-state")
+    curve = train(policy, SAVED, range(2, 5))
+    if rank == 0:
+        torch.save(curve, out / "undisturbed.pt")
+
+
+def draw_all(rank: int, out: Path) -> None:
+    """Random numbers of this rank's place, twice for one step and once for the next."""
+
+    def draw(step: int) -> tuple[float, float]:
+        world.seed_step(7, step)
+        with tensor_parallel.get_cuda_rng_tracker().fork():
+            shared_out = torch.rand(()).item()
+        return torch.rand(()).item(), shared_out
+
+    place = (world.tp_rank(), world.dp_rank(), world.is_last_stage())
+    torch.save({"place": place, "draws": [draw(3), draw(3), draw(4)]}, out / f"draws-{rank}.pt")
+
+
+def resume_all(layout: Layout, num_ranks: int, rank: int, out: Path) -> None:
+    """Weights and optimizer from SAVED to RESUMED; 3 more steps each."""
+    for case, size in RESUMED.items():
+        if (case.layout, size) == (layout, num_ranks):
+            policy = loaded(case, out / "resume-weights")
+            state = load_state(policy.training_state(loading=True), out / "resume-state", remedy="")
+            policy.load_training_state(state)
+            curve = train(policy, case, range(2, 5))
+            if rank == 0:
+                torch.save(curve, out / f"resumed-{case}.pt")
+
+
 def run_rank(rank: int, size: int, out: Path) -> None:
     torch.set_num_threads(1)
 
     @contextlib.contextmanager
-    def cut(case: Case, name: str) -> Iterator[None]:
+    def cut(layout: Layout, num_ranks: int, name: str) -> Iterator[None]:
         init = f"file://{out}/ranks-{name}"
-        ranks = Ranks(rank=rank, world_size=size, local_rank=rank, init_method=init, starter="local")
-        world.start(ranks, layout=case.layout, timeout=TIMEOUT)
+        ranks = Ranks(rank=rank, world_size=num_ranks, local_rank=rank, init_method=init, starter="local")
+        world.start(ranks, layout=layout, timeout=TIMEOUT)
         yield
         world.barrier()
         world.stop()
 
-    sum_over_ranks = collectives.sum_over_data_parallel
-    for case in (*CASES, LOCAL_COUNT):
-        with cut(case, str(case)):
-            if case.local_count:
-                collectives.sum_over_data_parallel = lambda x: x if x.ndim == 0 else sum_over_ranks(x)
-            curve = train(case, out / f"weights-tied-{case.tied}")
-            if rank == 0:
-                torch.save(curve, out / f"{case}.pt")
-    collectives.sum_over_data_parallel = sum_over_ranks
-
-    with cut(RELOADED[0], "save"):
-        model = build_gpt(config(tied=True), RELOADED[0].layout, torch.float32)
-        load_model(model, out / "weights-tied-True")
-        save_model(model, out / "saved/model_weights")
-    for case in RELOADED:
-        with cut(case, f"reload-{case}"):
-            found = logits(case, out / "saved/model_weights")
-            if found is not None and world.tp_rank() == 0:
-                torch.save(found, out / f"logits-{case}-dp{world.dp_rank()}.pt")
+    if rank < SAVED.layout.model_size:
+        with cut(SAVED.layout, SAVED.layout.model_size, "save"):
+            save_all(rank, out)
+    worlds = [*((case.layout, size) for case in CASES), *((case.layout, n) for case, n in RESUMED.items())]
+    for number, (layout, num_ranks) in enumerate(dict.fromkeys(worlds)):
+        if rank < num_ranks:
+            with cut(layout, num_ranks, str(number)):
+                resume_all(layout, num_ranks, rank, out)
+                if num_ranks == size:
+                    train_all(layout, rank, out)
+                    reload_all(layout, out)
+                if (layout, num_ranks) == (SAVED.layout, size):
+                    draw_all(rank, out)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ import hydra
 import pytest
 from omegaconf import DictConfig, OmegaConf
 
-from nemo_aligner.config import NO_EFFECT, NOT_YET, SFTJob, log_no_effect, parse
+from nemo_aligner.config import NO_EFFECT, SFTJob, log_no_effect, parse
 from nemo_aligner.errors import UserError
 
 CONF = Path(__file__).parents[2] / "examples/nlp/gpt/conf"
@@ -88,14 +88,13 @@ def test_a_file_of_ones_own_may_lack_keys(caplog: pytest.LogCaptureFixture):
     assert caplog.records == []
 
 
-@pytest.mark.parametrize(("table", "words"), [(NO_EFFECT, "no effect"), (NOT_YET, "not yet in effect")])
-def test_comments_and_tables_agree(table: tuple, words: str):
-    assert commented(words) == {key for key, _, _ in table}
+def test_comments_and_the_table_agree():
+    assert commented("no effect") == {key for key, _, _ in NO_EFFECT}
 
 
-def test_every_key_of_the_tables_exists():
+def test_every_key_of_the_table_exists():
     config = compose()
-    for key, _, _ in (*NO_EFFECT, *NOT_YET):
+    for key, _, _ in NO_EFFECT:
         parent, _, name = key.rpartition(".")
         assert name in OmegaConf.select(config, parent), key
 
@@ -125,3 +124,34 @@ def test_overrides_of_the_architecture_keep_their_form():
     words = ("++model.hidden_dropout=0", "++model.rope_scaling={rope_type:linear,factor:2.0}")
     given = parse(compose(*GIVEN, *words), SFTJob).model.architecture
     assert given == {"hidden_dropout": 0.0, "rope_scaling": {"rope_type": "linear", "factor": 2.0}}
+
+
+@pytest.mark.parametrize(
+    ("word", "problem"),
+    [
+        ("model.activations_checkpoint_granularity=none", "use one of selective, full"),
+        ("model.activations_checkpoint_granularity=full", "needs model.activations_checkpoint_method"),
+        (
+            "model.activations_checkpoint_layers_per_pipeline=1",
+            "=1: recomputing fewer layers on later stages",
+        ),
+        ("model.virtual_pipeline_model_parallel_size=2", "interleaves a pipeline"),
+        ("model.optim.overlap_param_sync=True", "needs model.optim.overlap_grad_sync=True"),
+        (
+            "model.optim.sched.name=NoamAnnealing",
+            "use one of CosineAnnealing, WarmupAnnealing, WSD, constant",
+        ),
+        ("model.optim.sched.name=WSD", "needs model.optim.sched.decay_steps"),
+    ],
+)
+def test_settings_of_the_engine_are_checked(word: str, problem: str):
+    with pytest.raises(UserError, match=problem):
+        parse(compose(*GIVEN, word), SFTJob).check()
+
+
+def test_the_tutorials_recompute_is_accepted():
+    words = ("selective", "uniform")
+    keys = ("model.activations_checkpoint_granularity", "model.activations_checkpoint_method")
+    job = parse(compose(*GIVEN, *(f"{k}={w}" for k, w in zip(keys, words, strict=True))), SFTJob)
+    job.check()
+    assert (job.model.recompute.granularity, job.model.recompute.method) == words

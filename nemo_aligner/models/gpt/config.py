@@ -210,11 +210,18 @@ class GPTConfig:
                     cure=f"set model.tensor_model_parallel_size to one of {fits}",
                 )
         if self.num_layers % layout.pipeline:
-            fits = [n for n in range(1, self.num_layers + 1) if self.num_layers % n == 0]
             raise UserError(
                 f"model.pipeline_model_parallel_size={layout.pipeline} does not divide the model's "
                 f"num_layers={self.num_layers}",
-                cure=f"set model.pipeline_model_parallel_size to one of {fits}",
+                cure=f"set model.pipeline_model_parallel_size to one of {_divisors(self.num_layers)}",
+            )
+        layers = self.num_layers // layout.pipeline
+        if layers % layout.virtual_pipeline:
+            raise UserError(
+                f"model.virtual_pipeline_model_parallel_size={layout.virtual_pipeline} does not divide the {layers} "
+                f"layers of a pipeline rank (num_layers={self.num_layers} / model.pipeline_model_parallel_size="
+                f"{layout.pipeline})",
+                cure=f"set model.virtual_pipeline_model_parallel_size to one of {_divisors(layers)}",
             )
 
     def _fits_tensor_parallel(self, n: int) -> bool:
@@ -236,6 +243,10 @@ def window_tokens(window: int | Sequence[int] | None) -> int | None:
         f"window_size={list(window)} in model_config.yaml is not supported",
         cure="use a pair that ends with 0",
     )
+
+
+def _divisors(number: int) -> list[int]:
+    return [n for n in range(1, number + 1) if number % n == 0]
 
 
 def _rope_scaling(config: Mapping[str, Any]) -> dict[str, Any] | None:

@@ -2,7 +2,9 @@
 """The one bridge from an objective to Megatron's pipeline schedules. Knows stages and denominators; no algorithm."""
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import torch
 from megatron.core import tensor_parallel
@@ -11,7 +13,7 @@ from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 
 from nemo_aligner.batch import TokenBatch
-from nemo_aligner.models.gpt.model import GPT
+from nemo_aligner.models.gpt.model import GPT, InterleavedGPT
 from nemo_aligner.models.gpt.view import view
 from nemo_aligner.objectives.protocol import Metrics, ModelOutput, Objective
 from nemo_aligner.parallel import collectives, world
@@ -20,12 +22,12 @@ __all__ = ["logits", "run"]
 
 
 def run(
-    wrapped: MegatronModule,
-    model: GPT,
+    model: GPT | InterleavedGPT,
     batches: Sequence[TokenBatch],
     objective: Objective,
     *,
     forward_only: bool,
+    wrapped: Sequence[MegatronModule] | None = None,
     kept_logits_bytes: int = 1 << 30,
     outputs: list[ModelOutput] | None = None,
 ) -> dict[str, float]:
@@ -35,7 +37,7 @@ def run(
     of all data parallel ranks, which the masks tell before any forward.
 
     Args:
-        wrapped: ``model`` inside Megatron's DDP, or ``model`` itself where no gradients are wanted.
+        wrapped: ``model``'s chunks inside Megatron's DDP; None where no gradients are summed.
         batches: this data parallel rank's micro-batches, as many as on every other rank; of one shape where there
             is more than one pipeline stage.
         outputs: filled on the last stage with each micro-batch's model output.
@@ -43,36 +45,53 @@ def run(
     Returns:
         {metric: mean over the global batch}, the same on every rank.
     """
-    rows, seq_length = batches[0].num_rows, batches[0].seq_length
-    shapes = {(batch.num_rows, batch.seq_length) for batch in batches}
-    assert len(shapes) == 1 or world.pp_size() == 1, f"pipeline stages exchange one shape, not {shapes}"
-    device = world.device()
+    device, last, levelled = world.device(), model.chunks[-1], _levelled(model, batches)
     total = torch.stack([batch.count(objective.unit) for batch in batches]).sum().to(device)
     total = collectives.sum_over_data_parallel(total)
     # Megatron divides by the number of micro-batches, its DDP by the number of data parallel ranks.
-    scale = len(batches) * world.dp_size() / total.clamp(min=1).item()
+    scale = len(levelled) * world.dp_size() / total.clamp(min=1).item()
 
     def loss_func(batch: TokenBatch, hidden: Tensor) -> tuple[Tensor, Metrics]:
-        output = view(model, hidden, batch, objective, kept_logits_bytes=kept_logits_bytes)
-        if outputs is not None:
+        output = view(last, hidden, batch, objective, kept_logits_bytes=kept_logits_bytes)
+        if outputs is not None and len(outputs) < len(batches):
             outputs.append(output)
         loss, metrics = objective(output, batch)
         return loss * scale, metrics
 
     def forward_step(iterator: Iterator[TokenBatch], module: MegatronModule) -> tuple[Tensor, partial]:
         batch = next(iterator).to(device)
-        return module(**model.inputs(batch)), partial(loss_func, batch)
+        return module(**last.inputs(batch)), partial(loss_func, batch)
 
-    collected: list[Metrics] = get_forward_backward_func()(
+    collected = _schedule(wrapped or model.chunks, levelled, forward_step, forward_only=forward_only)
+    return _means(collected[: len(batches)], objective.metrics)
+
+
+def _levelled(model: GPT | InterleavedGPT, batches: Sequence[TokenBatch]) -> list[TokenBatch]:
+    """``batches`` and, for an interleaved schedule, which takes multiples of PP, as many with nothing learned."""
+    missing = -len(batches) % world.pp_size() if len(model.chunks) > 1 else 0
+    return [*batches, *[replace(batches[-1], mask=torch.zeros_like(batches[-1].mask))] * missing]
+
+
+def _schedule(
+    chunks: Sequence[MegatronModule],
+    batches: Sequence[TokenBatch],
+    forward_step: Callable,
+    *,
+    forward_only: bool,
+) -> list[Any]:
+    """Drive Megatron's schedule for this layout; what the loss functions gave beside the loss, on the last stage."""
+    shapes = {(batch.num_rows, batch.seq_length) for batch in batches}
+    assert len(shapes) == 1 or world.pp_size() == 1, f"pipeline stages exchange one shape, not {shapes}"
+    return get_forward_backward_func()(
         forward_step_func=forward_step,
-        data_iterator=iter(batches),
-        model=wrapped,
+        # Each chunk reads the batches: the first for its tokens, the others for positions and boundaries.
+        data_iterator=[iter(batches) for _ in chunks],
+        model=list(chunks),
         num_microbatches=len(batches),
-        seq_length=seq_length,
-        micro_batch_size=rows,
+        seq_length=batches[0].seq_length,
+        micro_batch_size=batches[0].num_rows,
         forward_only=forward_only,
     )
-    return _means(collected, objective.metrics)
 
 
 def _means(collected: list[Metrics], names: tuple[str, ...]) -> dict[str, float]:
@@ -89,32 +108,26 @@ def _means(collected: list[Metrics], names: tuple[str, ...]) -> dict[str, float]
 
 
 @torch.no_grad()
-def logits(model: GPT, batch: TokenBatch) -> Tensor | None:
+def logits(model: GPT | InterleavedGPT, batch: TokenBatch) -> Tensor | None:
     """[B, S, V] float logits of every position on the last stage's ranks, None elsewhere. For looking at small models.
 
     Position t holds the distribution of token t + 1, as transformers has it.
     """
     found: list[Tensor] = []
+    last = model.chunks[-1]
 
     def loss_func(hidden: Tensor) -> tuple[Tensor, Metrics]:
-        if model.config.sequence_parallel:
+        if last.config.sequence_parallel:
             hidden = tensor_parallel.gather_from_sequence_parallel_region(hidden)
-        local = model.head(hidden.reshape(-1, hidden.shape[-1]))
+        local = last.head(hidden.reshape(-1, hidden.shape[-1]))
         assert isinstance(local, Tensor)
-        whole = collectives.gather_over_tensor_parallel(local)[:, : model.gpt_config.vocab_size]
+        whole = collectives.gather_over_tensor_parallel(local)[:, : last.gpt_config.vocab_size]
         found.append(whole.reshape(*hidden.shape[:2], -1).transpose(0, 1).float())
         return hidden.new_zeros(()), {}
 
     def forward_step(iterator: Iterator[TokenBatch], module: MegatronModule) -> tuple[Tensor, Callable]:
-        return module(**model.inputs(next(iterator))), loss_func
+        return module(**last.inputs(next(iterator))), loss_func
 
-    get_forward_backward_func()(
-        forward_step_func=forward_step,
-        data_iterator=iter([batch.to(world.device())]),
-        model=model,
-        num_microbatches=1,
-        seq_length=batch.seq_length,
-        micro_batch_size=batch.num_rows,
-        forward_only=True,
-    )
+    batches = _levelled(model, [batch.to(world.device())])
+    _schedule(model.chunks, batches, forward_step, forward_only=True)
     return found[0] if found else None

@@ -14,10 +14,19 @@ __all__ = ["OptimConfig", "SchedConfig", "learning_rate"]
 class SchedConfig:
     """The ``model.optim.sched`` block."""
 
-    name: Literal["CosineAnnealing", "constant"] = "CosineAnnealing"
+    name: Literal[
+        "CosineAnnealing", "WarmupAnnealing", "WSD", "constant", "WarmupPolicy", "WarmupHoldPolicy"
+    ] = "CosineAnnealing"
     warmup_steps: int = 10  # steps of linear growth from lr / (warmup_steps + 1)
     constant_steps: int = 1000  # last steps, held at min_lr
-    min_lr: float = 9e-7  # where the cosine ends
+    min_lr: float = 9e-7  # where the decay ends
+    decay_steps: int | None = None  # WSD: steps of the decay, after the stable phase
+    decay_style: Literal["linear", "cosine", "minus_sqrt", "exponential"] = "linear"  # WSD: its form
+
+    @property
+    def decays(self) -> bool:
+        """Whether the rate falls from lr to min_lr."""
+        return self.name in ("CosineAnnealing", "WarmupAnnealing", "WSD")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,15 +40,37 @@ class OptimConfig:
     eps: float = 1e-8  # added to Adam's denominator
     overlap_grad_sync: bool = False  # sum gradients over data parallel ranks while the backward goes on
     overlap_param_sync: bool = False  # gather weights while the next forward goes on
+    bucket_cap_mb: float = 200.0  # with overlap: MiB of fp32 gradients that are summed together
     sched: SchedConfig = field(default_factory=SchedConfig)
 
     def check(self) -> None:
         """Refuse what would train nothing or the wrong way."""
+        if self.overlap_param_sync and not self.overlap_grad_sync:
+            raise UserError(
+                "model.optim.overlap_param_sync=True needs model.optim.overlap_grad_sync=True",
+                cure="set both to True, or both to False",
+            )
+        if self.bucket_cap_mb <= 0:
+            raise UserError(
+                f"model.optim.bucket_cap_mb={self.bucket_cap_mb} is not positive",
+                cure="set model.optim.bucket_cap_mb, for instance to 200",
+            )
         if self.lr <= 0:
             raise UserError(
                 f"model.optim.lr={self.lr} is not positive", cure="set model.optim.lr, for instance to 5e-6"
             )
-        if self.sched.name == "CosineAnnealing" and self.sched.min_lr > self.lr:
+        if self.sched.name == "WSD" and not self.sched.decay_steps:
+            raise UserError(
+                "model.optim.sched.name=WSD needs model.optim.sched.decay_steps, the steps of its decay",
+                cure="set model.optim.sched.decay_steps, for instance to a tenth of the run's steps",
+            )
+        if self.sched.name != "WSD" and self.sched.decay_steps is not None:
+            raise UserError(
+                f"model.optim.sched.decay_steps={self.sched.decay_steps} is for model.optim.sched.name=WSD, which is "
+                f"{self.sched.name}",
+                cure="set model.optim.sched.name=WSD, or model.optim.sched.decay_steps=null",
+            )
+        if self.sched.decays and self.sched.min_lr > self.lr:
             raise UserError(
                 f"model.optim.sched.min_lr={self.sched.min_lr} is above model.optim.lr={self.lr}",
                 cure="set model.optim.sched.min_lr to a tenth of model.optim.lr, or to 0",
@@ -49,7 +80,10 @@ class OptimConfig:
 def learning_rate(step: int, *, peak: float, sched: SchedConfig, max_steps: int) -> float:
     """The learning rate of optimizer step ``step`` (from 0) out of ``max_steps``.
 
-    Linear warm-up, a half cosine from ``peak`` to ``min_lr``, then ``constant_steps`` at ``min_lr``.
+    Linear warm-up; then, unless the rate is constant, a decay from ``peak`` to ``min_lr`` and the last
+    ``constant_steps`` at ``min_lr``. CosineAnnealing decays as half a cosine and WarmupAnnealing as a line, right from
+    the warm-up on; WSD (Hu et al. 2024, MiniCPM) stays at ``peak`` until its ``decay_steps`` begin. WarmupPolicy and
+    WarmupHoldPolicy are NeMo's names of the constant rate.
 
     >>> sched = SchedConfig(warmup_steps=3, constant_steps=0, min_lr=0.0)
     >>> [round(learning_rate(s, peak=1.0, sched=sched, max_steps=7), 3) for s in range(7)]
@@ -57,10 +91,30 @@ def learning_rate(step: int, *, peak: float, sched: SchedConfig, max_steps: int)
     """
     if step < sched.warmup_steps:
         return peak * (step + 1) / (sched.warmup_steps + 1)
-    if sched.name == "constant":
+    if not sched.decays:
         return peak
-    decay_steps = max_steps - sched.warmup_steps - sched.constant_steps
-    done = step - sched.warmup_steps
-    if done >= decay_steps:
+    end = max_steps - sched.constant_steps
+    if step >= end:
         return sched.min_lr
-    return sched.min_lr + (peak - sched.min_lr) * 0.5 * (1 + math.cos(math.pi * done / decay_steps))
+    match sched.name:
+        case "CosineAnnealing":
+            steps, style = end - sched.warmup_steps, "cosine"
+        case "WarmupAnnealing":
+            steps, style = end - sched.warmup_steps, "linear"
+        case _:
+            assert sched.decay_steps
+            steps, style = min(sched.decay_steps, end - sched.warmup_steps), sched.decay_style
+    share = max(0.0, 1 - (end - step) / steps)
+    return sched.min_lr + (peak - sched.min_lr) * _remaining(share, style)
+
+
+def _remaining(share: float, style: str) -> float:
+    """What is left of the way from peak to the end after ``share`` of the decay: 1 at 0, 0 at 1."""
+    match style:
+        case "cosine":
+            return 0.5 * (1 + math.cos(math.pi * share))
+        case "minus_sqrt":  # Haegele et al. 2024
+            return 1 - math.sqrt(share)
+        case "exponential":
+            return 2 * 0.5**share - 1
+    return 1 - share

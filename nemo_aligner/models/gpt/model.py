@@ -1,13 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""megatron-core's GPTModel, made to return hidden states; and the layer specs it is built from."""
+"""megatron-core's GPTModel, made to return hidden states; several on a rank where the pipeline interleaves."""
 
 import logging
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from megatron.core import tensor_parallel
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.transformer.enums import AttnBackend
+from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
@@ -15,13 +17,14 @@ from nemo_aligner.batch import TokenBatch
 from nemo_aligner.models.gpt.attention import KVCache, RowParams
 from nemo_aligner.models.gpt.config import GPTConfig
 from nemo_aligner.models.gpt.layers import RowRotary
+from nemo_aligner.models.gpt.recompute import Recompute
 from nemo_aligner.models.gpt.spec import have_transformer_engine, layer_spec
 from nemo_aligner.models.gpt.transformer import transformer_config
 from nemo_aligner.parallel import cpu_shim, world
 from nemo_aligner.parallel.ranks import Layout
 from nemo_aligner.parallel.vocab import HeadOutput, HeadRequest, head_outputs
 
-__all__ = ["GPT", "VocabHead", "build_gpt"]
+__all__ = ["GPT", "InterleavedGPT", "VocabHead", "build_gpt"]
 
 logger = logging.getLogger(__name__)
 
@@ -55,18 +58,29 @@ class VocabHead(tensor_parallel.ColumnParallelLinear):
 
 
 class GPT(GPTModel):
-    """GPTModel whose last stage returns hidden states [S, B, H], and whose RoPE goes by each row's positions."""
+    """GPTModel whose last stage returns hidden states [S, B, H], and whose RoPE goes by each row's positions.
 
-    def __init__(self, gpt: GPTConfig, config: TransformerConfig, spec: Any) -> None:  # noqa: ANN401 - see layer_spec
+    ``chunk`` numbers the parts that a rank has of an interleaved pipeline's model; None where it has one.
+    """
+
+    def __init__(
+        self,
+        gpt: GPTConfig,
+        config: TransformerConfig,
+        spec: Any,  # noqa: ANN401 - see layer_spec
+        chunk: int | None = None,
+    ) -> None:
+        last = (config.virtual_pipeline_model_parallel_size or 1) - 1
         super().__init__(
             config,
             spec,
             vocab_size=gpt.padded_vocab_size(config.tensor_model_parallel_size),
             max_sequence_length=gpt.max_position_embeddings,
-            pre_process=world.is_first_stage(),
-            post_process=world.is_last_stage(),
+            pre_process=world.is_first_stage() and chunk in (None, 0),
+            post_process=world.is_last_stage() and chunk in (None, last),
             share_embeddings_and_output_weights=gpt.share_embeddings_and_output_weights,
             position_embedding_type=gpt.position_embedding_type,
+            vp_stage=chunk,
         )
         self.gpt_config = gpt
         if gpt.position_embedding_type == "rope":
@@ -74,6 +88,11 @@ class GPT(GPTModel):
         if self.post_process:
             # GPTModel names ColumnParallelLinear itself; the parameters and their marks stay as it made them.
             self.output_layer.__class__ = VocabHead
+
+    @property
+    def chunks(self) -> Sequence["GPT"]:
+        """This rank's parts of the model, in the order in which a batch passes them: this one."""
+        return [self]
 
     def inputs(self, batch: TokenBatch, cache: KVCache | None = None) -> dict[str, object]:
         """The arguments of a call of this module (or of the DDP around it) on ``batch``.
@@ -120,19 +139,50 @@ class GPT(GPTModel):
         return self.output_layer(hidden, targets, weight, **options)
 
 
+class InterleavedGPT(MegatronModule):
+    """A rank's parts of a model whose pipeline passes each rank more than once; saved and loaded like one model."""
+
+    def __init__(self, chunks: Sequence[GPT]) -> None:
+        super().__init__(chunks[0].config)
+        self.parts = torch.nn.ModuleList(chunks)
+        self.gpt_config = chunks[0].gpt_config
+
+    @property
+    def chunks(self) -> Sequence[GPT]:
+        """This rank's parts of the model, in the order in which a batch passes them."""
+        return list(self.parts)  # type: ignore[arg-type]
+
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: tuple[()] = (), metadata: dict[str, Any] | None = None
+    ) -> dict[str, Any]:
+        """Megatron's sharded tensors by this module's names for them; their keys are those of a model in one part."""
+        return {
+            f"{prefix}parts.{number}.{name.removeprefix(prefix)}": value
+            for number, chunk in enumerate(self.chunks)
+            for name, value in chunk.sharded_state_dict(prefix, sharded_offsets, metadata).items()
+        }
+
+
 def build_gpt(
-    gpt: GPTConfig, layout: Layout, dtype: torch.dtype, *, use_flash_attention: bool | None = None
-) -> GPT:
-    """This rank's part of the model, its weights not yet loaded.
+    gpt: GPTConfig,
+    layout: Layout,
+    dtype: torch.dtype,
+    *,
+    use_flash_attention: bool | None = None,
+    recompute: Recompute = Recompute(),  # noqa: B008 - frozen
+) -> GPT | InterleavedGPT:
+    """This rank's part of the model, its weights not yet loaded; several parts where the pipeline interleaves.
 
     Args:
         use_flash_attention: with Transformer Engine, True or False forces the backend; None lets it choose.
+        recompute: activations that the backward computes again.
 
     Raises:
         UserError: the architecture cannot be cut by ``layout``.
     """
     gpt.check_layout(layout)
-    config = transformer_config(gpt, layout, dtype)
+    recompute.check_layers(gpt.num_layers // layout.pipeline // layout.virtual_pipeline)
+    config = transformer_config(gpt, layout, dtype, recompute)
     config.attention_backend = ATTENTION_BACKENDS[use_flash_attention]
     cpu_shim.install()
     if world.is_logging_rank():
@@ -142,5 +192,8 @@ def build_gpt(
             else "torch SDPA"
         )
         logger.info("attention: %s", kernels)
-    model = GPT(gpt, config, layer_spec(config))
-    return model.to(world.device())
+    spec = layer_spec(config)
+    if layout.virtual_pipeline == 1:
+        return GPT(gpt, config, spec).to(world.device())
+    chunks = [GPT(gpt, config, spec, chunk) for chunk in range(layout.virtual_pipeline)]
+    return InterleavedGPT(chunks).to(world.device())

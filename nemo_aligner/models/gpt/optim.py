@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Megatron's distributed optimizer, from the ``model.optim`` block."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
@@ -12,7 +13,7 @@ from nemo_aligner.models.gpt.learning_rate import OptimConfig
 from nemo_aligner.models.gpt.model import GPT
 from nemo_aligner.parallel import cpu_shim
 
-__all__ = ["build_optimizer", "wrap"]
+__all__ = ["apply_settings", "build_optimizer", "wrap"]
 
 
 def wrap(chunks: Sequence[GPT], optim: OptimConfig) -> list[DistributedDataParallel]:
@@ -22,12 +23,36 @@ def wrap(chunks: Sequence[GPT], optim: OptimConfig) -> list[DistributedDataParal
         use_distributed_optimizer=True,
         overlap_grad_reduce=optim.overlap_grad_sync,
         overlap_param_gather=optim.overlap_param_sync,
+        bucket_size=max(1, int(optim.bucket_cap_mb * 2**20 / 4)),
     )
-    return [
-        # Buckets of later chunks are reduced at once, as Megatron's schedule has their gradients last.
+    wrapped = [
+        # Chunks after the first are one bucket each: their gradients are summed while the first one's are computed.
         DistributedDataParallel(chunk.config, config, chunk, disable_bucketing=index > 0)
         for index, chunk in enumerate(chunks)
     ]
+    for chunk in wrapped:
+        _count_padding(chunk)
+    if optim.overlap_grad_sync:
+        # As Megatron's training loop sets them: sums begin at the last micro-batch, on all pipeline ranks at once.
+        chunks[0].config.no_sync_func = _one_or_all([chunk.no_sync for chunk in wrapped])
+        chunks[0].config.grad_sync_func = _one_or_all([chunk.start_grad_sync for chunk in wrapped])
+    return wrapped
+
+
+def _count_padding(chunk: Any) -> None:  # noqa: ANN401 - the buffers of Megatron's DDP are not those of a Module
+    """Take padding for part of the buckets.
+
+    When Megatron 0.16 gathers the optimizer's state to be saved, it places buckets end to end without their padding, and
+    reads each parameter at its offset among the padded ones: with more than one bucket it saves the wrong numbers.
+    """
+    for buffer in chunk.buffers:
+        buffer.numel_unpadded = buffer.numel
+        for bucket in buffer.buckets:
+            bucket.numel_unpadded = bucket.grad_data.numel()
+
+
+def _one_or_all(functions: list[Callable]) -> Any:  # noqa: ANN401 - what Megatron's schedules take
+    return functions[0] if len(functions) == 1 else functions
 
 
 def build_optimizer(
@@ -55,7 +80,13 @@ def build_optimizer(
         overlap_param_gather=optim.overlap_param_sync,
     )
     built = get_megatron_optimizer(config, list(chunks), use_gloo_process_groups=False)
-    for group in built.param_groups:
+    apply_settings(optim, built)
+    return built
+
+
+def apply_settings(optim: OptimConfig, optimizer: MegatronOptimizer) -> None:
+    """Put the settings into the optimizer's groups: they count, not those that its state was saved with."""
+    for group in optimizer.param_groups:
         # Megatron leaves it to its own scheduler to apply wd_mult, which is 0 for biases and norms.
         group["weight_decay"] = optim.weight_decay * group["wd_mult"]
-    return built
+        group["betas"], group["eps"] = optim.betas, optim.eps

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """From our architecture and layout to Megatron's TransformerConfig."""
 
+import warnings
 from collections.abc import Callable
 
 import torch
@@ -9,6 +10,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from nemo_aligner.models.gpt.config import GPTConfig, precision_name
+from nemo_aligner.models.gpt.recompute import Recompute
 from nemo_aligner.parallel import world
 from nemo_aligner.parallel.ranks import Layout
 
@@ -44,8 +46,18 @@ def dtype_of(precision: str | int) -> torch.dtype:
     return DTYPES[precision_name(precision)]
 
 
-def transformer_config(gpt: GPTConfig, layout: Layout, dtype: torch.dtype) -> TransformerConfig:
+def transformer_config(
+    gpt: GPTConfig,
+    layout: Layout,
+    dtype: torch.dtype,
+    recompute: Recompute = Recompute(),  # noqa: B008 - frozen
+) -> TransformerConfig:
     """Megatron's config for ``gpt``, cut by ``layout``, computing in ``dtype``."""
+    # Said of selective recompute on every rank; docs/training.md says it once.
+    warnings.filterwarnings(
+        "ignore", message=".*the core_attn is from transformer_engine", category=UserWarning
+    )
+    interleaved, cuda = layout.virtual_pipeline > 1, world.device().type == "cuda"
     return TransformerConfig(
         num_layers=gpt.num_layers,
         hidden_size=gpt.hidden_size,
@@ -67,6 +79,7 @@ def transformer_config(gpt: GPTConfig, layout: Layout, dtype: torch.dtype) -> Tr
         attention_dropout=gpt.attention_dropout,
         tensor_model_parallel_size=layout.tensor,
         pipeline_model_parallel_size=layout.pipeline,
+        virtual_pipeline_model_parallel_size=layout.virtual_pipeline if interleaved else None,
         context_parallel_size=layout.context,
         sequence_parallel=layout.sequence_parallel,
         params_dtype=dtype,
@@ -87,8 +100,13 @@ def transformer_config(gpt: GPTConfig, layout: Layout, dtype: torch.dtype) -> Tr
         apply_rope_fusion=False,
         persist_layer_norm=False,
         deallocate_pipeline_outputs=True,
-        # Over gloo, batched sends and receives of neighbouring stages cross; one by one they do not.
-        batch_p2p_comm=world.device().type == "cuda",
+        recompute_granularity=recompute.granularity,
+        recompute_method=recompute.method if recompute.granularity == "full" else None,
+        recompute_num_layers=recompute.num_layers if recompute.granularity == "full" else None,
+        # Batched sends and receives between the same two ranks cross: over gloo always, over NCCL where an interleaved
+        # pipeline sends both ways at once. One by one they do not.
+        batch_p2p_comm=cuda and not interleaved,
+        overlap_p2p_comm=cuda and interleaved,
     )
 
 

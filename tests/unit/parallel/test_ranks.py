@@ -141,6 +141,12 @@ def test_worlds_that_fit(layout: Layout, nodes: int, devices: int):
         ),
         (Layout(), {"num_nodes": 1, "devices": 0}, ["trainer.devices=0"], "1 or more"),
         (
+            Layout(virtual_pipeline=2),
+            {"num_nodes": 1, "devices": 2},
+            ["model.virtual_pipeline_model_parallel_size=2", "pipeline_model_parallel_size=1"],
+            "model.virtual_pipeline_model_parallel_size=null",
+        ),
+        (
             Layout(sequence_parallel=True),
             {"num_nodes": 1, "devices": 2},
             ["model.sequence_parallel=True", "tensor_model_parallel_size=1"],

@@ -92,7 +92,7 @@ def test_packed_and_padded_rows_have_one_loss_and_gradient(
     batch = random_rows(LENGTHS)
     losses, gradients = [], []
     for form in (batch, packed(batch)):
-        losses.append(engine.run(model, model, [form], NLL(), forward_only=False)["loss"])
+        losses.append(engine.run(model, [form], NLL(), forward_only=False)["loss"])
         gradients.append([parameter.grad.clone() for parameter in model.parameters()])
         model.zero_grad()
     assert losses[0] == pytest.approx(losses[1], rel=1e-6)

@@ -115,6 +115,10 @@ def test_a_missing_size_is_named(key: str):
         ),
         (Layout(tensor=3), r"num_query_groups=4[\s\S]*one of \[1, 2, 4\]"),
         (Layout(pipeline=4), r"pipeline_model_parallel_size=4 .*num_layers=6[\s\S]*one of \[1, 2, 3, 6\]"),
+        (
+            Layout(pipeline=2, virtual_pipeline=2),
+            r"virtual_pipeline_model_parallel_size=2 does not divide the 3 layers[\s\S]*one of \[1, 3\]",
+        ),
     ],
 )
 def test_a_layout_that_cannot_cut_the_model_is_refused(layout: Layout, message: str):

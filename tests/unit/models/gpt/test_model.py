@@ -255,17 +255,17 @@ def test_dropout_is_on_in_training_alone(
     policy = GPTPolicy(model)
 
     def training_loss() -> float:
-        return engine.run(model.train(), model, [batch], NLL(), forward_only=True)["loss"]
+        return engine.run(model.train(), [batch], NLL(), forward_only=True)["loss"]
 
     # Scoring turns dropout off by itself, whatever mode the model is in, and leaves the mode as it was.
     model.train()
     assert torch.equal(policy.logprobs(batch), plain.logprobs(batch))
     assert model.training
-    without = engine.run(plain.model.eval(), plain.model, [batch], NLL(), forward_only=True)["loss"]
+    without = engine.run(plain.model.eval(), [batch], NLL(), forward_only=True)["loss"]
     first, second = training_loss(), training_loss()
     assert len({without, first, second}) == 3
     model.eval()
-    assert engine.run(model, model, [batch], NLL(), forward_only=True)["loss"] == without
+    assert engine.run(model, [batch], NLL(), forward_only=True)["loss"] == without
 
 
 def test_the_view_is_the_plain_loss(random_model: Callable[..., GPT], random_rows: Callable[..., TokenBatch]):
@@ -286,7 +286,7 @@ def test_the_view_is_the_plain_loss(random_model: Callable[..., GPT], random_row
     gradients = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
     model.zero_grad()
 
-    found = engine.run(model, model, [batch], NLL(), forward_only=False)["loss"]
+    found = engine.run(model, [batch], NLL(), forward_only=False)["loss"]
     assert found == pytest.approx(expected.item(), rel=1e-6)
     for name, parameter in model.named_parameters():
         torch.testing.assert_close(parameter.grad, gradients[name], rtol=1e-4, atol=1e-6)

@@ -57,9 +57,58 @@ def test_schedules_at_their_ends():
     assert curve(4, warmup_steps=1, constant_steps=1000, min_lr=0.1) == [0.5, 0.1, 0.1, 0.1]
 
 
+DECAYS = {
+    "linear": lambda x: 1 - x,
+    "cosine": lambda x: math.cos(math.pi * x / 2) ** 2,
+    "minus_sqrt": lambda x: 1 - x**0.5,
+    "exponential": lambda x: 2 ** (1 - x) - 1,
+}
+
+
+@pytest.mark.parametrize("style", DECAYS)
+def test_wsd_is_the_formula(style: str):
+    peak, low, warmup, decay, held, steps = 3e-4, 2e-5, 5, 8, 3, 30
+    found = curve(
+        steps,
+        peak=peak,
+        name="WSD",
+        warmup_steps=warmup,
+        decay_steps=decay,
+        decay_style=style,
+        constant_steps=held,
+        min_lr=low,
+    )
+    begin = steps - decay - held
+    assert found[:warmup] == pytest.approx([peak * (s + 1) / 6 for s in range(warmup)], rel=1e-12)
+    assert found[warmup : begin + 1] == [peak] * (begin + 1 - warmup)
+    for step in range(begin, begin + decay):
+        expected = low + (peak - low) * DECAYS[style]((step - begin) / decay)
+        assert found[step] == pytest.approx(expected, rel=1e-12)
+    assert found[-held:] == [low] * held
+
+
+def test_names_of_nemo():
+    """WarmupAnnealing falls linearly from the warm-up's end on; WarmupPolicy and WarmupHoldPolicy stay."""
+    found = curve(9, name="WarmupAnnealing", warmup_steps=1, constant_steps=0, min_lr=0.2)
+    assert found == pytest.approx([0.5, *(0.2 + 0.8 * (8 - s) / 8 for s in range(8))], rel=1e-12)
+    for name in ("WarmupPolicy", "WarmupHoldPolicy"):
+        assert curve(5, name=name, warmup_steps=2) == curve(5, name="constant", warmup_steps=2)
+
+
+def test_wsd_of_a_run_that_is_shorter_than_its_decay():
+    found = curve(
+        4, name="WSD", warmup_steps=0, decay_steps=100, decay_style="linear", constant_steps=0, min_lr=0.0
+    )
+    assert found == [1.0, 0.75, 0.5, 0.25]
+
+
 @pytest.mark.parametrize(
     ("optim", "setting"),
     [
+        (OptimConfig(overlap_param_sync=True), "needs model.optim.overlap_grad_sync"),
+        (OptimConfig(bucket_cap_mb=0), "model.optim.bucket_cap_mb=0"),
+        (OptimConfig(sched=SchedConfig(name="WSD")), "decay_steps"),
+        (OptimConfig(sched=SchedConfig(decay_steps=5)), "decay_steps=5 is for model.optim.sched.name=WSD"),
         (OptimConfig(lr=0.0), "model.optim.lr=0.0"),
         (OptimConfig(lr=1e-7, sched=SchedConfig(min_lr=1e-6)), "model.optim.sched.min_lr=1e-06"),
     ],

@@ -2,6 +2,7 @@
 """A policy as its trainers see it: global means, modes, scoring."""
 
 from collections.abc import Callable
+from copy import deepcopy
 from dataclasses import replace
 
 import pytest
@@ -12,6 +13,7 @@ from nemo_aligner.models.gpt import engine
 from nemo_aligner.models.gpt.config import GPTConfig
 from nemo_aligner.models.gpt.learning_rate import OptimConfig, SchedConfig
 from nemo_aligner.models.gpt.model import GPT
+from nemo_aligner.models.gpt.optim import apply_settings
 from nemo_aligner.models.gpt.policy import GPTPolicy
 from nemo_aligner.objectives.nll import NLL
 
@@ -96,3 +98,56 @@ def test_a_mode_comes_back_after_an_error(random_model: Callable[..., GPT]):
         _ = 1 / int(policy.model.training or torch.is_grad_enabled())
     assert policy.model.training
     assert torch.is_grad_enabled()
+
+
+def test_a_stopped_run_goes_on_with_the_same_draws(batch: TokenBatch, random_model: Callable[..., GPT]):
+    """Dropout in the resumed run is that of the undisturbed one, whatever was drawn in between."""
+    config = replace(CONFIG, hidden_dropout=0.3, attention_dropout=0.2)
+    batches = batch.split(2)
+
+    def step(policy: GPTPolicy) -> tuple[float, float]:
+        loss = policy.get_loss_and_metrics(batches, NLL(), forward_only=False)["loss"]
+        return loss, policy.optimizer_step()["grad_norm"]
+
+    def fresh(seed: int = 7) -> GPTPolicy:
+        policy = GPTPolicy(random_model(config), seed=seed)
+        policy.prepare_training(OPTIM, clip_grad=1.0, max_steps=4)
+        return policy
+
+    first = fresh()
+    for _ in range(2):
+        step(first)
+    weights = {name: x.clone() for name, x in first.model.state_dict().items() if x is not None}
+    state = deepcopy(first.training_state(loading=False))
+    undisturbed = [step(first), step(first)]
+
+    second = fresh()
+    second.model.load_state_dict(weights, strict=False)
+    state["optimizer"]["param_state"] = {
+        number: {name: sharded.data for name, sharded in tensors.items()}
+        for number, tensors in state["optimizer"]["param_state"].items()
+    }
+    second.training_state(loading=True)
+    second.load_training_state(state)
+    torch.rand(100)
+    assert [step(second), step(second)] == undisturbed
+    assert step(fresh())[0] == step(fresh())[0] != step(fresh(seed=8))[0]
+
+
+def test_the_settings_count_and_not_those_that_were_saved(
+    random_model: Callable[..., GPT], batch: TokenBatch
+):
+    policy = GPTPolicy(random_model(CONFIG))
+    policy.prepare_training(replace(OPTIM, weight_decay=0.5), clip_grad=1.0, max_steps=4)
+    policy.get_loss_and_metrics([batch], NLL(), forward_only=False)
+    policy.optimizer_step()
+    state = policy.training_state(loading=False)
+    groups = state["optimizer"]["optimizer"]["param_groups"]
+    assert {group["weight_decay"] for group in groups} == {0.5, 0.0}
+    assert {group["step"] for group in groups} == {1}
+    other = GPTPolicy(random_model(CONFIG))
+    other.prepare_training(replace(OPTIM, weight_decay=0.25), clip_grad=1.0, max_steps=4)
+    assert other._optimizer is not None
+    other._optimizer.load_state_dict({"optimizer": state["optimizer"]["optimizer"]})
+    apply_settings(other._optim, other._optimizer)
+    assert {group["weight_decay"] for group in other._optimizer.param_groups} == {0.25, 0.0}

@@ -55,7 +55,7 @@ def test_every_wanted_field_is_that_of_the_plain_softmax(packed: bool):
             flat = {"tokens": tokens.reshape(1, -1), "mask": mask.reshape(1, -1)}
             given = TokenBatch(**flat, lengths=batch.lengths, cu_seqlens=cu_seqlens)
         outputs: list[ModelOutput] = []
-        engine.run(model, model, [given], Everything(), forward_only=True, outputs=outputs)
+        engine.run(model, [given], Everything(), forward_only=True, outputs=outputs)
     # Position t's token is predicted by the logits at t - 1.
     logp = torch.log_softmax(plain[:, :-1].double(), dim=-1)
     best, ids = logp.topk(3)
