@@ -18,6 +18,7 @@ __all__ = [
     "gather_over_tensor_parallel",
     "max_over_tensor_parallel",
     "maxima",
+    "norm_over_group",
     "sum_over_data_parallel",
     "sum_over_tensor_parallel",
     "totals",
@@ -63,6 +64,19 @@ def maxima(values: Sequence[float]) -> list[float]:
     x = torch.tensor(values, dtype=torch.float64, device=world.device())
     dist.all_reduce(x, op=dist.ReduceOp.MAX)
     return x.tolist()
+
+
+def norm_over_group(tensors: Sequence[Tensor], group: Any) -> float:  # noqa: ANN401 - torch's ProcessGroup
+    """The 2-norm of what the ranks of ``group`` hold, each number once.
+
+    Squares are summed in float64: how numbers are dealt out to ranks and tensors then moves the norm far less than
+    fp32 can tell.
+    """
+    squares = torch.zeros((), dtype=torch.float64, device=world.device())
+    for x in tensors:
+        squares += torch.linalg.vector_norm(x, dtype=torch.float64).square()
+    dist.all_reduce(squares, group=group)
+    return squares.sqrt().item()
 
 
 def totals(sums: dict[str, Tensor] | None, names: tuple[str, ...]) -> dict[str, Tensor]:

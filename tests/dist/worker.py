@@ -190,7 +190,7 @@ def loaded(case: Case, weights: Path) -> GPTPolicy:
         overlap_param_sync=case.overlap,
         bucket_cap_mb=0.002,  # many in a chunk, most with padding at their end
     )
-    policy.prepare_training(optim, clip_grad=1.0, max_steps=5)
+    policy.prepare_training(optim, clip_grad=0.5, max_steps=5)
     return policy
 
 

@@ -2,6 +2,7 @@
 """megatron-core's GPTModel, made to return hidden states; several on a rank where the pipeline interleaves."""
 
 import logging
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -182,6 +183,8 @@ def build_gpt(
     """
     gpt.check_layout(layout)
     recompute.check_layers(gpt.num_layers // layout.pipeline // layout.virtual_pipeline)
+    # Said of selective recompute on every rank; docs/training.md says it.
+    warnings.filterwarnings("ignore", message="[\\s\\S]*core_attn is from transformer_engine")
     config = transformer_config(gpt, layout, dtype, recompute)
     config.attention_backend = ATTENTION_BACKENDS[use_flash_attention]
     cpu_shim.install()

@@ -7,11 +7,13 @@ from typing import Any
 import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer import optimizer as megatron_optimizer
+from torch import Tensor
 
 from nemo_aligner.models.gpt.adamw import replace_torch_adamw
 from nemo_aligner.models.gpt.learning_rate import OptimConfig
 from nemo_aligner.models.gpt.model import GPT
-from nemo_aligner.parallel import cpu_shim
+from nemo_aligner.parallel import collectives, cpu_shim
 
 __all__ = ["apply_settings", "build_optimizer", "wrap"]
 
@@ -42,8 +44,8 @@ def wrap(chunks: Sequence[GPT], optim: OptimConfig) -> list[DistributedDataParal
 def _count_padding(chunk: Any) -> None:  # noqa: ANN401 - the buffers of Megatron's DDP are not those of a Module
     """Take padding for part of the buckets.
 
-    When Megatron 0.16 gathers the optimizer's state to be saved, it places buckets end to end without their padding, and
-    reads each parameter at its offset among the padded ones: with more than one bucket it saves the wrong numbers.
+    When Megatron 0.16 gathers the optimizer's state to be saved, it places buckets end to end without their padding,
+    and reads each parameter at its offset among the padded ones: with several buckets it saves the wrong numbers.
     """
     for buffer in chunk.buffers:
         buffer.numel_unpadded = buffer.numel
@@ -64,6 +66,7 @@ def build_optimizer(
 ) -> MegatronOptimizer:
     """AdamW whose state, with fp32 main copies where ``dtype`` is smaller, is dealt out over data parallel ranks."""
     replace_torch_adamw()
+    megatron_optimizer.get_grad_norm_fp32 = _grad_norm
     cpu_shim.install()
     config = OptimizerConfig(
         optimizer="adam",
@@ -82,6 +85,16 @@ def build_optimizer(
     built = get_megatron_optimizer(config, list(chunks), use_gloo_process_groups=False)
     apply_settings(optim, built)
     return built
+
+
+def _grad_norm(
+    grads_for_norm: Sequence[Tensor],
+    norm_type: float = 2,
+    grad_stats_parallel_group: Any = None,  # noqa: ANN401
+) -> float:
+    """In the place of Megatron's, whose sums in fp32 make clipped gradients depend on the layout."""
+    assert norm_type == 2
+    return collectives.norm_over_group(grads_for_norm, grad_stats_parallel_group)
 
 
 def apply_settings(optim: OptimConfig, optimizer: MegatronOptimizer) -> None:

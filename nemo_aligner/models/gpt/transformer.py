@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """From our architecture and layout to Megatron's TransformerConfig."""
 
-import warnings
 from collections.abc import Callable
 
 import torch
@@ -53,10 +52,6 @@ def transformer_config(
     recompute: Recompute = Recompute(),  # noqa: B008 - frozen
 ) -> TransformerConfig:
     """Megatron's config for ``gpt``, cut by ``layout``, computing in ``dtype``."""
-    # Said of selective recompute on every rank; docs/training.md says it once.
-    warnings.filterwarnings(
-        "ignore", message=".*the core_attn is from transformer_engine", category=UserWarning
-    )
     interleaved, cuda = layout.virtual_pipeline > 1, world.device().type == "cuda"
     return TransformerConfig(
         num_layers=gpt.num_layers,
