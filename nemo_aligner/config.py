@@ -75,6 +75,7 @@ class ModelConfig:
     pipeline_model_parallel_size: int = 1
     virtual_pipeline_model_parallel_size: int | None = None
     context_parallel_size: int = 1
+    expert_model_parallel_size: int = 1
     sequence_parallel: bool = False
     answer_only_loss: bool = True
     kept_logits_mib: int = 1024
@@ -150,6 +151,13 @@ class SFTJob:
                 "parameter-efficient tuning",
             ),
             ("model.context_parallel_size", model.context_parallel_size, (1,), "context parallelism"),
+            (
+                "model.expert_model_parallel_size",
+                model.expert_model_parallel_size,
+                (1,),
+                "expert parallelism",
+            ),
+            ("model.data.sample", model.data.sample, (False,), "drawing rows with replacement"),
             ("model.ffn_dropout", model.ffn_dropout, (0.0,), "dropout inside the MLP"),
             (
                 "model.activations_checkpoint_layers_per_pipeline",
@@ -206,7 +214,6 @@ NO_EFFECT: tuple[tuple[str, tuple[object, ...], str], ...] = (
         "every checkpoint is a model; the .nemo is written at the end",
     ),
     ("model.steerlm2", ({},), "supervised fine-tuning reads none of it"),
-    ("model.data.sample", (False,), "rows are drawn by shuffle, never resampled"),
     *(
         (f"model.data.{split}.{name}", idle, instead)
         for split in ("train_ds", "validation_ds")

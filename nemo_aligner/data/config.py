@@ -93,7 +93,7 @@ class SFTDataConfig:
         "prompt_tokens"  # prompt_tokens: chat_prompt_tokens; tokenizer: the tokenizer's own template
     )
     chat_prompt_tokens: ChatPromptTokens = field(default_factory=ChatPromptTokens)
-    sample: bool = False  # no effect: rows are drawn by shuffle, never resampled
+    sample: bool = False  # only False: rows are drawn by shuffle, never with replacement
     num_workers: int = 0  # threads that tokenise ahead of training; 0: in the training thread
 
     def __post_init__(self) -> None:

@@ -42,7 +42,7 @@ def resumable(settings: dict[str, object]) -> Callable[..., dict[str, object]]:
             "trainer.sft.val_check_interval": 4,
             "model.optim.lr": 1e-2,
             "model.optim.sched.warmup_steps": 2,
-            "model.hidden_dropout": 0.0,
+            "model.hidden_dropout": 0.1,
             "exp_manager.explicit_log_dir": folder,
             "exp_manager.checkpoint_callback_params.save_top_k": 1,
         }
