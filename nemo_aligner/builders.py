@@ -27,7 +27,7 @@ from nemo_aligner.data.loader import SFTLoader
 from nemo_aligner.data.sampler import GlobalBatchSampler
 from nemo_aligner.data.tokenizer import Tokenizer, check_fits
 from nemo_aligner.errors import UserError
-from nemo_aligner.models.gpt.config import GPTConfig
+from nemo_aligner.models.gpt.config import GPTConfig, unread_keys
 from nemo_aligner.models.gpt.learning_rate import OptimConfig
 from nemo_aligner.models.gpt.model import build_gpt
 from nemo_aligner.models.gpt.policy import GPTPolicy
@@ -149,6 +149,8 @@ def load_pretrained(
     with shared_nemo(start.path if start else model.restore_from_path) as archive:
         config = {**archive.config, **model.architecture}
         gpt = GPTConfig.from_dict(config)
+        if (unread := unread_keys(archive.config)) and world.is_logging_rank():
+            logger.info("keys of model_config.yaml that are kept and not read: %s", ", ".join(unread))
         built = build_gpt(
             gpt,
             model.layout,

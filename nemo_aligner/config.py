@@ -20,7 +20,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from nemo_aligner.data.config import SFTDataConfig
 from nemo_aligner.errors import UserError
-from nemo_aligner.models.gpt.config import GPTConfig, precision_name
+from nemo_aligner.models.gpt.config import ARCHITECTURE_KEYS, GPTConfig, precision_name
 from nemo_aligner.models.gpt.learning_rate import OptimConfig
 from nemo_aligner.models.gpt.recompute import Granularity, Method, Recompute
 from nemo_aligner.parallel.ranks import Layout
@@ -256,12 +256,6 @@ def _default(kind: type[object], key: str) -> object:
     if rest:
         return _default(typing.get_type_hints(kind)[name], rest)
     return next(f.default for f in dataclasses.fields(kind) if f.name == name)  # type: ignore[arg-type]
-
-
-ARCHITECTURE_KEYS = frozenset(
-    {f.name for f in dataclasses.fields(GPTConfig)}
-    | {"scale_positional_embedding", "seq_len_interpolation_factor"}
-)
 
 
 def parse(config: DictConfig, kind: type[T]) -> T:

@@ -18,7 +18,15 @@ from nemo_aligner.parallel.ranks import Layout
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["GPTConfig", "Precision", "RopeScaling", "precision_name", "window_tokens"]
+__all__ = [
+    "ARCHITECTURE_KEYS",
+    "GPTConfig",
+    "Precision",
+    "RopeScaling",
+    "precision_name",
+    "unread_keys",
+    "window_tokens",
+]
 
 Precision = Literal["32", "bf16", "16"]
 
@@ -228,6 +236,20 @@ class GPTConfig:
         return not any(
             size % n for size in (self.num_attention_heads, self.query_groups, self.ffn_hidden_size)
         )
+
+
+# What a configuration may say of the architecture: our fields, and NeMo's names for rope_scaling.
+ARCHITECTURE_KEYS = frozenset(
+    {f.name for f in fields(GPTConfig)}
+    | {"scale_positional_embedding", "scale_factor", "seq_len_interpolation_factor"}
+)
+
+
+def unread_keys(config: Mapping[str, Any]) -> list[str]:
+    """The keys of a model_config.yaml that nothing reads; they are kept when the model is saved."""
+    return sorted(
+        config.keys() - ARCHITECTURE_KEYS - SUPPORTED.keys() - {"tokenizer", "huggingface", "mcore_gpt"}
+    )
 
 
 def window_tokens(window: int | Sequence[int] | None) -> int | None:

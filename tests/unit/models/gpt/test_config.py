@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from nemo_aligner.errors import UserError
-from nemo_aligner.models.gpt.config import GPTConfig, RopeScaling
+from nemo_aligner.models.gpt.config import GPTConfig, RopeScaling, unread_keys
 from nemo_aligner.models.gpt.transformer import dtype_of
 from nemo_aligner.parallel.ranks import Layout
 
@@ -131,3 +131,8 @@ def test_a_layout_that_cannot_cut_the_model_is_refused(layout: Layout, message: 
 )
 def test_the_vocabulary_is_padded_to_equal_slices(tensor: int, rows: int):
     assert GPTConfig.from_dict(SMALL).padded_vocab_size(tensor) == rows
+
+
+def test_keys_that_nothing_reads_are_known():
+    config = {"num_layers": 2, "scale_factor": 8, "tokenizer": {}, "target": "x.y", "nsys_profile": {}}
+    assert unread_keys(config) == ["nsys_profile", "target"]
