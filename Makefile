@@ -93,8 +93,24 @@ $(MODEL): | $(STAMP)
 quickstart-sft: $(STAMP) $(MODEL)  ## Fine-tune a 135M model in minutes and compare
 	HF_HUB_OFFLINE=1 ONEDNN_MAX_CPU_ISA=AVX512_CORE $(PY) examples/quickstart/sft.py
 
-bench: $(STAMP)  ## Memory and time of the chunked head
-	$(PY) benchmarks/chunked_head.py
+# TRL and what it needs, in an environment of their own.
+PEERS := .cache/peers
+PEERS_STAMP := $(PEERS)/.installed
+
+ifneq ($(shell cat $(PEERS_STAMP) 2>/dev/null),$(TORCH))
+.PHONY: $(PEERS_STAMP)
+endif
+
+$(PEERS_STAMP): benchmarks/peers/requirements-lock.txt | $(STAMP)
+	@echo "Installing TRL into $(PEERS) (about 1.5 GB with a CPU build of torch; once)"
+	@test -x $(PEERS)/bin/python || $(PYTHON) -m venv $(PEERS)
+	@grep -v '^torch==' $< > $(PEERS)/requirements.txt
+	@$(PEERS)/bin/python -m pip install --disable-pip-version-check $(PIP_ARGS) "$(TORCH)" -r $(PEERS)/requirements.txt
+	@echo '$(TORCH)' > $@
+
+# The head has no peer but torch.
+bench: $(STAMP) $(if $(filter-out head,$(or $(ONLY),all)),$(PEERS_STAMP))  ## Measure beside TRL and torch; ONLY=sft: one part
+	$(PY) -m benchmarks.run $(ONLY)
 
 clean:  ## Remove .venv, caches and results
 	rm -rf $(VENV) .cache results build *.egg-info .pytest_cache .ruff_cache .import_linter_cache

@@ -1,30 +1,30 @@
 # SPDX-License-Identifier: Apache-2.0
 """Peak memory and time of the language model's head, forward and backward: chunked forms beside the plain one.
 
-    python benchmarks/chunked_head.py --tokens 8192 --vocabulary 128256 --hidden 256
-
-Every form runs in a process of its own, in fp32 on the CPU. Memory is what the process's peak grows by, beyond the
-inputs. The plain form makes [tokens, vocabulary] whole, more than once: 12 GiB at the default sizes. Results go to
-benchmarks/results/chunked_head.json too.
+`python -m benchmarks.chunked_head --form plain` measures one form in this process, on the CPU in fp32;
+`python -m benchmarks.run head` alternates them.
 """
 
 import argparse
+import importlib.metadata
 import json
 import resource
-import subprocess
-import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from benchmarks.figures import Figure, Part, ratio
+from benchmarks.processes import THREADS, conditions, measure
 from nemo_aligner.parallel import world
 from nemo_aligner.parallel.vocab import HeadRequest, head_outputs
 
-RESULTS = Path(__file__).parent / "results" / "chunked_head.json"
+__all__ = ["part"]
+
+REPEATS = 3
+TOKENS, VOCABULARY, HIDDEN = 8192, 128256, 256  # the vocabulary is Llama 3's
 Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
@@ -54,7 +54,7 @@ def peak_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def measure(loss_of: Loss, *, tokens: int, vocabulary: int, hidden: int) -> dict[str, float]:
+def forward_backward(loss_of: Loss, *, tokens: int, vocabulary: int, hidden: int) -> dict[str, float]:
     """One forward and backward in this process, after a small one that loads the kernels."""
     draw = torch.Generator().manual_seed(0)
 
@@ -81,54 +81,74 @@ def measure(loss_of: Loss, *, tokens: int, vocabulary: int, hidden: int) -> dict
     }
 
 
-def in_own_process(form: str, sizes: list[str]) -> dict[str, float]:
-    """:func:`measure` of ``form`` in a fresh process."""
-    command = [sys.executable, __file__, "--form", form, *sizes]
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
-    if done.returncode:
-        sys.exit(
-            f"the form '{form}' ended with code {done.returncode}; -9 is out of memory: try fewer --tokens"
-        )
-    return json.loads(done.stdout.splitlines()[-1])
+def part() -> Part:
+    """All forms in turn, several times over."""
+    found: dict[str, list[dict[str, float]]] = {form: [] for form in FORMS}
+    for repeat in range(REPEATS):
+        for form, measured in found.items():
+            one = json.loads(measure(["-m", "benchmarks.chunked_head", "--form", form]).splitlines()[-1])
+            measured.append(one)
+            print(f"head: repeat {repeat + 1} of {REPEATS}, {form}: {one['seconds']:.1f} s", flush=True)
+    return Part(title="The head", about=ABOUT, conditions=_conditions(found), figures=_figures(found))
+
+
+ABOUT = """\
+The language model's head and its loss, forward and backward, on random hidden states in fp32. The plain form makes
+[tokens, vocabulary] whole, more than once. The chunked ones never do: in one pass (the gradient of each chunk is
+formed in its forward, which a weighted negative log-likelihood allows), or recomputed (the backward makes each
+chunk's logits again: any other loss, above `model.kept_logits_mib`). Memory is what the process's peak grows by,
+beyond the inputs.
+"""
+
+
+def _conditions(found: dict[str, list[dict[str, float]]]) -> dict[str, str]:
+    agreement = {}
+    for name in ("loss", "grad_norm_hidden", "grad_norm_weight"):
+        values = [one[name] for measured in found.values() for one in measured]
+        agreement[name] = (max(values) - min(values)) / max(values)
+    return conditions() | {
+        "torch": importlib.metadata.version("torch"),
+        "repeats": str(REPEATS),
+        "sizes": f"{TOKENS} tokens, vocabulary {VOCABULARY}, hidden {HIDDEN}",
+        "largest relative difference between the forms": ", ".join(
+            f"{name.replace('_', ' ')} {value:.0e}" for name, value in agreement.items()
+        ),
+    }
+
+
+def _figures(found: dict[str, list[dict[str, float]]]) -> tuple[Figure, ...]:
+    figures, ratios = [], []
+    for metric, name, unit in (("seconds", "seconds", 1), ("peak memory in MiB", "peak_bytes", 1 << 20)):
+        of = {
+            form: Figure(
+                table="Forms", subject=form, metric=metric, values=tuple(one[name] / unit for one in measured)
+            )
+            for form, measured in found.items()
+        }
+        figures += of.values()
+        ratios += [
+            ratio("Ratios", f"{form} / plain", figure, of["plain"])
+            for form, figure in of.items()
+            if form != "plain"
+        ]
+    return (*figures, *ratios)
 
 
 def main() -> None:
-    """Measure all forms, print a line per figure, write the JSON."""
+    """Measure one form in this process and print its JSON."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--tokens", type=int, default=8192, help="rows of the head [8192]")
+    parser.add_argument("--form", choices=FORMS, required=True, help="what to measure")
+    parser.add_argument("--tokens", type=int, default=TOKENS, help=f"rows of the head [{TOKENS}]")
     parser.add_argument(
-        "--vocabulary", type=int, default=128256, help="columns of the head [128256, Llama 3's]"
+        "--vocabulary", type=int, default=VOCABULARY, help=f"columns of the head [{VOCABULARY}]"
     )
-    parser.add_argument("--hidden", type=int, default=256, help="hidden size [256]")
-    parser.add_argument("--form", choices=FORMS, help="measure one form in this process and print its JSON")
+    parser.add_argument("--hidden", type=int, default=HIDDEN, help=f"hidden size [{HIDDEN}]")
     options = parser.parse_args()
+    torch.set_num_threads(THREADS)
     sizes = {"tokens": options.tokens, "vocabulary": options.vocabulary, "hidden": options.hidden}
-    if options.form:
-        print(json.dumps(measure(FORMS[options.form], **sizes)))
-        return
-    print(
-        ", ".join(f"{name} {size}" for name, size in sizes.items()),
-        f"threads {torch.get_num_threads()}",
-        sep=", ",
-    )
-    flags = [word for name, size in sizes.items() for word in (f"--{name}", str(size))]
-    figures = {}
-    for form in FORMS:
-        figures[form] = found = in_own_process(form, flags)
-        print(f"{form}: peak memory {found['peak_bytes'] / 2**20:.0f} MiB")
-        print(f"{form}: time {found['seconds']:.2f} s", flush=True)
-    for name in ("loss", "grad_norm_hidden", "grad_norm_weight"):
-        values = [found[name] for found in figures.values()]
-        print(
-            f"{name}: {values[0]:.6g}, largest relative difference {(max(values) - min(values)) / values[0]:.1e}"
-        )
-    RESULTS.parent.mkdir(exist_ok=True)
-    RESULTS.write_text(
-        json.dumps(sizes | {"threads": torch.get_num_threads(), "forms": figures}, indent=2) + "\n"
-    )
-    print(f"written to {RESULTS}")
+    print(json.dumps(forward_backward(FORMS[options.form], **sizes)))
 
 
 if __name__ == "__main__":

@@ -10,10 +10,11 @@ import contextlib
 import logging
 import sys
 import types
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 __all__ = ["METHODS", "SYMBOLS", "install"]
 
@@ -87,7 +88,39 @@ CUDA: tuple[tuple[str, Any, str], ...] = (
 # Factories that megatron-core calls with device="cuda".
 FACTORIES = ("empty", "zeros", "ones", "full", "tensor", "arange", "empty_like", "zeros_like", "ones_like")
 
-# Functions of megatron-core that reach below torch.cuda's surface: (module, name, replacement, reason).
+
+def _all_gather(
+    output: torch.Tensor, shard: torch.Tensor, *, group: dist.ProcessGroup, async_op: bool
+) -> None:
+    if group.size() > 1:
+        dist.all_gather_into_tensor(output, shard, group=group, async_op=async_op)
+
+
+def _reduce_scatter(
+    shard: torch.Tensor,
+    whole: torch.Tensor,
+    *,
+    op: dist.ReduceOp.RedOpType,
+    group: dist.ProcessGroup,
+    async_op: bool,
+) -> None:
+    if group.size() > 1:
+        dist.reduce_scatter_tensor(shard, whole, op=op, group=group, async_op=async_op)
+
+
+def _coalescing_manager(group: dist.ProcessGroup, *, async_ops: bool) -> contextlib.AbstractContextManager:
+    if group.size() > 1:
+        return dist.distributed_c10d._coalescing_manager(group, async_ops=async_ops)
+    return contextlib.nullcontext(_Stream())
+
+
+def _scale(_: int, __: torch.Tensor, tensors: Sequence[Sequence[torch.Tensor]], factor: float) -> None:
+    for source, target in zip(*tensors, strict=True):
+        torch.mul(source, factor, out=target)
+
+
+# Functions of megatron-core that reach below torch.cuda's surface, or that waste a CPU's time at every step:
+# (module, name, replacement, reason).
 SYMBOLS: tuple[tuple[str, str, Callable, str], ...] = (
     (
         "megatron.core.tensor_parallel.random",
@@ -100,6 +133,30 @@ SYMBOLS: tuple[tuple[str, str, Callable, str], ...] = (
         "_set_cuda_rng_state",
         _set_rng_state,
         "calls into the CUDA generator",
+    ),
+    (
+        "megatron.core.distributed.param_and_grad_buffer",
+        "dist_all_gather_func",
+        _all_gather,
+        "gloo copies the weights of a group of one rank onto themselves; NCCL does not",
+    ),
+    (
+        "megatron.core.distributed.param_and_grad_buffer",
+        "dist_reduce_scatter_func",
+        _reduce_scatter,
+        "gloo copies the gradients of a group of one rank onto themselves; NCCL does not",
+    ),
+    (
+        "megatron.core.distributed.param_and_grad_buffer",
+        "_coalescing_manager",
+        _coalescing_manager,
+        "torch's cannot be waited for when nothing was called within it",
+    ),
+    (
+        "megatron.core.optimizer.clip_grads",
+        "multi_tensor_scale_impl",
+        _scale,
+        "without Transformer Engine and apex, clipping makes a copy of every gradient",
     ),
 )
 

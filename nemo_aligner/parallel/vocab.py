@@ -30,7 +30,7 @@ __all__ = ["HeadOutput", "HeadRequest", "head_outputs"]
 Context: TypeAlias = Any  # torch puts any attribute on an autograd context
 
 # Logits of one chunk, in bytes: large enough for full matmul speed, small enough for a CPU's caches to help.
-CHUNK_BYTES = {"cpu": 32 << 20, "cuda": 512 << 20}
+CHUNK_BYTES = {"cpu": 64 << 20, "cuda": 512 << 20}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,26 +78,45 @@ class _Head:
         self.logits_bytes = hidden.shape[0] * row_bytes
         self.chunk_rows = max(16, (request.chunk_bytes or CHUNK_BYTES[hidden.device.type]) // row_bytes)
 
-    def project(self, rows: slice) -> Tensor:
+    def rows(self) -> Iterator[slice]:
+        for start in range(0, self.hidden.shape[0], self.chunk_rows):
+            yield slice(start, min(start + self.chunk_rows, self.hidden.shape[0]))
+
+    def scratch(self) -> Tensor:
+        # One for all chunks: what is freed and taken again costs a page fault for every 4 KiB.
+        rows = min(self.chunk_rows, self.hidden.shape[0])
+        return torch.empty(rows, self.weight.shape[0], dtype=self.dtype, device=self.hidden.device)
+
+    def project(self, rows: slice, out: Tensor | None = None) -> Tensor:
+        if out is not None and out.dtype == self.hidden.dtype:
+            return torch.mm(self.hidden[rows], self.weight.t(), out=out[: rows.stop - rows.start])
         return (self.hidden[rows] @ self.weight.t()).to(self.dtype)
 
+    def target(self, rows: slice) -> tuple[Tensor, Tensor]:
+        """The targets' columns here, and whether this rank owns them: see :class:`_Chunk`."""
+        local = self.targets[rows] - self.first
+        owned = (local >= 0) & (local < self.weight.shape[0])
+        return local.where(owned, 0), owned
+
+    def peak(self, z: Tensor) -> Tensor:
+        return max_over_tensor_parallel(z.amax(1) if z.shape[1] else z.new_full(z.shape[:1], -torch.inf))
+
+    def at_target(self, z: Tensor, local: Tensor, owned: Tensor) -> Tensor:
+        if z.shape[1] == 0:
+            return sum_over_tensor_parallel(z.new_zeros(z.shape[0]))
+        return sum_over_tensor_parallel(z.gather(1, local[:, None])[:, 0].where(owned, 0))
+
     def chunks(self) -> Iterator[_Chunk]:
-        for start in range(0, self.hidden.shape[0], self.chunk_rows):
-            rows = slice(start, min(start + self.chunk_rows, self.hidden.shape[0]))
+        scratch = self.scratch()
+        for rows in self.rows():
             z = self.project(rows)
-            peak = z.amax(1) if z.shape[1] else z.new_full(z.shape[:1], -torch.inf)
-            peak = max_over_tensor_parallel(peak)
-            total = torch.sub(z, peak[:, None]).exp_().sum(1)
+            peak = self.peak(z)
+            total = torch.sub(z, peak[:, None], out=scratch[: z.shape[0]]).exp_().sum(1)
             lse = sum_over_tensor_parallel(total).log_().add_(peak)
-            local = self.targets[rows] - self.first
-            owned = (local >= 0) & (local < z.shape[1])
-            yield _Chunk(rows, z, lse, local.where(owned, 0), owned)
+            yield _Chunk(rows, z, lse, *self.target(rows))
 
     def logprobs(self, chunk: _Chunk) -> Tensor:
-        if chunk.logits.shape[1] == 0:
-            return sum_over_tensor_parallel(torch.zeros_like(chunk.lse)) - chunk.lse
-        at_target = chunk.logits.gather(1, chunk.local[:, None])[:, 0]
-        return sum_over_tensor_parallel(at_target.where(chunk.owned, 0)) - chunk.lse
+        return self.at_target(chunk.logits, chunk.local, chunk.owned) - chunk.lse
 
     def entropy(self, chunk: _Chunk) -> Tensor:
         expected = (torch.exp(chunk.logits - chunk.lse[:, None]) * chunk.logits).sum(1)
@@ -114,14 +133,25 @@ class _Head:
         best, order = values.topk(k, dim=1)
         return best - chunk.lse[:, None], ids.gather(1, order)
 
-    def add_at_targets(self, dlogits: Tensor, chunk: _Chunk, grad: Tensor) -> None:
+    def add_at_targets(self, dlogits: Tensor, local: Tensor, grad: Tensor) -> None:
+        """Add ``grad`` [c], 0 where another rank owns the column, at the columns ``local`` [c]."""
         if dlogits.shape[1]:
-            dlogits.scatter_add_(1, chunk.local[:, None], grad.where(chunk.owned, 0)[:, None])
+            dlogits.scatter_add_(1, local[:, None], grad[:, None])
+
+    def new_grad_weight(self, weight: Tensor) -> Tensor:
+        """For :meth:`project_back`, whose first chunk overwrites all but the padding."""
+        if self.hidden.shape[0] == 0:
+            return torch.zeros_like(weight)
+        grad = torch.empty_like(weight)
+        grad[self.weight.shape[0] :] = 0
+        return grad
 
     def project_back(self, dlogits: Tensor, rows: slice, grad_hidden: Tensor, grad_weight: Tensor) -> None:
         dlogits = dlogits.to(self.hidden.dtype)
         torch.mm(dlogits, self.weight, out=grad_hidden[rows])
-        grad_weight[: self.weight.shape[0]].addmm_(dlogits.t(), self.hidden[rows])
+        grad_weight[: self.weight.shape[0]].addmm_(
+            dlogits.t(), self.hidden[rows], beta=0 if rows.start == 0 else 1
+        )
 
 
 class _KnownWeights(torch.autograd.Function):
@@ -137,13 +167,19 @@ class _KnownWeights(torch.autograd.Function):
     ) -> Tensor:
         head = _Head(hidden, weight, targets, request)
         logprobs = torch.empty(hidden.shape[0], dtype=head.dtype, device=hidden.device)
-        grad_hidden, grad_weight = torch.empty_like(hidden), torch.zeros_like(weight)
-        for chunk in head.chunks():
-            w = weights[chunk.rows].to(head.dtype)
-            logprobs[chunk.rows] = head.logprobs(chunk)
-            dlogits = chunk.logits.sub_(chunk.lse[:, None]).exp_().mul_(-w[:, None])
-            head.add_at_targets(dlogits, chunk, w)
-            head.project_back(dlogits, chunk.rows, grad_hidden, grad_weight)
+        grad_hidden, grad_weight = torch.empty_like(hidden), head.new_grad_weight(weight)
+        scratch = head.scratch()
+        for rows in head.rows():
+            w = weights[rows].to(head.dtype)
+            z = head.project(rows, out=scratch)
+            local, owned = head.target(rows)
+            at_target, peak = head.at_target(z, local, owned), head.peak(z)
+            # In place, one exponential for both: z becomes p times its sum, then the gradient.
+            total = sum_over_tensor_parallel(z.sub_(peak[:, None]).exp_().sum(1))
+            logprobs[rows] = at_target - peak - total.log()
+            dlogits = z.mul_((-w / total)[:, None])
+            head.add_at_targets(dlogits, local, w.where(owned, 0))
+            head.project_back(dlogits, rows, grad_hidden, grad_weight)
         ctx.save_for_backward(weights)
         # Buffers, not graph tensors: the backward hands them out, so nothing may hold them for a second backward.
         ctx.grads = (grad_hidden, grad_weight)
@@ -197,25 +233,22 @@ class _Outputs(torch.autograd.Function):
     ) -> tuple[Tensor | None, ...]:
         hidden, weight, targets, lse, entropy, ids = ctx.saved_tensors
         head = _Head(hidden, weight, targets, ctx.request)
-        grad_hidden, grad_weight = torch.empty_like(hidden), torch.zeros_like(weight)
-        for i, start in enumerate(range(0, hidden.shape[0], head.chunk_rows)):
-            rows = slice(start, min(start + head.chunk_rows, hidden.shape[0]))
+        grad_hidden, grad_weight = torch.empty_like(hidden), head.new_grad_weight(weight)
+        scratch = head.scratch()
+        for i, rows in enumerate(head.rows()):
             z = ctx.kept[i] if ctx.kept else head.project(rows)
-            local = targets[rows] - head.first
-            owned = (local >= 0) & (local < z.shape[1])
-            chunk = _Chunk(rows, z, lse[rows], local.where(owned, 0), owned)
-            logp = z.sub_(chunk.lse[:, None])
-            dlogits = logp.exp()
+            local, owned = head.target(rows)
+            logp = z.sub_(lse[rows][:, None])
+            dlogits = torch.exp(logp, out=scratch[: z.shape[0]])
             towards = -(grad_logprobs[rows] + grad_topk[rows].sum(1))[:, None]
             if ctx.request.entropy:
                 towards = towards - grad_entropy[rows][:, None] * logp.add_(entropy[rows][:, None])
             dlogits.mul_(towards)
-            head.add_at_targets(dlogits, chunk, grad_logprobs[rows])
+            head.add_at_targets(dlogits, local, grad_logprobs[rows].where(owned, 0))
             for j in range(ctx.request.top_k):
                 column = ids[rows, j] - head.first
                 here = (column >= 0) & (column < dlogits.shape[1])
-                at = _Chunk(rows, z, chunk.lse, column.where(here, 0), here)
-                head.add_at_targets(dlogits, at, grad_topk[rows, j])
+                head.add_at_targets(dlogits, column.where(here, 0), grad_topk[rows, j].where(here, 0))
             head.project_back(dlogits, rows, grad_hidden, grad_weight)
         ctx.kept = None
         return grad_hidden, grad_weight, None, None

@@ -14,6 +14,7 @@ SOURCES = sorted(
     path
     for folder in ("nemo_aligner", "examples", "benchmarks", "tests")
     for path in (ROOT / folder).rglob("*.py")
+    if not path.is_relative_to(ROOT / "benchmarks/peers")  # the other side's scripts, as they are
 )
 PACKAGE = [path for path in SOURCES if path.is_relative_to(ROOT / "nemo_aligner")]
 PRODUCT = [path for path in SOURCES if not path.is_relative_to(ROOT / "tests")]

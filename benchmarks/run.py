@@ -1,0 +1,44 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Measure one part or all of them, print a line per figure, write results.json and docs/performance.md.
+
+    python -m benchmarks.run [part ...]
+
+`make bench` calls it after installing what the parts need; `make bench ONLY=sft` measures one part.
+"""
+
+import argparse
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from benchmarks import chunked_head, figures, sft
+from benchmarks.processes import wait_for_calm
+
+RESULTS = Path(__file__).parent / "results.json"
+PAGE = Path(__file__).parents[1] / "docs/performance.md"
+
+# In the order of the page. A part measures in processes of its own and returns figures.
+PARTS: dict[str, Callable[[], figures.Part]] = {"sft": sft.part, "head": chunked_head.part}
+
+
+def main() -> None:
+    """Measure the parts that are named, or all."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("parts", nargs="*", metavar="part", help=f"{', '.join(PARTS)} [all]")
+    names = parser.parse_args().parts or list(PARTS)
+    if unknown := [name for name in names if name not in PARTS]:
+        parser.error(f"no part is named {', '.join(unknown)}; there are {', '.join(PARTS)}")
+    for name in names:
+        started, load = time.perf_counter(), wait_for_calm()
+        part = PARTS[name]()
+        part.conditions["load average before the start"] = f"{load:.2f}"
+        for figure in part.figures:
+            print(f"{name}: {figure.line()}")
+        PAGE.write_text(figures.page(figures.store(RESULTS, name, part), PARTS))
+        print(f"{name}: {time.perf_counter() - started:.0f} s, written to {RESULTS} and {PAGE}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
