@@ -151,7 +151,8 @@ class SupervisedTrainer:
         """Save where it is due; end the run where any rank was asked to, or its time is up."""
         writing = self.checkpoints is not None and self.checkpoints.is_writing
         step, ends = self.state.step, self.state.step == self.plan.max_steps
-        number, up, writing = collectives.maxima([request.number, self.limit.is_up, writing])
+        with world.phase(f"step {step}, whether to go on"):
+            number, up, writing = collectives.maxima([request.number, self.limit.is_up, writing])
         if self.checkpoints is not None:
             self.checkpoints.poll(all_ranks_done=not writing)
             if ends or number or up or self.plan.saves_after(step):
