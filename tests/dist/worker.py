@@ -5,6 +5,7 @@ Imports once and forks the ranks; each case builds its layout in the same world 
 """
 
 import contextlib
+import gc
 from collections.abc import Iterable, Iterator
 from dataclasses import astuple, dataclass, replace
 from datetime import timedelta
@@ -44,6 +45,7 @@ class Case:
     mbs: int = 1
     tied: bool = True
     overlap: bool = False
+    bucket_cap_mb: float = 0.01  # a few in a chunk
     bf16: bool = False
     recompute: Recompute = Recompute()
     local_count: bool = False  # divide by this rank's own count: what must not be done
@@ -106,7 +108,8 @@ RELOADED = (
     Case(tp=2, sp=True),
 )
 # Saved with the optimizer by 4 ranks; these go on, each with its number of ranks.
-SAVED = Case(tp=2, pp=2, mbs=4, tied=False, overlap=True)  # several buckets, with padding between them
+# Its buckets are many, most with padding at their end.
+SAVED = Case(tp=2, pp=2, mbs=4, tied=False, overlap=True, bucket_cap_mb=0.002)
 RESUMED = {
     replace(SAVED, pp=4, overlap=False): 8,
     replace(SAVED, pp=1): 2,
@@ -188,7 +191,7 @@ def loaded(case: Case, weights: Path) -> GPTPolicy:
         sched=SchedConfig(name="constant", warmup_steps=0),
         overlap_grad_sync=case.overlap,
         overlap_param_sync=case.overlap,
-        bucket_cap_mb=0.002,  # many in a chunk, most with padding at their end
+        bucket_cap_mb=case.bucket_cap_mb,
     )
     policy.prepare_training(optim, clip_grad=0.5, max_steps=5)
     return policy
@@ -303,6 +306,7 @@ def run_rank(rank: int, size: int, out: Path) -> None:
         yield
         world.barrier()
         world.stop()
+        gc.collect()  # else the world's process groups live on in cycles, and their threads go on polling
 
     if rank < SAVED.layout.model_size:
         with cut(SAVED.layout, SAVED.layout.model_size, "save"):

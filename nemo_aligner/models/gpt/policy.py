@@ -81,7 +81,8 @@ class GPTPolicy:
         self._ddp = wrap(self._model.chunks, optim)
         self._optimizer = build_optimizer(optim, self._ddp, dtype=config.params_dtype, clip_grad=clip_grad)
         config.finalize_model_grads_func = finalize_model_grads
-        config.grad_scale_func = self._optimizer.scale_loss
+        if config.fp16:
+            config.grad_scale_func = self._optimizer.scale_loss
 
     def get_loss_and_metrics(
         self, batches: Sequence[TokenBatch], objective: Objective, *, forward_only: bool
