@@ -11,7 +11,7 @@ from typing import Protocol
 import torch
 
 from nemo_aligner.batch import TokenBatch
-from nemo_aligner.checkpoint.training import Checkpoint, TrainerState, TrainingCheckpoints
+from nemo_aligner.checkpoint.training import Checkpoint, TrainerState, TrainingCheckpoints, monitor_name
 from nemo_aligner.errors import UserError
 from nemo_aligner.models.alignable_interface import SupervisedInterface
 from nemo_aligner.objectives.protocol import Objective
@@ -144,7 +144,7 @@ class SupervisedTrainer:
                 means = self.validate()
             self.run.log(means, step=step)
             self.limit.note("validation", means["validation/step_time"])
-            known = {name.replace("validation/", "val_"): value for name, value in means.items()}
+            known = {monitor_name(name): value for name, value in means.items()}
             self.state = replace(self.state, metrics={k: v for k, v in known.items() if k != "val_step_time"})
 
     def _save_or_stop(self, request: StopRequest) -> None:

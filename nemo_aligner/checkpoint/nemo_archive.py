@@ -112,8 +112,8 @@ def open_nemo(path: Path | str, *, old_layouts: bool = False) -> Iterator[NemoAr
 def write_nemo(
     path: Path | str,
     *,
-    config: dict[str, Any],
-    files: dict[str, Path | bytes],
+    config: Mapping[str, Any],
+    files: Mapping[str, Path | bytes],
     weights: Callable[[Path], None],
     overwrite: bool = False,
 ) -> None:

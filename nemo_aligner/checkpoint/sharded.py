@@ -114,9 +114,11 @@ def load_state(state: ShardedStateDict, folder: Path, *, remedy: str) -> dict[st
     return loaded
 
 
-def save_model(model: MegatronModule, folder: Path) -> None:
-    """Write the weights of all ranks into ``folder``, which rank 0 makes. Called by every rank."""
-    save_state(model.sharded_state_dict(prefix=PREFIX), folder)
+def save_model(
+    model: MegatronModule, folder: Path, *, executor: Executor | None = None
+) -> Future[Any] | None:
+    """Write the weights of all ranks; see :func:`save_state`."""
+    return save_state(model.sharded_state_dict(prefix=PREFIX), folder, executor=executor)
 
 
 def load_model(model: MegatronModule, folder: Path) -> None:

@@ -20,7 +20,7 @@ from typing import Any, Protocol
 from megatron.core.transformer.module import MegatronModule
 
 from nemo_aligner.checkpoint.nemo_archive import WEIGHTS_NAME, write_contents, write_nemo
-from nemo_aligner.checkpoint.sharded import load_state, save_state
+from nemo_aligner.checkpoint.sharded import load_state, save_model, save_state
 from nemo_aligner.errors import UserError
 from nemo_aligner.parallel import world
 from nemo_aligner.run.experiment import TRAINER_STATE, CheckpointCallbackConfig
@@ -163,11 +163,14 @@ class TrainingCheckpoints:
                 staging.mkdir(parents=True)
                 write_contents(staging, config=self._model_config, files=self._files)
             world.barrier()
-            weights = self._trained.model.sharded_state_dict(prefix="model.")
-            parts = ((WEIGHTS_NAME, weights), (STATE_FOLDER, self._trained.training_state(loading=False)))
-            written = [
-                save_state(part, staging / part_name, executor=self._executor) for part_name, part in parts
-            ]
+            written = (
+                save_model(self._trained.model, staging / WEIGHTS_NAME, executor=self._executor),
+                save_state(
+                    self._trained.training_state(loading=False),
+                    staging / STATE_FOLDER,
+                    executor=self._executor,
+                ),
+            )
         self._pending = (self.folder / name, state, [future for future in written if future is not None])
         if self._executor is None:
             self.finish()
@@ -218,12 +221,11 @@ class TrainingCheckpoints:
             checkpoint.path.with_name(checkpoint.path.name + ".nemo").unlink(missing_ok=True)
 
     def _pack(self, checkpoint: Path, path: Path, *, overwrite: bool) -> None:
+        def copy_weights(folder: Path) -> None:
+            shutil.copytree(checkpoint / WEIGHTS_NAME, folder)
+
         write_nemo(
-            path,
-            config=self._model_config,
-            files=dict(self._files),
-            weights=lambda folder: shutil.copytree(checkpoint / WEIGHTS_NAME, folder) and None,
-            overwrite=overwrite,
+            path, config=self._model_config, files=self._files, weights=copy_weights, overwrite=overwrite
         )
 
     def save_best(self, path: Path) -> None:

@@ -8,6 +8,7 @@ Shapes: S positions, B rows, H query heads and G key/value heads of this rank, D
 """
 
 import contextlib
+import itertools
 from dataclasses import dataclass, field
 
 import torch
@@ -53,6 +54,11 @@ class RowParams(PackedSeqParams):
     qkv_format: str = "sbhd"
     boundaries: tuple[int, ...] | None = None  # packed: where each sequence starts, and the end of the last
     cache: KVCache | None = None
+
+    def bounds(self, length: int) -> list[int]:
+        """Packed rows: where each sequence starts, and ``length``; a tail of padding counts as one more sequence."""
+        assert self.boundaries is not None
+        return [*self.boundaries, *([length] if self.boundaries[-1] < length else [])]
 
 
 def attend(
@@ -160,13 +166,10 @@ class SDPACoreAttention(MegatronModule):
         if rows.boundaries is None:
             return attend(q, k, v, **options)
         # Each packed sequence on its own: no neighbour is ever seen, and no S x S mask is made.
-        ends = [*rows.boundaries[1:]]
-        if ends[-1] < q.shape[2]:
-            ends.append(q.shape[2])
-        parts, start = [], 0
-        for end in ends:
-            parts.append(attend(q[:, :, start:end], k[:, :, start:end], v[:, :, start:end], **options))
-            start = end
+        parts = [
+            attend(q[:, :, start:end], k[:, :, start:end], v[:, :, start:end], **options)
+            for start, end in itertools.pairwise(rows.bounds(q.shape[2]))
+        ]
         return torch.cat(parts, dim=2)
 
     def _attend_cached(self, q: Tensor, k: Tensor, v: Tensor, cache: KVCache) -> Tensor:

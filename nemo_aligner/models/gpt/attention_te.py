@@ -52,9 +52,9 @@ class TECoreAttention(SDPACoreAttention):
         if rows.boundaries is None:
             return self.fused(query, key, value, None, AttnMaskType.causal)
         del attn_mask_type
-        ends = [*rows.boundaries, *([query.shape[0]] if rows.boundaries[-1] < query.shape[0] else [])]
-        cu_seqlens = torch.tensor(ends, dtype=torch.int32, device=query.device)
-        longest = max(end - start for start, end in itertools.pairwise(ends))
+        bounds = rows.bounds(query.shape[0])
+        cu_seqlens = torch.tensor(bounds, dtype=torch.int32, device=query.device)
+        longest = max(end - start for start, end in itertools.pairwise(bounds))
         params = PackedSeqParams(
             qkv_format="thd",
             cu_seqlens_q=cu_seqlens,
