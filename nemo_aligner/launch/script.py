@@ -225,6 +225,9 @@ def _join(config: DictConfig, job: J, main: Callable[[J], None], ranks: Ranks | 
 
 def _told(work: Callable[[], int]) -> int:
     """The exit code of ``work``; what went wrong is told once."""
+    from nemo_aligner.parallel import cpu_shim
+
+    cpu_shim.import_megatron()
     from nemo_aligner.parallel import world
 
     try:

@@ -29,8 +29,9 @@ __all__ = ["HeadOutput", "HeadRequest", "head_outputs"]
 
 Context: TypeAlias = Any  # torch puts any attribute on an autograd context
 
-# Logits of one chunk, in bytes: large enough for full matmul speed, small enough for a CPU's caches to help.
-CHUNK_BYTES = {"cpu": 64 << 20, "cuda": 512 << 20}
+# Rows of one chunk on a CPU, whose caches then hold the logits of common vocabularies; elsewhere by the bytes of the
+# logits. Fewer rows would cost products their speed.
+CPU_ROWS, CHUNK_BYTES = 128, 512 << 20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,6 +66,15 @@ class _Chunk:
     owned: Tensor  # [c] bool: this rank owns the target
 
 
+def product(x: Tensor, weight: Tensor) -> Tensor:
+    """x @ weight.T: [n, k], [m, k] -> [n, m]."""
+    fp32_cpu = x.device.type == "cpu" and x.dtype == torch.float32
+    if fp32_cpu and x.shape[1] > 0 and torch.backends.mkldnn.is_available():
+        # oneDNN; torch.mm goes to MKL, which on processors that are not Intel's is a tenth slower.
+        return torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
+    return x @ weight.t()
+
+
 class _Head:
     """The head's arithmetic for one call: chunks, softmax statistics, gradients with respect to the logits."""
 
@@ -76,7 +86,9 @@ class _Head:
         # Padding counts: every rank must cut the same chunks, or their collectives would not match.
         row_bytes = weight.shape[0] * self.dtype.itemsize
         self.logits_bytes = hidden.shape[0] * row_bytes
-        self.chunk_rows = max(16, (request.chunk_bytes or CHUNK_BYTES[hidden.device.type]) // row_bytes)
+        self.chunk_rows = max(16, (request.chunk_bytes or CHUNK_BYTES) // row_bytes)
+        if request.chunk_bytes is None and hidden.device.type == "cpu":
+            self.chunk_rows = CPU_ROWS
 
     def rows(self) -> Iterator[slice]:
         for start in range(0, self.hidden.shape[0], self.chunk_rows):
@@ -87,10 +99,8 @@ class _Head:
         rows = min(self.chunk_rows, self.hidden.shape[0])
         return torch.empty(rows, self.weight.shape[0], dtype=self.dtype, device=self.hidden.device)
 
-    def project(self, rows: slice, out: Tensor | None = None) -> Tensor:
-        if out is not None and out.dtype == self.hidden.dtype:
-            return torch.mm(self.hidden[rows], self.weight.t(), out=out[: rows.stop - rows.start])
-        return (self.hidden[rows] @ self.weight.t()).to(self.dtype)
+    def project(self, rows: slice) -> Tensor:
+        return product(self.hidden[rows], self.weight).to(self.dtype)
 
     def target(self, rows: slice) -> tuple[Tensor, Tensor]:
         """The targets' columns here, and whether this rank owns them: see :class:`_Chunk`."""
@@ -105,6 +115,20 @@ class _Head:
         if z.shape[1] == 0:
             return sum_over_tensor_parallel(z.new_zeros(z.shape[0]))
         return sum_over_tensor_parallel(z.gather(1, local[:, None])[:, 0].where(owned, 0))
+
+    def softmax_(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        """The softmax [c, V_local], in the place of ``z``, and the logarithm of the sum that it divides by [c]."""
+        if z.shape[1] == 0:
+            lse = z.new_full(z.shape[:1], -torch.inf)
+        else:
+            peak = z.amax(1)
+            torch.softmax(z, 1, out=z)
+            lse = peak - z.amax(1).log()
+        if world.tp_size() > 1:
+            mine, most = lse, max_over_tensor_parallel(lse.clone())
+            lse = most + sum_over_tensor_parallel((mine - most).exp()).log()
+            z.mul_((mine - lse).exp()[:, None])
+        return z, lse
 
     def chunks(self) -> Iterator[_Chunk]:
         scratch = self.scratch()
@@ -148,7 +172,7 @@ class _Head:
 
     def project_back(self, dlogits: Tensor, rows: slice, grad_hidden: Tensor, grad_weight: Tensor) -> None:
         dlogits = dlogits.to(self.hidden.dtype)
-        torch.mm(dlogits, self.weight, out=grad_hidden[rows])
+        grad_hidden[rows] = product(dlogits, self.weight.t())
         grad_weight[: self.weight.shape[0]].addmm_(
             dlogits.t(), self.hidden[rows], beta=0 if rows.start == 0 else 1
         )
@@ -168,18 +192,15 @@ class _KnownWeights(torch.autograd.Function):
         head = _Head(hidden, weight, targets, request)
         logprobs = torch.empty(hidden.shape[0], dtype=head.dtype, device=hidden.device)
         grad_hidden, grad_weight = torch.empty_like(hidden), head.new_grad_weight(weight)
-        scratch = head.scratch()
         for rows in head.rows():
-            w = weights[rows].to(head.dtype)
-            z = head.project(rows, out=scratch)
+            z = head.project(rows)
             local, owned = head.target(rows)
-            at_target, peak = head.at_target(z, local, owned), head.peak(z)
-            # In place, one exponential for both: z becomes p times its sum, then the gradient.
-            total = sum_over_tensor_parallel(z.sub_(peak[:, None]).exp_().sum(1))
-            logprobs[rows] = at_target - peak - total.log()
-            dlogits = z.mul_((-w / total)[:, None])
-            head.add_at_targets(dlogits, local, w.where(owned, 0))
-            head.project_back(dlogits, rows, grad_hidden, grad_weight)
+            at_target = head.at_target(z, local, owned)
+            p, lse = head.softmax_(z)
+            logprobs[rows] = at_target - lse
+            w = weights[rows].to(head.dtype)
+            head.add_at_targets(p.mul_(-w[:, None]), local, w.where(owned, 0))
+            head.project_back(p, rows, grad_hidden, grad_weight)
         ctx.save_for_backward(weights)
         # Buffers, not graph tensors: the backward hands them out, so nothing may hold them for a second backward.
         ctx.grads = (grad_hidden, grad_weight)

@@ -1,5 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The modules that differ from Megatron's: norms that run without Transformer Engine, and RoPE per row."""
+"""The modules that differ from Megatron's: norms that run without Transformer Engine, gated activations that keep
+only their input for the backward, and RoPE per row."""
+
+from collections.abc import Callable
+from typing import Any, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -8,7 +12,9 @@ from torch import Tensor, nn
 
 from nemo_aligner.models.gpt.config import GPTConfig
 
-__all__ = ["Norm", "RowRotary"]
+__all__ = ["GatedActivation", "Norm", "RowRotary"]
+
+Context: TypeAlias = Any  # torch puts any attribute on an autograd context
 
 
 class Norm(nn.Module):
@@ -30,8 +36,76 @@ class Norm(nn.Module):
         """[..., hidden] -> [..., hidden]."""
         weight = self.weight + 1 if self.zero_centered else self.weight
         if self.rms:
-            return F.rms_norm(x, self.shape, weight, self.eps)
+            # torch has a fused kernel for CUDA only.
+            return (
+                F.rms_norm(x, self.shape, weight, self.eps)
+                if x.is_cuda
+                else _RMSNorm.apply(x, weight, self.eps)
+            )
         return F.layer_norm(x, self.shape, weight, self.bias, self.eps)
+
+
+class _RMSNorm(torch.autograd.Function):
+    """x / rms(x) * weight (Zhang and Sennrich 2019), in fp32 at least; keeps x and 1 / rms(x) for the backward.
+
+    With n = x / rms(x) and g = grad * weight: dL/dx = (g - n * mean(g * n)) / rms(x), dL/dweight = sum(grad * n).
+    """
+
+    @staticmethod
+    def forward(ctx: Context, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        wide = x if x.dtype == torch.float64 else x.float()
+        mean_square = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square_().div_(x.shape[-1])
+        scale = mean_square.add_(eps).rsqrt_()
+        ctx.save_for_backward(x, weight, scale)
+        return (wide * scale).mul_(weight).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Context, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+        x, weight, scale = ctx.saved_tensors
+        normed = x * scale  # in scale's dtype, as all that follows
+        towards = grad * normed
+        grad_weight = towards.flatten(0, -2).sum(0)
+        mean = (towards @ weight.to(towards.dtype)).div_(x.shape[-1])
+        grad_x = (grad * weight).to(normed.dtype).sub_(normed.mul_(mean[..., None])).mul_(scale)
+        return grad_x.to(x.dtype), grad_weight.to(weight.dtype), None
+
+
+class GatedActivation:
+    """SwiGLU and its kin (Shazeer 2020): the first half of x through the activation, times the second half.
+
+    No torch module: Megatron would ask it for weights to save.
+    """
+
+    def __init__(self, config: TransformerConfig) -> None:
+        self.function = config.activation_func
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """[..., 2 * ffn] -> [..., ffn]."""
+        return _Gated.apply(x, self.function)
+
+
+class _Gated(torch.autograd.Function):
+    """Keeps x alone for the backward, which computes the activation again: a small part of the layer's time."""
+
+    @staticmethod
+    def forward(ctx: Context, x: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.function = function
+        gate, up = x.chunk(2, dim=-1)
+        return function(gate) * up
+
+    @staticmethod
+    def backward(ctx: Context, grad: Tensor) -> tuple[Tensor, None]:
+        (x,) = ctx.saved_tensors
+        gate, up = x.chunk(2, dim=-1)
+        with torch.enable_grad():
+            gate = gate.detach().requires_grad_()
+            active = ctx.function(gate)
+        grad_x = torch.empty_like(x)
+        grad_gate, grad_up = grad_x.chunk(2, dim=-1)
+        torch.mul(grad, active.detach(), out=grad_up)
+        grad_gate.copy_(torch.autograd.grad(active, gate, grad * up)[0])
+        return grad_x, None
 
 
 class RowRotary(nn.Module):

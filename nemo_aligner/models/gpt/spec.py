@@ -17,7 +17,7 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from nemo_aligner.models.gpt.attention import SDPACoreAttention
-from nemo_aligner.models.gpt.layers import Norm
+from nemo_aligner.models.gpt.layers import GatedActivation, Norm
 from nemo_aligner.parallel import world
 
 __all__ = ["have_transformer_engine", "layer_spec"]
@@ -42,6 +42,9 @@ def have_transformer_engine() -> bool:
 def layer_spec(config: TransformerConfig) -> TransformerBlockSubmodules:
     """The layers of this pipeline stage, and the norm after the last one."""
     layer, norm = _te_layer(config) if have_transformer_engine() else _local_layer(config)
+    # Has Megatron call the layer's activation_func on all of fc1's output. Set here, as its own check of the setting
+    # admits Transformer Engine's functions only.
+    config.use_te_activation_func = config.gated_linear_unit
     count = get_num_layers_to_build(config, None, parallel_state.get_pipeline_model_parallel_rank())
     return TransformerBlockSubmodules(layer_specs=[layer] * count, layer_norm=norm)
 
@@ -53,12 +56,12 @@ def _te_layer(config: TransformerConfig) -> tuple[ModuleSpec, Any]:
     from nemo_aligner.models.gpt.attention_te import TECoreAttention
 
     layer = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.qk_layernorm)
-    return _with_attention(layer, core_attention=TECoreAttention), TENorm
+    return _with(layer, core_attention=TECoreAttention), TENorm
 
 
 def _local_layer(config: TransformerConfig) -> tuple[ModuleSpec, Any]:
     head_norms = {"q_layernorm": Norm, "k_layernorm": Norm} if config.qk_layernorm else {}
-    layer = _with_attention(
+    layer = _with(
         get_gpt_layer_local_spec(normalization=config.normalization),
         core_attention=SDPACoreAttention,
         **head_norms,
@@ -68,9 +71,10 @@ def _local_layer(config: TransformerConfig) -> tuple[ModuleSpec, Any]:
     return replace(layer, submodules=submodules), Norm
 
 
-def _with_attention(layer: ModuleSpec, **modules: type) -> ModuleSpec:
-    """The same layer with ``modules`` for parts of its attention."""
+def _with(layer: ModuleSpec, **modules: type) -> ModuleSpec:
+    """The same layer with ``modules`` for parts of its attention, and our gated activation where it has one."""
     submodules: Any = layer.submodules
-    attention = submodules.self_attention
+    attention, mlp = submodules.self_attention, submodules.mlp
     attention = replace(attention, submodules=replace(attention.submodules, **modules))
-    return replace(layer, submodules=replace(submodules, self_attention=attention))
+    mlp = replace(mlp, submodules=replace(mlp.submodules, activation_func=GatedActivation))
+    return replace(layer, submodules=replace(submodules, self_attention=attention, mlp=mlp))

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from nemo_aligner.parallel import world
-from nemo_aligner.parallel.vocab import HeadOutput, HeadRequest, head_outputs
+from nemo_aligner.parallel.vocab import HeadOutput, HeadRequest, head_outputs, product
 
 N, HIDDEN, VOCAB, PADDED, K = 40, 6, 11, 16, 3
 POISON = 1e4  # in the padding rows of the weight: were they seen, they would win
@@ -262,3 +262,16 @@ def test_logits_are_kept_within_the_budget_alone(spare_bytes: int, products: int
     with _Products() as found:
         head_outputs(hidden, weight, targets, request=asked).logprobs.sum().backward()
     assert found.count == products * 3
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("sizes", [(0, 8, 5), (3, 8, 0), (3, 0, 5), (70, 33, 129)], ids=str)
+def test_products(sizes: tuple[int, int, int], dtype: torch.dtype):
+    n, k, m = sizes
+    draw = torch.Generator().manual_seed(0)
+    x, weight = (torch.randn(rows, k, generator=draw).to(dtype) for rows in (n, m))
+    exact = (x.double() @ weight.double().t()).to(dtype)
+    strided = weight.t().contiguous().t()
+    for found in (product(x, weight), product(x, strided)):
+        assert found.shape == (n, m) and found.dtype == dtype
+        torch.testing.assert_close(found, exact)

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from nemo_aligner.models.gpt.config import GPTConfig, RopeScaling
-from nemo_aligner.models.gpt.layers import Norm, RowRotary
+from nemo_aligner.models.gpt.layers import GatedActivation, Norm, RowRotary
 from nemo_aligner.models.gpt.transformer import transformer_config
 from nemo_aligner.parallel.ranks import Layout
 
@@ -70,3 +70,53 @@ def test_angles_go_by_each_tokens_own_position(percentage: float, scaling: str |
         expected = (positions.t() * frequency).float()
         for half in (i, i + size // 2):
             torch.testing.assert_close(found[:, :, 0, half], expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rms_norm_in_low_precision_is_torchs(dtype: torch.dtype):
+    norm = Norm(
+        transformer_config(GPTConfig(**SIZES, normalization="rmsnorm"), Layout(), dtype), 24, eps=1e-5
+    )
+    draw = torch.Generator().manual_seed(0)
+    x, grad = (torch.randn(5, 3, 24, generator=draw).to(dtype) for _ in range(2))
+    torch.nn.init.uniform_(norm.weight, -1, 1, generator=draw)
+    found = [x.clone().requires_grad_(), norm.weight]
+    wide = [tensor.detach().double().requires_grad_() for tensor in found]
+    torch.autograd.backward(norm(found[0]), grad)
+    torch.autograd.backward(torch.nn.functional.rms_norm(wide[0], (24,), wide[1], 1e-5), grad.double())
+    tolerance = {torch.float32: 1e-5, torch.bfloat16: 2e-2}[dtype]
+    for narrow, exact in zip(found, wide, strict=True):
+        torch.testing.assert_close(narrow.grad.double(), exact.grad, rtol=tolerance, atol=tolerance)
+
+
+def test_rms_norm_gradients():
+    config = GPTConfig(**SIZES, normalization="rmsnorm")
+    norm = Norm(transformer_config(config, Layout(), torch.float64), 24, eps=0.1)
+    x = torch.randn(
+        4, 24, dtype=torch.float64, generator=torch.Generator().manual_seed(0), requires_grad=True
+    )
+    weight = torch.linspace(-1, 1, 24, dtype=torch.float64, requires_grad=True)
+
+    def through(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        return torch.func.functional_call(norm, {"weight": weight}, (x,))
+
+    assert torch.autograd.gradcheck(through, (x, weight))
+
+
+@pytest.mark.parametrize("name", ["swiglu", "geglu", "reglu"])
+def test_gated_activations(name: str):
+    config = transformer_config(
+        GPTConfig(**SIZES, activation=name, bias_activation_fusion=False), Layout(), torch.float64
+    )
+    x = torch.randn(
+        5, 3, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(0), requires_grad=True
+    )
+    gated = GatedActivation(config)
+    gate, up = x.detach().chunk(2, dim=-1)
+    formulas = {
+        "swiglu": gate / (1 + torch.exp(-gate)),
+        "geglu": gate * (1 + torch.erf(gate / math.sqrt(2))) / 2,
+        "reglu": gate.clamp(min=0),
+    }
+    torch.testing.assert_close(gated(x), formulas[name] * up)
+    assert torch.autograd.gradcheck(gated, x)
