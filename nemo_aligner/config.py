@@ -10,7 +10,7 @@ import difflib
 import logging
 import types
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -41,15 +41,9 @@ class TrainerConfig:
     sft: SupervisedConfig = field(default_factory=SupervisedConfig)
     num_nodes: int = 1
     devices: int = 1
-    accelerator: str = "gpu"
     precision: str | int = "bf16"
     collective_timeout: float = 600.0
-    logger: bool = False
-    enable_checkpointing: bool = False
-    use_distributed_sampler: bool = False
     max_time: str | None = None
-    max_epochs: int | None = None
-    max_steps: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,20 +74,12 @@ class ModelConfig:
     answer_only_loss: bool = True
     kept_logits_mib: int = 1024
     use_flash_attention: bool | None = None
-    global_batch_size: int | None = None
-    micro_batch_size: int | None = None
-    mcore_gpt: bool = True
-    megatron_amp_O2: bool = False
     resume_from_checkpoint: str | None = None
-    save_nemo_on_validation_end: bool = False
-    sync_batch_comm: bool = False
     activations_checkpoint_granularity: Granularity | None = None
     activations_checkpoint_method: Method | None = None
     activations_checkpoint_num_layers: int | None = None
     activations_checkpoint_layers_per_pipeline: int | None = None
-    gradient_as_bucket_view: bool = False
     ffn_dropout: float = 0.0
-    steerlm2: dict[str, Any] = field(default_factory=dict)
 
     @property
     def layout(self) -> Layout:
@@ -194,9 +180,10 @@ class SFTJob:
         self.exp_manager.check_folder()
 
 
-# Settings that are read and change nothing: (key, values that ask for nothing, what happens instead).
+# Settings that are accepted and change nothing: (key, values that ask for nothing, what happens instead). No key that
+# changes numbers may stand here.
 NO_EFFECT: tuple[tuple[str, tuple[object, ...], str], ...] = (
-    ("trainer.accelerator", (), "a GPU is used where there is one, else the CPU"),
+    ("trainer.accelerator", ("gpu",), "a GPU is used where there is one, else the CPU"),
     ("trainer.logger", (False,), "exp_manager makes the loggers"),
     ("trainer.enable_checkpointing", (False,), "exp_manager saves"),
     ("trainer.use_distributed_sampler", (False,), "the loader deals batches out to ranks"),
@@ -206,8 +193,6 @@ NO_EFFECT: tuple[tuple[str, tuple[object, ...], str], ...] = (
     ("model.micro_batch_size", (), "model.data.train_ds.micro_batch_size counts"),
     ("model.mcore_gpt", (True,), "models always are megatron-core's"),
     ("model.megatron_amp_O2", (False,), "weights are in trainer.precision, the optimizer keeps fp32 copies"),
-    ("model.sync_batch_comm", (False,), "Megatron's schedules decide"),
-    ("model.gradient_as_bucket_view", (False,), "gradients always are views of buckets"),
     (
         "model.save_nemo_on_validation_end",
         (False,),
@@ -222,22 +207,65 @@ NO_EFFECT: tuple[tuple[str, tuple[object, ...], str], ...] = (
             ("min_seq_length", (0, 1), "a sample of any length is used"),
             ("index_mapping_dir", (), "the index of lines is kept in memory"),
             ("hf_dataset", (False,), "the file is read as JSONL either way"),
-            ("output_original_text", (), "samples carry tokens only"),
+            ("output_original_text", (True,), "samples carry tokens only"),
         )
     ),
     ("exp_manager.checkpoint_callback_params.model_parallel_size", (), "a checkpoint loads at any layout"),
+    *(
+        (f"model.{name}", (False,), "the kernels follow from what is installed")
+        for name in (
+            "transformer_engine",
+            "apply_rope_fusion",
+            "bias_dropout_add_fusion",
+            "masked_softmax_fusion",
+            "gradient_accumulation_fusion",
+            "persist_layer_norm",
+        )
+    ),
+    *(
+        (
+            f"model.{name}",
+            (False,),
+            "Megatron's schedules and its distributed optimizer decide how ranks exchange tensors",
+        )
+        for name in (
+            "sync_batch_comm",
+            "gradient_as_bucket_view",
+            "grad_div_ar_fusion",
+            "grad_allreduce_chunk_size_mb",
+            "async_grad_allreduce",
+            "overlap_p2p_comm",
+            "batch_p2p_comm",
+            "ub_tp_comm_overlap",
+            "ub_tp_comm_overlap_cfg",
+            "defer_embedding_wgrad_compute",
+        )
+    ),
+    *(
+        (
+            f"model.dist_ckpt_{name}",
+            (),
+            "checkpoints are written in parallel by all ranks, in the torch_dist format",
+        )
+        for name in (
+            "format",
+            "load_on_device",
+            "parallel_save",
+            "parallel_save_within_dp",
+            "parallel_load",
+            "parallel_dist_opt",
+            "torch_dist_multiproc",
+            "assume_constant_structure",
+        )
+    ),
+    ("model.use_cpu_initialization", (False,), "weights come from the checkpoint"),
+    ("model.nsys_profile", ({},), "there is no profiler within"),
 )
+ACCEPTED = frozenset(key for key, _, _ in NO_EFFECT)
 
 
-def log_no_effect(config: DictConfig, kind: type[object], *, given: Sequence[str]) -> None:
-    """One line for each setting that asks for an effect it does not have.
-
-    Args:
-        config: as Hydra composed it.
-        kind: the job's dataclass; a value that is its default asks for nothing unless it was given.
-        given: the command line's settings, as KEY=VALUE.
-    """
-    keys = {word.lstrip("+").split("=")[0] for word in given}
+def log_no_effect(config: DictConfig) -> None:
+    """One line for each setting of ``config``, as Hydra composed it, that asks for an effect it does not have."""
     for key, idle, instead in NO_EFFECT:
         parent, _, name = key.rpartition(".")
         block = OmegaConf.select(config, parent)
@@ -245,17 +273,8 @@ def log_no_effect(config: DictConfig, kind: type[object], *, given: Sequence[str
         if block is None or name not in block or OmegaConf.is_interpolation(block, name):
             continue
         value = OmegaConf.select(config, key)
-        if value in (None, *idle) or (key not in keys and value == _default(kind, key)):
-            continue
-        logger.info("%s=%s has no effect: %s", key, value, instead)
-
-
-def _default(kind: type[object], key: str) -> object:
-    """The default of a dotted key in nested dataclasses."""
-    name, _, rest = key.partition(".")
-    if rest:
-        return _default(typing.get_type_hints(kind)[name], rest)
-    return next(f.default for f in dataclasses.fields(kind) if f.name == name)  # type: ignore[arg-type]
+        if value not in (None, *idle):
+            logger.info("%s=%s has no effect: %s", key, value, instead)
 
 
 def parse(config: DictConfig, kind: type[T]) -> T:
@@ -292,7 +311,7 @@ def _build(values: Mapping[str, Any], kind: type[T], path: str) -> T:
     hints = typing.get_type_hints(kind)
     known = {f.name: f for f in dataclasses.fields(kind)}  # type: ignore[arg-type]
     for key in values:
-        if key not in known:
+        if key not in known and f"{path}{key}" not in ACCEPTED:
             _refuse_unknown(f"{path}{key}", key, [*known, *(ARCHITECTURE_KEYS if path == "model." else ())])
     given = {}
     for name, spec in known.items():

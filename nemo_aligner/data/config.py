@@ -44,9 +44,7 @@ class SFTSplitConfig:
     global_batch_size: int = 128  # rows per optimizer step over all data-parallel ranks
     micro_batch_size: int = 1  # rows per forward pass on one rank
     shuffle: bool = True  # a new order each epoch, a function of model.seed and the epoch alone
-    memmap_workers: int | None = None  # no effect: one pass over the file finds its lines
     max_seq_length: int = 4096  # tokens; a longer sample is truncated and counted
-    min_seq_length: int = 1  # no effect: a sample of any length is used
     drop_last: bool = True  # leave out an incomplete last batch, unless it would be the only one
     label_key: str = "output"  # the answer's field; the template ends with it
     add_eos: bool = True  # end each sample with EOS, learned
@@ -55,13 +53,10 @@ class SFTSplitConfig:
         None  # start each sample with BOS; null: as the tokenizer or its chat template does
     )
     truncation_field: str | None = "input"  # fields cut first when a sample is too long, separated by commas
-    index_mapping_dir: str | None = None  # no effect: the index of lines is kept in memory, none is written
     prompt_template: str = (
         "{input} {output}"  # prompt and answer; each {name} is a field; escapes are understood
     )
-    hf_dataset: bool = False  # no effect: the file is read as JSONL either way
     truncation_method: str = "right"  # the end at which truncation_field loses tokens: right or left
-    output_original_text: bool = True  # no effect: samples carry tokens only
 
     def __post_init__(self) -> None:
         for name in ("global_batch_size", "micro_batch_size"):

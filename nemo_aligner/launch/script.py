@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Protocol, TypeVar
 
 import hydra
-from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException, OverrideParseException
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
@@ -217,7 +216,7 @@ def _join(config: DictConfig, job: J, main: Callable[[J], None], ranks: Ranks | 
     with heartbeat("waiting for all ranks", enabled=ranks is not None and ranks.rank == 0):
         world.start(ranks, layout=job.model.layout, seed=job.model.seed, timeout=timeout)
     if world.is_logging_rank():
-        log_no_effect(config, type(job), given=HydraConfig.get().overrides.task)
+        log_no_effect(config)
     main(job)
     world.stop()
     return 0

@@ -58,7 +58,6 @@ class CheckpointCallbackConfig:
     always_save_nemo: bool = False  # write a .nemo beside each checkpoint
     save_nemo_on_train_end: bool = True  # write checkpoints/<name>.nemo when training ends
     filename: str = "model--{val_loss:.3f}-{step}-{consumed_samples}-{epoch}"  # template of checkpoint names
-    model_parallel_size: int | None = None  # ranks of one model replica
     save_best_model: bool = False  # checkpoints/<name>.nemo is the best checkpoint, not the last
     async_save: bool = False  # write while training goes on
 

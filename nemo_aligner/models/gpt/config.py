@@ -47,6 +47,9 @@ SUPPORTED: dict[str, tuple[object, ...]] = {
     "rotary_interleaved": (None, False),
     "apply_embedding_scaling": (None, False),
     "num_moe_experts": (None, 0),
+    "fp8": (None, False),
+    "fp32_residual_connection": (None, False),
+    "fp16_lm_cross_entropy": (None, False),
 }
 
 
@@ -137,8 +140,8 @@ class GPTConfig:
         for name, supported in SUPPORTED.items():
             if (found := config.get(name)) not in supported:
                 raise UserError(
-                    f"{name}={found!r} in model_config.yaml is not supported",
-                    cure=f"use a model with {name}: {supported[-1]}",
+                    f"model.{name}={found!r} is not supported",
+                    cure=f"use a model whose model_config.yaml has {name}: {supported[-1]}",
                 )
         values["window_size"] = window_tokens(values.get("window_size"))
         values.setdefault("ffn_hidden_size", 4 * values["hidden_size"])
@@ -242,14 +245,13 @@ class GPTConfig:
 ARCHITECTURE_KEYS = frozenset(
     {f.name for f in fields(GPTConfig)}
     | {"scale_positional_embedding", "scale_factor", "seq_len_interpolation_factor"}
+    | SUPPORTED.keys()
 )
 
 
 def unread_keys(config: Mapping[str, Any]) -> list[str]:
     """The keys of a model_config.yaml that nothing reads; they are kept when the model is saved."""
-    return sorted(
-        config.keys() - ARCHITECTURE_KEYS - SUPPORTED.keys() - {"tokenizer", "huggingface", "mcore_gpt"}
-    )
+    return sorted(config.keys() - ARCHITECTURE_KEYS - {"tokenizer", "huggingface", "mcore_gpt"})
 
 
 def window_tokens(window: int | Sequence[int] | None) -> int | None:

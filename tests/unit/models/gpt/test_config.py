@@ -85,6 +85,7 @@ def test_rope_scaling_by_either_name(names: dict, scaling: RopeScaling | None):
         ({"rotary_interleaved": True}, "rotary_interleaved=True"),
         ({"apply_embedding_scaling": True}, "apply_embedding_scaling=True"),
         ({"num_moe_experts": 8}, "num_moe_experts=8"),
+        ({"fp8": True}, "model.fp8=True"),
         ({"window_size": [7, 7]}, r"window_size=\[7, 7\]"),
     ],
 )
