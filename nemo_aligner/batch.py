@@ -16,7 +16,16 @@ from typing import Self
 import torch
 from torch import Tensor
 
-__all__ = ["TokenBatch", "Unit"]
+__all__ = [
+    "Experience",
+    "PreferenceBatch",
+    "Rollout",
+    "Scored",
+    "ScoredBatch",
+    "TokenBatch",
+    "Unit",
+    "ValueBatch",
+]
 
 
 class Unit(enum.Enum):
@@ -24,6 +33,7 @@ class Unit(enum.Enum):
 
     TOKEN = "token"
     SEQUENCE = "sequence"
+    PAIR = "pair"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -95,6 +105,9 @@ class TokenBatch:
                 return learned.sum()
             case Unit.SEQUENCE:
                 return (self.per_sequence(learned.long()) > 0).sum()
+            case Unit.PAIR:
+                # Sequences 2i and 2i + 1; a pair that only fills up learns nothing.
+                return (self.per_sequence(learned.long()).view(-1, 2) > 0).all(1).sum()
 
     def split(self, rows: int) -> list[Self]:
         """Micro-batches of ``rows`` rows each; the number of rows must divide by it."""
@@ -132,3 +145,55 @@ class TokenBatch:
             mask[i, : len(ids)] = torch.tensor(learned, dtype=torch.bool)
         lengths = torch.tensor([len(ids) for ids, _ in rows], dtype=torch.int64)
         return TokenBatch(tokens=tokens, mask=mask, lengths=lengths)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PreferenceBatch(TokenBatch):
+    """Pairs: sequence 2i is the chosen answer, 2i + 1 the rejected one to the same prompt."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ScoredBatch(TokenBatch):
+    """Sequences that people have judged."""
+
+    attributes: Tensor  # [N, A] float, NaN where an attribute was not judged
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ValueBatch(TokenBatch):
+    """What a critic learns from; ``mask`` is that of the answers."""
+
+    values: Tensor  # [B, S] float, the critic's when the answers were written
+    returns: Tensor  # [B, S] float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rollout(TokenBatch):
+    """Answers as a sampler wrote them; ``mask`` is that of the answers, their EOS included."""
+
+    prompt_lengths: Tensor  # [B] int64
+    finished: Tensor  # [B] bool: ended by EOS or a stop string, not by the length limit
+    group: Tensor  # [B] int64: the prompt's number; answers to one prompt share it
+    sampler_logprobs: Tensor  # [B, S] float: what the sampler believed
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Scored(Rollout):
+    """Answers with all that is known of them before any update."""
+
+    logprobs: Tensor  # [B, S] float: the policy's, by the trainer
+    reference_logprobs: Tensor  # [B, S] float: the initial policy's
+    rewards: Tensor  # [B] float
+    values: Tensor  # [B, S] float: of the state before each token; zeros where there is no critic
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Experience(TokenBatch):
+    """What an update of the policy and of the critic needs, and nothing else."""
+
+    logprobs: Tensor  # [B, S] float: the policy's before the update
+    reference_logprobs: Tensor  # [B, S] float
+    sampler_logprobs: Tensor  # [B, S] float
+    advantages: Tensor  # [B, S] float
+    returns: Tensor  # [B, S] float
+    values: Tensor  # [B, S] float

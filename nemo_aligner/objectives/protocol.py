@@ -16,11 +16,13 @@ Metrics = dict[str, tuple[Tensor, Tensor]]
 
 
 class Wants(enum.Enum):
-    """What the model must hand over, per token, gathered over the vocabulary."""
+    """What the model must hand over: of a language model, per token, gathered over the vocabulary."""
 
     LOGPROBS = "logprobs"
     ENTROPY = "entropy"
     TOPK = "topk"
+    REWARDS = "rewards"  # of a reward model, per sequence
+    VALUES = "values"  # of a critic, per token
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,6 +33,8 @@ class ModelOutput:
     entropy: Tensor | None = None  # [B, S] float, of the distribution that token t was drawn from
     topk_logprobs: Tensor | None = None  # [B, S, K] float, descending
     topk_ids: Tensor | None = None  # [B, S, K] int64
+    rewards: Tensor | None = None  # [N, A] float: attributes of each sequence; A = 1 for a plain reward
+    values: Tensor | None = None  # [B, S] float, of the state before token t
 
 
 class Objective(Protocol):
