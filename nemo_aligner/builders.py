@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from nemo_aligner.batch import TokenBatch
 from nemo_aligner.checkpoint.model_nemo import save_nemo, shared_nemo
 from nemo_aligner.checkpoint.nemo_archive import CONFIG_NAME, WEIGHTS_NAME, NemoArchive
 from nemo_aligner.checkpoint.sharded import load_model
@@ -21,9 +22,11 @@ from nemo_aligner.checkpoint.training import (
     remove_unfinished,
 )
 from nemo_aligner.config import ModelConfig, SFTJob
+from nemo_aligner.data.collate import collate, empty_sample
 from nemo_aligner.data.config import SFTDataConfig, SFTSplitConfig
 from nemo_aligner.data.datasets import describe, open_sft
-from nemo_aligner.data.loader import SFTLoader
+from nemo_aligner.data.loader import BatchLoader
+from nemo_aligner.data.sample import Sample
 from nemo_aligner.data.sampler import GlobalBatchSampler
 from nemo_aligner.data.tokenizer import Tokenizer, check_fits
 from nemo_aligner.errors import UserError
@@ -48,6 +51,8 @@ __all__ = [
 ]
 
 logger = logging.getLogger(__name__)
+
+SFTLoader = BatchLoader[Sample, TokenBatch]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -246,6 +251,8 @@ def _loader(
     return SFTLoader(
         dataset,
         sampler,
+        collate=collate,
+        filler=empty_sample(tokenizer.pad_id),
         dp_rank=world.dp_rank(),
         dp_size=world.dp_size(),
         micro_batch_size=split.micro_batch_size,
