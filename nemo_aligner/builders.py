@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
+from nemo_aligner.batch import TokenBatch
 from nemo_aligner.checkpoint.model_nemo import save_nemo, shared_nemo
 from nemo_aligner.checkpoint.nemo_archive import CONFIG_NAME, WEIGHTS_NAME, NemoArchive
 from nemo_aligner.checkpoint.sharded import load_model
@@ -21,9 +22,11 @@ from nemo_aligner.checkpoint.training import (
     remove_unfinished,
 )
 from nemo_aligner.config import Job, ModelConfig, RMJob, SFTJob, SFTModelConfig
+from nemo_aligner.data.collate import collate, empty_sample
 from nemo_aligner.data.config import SFTDataConfig, SFTSplitConfig
 from nemo_aligner.data.datasets import describe, open_sft
-from nemo_aligner.data.loader import SFTLoader
+from nemo_aligner.data.loader import BatchLoader
+from nemo_aligner.data.sample import Sample
 from nemo_aligner.data.sampler import GlobalBatchSampler
 from nemo_aligner.data.tokenizer import Tokenizer, check_fits
 from nemo_aligner.errors import UserError
@@ -52,6 +55,8 @@ __all__ = [
 ]
 
 logger = logging.getLogger(__name__)
+
+SFTLoader = BatchLoader[Sample, TokenBatch]
 
 
 L = TypeVar("L", bound=GPTLearner)
@@ -309,6 +314,8 @@ def _loader(
     return SFTLoader(
         dataset,
         sampler,
+        collate=collate,
+        filler=empty_sample(tokenizer.pad_id),
         dp_rank=world.dp_rank(),
         dp_size=world.dp_size(),
         micro_batch_size=split.micro_batch_size,

@@ -347,7 +347,7 @@ class RMJob(Job):
     @property
     def files(self) -> Mapping[str, Sequence[str]]:
         """See Job."""
-        return self.model.data.files
+        return {"model.data.data_prefix": self.model.data.splits.paths}
 
     def check(self, world_size: int | None = None) -> None:
         """See Job."""

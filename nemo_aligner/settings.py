@@ -56,6 +56,10 @@ NO_EFFECT: tuple[tuple[str, tuple[object, ...], str], ...] = (
             ("output_original_text", (True,), "samples carry tokens only"),
         )
     ),
+    ("model.data.skip_warmup", (True,), "files are read when rows are asked for"),
+    ("model.data.index_mapping_dir", (), "the index of lines is kept in memory"),
+    ("model.data.eod_mask_loss", (False,), "what is learned goes by position, never by token"),
+    ("model.overwrite_base_config", ({"data": {"data_prefix": True}},), "a checkpoint's data are not read"),
     ("exp_manager.checkpoint_callback_params.model_parallel_size", (), "a checkpoint loads at any layout"),
     *(
         (f"model.{name}", (False,), "the kernels follow from what is installed")
