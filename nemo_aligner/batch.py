@@ -19,6 +19,7 @@ from torch import Tensor
 __all__ = [
     "Experience",
     "PreferenceBatch",
+    "Prompt",
     "Rollout",
     "Scored",
     "ScoredBatch",
@@ -183,6 +184,15 @@ class ValueBatch(TokenBatch):
 
     values: Tensor  # [B, S] float, the critic's when the answers were written
     returns: Tensor  # [B, S] float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prompt:
+    """A text that a sampler is to answer."""
+
+    tokens: Sequence[int]
+    number: int  # the prompt's, in all of a step's prompts; answers to one prompt share it
+    sample: int = 0  # which of the answers to it this one is to be
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

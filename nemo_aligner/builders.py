@@ -168,6 +168,7 @@ def load_policy(job: Job, *, start: Checkpoint | None = None) -> Pretrained[GPTP
     policy = GPTPolicy(
         built,
         eos_id=tokenizer.eos_id if tokenizer else None,
+        speller=tokenizer,
         kept_logits_bytes=job.model.kept_logits_mib << 20,
         seed=job.model.seed,
     )

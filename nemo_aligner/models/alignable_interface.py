@@ -1,13 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """All that a trainer may call on a model. Anything that offers these methods can be aligned; nothing is inherited."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import Protocol, runtime_checkable
 
 from torch import Tensor
 
-from nemo_aligner.batch import TokenBatch
+from nemo_aligner.batch import Prompt, Rollout, TokenBatch
+from nemo_aligner.models.sampling_config import SamplingConfig
 from nemo_aligner.objectives.protocol import Objective
 
 __all__ = ["AlignableGenerativeInterface", "CriticModelInterface", "Inferrable", "SupervisedInterface"]
@@ -54,12 +55,50 @@ class Inferrable(Protocol):
 class AlignableGenerativeInterface(SupervisedInterface, Inferrable, Protocol):
     """A language model that learns, scores and writes."""
 
-    def logprobs(self, batch: TokenBatch) -> Tensor:
-        """[B, S] float: log p(token t | tokens before t), at learned positions, else 0."""
+    def get_loss_and_metrics(
+        self,
+        batches: Sequence[TokenBatch],
+        objective: Objective,
+        *,
+        forward_only: bool,
+        sampling: SamplingConfig | None = None,
+    ) -> dict[str, float]:
+        """As every model's; with ``sampling`` the objective sees the distribution of :meth:`logprobs` with it."""
         ...
 
-    def generate(self, prompts: Sequence[Sequence[int]], *, max_new_tokens: int) -> list[list[int]]:
-        """The most likely continuation of each prompt, by token, without the prompt."""
+    def logprobs(self, batch: TokenBatch, sampling: SamplingConfig | None = None) -> Tensor:
+        """[B, S] float: log p(token t | tokens before t), 0 where it is not asked for.
+
+        Args:
+            sampling: None asks for all tokens of the model's own distribution. Else the learned tokens, answers of
+                :meth:`generate`, get the log-probs by which these settings draw: equal to ``sampler_logprobs`` while
+                the weights are the same. A token that top_k, top_p, min_p or min_length leave out counts as kept
+                beside those that they keep, so its log-prob is finite: a small one far from the border, and on the
+                border, where two roundings may differ, the one it was drawn with.
+        """
+        ...
+
+    def generate(
+        self,
+        prompts: Sequence[Prompt],
+        sampling: SamplingConfig,
+        *,
+        step: int = 0,
+        slots: int = 64,
+        watch: Callable[[int, int], None] | None = None,
+    ) -> Rollout:
+        """One answer to each of this data parallel rank's prompts, the same on all ranks of its model.
+
+        Args:
+            prompts: their numbers and samples are global: the draws are a function of them, of ``sampling.seed``,
+                ``step`` and the place in the answer alone.
+            slots: answers that are written at once, at most.
+            step: of training.
+            watch: called with the answers that have ended and the tokens written, after each token.
+
+        Raises:
+            UserError: a prompt is empty, or leaves no room for an answer.
+        """
         ...
 
 

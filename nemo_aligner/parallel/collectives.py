@@ -16,12 +16,14 @@ __all__ = [
     "broadcast_object",
     "from_last_stage",
     "from_node_leader",
+    "from_previous_stage",
     "gather_over_tensor_parallel",
     "max_over_tensor_parallel",
     "maxima",
     "norm_over_group",
     "sum_over_data_parallel",
     "sum_over_tensor_parallel",
+    "to_next_stage",
     "totals",
 ]
 
@@ -102,13 +104,30 @@ def totals(sums: dict[str, Tensor] | None, names: tuple[str, ...]) -> dict[str, 
     return dict(zip(names, table.cpu().unbind(0), strict=True))
 
 
-def from_last_stage(x: Tensor | None, shape: tuple[int, ...]) -> Tensor:
-    """The last pipeline stage's ``x`` (float32 of ``shape``) on every stage; the others give None."""
+def from_last_stage(
+    x: Tensor | None, shape: tuple[int, ...], *, dtype: torch.dtype = torch.float32
+) -> Tensor:
+    """The last pipeline stage's ``x`` (of ``shape``, made ``dtype``) on every stage; the others give None."""
     if world.pp_size() > 1:
-        x = torch.empty(shape, device=world.device()) if x is None else x.float().contiguous()
+        options = {"dtype": dtype, "device": world.device()}
+        x = torch.empty(shape, **options) if x is None else x.to(**options).contiguous()
         group: Any = parallel_state.get_pipeline_model_parallel_group()
         dist.broadcast(x, parallel_state.get_pipeline_model_parallel_last_rank(), group=group)
     assert x is not None
+    return x
+
+
+def to_next_stage(x: Tensor) -> None:
+    """Hand ``x`` to the next pipeline stage; the last one's next is the first."""
+    group: Any = parallel_state.get_pipeline_model_parallel_group()
+    dist.send(x.contiguous(), parallel_state.get_pipeline_model_parallel_next_rank(), group=group)
+
+
+def from_previous_stage(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """What the previous pipeline stage hands over by :func:`to_next_stage`."""
+    x = torch.empty(shape, dtype=dtype, device=world.device())
+    group: Any = parallel_state.get_pipeline_model_parallel_group()
+    dist.recv(x, parallel_state.get_pipeline_model_parallel_prev_rank(), group=group)
     return x
 
 

@@ -9,9 +9,10 @@ With z = hidden @ weight.T and p = softmax(z):
     logprob = z[target] - lse(z)             d/dz = onehot(target) - p
     entropy = lse(z) - sum(p * z)            d/dz = -p * (z - lse(z) + entropy)
     top-k   = z[ids] - lse(z)                d/dz = onehot(ids) - p  for each id
+A request may have the logits transformed before all of this.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -25,9 +26,13 @@ from nemo_aligner.parallel.collectives import (
     sum_over_tensor_parallel,
 )
 
-__all__ = ["HeadOutput", "HeadRequest", "head_outputs"]
+__all__ = ["HeadOutput", "HeadRequest", "Transform", "head_outputs", "product"]
 
 Context: TypeAlias = Any  # torch puts any attribute on an autograd context
+
+Transform: TypeAlias = Callable[[Tensor, slice, Tensor], Tensor]
+"""(logits [c, V_local] of this rank, which of the n rows they are, the targets' columns here [c], -1 where another rank
+owns them) to logits of the same shape, differentiably; what it drops gets a finite logit."""
 
 # Rows of one chunk on a CPU, whose caches then hold the logits of common vocabularies; elsewhere by the bytes of the
 # logits. Fewer rows would cost products their speed.
@@ -43,6 +48,7 @@ class HeadRequest:
     top_k: int = 0
     kept_logits_bytes: int = 1 << 30  # above this, the backward recomputes each chunk's logits
     chunk_bytes: int | None = None  # logits of one chunk, at least 16 rows; None: what suits the device
+    transform: Transform | None = None
 
 
 @dataclass(frozen=True)
@@ -60,6 +66,7 @@ class _Chunk:
     """One chunk of rows on its way through softmax."""
 
     rows: slice
+    raw: Tensor  # [c, V_local] float, before the transform; the same as ``logits`` where there is none
     logits: Tensor  # [c, V_local] float
     lse: Tensor  # [c]
     local: Tensor  # [c] int64: the target's column here, 0 where another rank owns it
@@ -108,6 +115,12 @@ class _Head:
         owned = (local >= 0) & (local < self.weight.shape[0])
         return local.where(owned, 0), owned
 
+    def transformed(self, z: Tensor, rows: slice) -> Tensor:
+        if self.request.transform is None:
+            return z
+        local, owned = self.target(rows)
+        return self.request.transform(z, rows, local.where(owned, -1))
+
     def peak(self, z: Tensor) -> Tensor:
         return max_over_tensor_parallel(z.amax(1) if z.shape[1] else z.new_full(z.shape[:1], -torch.inf))
 
@@ -133,11 +146,12 @@ class _Head:
     def chunks(self) -> Iterator[_Chunk]:
         scratch = self.scratch()
         for rows in self.rows():
-            z = self.project(rows)
+            raw = self.project(rows)
+            z = self.transformed(raw, rows)
             peak = self.peak(z)
             total = torch.sub(z, peak[:, None], out=scratch[: z.shape[0]]).exp_().sum(1)
             lse = sum_over_tensor_parallel(total).log_().add_(peak)
-            yield _Chunk(rows, z, lse, *self.target(rows))
+            yield _Chunk(rows, raw, z, lse, *self.target(rows))
 
     def logprobs(self, chunk: _Chunk) -> Tensor:
         return self.at_target(chunk.logits, chunk.local, chunk.owned) - chunk.lse
@@ -242,7 +256,7 @@ class _Outputs(torch.autograd.Function):
             if k:
                 topk[chunk.rows], ids[chunk.rows] = head.topk(chunk, k)
             if any(ctx.needs_input_grad) and head.logits_bytes <= request.kept_logits_bytes:
-                kept.append(chunk.logits)
+                kept.append(chunk.raw)
         ctx.request, ctx.kept = request, kept
         ctx.save_for_backward(hidden, weight, targets, lse, entropy, ids)
         ctx.mark_non_differentiable(ids)
@@ -257,9 +271,11 @@ class _Outputs(torch.autograd.Function):
         grad_hidden, grad_weight = torch.empty_like(hidden), head.new_grad_weight(weight)
         scratch = head.scratch()
         for i, rows in enumerate(head.rows()):
-            z = ctx.kept[i] if ctx.kept else head.project(rows)
+            raw = ctx.kept[i] if ctx.kept else head.project(rows)
             local, owned = head.target(rows)
-            logp = z.sub_(lse[rows][:, None])
+            with torch.enable_grad():
+                z = head.transformed(raw.requires_grad_(head.request.transform is not None), rows)
+            logp = z.detach().sub_(lse[rows][:, None])
             dlogits = torch.exp(logp, out=scratch[: z.shape[0]])
             towards = -(grad_logprobs[rows] + grad_topk[rows].sum(1))[:, None]
             if ctx.request.entropy:
@@ -270,6 +286,8 @@ class _Outputs(torch.autograd.Function):
                 column = ids[rows, j] - head.first
                 here = (column >= 0) & (column < dlogits.shape[1])
                 head.add_at_targets(dlogits, column.where(here, 0), grad_topk[rows, j].where(here, 0))
+            if z is not raw:
+                (dlogits,) = torch.autograd.grad(z, raw, dlogits)
             head.project_back(dlogits, rows, grad_hidden, grad_weight)
         ctx.kept = None
         return grad_hidden, grad_weight, None, None
@@ -284,10 +302,11 @@ def head_outputs(
         hidden: [n, H]; the gradient that comes back is this rank's part of a sum over tensor parallel ranks.
         weight: [rows per rank, H], this rank's slice of the padded vocabulary.
         targets: [n] int64, ids below ``request.vocab_size``.
-        weights: [n], dL/dlogprob up to a common factor, where it is known beforehand; it buys the one-pass head and
-            excludes entropy and top-k.
+        weights: [n], dL/dlogprob up to a common factor, where it is known beforehand; it buys the one-pass head where
+            neither entropy nor top-k nor a transform is asked for.
     """
-    if weights is not None and torch.is_grad_enabled() and not request.entropy and not request.top_k:
+    plain = not request.entropy and not request.top_k and request.transform is None
+    if weights is not None and torch.is_grad_enabled() and plain:
         return HeadOutput(_KnownWeights.apply(hidden, weight, targets, weights, request), None, None, None)
     logprobs, entropy, topk, ids = _Outputs.apply(hidden, weight, targets, request)
     return HeadOutput(

@@ -1,15 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """Attention on torch's scaled_dot_product_attention, in the place of Megatron's own core attention.
 
-Causal, grouped queries, sliding windows, right padding, packed rows and a key/value cache with a length per row.
-Knows tensors of one layer; the batch reaches it as :class:`RowParams`.
+Causal, grouped queries, sliding windows, right padding and packed rows. Knows tensors of one layer; the batch
+reaches it as :class:`RowParams`.
 
 Shapes: S positions, B rows, H query heads and G key/value heads of this rank, D head size.
 """
 
 import contextlib
 import itertools
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -21,29 +21,7 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-__all__ = ["KVCache", "RowParams", "SDPACoreAttention", "attend"]
-
-
-@dataclass
-class KVCache:
-    """Keys and values of past tokens, with a length per row; each layer's tensors are made at its first write."""
-
-    lengths: Tensor  # [B] int64: tokens of each row that are already in the cache
-    max_length: int
-    layers: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)  # layer: ([B, G, max, D], same)
-
-    def write(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Put [B, G, S, D] new keys and values behind each row's own past; returns the layer's whole tensors."""
-        rows, groups, new, size = key.shape
-        if layer not in self.layers:
-            shape = (rows, groups, self.max_length, size)
-            self.layers[layer] = (key.new_zeros(shape), value.new_zeros(shape))
-        # A row that is full writes its padding into the last slot, which its own length hides.
-        at = (self.lengths[:, None] + torch.arange(new, device=key.device)).clamp_(max=self.max_length - 1)
-        index = at[:, None, :, None].expand(rows, groups, new, size)
-        for cached, fresh in zip(self.layers[layer], (key, value), strict=True):
-            cached.scatter_(2, index, fresh)
-        return self.layers[layer]
+__all__ = ["RowParams", "SDPACoreAttention", "attend"]
 
 
 @dataclass
@@ -53,7 +31,6 @@ class RowParams(PackedSeqParams):
     # Not 'thd': Megatron then keeps [S, B, ...] shapes and applies RoPE by the per-row angles it is given.
     qkv_format: str = "sbhd"
     boundaries: tuple[int, ...] | None = None  # packed: where each sequence starts, and the end of the last
-    cache: KVCache | None = None
 
     def bounds(self, length: int) -> list[int]:
         """Packed rows: where each sequence starts, and ``length``; a tail of padding counts as one more sequence."""
@@ -161,8 +138,6 @@ class SDPACoreAttention(MegatronModule):
             "window": self.window,
             "dropout": self.dropout if self.training else 0.0,
         }
-        if rows.cache is not None:
-            return self._attend_cached(q, k, v, rows.cache)
         if rows.boundaries is None:
             return attend(q, k, v, **options)
         # Each packed sequence on its own: no neighbour is ever seen, and no S x S mask is made.
@@ -171,12 +146,3 @@ class SDPACoreAttention(MegatronModule):
             for start, end in itertools.pairwise(rows.bounds(q.shape[2]))
         ]
         return torch.cat(parts, dim=2)
-
-    def _attend_cached(self, q: Tensor, k: Tensor, v: Tensor, cache: KVCache) -> Tensor:
-        keys, values = cache.write(self.layer_number, k, v)
-        position = cache.lengths[:, None] + torch.arange(q.shape[2], device=q.device)  # [B, S]
-        longest = min(cache.max_length, int(position.max()) + 1)
-        mask = _visible(position, longest, self.window)[:, None]
-        return _sdpa(
-            q, keys[:, :, :longest], values[:, :, :longest], mask=mask, scale=self.scale, dropout=0.0
-        )

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Transformer Engine's attention for training, ours for the key/value cache. Imported only where TE is."""
+"""Transformer Engine's attention. Imported only where TE is."""
 
 import itertools
 
@@ -17,7 +17,7 @@ __all__ = ["TECoreAttention"]
 
 
 class TECoreAttention(SDPACoreAttention):
-    """Transformer Engine's fused kernels on padded and packed rows; cached rows go the way of SDPA."""
+    """Transformer Engine's fused kernels on padded and packed rows."""
 
     def __init__(  # noqa: PLR0913 - Megatron's signature
         self,
@@ -46,8 +46,6 @@ class TECoreAttention(SDPACoreAttention):
     ) -> Tensor:
         """[S, B, H, D] query, [S, B, G, D] key and value to [S, B, H * D]."""
         rows = packed_seq_params or RowParams()
-        if rows.cache is not None:
-            return super().forward(query, key, value, attention_mask, packed_seq_params=rows)
         assert attention_mask is None and attention_bias is None, "the rows say what is visible"
         if rows.boundaries is None:
             return self.fused(query, key, value, None, AttnMaskType.causal)

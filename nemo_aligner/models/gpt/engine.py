@@ -14,7 +14,7 @@ from torch import Tensor
 
 from nemo_aligner.batch import TokenBatch
 from nemo_aligner.models.gpt.model import GPT, InterleavedGPT
-from nemo_aligner.models.gpt.view import view
+from nemo_aligner.models.gpt.view import Projection, view
 from nemo_aligner.objectives.protocol import Metrics, ModelOutput, Objective
 from nemo_aligner.parallel import collectives, world
 
@@ -28,7 +28,7 @@ def run(
     *,
     forward_only: bool,
     wrapped: Sequence[MegatronModule] | None = None,
-    kept_logits_bytes: int = 1 << 30,
+    projection: Projection = Projection(),  # noqa: B008 - frozen
     outputs: list[ModelOutput] | None = None,
 ) -> dict[str, float]:
     """Forward, and unless ``forward_only`` backward, of one step's micro-batches through all pipeline stages.
@@ -52,7 +52,7 @@ def run(
     scale = len(levelled) * world.dp_size() / total.clamp(min=1).item()
 
     def loss_func(batch: TokenBatch, hidden: Tensor) -> tuple[Tensor, Metrics]:
-        output = view(last, hidden, batch, objective, kept_logits_bytes=kept_logits_bytes)
+        output = view(last, hidden, batch, objective, projection)
         if outputs is not None and len(outputs) < len(batches):
             outputs.append(output)
         loss, metrics = objective(output, batch)

@@ -1,65 +1,240 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Writing token by token with a key/value cache that has a length per row. One pipeline stage."""
+"""Writing answers to prompts: a few slots, each of which takes the next prompt when its answer has ended.
 
-from collections.abc import Sequence
+Every rank of a model's copy goes through the same steps: the last pipeline stage draws the tokens and says which
+answers have ended, and all else follows from that. Data parallel ranks know nothing of each other.
+
+Shapes: n slots, H hidden size, B answers, S tokens of the longest prompt and answer.
+"""
+
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 
 import torch
+from torch import Tensor
 
-from nemo_aligner.batch import TokenBatch
+from nemo_aligner.batch import Prompt, Rollout
 from nemo_aligner.errors import UserError
-from nemo_aligner.models.gpt.attention import KVCache
-from nemo_aligner.models.gpt.model import GPT
+from nemo_aligner.models.gpt.config import GPTConfig
+from nemo_aligner.models.gpt.decoder import Decoder
+from nemo_aligner.models.gpt.model import GPT, InterleavedGPT
+from nemo_aligner.models.gpt.sampling import History, choose, transform, uniforms
+from nemo_aligner.models.gpt.stops import Stops
+from nemo_aligner.models.sampling_config import SamplingConfig
 from nemo_aligner.parallel import collectives, world
 
-__all__ = ["greedy"]
+__all__ = ["Watch", "generate"]
+
+Watch = Callable[[int, int], None]  # after each step, with the answers that have ended and the tokens written
+
+WORTH_PACKING = (
+    16  # tokens of an answer; a decoder's copy of the weights costs as much time as a few steps save
+)
+PREFILL_TOKENS = 4096  # that are read at once, padding and all: what bounds the memory of activations
+
+
+@dataclass
+class _Answer:
+    """An answer while it is written."""
+
+    prompt: Prompt
+    limit: int  # tokens
+    tokens: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)  # on the last pipeline stage
+    finished: bool = False  # by an end, not by the limit
+
+    @property
+    def alive(self) -> bool:
+        return not self.finished and len(self.tokens) < self.limit
 
 
 @torch.no_grad()
-def greedy(
-    model: GPT, prompts: Sequence[Sequence[int]], *, max_new_tokens: int, eos_id: int | None
-) -> list[list[int]]:
-    """The most likely next token of each prompt, again and again, until EOS or ``max_new_tokens``.
+@world.phase("writing answers")
+def generate(
+    model: GPT | InterleavedGPT,
+    prompts: Sequence[Prompt],
+    config: SamplingConfig,
+    *,
+    stops: Stops,
+    slots: int,
+    step: int = 0,
+    watch: Watch | None = None,
+) -> Rollout:
+    """One answer to each of this data parallel rank's prompts, on the CPU, the same on every rank of its model.
 
-    Returns:
-        New tokens of each prompt; EOS, where it was reached, is the last of them.
+    The draws are a function of (``config.seed``, ``step``, the prompt's number, its sample, the token's place in the
+    answer), so which prompts share a rank or a batch changes no answer but by the rounding of products.
+
+    Args:
+        slots: answers that are written at once, at most.
+        step: of training.
 
     Raises:
-        UserError: there are more tokens than learned positions.
+        UserError: a prompt is empty, or leaves no room for a token.
     """
-    longest, places = max(len(p) for p in prompts) + max_new_tokens, model.gpt_config.max_position_embeddings
-    if model.gpt_config.position_embedding_type == "learned_absolute" and longest > places:
+    answers = [_Answer(p, _limit(p, config, model.gpt_config)) for p in prompts]
+    waiting = deque(answers)
+    if answers:
+        decoder = Decoder(model, slots=min(slots, len(answers)), packs=config.max_length >= WORTH_PACKING)
+        desk = _Desk(decoder, config, stops, step)
+        while waiting or any(desk.alive):
+            hidden = desk.refill(waiting, desk.advance())
+            desk.draw(hidden)
+            if watch is not None:
+                watch(len(answers) - len(waiting) - sum(desk.alive), desk.written)
+            if not waiting:
+                desk.shrink()
+    return _rollout(answers)
+
+
+def _limit(prompt: Prompt, config: SamplingConfig, gpt: GPTConfig) -> int:
+    """The most tokens that the answer to ``prompt`` may have."""
+    places = gpt.max_position_embeddings
+    if not prompt.tokens:
+        raise UserError(f"prompt {prompt.number} has no tokens", cure="give it a text, or BOS")
+    if len(prompt.tokens) >= places:
         raise UserError(
-            f"a prompt and max_new_tokens={max_new_tokens} make {longest} tokens, and the model has {places} "
-            "learned positions",
-            cure=f"lower max_new_tokens by {longest - places}",
+            f"prompt {prompt.number} has {len(prompt.tokens)} tokens, and the model has {places} positions for it and "
+            "its answer",
+            cure=f"shorten it to {places - 1} tokens or fewer",
         )
-    assert world.pp_size() == 1 and not model.config.sequence_parallel, "greedy runs on one pipeline stage"
-    device = world.device()
-    batch = TokenBatch.from_rows(
-        [(p, [False] * len(p)) for p in prompts], pad_id=0, seq_length=max(len(p) for p in prompts)
-    ).to(device)
-    cache = KVCache(torch.zeros_like(batch.lengths), max_length=batch.seq_length + max_new_tokens)
-    hidden = model(**model.inputs(batch, cache))
-    last = hidden[batch.lengths - 1, torch.arange(batch.num_rows, device=device)]
-    cache.lengths = batch.lengths
-    written: list[list[int]] = [[] for _ in prompts]
-    alive = [True] * len(prompts)
-    for _ in range(max_new_tokens):
-        logits = model.head(last)
-        assert isinstance(logits, torch.Tensor)
-        gathered = collectives.gather_over_tensor_parallel(logits)[:, : model.gpt_config.vocab_size]
-        token = gathered.argmax(-1)
-        for row, new in enumerate(token.tolist()):
-            if alive[row]:
-                written[row].append(new)
-                alive[row] = new != eos_id
-        if not any(alive):
-            break
-        step = TokenBatch(
-            tokens=token[:, None],
-            mask=torch.zeros_like(token[:, None], dtype=torch.bool),
-            lengths=torch.ones_like(token),
+    return min(config.max_length, places - len(prompt.tokens))
+
+
+class _Desk:
+    """The slots, the answers in them, and what their next draw depends on."""
+
+    def __init__(self, decoder: Decoder, config: SamplingConfig, stops: Stops, step: int) -> None:
+        self.decoder, self.config, self.stops, self.step = decoder, config, stops, step
+        n, device = len(decoder.cache.lengths), world.device()
+        self.answers: list[_Answer | None] = [None] * n
+        self.alive = [False] * n
+        self.written = 0  # tokens, of all answers so far
+        self.tokens = torch.zeros(n, dtype=torch.int64, device=device)  # the last of each slot
+        draws = decoder.writes and not config.use_greedy
+        self.uniforms = torch.zeros(n, config.max_length if draws else 0, dtype=torch.float64, device=device)
+        # One column more, for tokens that are other ranks'.
+        width = decoder.vocab_width + 1 if decoder.writes and config.repetition_penalty != 1 else 0
+        self.seen = torch.zeros(n, width, dtype=torch.bool, device=device)
+
+    def advance(self) -> Tensor | None:
+        """Put the last tokens through the model: [n, H] on the last stage; None where no answer is begun."""
+        return self.decoder.step(self.tokens, self.alive) if any(self.alive) else None
+
+    def refill(self, waiting: deque[_Answer], hidden: Tensor | None) -> Tensor | None:
+        """Give free slots to answers that wait, and their prompts' [H] their places in ``hidden``."""
+        free = [slot for slot, alive in enumerate(self.alive) if not alive]
+        # A prompt alone takes nearly as long to read as several: a few slots wait for one another.
+        if len(free) < min(len(waiting), max(1, len(self.alive) // 8)):
+            return hidden
+        while free and waiting:
+            batch: list[_Answer] = []
+            longest = 0
+            while waiting and len(batch) < len(free):
+                longest = max(longest, len(waiting[0].prompt.tokens))
+                if batch and (len(batch) + 1) * longest > PREFILL_TOKENS:
+                    break
+                batch.append(waiting.popleft())
+            slots, free = free[: len(batch)], free[len(batch) :]
+            self._seat(slots, batch)
+            fresh = self.decoder.prefill(slots, [answer.prompt.tokens for answer in batch])
+            if fresh is not None:
+                hidden = fresh.new_zeros(len(self.alive), fresh.shape[1]) if hidden is None else hidden
+                hidden[slots] = fresh
+        return hidden
+
+    def _seat(self, slots: Sequence[int], answers: Sequence[_Answer]) -> None:
+        for slot, answer in zip(slots, answers, strict=True):
+            self.answers[slot], self.alive[slot] = answer, True
+            if self.uniforms.shape[1]:
+                prompt = answer.prompt
+                self.uniforms[slot, : answer.limit] = uniforms(
+                    self.config.seed,
+                    self.step,
+                    number=prompt.number,
+                    sample=prompt.sample,
+                    count=answer.limit,
+                )
+            if self.seen.shape[1]:
+                self.seen[slot] = False
+                self.seen[
+                    slot, self.decoder.column(torch.tensor(answer.prompt.tokens, device=self.seen.device))
+                ] = True
+
+    def draw(self, hidden: Tensor | None) -> None:
+        """The next token of every answer, by the last stage; all stages learn it, and which answers have ended."""
+        news = None
+        if hidden is not None:
+            ids, logprobs = self._drawn(hidden)
+            ended = self._ended(ids.tolist(), logprobs.tolist())
+            news = torch.stack((ids, torch.tensor(ended, device=ids.device)))
+        ids, ended = collectives.from_last_stage(news, (2, len(self.alive)), dtype=torch.int64)
+        self.tokens = ids
+        self.written += sum(self.alive)
+        for slot, (token, end) in enumerate(zip(ids.tolist(), ended.tolist(), strict=True)):
+            answer = self.answers[slot]
+            if answer is not None and self.alive[slot]:
+                answer.tokens.append(token)
+                answer.finished = bool(end)
+                self.alive[slot] = answer.alive
+        if self.seen.shape[1]:
+            self.seen.scatter_(1, self.decoder.column(ids)[:, None], True)
+
+    def _drawn(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        counts = [0 if answer is None else len(answer.tokens) for answer in self.answers]
+        young = [count < self.config.min_length for count in counts]
+        history = History(
+            seen=self.seen[:, :-1] if self.seen.shape[1] else None,
+            young=torch.tensor(young, device=hidden.device) if any(young) else None,
+            end_ids=self.stops.ids,
         )
-        last = model(**model.inputs(step, cache))[0]
-        cache.lengths = cache.lengths + 1
-    return written
+        z = transform(self.decoder.logits(hidden), self.config, history, first=self.decoder.first_id)
+        uniform = None
+        if not self.config.use_greedy:
+            at = torch.tensor(counts, device=hidden.device).clamp_(max=self.config.max_length - 1)
+            uniform = self.uniforms.gather(1, at[:, None])[:, 0]
+        return choose(z, uniform, first=self.decoder.first_id)
+
+    def _ended(self, ids: Sequence[int], logprobs: Sequence[float]) -> list[int]:
+        """Which answers a token ends; their log-probs are kept by the way."""
+        ended = [0] * len(ids)
+        for slot, answer in enumerate(self.answers):
+            if answer is not None and self.alive[slot]:
+                answer.logprobs.append(logprobs[slot])
+                old_enough = len(answer.tokens) >= self.config.min_length
+                ended[slot] = int(old_enough and self.stops(answer.tokens, ids[slot]))
+        return ended
+
+    def shrink(self) -> None:
+        """Where nothing waits and half of the slots are free, go on without these."""
+        kept = [slot for slot, alive in enumerate(self.alive) if alive]
+        if not 0 < len(kept) <= len(self.alive) // 2:
+            return
+        self.decoder.cache.keep(kept)
+        self.answers, self.alive = [self.answers[slot] for slot in kept], [True] * len(kept)
+        self.tokens, self.uniforms, self.seen = (x[kept] for x in (self.tokens, self.uniforms, self.seen))
+
+
+def _rollout(answers: Sequence[_Answer]) -> Rollout:
+    starts = [len(answer.prompt.tokens) for answer in answers]
+    ends = [start + len(answer.tokens) for start, answer in zip(starts, answers, strict=True)]
+    shape = (len(answers), max(ends, default=1))
+    tokens = torch.zeros(shape, dtype=torch.int64)
+    mask = torch.zeros(shape, dtype=torch.bool)
+    logprobs = torch.zeros(shape)
+    for row, (answer, start, end) in enumerate(zip(answers, starts, ends, strict=True)):
+        tokens[row, :end] = torch.tensor([*answer.prompt.tokens, *answer.tokens])
+        mask[row, start:end] = True
+        if world.is_last_stage():
+            logprobs[row, start:end] = torch.tensor(answer.logprobs)
+    known = collectives.from_last_stage(logprobs if world.is_last_stage() else None, shape).cpu()
+    return Rollout(
+        tokens=tokens,
+        mask=mask,
+        lengths=torch.tensor(ends, dtype=torch.int64),
+        prompt_lengths=torch.tensor(starts, dtype=torch.int64),
+        finished=torch.tensor([answer.finished for answer in answers], dtype=torch.bool),
+        group=torch.tensor([answer.prompt.number for answer in answers], dtype=torch.int64),
+        sampler_logprobs=known,
+    )

@@ -15,6 +15,8 @@ from nemo_aligner.models.gpt import engine
 from nemo_aligner.models.gpt.learning_rate import OptimConfig, learning_rate
 from nemo_aligner.models.gpt.model import GPT, InterleavedGPT
 from nemo_aligner.models.gpt.optim import apply_settings, build_optimizer, wrap
+from nemo_aligner.models.gpt.sampling import Drawn
+from nemo_aligner.models.gpt.view import Projection
 from nemo_aligner.objectives.protocol import Objective
 from nemo_aligner.parallel import world
 
@@ -62,6 +64,11 @@ class GPTLearner:
         self, batches: Sequence[TokenBatch], objective: Objective, *, forward_only: bool
     ) -> dict[str, float]:
         """See :class:`~nemo_aligner.models.alignable_interface.SupervisedInterface`."""
+        return self._run(batches, objective, forward_only=forward_only, drawn=None)
+
+    def _run(
+        self, batches: Sequence[TokenBatch], objective: Objective, *, forward_only: bool, drawn: Drawn | None
+    ) -> dict[str, float]:
         with self.inference() if forward_only else self._gradients():
             return engine.run(
                 self._model,
@@ -69,7 +76,7 @@ class GPTLearner:
                 objective,
                 forward_only=forward_only,
                 wrapped=None if forward_only else self._ddp,
-                kept_logits_bytes=self.kept_logits_bytes,
+                projection=Projection(kept_logits_bytes=self.kept_logits_bytes, drawn=drawn),
             )
 
     @contextlib.contextmanager

@@ -15,7 +15,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from nemo_aligner.batch import TokenBatch
-from nemo_aligner.models.gpt.attention import KVCache, RowParams
+from nemo_aligner.models.gpt.attention import RowParams
 from nemo_aligner.models.gpt.config import GPTConfig
 from nemo_aligner.models.gpt.heads import HeadConfig, ScalarHead
 from nemo_aligner.models.gpt.layers import RowRotary
@@ -105,21 +105,18 @@ class GPT(GPTModel):
         """This rank's parts of the model, in the order in which a batch passes them: this one."""
         return [self]
 
-    def inputs(self, batch: TokenBatch, cache: KVCache | None = None) -> dict[str, object]:
+    def inputs(self, batch: TokenBatch) -> dict[str, object]:
         """The arguments of a call of this module (or of the DDP around it) on ``batch``.
 
         The call returns hidden states [S, B, H], or [S / TP, B, H] with sequence parallelism; before the last stage,
         what the next one takes.
         """
-        positions = batch.positions()
-        if cache is not None:
-            positions = positions + cache.lengths[:, None]
         boundaries = None if batch.cu_seqlens is None else tuple(batch.cu_seqlens.tolist())
         return {
             "input_ids": batch.tokens,
-            "position_ids": positions,
+            "position_ids": batch.positions(),
             "attention_mask": None,
-            "packed_seq_params": RowParams(boundaries=boundaries, cache=cache),
+            "packed_seq_params": RowParams(boundaries=boundaries),
         }
 
     def _preprocess(
@@ -131,7 +128,7 @@ class GPT(GPTModel):
         packed_seq_params: RowParams | None = None,
         padding_mask: Tensor | None = None,
     ) -> tuple[Tensor | None, ...]:
-        assert inference_context is None and decoder_input is None, "the cache travels in RowParams"
+        assert inference_context is None and decoder_input is None, "writing is the decoder's"
         del packed_seq_params
         embedded = (
             self.embedding(input_ids=input_ids, position_ids=position_ids) if self.pre_process else None

@@ -7,13 +7,16 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from nemo_aligner.batch import TokenBatch, Unit
-from nemo_aligner.errors import UserError
+from nemo_aligner.batch import Prompt, Rollout, TokenBatch, Unit
 from nemo_aligner.models.gpt import engine
-from nemo_aligner.models.gpt.generate import greedy
+from nemo_aligner.models.gpt.generate import Watch, generate
 from nemo_aligner.models.gpt.learner import GPTLearner
 from nemo_aligner.models.gpt.model import GPT, InterleavedGPT
-from nemo_aligner.objectives.protocol import Metrics, ModelOutput, Wants
+from nemo_aligner.models.gpt.sampling import Drawn
+from nemo_aligner.models.gpt.stops import Speller, Stops
+from nemo_aligner.models.gpt.view import Projection
+from nemo_aligner.models.sampling_config import SamplingConfig
+from nemo_aligner.objectives.protocol import Metrics, ModelOutput, Objective, Wants
 from nemo_aligner.parallel import world
 
 __all__ = ["GPTPolicy"]
@@ -36,26 +39,51 @@ class _Score:
 
 
 class GPTPolicy(GPTLearner):
-    """A language model that learns, scores and writes."""
+    """A language model that learns, scores and writes.
+
+    Args:
+        model: it.
+        eos_id: the token that ends a text.
+        speller: a tokenizer, without which answers can have no end strings.
+    """
 
     def __init__(
         self,
         model: GPT | InterleavedGPT,
         *,
         eos_id: int | None = None,
+        speller: Speller | None = None,
         kept_logits_bytes: int = 1 << 30,
         seed: int = 1234,
     ) -> None:
         super().__init__(model, kept_logits_bytes=kept_logits_bytes, seed=seed)
-        self.eos_id = eos_id
+        self.eos_id, self._speller = eos_id, speller
 
-    def logprobs(self, batch: TokenBatch) -> Tensor:
-        """[B, S] float on the last pipeline stage's ranks, zeros elsewhere: log-probs of all tokens but the first."""
-        ends = batch.lengths[:, None] if batch.cu_seqlens is None else batch.cu_seqlens[-1]
-        batch = replace(batch, mask=torch.arange(batch.seq_length, device=ends.device)[None] < ends)
+    def get_loss_and_metrics(
+        self,
+        batches: Sequence[TokenBatch],
+        objective: Objective,
+        *,
+        forward_only: bool,
+        sampling: SamplingConfig | None = None,
+    ) -> dict[str, float]:
+        """See :class:`~nemo_aligner.models.alignable_interface.AlignableGenerativeInterface`."""
+        return self._run(batches, objective, forward_only=forward_only, drawn=self._drawn(sampling))
+
+    def logprobs(self, batch: TokenBatch, sampling: SamplingConfig | None = None) -> Tensor:
+        """[B, S] float on the last pipeline stage's ranks, zeros elsewhere.
+
+        See :class:`~nemo_aligner.models.alignable_interface.AlignableGenerativeInterface`.
+        """
+        if sampling is None:
+            ends = batch.lengths[:, None] if batch.cu_seqlens is None else batch.cu_seqlens[-1]
+            batch = replace(batch, mask=torch.arange(batch.seq_length, device=ends.device)[None] < ends)
         outputs: list[ModelOutput] = []
         with self.inference():
-            engine.run(self._model, [batch], _Score(), forward_only=True, outputs=outputs)
+            projection = Projection(drawn=self._drawn(sampling))
+            engine.run(
+                self._model, [batch], _Score(), forward_only=True, projection=projection, outputs=outputs
+            )
         if not outputs:
             return torch.zeros(batch.tokens.shape, device=world.device())
         assert outputs[0].logprobs is not None
@@ -63,18 +91,22 @@ class GPTPolicy(GPTLearner):
 
     infer = logprobs
 
-    def generate(self, prompts: Sequence[Sequence[int]], *, max_new_tokens: int) -> list[list[int]]:
-        """See :class:`~nemo_aligner.models.alignable_interface.AlignableGenerativeInterface`.
-
-        Raises:
-            UserError: the model is spread over pipeline stages, or the sequence over ranks.
-        """
-        model = self._model
-        if isinstance(model, InterleavedGPT) or world.pp_size() > 1 or model.config.sequence_parallel:
-            raise UserError(
-                f"text cannot be generated at model.pipeline_model_parallel_size={world.pp_size()} and "
-                f"model.sequence_parallel={model.config.sequence_parallel}",
-                cure="set model.pipeline_model_parallel_size=1 and model.sequence_parallel=False",
-            )
+    def generate(
+        self,
+        prompts: Sequence[Prompt],
+        sampling: SamplingConfig,
+        *,
+        step: int = 0,
+        slots: int = 64,
+        watch: Watch | None = None,
+    ) -> Rollout:
+        """See :class:`~nemo_aligner.models.alignable_interface.AlignableGenerativeInterface`."""
+        stops = self._stops(sampling)
         with self.inference():
-            return greedy(model, prompts, max_new_tokens=max_new_tokens, eos_id=self.eos_id)
+            return generate(self._model, prompts, sampling, stops=stops, slots=slots, step=step, watch=watch)
+
+    def _stops(self, sampling: SamplingConfig) -> Stops:
+        return Stops.of(self.eos_id, sampling.end_strings, self._speller)
+
+    def _drawn(self, sampling: SamplingConfig | None) -> Drawn | None:
+        return None if sampling is None else Drawn(config=sampling, end_ids=self._stops(sampling).ids)

@@ -4,6 +4,8 @@
 The one place where position t's token meets the hidden state of t - 1.
 """
 
+from dataclasses import dataclass
+
 import torch
 from megatron.core import tensor_parallel
 from torch import Tensor
@@ -11,11 +13,22 @@ from torch import Tensor
 from nemo_aligner.batch import TokenBatch
 from nemo_aligner.models.gpt.heads import ScalarHead
 from nemo_aligner.models.gpt.model import GPT
+from nemo_aligner.models.gpt.sampling import Drawn
 from nemo_aligner.objectives.protocol import ModelOutput, Objective, Wants
 from nemo_aligner.parallel import world
 from nemo_aligner.parallel.vocab import HeadRequest
 
-__all__ = ["view"]
+__all__ = ["Projection", "view"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Projection:
+    """How hidden states become logits."""
+
+    kept_logits_bytes: int = 1 << 30  # above this the backward recomputes them
+    drawn: Drawn | None = (
+        None  # how the learned tokens were drawn; what is wanted is then of that distribution
+    )
 
 
 def view(
@@ -23,8 +36,7 @@ def view(
     hidden: Tensor,
     batch: TokenBatch,
     objective: Objective,
-    *,
-    kept_logits_bytes: int,
+    projection: Projection,
 ) -> ModelOutput:
     """What ``objective`` wants of this micro-batch; tensors are [B, S], 0 where nothing is learned.
 
@@ -43,7 +55,8 @@ def view(
     selected = hidden.reshape(-1, hidden.shape[-1]).index_select(0, (position - 1) * batch.num_rows + row)
     if not model.config.sequence_parallel and world.tp_size() > 1:
         selected = tensor_parallel.copy_to_tensor_model_parallel_region(selected)
-    weights = objective.weights(batch)
+    weights, drawn = objective.weights(batch), projection.drawn
+    first = world.tp_rank() * (model.gpt_config.padded_vocab_size(world.tp_size()) // world.tp_size())
     out = model.head(
         selected,
         batch.tokens[learned],
@@ -51,7 +64,8 @@ def view(
             vocab_size=model.gpt_config.vocab_size,
             entropy=Wants.ENTROPY in objective.wants,
             top_k=objective.top_k if Wants.TOPK in objective.wants else 0,
-            kept_logits_bytes=kept_logits_bytes,
+            kept_logits_bytes=projection.kept_logits_bytes,
+            transform=drawn.transform(batch, row, position, first=first) if drawn else None,
         ),
         weights=None if weights is None else weights[learned],
     )

@@ -1,0 +1,273 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The forward of a GPT for writing: the model's own weights, without what only training needs.
+
+Megatron's layers spend more time on their way to the products of one token than on the products. A decoder reads a
+model's weights when it is made, so it is made anew after they have changed. Knows slots and pipeline stages, no text.
+
+Shapes: N tokens, H hidden size, G key/value heads of this rank, R query heads to each, D head size.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from nemo_aligner.models.gpt.kv_cache import KVCache
+from nemo_aligner.models.gpt.model import GPT, InterleavedGPT
+from nemo_aligner.models.gpt.sampling import DROPPED
+from nemo_aligner.parallel import collectives, world
+from nemo_aligner.parallel.vocab import product
+
+__all__ = ["Decoder"]
+
+Attend = Callable[[int, Tensor], Tensor]
+PACKED_DTYPES = (torch.float32, torch.bfloat16)
+
+
+class _Linear:
+    """x @ weight.T + bias, on a CPU with a copy of the weight in the order in which oneDNN reads it for few rows."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, *, rows: int) -> None:
+        self.weight, self.bias = weight.detach(), None if bias is None else bias.detach()
+        packs = rows > 1 and weight.numel() > 0 and weight.dtype in PACKED_DTYPES
+        self.packed = None
+        if packs and weight.device.type == "cpu" and torch.backends.mkldnn.is_available():
+            self.packed = torch.ops.mkldnn._reorder_linear_weight(self.weight.contiguous(), rows)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if self.packed is not None:
+            return torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], "")
+        out = product(x, self.weight)
+        return out if self.bias is None else out.add_(self.bias)
+
+
+class _RowLinear:
+    """A linear layer whose input is cut over tensor parallel ranks: their parts are summed, then the bias is added."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, *, rows: int) -> None:
+        shared = world.tp_size() > 1
+        self.linear = _Linear(weight, None if shared else bias, rows=rows)
+        self.bias = bias.detach() if shared and bias is not None else None
+
+    def __call__(self, x: Tensor) -> Tensor:
+        out = collectives.sum_over_tensor_parallel(self.linear(x))
+        return out if self.bias is None else out.add_(self.bias)
+
+
+class _Norm:
+    """RMSNorm or LayerNorm, of our modules' and of Transformer Engine's weights."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, config: Any) -> None:  # noqa: ANN401 - Megatron's
+        self.weight = weight.detach() + 1 if config.layernorm_zero_centered_gamma else weight.detach()
+        self.bias = None if bias is None else bias.detach()
+        self.rms, self.eps = config.normalization == "RMSNorm", config.layernorm_epsilon
+        self.by_hand = self.rms and weight.device.type == "cpu"
+        self.eps_tensor = torch.tensor(self.eps)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if not self.rms:
+            return F.layer_norm(x, x.shape[-1:], self.weight, self.bias, self.eps)
+        if not self.by_hand:
+            return F.rms_norm(x, x.shape[-1:], self.weight, self.eps)
+        wide = x if x.dtype == torch.float64 else x.float()
+        norm = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
+        scale = torch.addcmul(self.eps_tensor, norm, norm, value=1 / x.shape[-1]).rsqrt_()
+        return (wide * scale).mul_(self.weight).to(x.dtype)
+
+
+class _Layer:
+    """One transformer layer: attention and MLP, each on a norm of what it is added to."""
+
+    def __init__(self, layer: Any, number: int, *, rows: int) -> None:  # noqa: ANN401 - Megatron's
+        attention, mlp, config = layer.self_attention, layer.mlp, layer.config
+        self.number = number
+        self.groups, self.head_dim = attention.num_query_groups_per_partition, config.kv_channels
+        self.norm = _input_norm(layer.input_layernorm, attention.linear_qkv, config)
+        self.qkv = _Linear(attention.linear_qkv.weight, attention.linear_qkv.bias, rows=rows)
+        self.proj = _RowLinear(attention.linear_proj.weight, attention.linear_proj.bias, rows=rows)
+        self.mlp_norm = _input_norm(layer.pre_mlp_layernorm, mlp.linear_fc1, config)
+        self.fc1 = _Linear(mlp.linear_fc1.weight, mlp.linear_fc1.bias, rows=rows)
+        self.fc2 = _RowLinear(mlp.linear_fc2.weight, mlp.linear_fc2.bias, rows=rows)
+        self.head_norms = (
+            tuple(_norm(norm, config) for norm in (attention.q_layernorm, attention.k_layernorm))
+            if config.qk_layernorm
+            else None
+        )
+        self.gated, self.activation = config.gated_linear_unit, config.activation_func
+
+    def __call__(self, x: Tensor, angles: "_Angles | None", attend: Attend) -> Tensor:
+        """[N, H] -> [N, H]."""
+        qkv = self.qkv(self.norm(x)).view(x.shape[0], self.groups, -1, self.head_dim)
+        if self.head_norms is not None:
+            for part, norm in zip((qkv[:, :, :-2], qkv[:, :, -2]), self.head_norms, strict=True):
+                part.copy_(norm(part))
+        if angles is not None:
+            angles.turn_(qkv[:, :, :-1])
+        x = self.proj(attend(self.number, qkv)).add_(x)
+        inner = self.fc1(self.mlp_norm(x))
+        if self.gated:
+            gate, up = inner.chunk(2, dim=-1)
+            inner = self.activation(gate).mul_(up)
+        else:
+            inner = self.activation(inner)
+        return self.fc2(inner).add_(x)
+
+
+def _norm(module: Any, config: Any) -> _Norm:  # noqa: ANN401 - ours or Transformer Engine's
+    parameters = dict(module.named_parameters())
+    return _Norm(parameters["weight"], parameters.get("bias"), config)
+
+
+def _input_norm(module: Any, linear: Any, config: Any) -> _Norm:  # noqa: ANN401 - Megatron's
+    """The norm before a linear layer, of which Transformer Engine makes one module."""
+    fused = dict(linear.named_parameters())
+    if "layer_norm_weight" in fused:
+        return _Norm(fused["layer_norm_weight"], fused.get("layer_norm_bias"), config)
+    return _norm(module, config)
+
+
+@dataclass
+class _Angles:
+    """Rotary embedding of N positions: cosines and sines [N, 1, 1, size], the first half of the sines negated."""
+
+    cos: Tensor
+    sin: Tensor
+
+    @classmethod
+    def of(cls, model: GPT, positions: Tensor) -> "_Angles | None":
+        if model.gpt_config.position_embedding_type != "rope":
+            return None
+        angles, dtype = model.rotary_pos_emb(positions[:, None])[0, :, :, None], model.config.params_dtype
+        sin = angles.sin()
+        sin[..., : sin.shape[-1] // 2].neg_()
+        return cls(angles.cos().to(dtype), sin.to(dtype))
+
+    def turn_(self, x: Tensor) -> None:
+        """[N, G, heads, D] in place: x cos + (second half negated, first half) sin, on the first ``size`` numbers."""
+        x = x[..., : self.cos.shape[-1]]
+        torch.addcmul(x * self.cos, x.roll(x.shape[-1] // 2, -1), self.sin, out=x)
+
+
+class Decoder:
+    """This rank's part of a model, ready to write in ``slots`` rows at once.
+
+    Args:
+        model: whose weights are read now; on a CPU they are copied, where ``packs``.
+        packs: worth its copy where many tokens are to be written.
+    """
+
+    def __init__(self, model: GPT | InterleavedGPT, *, slots: int, packs: bool) -> None:
+        self.chunks = model.chunks
+        rows = slots if packs else 0
+        config, gpt = model.config, model.gpt_config
+        count = 0
+        self.layers: list[list[_Layer]] = []
+        for chunk in self.chunks:
+            self.layers.append(
+                [_Layer(layer, count + i, rows=rows) for i, layer in enumerate(chunk.decoder.layers)]
+            )
+            count += len(self.layers[-1])
+        last = self.chunks[-1]
+        self.writes = last.post_process
+        if self.writes:
+            weight = last.output_layer.weight
+            if last.share_embeddings_and_output_weights:
+                weight = last.shared_embedding_or_output_weight()
+            self.head, self.final_norm = (
+                _Linear(weight, None, rows=rows),
+                _norm(last.decoder.final_layernorm, config),
+            )
+            self.first_id = world.tp_rank() * weight.shape[0]
+            self.real_ids = max(0, min(weight.shape[0], gpt.vocab_size - self.first_id))
+        self.cache = KVCache(
+            slots=slots,
+            layers=count,
+            groups=gpt.query_groups // world.tp_size(),
+            head_dim=gpt.head_dim,
+            scale=gpt.head_dim**-0.5,
+            window=gpt.window_size,
+            dtype=config.params_dtype,
+            device=world.device(),
+        )
+
+    def prefill(self, slots: Sequence[int], prompts: Sequence[Sequence[int]]) -> Tensor | None:
+        """Put ``prompts`` into ``slots``, whatever is there.
+
+        Returns:
+            [b, H] on the last pipeline stage: the hidden states from which their next tokens are predicted.
+        """
+        lengths = [len(prompt) for prompt in prompts]
+        b, length = len(prompts), max(lengths)
+        tokens = torch.zeros(b, length, dtype=torch.int64)
+        for row, prompt in enumerate(prompts):
+            tokens[row, : len(prompt)] = torch.tensor(prompt)
+        tokens = tokens.to(world.device())
+        self.cache.fill(slots, lengths)
+
+        def attend(layer: int, qkv: Tensor) -> Tensor:
+            return self.cache.prefill(layer, qkv.unflatten(0, (b, length))).flatten(0, 1)
+
+        positions = torch.arange(length, device=tokens.device).repeat(b)
+        hidden = self._forward(tokens.reshape(-1), positions, attend)
+        if hidden is None:
+            return None
+        ends = torch.tensor([row * length + n - 1 for row, n in enumerate(lengths)], device=hidden.device)
+        return self.final_norm(hidden[ends])
+
+    def step(self, tokens: Tensor, alive: Sequence[bool]) -> Tensor | None:
+        """Append to each slot its token of ``tokens`` [n], which it keeps if it is ``alive``.
+
+        Returns as :meth:`prefill` does, of all slots.
+        """
+        positions = self.cache.begin_step()
+        hidden = self._forward(tokens, positions, self.cache.step)
+        self.cache.end_step(alive)
+        return None if hidden is None else self.final_norm(hidden)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """[n, H] -> [n, V / TP] float, padding dropped; this rank's first column is ``first_id``."""
+        z = self.head(hidden)
+        z = z if z.dtype == torch.float64 else z.float()
+        z[:, self.real_ids :] = DROPPED
+        return z
+
+    @property
+    def vocab_width(self) -> int:
+        """Columns of :meth:`logits`."""
+        return self.head.weight.shape[0]
+
+    def column(self, tokens: Tensor) -> Tensor:
+        """The columns of ``tokens`` in this rank's logits; ``vocab_width`` for those that are other ranks'."""
+        local = tokens - self.first_id
+        return local.where((local >= 0) & (local < self.vocab_width), self.vocab_width)
+
+    def _forward(self, tokens: Tensor, positions: Tensor, attend: Attend) -> Tensor | None:
+        """[N] tokens and positions to [N, H] before the final norm, on the last stage; None on the others."""
+        angles = _Angles.of(self.chunks[0], positions)
+        for chunk, layers in zip(self.chunks, self.layers, strict=True):
+            if chunk.pre_process:
+                x = self._embed(chunk, tokens, positions)
+            else:
+                shape = (tokens.shape[0], chunk.config.hidden_size)
+                x = collectives.from_previous_stage(shape, chunk.config.params_dtype)
+            for layer in layers:
+                x = layer(x, angles, attend)
+            if chunk.post_process:
+                return x
+            collectives.to_next_stage(x)
+        return None
+
+    def _embed(self, chunk: GPT, tokens: Tensor, positions: Tensor) -> Tensor:
+        weight = chunk.embedding.word_embeddings.weight.detach()
+        local = tokens - world.tp_rank() * weight.shape[0]
+        if world.tp_size() == 1:
+            x = weight[local]
+        else:
+            owned = (local >= 0) & (local < weight.shape[0])
+            x = collectives.sum_over_tensor_parallel(weight[local.where(owned, 0)] * owned[:, None])
+        if chunk.gpt_config.position_embedding_type == "learned_absolute":
+            x = x + chunk.embedding.position_embeddings.weight.detach()[positions]
+        return x
