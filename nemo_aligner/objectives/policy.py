@@ -88,7 +88,7 @@ class PolicyGradient:
         """Log-probs; the entropy too where it has a weight."""
         return frozenset({Wants.LOGPROBS, Wants.ENTROPY} if self.config.entropy_bonus else {Wants.LOGPROBS})
 
-    def weights(self, batch: TokenBatch) -> None:  # noqa: ARG002
+    def weights(self, batch: TokenBatch) -> None:
         """None: the gradient depends on the ratio."""
 
     def __call__(self, output: ModelOutput, batch: TokenBatch) -> tuple[Tensor, Metrics]:

@@ -60,7 +60,7 @@ class ValueLoss:
     unit = Unit.TOKEN
     metrics = ("loss", "values", "returns", "clip_fraction")
 
-    def weights(self, batch: TokenBatch) -> None:  # noqa: ARG002
+    def weights(self, batch: TokenBatch) -> None:
         """None: no log-probs are asked for."""
 
     def __call__(self, output: ModelOutput, batch: TokenBatch) -> tuple[Tensor, Metrics]:
