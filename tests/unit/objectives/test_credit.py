@@ -227,9 +227,15 @@ def test_rolling_sums_step_over_what_is_no_answer():
 
 @pytest.mark.parametrize("fill", [float("nan"), float("inf"), -1e30])
 @pytest.mark.parametrize("estimator", ["k1", "k2", "k3"])
-def test_what_stands_outside_the_answers_does_not_matter(scored: Make, estimator: str, fill: float):
-    config = CreditConfig(kl_estimator=estimator)
-    clean, littered = (credit(scored(fill=x), config, kl_coefficient=0.1) for x in (0.0, fill))
+@pytest.mark.parametrize("placement", ["token", "last"])
+def test_what_stands_outside_the_answers_does_not_matter(
+    scored: Make, estimator: str, placement: str, fill: float
+):
+    config = CreditConfig(kl_estimator=estimator, kl_placement=placement)
+    batches = scored(), scored(fill=fill)
+    rewards = [shape_rewards(batch, config, kl_coefficient=0.1) for batch in batches]
+    assert torch.equal(*rewards)
+    clean, littered = (credit(batch, config, kl_coefficient=0.1) for batch in batches)
     for name in ("advantages", "returns", "values", "mask"):
         assert torch.equal(getattr(clean, name), getattr(littered, name))
 
@@ -386,13 +392,6 @@ def test_values_without_a_meaning_are_refused(config: CreditConfig, says: str):
         config.check("trainer.ppo")
 
 
-@pytest.mark.parametrize(
-    "config",
-    [
-        CreditConfig(),
-        CreditConfig(initial_policy_kl_penalty=0.0, reward_clip=5.0),
-        CreditConfig(adaptive_kl_target=6.0, scale_rewards=True, scaled_reward_clip=10.0),
-    ],
-)
-def test_values_with_a_meaning_are_not(config: CreditConfig):
-    config.check("trainer.ppo")
+def test_values_with_a_meaning_are_not():
+    CreditConfig(initial_policy_kl_penalty=0.0, reward_clip=5.0).check("trainer.ppo")
+    CreditConfig(adaptive_kl_target=6.0, scale_rewards=True, scaled_reward_clip=10.0).check("trainer.ppo")
