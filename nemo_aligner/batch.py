@@ -34,6 +34,7 @@ class Unit(enum.Enum):
     TOKEN = "token"
     SEQUENCE = "sequence"
     PAIR = "pair"
+    LABEL = "label"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,6 +64,13 @@ class TokenBatch:
     def seq_length(self) -> int:
         """S."""
         return self.tokens.shape[1]
+
+    def ends(self) -> tuple[Tensor, Tensor]:
+        """([N] row, [N] position) of each sequence's last token."""
+        if self.cu_seqlens is None:
+            return torch.arange(self.num_rows, device=self.tokens.device), self.lengths - 1
+        last = self.cu_seqlens[1:].long() - 1
+        return torch.zeros_like(last), last
 
     def starts(self) -> Tensor:
         """[B, S] bool: the first token of every sequence, which nothing predicts."""
@@ -108,6 +116,8 @@ class TokenBatch:
             case Unit.PAIR:
                 # Sequences 2i and 2i + 1; a pair that only fills up learns nothing.
                 return (self.per_sequence(learned.long()).view(-1, 2) > 0).all(1).sum()
+            case Unit.LABEL:
+                raise AssertionError(f"{type(self).__name__} has no labels")
 
     def split(self, rows: int) -> list[Self]:
         """Micro-batches of ``rows`` rows each; the number of rows must divide by it."""
@@ -157,6 +167,14 @@ class ScoredBatch(TokenBatch):
     """Sequences that people have judged."""
 
     attributes: Tensor  # [N, A] float, NaN where an attribute was not judged
+
+    def judged(self) -> Tensor:
+        """[N, A] bool: attributes that people have judged, of sequences that do not only fill up."""
+        return ~self.attributes.isnan() & (self.per_sequence(self.learned().long()) > 0)[:, None]
+
+    def count(self, unit: Unit) -> Tensor:
+        """As for other batches; labels are the attributes that were judged."""
+        return self.judged().sum() if unit is Unit.LABEL else TokenBatch.count(self, unit)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -14,7 +14,7 @@ from nemo_aligner.batch import TokenBatch
 from nemo_aligner.checkpoint.training import Checkpoint, TrainerState, TrainingCheckpoints, monitor_name
 from nemo_aligner.errors import UserError
 from nemo_aligner.models.alignable_interface import SupervisedInterface
-from nemo_aligner.objectives.protocol import Objective
+from nemo_aligner.objectives.protocol import Objective, with_spread
 from nemo_aligner.parallel import collectives, world
 from nemo_aligner.run.experiment import Experiment
 from nemo_aligner.run.progress import ProgressBar
@@ -199,7 +199,8 @@ class SupervisedTrainer:
             units += weight
             for name, value in metrics.items():
                 sums[name] = sums.get(name, 0.0) + weight * value
-        means = {f"validation/{name}": value / max(units, 1) for name, value in sums.items()}
+        whole = with_spread({name: value / max(units, 1) for name, value in sums.items()})
+        means = {f"validation/{name}": value for name, value in whole.items()}
         means["validation/step_time"] = time.perf_counter() - started
         if world.is_logging_rank():
             logger.info("validation loss %.4f", means["validation/loss"])
@@ -213,7 +214,7 @@ class SupervisedTrainer:
         counts = self._count(batches)
         seconds = time.perf_counter() - started
         return {
-            **metrics,
+            **with_spread(metrics),
             "step_time": seconds,
             "tokens_per_s": counts["tokens"] / seconds,
             "learned_tokens": counts["units"],

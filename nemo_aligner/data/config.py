@@ -1,12 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The settings under ``model.data`` for supervised fine-tuning. Defaults stand here and nowhere else."""
+"""The settings under ``model.data`` of each script. Defaults stand here and nowhere else."""
 
 import re
 from dataclasses import asdict, dataclass, field
 
+from nemo_aligner.data.prefix import DataPrefix, parse_data_prefix
 from nemo_aligner.errors import UserError
 
-__all__ = ["ChatPromptTokens", "SFTDataConfig", "SFTSplitConfig", "unescape"]
+__all__ = [
+    "ChatPromptTokens",
+    "PairDataConfig",
+    "PrefixDataConfig",
+    "PromptDataConfig",
+    "SFTDataConfig",
+    "SFTSplitConfig",
+    "unescape",
+]
 
 _ESCAPE = re.compile(r"\\(n|t|r|\\|x[0-9a-fA-F]{2})")
 _ESCAPED = {"n": "\n", "t": "\t", "r": "\r", "\\": "\\"}
@@ -97,7 +106,64 @@ class SFTDataConfig:
                 f"model.data.chat_template={self.chat_template!r} is not known",
                 cure="use prompt_tokens or tokenizer",
             )
-        if self.num_workers < 0:
+        _check_num_workers(self.num_workers)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrefixDataConfig:
+    """``model.data`` of the scripts whose files ``data_prefix`` names."""
+
+    data_prefix: object  # files of each split: paths, weighted paths, or one list that splits_string cuts
+    data_impl: str = "jsonl"  # how files are written: jsonl or json, one JSON object per line either way
+    splits_string: str | None = None  # shares of train, validation and test, "98,1,1", of a plain data_prefix
+    seq_length: int | None = None  # tokens; what is longer is left out; null: model.encoder_seq_length
+    num_workers: int = 0  # threads that tokenise ahead; 0: in the training thread
+    add_bos: bool | None = None  # start each text with BOS, never twice; null: as the tokenizer does
+    reset_position_ids: bool = False  # only False: a text has one sequence of positions, EOS within it or not
+    reset_attention_mask: bool = False  # only False: a token attends to all tokens before it
+    dataloader_type: str = "single"  # only single: the order is that of the trainer's sampler settings
+
+    def __post_init__(self) -> None:
+        if self.data_impl not in ("json", "jsonl"):
             raise UserError(
-                f"model.data.num_workers={self.num_workers} is negative", cure="set it to 0 or more"
+                f"model.data.data_impl={self.data_impl!r} cannot be read: files hold text, not token ids",
+                cure="set model.data.data_impl=jsonl and give JSONL files",
             )
+        for name, value, only in (
+            ("reset_position_ids", self.reset_position_ids, False),
+            ("reset_attention_mask", self.reset_attention_mask, False),
+            ("dataloader_type", self.dataloader_type, "single"),
+        ):
+            if value != only:
+                raise UserError(
+                    f"model.data.{name}={value} is not supported", cure=f"set model.data.{name}={only}"
+                )
+        if self.seq_length is not None and self.seq_length < 2:
+            raise UserError(
+                f"model.data.seq_length={self.seq_length} is too short",
+                cure="set it to 2 or more, usually model.encoder_seq_length",
+            )
+        _check_num_workers(self.num_workers)
+        parse_data_prefix(self.data_prefix, self.splits_string)
+
+    @property
+    def splits(self) -> DataPrefix:
+        """The files of each split."""
+        return parse_data_prefix(self.data_prefix, self.splits_string)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PairDataConfig(PrefixDataConfig):
+    """``model.data`` of a reward model: pairs of answers, or answers with labels."""
+
+    append_eod: bool = False  # end each text with EOS, where its reward is then read
+
+
+@dataclass(frozen=True, kw_only=True)
+class PromptDataConfig(PrefixDataConfig):
+    """``model.data`` of an actor: prompts to be answered."""
+
+
+def _check_num_workers(num_workers: int) -> None:
+    if num_workers < 0:
+        raise UserError(f"model.data.num_workers={num_workers} is negative", cure="set it to 0 or more")

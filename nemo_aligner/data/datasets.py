@@ -1,17 +1,57 @@
 # SPDX-License-Identifier: Apache-2.0
 """Map-style data sets: a file of records and the layout that turns one record into a sample."""
 
+from collections.abc import Callable, Sequence
 from typing import Generic, Protocol, TypeVar
 
 from nemo_aligner.data.chat import PromptTokensLayout, TemplateLayout
-from nemo_aligner.data.config import SFTDataConfig, SFTSplitConfig
+from nemo_aligner.data.config import PairDataConfig, PromptDataConfig, SFTDataConfig, SFTSplitConfig
+from nemo_aligner.data.fitting import FittingDataset, JoinedDataset, Texts
+from nemo_aligner.data.judgements import (
+    Judged,
+    JudgedPair,
+    Pair,
+    open_judged,
+    open_judged_pairs,
+    open_pairs,
+)
+from nemo_aligner.data.prefix import Split
 from nemo_aligner.data.prompt import PromptResponseLayout
-from nemo_aligner.data.records import Chat, PromptResponse, RecordFile
-from nemo_aligner.data.sample import Sample, describe
+from nemo_aligner.data.records import (
+    Chat,
+    PromptResponse,
+    PromptText,
+    RecordFile,
+    Records,
+    read_prompt_text,
+)
+from nemo_aligner.data.sample import (
+    ComparisonSample,
+    PromptSample,
+    Sample,
+    ScoredPairSample,
+    ScoredSample,
+    TextEncoder,
+    describe,
+)
 from nemo_aligner.data.tokenizer import Tokenizer
 from nemo_aligner.errors import UserError
 
-__all__ = ["Layout", "SFTDataset", "Sample", "describe", "open_sft"]
+__all__ = [
+    "ComparisonDataset",
+    "Layout",
+    "PromptDataset",
+    "RegressionDataset",
+    "RegressionPairDataset",
+    "SFTDataset",
+    "Sample",
+    "describe",
+    "open_comparisons",
+    "open_prompts",
+    "open_regression",
+    "open_regression_pairs",
+    "open_sft",
+]
 
 R = TypeVar("R", contravariant=True)
 
@@ -70,3 +110,135 @@ def open_sft(
         case _:
             chat_layout = PromptTokensLayout(tokenizer, data.chat_prompt_tokens, split)
     return SFTDataset(RecordFile(split.file_path, chat_layout.read), chat_layout)
+
+
+T = TypeVar("T", bound=Texts)
+S = TypeVar("S")
+
+ComparisonDataset = JoinedDataset[Pair, ComparisonSample]
+RegressionDataset = JoinedDataset[Judged, ScoredSample]
+RegressionPairDataset = JoinedDataset[JudgedPair, ScoredPairSample]
+PromptDataset = JoinedDataset[PromptText, PromptSample]
+
+
+def open_comparisons(
+    data: PairDataConfig, split: Split, tokenizer: Tokenizer, *, max_length: int
+) -> ComparisonDataset:
+    """Pairs of answers; a pair is left out where either text has more than ``max_length`` tokens.
+
+    Raises:
+        UserError: a file or a line cannot be used, or no pair is left.
+    """
+    return _open(
+        split,
+        open_pairs,
+        encode=_pair_encoder(data, tokenizer),
+        build=lambda _, tokens: ComparisonSample(chosen=tokens[0], rejected=tokens[1]),
+        lengths=range(2, max_length + 1),
+        unit="pairs",
+    )
+
+
+def open_regression(
+    data: PairDataConfig,
+    split: Split,
+    tokenizer: Tokenizer,
+    *,
+    max_length: int,
+    num_attributes: int,
+    missing: float,
+) -> RegressionDataset:
+    """Answers with labels; one is left out where it has more than ``max_length`` tokens.
+
+    Args:
+        data: how texts become tokens.
+        split: the files.
+        tokenizer: where ids come from.
+        max_length: tokens.
+        num_attributes: numbers in each label.
+        missing: stands in a label for an attribute that nobody judged.
+
+    Raises:
+        UserError: a file or a line cannot be used, or no row is left.
+    """
+    return _open(
+        split,
+        lambda path: open_judged(path, num_attributes=num_attributes, missing=missing),
+        encode=_pair_encoder(data, tokenizer),
+        build=lambda judged, tokens: ScoredSample(tokens=tokens[0], attributes=judged.attributes),
+        lengths=range(2, max_length + 1),
+        unit="rows",
+    )
+
+
+def open_regression_pairs(
+    data: PairDataConfig,
+    split: Split,
+    tokenizer: Tokenizer,
+    *,
+    max_length: int,
+    num_attributes: int,
+    missing: float,
+) -> RegressionPairDataset:
+    """As ``open_regression``, two consecutive rows as one: the answers to one prompt."""
+    return _open(
+        split,
+        lambda path: open_judged_pairs(path, num_attributes=num_attributes, missing=missing),
+        encode=_pair_encoder(data, tokenizer),
+        build=_build_scored_pair,
+        lengths=range(2, max_length + 1),
+        unit="pairs",
+    )
+
+
+def open_prompts(
+    data: PromptDataConfig, split: Split, tokenizer: Tokenizer, *, max_length: int
+) -> PromptDataset:
+    """Prompts; one is left out where it has more than ``max_length`` tokens, so that an answer has room after it.
+
+    Raises:
+        UserError: a file or a line cannot be used, or no prompt is left.
+    """
+    return _open(
+        split,
+        lambda path: RecordFile(path, read_prompt_text),
+        encode=TextEncoder(tokenizer=tokenizer, add_bos=data.add_bos, append_eos=False),
+        build=lambda prompt, tokens: PromptSample(text=prompt.text, tokens=tokens[0]),
+        lengths=range(1, max_length + 1),
+        unit="prompts",
+    )
+
+
+def _pair_encoder(data: PairDataConfig, tokenizer: Tokenizer) -> TextEncoder:
+    return TextEncoder(tokenizer=tokenizer, add_bos=data.add_bos, append_eos=data.append_eod)
+
+
+def _build_scored_pair(pair: JudgedPair, tokens: Sequence[list[int]]) -> ScoredPairSample:
+    first, second = (
+        ScoredSample(tokens=ids, attributes=judged.attributes)
+        for judged, ids in zip((pair.first, pair.second), tokens, strict=True)
+    )
+    return ScoredPairSample(first=first, second=second)
+
+
+def _open(
+    split: Split,
+    open_file: Callable[[str], Records[T]],
+    *,
+    encode: TextEncoder,
+    build: Callable[[T, Sequence[list[int]]], S],
+    lengths: range,
+    unit: str,
+) -> JoinedDataset[T, S]:
+    assert lengths, lengths
+    parts = []
+    for path in split.paths:
+        records = open_file(path)
+        rows = split.rows(len(records))
+        if not rows:
+            raise UserError(
+                f"model.data.splits_string leaves none of the {len(records)} {unit} of {path} for a split",
+                cure="give the split a greater share, or name files for it under model.data.data_prefix",
+            )
+        parts.append(FittingDataset(records, rows, encode=encode, build=build, lengths=lengths, unit=unit))
+    return JoinedDataset(parts, split.weights)

@@ -2,26 +2,45 @@
 """One rank's share of each global batch, tokenised ahead of training where threads are given."""
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import KW_ONLY, dataclass, field
 from itertools import islice
-from typing import Protocol
+from typing import Generic, Protocol, TypeVar
 
-from nemo_aligner.batch import TokenBatch
-from nemo_aligner.data.collate import collate, empty_sample, padded_length
-from nemo_aligner.data.sample import Sample
+from nemo_aligner.data.collate import padded_length
 from nemo_aligner.data.sampler import GlobalBatchSampler, rank_rows
 
-__all__ = ["SFTLoader", "Samples"]
+__all__ = ["BatchLoader", "Collate", "Row", "Samples"]
 
 
-class Samples(Protocol):
+class Row(Protocol):
+    """What a data set holds: one or more sequences of tokens that stay together, such as a pair."""
+
+    @property
+    def num_tokens(self) -> int:
+        """The length of its longest sequence."""
+        ...
+
+    @property
+    def truncated(self) -> bool:
+        """Whether something was cut to fit."""
+        ...
+
+
+S = TypeVar("S", bound=Row)
+S_co = TypeVar("S_co", bound=Row, covariant=True)
+S_contra = TypeVar("S_contra", bound=Row, contravariant=True)
+B = TypeVar("B")
+B_co = TypeVar("B_co", covariant=True)
+
+
+class Samples(Protocol[S_co]):
     """A map-style data set."""
 
     def __len__(self) -> int: ...
 
-    def __getitem__(self, index: int) -> Sample: ...
+    def __getitem__(self, index: int, /) -> S_co: ...
 
     @property
     def fingerprint(self) -> dict[str, object]:
@@ -29,24 +48,34 @@ class Samples(Protocol):
         ...
 
 
+class Collate(Protocol[S_contra, B_co]):
+    """Makes a micro-batch of rows."""
+
+    def __call__(self, rows: Sequence[S_contra], /, *, pad_id: int, seq_length: int) -> B_co:
+        """The micro-batch, padded to ``seq_length`` tokens; every row fits."""
+        ...
+
+
 @dataclass(frozen=True, slots=True)
-class _Step:
-    micro_batches: list[TokenBatch]
+class _Step(Generic[B]):
+    micro_batches: list[B]
     num_rows: int
     num_truncated: int
 
 
 @dataclass
-class SFTLoader:
+class BatchLoader(Generic[S, B]):
     """Micro-batches of global batch ``index``, for one data-parallel rank.
 
-    All micro-batches of a step have ``micro_batch_size`` rows; missing rows are one padding token with nothing
-    learned. Every rank gets equally many micro-batches.
+    All micro-batches of a step have ``micro_batch_size`` rows; ``filler`` stands for the missing ones. Every
+    rank gets equally many micro-batches. A row may be a pair: then all sizes count pairs.
     """
 
-    dataset: Samples
+    dataset: Samples[S]
     sampler: GlobalBatchSampler
     _: KW_ONLY
+    collate: Collate[S, B]
+    filler: S | None  # None: a micro-batch may have fewer rows, or none
     dp_rank: int
     dp_size: int
     micro_batch_size: int  # rows
@@ -74,11 +103,11 @@ class SFTLoader:
         """Global batches in one pass over the data."""
         return self.sampler.batches_per_epoch
 
-    def batch(self, index: int) -> list[TokenBatch]:
+    def batch(self, index: int) -> list[B]:
         """The micro-batches of global batch ``index``, which counts on from epoch to epoch."""
         return self._count(self._step(index))
 
-    def iterate(self, start: int, stop: int) -> Iterator[list[TokenBatch]]:
+    def iterate(self, start: int, stop: int) -> Iterator[list[B]]:
         """The micro-batches of global batches ``start`` to ``stop - 1``, in order."""
         indices = iter(range(start, stop))
         if self.num_workers == 0:
@@ -87,7 +116,7 @@ class SFTLoader:
         pool = ThreadPoolExecutor(self.num_workers, thread_name_prefix="tokenise")
         try:
             # One batch more than there are threads, so that none of them idles while a batch is trained on.
-            ahead: deque[Future[_Step]] = deque(
+            ahead: deque[Future[_Step[B]]] = deque(
                 pool.submit(self._step, index) for index in islice(indices, self.num_workers + 1)
             )
             while ahead:
@@ -97,7 +126,7 @@ class SFTLoader:
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
 
-    def _step(self, index: int) -> _Step:
+    def _step(self, index: int) -> _Step[B]:
         rows = rank_rows(
             self.sampler.rows(index),
             dp_rank=self.dp_rank,
@@ -107,25 +136,25 @@ class SFTLoader:
         samples = [[self.dataset[row] for row in micro] for micro in rows]
         present = [sample for micro in samples for sample in micro]
         lengths = [self._length(present if self.one_length else micro) for micro in samples]
-        filler = empty_sample(self.pad_id)
         return _Step(
             micro_batches=[
-                collate(
-                    [*micro, *[filler] * (self.micro_batch_size - len(micro))],
-                    pad_id=self.pad_id,
-                    seq_length=length,
-                )
+                self.collate(self._filled(micro), pad_id=self.pad_id, seq_length=length)
                 for micro, length in zip(samples, lengths, strict=True)
             ],
             num_rows=len(present),
             num_truncated=sum(sample.truncated for sample in present),
         )
 
-    def _length(self, samples: list[Sample]) -> int:
-        longest = max((len(sample.tokens) for sample in samples), default=1)
+    def _filled(self, samples: list[S]) -> list[S]:
+        if self.filler is None:
+            return samples
+        return [*samples, *[self.filler] * (self.micro_batch_size - len(samples))]
+
+    def _length(self, samples: list[S]) -> int:
+        longest = max((sample.num_tokens for sample in samples), default=1)
         return padded_length(longest, multiple=self.multiple, maximum=self.max_length)
 
-    def _count(self, step: _Step) -> list[TokenBatch]:
+    def _count(self, step: _Step[B]) -> list[B]:
         self.num_seen += step.num_rows
         self.num_truncated += step.num_truncated
         return step.micro_batches

@@ -12,18 +12,21 @@ from array import array
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Generic, TypeVar
+from typing import Generic, Protocol, TypeVar
 
 from nemo_aligner.errors import UserError
 
 __all__ = [
     "Chat",
     "PromptResponse",
+    "PromptText",
     "RecordFile",
+    "Records",
     "Turn",
     "parse_line",
     "read_chat",
     "read_prompt_response",
+    "read_prompt_text",
     "text_field",
 ]
 
@@ -31,6 +34,41 @@ _DIGESTED = 1 << 20  # bytes at either end of a file that its fingerprint looks 
 _LONGEST_SHOWN = 60  # characters of a bad value in a message
 
 R = TypeVar("R")
+R_co = TypeVar("R_co", covariant=True)
+
+
+class Records(Protocol[R_co]):
+    """The records of one file, in its order."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int, /) -> R_co: ...
+
+    @property
+    def path(self) -> Path:
+        """The file."""
+        ...
+
+    @property
+    def fingerprint(self) -> str:
+        """A digest of what the records follow from."""
+        ...
+
+    def where(self, index: int) -> str:
+        """The place of a record as messages name it."""
+        ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PromptText:
+    """A prompt, to be answered by a model."""
+
+    text: str
+
+    @property
+    def texts(self) -> tuple[str, ...]:
+        """What is to be tokenised."""
+        return (self.text,)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -163,6 +201,11 @@ def read_prompt_response(row: Mapping[str, object], *, keys: Sequence[str]) -> P
     return PromptResponse(fields={key: text_field(row, key) for key in keys})
 
 
+def read_prompt_text(row: Mapping[str, object]) -> PromptText:
+    """The prompt of a row {"text": ...}; UserError if it is missing or no string."""
+    return PromptText(text=text_field(row, "text"))
+
+
 def read_chat(row: Mapping[str, object]) -> Chat:
     """A conversation in either layout: {system, conversations, mask, type} or {messages: [{role, content}]}.
 
@@ -253,9 +296,7 @@ def _objects(row: Mapping[str, object], key: str) -> list[Mapping[str, object]]:
 
 def _map(path: Path) -> mmap.mmap | bytes:
     if not path.is_file():
-        raise UserError(
-            f"there is no data file {path}", cure="set file_path under model.data to a JSONL file"
-        )
+        raise UserError(f"there is no data file {path}", cure="set the path under model.data to a JSONL file")
     if path.suffix == ".gz":
         raise UserError(f"{path} is compressed, and rows are read in any order", cure=f"gunzip -k {path}")
     try:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One tokenised row, and how it is shown to people. Knows neither files nor templates."""
+"""Tokenised rows, and how they are shown to people. Knows neither files nor templates."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -8,7 +8,17 @@ from itertools import groupby
 from nemo_aligner.data.tokenizer import Tokenizer
 from nemo_aligner.errors import UserError
 
-__all__ = ["Sample", "describe", "finish", "split_bos"]
+__all__ = [
+    "ComparisonSample",
+    "PromptSample",
+    "Sample",
+    "ScoredPairSample",
+    "ScoredSample",
+    "TextEncoder",
+    "describe",
+    "finish",
+    "split_bos",
+]
 
 _LONGEST_SHOWN = 1000  # characters of one run of tokens; the middle of a longer one is left out
 
@@ -23,6 +33,88 @@ class Sample:
 
     def __post_init__(self) -> None:
         assert len(self.tokens) == len(self.mask), (len(self.tokens), len(self.mask))
+
+    @property
+    def num_tokens(self) -> int:
+        """The length of its sequence."""
+        return len(self.tokens)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ComparisonSample:
+    """The tokens of a pair of answers, each with the prompt before it."""
+
+    chosen: list[int]
+    rejected: list[int]
+    truncated: bool = False  # pairs are left out where they are too long
+
+    @property
+    def num_tokens(self) -> int:
+        """The length of the longer one."""
+        return max(len(self.chosen), len(self.rejected))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ScoredSample:
+    """The tokens of a judged answer and its prompt."""
+
+    tokens: list[int]
+    attributes: tuple[float, ...]  # NaN where an attribute was not judged
+    truncated: bool = False  # rows are left out where they are too long
+
+    @property
+    def num_tokens(self) -> int:
+        """The length of its sequence."""
+        return len(self.tokens)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ScoredPairSample:
+    """Two judged answers to one prompt."""
+
+    first: ScoredSample
+    second: ScoredSample
+    truncated: bool = False  # pairs are left out where they are too long
+
+    @property
+    def num_tokens(self) -> int:
+        """The length of the longer one."""
+        return max(self.first.num_tokens, self.second.num_tokens)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PromptSample:
+    """A prompt to be answered."""
+
+    text: str
+    tokens: list[int]
+    truncated: bool = False  # prompts are left out where they are too long
+
+    @property
+    def num_tokens(self) -> int:
+        """The length of the prompt."""
+        return len(self.tokens)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TextEncoder:
+    """A whole text to tokens: BOS once where it is wanted, EOS once where it is asked for."""
+
+    tokenizer: Tokenizer
+    add_bos: bool | None  # None: as the tokenizer does
+    append_eos: bool
+
+    def __call__(self, text: str) -> list[int]:
+        """The ids of ``text``; UserError where BOS is wanted of a tokenizer that has none."""
+        ids = self.tokenizer.encode(text)
+        bos = split_bos([ids], tokenizer=self.tokenizer, add_bos=self.add_bos)
+        eos = [self.tokenizer.eos_id] if self.append_eos and ids[-1:] != [self.tokenizer.eos_id] else []
+        return [*bos, *ids, *eos]
+
+    def at_most(self, text: str) -> int | None:
+        """As many tokens as ``text`` can have, known without tokenising it; None where that is not known."""
+        # No tokenizer makes more tokens than characters of plain ASCII, but for a space before it.
+        return len(text) + 3 if text.isascii() else None
 
 
 def finish(tokens: list[int], mask: list[bool], *, truncated: bool, max_seq_length: int) -> Sample:

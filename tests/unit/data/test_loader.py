@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from nemo_aligner.batch import Unit
-from nemo_aligner.data.loader import SFTLoader
+from nemo_aligner.data.collate import collate, empty_sample
+from nemo_aligner.data.loader import BatchLoader
 from nemo_aligner.data.sample import Sample
 from nemo_aligner.data.sampler import GlobalBatchSampler
 from nemo_aligner.errors import UserError
@@ -36,9 +37,11 @@ def loader(
 ):
     rows = rows or Rows(num_rows)
     sampler = GlobalBatchSampler(len(rows), global_batch_size, shuffle=True, seed=3, drop_last=False)
-    return SFTLoader(
+    return BatchLoader(
         rows,
         sampler,
+        collate=collate,
+        filler=empty_sample(999),
         dp_rank=dp_rank,
         dp_size=dp_size,
         micro_batch_size=micro_batch_size,
@@ -141,6 +144,8 @@ def test_without_pipeline_stages_each_micro_batch_is_as_long_as_it_must_be():
     samples = [Sample(tokens=[1] * n, mask=[False] + [True] * (n - 1), truncated=False) for n in (3, 4, 9, 2)]
     sampler = GlobalBatchSampler(4, 4, shuffle=False, seed=0, drop_last=True)
     options = {
+        "collate": collate,
+        "filler": empty_sample(0),
         "dp_rank": 0,
         "dp_size": 1,
         "micro_batch_size": 2,
@@ -149,5 +154,5 @@ def test_without_pipeline_stages_each_micro_batch_is_as_long_as_it_must_be():
         "max_length": 16,
     }
     for one_length, expected in ((True, [10, 10]), (False, [4, 10])):
-        loader = SFTLoader(samples, sampler, **options, one_length=one_length)
+        loader = BatchLoader(samples, sampler, **options, one_length=one_length)
         assert [batch.seq_length for batch in loader.batch(0)] == expected

@@ -1,0 +1,181 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``model.data.data_prefix`` in each of its forms, as one typed description. Opens no file."""
+
+import difflib
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from nemo_aligner.errors import UserError
+
+__all__ = ["DataPrefix", "Split", "parse_data_prefix"]
+
+_KEY = "model.data.data_prefix"
+_EXAMPLE = f"{_KEY}={{train: [train.jsonl], validation: [validation.jsonl], test: [test.jsonl]}}"
+_NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Split:
+    """Where the rows of one split stand."""
+
+    paths: tuple[str, ...]
+    weights: tuple[float, ...] = ()  # each path's share of an epoch's rows, sum 1; empty: every row once
+    start: float = 0.0  # the part of each file that is read, as shares of its rows
+    stop: float = 1.0
+
+    def rows(self, num_rows: int) -> range:
+        """Which of a file's ``num_rows`` rows belong to this split.
+
+        >>> parts = parse_data_prefix(["a.jsonl"], "98,1,1")
+        >>> parts.train.rows(300), parts.validation.rows(300)
+        (range(0, 294), range(294, 297))
+        """
+        return range(round(self.start * num_rows), round(self.stop * num_rows))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DataPrefix:
+    """The splits of a run."""
+
+    train: Split
+    validation: Split
+    test: Split | None  # None: not given, or without a share
+    extra_validation: Mapping[str, Split]  # more validation sets, by keys such as "validation_math"
+
+    @property
+    def paths(self) -> tuple[str, ...]:
+        """All files, each once."""
+        splits = [self.train, self.validation, *self.extra_validation.values()]
+        splits += [] if self.test is None else [self.test]
+        return tuple(dict.fromkeys(path for split in splits for path in split.paths))
+
+
+def parse_data_prefix(value: object, splits_string: str | None) -> DataPrefix:
+    """The splits that ``model.data.data_prefix`` and ``model.data.splits_string`` describe.
+
+    Each split is a path, a list of paths, or weights before paths, ``[0.3, a.jsonl, 0.7, b.jsonl]``.
+
+    Args:
+        value: ``{train, validation, test, validation*}``, a split each; or one split for all three.
+        splits_string: in the second form the shares of train, validation and test, ``"98,1,1"``: each file is
+            cut into them in its own order.
+
+    Raises:
+        UserError: the form is none of these, or a split is missing.
+    """
+    match value:
+        case None:
+            raise UserError(f"{_KEY} is not set", cure=f'set it, as in "{_EXAMPLE}"')
+        case Mapping():
+            if splits_string is not None:
+                raise UserError(
+                    f"model.data.splits_string={splits_string!r} cuts files, but {_KEY} names them split by split",
+                    cure="set model.data.splits_string=null",
+                )
+            return _by_name({str(name): split for name, split in value.items()})
+        case _:
+            return _by_share(_split(value, _KEY), splits_string)
+
+
+def _by_name(given: Mapping[str, object]) -> DataPrefix:
+    for name in given:
+        if name not in ("train", "test") and not name.startswith("validation"):
+            near = difflib.get_close_matches(name, ("train", "validation", "test"), n=1, cutoff=0.4)
+            known = near[0] if near else "train, validation, test"
+            raise UserError(
+                f"{_KEY} has the key {name!r}",
+                cure=f"use {known}; further validation sets have names that start with validation",
+            )
+    for name in ("train", "validation"):
+        if given.get(name) is None:
+            raise UserError(f"{_KEY} has no {name!r}; it has {sorted(given)}", cure=f'write "{_EXAMPLE}"')
+    splits = {name: _split(split, f"{_KEY}.{name}") for name, split in given.items() if split is not None}
+    extra = {name: split for name, split in splits.items() if name not in ("train", "validation", "test")}
+    return DataPrefix(
+        train=splits["train"],
+        validation=splits["validation"],
+        test=splits.get("test"),
+        extra_validation=extra,
+    )
+
+
+def _by_share(split: Split, splits_string: str | None) -> DataPrefix:
+    if splits_string is None:
+        raise UserError(
+            f"{_KEY} names files for all splits, and model.data.splits_string does not say how to cut them",
+            cure=f'set model.data.splits_string="98,1,1", or write "{_EXAMPLE}"',
+        )
+    words = [word.strip() for word in re.split("[,/]", splits_string)]
+    shares = [float(word) for word in words if _NUMBER.fullmatch(word)]
+    if len(shares) != len(words) or len(words) not in (2, 3) or min(shares) < 0:
+        raise UserError(
+            f"model.data.splits_string={splits_string!r} is not two or three numbers",
+            cure='write the shares of train, validation and test, as in "98,1,1"',
+        )
+    if not (shares[0] > 0 and shares[1] > 0):
+        raise UserError(
+            f"model.data.splits_string={splits_string!r} leaves nothing for {'validation' if shares[0] else 'train'}",
+            cure='give both a share, as in "98,1,1"',
+        )
+    total = sum(shares)
+    train_stop, validation_stop = shares[0] / total, (shares[0] + shares[1]) / total
+    has_test = len(shares) == 3 and shares[2] > 0
+    return DataPrefix(
+        train=replace(split, stop=train_stop),
+        validation=replace(split, start=train_stop, stop=validation_stop if has_test else 1.0),
+        test=replace(split, start=validation_stop) if has_test else None,
+        extra_validation={},
+    )
+
+
+def _split(value: object, key: str) -> Split:
+    items = value if isinstance(value, list | tuple) else [value]
+    if not items:
+        raise UserError(f"{key} is an empty list", cure="name at least one JSONL file")
+    if _is_number(items[0]):
+        return _weighted(items, key)
+    return Split(paths=tuple(_path(item, key, place) for place, item in enumerate(items, start=1)))
+
+
+def _weighted(items: Sequence[object], key: str) -> Split:
+    weights = [_weight(item, key, 2 * i + 1) for i, item in enumerate(items[::2])]
+    paths = tuple(_path(item, key, 2 * i + 2) for i, item in enumerate(items[1::2]))
+    if len(weights) != len(paths):
+        raise UserError(
+            f"{key} ends with the weight {items[-1]}", cure="name the file that it belongs to after it"
+        )
+    total = sum(weights)
+    return Split(paths=paths, weights=tuple(weight / total for weight in weights))
+
+
+def _is_number(item: object) -> bool:
+    if isinstance(item, bool):
+        return False
+    return isinstance(item, int | float) or (isinstance(item, str) and bool(_NUMBER.fullmatch(item.strip())))
+
+
+def _weight(item: object, key: str, place: int) -> float:
+    if not _is_number(item):
+        raise UserError(
+            f"entry {place} of {key} is {item!r}, where a weight belongs",
+            cure="write weights before their paths, as in [0.3, a.jsonl, 0.7, b.jsonl]",
+        )
+    assert isinstance(item, int | float | str)
+    weight = float(item)
+    if not (math.isfinite(weight) and weight > 0):
+        raise UserError(
+            f"entry {place} of {key} is the weight {weight:g}",
+            cure="give a weight above 0, or leave its file out",
+        )
+    return weight
+
+
+def _path(item: object, key: str, place: int) -> str:
+    if not isinstance(item, str) or _is_number(item) or not item:
+        raise UserError(
+            f"entry {place} of {key} is {item!r}, where a path belongs",
+            cure="write paths alone, [a.jsonl, b.jsonl], or a weight before each, [0.3, a.jsonl, 0.7, b.jsonl]",
+        )
+    return item
