@@ -11,7 +11,7 @@ Shapes: B rows, S positions, N sequences (N = B unless packed).
 import enum
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Self
+from typing import ClassVar, Self
 
 import torch
 from torch import Tensor
@@ -41,6 +41,8 @@ class Unit(enum.Enum):
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TokenBatch:
     """Rows of tokens, right padded; or, with ``cu_seqlens``, one row that holds N sequences end to end."""
+
+    rows_per_sample: ClassVar[int] = 1  # sequences that one line of data makes
 
     tokens: Tensor  # [B, S] int64, right padded
     mask: Tensor  # [B, S] bool, tokens that are learned from
@@ -161,6 +163,8 @@ class TokenBatch:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PreferenceBatch(TokenBatch):
     """Pairs: sequence 2i is the chosen answer, 2i + 1 the rejected one to the same prompt."""
+
+    rows_per_sample: ClassVar[int] = 2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -213,6 +213,8 @@ def _convert(value: Any, hint: Any, key: str) -> Any:  # noqa: ANN401 - values o
             if value in args:
                 return value
             raise UserError(f"{key}={value!r} is not known", cure=f"use one of {', '.join(map(str, args))}")
+        case builtins.tuple if isinstance(value, list) and args[1:] == (...,):
+            return tuple(_convert(v, args[0], f"{key}[{i}]") for i, v in enumerate(value))
         case builtins.tuple if isinstance(value, list) and len(value) == len(args):
             return tuple(
                 _convert(v, a, f"{key}[{i}]") for i, (v, a) in enumerate(zip(value, args, strict=True))

@@ -134,7 +134,7 @@ class SupervisedTrainer:
         with world.phase(f"step {step}"):
             metrics = self._step(batches)
         self.limit.note("step", metrics["step_time"])
-        consumed = self.state.consumed_samples + int(metrics.pop("rows"))
+        consumed = self.state.consumed_samples + int(metrics.pop("samples"))
         self.state = replace(self.state, step=step, consumed_samples=consumed)
         metrics |= {"consumed_samples": consumed, "epoch": 1 + (step - 1) // self.plan.steps_per_epoch}
         self.run.log({f"train/{name}": value for name, value in metrics.items()}, step=step)
@@ -218,14 +218,14 @@ class SupervisedTrainer:
             "step_time": seconds,
             "tokens_per_s": counts["tokens"] / seconds,
             "learned_tokens": counts["units"],
-            "rows": counts["rows"],
+            "samples": counts["samples"],
         }
 
     def _count(self, batches: Sequence[TokenBatch]) -> dict[str, int]:
-        """Rows, tokens and the objective's units of the global batch; rows that only fill up are not counted."""
+        """Samples, tokens and the objective's units of the global batch; rows that only fill up are not counted."""
         rows = torch.tensor(
             [
-                sum(int((batch.lengths > 1).sum()) for batch in batches),
+                sum(int((batch.lengths > 1).sum()) // batch.rows_per_sample for batch in batches),
                 sum(int(batch.lengths[batch.lengths > 1].sum()) for batch in batches),
                 sum(int(batch.count(self.objective.unit)) for batch in batches),
             ],
@@ -233,7 +233,7 @@ class SupervisedTrainer:
             device=world.device(),
         )
         totals = collectives.sum_over_data_parallel(rows)
-        return {name: int(total) for name, total in zip(("rows", "tokens", "units"), totals, strict=True)}
+        return {name: int(total) for name, total in zip(("samples", "tokens", "units"), totals, strict=True)}
 
     def _training_batches(self) -> Iterator[list[TokenBatch]]:
         """Global batches from the step that is reached on, epoch by epoch."""

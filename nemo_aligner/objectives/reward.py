@@ -23,7 +23,7 @@ class RegressionConfig:
 
     num_attributes: int = 1  # numbers that the head gives to a sequence
     merge_attributes: bool = False  # serve one reward: the attributes weighted by attribute_weights
-    attribute_weights: tuple[float, ...] | list[float] | None = None  # null: each 1 / num_attributes
+    attribute_weights: tuple[float, ...] | None = None  # null: each 1 / num_attributes
     loss_mask_val: float = -100.0  # the label of an attribute that was not judged
     loss_func: LossName = "regression"
     load_rm_head_weights: bool = False  # start from the head of the checkpoint, where it is a reward model

@@ -1,20 +1,31 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Greedy text against transformers.generate, on prompts of unequal length, EOS included."""
+"""What is written: greedy text against transformers.generate, and answers that depend on nothing but their prompt."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    NemotronConfig,
+    NemotronForCausalLM,
+    PreTrainedModel,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 
-from nemo_aligner.batch import TokenBatch
+from nemo_aligner.batch import Prompt, Rollout, TokenBatch
 from nemo_aligner.errors import UserError
 from nemo_aligner.models.gpt.config import GPTConfig
 from nemo_aligner.models.gpt.model import GPT
 from nemo_aligner.models.gpt.policy import GPTPolicy
+from nemo_aligner.models.sampling_config import SamplingConfig
 
-NEW = 16
+NEW = 200
 SIZES = {
     "vocab_size": 101,
     "hidden_size": 32,
@@ -24,10 +35,24 @@ SIZES = {
     "num_key_value_heads": 2,
     "attn_implementation": "eager",
 }
-MODELS = {
+MODELS: dict[str, Callable[[], PreTrainedModel]] = {
     "llama": lambda: LlamaForCausalLM(LlamaConfig(**SIZES)),
+    "llama-bias": lambda: LlamaForCausalLM(
+        LlamaConfig(**SIZES, attention_bias=True, mlp_bias=True, tie_word_embeddings=True)
+    ),
     "mistral": lambda: MistralForCausalLM(MistralConfig(**SIZES, sliding_window=5)),
+    "qwen3": lambda: Qwen3ForCausalLM(Qwen3Config(**SIZES, head_dim=12)),
+    "nemotron": lambda: NemotronForCausalLM(NemotronConfig(**SIZES, partial_rotary_factor=0.5)),
 }
+GREEDY = SamplingConfig(use_greedy=True, max_length=NEW, min_length=0)
+
+
+def answers(rollout: Rollout) -> list[list[int]]:
+    return [row[mask].tolist() for row, mask in zip(rollout.tokens, rollout.mask, strict=True)]
+
+
+def numbered(prompts: Sequence[Sequence[int]]) -> list[Prompt]:
+    return [Prompt(tokens=tokens, number=number) for number, tokens in enumerate(prompts)]
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -57,26 +82,11 @@ def test_greedy_is_transformers(
         return whole[0, len(prompt) :].tolist()
 
     free = [continuation(prompt, None) for prompt in prompts]
-    assert GPTPolicy(ours).generate(prompts, max_new_tokens=NEW) == free
+    assert answers(GPTPolicy(ours).generate(numbered(prompts), GREEDY)) == free
     eos = free[0][3]
     ended = [continuation(prompt, eos) for prompt in prompts]
     assert len({len(row) for row in ended}) > 1, "rows must end at different steps"
-    assert GPTPolicy(ours, eos_id=eos).generate(prompts, max_new_tokens=NEW) == ended
-
-
-def test_learned_positions_bound_the_text(random_model: Callable[[GPTConfig], GPT]):
-    model = random_model(
-        GPTConfig(
-            num_layers=1,
-            hidden_size=32,
-            ffn_hidden_size=48,
-            num_attention_heads=4,
-            vocab_size=101,
-            position_embedding_type="learned_absolute",
-            max_position_embeddings=8,
-        )
-    )
-    policy = GPTPolicy(model)
-    assert len(policy.generate([[1, 2, 3]], max_new_tokens=5)[0]) == 5
-    with pytest.raises(UserError, match=r"9 tokens.*8 learned positions[\s\S]*lower max_new_tokens by 1"):
-        policy.generate([[1], [1, 2, 3]], max_new_tokens=6)
+    for slots in (64, 2, 1):
+        found = GPTPolicy(ours, eos_id=eos).generate(numbered(prompts), GREEDY, slots=slots)
+        assert answers(found) == ended
+        assert found.finished.tolist() == [row[-1] == eos for row in ended]
