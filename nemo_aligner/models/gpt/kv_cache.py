@@ -20,7 +20,7 @@ GROWTH = 64  # tokens; capacity is a multiple of it
 
 
 class KVCache:
-    """One tensor per layer, [n * G, capacity, 2 D]: key and value side by side. Grows as its longest slot does."""
+    """Two tensors per layer, [n, G, capacity, D] each. They grow as the longest slot does."""
 
     def __init__(  # noqa: PLR0913 - sizes
         self,
@@ -35,69 +35,59 @@ class KVCache:
         device: torch.device,
     ) -> None:
         self.lengths = [0] * slots  # tokens of each slot that are in the cache
-        self.groups, self.head_dim, self.scale, self.window = groups, head_dim, scale, window
-        self._capacity = 0
-        self._layers = [torch.zeros(slots * groups, 0, 2 * head_dim, dtype=dtype, device=device)] * layers
+        self.scale, self.window, self.device = scale, window, device
+        empty = torch.zeros(slots, groups, 0, head_dim, dtype=dtype, device=device)
+        self._keys, self._values = [empty] * layers, [empty] * layers
 
     def fill(self, slots: Sequence[int], lengths: Sequence[int]) -> None:
         """Forget what is in ``slots``: :meth:`prefill` is about to write so many tokens into each."""
         self._reserve(max(lengths))
         for slot, length in zip(slots, lengths, strict=True):
             self.lengths[slot] = length
-        device = self._layers[0].device
-        heads = torch.arange(self.groups, device=device)
-        self._rows = (torch.tensor(slots, device=device)[:, None] * self.groups + heads).reshape(-1)
+        self._filled = torch.tensor(slots, device=self.device)
 
     def prefill(self, layer: int, qkv: Tensor) -> Tensor:
         """Causal attention of whole prompts, right padded, which are written into the slots of :meth:`fill`.
 
         [b, S, G, R + 2, D] queries, key and value of each head group to [b, S, G * R * D].
         """
-        b, length, groups, width, size = qkv.shape
+        length = qkv.shape[1]
+        query, key, value = (
+            x.permute(0, 2, 3, 1, 4).flatten(1, 2) for x in qkv.split((qkv.shape[3] - 2, 1, 1), dim=3)
+        )
         # Padding is written too; a slot's length hides it until its own tokens take its place.
-        pairs = qkv[:, :, :, -2:].permute(0, 2, 1, 3, 4).reshape(b * groups, length, 2 * size)
-        self._layers[layer][self._rows, :length] = pairs
-        query = qkv[:, :, :, :-2].permute(0, 2, 3, 1, 4).reshape(b, groups * (width - 2), length, size)
-        key, value = pairs.view(b, groups, length, 2 * size).split(size, dim=-1)
+        self._keys[layer][self._filled, :, :length] = key
+        self._values[layer][self._filled, :, :length] = value
         out = attend(query, key, value, scale=self.scale, window=self.window)
-        return out.transpose(1, 2).reshape(b, length, -1)
+        return out.transpose(1, 2).flatten(2)
 
     def begin_step(self) -> Tensor:
         """Make room for one more token in every slot; [n] int64: its position."""
         longest = max(self.lengths) + 1
         self._reserve(longest)
-        layer = self._layers[0]
-        position = torch.tensor(self.lengths, device=layer.device)
-        rows = torch.arange(layer.shape[0], device=layer.device)
-        self._at = rows * self._capacity + position.repeat_interleave(self.groups)
-        keys = torch.arange(longest, device=layer.device)
+        position = torch.tensor(self.lengths, device=self.device)
+        slots, groups, capacity, _ = self._keys[0].shape
+        heads = torch.arange(slots * groups, device=self.device)
+        self._at = heads * capacity + position.repeat_interleave(groups)
+        keys = torch.arange(longest, device=self.device)
         hidden = keys > position[:, None]
         if self.window is not None:
             hidden |= keys <= position[:, None] - self.window
-        self._bias = torch.zeros(hidden.shape, dtype=layer.dtype, device=layer.device)
-        self._bias.masked_fill_(hidden, -torch.inf)
-        # On a CPU products by hand beat torch's attention of few queries, and they lose nothing in fp32.
-        self._by_hand = layer.device.type == "cpu" and layer.dtype in (torch.float32, torch.float64)
-        if self._by_hand:
-            self._bias = self._bias.repeat_interleave(self.groups, 0)
+        self._mask = self._keys[0].new_zeros(hidden.shape).masked_fill_(hidden, -torch.inf)[:, None, None]
         return position
 
     def step(self, layer: int, qkv: Tensor) -> Tensor:
         """Write each slot's new token and attend to all of its tokens: [n, G, R + 2, D] to [n, G * R * D]."""
-        n, groups, width, size = qkv.shape
-        cached = self._layers[layer]
-        # A step that a slot does not take is written over by its next one.
-        cached.view(-1, 2 * size).index_copy_(0, self._at, qkv[:, :, -2:].reshape(n * groups, 2 * size))
-        key, value = cached[:, : self._bias.shape[-1]].split(size, dim=-1)
-        query = qkv[:, :, :-2].reshape(n * groups, width - 2, size)
-        if self._by_hand:
-            scores = torch.baddbmm(self._bias[:, None], query, key.transpose(1, 2), alpha=self.scale)
-            return torch.bmm(scores.softmax(-1), value).view(n, -1)
-        # The queries of a group as if they were positions: they see the same keys.
-        query, key, value = (x.unflatten(0, (n, groups)) for x in (query, key, value))
-        mask = self._bias[:, None, None]
-        out = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=self.scale)
-        return out.reshape(n, -1)
+        query, new_key, new_value = qkv.split((qkv.shape[2] - 2, 1, 1), dim=2)
+        longest = self._mask.shape[-1]
+        seen = []
+        for cached, new in ((self._keys[layer], new_key), (self._values[layer], new_value)):
+            # A step that a slot does not take is written over by its next one.
+            cached.view(-1, qkv.shape[-1]).index_copy_(0, self._at, new.reshape(-1, qkv.shape[-1]))
+            seen.append(cached[:, :, :longest])
+        # The queries of a group as if they were positions: they see the same keys, which then need no copies.
+        out = F.scaled_dot_product_attention(query, *seen, attn_mask=self._mask, scale=self.scale)
+        return out.reshape(qkv.shape[0], -1)
 
     def end_step(self, alive: Sequence[bool]) -> None:
         """The slots that are ``alive`` keep the token of the step."""
@@ -106,18 +96,19 @@ class KVCache:
     def keep(self, slots: Sequence[int]) -> None:
         """Drop all other slots; those kept are numbered anew, in this order."""
         self.lengths = [self.lengths[slot] for slot in slots]
-        index = torch.tensor(slots, device=self._layers[0].device)
-        for number, layer in enumerate(self._layers):
-            kept = layer.unflatten(0, (-1, self.groups)).index_select(0, index)
-            self._layers[number] = kept.flatten(0, 1)
+        index = torch.tensor(slots, device=self.device)
+        for tensors in (self._keys, self._values):
+            tensors[:] = [x.index_select(0, index) for x in tensors]
 
     def _reserve(self, length: int) -> None:
-        if length <= self._capacity:
+        capacity = self._keys[0].shape[2]
+        if length <= capacity:
             return
         # By half as much again, so that what is copied stays in proportion to what is written.
-        self._capacity = -(-max(length, self._capacity * 3 // 2) // GROWTH) * GROWTH
-        for number, layer in enumerate(self._layers):
-            # Zeros: what is masked must not be NaN.
-            grown = layer.new_zeros(layer.shape[0], self._capacity, layer.shape[2])
-            grown[:, : layer.shape[1]] = layer
-            self._layers[number] = grown
+        capacity = -(-max(length, capacity * 3 // 2) // GROWTH) * GROWTH
+        for tensors in (self._keys, self._values):
+            for layer, x in enumerate(tensors):
+                # Zeros: what is masked must not be NaN.
+                grown = x.new_zeros(*x.shape[:2], capacity, x.shape[3])
+                grown[:, :, : x.shape[2]] = x
+                tensors[layer] = grown

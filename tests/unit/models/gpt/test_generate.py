@@ -25,7 +25,7 @@ from nemo_aligner.models.gpt.model import GPT
 from nemo_aligner.models.gpt.policy import GPTPolicy
 from nemo_aligner.models.sampling_config import SamplingConfig
 
-NEW = 200
+NEW = 40
 SIZES = {
     "vocab_size": 101,
     "hidden_size": 32,
