@@ -28,9 +28,7 @@ __all__ = ["Watch", "generate"]
 
 Watch = Callable[[int, int], None]  # after each step, with the answers that have ended and the tokens written
 
-WORTH_PACKING = (
-    16  # tokens of an answer; a decoder's copy of the weights costs as much time as a few steps save
-)
+WORTH_PACKING = 32  # steps; a decoder's copy of the weights costs the time that some twenty of them save
 PREFILL_TOKENS = 4096  # that are read at once, padding and all: what bounds the memory of activations
 
 
@@ -76,7 +74,9 @@ def generate(
     answers = [_Answer(p, _limit(p, config, model.gpt_config)) for p in prompts]
     waiting = deque(answers)
     if answers:
-        decoder = Decoder(model, slots=min(slots, len(answers)), packs=config.max_length >= WORTH_PACKING)
+        slots = min(slots, len(answers))
+        steps = config.max_length * len(answers) // slots
+        decoder = Decoder(model, slots=slots, packs=steps >= WORTH_PACKING)
         desk = _Desk(decoder, config, stops, step)
         while waiting or any(desk.alive):
             hidden = desk.refill(waiting, desk.advance())
@@ -178,6 +178,8 @@ class _Desk:
                 answer.tokens.append(token)
                 answer.finished = bool(end)
                 self.alive[slot] = answer.alive
+                if not answer.alive:
+                    self.decoder.cache.free(slot)
         if self.seen.shape[1]:
             self.seen.scatter_(1, self.decoder.column(ids)[:, None], True)
 

@@ -39,6 +39,11 @@ class KVCache:
         empty = torch.zeros(slots, groups, 0, head_dim, dtype=dtype, device=device)
         self._keys, self._values = [empty] * layers, [empty] * layers
 
+    @property
+    def capacity(self) -> int:
+        """Tokens for which each slot has room."""
+        return self._keys[0].shape[2]
+
     def fill(self, slots: Sequence[int], lengths: Sequence[int]) -> None:
         """Forget what is in ``slots``: :meth:`prefill` is about to write so many tokens into each."""
         self._reserve(max(lengths))
@@ -93,6 +98,10 @@ class KVCache:
         """The slots that are ``alive`` keep the token of the step."""
         self.lengths = [length + here for length, here in zip(self.lengths, alive, strict=True)]
 
+    def free(self, slot: int) -> None:
+        """Nobody will ask for what is in ``slot``: its length no longer counts."""
+        self.lengths[slot] = 0
+
     def keep(self, slots: Sequence[int]) -> None:
         """Drop all other slots; those kept are numbered anew, in this order."""
         self.lengths = [self.lengths[slot] for slot in slots]
@@ -101,11 +110,10 @@ class KVCache:
             tensors[:] = [x.index_select(0, index) for x in tensors]
 
     def _reserve(self, length: int) -> None:
-        capacity = self._keys[0].shape[2]
-        if length <= capacity:
+        if length <= self.capacity:
             return
         # By half as much again, so that what is copied stays in proportion to what is written.
-        capacity = -(-max(length, capacity * 3 // 2) // GROWTH) * GROWTH
+        capacity = -(-max(length, self.capacity * 3 // 2) // GROWTH) * GROWTH
         for tensors in (self._keys, self._values):
             for layer, x in enumerate(tensors):
                 # Zeros: what is masked must not be NaN.

@@ -87,7 +87,7 @@ def transform(
 ) -> Tensor:
     """[n, V] float logits -> [n, V] float: their softmax over all columns is what tokens are drawn from.
 
-    In the order of transformers' generate: repetition penalty (Keskar et al. 2019, eq. 3: a positive logit is divided
+    In the order of transformers' generate: repetition penalty (Keskar et al. 2019, 4.1: a positive logit is divided
     by it, a negative one multiplied), min_length, temperature, top-k, top-p (Holtzman et al. 2020; on what top-k has
     left), min-p (Nguyen et al. 2024). What is left out gets :data:`DROPPED`. Where two tokens are equally likely, both
     are kept or none. Differentiable; which tokens are kept is taken as given.
@@ -210,7 +210,9 @@ def _softmax_(z: Tensor) -> Tensor:
 
 def _blocks(x: Tensor, *, padding: float) -> Tensor:
     """[n, V] -> [n, ceil(V / BLOCK), BLOCK]. What stands in blocks is found in two steps, each over few numbers."""
-    return F.pad(x, (0, -x.shape[1] % BLOCK), value=padding).view(x.shape[0], -1, BLOCK)
+    if short := -x.shape[1] % BLOCK:
+        x = F.pad(x, (0, short), value=padding)
+    return x.view(x.shape[0], -1, BLOCK)
 
 
 def _most_likely(z: Tensor) -> tuple[Tensor, Tensor]:
@@ -256,7 +258,12 @@ def uniforms(seed: int, step: int, *, number: int, sample: int, count: int) -> T
     """
     key = 0
     for word in (seed, step, number, sample):
-        key = _mixed(key ^ _mixed((word + GOLDEN) & MASK64))
+        key = _mixed(key ^ _mixed(word & MASK64))
+    return stream(key, count)
+
+
+def stream(key: int, count: int) -> Tensor:
+    """[count] float64 in [0, 1): SplitMix64's first outputs from the state ``key``, 53 bits of each."""
     x = torch.arange(1, count + 1, dtype=torch.int64) * _signed(GOLDEN) + _signed(key)
     for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
         x = (x ^ _shifted(x, shift)) * _signed(factor)

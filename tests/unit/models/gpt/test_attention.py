@@ -1,19 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Who sees whom: packed rows, sliding windows, and a cache with a length per row."""
+"""Who sees whom: packed rows and sliding windows."""
 
 from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
 import torch
-from torch import Tensor
 
 from nemo_aligner.batch import TokenBatch
 from nemo_aligner.models.gpt import engine
-from nemo_aligner.models.gpt.attention import KVCache, attend
+from nemo_aligner.models.gpt.attention import attend
 from nemo_aligner.models.gpt.config import GPTConfig
 from nemo_aligner.models.gpt.model import GPT
-from nemo_aligner.models.gpt.policy import GPTPolicy
 from nemo_aligner.objectives.nll import NLL
 
 VOCAB = 101
@@ -97,46 +95,3 @@ def test_packed_and_padded_rows_have_one_loss_and_gradient(
         model.zero_grad()
     assert losses[0] == pytest.approx(losses[1], rel=1e-6)
     torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-4, atol=1e-6)
-
-
-@torch.no_grad()
-def test_cached_steps_are_the_whole_forward(model: GPT, random_rows: Callable[..., TokenBatch]):
-    """Prompts of unequal length, then one token at a time, then several at once: always the logits of the row."""
-    prompts, steps = (7, 1, 4), (1, 1, 1, 3, 1)
-    rows = random_rows([n + sum(steps) for n in prompts], seed=2)
-    whole = engine.logits(model, rows)
-
-    def forward(tokens: Tensor, lengths: Tensor, cache: KVCache) -> Tensor:
-        batch = TokenBatch(tokens=tokens, mask=torch.zeros_like(tokens, dtype=torch.bool), lengths=lengths)
-        return model.head(model(**model.inputs(batch, cache)))[..., :VOCAB].transpose(0, 1)
-
-    lengths = torch.tensor(prompts)
-    cache = KVCache(torch.zeros_like(lengths), max_length=max(prompts) + sum(steps))
-    found = forward(rows.tokens[:, : max(prompts)], lengths, cache)
-    for row, length in enumerate(prompts):
-        torch.testing.assert_close(found[row, :length], whole[row, :length], rtol=1e-5, atol=1e-5)
-    cache.lengths = lengths
-    for new in steps:
-        at = cache.lengths[:, None] + torch.arange(new)
-        found = forward(rows.tokens.gather(1, at), torch.full_like(lengths, new), cache)
-        expected = whole.gather(1, at[..., None].expand(-1, -1, VOCAB))
-        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
-        cache.lengths = cache.lengths + new
-
-
-def test_written_tokens_have_the_log_probs_of_scoring(model: GPT, random_rows: Callable[..., TokenBatch]):
-    policy = GPTPolicy(model)
-    batch = random_rows((5, 1, 9))
-    prompts = [row[:n].tolist() for row, n in zip(batch.tokens, batch.lengths, strict=True)]
-    written = policy.generate(prompts, max_new_tokens=8)
-    rows = [[*p, *w] for p, w in zip(prompts, written, strict=True)]
-    whole = TokenBatch.from_rows(
-        [(r, [True] * len(r)) for r in rows], pad_id=0, seq_length=max(map(len, rows))
-    )
-    best = engine.logits(model, whole).log_softmax(-1).max(-1)
-    logprobs = policy.logprobs(whole)
-    for row, prompt in enumerate(prompts):
-        here = slice(len(prompt), len(prompt) + 8)
-        before = slice(len(prompt) - 1, len(prompt) + 7)
-        assert best.indices[row, before].tolist() == written[row]
-        torch.testing.assert_close(logprobs[row, here], best.values[row, before], rtol=1e-5, atol=1e-5)

@@ -2,6 +2,7 @@
 """What is written: greedy text against transformers.generate, and answers that depend on nothing but their prompt."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -18,14 +19,17 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from nemo_aligner.batch import Prompt, Rollout, TokenBatch
+from nemo_aligner.batch import Prompt, Rollout, TokenBatch, Unit
 from nemo_aligner.errors import UserError
+from nemo_aligner.models.gpt import engine
 from nemo_aligner.models.gpt.config import GPTConfig
 from nemo_aligner.models.gpt.model import GPT
 from nemo_aligner.models.gpt.policy import GPTPolicy
+from nemo_aligner.models.gpt.sampling import Drawn
+from nemo_aligner.models.gpt.view import Projection
 from nemo_aligner.models.sampling_config import SamplingConfig
+from nemo_aligner.objectives.protocol import ModelOutput, Wants
 
-NEW = 40
 SIZES = {
     "vocab_size": 101,
     "hidden_size": 32,
@@ -44,7 +48,6 @@ MODELS: dict[str, Callable[[], PreTrainedModel]] = {
     "qwen3": lambda: Qwen3ForCausalLM(Qwen3Config(**SIZES, head_dim=12)),
     "nemotron": lambda: NemotronForCausalLM(NemotronConfig(**SIZES, partial_rotary_factor=0.5)),
 }
-GREEDY = SamplingConfig(use_greedy=True, max_length=NEW, min_length=0)
 
 
 def answers(rollout: Rollout) -> list[list[int]]:
@@ -55,9 +58,15 @@ def numbered(prompts: Sequence[Sequence[int]]) -> list[Prompt]:
     return [Prompt(tokens=tokens, number=number) for number, tokens in enumerate(prompts)]
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(
+    ("name", "new"), [("llama", 200), *((name, 40) for name in MODELS if name != "llama")]
+)
 def test_greedy_is_transformers(
-    name: str, tmp_path: Path, imported: Callable[[Path, Path], GPT], random_rows: Callable[..., TokenBatch]
+    name: str,
+    new: int,
+    tmp_path: Path,
+    imported: Callable[[Path, Path], GPT],
+    random_rows: Callable[..., TokenBatch],
 ):
     theirs = MODELS[name]().eval()
     draw = torch.Generator().manual_seed(4)
@@ -75,18 +84,248 @@ def test_greedy_is_transformers(
             ids,
             attention_mask=torch.ones_like(ids),
             do_sample=False,
-            max_new_tokens=NEW,
+            max_new_tokens=new,
             eos_token_id=eos,
             pad_token_id=0,
         )
         return whole[0, len(prompt) :].tolist()
 
+    greedy = SamplingConfig(use_greedy=True, max_length=new, min_length=0)
     free = [continuation(prompt, None) for prompt in prompts]
-    assert answers(GPTPolicy(ours).generate(numbered(prompts), GREEDY)) == free
+    assert answers(GPTPolicy(ours).generate(numbered(prompts), greedy)) == free
     eos = free[0][3]
     ended = [continuation(prompt, eos) for prompt in prompts]
     assert len({len(row) for row in ended}) > 1, "rows must end at different steps"
     for slots in (64, 2, 1):
-        found = GPTPolicy(ours, eos_id=eos).generate(numbered(prompts), GREEDY, slots=slots)
+        found = GPTPolicy(ours, eos_id=eos).generate(numbered(prompts), greedy, slots=slots)
         assert answers(found) == ended
         assert found.finished.tolist() == [row[-1] == eos for row in ended]
+
+
+CONFIG = GPTConfig(
+    num_layers=2,
+    hidden_size=32,
+    ffn_hidden_size=48,
+    num_attention_heads=4,
+    num_query_groups=2,
+    vocab_size=101,
+    make_vocab_size_divisible_by=8,
+    normalization="rmsnorm",
+    activation="swiglu",
+    position_embedding_type="rope",
+    max_position_embeddings=96,
+    share_embeddings_and_output_weights=False,
+)
+EOS = 3
+
+
+class Letters:
+    """A tokenizer whose every token is a letter of its own, two of them special."""
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return "".join({EOS: "", 9: "<end>"}.get(i, chr(0x4E00 + i)) for i in ids)
+
+    def token_id(self, token: str) -> int | None:
+        return 9 if token == "<end>" else None
+
+
+@pytest.fixture(scope="module")
+def policy(random_model: Callable[..., GPT]) -> GPTPolicy:
+    return GPTPolicy(random_model(CONFIG), eos_id=EOS, speller=Letters())
+
+
+@pytest.fixture(scope="module")
+def prompts(random_rows: Callable[..., TokenBatch]) -> list[Prompt]:
+    batch = random_rows([1 + 5 * i % 13 for i in range(24)], seed=8)
+    tokens = [row[:n].tolist() for row, n in zip(batch.tokens, batch.lengths, strict=True)]
+    return [Prompt(tokens=t, number=100 + i, sample=i % 3) for i, t in enumerate(tokens)]
+
+
+SAMPLED = SamplingConfig(max_length=60, temperature=1.3)
+SAMPLINGS = {
+    "plain": SAMPLED,
+    "greedy": SamplingConfig(use_greedy=True, max_length=30),
+    "top-p": SamplingConfig(max_length=30, top_p=0.8, min_length=0),
+    "all": SamplingConfig(
+        max_length=30, temperature=0.9, top_k=40, top_p=0.95, min_p=0.01, repetition_penalty=1.2, min_length=4
+    ),
+}
+
+
+def test_a_rollout_says_what_was_written(policy: GPTPolicy, prompts: list[Prompt]):
+    rollout = policy.generate(prompts, SAMPLED, slots=5)
+    assert rollout.group.tolist() == [prompt.number for prompt in prompts]
+    assert rollout.prompt_lengths.tolist() == [len(prompt.tokens) for prompt in prompts]
+    lengths = [len(answer) for answer in answers(rollout)]
+    assert (rollout.lengths - rollout.prompt_lengths).tolist() == lengths
+    assert len(set(lengths)) > 7, "answers must end at different steps"
+    for prompt, row, mask, answer, finished in zip(
+        prompts, rollout.tokens, rollout.mask, answers(rollout), rollout.finished.tolist(), strict=True
+    ):
+        assert row[: len(prompt.tokens)].tolist() == list(prompt.tokens)
+        assert not mask[: len(prompt.tokens)].any()
+        assert finished == (answer[-1] == EOS)
+        assert EOS not in answer[:-1]
+        assert finished or len(answer) == SAMPLED.max_length
+    assert torch.equal(rollout.sampler_logprobs != 0, rollout.mask)
+
+
+@pytest.mark.parametrize("name", SAMPLINGS)
+def test_an_answer_depends_on_its_prompt_alone(policy: GPTPolicy, prompts: list[Prompt], name: str):
+    """At other numbers of slots, in another order, without its neighbours: refilled slots hide what was in them."""
+    expected = answers(policy.generate(prompts, SAMPLINGS[name], slots=64))
+    for slots in (1, 3, 10):
+        assert answers(policy.generate(prompts, SAMPLINGS[name], slots=slots)) == expected
+    some = slice(20, 2, -2)
+    assert answers(policy.generate(prompts[some], SAMPLINGS[name], slots=2)) == expected[some]
+
+
+def test_the_same_call_gives_the_same_bits(policy: GPTPolicy, prompts: list[Prompt]):
+    first, again = (policy.generate(prompts, SAMPLED, slots=7) for _ in range(2))
+    assert torch.equal(first.tokens, again.tokens)
+    assert torch.equal(first.sampler_logprobs, again.sampler_logprobs)
+
+
+def test_seed_step_prompt_and_sample_give_other_answers(policy: GPTPolicy):
+    one = [Prompt(tokens=[5, 6], number=0)]
+    found = [
+        answers(policy.generate(one, SAMPLED)),
+        answers(policy.generate(one, SAMPLED, step=1)),
+        answers(policy.generate(one, replace(SAMPLED, seed=1))),
+        answers(policy.generate([replace(one[0], number=1)], SAMPLED)),
+        answers(policy.generate([replace(one[0], sample=1)], SAMPLED)),
+    ]
+    assert len({str(answer) for answer in found}) == len(found)
+
+
+@pytest.mark.parametrize("name", SAMPLINGS)
+def test_the_trainer_believes_what_the_sampler_did(policy: GPTPolicy, prompts: list[Prompt], name: str):
+    rollout = policy.generate(prompts, SAMPLINGS[name], slots=6)
+    found = policy.logprobs(rollout, SAMPLINGS[name])
+    torch.testing.assert_close(found, rollout.sampler_logprobs, rtol=1e-4, atol=1e-4)
+    assert name == "greedy" or not torch.allclose(found, policy.logprobs(rollout) * rollout.mask, atol=1e-2)
+
+
+def test_first_tokens_are_drawn_as_scoring_says(policy: GPTPolicy):
+    """2000 answers of one token to one prompt, by chi-square against the model's own log-probs."""
+    n, config = 2000, SamplingConfig(max_length=1, min_length=0)
+    prompt = [17, 4, 42]
+    first = policy.generate([Prompt(tokens=prompt, number=0, sample=i) for i in range(n)], config).tokens[
+        :, 3
+    ]
+    every = TokenBatch.from_rows([([*prompt, i], [True] * 4) for i in range(101)], pad_id=0, seq_length=4)
+    expected = policy.logprobs(every)[:, 3].double().exp() * n
+    counts = torch.bincount(first, minlength=101).double()
+    rare = expected < 5
+    expected = torch.cat((expected[~rare], expected[rare].sum()[None]))
+    counts = torch.cat((counts[~rare], counts[rare].sum()[None]))
+    distance = ((counts - expected) ** 2 / expected).sum()
+    freedom = torch.tensor((counts.numel() - 1) / 2, dtype=torch.float64)
+    assert torch.special.gammaincc(freedom, distance / 2) > 1e-3
+
+
+def test_no_answer_is_shorter_than_min_length(policy: GPTPolicy, prompts: list[Prompt]):
+    found = answers(policy.generate(prompts, replace(SAMPLED, min_length=12)))
+    free = answers(policy.generate(prompts, replace(SAMPLED, min_length=0)))
+    assert min(len(answer) for answer in found) > 12
+    assert min(len(answer) for answer in free) < 12
+
+
+def test_end_strings_end_answers(policy: GPTPolicy, prompts: list[Prompt]):
+    sampled = replace(SAMPLED, min_length=0)
+    plain = policy.generate(prompts, sampled)
+    longest = max(answers(plain), key=len)
+    # Two tokens in the middle of an answer, and a token that is a string by itself.
+    text = Letters().decode(longest[10:12])
+    config = replace(sampled, end_strings=(text, "<end>"))
+    rollout = policy.generate(prompts, config, slots=4)
+    ended = 0
+    for before, answer, finished in zip(
+        answers(plain), answers(rollout), rollout.finished.tolist(), strict=True
+    ):
+        cuts = [i + 1 for i, token in enumerate(before) if token == 9]
+        cuts += [i + 2 for i in range(len(before)) if before[i : i + 2] == longest[10:12]]
+        assert answer == before[: min(cuts, default=len(before))]
+        assert finished == (bool(cuts) or before[-1] == EOS)
+        ended += bool(cuts)
+    assert ended > 2
+    with pytest.raises(AssertionError):
+        GPTPolicy(policy.model).generate(prompts, config)
+
+
+def test_progress_is_told(policy: GPTPolicy, prompts: list[Prompt]):
+    seen: list[tuple[int, int]] = []
+    rollout = policy.generate(prompts, SAMPLED, slots=4, watch=lambda *news: seen.append(news))
+    assert seen == sorted(seen)
+    assert seen[-1] == (len(prompts), int(rollout.mask.sum()))
+
+
+def test_no_prompts_make_an_empty_rollout(policy: GPTPolicy):
+    assert policy.generate([], SAMPLED).num_rows == 0
+
+
+@pytest.mark.parametrize("positions", ["rope", "learned_absolute"])
+def test_the_models_positions_bound_the_text(random_model: Callable[..., GPT], positions: str):
+    config = replace(
+        CONFIG, position_embedding_type=positions, max_position_embeddings=8, normalization="layernorm"
+    )
+    policy = GPTPolicy(random_model(config))
+    greedy = SamplingConfig(use_greedy=True, max_length=6)
+    rollout = policy.generate(numbered([[1, 2, 3], [1], [1, 2, 3, 4, 5, 6, 7]]), greedy)
+    assert rollout.lengths.tolist() == [8, 7, 8]
+    assert not rollout.finished.any()
+    with pytest.raises(UserError, match=r"prompt 1 has 8 tokens.*8 positions[\s\S]*7 tokens or fewer"):
+        policy.generate(numbered([[1], [1] * 8]), greedy)
+    with pytest.raises(UserError, match="prompt 0 has no tokens"):
+        policy.generate(numbered([[]]), greedy)
+
+
+def test_a_step_costs_no_more_than_the_longest_answer_asks_for(policy: GPTPolicy):
+    """The cache grows with what is written, not with what might be."""
+    from nemo_aligner.models.gpt.decoder import Decoder
+
+    decoder = Decoder(policy.model, slots=2, packs=False)
+    with torch.no_grad():
+        decoder.prefill([0, 1], [[1, 2, 3], [4]])
+        for _ in range(70):
+            decoder.step(torch.tensor([1, 2]), [True, False])
+    assert decoder.cache.lengths == [73, 1]
+    assert decoder.cache.capacity == 128
+    decoder.cache.free(0)
+    decoder.cache.begin_step()
+    assert decoder.cache.lengths == [0, 1]
+
+
+def test_gradients_are_of_the_distribution_that_was_drawn_from(
+    random_model: Callable[..., GPT], prompts: list[Prompt]
+):
+    """The head in chunks against plain torch on all logits, for a loss of log-probs and entropy."""
+    model = random_model(CONFIG, dtype=torch.float32)
+    sampling = SAMPLINGS["all"]
+    rollout = GPTPolicy(model, eos_id=EOS).generate(prompts[:5], sampling)
+    objective = LogprobsAndEntropy()
+    drawn = Drawn(config=sampling, end_ids=(EOS,))
+    engine.run(model, [rollout], objective, forward_only=False, projection=Projection(drawn=drawn))
+    found = model.output_layer.weight.grad.clone()
+    model.zero_grad()
+    row, position = rollout.mask.nonzero(as_tuple=True)
+    hidden = model(**model.inputs(rollout)).transpose(0, 1)[row, position - 1]
+    z = (hidden @ model.output_layer.weight.t())[:, :101]
+    taken = rollout.tokens[row, position]
+    logp = drawn.transform(rollout, row, position, first=0)(z, slice(None), taken).log_softmax(-1)
+    loss = logp.gather(1, taken[:, None]).sum() + (logp.exp() * logp).sum()
+    (expected,) = torch.autograd.grad(loss / rollout.mask.sum(), model.output_layer.weight)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+class LogprobsAndEntropy:
+    wants = frozenset({Wants.LOGPROBS, Wants.ENTROPY})
+    top_k = 0
+    unit = Unit.TOKEN
+    metrics = ()
+
+    def weights(self, batch: TokenBatch) -> None:  # noqa: ARG002
+        return None
+
+    def __call__(self, output: ModelOutput, batch: TokenBatch) -> tuple[torch.Tensor, dict]:  # noqa: ARG002
+        return output.logprobs.sum() - output.entropy.sum(), {}

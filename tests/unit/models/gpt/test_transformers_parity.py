@@ -20,13 +20,14 @@ from transformers import (
     Qwen3Config,
 )
 
-from nemo_aligner.batch import TokenBatch
+from nemo_aligner.batch import Prompt, TokenBatch
 from nemo_aligner.checkpoint.convert import export_to_huggingface
 from nemo_aligner.checkpoint.nemo_archive import open_nemo, write_nemo
 from nemo_aligner.checkpoint.sharded import save_model
 from nemo_aligner.models.gpt import engine
 from nemo_aligner.models.gpt.model import GPT
 from nemo_aligner.models.gpt.policy import GPTPolicy
+from nemo_aligner.models.sampling_config import SamplingConfig
 
 SIZES = {
     "vocab_size": 101,
@@ -185,8 +186,7 @@ def test_a_published_model_answers_as_published(tmp_path: Path, imported: Callab
     top = last.topk(len(expected["last_logits_top5"]))
     assert top.indices.tolist() == expected["last_logits_top5_ids"]
     assert top.values.tolist() == pytest.approx(expected["last_logits_top5"], abs=1e-4)
-    (written,) = GPTPolicy(ours).generate([ids], max_new_tokens=200)
+    greedy = SamplingConfig(use_greedy=True, max_length=200, min_length=0)
+    written = GPTPolicy(ours).generate([Prompt(tokens=ids, number=0)], greedy).tokens[0]
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    assert (
-        tokenizer.decode([*ids, *written], skip_special_tokens=True).strip() == expected["greedy_200"].strip()
-    )
+    assert tokenizer.decode(written, skip_special_tokens=True).strip() == expected["greedy_200"].strip()
