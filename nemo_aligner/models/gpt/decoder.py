@@ -173,9 +173,10 @@ class Decoder:
         last = self.chunks[-1]
         self.writes = last.post_process
         if self.writes:
-            weight = last.output_layer.weight
+            weight: Tensor | None = last.output_layer.weight
             if last.share_embeddings_and_output_weights:
                 weight = last.shared_embedding_or_output_weight()
+            assert weight is not None
             self.head, self.final_norm = (
                 _Linear(weight, None, rows=rows),
                 _norm(last.decoder.final_layernorm, config),

@@ -1,0 +1,67 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The same answers at every layout: one rank is the oracle, 4 gloo ranks are cut in many ways."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent))
+import fork
+import generate_worker
+import worker
+from generate_worker import CASES, SAMPLINGS, Case
+
+from nemo_aligner.checkpoint.sharded import save_model
+from nemo_aligner.models.gpt.model import build_gpt
+from nemo_aligner.parallel import world
+from nemo_aligner.parallel.ranks import Layout
+
+RANKS = 4
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One rank's answers and, from the same saved weights, what 4 ranks write."""
+    out = tmp_path_factory.mktemp("generate")
+    with world.ensure_single_process():
+        for tied in (True, False):
+            model = build_gpt(worker.config(tied=tied), Layout(), torch.float32)
+            worker.randomize(model)
+            save_model(model, out / f"weights-tied-{tied}")
+            policy = generate_worker.policy(Case(tied=tied), out)
+            oracle = generate_worker.written(policy, generate_worker.prompts(), slots=16)
+            torch.save(oracle, out / f"oracle-tied-{tied}.pt")
+    fork.run_script(generate_worker.__file__, out, ranks=RANKS)
+    return out
+
+
+def load(path: Path) -> dict:
+    return torch.load(path, weights_only=False)
+
+
+@pytest.mark.parametrize("name", SAMPLINGS)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_answers_are_one_ranks(folder: Path, case: Case, name: str):
+    expected, _ = load(folder / f"oracle-tied-{case.tied}.pt")[name]
+    for rank in range(RANKS):
+        found = load(folder / f"{case}-rank{rank}.pt")
+        rollout, trainers = found[name]
+        first, every = found["dp"]
+        mine, width = slice(first, None, every), rollout.seq_length
+        assert torch.equal(rollout.tokens, expected.tokens[mine, :width])
+        assert torch.equal(rollout.mask, expected.mask[mine, :width])
+        for field in ("lengths", "prompt_lengths", "finished", "group"):
+            assert torch.equal(getattr(rollout, field), getattr(expected, field)[mine])
+        torch.testing.assert_close(
+            rollout.sampler_logprobs, expected.sampler_logprobs[mine, :width], rtol=1e-4, atol=1e-4
+        )
+        if found["last"]:
+            torch.testing.assert_close(trainers, rollout.sampler_logprobs, rtol=1e-4, atol=1e-4)
+    assert name == "greedy" or 0 < int(expected.finished.sum()) < expected.num_rows
+
+
+def test_a_rank_with_short_answers_ends_earlier(folder: Path):
+    short, *long = (load(folder / f"time-{rank}.pt") for rank in range(RANKS))
+    assert short["generate"] < min(rank["generate"] for rank in long) / 2
