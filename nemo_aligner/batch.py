@@ -11,7 +11,7 @@ Shapes: B rows, S positions, N sequences (N = B unless packed).
 import enum
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Self
+from typing import ClassVar, Self
 
 import torch
 from torch import Tensor
@@ -34,11 +34,14 @@ class Unit(enum.Enum):
     TOKEN = "token"
     SEQUENCE = "sequence"
     PAIR = "pair"
+    LABEL = "label"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TokenBatch:
     """Rows of tokens, right padded; or, with ``cu_seqlens``, one row that holds N sequences end to end."""
+
+    rows_per_sample: ClassVar[int] = 1  # sequences that one line of data makes
 
     tokens: Tensor  # [B, S] int64, right padded
     mask: Tensor  # [B, S] bool, tokens that are learned from
@@ -63,6 +66,13 @@ class TokenBatch:
     def seq_length(self) -> int:
         """S."""
         return self.tokens.shape[1]
+
+    def ends(self) -> tuple[Tensor, Tensor]:
+        """([N] row, [N] position) of each sequence's last token."""
+        if self.cu_seqlens is None:
+            return torch.arange(self.num_rows, device=self.tokens.device), self.lengths - 1
+        last = self.cu_seqlens[1:].long() - 1
+        return torch.zeros_like(last), last
 
     def starts(self) -> Tensor:
         """[B, S] bool: the first token of every sequence, which nothing predicts."""
@@ -108,6 +118,8 @@ class TokenBatch:
             case Unit.PAIR:
                 # Sequences 2i and 2i + 1; a pair that only fills up learns nothing.
                 return (self.per_sequence(learned.long()).view(-1, 2) > 0).all(1).sum()
+            case Unit.LABEL:
+                raise AssertionError(f"{type(self).__name__} has no labels")
 
     def split(self, rows: int) -> list[Self]:
         """Micro-batches of ``rows`` rows each; the number of rows must divide by it."""
@@ -151,12 +163,22 @@ class TokenBatch:
 class PreferenceBatch(TokenBatch):
     """Pairs: sequence 2i is the chosen answer, 2i + 1 the rejected one to the same prompt."""
 
+    rows_per_sample: ClassVar[int] = 2
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ScoredBatch(TokenBatch):
     """Sequences that people have judged."""
 
     attributes: Tensor  # [N, A] float, NaN where an attribute was not judged
+
+    def judged(self) -> Tensor:
+        """[N, A] bool: attributes that people have judged, of sequences that do not only fill up."""
+        return ~self.attributes.isnan() & (self.per_sequence(self.learned().long()) > 0)[:, None]
+
+    def count(self, unit: Unit) -> Tensor:
+        """As for other batches; labels are the attributes that were judged."""
+        return self.judged().sum() if unit is Unit.LABEL else TokenBatch.count(self, unit)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,44 +1,28 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From Hydra's config to typed, frozen settings. A key that nobody knows is an error with the nearest known one.
+"""The settings of each script: a Job composes the blocks that the layers own, and refuses what cannot go well."""
 
-Each layer owns its block's dataclass; this module composes them into one Job per script.
-"""
-
-import builtins
-import dataclasses
-import difflib
-import logging
-import types
-import typing
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-
-from nemo_aligner.data.config import SFTDataConfig
+from nemo_aligner.data.config import PairDataConfig, SFTDataConfig
 from nemo_aligner.errors import UserError
-from nemo_aligner.models.gpt.config import ARCHITECTURE_KEYS, GPTConfig, precision_name
+from nemo_aligner.models.gpt.config import precision_name
 from nemo_aligner.models.gpt.learning_rate import OptimConfig
 from nemo_aligner.models.gpt.recompute import Granularity, Method, Recompute
+from nemo_aligner.objectives.reward import RegressionConfig
 from nemo_aligner.parallel.ranks import Layout
 from nemo_aligner.run.experiment import ExperimentConfig
 from nemo_aligner.run.schedule import SupervisedConfig
 
-__all__ = ["ModelConfig", "SFTJob", "TrainerConfig", "log_no_effect", "parse"]
-
-logger = logging.getLogger(__name__)
-
-T = TypeVar("T")
+__all__ = ["Job", "ModelConfig", "RMJob", "RMModelConfig", "SFTJob", "SFTModelConfig", "TrainerConfig"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainerConfig:
-    """The ``trainer`` block."""
+    """The ``trainer`` block, without the algorithm's own."""
 
-    sft: SupervisedConfig = field(default_factory=SupervisedConfig)
     num_nodes: int = 1
     devices: int = 1
     precision: str | int = "bf16"
@@ -57,10 +41,8 @@ class PeftConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """The ``model`` block, without the architecture's own keys: those stand in ``architecture``."""
+    """What every ``model`` block has, without the architecture's own keys: those stand in ``architecture``."""
 
-    restore_from_path: str
-    data: SFTDataConfig
     optim: OptimConfig = field(default_factory=OptimConfig)
     peft: PeftConfig = field(default_factory=PeftConfig)
     architecture: dict[str, Any] = field(default_factory=dict)
@@ -71,7 +53,6 @@ class ModelConfig:
     context_parallel_size: int = 1
     expert_model_parallel_size: int = 1
     sequence_parallel: bool = False
-    answer_only_loss: bool = True
     kept_logits_mib: int = 1024
     use_flash_attention: bool | None = None
     resume_from_checkpoint: str | None = None
@@ -106,15 +87,45 @@ class ModelConfig:
         """Padded lengths are multiples of this many tokens: with sequence parallelism each rank has a slice."""
         return self.tensor_model_parallel_size if self.sequence_parallel else 1
 
+    @property
+    def own_keys(self) -> dict[str, Any]:
+        """What the saved model_config.yaml is to say beyond the checkpoint's own and ``architecture``."""
+        return {}
+
 
 @dataclass(frozen=True, kw_only=True)
-class SFTJob:
-    """All settings of train_gpt_sft.py."""
+class Job:
+    """All settings of a script that trains."""
 
     model: ModelConfig
-    trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    trainer: TrainerConfig
     exp_manager: ExperimentConfig = field(default_factory=ExperimentConfig)
-    name: str = "megatron_gpt_sft"
+    name: str
+
+    @property
+    def loop(self) -> SupervisedConfig:
+        """The algorithm's block under ``trainer``."""
+        raise NotImplementedError
+
+    @property
+    def block(self) -> str:
+        """Where :attr:`loop` stands, as in "trainer.sft"."""
+        raise NotImplementedError
+
+    @property
+    def pretrained(self) -> tuple[str, str]:
+        """(the setting that names the checkpoint to start from, its value)."""
+        raise NotImplementedError
+
+    @property
+    def batches(self) -> dict[str, tuple[int, int]]:
+        """{block of settings: (global_batch_size, micro_batch_size)}."""
+        raise NotImplementedError
+
+    @property
+    def files(self) -> Mapping[str, Sequence[str]]:
+        """{setting: the data files that it names}."""
+        raise NotImplementedError
 
     def check(self, world_size: int | None = None) -> None:
         """Refuse what needs neither file nor rank to be seen as wrong.
@@ -128,271 +139,217 @@ class SFTJob:
         model.optim.check()
         model.recompute.check()
         self.exp_manager.check()
-        trainer.sft.check("trainer.sft")
-        for key, value, off, what in (
-            (
-                "model.peft.peft_scheme",
-                model.peft.peft_scheme,
-                ("none", None, ""),
-                "parameter-efficient tuning",
-            ),
-            ("model.context_parallel_size", model.context_parallel_size, (1,), "context parallelism"),
-            (
-                "model.expert_model_parallel_size",
-                model.expert_model_parallel_size,
-                (1,),
-                "expert parallelism",
-            ),
-            ("model.data.sample", model.data.sample, (False,), "drawing rows with replacement"),
-            ("model.ffn_dropout", model.ffn_dropout, (0.0,), "dropout inside the MLP"),
-            (
-                "model.activations_checkpoint_layers_per_pipeline",
-                model.activations_checkpoint_layers_per_pipeline,
-                (None,),
-                "recomputing fewer layers on later stages",
-            ),
-        ):
-            if value not in off:
-                cure = f"set {key}={'null' if off[0] is None else off[0]}"
-                raise UserError(f"{key}={value}: {what} is not supported", cure=cure)
+        self.loop.check(self.block)
+        _refuse_unsupported(model)
         ranks = model.layout.data_parallel_size(trainer.num_nodes * trainer.devices)
-        for name, split in (("train_ds", model.data.train_ds), ("validation_ds", model.data.validation_ds)):
-            unit = split.micro_batch_size * ranks
-            if split.global_batch_size % unit:
-                fit = -(-split.global_batch_size // unit) * unit
+        for block, (whole, micro) in self.batches.items():
+            unit = micro * ranks
+            if whole % unit:
                 raise UserError(
-                    f"model.data.{name}.global_batch_size={split.global_batch_size} is not a multiple of "
-                    f"micro_batch_size={split.micro_batch_size} x {ranks} data parallel ranks = {unit}",
-                    cure=f"set model.data.{name}.global_batch_size={fit}",
+                    f"{block}.global_batch_size={whole} is not a multiple of micro_batch_size={micro} x {ranks} data "
+                    f"parallel ranks = {unit}",
+                    cure=f"set {block}.global_batch_size={-(-whole // unit) * unit}",
                 )
 
     def check_paths(self) -> None:
         """Refuse files that are not there, and an output that is, before ranks start and weights are read."""
-        model = self.model
-        paths = {
-            "model.restore_from_path": model.restore_from_path,
-            "model.data.train_ds.file_path": model.data.train_ds.file_path,
-            "model.data.validation_ds.file_path": model.data.validation_ds.file_path,
-        }
-        for key, path in paths.items():
-            if not Path(path).exists():
-                raise UserError(f"{key}={path} does not exist", cure=f"set {key} to a path that does")
+        key, value = self.pretrained
+        for setting, paths in {key: (value,), **self.files}.items():
+            for path in paths:
+                if not Path(path).exists():
+                    raise UserError(
+                        f"{setting}={path} does not exist", cure=f"set {setting} to a path that does"
+                    )
         self.exp_manager.check_folder()
 
 
-# Settings that are accepted and change nothing: (key, values that ask for nothing, what happens instead). No key that
-# changes numbers may stand here.
-NO_EFFECT: tuple[tuple[str, tuple[object, ...], str], ...] = (
-    ("trainer.accelerator", ("gpu",), "a GPU is used where there is one, else the CPU"),
-    ("trainer.logger", (False,), "exp_manager makes the loggers"),
-    ("trainer.enable_checkpointing", (False,), "exp_manager saves"),
-    ("trainer.use_distributed_sampler", (False,), "the loader deals batches out to ranks"),
-    ("trainer.max_epochs", (), "trainer.sft.max_epochs counts"),
-    ("trainer.max_steps", (), "trainer.sft.max_steps counts"),
-    ("model.global_batch_size", (), "model.data.train_ds.global_batch_size counts"),
-    ("model.micro_batch_size", (), "model.data.train_ds.micro_batch_size counts"),
-    ("model.mcore_gpt", (True,), "models always are megatron-core's"),
-    ("model.megatron_amp_O2", (False,), "weights are in trainer.precision, the optimizer keeps fp32 copies"),
-    (
-        "model.save_nemo_on_validation_end",
-        (False,),
-        "every checkpoint is a model; the .nemo is written at the end",
-    ),
-    ("model.steerlm2", ({},), "supervised fine-tuning reads none of it"),
-    *(
-        (f"model.data.{split}.{name}", idle, instead)
-        for split in ("train_ds", "validation_ds")
-        for name, idle, instead in (
-            ("memmap_workers", (), "one pass over the file finds its lines"),
-            ("min_seq_length", (0, 1), "a sample of any length is used"),
-            ("index_mapping_dir", (), "the index of lines is kept in memory"),
-            ("hf_dataset", (False,), "the file is read as JSONL either way"),
-            ("output_original_text", (True,), "samples carry tokens only"),
-        )
-    ),
-    ("model.data.skip_warmup", (True,), "files are read when rows are asked for"),
-    ("model.data.index_mapping_dir", (), "the index of lines is kept in memory"),
-    ("model.data.eod_mask_loss", (False,), "what is learned goes by position, never by token"),
-    ("model.overwrite_base_config", ({"data": {"data_prefix": True}},), "a checkpoint's data are not read"),
-    ("exp_manager.checkpoint_callback_params.model_parallel_size", (), "a checkpoint loads at any layout"),
-    *(
-        (f"model.{name}", (False,), "the kernels follow from what is installed")
-        for name in (
-            "transformer_engine",
-            "apply_rope_fusion",
-            "bias_dropout_add_fusion",
-            "masked_softmax_fusion",
-            "gradient_accumulation_fusion",
-            "persist_layer_norm",
-        )
-    ),
-    *(
+def _refuse_unsupported(model: ModelConfig) -> None:
+    per_pipeline = model.activations_checkpoint_layers_per_pipeline
+    for name, value, off, what in (
+        ("peft.peft_scheme", model.peft.peft_scheme, ("none", None, ""), "parameter-efficient tuning"),
+        ("context_parallel_size", model.context_parallel_size, (1,), "context parallelism"),
+        ("expert_model_parallel_size", model.expert_model_parallel_size, (1,), "expert parallelism"),
+        ("ffn_dropout", model.ffn_dropout, (0.0,), "dropout inside the MLP"),
         (
-            f"model.{name}",
-            (False,),
-            "Megatron's schedules and its distributed optimizer decide how ranks exchange tensors",
-        )
-        for name in (
-            "sync_batch_comm",
-            "gradient_as_bucket_view",
-            "grad_div_ar_fusion",
-            "grad_allreduce_chunk_size_mb",
-            "async_grad_allreduce",
-            "overlap_p2p_comm",
-            "batch_p2p_comm",
-            "ub_tp_comm_overlap",
-            "ub_tp_comm_overlap_cfg",
-            "defer_embedding_wgrad_compute",
-        )
-    ),
-    *(
-        (
-            f"model.dist_ckpt_{name}",
-            (),
-            "checkpoints are written in parallel by all ranks, in the torch_dist format",
-        )
-        for name in (
-            "format",
-            "load_on_device",
-            "parallel_save",
-            "parallel_save_within_dp",
-            "parallel_load",
-            "parallel_dist_opt",
-            "torch_dist_multiproc",
-            "assume_constant_structure",
-        )
-    ),
-    ("model.use_cpu_initialization", (False,), "weights come from the checkpoint"),
-    ("model.nsys_profile", ({},), "there is no profiler within"),
-)
-ACCEPTED = frozenset(key for key, _, _ in NO_EFFECT)
+            "activations_checkpoint_layers_per_pipeline",
+            per_pipeline,
+            (None,),
+            "recomputing fewer layers on later stages",
+        ),
+    ):
+        if value not in off:
+            idle = "null" if off[0] is None else off[0]
+            raise UserError(f"model.{name}={value}: {what} is not supported", cure=f"set model.{name}={idle}")
 
 
-def log_no_effect(config: DictConfig) -> None:
-    """One line for each setting of ``config``, as Hydra composed it, that asks for an effect it does not have."""
-    for key, idle, instead in NO_EFFECT:
-        parent, _, name = key.rpartition(".")
-        block = OmegaConf.select(config, parent)
-        # An interpolation only repeats another setting.
-        if block is None or name not in block or OmegaConf.is_interpolation(block, name):
-            continue
-        value = OmegaConf.select(config, key)
-        if value not in (None, *idle):
-            logger.info("%s=%s has no effect: %s", key, value, instead)
+@dataclass(frozen=True, kw_only=True)
+class SFTTrainerConfig(TrainerConfig):
+    """The ``trainer`` block of train_gpt_sft.py."""
+
+    sft: SupervisedConfig = field(default_factory=SupervisedConfig)
 
 
-def parse(config: DictConfig, kind: type[T]) -> T:
-    """``config`` as a ``kind``.
+@dataclass(frozen=True, kw_only=True)
+class SFTModelConfig(ModelConfig):
+    """The ``model`` block of train_gpt_sft.py."""
 
-    Raises:
-        UserError: a key is unknown (with the nearest known one), missing, or has a value of the wrong type.
-    """
-    try:
-        values = OmegaConf.to_container(config, resolve=True, throw_on_missing=False)
-    except OmegaConfBaseException as error:
-        line = str(error).splitlines()[0]
-        raise UserError(
-            f"the configuration does not resolve: {line}", cure="correct the key it names"
-        ) from error
-    assert isinstance(values, dict)
-    values = {str(k): v for k, v in values.items() if k != "hydra"}
-    model = values.get("model")
-    if isinstance(model, dict):
-        # null leaves the checkpoint's own value in place.
-        hints = typing.get_type_hints(GPTConfig)
-        given = {k: v for k, v in model.items() if k in ARCHITECTURE_KEYS and v is not None}
-        for key in given.keys() & hints.keys():
-            converted = _convert(given[key], hints[key], f"model.{key}")
-            # A block is checked and stays as model_config.yaml has it.
-            given[key] = given[key] if dataclasses.is_dataclass(converted) else converted
-        values["model"] = {k: v for k, v in model.items() if k not in ARCHITECTURE_KEYS} | {
-            "architecture": given
+    restore_from_path: str
+    data: SFTDataConfig
+    answer_only_loss: bool = True
+
+
+@dataclass(frozen=True, kw_only=True)
+class SFTJob(Job):
+    """All settings of train_gpt_sft.py."""
+
+    model: SFTModelConfig
+    trainer: SFTTrainerConfig = field(default_factory=SFTTrainerConfig)
+    name: str = "megatron_gpt_sft"
+
+    @property
+    def loop(self) -> SupervisedConfig:
+        """See Job."""
+        return self.trainer.sft
+
+    @property
+    def block(self) -> str:
+        """See Job."""
+        return "trainer.sft"
+
+    @property
+    def pretrained(self) -> tuple[str, str]:
+        """See Job."""
+        return "model.restore_from_path", self.model.restore_from_path
+
+    @property
+    def batches(self) -> dict[str, tuple[int, int]]:
+        """See Job."""
+        splits = {"train_ds": self.model.data.train_ds, "validation_ds": self.model.data.validation_ds}
+        return {
+            f"model.data.{name}": (split.global_batch_size, split.micro_batch_size)
+            for name, split in splits.items()
         }
-    return _build(values, kind, "")
 
+    @property
+    def files(self) -> Mapping[str, Sequence[str]]:
+        """See Job."""
+        data = self.model.data
+        return {
+            "model.data.train_ds.file_path": (data.train_ds.file_path,),
+            "model.data.validation_ds.file_path": (data.validation_ds.file_path,),
+        }
 
-def _build(values: Mapping[str, Any], kind: type[T], path: str) -> T:
-    hints = typing.get_type_hints(kind)
-    known = {f.name: f for f in dataclasses.fields(kind)}  # type: ignore[arg-type]
-    for key in values:
-        if key not in known and f"{path}{key}" not in ACCEPTED:
-            _refuse_unknown(f"{path}{key}", key, [*known, *(ARCHITECTURE_KEYS if path == "model." else ())])
-    given = {}
-    for name, spec in known.items():
-        required = spec.default is dataclasses.MISSING and spec.default_factory is dataclasses.MISSING
-        if name in values and values[name] != "???":
-            given[name] = _convert(values[name], hints[name], f"{path}{name}")
-        elif required or name in values:
-            raise UserError(f"{path}{name} is not set", cure=f"add {path}{name}=... to the command line")
-    return kind(**given)
-
-
-def _refuse_unknown(key: str, name: str, known: list[str]) -> typing.NoReturn:
-    near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    prefix = key[: -len(name)]
-    cure = (
-        f"did you mean {prefix}{near[0]}?"
-        if near
-        else f"known keys: {', '.join(prefix + k for k in sorted(known))}"
-    )
-    raise UserError(f"unknown key {key}", cure=cure)
-
-
-def _convert(value: Any, hint: Any, key: str) -> Any:  # noqa: ANN401 - values of a YAML file
-    if isinstance(hint, type) and dataclasses.is_dataclass(hint):
-        if not isinstance(value, dict):
+    def check(self, world_size: int | None = None) -> None:
+        """See Job."""
+        Job.check(self, world_size)
+        if self.model.data.sample:
             raise UserError(
-                f"{key}={value!r} is not a block of keys", cure=f"set keys below it, as in {key}.NAME=..."
+                "model.data.sample=True: drawing rows with replacement is not supported",
+                cure="set model.data.sample=False",
             )
-        return _build(value, hint, f"{key}.")
-    args = typing.get_args(hint)
-    match typing.get_origin(hint):
-        case typing.Union | types.UnionType:
-            return _convert_union(value, args, key)
-        case typing.Literal:
-            if value in args:
-                return value
-            raise UserError(f"{key}={value!r} is not known", cure=f"use one of {', '.join(map(str, args))}")
-        case builtins.tuple if isinstance(value, list) and len(value) == len(args):
-            return tuple(
-                _convert(v, a, f"{key}[{i}]") for i, (v, a) in enumerate(zip(value, args, strict=True))
-            )
-        case builtins.dict if isinstance(value, dict):
-            return value
-    return _convert_plain(value, hint, key)
 
 
-def _convert_union(value: Any, options: tuple[Any, ...], key: str) -> Any:  # noqa: ANN401
-    if value is None and type(None) in options:
-        return None
-    kinds = [option for option in options if option is not type(None)]
-    if any(_is_exactly(value, kind) for kind in kinds):
-        return value
-    return _convert(value, kinds[0], key)
+@dataclass(frozen=True, kw_only=True)
+class RMConfig(SupervisedConfig):
+    """The ``trainer.rm`` block."""
+
+    train_random_sampler: bool = True  # a new order of pairs each epoch
+    val_random_sampler: bool = False  # validation in random order
 
 
-def _convert_plain(value: Any, hint: Any, key: str) -> Any:  # noqa: ANN401
-    if _is_exactly(value, hint):
-        return value
-    if hint is float and isinstance(value, int | str) and not isinstance(value, bool):
-        return _number(value, key)
-    if hint is str and isinstance(value, int | float):
-        return str(value)
-    name = hint.__name__ if isinstance(hint, type) else str(hint)
-    raise UserError(f"{key}={value!r} is not of type {name}", cure=f"give {key} a value of type {name}")
+@dataclass(frozen=True, kw_only=True)
+class RMTrainerConfig(TrainerConfig):
+    """The ``trainer`` block of train_reward_model.py."""
+
+    rm: RMConfig = field(default_factory=RMConfig)
 
 
-def _is_exactly(value: object, hint: object) -> bool:
-    return (
-        isinstance(hint, type)
-        and isinstance(value, hint)
-        and not (isinstance(value, bool) and hint is not bool)
-    )
+@dataclass(frozen=True, kw_only=True)
+class PretrainedConfig:
+    """The ``pretrained_checkpoint`` block."""
+
+    restore_from_path: str  # a language model, or a reward model to go on with
 
 
-def _number(value: int | str, key: str) -> float:
-    try:
-        # YAML 1.1 reads 5e-6 as a string.
-        return float(value)
-    except ValueError as error:
-        raise UserError(f"{key}={value!r} is not a number", cure=f"set {key} to a number") from error
+@dataclass(frozen=True, kw_only=True)
+class StandardizationConfig:
+    """The ``model.reward_standardization`` block."""
+
+    enable: bool = False  # serve (reward - mean) / std
+    mean: float | None = None
+    std: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class RMModelConfig(ModelConfig):
+    """The ``model`` block of train_reward_model.py."""
+
+    data: PairDataConfig
+    reward_model_type: str = "binary_ranking"
+    regression: RegressionConfig = field(default_factory=RegressionConfig)
+    reward_standardization: StandardizationConfig = field(default_factory=StandardizationConfig)
+    output_sequence: bool = False
+    use_avg_pool: bool = False
+    force_head_dtype: str = "float32"
+    micro_batch_size: int = 2
+    global_batch_size: int = 64
+    forward_micro_batch_size: int | None = None
+
+    @property
+    def own_keys(self) -> dict[str, Any]:
+        """See ModelConfig."""
+        regression = self.regression
+        return {
+            "share_embeddings_and_output_weights": False,
+            "reward_model_type": self.reward_model_type,
+            "regression": {
+                "num_attributes": regression.num_attributes,
+                "merge_attributes": regression.merge_attributes,
+                "attribute_weights": regression.weights if regression.attribute_weights else None,
+                "loss_mask_val": regression.loss_mask_val,
+                "loss_func": regression.loss_func,
+            },
+            "output_sequence": self.output_sequence,
+            "use_avg_pool": self.use_avg_pool,
+            "force_head_dtype": self.force_head_dtype,
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class RMJob(Job):
+    """All settings of train_reward_model.py."""
+
+    model: RMModelConfig
+    pretrained_checkpoint: PretrainedConfig
+    trainer: RMTrainerConfig = field(default_factory=RMTrainerConfig)
+    name: str = "megatron_gpt"
+
+    @property
+    def loop(self) -> SupervisedConfig:
+        """See Job."""
+        return self.trainer.rm
+
+    @property
+    def block(self) -> str:
+        """See Job."""
+        return "trainer.rm"
+
+    @property
+    def pretrained(self) -> tuple[str, str]:
+        """See Job."""
+        return "pretrained_checkpoint.restore_from_path", self.pretrained_checkpoint.restore_from_path
+
+    @property
+    def batches(self) -> dict[str, tuple[int, int]]:
+        """See Job."""
+        return {"model": (self.model.global_batch_size, self.model.micro_batch_size)}
+
+    @property
+    def files(self) -> Mapping[str, Sequence[str]]:
+        """See Job."""
+        return {"model.data.data_prefix": self.model.data.splits.paths}
+
+    def check(self, world_size: int | None = None) -> None:
+        """See Job."""
+        Job.check(self, world_size)
+        self.model.regression.check()

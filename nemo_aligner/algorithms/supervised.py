@@ -14,7 +14,7 @@ from nemo_aligner.batch import TokenBatch
 from nemo_aligner.checkpoint.training import Checkpoint, TrainerState, TrainingCheckpoints, monitor_name
 from nemo_aligner.errors import UserError
 from nemo_aligner.models.alignable_interface import SupervisedInterface
-from nemo_aligner.objectives.protocol import Objective
+from nemo_aligner.objectives.protocol import Objective, with_spread
 from nemo_aligner.parallel import collectives, world
 from nemo_aligner.run.experiment import Experiment
 from nemo_aligner.run.progress import ProgressBar
@@ -134,7 +134,7 @@ class SupervisedTrainer:
         with world.phase(f"step {step}"):
             metrics = self._step(batches)
         self.limit.note("step", metrics["step_time"])
-        consumed = self.state.consumed_samples + int(metrics.pop("rows"))
+        consumed = self.state.consumed_samples + int(metrics.pop("samples"))
         self.state = replace(self.state, step=step, consumed_samples=consumed)
         metrics |= {"consumed_samples": consumed, "epoch": 1 + (step - 1) // self.plan.steps_per_epoch}
         self.run.log({f"train/{name}": value for name, value in metrics.items()}, step=step)
@@ -199,7 +199,8 @@ class SupervisedTrainer:
             units += weight
             for name, value in metrics.items():
                 sums[name] = sums.get(name, 0.0) + weight * value
-        means = {f"validation/{name}": value / max(units, 1) for name, value in sums.items()}
+        whole = with_spread({name: value / max(units, 1) for name, value in sums.items()})
+        means = {f"validation/{name}": value for name, value in whole.items()}
         means["validation/step_time"] = time.perf_counter() - started
         if world.is_logging_rank():
             logger.info("validation loss %.4f", means["validation/loss"])
@@ -213,18 +214,18 @@ class SupervisedTrainer:
         counts = self._count(batches)
         seconds = time.perf_counter() - started
         return {
-            **metrics,
+            **with_spread(metrics),
             "step_time": seconds,
             "tokens_per_s": counts["tokens"] / seconds,
             "learned_tokens": counts["units"],
-            "rows": counts["rows"],
+            "samples": counts["samples"],
         }
 
     def _count(self, batches: Sequence[TokenBatch]) -> dict[str, int]:
-        """Rows, tokens and the objective's units of the global batch; rows that only fill up are not counted."""
+        """Samples, tokens and the objective's units of the global batch; rows that only fill up are not counted."""
         rows = torch.tensor(
             [
-                sum(int((batch.lengths > 1).sum()) for batch in batches),
+                sum(int((batch.lengths > 1).sum()) // batch.rows_per_sample for batch in batches),
                 sum(int(batch.lengths[batch.lengths > 1].sum()) for batch in batches),
                 sum(int(batch.count(self.objective.unit)) for batch in batches),
             ],
@@ -232,7 +233,7 @@ class SupervisedTrainer:
             device=world.device(),
         )
         totals = collectives.sum_over_data_parallel(rows)
-        return {name: int(total) for name, total in zip(("rows", "tokens", "units"), totals, strict=True)}
+        return {name: int(total) for name, total in zip(("samples", "tokens", "units"), totals, strict=True)}
 
     def _training_batches(self) -> Iterator[list[TokenBatch]]:
         """Global batches from the step that is reached on, epoch by epoch."""

@@ -26,6 +26,7 @@ __all__ = [
 ]
 
 FAMILIES = (LLAMA, MISTRAL, QWEN2, QWEN3, NEMOTRON)  # the first that fits is what NeMo's models become
+_ALL = (*FAMILIES, *(family.with_reward_head() for family in FAMILIES))
 _DTYPE_NAMES = {"bf16": "bfloat16", "16": "float16", "32": "float32"}
 # What decides the computation, with the value that a model_config.yaml without it means.
 _COMPUTATION = {
@@ -48,7 +49,7 @@ _LLAMA3_ROPE_KEYS = ("factor", "low_freq_factor", "high_freq_factor", "original_
 def family_of(hf_config: dict[str, Any], where: str) -> Family:
     """The family that config.json names; UserError, listing those that there are, for any other."""
     architectures = hf_config.get("architectures") or []
-    for family in FAMILIES:
+    for family in _ALL:
         if family.architecture in architectures or (
             not architectures and hf_config.get("model_type") == family.model_type
         ):
@@ -56,7 +57,7 @@ def family_of(hf_config: dict[str, Any], where: str) -> Family:
     found = ", ".join(architectures) or hf_config.get("model_type")
     raise UserError(
         f"{where}: architecture {found} is not supported",
-        cure=f"use a model of {' or '.join(family.architecture for family in FAMILIES)}",
+        cure=f"use a model of {' or '.join(family.architecture for family in _ALL)}",
     )
 
 
@@ -88,7 +89,18 @@ def to_nemo_config(family: Family, hf_config: dict[str, Any], where: str) -> dic
     config.setdefault("window_size", _read_window(hf_config, where) if family.window_by_layer else None)
     config["bias"] = _read_biases(family, hf_config, where)
     config |= _read_rope(family, hf_config, where)
-    return config
+    return config | _read_rewards(hf_config) if family.rewards else config
+
+
+def _read_rewards(hf_config: dict[str, Any]) -> dict[str, Any]:
+    """What model_config.yaml says of a reward model; config.json has names for its labels, two where it has none."""
+    labels = len(hf_config["id2label"]) if hf_config.get("id2label") else int(hf_config.get("num_labels", 2))
+    return {
+        "reward_model_type": "binary_ranking" if labels == 1 else "regression",
+        "regression": {"num_attributes": labels},
+        "use_avg_pool": False,
+        "share_embeddings_and_output_weights": False,
+    }
 
 
 def _read_window(hf_config: dict[str, Any], where: str) -> int | None:
@@ -179,6 +191,9 @@ def to_hf_config(family: Family, config: dict[str, Any]) -> dict[str, Any]:
             hf_config |= {"sliding_window": window, "max_window_layers": 0}
     hf_config |= _rope_for_export(family, config)
     hf_config["dtype"] = _DTYPE_NAMES[str(config["precision"])]
+    if family.rewards:
+        names = {str(label): f"LABEL_{label}" for label in range(dims_of(config).labels)}
+        hf_config |= {"id2label": names, "label2id": {name: int(label) for label, name in names.items()}}
     return hf_config
 
 
@@ -218,12 +233,16 @@ def family_for_export(config: dict[str, Any]) -> tuple[Family, dict[str, Any]]:
             raise UserError(
                 f"{name}={config[name]} has no place in config.json", cure="write it as rope_scaling"
             )
-    obstacles = {family.architecture: _obstacles(family, config) for family in FAMILIES}
+    families = [family for family in _ALL if family.rewards == bool(config.get("reward_model_type"))]
+    obstacles = {family.architecture: _obstacles(family, config) for family in families}
     fitting = [architecture for architecture, found in obstacles.items() if not found]
     nearest = min(obstacles, key=lambda architecture: len(obstacles[architecture]))
     wanted = (config.get("huggingface") or {}).get("architecture") or nearest
+    if config.get("reward_model_type"):
+        # A reward model names the language model that it was made of.
+        wanted = wanted.replace("ForCausalLM", "ForSequenceClassification")
     if not (found := obstacles.get(wanted, obstacles[nearest])):
-        return next(family for family in FAMILIES if family.architecture == wanted), config
+        return next(family for family in families if family.architecture == wanted), config
     raise UserError(
         f"{wanted} cannot express this model: {'; '.join(found)}",
         cure=f"set huggingface.architecture: {fitting[0]} in model_config.yaml"
@@ -238,11 +257,13 @@ def _obstacles(family: Family, config: dict[str, Any]) -> list[str]:
     found = {name: config[name] for name in _COMPUTATION} | {
         "qkv_bias": config["qkv_bias"] and not config["bias"]
     }
-    fixed = {"bias": False, "qkv_bias": False} | family.nemo
+    fixed = _COMPUTATION | {"bias": False, "qkv_bias": False} | family.nemo
+    if family.rewards:
+        found["use_avg_pool"], fixed["use_avg_pool"] = bool(config.get("use_avg_pool")), False
     return [
         f"{name}={value}, it has {wanted}"
         for name, value in found.items()
-        if name not in family.free and _same(value) != _same(wanted := fixed.get(name, _COMPUTATION[name]))
+        if name not in family.free and _same(value) != _same(wanted := fixed[name])
     ]
 
 
@@ -265,4 +286,11 @@ def dims_of(config: dict[str, Any]) -> Dims:
         groups=int(config.get("num_query_groups") or heads),
         head_dim=int(config.get("kv_channels") or config["hidden_size"] // heads),
         vocab=int(config["vocab_size"]),
+        labels=_labels(config),
     )
+
+
+def _labels(config: dict[str, Any]) -> int:
+    if config.get("reward_model_type") != "regression":
+        return 1
+    return int((config.get("regression") or {}).get("num_attributes", 1))

@@ -37,6 +37,9 @@ __all__ = ["ImportedModel", "export_huggingface", "import_huggingface", "import_
 
 _log = logging.getLogger(__name__)
 
+# NeMo's reward head has a bias, Hugging Face's has none.
+_HEAD_WEIGHT, _HEAD_BIAS = "rm_head.weight", "rm_head.bias"
+
 
 @dataclass(frozen=True, kw_only=True)
 class ImportedModel:
@@ -180,7 +183,7 @@ def _entries(family: Family, config: dict[str, Any]) -> list[_Entry]:
     for layer in range(dims.layers):
         for rule in family.layer:
             entries += [_entry(rule, dims, layer=layer, kind=kind) for kind in _kinds(rule, config)]
-    if not config["share_embeddings_and_output_weights"]:
+    if family.rewards or not config["share_embeddings_and_output_weights"]:
         entries.append(_entry(family.head, dims))
     return entries
 
@@ -243,7 +246,10 @@ def _read_all(
             raise UserError(
                 f"{where}: {list(entry.sources)} differ in dtype", cure="convert the model to one dtype"
             )
-        yield entry.nemo, entry.rule.join(parts, dims)
+        joined = entry.rule.join(parts, dims)
+        yield entry.nemo, joined
+        if entry.nemo == _HEAD_WEIGHT:
+            yield _HEAD_BIAS, joined.new_zeros(dims.labels)
         progress.advance()
 
 
@@ -253,6 +259,13 @@ def _check_reader(entries: list[_Entry], reader: WeightReader) -> None:
     cure = "export a checkpoint that matches its model_config.yaml"
     if missing := expected.keys() - names:
         raise UserError(f"the checkpoint lacks tensors: {_list(missing)}", cure=cure)
+    if _HEAD_BIAS in names and _HEAD_WEIGHT in expected:
+        names.remove(_HEAD_BIAS)
+        if reader.read(_HEAD_BIAS).any():
+            raise UserError(
+                f"the reward head has a bias, {reader.read(_HEAD_BIAS).tolist()}, and Hugging Face's has none",
+                cure="train with pairs, which leave the bias at 0, or serve the .nemo",
+            )
     if extra := names - expected.keys():
         raise UserError(f"the checkpoint has tensors that cannot be exported: {_list(extra)}", cure=cure)
     for entry in entries:

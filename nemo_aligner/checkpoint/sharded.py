@@ -121,14 +121,20 @@ def save_model(
     return save_state(model.sharded_state_dict(prefix=PREFIX), folder, executor=executor)
 
 
-def load_model(model: MegatronModule, folder: Path) -> None:
+def load_model(model: MegatronModule, folder: Path, *, but: str | None = None) -> None:
     """Fill ``model`` on every rank from ``folder``, whatever layout it was saved at.
+
+    Args:
+        but: the name of a module that keeps the weights it has.
 
     Raises:
         UserError: a tensor is missing, has another shape, or the folder could run code.
     """
+    wanted = model.sharded_state_dict(prefix=PREFIX)
+    if but is not None:
+        wanted = {name: value for name, value in wanted.items() if f".{but}." not in name}
     state = load_state(
-        model.sharded_state_dict(prefix=PREFIX),
+        wanted,
         folder,
         remedy="use the model_config.yaml that was saved with these weights, without architecture overrides",
     )
@@ -137,4 +143,7 @@ def load_model(model: MegatronModule, folder: Path) -> None:
         {name.removeprefix(PREFIX): value for name, value in state.items()}, strict=False
     )
     assert not lacks.unexpected_keys, lacks.unexpected_keys
-    assert all(name.endswith("_extra_state") for name in lacks.missing_keys), lacks.missing_keys
+    kept = tuple(name for name in lacks.missing_keys if but is not None and f".{but}." in f".{name}")
+    assert all(name.endswith("_extra_state") or name in kept for name in lacks.missing_keys), (
+        lacks.missing_keys
+    )

@@ -186,7 +186,7 @@ def _run(config: DictConfig, kind: type[J], main: Callable[[J], None], ranks: Ra
 
 def _start(config: DictConfig, kind: type[J], main: Callable[[J], None], ranks: Ranks | None) -> int:
     """Settings first, before torch and Megatron are imported: a mistake there is told at once."""
-    from nemo_aligner.config import parse
+    from nemo_aligner.settings import parse
 
     try:
         job = parse(config, kind)
@@ -208,15 +208,15 @@ def _start(config: DictConfig, kind: type[J], main: Callable[[J], None], ranks: 
 
 
 def _join(config: DictConfig, job: J, main: Callable[[J], None], ranks: Ranks | None) -> int:
-    from nemo_aligner.config import log_no_effect
     from nemo_aligner.parallel import world
     from nemo_aligner.run.progress import heartbeat
+    from nemo_aligner.settings import log_no_effect
 
     timeout = timedelta(seconds=job.trainer.collective_timeout)
     with heartbeat("waiting for all ranks", enabled=ranks is not None and ranks.rank == 0):
         world.start(ranks, layout=job.model.layout, seed=job.model.seed, timeout=timeout)
     if world.is_logging_rank():
-        log_no_effect(config)
+        log_no_effect(config, type(job))
     main(job)
     world.stop()
     return 0

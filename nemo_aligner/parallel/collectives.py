@@ -14,6 +14,7 @@ from nemo_aligner.parallel import world
 
 __all__ = [
     "broadcast_object",
+    "from_last_stage",
     "from_node_leader",
     "gather_over_tensor_parallel",
     "max_over_tensor_parallel",
@@ -99,6 +100,16 @@ def totals(sums: dict[str, Tensor] | None, names: tuple[str, ...]) -> dict[str, 
         group: Any = parallel_state.get_pipeline_model_parallel_group()
         dist.broadcast(table, parallel_state.get_pipeline_model_parallel_last_rank(), group=group)
     return dict(zip(names, table.cpu().unbind(0), strict=True))
+
+
+def from_last_stage(x: Tensor | None, shape: tuple[int, ...]) -> Tensor:
+    """The last pipeline stage's ``x`` (float32 of ``shape``) on every stage; the others give None."""
+    if world.pp_size() > 1:
+        x = torch.empty(shape, device=world.device()) if x is None else x.float().contiguous()
+        group: Any = parallel_state.get_pipeline_model_parallel_group()
+        dist.broadcast(x, parallel_state.get_pipeline_model_parallel_last_rank(), group=group)
+    assert x is not None
+    return x
 
 
 def broadcast_object(value: T) -> T:

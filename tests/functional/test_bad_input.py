@@ -18,12 +18,13 @@ from omegaconf import DictConfig
 from transformers import AutoTokenizer
 
 from nemo_aligner.algorithms.supervised import SupervisedTrainer
-from nemo_aligner.builders import load_pretrained, sft_loaders
+from nemo_aligner.builders import load_policy, sft_loaders
 from nemo_aligner.checkpoint.convert import import_from_huggingface
 from nemo_aligner.checkpoint.nemo_archive import open_nemo, write_nemo
-from nemo_aligner.config import SFTJob, parse
+from nemo_aligner.config import SFTJob
 from nemo_aligner.errors import UserError
 from nemo_aligner.parallel import world
+from nemo_aligner.settings import parse
 
 CONF = Path(__file__).parents[2] / "examples/nlp/gpt/conf"
 
@@ -50,8 +51,8 @@ def _one_rank() -> Iterator[None]:
 def loaded(settings: dict[str, object]) -> None:
     """What a rank does before its first step."""
     job = checked(settings)
-    pretrained = load_pretrained(job.model, precision=job.trainer.precision)
-    train, validation = sft_loaders(job.model.data, pretrained, job.model)
+    pretrained = load_policy(job)
+    train, validation = sft_loaders(job, pretrained)
     SupervisedTrainer.make_plan(job.trainer.sft, train, validation)
 
 
@@ -165,11 +166,11 @@ def test_a_model_that_cannot_be_cut(
 def test_positions_that_the_model_has_not_learned(settings: dict[str, object]):
     learned = {"model.position_embedding_type": "learned_absolute", "model.encoder_seq_length": 512}
     job = checked(settings | learned)
-    pretrained = load_pretrained(checked(settings).model, precision=32)
-    gpt = pretrained.policy.model.gpt_config
-    pretrained.policy.model.gpt_config = dataclasses.replace(gpt, **job.model.architecture)
+    pretrained = load_policy(checked(settings | {"trainer.precision": 32}))
+    gpt = pretrained.learner.model.gpt_config
+    pretrained.learner.model.gpt_config = dataclasses.replace(gpt, **job.model.architecture)
     refused(
-        lambda: sft_loaders(job.model.data, pretrained, job.model),
+        lambda: sft_loaders(job, pretrained),
         *("512 tokens", "max_seq_length=4096", "256 learned positions", "model.encoder_seq_length=256"),
     )
 

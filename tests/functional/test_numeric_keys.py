@@ -10,10 +10,11 @@ import pytest
 
 from nemo_aligner import builders
 from nemo_aligner.algorithms.supervised import SupervisedTrainer
-from nemo_aligner.config import NO_EFFECT, SFTJob, parse
+from nemo_aligner.config import SFTJob
 from nemo_aligner.errors import UserError
 from nemo_aligner.objectives.nll import NLL
 from nemo_aligner.parallel import world
+from nemo_aligner.settings import NO_EFFECT, parse
 
 CONF = Path(__file__).parents[2] / "examples/nlp/gpt/conf"
 TRAIN, VALID = "model.data.train_ds", "model.data.validation_ds"
@@ -114,10 +115,10 @@ def numbers(
         job.check()
         config = job.trainer.sft
         with builders.open_experiment(job) as run:
-            pretrained = builders.load_pretrained(job.model, precision=job.trainer.precision)
-            batches = builders.sft_loaders(job.model.data, pretrained, job.model)
-            trainer = SupervisedTrainer(config, pretrained.policy, NLL(), *batches, run)
-            pretrained.policy.prepare_training(
+            pretrained = builders.load_policy(job)
+            batches = builders.sft_loaders(job, pretrained)
+            trainer = SupervisedTrainer(config, pretrained.learner, NLL(), *batches, run)
+            pretrained.learner.prepare_training(
                 job.model.optim, clip_grad=config.gradient_clip_val, max_steps=trainer.plan.max_steps
             )
             trainer.fit()

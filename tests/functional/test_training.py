@@ -11,11 +11,12 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from nemo_aligner.algorithms.supervised import SupervisedTrainer
-from nemo_aligner.builders import Pretrained, load_pretrained, sft_loaders, warn_of_schedule
-from nemo_aligner.config import SFTJob, parse
+from nemo_aligner.builders import Pretrained, load_policy, sft_loaders, warn_of_schedule
+from nemo_aligner.config import SFTJob
 from nemo_aligner.objectives.nll import NLL
 from nemo_aligner.parallel import world
 from nemo_aligner.run.experiment import Experiment
+from nemo_aligner.settings import parse
 
 CONF = Path(__file__).parents[2] / "examples/nlp/gpt/conf"
 
@@ -37,7 +38,7 @@ def build(settings: dict[str, object]) -> Callable[..., tuple[SFTJob, Pretrained
         whole = [word for word in words if "parallel" not in word]
         with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
             one_rank = parse(hydra.compose("gpt_sft", whole), SFTJob)
-        return job, load_pretrained(one_rank.model, precision=32)
+        return job, load_policy(one_rank)
 
     return make
 
@@ -82,9 +83,9 @@ def test_validation_is_the_mean_over_every_learned_token(
             "model.data.validation_ds.micro_batch_size": micro_batch,
         }
     )
-    train, validation = sft_loaders(job.model.data, pretrained, job.model)
+    train, validation = sft_loaders(job, pretrained)
     run = Experiment(job.exp_manager, Path("unused"), writes=False)
-    trainer = SupervisedTrainer(job.trainer.sft, pretrained.policy, NLL(), train, validation, run)
+    trainer = SupervisedTrainer(job.trainer.sft, pretrained.learner, NLL(), train, validation, run)
     assert trainer.validate()["validation/loss"] == pytest.approx(reference_loss(hf_folder, data), rel=1e-5)
 
 
@@ -111,7 +112,7 @@ def test_with_sequence_parallelism_lengths_stay_multiples_where_they_are_capped(
         "model.data.train_ds.max_seq_length": 15,
     }
     job, pretrained = build(**sliced)
-    train, _ = sft_loaders(job.model.data, pretrained, job.model)
+    train, _ = sft_loaders(job, pretrained)
     lengths = {micro.seq_length for step in train.iterate(0, 4) for micro in step}
     assert lengths == {14}
     assert train.num_truncated > 0

@@ -9,10 +9,11 @@ import hydra
 import pytest
 from omegaconf import DictConfig, OmegaConf
 
-from nemo_aligner.config import NO_EFFECT, SFTJob, log_no_effect, parse
+from nemo_aligner.config import SFTJob
 from nemo_aligner.data.config import PairDataConfig
 from nemo_aligner.data.prefix import Split
 from nemo_aligner.errors import UserError
+from nemo_aligner.settings import NO_EFFECT, log_no_effect, parse
 
 CONF = Path(__file__).parents[2] / "examples/nlp/gpt/conf"
 # Blocks of _base, by where gpt_sft.yaml puts them.
@@ -29,8 +30,8 @@ def compose(*words: str) -> DictConfig:
 
 
 def told(caplog: pytest.LogCaptureFixture, *words: str) -> list[str]:
-    with caplog.at_level(logging.INFO, logger="nemo_aligner.config"):
-        log_no_effect(compose(*words))
+    with caplog.at_level(logging.INFO, logger="nemo_aligner.settings"):
+        log_no_effect(compose(*words), SFTJob)
     return [record.getMessage() for record in caplog.records]
 
 
@@ -86,8 +87,8 @@ def test_what_asks_for_nothing_is_not_told(caplog: pytest.LogCaptureFixture, wor
 def test_a_file_of_ones_own_may_lack_keys(caplog: pytest.LogCaptureFixture):
     config = OmegaConf.create({"trainer": {}, "model": {"data": {}}})
     OmegaConf.set_struct(config, True)
-    with caplog.at_level(logging.INFO, logger="nemo_aligner.config"):
-        log_no_effect(config)
+    with caplog.at_level(logging.INFO, logger="nemo_aligner.settings"):
+        log_no_effect(config, SFTJob)
     assert caplog.records == []
 
 

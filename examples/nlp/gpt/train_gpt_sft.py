@@ -19,12 +19,12 @@ def main(job: SFTJob) -> None:
     config = job.trainer.sft
     with builders.open_experiment(job) as run:
         start = builders.resume_point(job, run)
-        pretrained = builders.load_pretrained(job.model, precision=job.trainer.precision, start=start)
-        train, validation = builders.sft_loaders(job.model.data, pretrained, job.model)
+        pretrained = builders.load_policy(job, start=start)
+        train, validation = builders.sft_loaders(job, pretrained)
         checkpoints = builders.training_checkpoints(job, run, pretrained)
-        trainer = SupervisedTrainer(config, pretrained.policy, NLL(), train, validation, run, checkpoints)
+        trainer = SupervisedTrainer(config, pretrained.learner, NLL(), train, validation, run, checkpoints)
         builders.warn_of_schedule(job.model.optim, max_steps=trainer.plan.max_steps)
-        pretrained.policy.prepare_training(
+        pretrained.learner.prepare_training(
             job.model.optim, clip_grad=config.gradient_clip_val, max_steps=trainer.plan.max_steps
         )
         trainer.fit(start)

@@ -7,7 +7,7 @@ layer. Every ``join`` has its ``split``, and one undoes the other bit for bit. K
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
@@ -30,6 +30,7 @@ class Dims:
     groups: int
     head_dim: int
     vocab: int
+    labels: int = 1  # numbers that a reward model's head gives
 
     @property
     def query(self) -> int:
@@ -188,6 +189,7 @@ class Family:
         window_by_layer: whether config.json says of each layer if it has the sliding window.
         nemo: what is the same in every model of the family.
         head: the output layer, stored only where the embedding is not shared.
+        rewards: whether these are reward models, whose head is always stored.
     """
 
     architecture: str
@@ -201,6 +203,16 @@ class Family:
     outer: tuple[Rule, ...]
     layer: tuple[Rule, ...]
     head: Rule
+    rewards: bool = False
+
+    def with_reward_head(self) -> "Family":
+        """The same models with a head that gives a few numbers."""
+        return replace(
+            self,
+            architecture=self.architecture.replace("ForCausalLM", "ForSequenceClassification"),
+            head=Copy("rm_head.weight", "score.weight", ("labels", "hidden")),
+            rewards=True,
+        )
 
     @property
     def free(self) -> set[str]:

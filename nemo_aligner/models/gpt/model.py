@@ -17,6 +17,7 @@ from torch import Tensor
 from nemo_aligner.batch import TokenBatch
 from nemo_aligner.models.gpt.attention import KVCache, RowParams
 from nemo_aligner.models.gpt.config import GPTConfig
+from nemo_aligner.models.gpt.heads import HeadConfig, ScalarHead
 from nemo_aligner.models.gpt.layers import RowRotary
 from nemo_aligner.models.gpt.recompute import Recompute
 from nemo_aligner.models.gpt.spec import have_transformer_engine, layer_spec
@@ -61,7 +62,8 @@ class VocabHead(tensor_parallel.ColumnParallelLinear):
 class GPT(GPTModel):
     """GPTModel whose last stage returns hidden states [S, B, H], and whose RoPE goes by each row's positions.
 
-    ``chunk`` numbers the parts that a rank has of an interleaved pipeline's model; None where it has one.
+    ``chunk`` numbers the parts that a rank has of an interleaved pipeline's model; None where it has one. With ``head``
+    it is a reward model or a critic, and has no output layer.
     """
 
     def __init__(
@@ -70,6 +72,7 @@ class GPT(GPTModel):
         config: TransformerConfig,
         spec: Any,  # noqa: ANN401 - see layer_spec
         chunk: int | None = None,
+        head: HeadConfig | None = None,
     ) -> None:
         last = (config.virtual_pipeline_model_parallel_size or 1) - 1
         super().__init__(
@@ -79,14 +82,21 @@ class GPT(GPTModel):
             max_sequence_length=gpt.max_position_embeddings,
             pre_process=world.is_first_stage() and chunk in (None, 0),
             post_process=world.is_last_stage() and chunk in (None, last),
-            share_embeddings_and_output_weights=gpt.share_embeddings_and_output_weights,
+            # A tied model's embedding would be summed over the stages with a head that is not it.
+            share_embeddings_and_output_weights=gpt.share_embeddings_and_output_weights and head is None,
             position_embedding_type=gpt.position_embedding_type,
             vp_stage=chunk,
         )
         self.gpt_config = gpt
         if gpt.position_embedding_type == "rope":
             self.rotary_pos_emb = RowRotary(gpt, world.device())
-        if self.post_process:
+        self.rm_head: ScalarHead | None = None
+        if self.post_process and head is not None:
+            del self.output_layer
+            # In Megatron's GPTModel this says that there is an output layer to save.
+            self.post_process = False
+            self.rm_head = ScalarHead(head, config)
+        elif self.post_process:
             # GPTModel names ColumnParallelLinear itself; the parameters and their marks stay as it made them.
             self.output_layer.__class__ = VocabHead
 
@@ -171,10 +181,12 @@ def build_gpt(
     *,
     use_flash_attention: bool | None = None,
     recompute: Recompute = Recompute(),  # noqa: B008 - frozen
+    head: HeadConfig | None = None,
 ) -> GPT | InterleavedGPT:
     """This rank's part of the model, its weights not yet loaded; several parts where the pipeline interleaves.
 
     Args:
+        head: of a reward model or a critic; None for a language model.
         use_flash_attention: with Transformer Engine, True or False forces the backend; None lets it choose.
         recompute: activations that the backward computes again.
 
@@ -197,6 +209,6 @@ def build_gpt(
         logger.info("attention: %s", kernels)
     spec = layer_spec(config)
     if layout.virtual_pipeline == 1:
-        return GPT(gpt, config, spec).to(world.device())
-    chunks = [GPT(gpt, config, spec, chunk) for chunk in range(layout.virtual_pipeline)]
+        return GPT(gpt, config, spec, head=head).to(world.device())
+    chunks = [GPT(gpt, config, spec, chunk, head) for chunk in range(layout.virtual_pipeline)]
     return InterleavedGPT(chunks).to(world.device())

@@ -1,25 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
 """A GPT that trains, scores and writes, behind the alignable interface."""
 
-import contextlib
-import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
 
 import torch
-from megatron.core.distributed import DistributedDataParallel, finalize_model_grads
-from megatron.core.optimizer import MegatronOptimizer
 from torch import Tensor
 
 from nemo_aligner.batch import TokenBatch, Unit
 from nemo_aligner.errors import UserError
 from nemo_aligner.models.gpt import engine
 from nemo_aligner.models.gpt.generate import greedy
-from nemo_aligner.models.gpt.learning_rate import OptimConfig, learning_rate
+from nemo_aligner.models.gpt.learner import GPTLearner
 from nemo_aligner.models.gpt.model import GPT, InterleavedGPT
-from nemo_aligner.models.gpt.optim import apply_settings, build_optimizer, wrap
-from nemo_aligner.objectives.protocol import Metrics, ModelOutput, Objective, Wants
+from nemo_aligner.objectives.protocol import Metrics, ModelOutput, Wants
 from nemo_aligner.parallel import world
 
 __all__ = ["GPTPolicy"]
@@ -41,11 +35,8 @@ class _Score:
         return output.logprobs.sum(), {}
 
 
-class GPTPolicy:
-    """A GPT and, once :meth:`prepare_training` was called, its gradients and optimizer.
-
-    ``seed`` is that of dropout.
-    """
+class GPTPolicy(GPTLearner):
+    """A language model that learns, scores and writes."""
 
     def __init__(
         self,
@@ -55,112 +46,8 @@ class GPTPolicy:
         kept_logits_bytes: int = 1 << 30,
         seed: int = 1234,
     ) -> None:
-        self._model = model
+        super().__init__(model, kept_logits_bytes=kept_logits_bytes, seed=seed)
         self.eos_id = eos_id
-        self.kept_logits_bytes = kept_logits_bytes
-        self.seed = seed
-        self._ddp: list[DistributedDataParallel] = []
-        self._optimizer: MegatronOptimizer | None = None
-        self._optimizer_steps = 0  # taken: the schedule's place
-        self._backwards = 0  # done: what random draws are a function of; fp16 may skip the step after one
-        self._gathers_later = False  # whether other ranks' new weights are yet to come
-
-    @property
-    def model(self) -> GPT | InterleavedGPT:
-        """The model with its weights up to date; where ranks gather them late (overlap_param_sync), a collective."""
-        if self._gathers_later:
-            for chunk in self._ddp:
-                chunk.start_param_sync(force_sync=True)
-            self._gathers_later = False
-        return self._model
-
-    def prepare_training(self, optim: OptimConfig, *, clip_grad: float, max_steps: int) -> None:
-        """Make gradient buffers and optimizer state; before it, the policy can only score and write."""
-        self._optim, self._max_steps = optim, max_steps
-        config = self._model.config
-        self._ddp = wrap(self._model.chunks, optim)
-        self._optimizer = build_optimizer(optim, self._ddp, dtype=config.params_dtype, clip_grad=clip_grad)
-        config.finalize_model_grads_func = finalize_model_grads
-        if config.fp16:
-            config.grad_scale_func = self._optimizer.scale_loss
-
-    def get_loss_and_metrics(
-        self, batches: Sequence[TokenBatch], objective: Objective, *, forward_only: bool
-    ) -> dict[str, float]:
-        """See :class:`~nemo_aligner.models.alignable_interface.SupervisedInterface`."""
-        with self.inference() if forward_only else self._gradients():
-            return engine.run(
-                self._model,
-                batches,
-                objective,
-                forward_only=forward_only,
-                wrapped=None if forward_only else self._ddp,
-                kept_logits_bytes=self.kept_logits_bytes,
-            )
-
-    @contextlib.contextmanager
-    def _gradients(self) -> Iterator[None]:
-        """Around the forward and backward of a training step."""
-        assert self._optimizer is not None, "prepare_training comes first"
-        world.seed_step(self.seed, self._backwards)
-        for chunk in self._ddp:
-            chunk.train()
-            chunk.zero_grad_buffer()
-        self._optimizer.zero_grad()
-        yield
-        self._backwards += 1
-        # The forward has waited for what it used, which is all of it.
-        self._gathers_later = False
-
-    def optimizer_step(self) -> dict[str, float]:
-        """See :class:`~nemo_aligner.models.alignable_interface.SupervisedInterface`."""
-        assert self._optimizer is not None, "prepare_training comes first"
-        lr = learning_rate(
-            self._optimizer_steps, peak=self._optim.lr, sched=self._optim.sched, max_steps=self._max_steps
-        )
-        for group in self._optimizer.param_groups:
-            group["lr"] = lr
-        stepped: Any = self._optimizer.step()
-        done, grad_norm, _ = stepped
-        self._optimizer_steps += bool(done)
-        self._gathers_later = self._optim.overlap_param_sync
-        # fp16 skips a step whose gradients overflow its loss scale, and then has no norm.
-        return {"lr": lr, "grad_norm": math.nan if grad_norm is None else float(grad_norm)}
-
-    def training_state(self, *, loading: bool) -> dict[str, Any]:
-        """What training needs beside the weights, as Megatron's sharded tensors and numbers: to save, or to load into.
-
-        It may be loaded at another layout than it was saved at. A collective.
-        """
-        assert self._optimizer is not None, "prepare_training comes first"
-        weights = self.model.sharded_state_dict(prefix="model.")
-        optimizer = self._optimizer.sharded_state_dict(
-            weights, is_loading=loading, metadata={"distrib_optim_sharding_type": "fully_reshardable"}
-        )
-        return {
-            "optimizer": optimizer,
-            "optimizer_steps": self._optimizer_steps,
-            "backwards": self._backwards,
-        }
-
-    def load_training_state(self, state: dict[str, Any]) -> None:
-        """Take over what was loaded into :meth:`training_state`; weights are loaded before."""
-        assert self._optimizer is not None, "prepare_training comes first"
-        self._optimizer.load_state_dict(state["optimizer"])
-        apply_settings(self._optim, self._optimizer)
-        self._optimizer_steps, self._backwards = state["optimizer_steps"], state["backwards"]
-
-    @contextlib.contextmanager
-    def inference(self) -> Iterator[None]:
-        """Within it, dropout is off and no gradients are kept."""
-        model = self.model
-        was_training = model.training
-        model.eval()
-        try:
-            with torch.no_grad():
-                yield
-        finally:
-            model.train(was_training)
 
     def logprobs(self, batch: TokenBatch) -> Tensor:
         """[B, S] float on the last pipeline stage's ranks, zeros elsewhere: log-probs of all tokens but the first."""

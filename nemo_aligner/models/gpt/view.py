@@ -1,13 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From hidden states to what an objective wants: learned positions selected, then projected in chunks.
+"""From hidden states to what an objective wants: positions selected, then projected, onto the vocabulary in chunks.
 
 The one place where position t's token meets the hidden state of t - 1.
 """
 
+import torch
 from megatron.core import tensor_parallel
 from torch import Tensor
 
 from nemo_aligner.batch import TokenBatch
+from nemo_aligner.models.gpt.heads import ScalarHead
 from nemo_aligner.models.gpt.model import GPT
 from nemo_aligner.objectives.protocol import ModelOutput, Objective, Wants
 from nemo_aligner.parallel import world
@@ -29,6 +31,8 @@ def view(
     Args:
         hidden: [S, B, H] of the last stage, or this rank's [S / TP, B, H] with sequence parallelism.
     """
+    if model.rm_head is not None:
+        return _scalar_view(model.rm_head, hidden, batch, objective)
     learned = batch.learned()
     row, position = learned.nonzero(as_tuple=True)
     if model.config.sequence_parallel:
@@ -58,6 +62,39 @@ def view(
         topk_logprobs=_spread(out.topk_logprobs, learned),
         topk_ids=_spread(out.topk_ids, learned),
     )
+
+
+def _scalar_view(head: ScalarHead, hidden: Tensor, batch: TokenBatch, objective: Objective) -> ModelOutput:
+    """Rewards of sequences, values of the states before learned tokens."""
+    if head.sequence_parallel:
+        # Each rank has the whole head: the gradient of its slice is all there is.
+        hidden = tensor_parallel.gather_from_sequence_parallel_region(
+            hidden, tensor_parallel_output_grad=False
+        )
+    rewards = values = None
+    if Wants.REWARDS in objective.wants:
+        rewards = head(_averages(hidden, batch) if head.head.average else _last(hidden, batch))
+    if Wants.VALUES in objective.wants:
+        learned = batch.learned()
+        row, position = learned.nonzero(as_tuple=True)
+        values = _spread(head(hidden[position - 1, row])[:, 0], learned)
+    return ModelOutput(rewards=rewards, values=values)
+
+
+def _last(hidden: Tensor, batch: TokenBatch) -> Tensor:
+    """[S, B, H] -> [N, H]: the state at each sequence's last token, which has seen all of it."""
+    row, position = batch.ends()
+    return hidden[position, row]
+
+
+def _averages(hidden: Tensor, batch: TokenBatch) -> Tensor:
+    """[S, B, H] -> [N, H]: the mean over each sequence's tokens."""
+    real = torch.arange(batch.seq_length, device=hidden.device)[None]
+    real = real < (batch.lengths[:, None] if batch.cu_seqlens is None else batch.cu_seqlens[-1])
+    total = hidden.new_zeros(batch.lengths.numel(), hidden.shape[-1])
+    flat = (hidden.transpose(0, 1) * real[..., None]).reshape(-1, hidden.shape[-1])
+    total = total.index_add(0, batch.sequence_ids().reshape(-1), flat)
+    return total / batch.lengths[:, None]
 
 
 def _spread(values: Tensor | None, learned: Tensor) -> Tensor | None:

@@ -1,0 +1,27 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From settings to objects. The only package that may import everything; it builds and decides nothing else."""
+
+from nemo_aligner.builders.loaders import reward_loaders, reward_objective, sft_loaders
+from nemo_aligner.builders.models import Pretrained, load_policy, load_reward_model, standardize
+from nemo_aligner.builders.runs import (
+    open_experiment,
+    resume_point,
+    save_result,
+    training_checkpoints,
+    warn_of_schedule,
+)
+
+__all__ = [
+    "Pretrained",
+    "load_policy",
+    "load_reward_model",
+    "open_experiment",
+    "resume_point",
+    "reward_loaders",
+    "reward_objective",
+    "save_result",
+    "sft_loaders",
+    "standardize",
+    "training_checkpoints",
+    "warn_of_schedule",
+]

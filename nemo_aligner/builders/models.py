@@ -1,0 +1,180 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From a checkpoint and the settings to a model on this layout, and back."""
+
+import contextlib
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+from nemo_aligner.checkpoint.model_nemo import save_nemo, shared_nemo
+from nemo_aligner.checkpoint.nemo_archive import CONFIG_NAME, WEIGHTS_NAME, NemoArchive
+from nemo_aligner.checkpoint.sharded import load_model
+from nemo_aligner.checkpoint.tokenizer_files import load_archived_tokenizer
+from nemo_aligner.checkpoint.training import (
+    TRAINING_NAMES,
+    Checkpoint,
+)
+from nemo_aligner.config import Job, ModelConfig, RMJob
+from nemo_aligner.data.tokenizer import Tokenizer, check_fits
+from nemo_aligner.errors import UserError
+from nemo_aligner.models.gpt.config import GPTConfig, unread_keys
+from nemo_aligner.models.gpt.critic import GPTCritic
+from nemo_aligner.models.gpt.heads import HEAD_NAME, HeadConfig, draw_head, head_config
+from nemo_aligner.models.gpt.learner import GPTLearner
+from nemo_aligner.models.gpt.model import GPT, InterleavedGPT, build_gpt
+from nemo_aligner.models.gpt.policy import GPTPolicy
+from nemo_aligner.models.gpt.transformer import dtype_of
+from nemo_aligner.parallel import world
+from nemo_aligner.run.progress import heartbeat
+
+__all__ = ["Pretrained", "load_policy", "load_reward_model", "needed_tokenizer", "standardize"]
+
+logger = logging.getLogger(__name__)
+
+
+L = TypeVar("L", bound=GPTLearner)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pretrained(Generic[L]):
+    """A checkpoint, loaded onto this layout, and what is needed to write it again."""
+
+    learner: L
+    tokenizer: Tokenizer | None
+    config: dict[str, Any]  # model_config.yaml as it is to be saved
+    files: dict[str, Path | bytes]  # tokenizer files, by their names within the archive
+
+    def save(self, path: Path, *, overwrite: bool = False) -> None:
+        """Write the model as it is now. Called by every rank."""
+        save_nemo(self.learner.model, path, config=self.config, files=self.files, overwrite=overwrite)
+
+
+@world.phase("loading the model")
+def load_policy(job: Job, *, start: Checkpoint | None = None) -> Pretrained[GPTPolicy]:
+    """The language model that the job starts from, or goes on with from ``start``, its tokenizer and its config.
+
+    Raises:
+        UserError: the checkpoint is not there, damaged, or does not fit the layout or the overrides.
+    """
+    with _opened(job, start) as archive:
+        config = _merged(job.model, archive)
+        _refuse_reward_model(job, config)
+        built, gpt = _built(job, config, head=None)
+        with heartbeat("loading weights", enabled=world.is_logging_rank()):
+            load_model(built, archive.weights)
+        tokenizer, files = _load_tokenizer(archive, gpt.vocab_size), _tokenizer_files(archive)
+    policy = GPTPolicy(
+        built,
+        eos_id=tokenizer.eos_id if tokenizer else None,
+        kept_logits_bytes=job.model.kept_logits_mib << 20,
+        seed=job.model.seed,
+    )
+    return Pretrained(learner=policy, tokenizer=tokenizer, config=config, files=files)
+
+
+@world.phase("loading the model")
+def load_reward_model(job: RMJob, *, start: Checkpoint | None = None) -> Pretrained[GPTCritic]:
+    """A reward model: of a language model with a new head, or one that is gone on with.
+
+    Raises:
+        UserError: the checkpoint is not there, damaged, or does not fit the layout or the overrides.
+    """
+    with _opened(job, start) as archive:
+        config = _merged(job.model, archive)
+        head = head_config(config)
+        assert head is not None
+        built, gpt = _built(job, config, head=head)
+        own = start is not None or (
+            head_config(archive.config) == head
+            and (job.model.reward_model_type == "binary_ranking" or job.model.regression.load_rm_head_weights)
+        )
+        with heartbeat("loading weights", enabled=world.is_logging_rank()):
+            load_model(built, archive.weights, but=None if own else HEAD_NAME)
+        if not own:
+            draw_head(built, seed=job.model.seed)
+        tokenizer, files = _load_tokenizer(archive, gpt.vocab_size), _tokenizer_files(archive)
+    critic = GPTCritic(built, head=head, seed=job.model.seed)
+    return Pretrained(learner=critic, tokenizer=tokenizer, config=config, files=files)
+
+
+def _opened(job: Job, start: Checkpoint | None) -> contextlib.AbstractContextManager[NemoArchive]:
+    return shared_nemo(start.path if start else job.pretrained[1])
+
+
+def _merged(model: ModelConfig, archive: NemoArchive) -> dict[str, Any]:
+    """model_config.yaml as it is to be saved: the checkpoint's with the settings' own."""
+    if (unread := unread_keys(archive.config)) and world.is_logging_rank():
+        logger.info("keys of model_config.yaml that are kept and not read: %s", ", ".join(unread))
+    return {**archive.config, **model.architecture, **model.own_keys}
+
+
+def _refuse_reward_model(job: Job, config: dict[str, Any]) -> None:
+    if config.get("reward_model_type"):
+        key, path = job.pretrained
+        raise UserError(f"{key}={path} is a reward model and writes no text", cure="give a language model")
+
+
+def _built(
+    job: Job, config: dict[str, Any], *, head: HeadConfig | None
+) -> tuple[GPT | InterleavedGPT, GPTConfig]:
+    """The model that ``config`` describes, without weights; ``config`` is told the precision."""
+    gpt = GPTConfig.from_dict(config)
+    built = build_gpt(
+        gpt,
+        job.model.layout,
+        dtype_of(job.trainer.precision),
+        use_flash_attention=job.model.use_flash_attention,
+        recompute=job.model.recompute,
+        head=head,
+    )
+    config["precision"] = str(job.trainer.precision)
+    return built, gpt
+
+
+def _load_tokenizer(archive: NemoArchive, vocab_size: int) -> Tokenizer | None:
+    tokenizer = load_archived_tokenizer(archive)
+    if tokenizer is not None:
+        check_fits(tokenizer, vocab_size)
+    return tokenizer
+
+
+def _tokenizer_files(archive: NemoArchive) -> dict[str, Path | bytes]:
+    """All files of the archive but config, weights and training state, read while the archive is open."""
+    names = {path: path.relative_to(archive.folder) for path in sorted(archive.folder.rglob("*"))}
+    return {
+        name.as_posix(): path.read_bytes()
+        for path, name in names.items()
+        if path.is_file() and name.parts[0] not in (CONFIG_NAME, WEIGHTS_NAME, *TRAINING_NAMES)
+    }
+
+
+def needed_tokenizer(job: Job, pretrained: Pretrained[Any]) -> Tokenizer:
+    """The checkpoint's tokenizer.
+
+    Raises:
+        UserError: it has none.
+    """
+    if pretrained.tokenizer is None:
+        key, path = job.pretrained
+        raise UserError(
+            f"{key}={path} holds no tokenizer, and training from text needs one",
+            cure="import the Hugging Face folder again with its tokenizer files in it",
+        )
+    return pretrained.tokenizer
+
+
+def standardize(job: RMJob, pretrained: Pretrained[GPTCritic], validation: dict[str, float]) -> None:
+    """Have the saved model serve rewards of mean 0 and deviation 1, where that is asked for.
+
+    Args:
+        validation: the last validation's means, of which the rewards' are taken where the settings give none.
+    """
+    asked = job.model.reward_standardization
+    if not asked.enable:
+        return
+    mean = validation["validation/rewards_all_mean"] if asked.mean is None else asked.mean
+    std = validation["validation/rewards_all_std"] if asked.std is None else asked.std
+    pretrained.config["reward_standardization"] = {"enable": True, "mean": mean, "std": std}
+    if world.is_logging_rank():
+        logger.info("rewards will be served as (reward - %.4f) / %.4f", mean, std)

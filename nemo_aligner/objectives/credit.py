@@ -1,0 +1,313 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From rewards of answers to advantages of tokens: KL penalty, clipping, scaling, GAE, whitening, masks.
+
+Pure: what needs other ranks goes through a function that adds up a tensor over them.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from nemo_aligner.batch import Experience, Scored, ValueBatch
+from nemo_aligner.errors import UserError
+from nemo_aligner.objectives.adaptive import AdaptiveKL, FixedKL, KLController, RewardScaling
+from nemo_aligner.objectives.reduce import (
+    Moments,
+    SumOverRanks,
+    kl_abs,
+    kl_k1,
+    kl_k2,
+    kl_k3,
+    masked_mean,
+    whiten,
+)
+
+__all__ = [
+    "CreditConfig",
+    "credit",
+    "gae",
+    "kl_controller",
+    "observe",
+    "rolling_returns",
+    "shape_rewards",
+    "statistics",
+    "value_batch",
+]
+
+
+@dataclass(frozen=True, kw_only=True)
+class CreditConfig:
+    """The part of the ``trainer.ppo`` block that turns rewards into advantages."""
+
+    initial_policy_kl_penalty: float = (
+        0.01  # reward lost per nat of KL to the initial policy; 0: not computed
+    )
+    use_absolute_kl: bool = True  # with kl_estimator k1: the penalty is of |log p - log q|
+    kl_estimator: Literal["k1", "k2", "k3"] = "k1"  # Schulman's names; see objectives/reduce.py
+    kl_placement: Literal["token", "last"] = "token"  # each token pays its own, or the last one pays for all
+    adaptive_kl_target: float | None = (
+        None  # nats per answer that the penalty is steered to; null: it is fixed
+    )
+    adaptive_kl_horizon: float = 10000.0  # answers; a smaller horizon steers faster
+    discount_factor: float = 1.0  # gamma, per token
+    gae_lambda: float = 0.95  # lambda of GAE
+    normalize_advantages: bool = (
+        True  # to mean 0 and variance 1 over the rollout's answer tokens on all ranks
+    )
+    reward_clip: float | None = (
+        None  # an answer's reward is held within -+ this, before the penalty; null: it is not
+    )
+    scale_rewards: bool = False  # divide rewards by the running std of their discounted sums
+    scaled_reward_clip: float | None = None  # with scale_rewards: each token's is held within -+ this
+    mask_unfinished: bool = True  # the policy learns nothing from answers that the length limit cut
+
+    def check(self, key: str) -> None:
+        """Refuse values without a meaning. ``key`` is the block's name, as in ``trainer.ppo``."""
+        penalty, target = self.initial_policy_kl_penalty, self.adaptive_kl_target
+        for name, value, wrong, range_ in (
+            ("initial_policy_kl_penalty", penalty, penalty < 0, "0 (no penalty) or more"),
+            ("adaptive_kl_target", target, target is not None and target <= 0, "more than 0, or null"),
+            ("adaptive_kl_horizon", self.adaptive_kl_horizon, self.adaptive_kl_horizon <= 0, "more than 0"),
+            ("discount_factor", self.discount_factor, not 0 <= self.discount_factor <= 1, "0 to 1"),
+            ("gae_lambda", self.gae_lambda, not 0 <= self.gae_lambda <= 1, "0 to 1"),
+            (
+                "reward_clip",
+                self.reward_clip,
+                self.reward_clip is not None and self.reward_clip <= 0,
+                "more than 0, or null",
+            ),
+            (
+                "scaled_reward_clip",
+                self.scaled_reward_clip,
+                self.scaled_reward_clip is not None and self.scaled_reward_clip <= 0,
+                "more than 0, or null",
+            ),
+        ):
+            if wrong:
+                raise UserError(f"{key}.{name}={value} is out of range", cure=f"set {key}.{name} to {range_}")
+        if target is not None and not penalty:
+            raise UserError(
+                f"{key}.adaptive_kl_target={target} steers {key}.initial_policy_kl_penalty, which is 0",
+                cure=f"set {key}.initial_policy_kl_penalty above 0, or {key}.adaptive_kl_target=null",
+            )
+        if self.scaled_reward_clip is not None and not self.scale_rewards:
+            raise UserError(
+                f"{key}.scaled_reward_clip={self.scaled_reward_clip} needs {key}.scale_rewards=True",
+                cure=f"set {key}.scale_rewards=True, or {key}.reward_clip to clip rewards that are not scaled",
+            )
+
+
+def kl_controller(config: CreditConfig) -> KLController:
+    """Where the penalty's coefficient comes from: fixed, or steered where there is a target."""
+    if config.adaptive_kl_target is None:
+        return FixedKL(coefficient=config.initial_policy_kl_penalty)
+    return AdaptiveKL(
+        coefficient=config.initial_policy_kl_penalty,
+        target=config.adaptive_kl_target,
+        horizon=config.adaptive_kl_horizon,
+    )
+
+
+def _penalised_kl(scored: Scored, config: CreditConfig) -> Tensor:
+    """[B, S]: the estimate of each answer token's KL to the initial policy that the penalty is of, else 0."""
+    answers = scored.learned()
+    # Where no answer is anything may stand; k3's exponent of it must not overflow.
+    logprobs = torch.where(answers, scored.logprobs, 0)
+    reference = torch.where(answers, scored.reference_logprobs, 0)
+    match config.kl_estimator:
+        case "k1":
+            return (kl_abs if config.use_absolute_kl else kl_k1)(logprobs, reference)
+        case "k2":
+            return kl_k2(logprobs, reference)
+        case "k3":
+            return kl_k3(logprobs, reference)
+
+
+def shape_rewards(scored: Scored, config: CreditConfig, *, kl_coefficient: float) -> Tensor:
+    """The reward of each token: the answer's at its last one, less the KL penalty, ``1[t = T] R - beta kl_t``.
+
+    The KL to the initial policy is a part of the reward (Ziegler 2019, arXiv 1909.08593, eq. 2), not of the loss.
+    ``config.kl_placement`` "last" moves all of the answer's penalty to its last token.
+
+    Args:
+        kl_coefficient: beta; 0 leaves ``reference_logprobs`` unread.
+
+    Returns:
+        [B, S] float, 0 outside the answers; nothing for rows without one.
+    """
+    assert scored.cu_seqlens is None, "answers are credited row by row"
+    answers = scored.learned()
+    last = answers & (answers.cumsum(1) == answers.sum(1, keepdim=True))
+    rewards, limit = scored.rewards, config.reward_clip
+    if limit is not None:
+        rewards = rewards.clamp(-limit, limit)
+    shaped = torch.where(last, rewards[:, None], 0)
+    if not kl_coefficient:
+        return shaped
+    kl = _penalised_kl(scored, config)
+    match config.kl_placement:
+        case "token":
+            return shaped - kl_coefficient * kl
+        case "last":
+            return shaped - kl_coefficient * torch.where(last, kl.sum(1, keepdim=True), 0)
+
+
+def gae(values: Tensor, rewards: Tensor, mask: Tensor, *, gamma: float, lam: float) -> tuple[Tensor, Tensor]:
+    """Generalised advantage estimation (Schulman 2016, arXiv 1506.02438, eq. 16).
+
+    Backwards over an answer's tokens, with V and A beyond its end 0::
+
+        delta_t = r_t + gamma V_{t+1} - V_t
+        A_t     = delta_t + gamma lam A_{t+1}
+        returns = A + V
+
+    The token that follows t is the next one within the mask, wherever it stands in the row.
+
+    Args:
+        values: [B, S] float, of the state before each token.
+        rewards: [B, S] float, for writing each token.
+        mask: [B, S] bool, the answers' tokens.
+
+    Returns:
+        (advantages, returns), [B, S] float, 0 outside the mask.
+
+    >>> advantages, returns = gae(
+    ...     torch.tensor([[9.0, 0.5, 0.25]]), torch.tensor([[9.0, 0.0, 1.0]]),
+    ...     torch.tensor([[False, True, True]]), gamma=1.0, lam=0.5)
+    >>> advantages, returns
+    (tensor([[0.0000, 0.1250, 0.7500]]), tensor([[0.0000, 0.6250, 1.0000]]))
+    """
+    assert values.shape == rewards.shape == mask.shape, (values.shape, rewards.shape, mask.shape)
+    # By column: [S, B], so that a step of the loop reads what lies together.
+    kept = mask.t().contiguous()
+    value = torch.where(kept, values.t(), 0)
+    reward = torch.where(kept, rewards.t(), 0)
+    advantages = torch.zeros_like(value + reward)
+    next_value = next_advantage = advantages.new_zeros(mask.shape[0])
+    for t in range(mask.shape[1] - 1, -1, -1):
+        advantage = reward[t] + gamma * (next_value + lam * next_advantage) - value[t]
+        next_advantage = torch.where(kept[t], advantage, next_advantage)
+        next_value = torch.where(kept[t], value[t], next_value)
+        advantages[t] = torch.where(kept[t], advantage, 0)
+    return advantages.t().contiguous(), (advantages + value).t().contiguous()
+
+
+def rolling_returns(rewards: Tensor, mask: Tensor, *, gamma: float) -> Tensor:
+    """``R_t = gamma R_{t-1} + r_t`` along each answer, from 0 (arXiv 2005.12729, algorithm 1).
+
+    rewards: [B, S] float, mask: [B, S] bool. Returns [B, S], 0 outside the mask.
+
+    >>> rolling_returns(torch.tensor([[1.0, 2.0, 4.0]]), torch.tensor([[True, True, True]]), gamma=0.5)
+    tensor([[1.0000, 2.5000, 5.2500]])
+    """
+    rolling = torch.zeros_like(rewards)
+    running = rewards.new_zeros(mask.shape[0])
+    for t in range(mask.shape[1]):
+        running = torch.where(mask[:, t], gamma * running + rewards[:, t], running)
+        rolling[:, t] = torch.where(mask[:, t], running, 0)
+    return rolling
+
+
+def observe(
+    scaling: RewardScaling,
+    scored: Scored,
+    config: CreditConfig,
+    *,
+    kl_coefficient: float,
+    sum_over_ranks: SumOverRanks = lambda sums: sums,
+) -> RewardScaling:
+    """The rewards' scaling once this rollout has been seen; ``scaling`` itself where rewards are not scaled."""
+    if not config.scale_rewards:
+        return scaling
+    rewards = shape_rewards(scored, config, kl_coefficient=kl_coefficient)
+    answers = scored.learned()
+    rolling = rolling_returns(rewards, answers, gamma=config.discount_factor)
+    return scaling.update(Moments.of(rolling, answers).over(sum_over_ranks))
+
+
+def credit(
+    scored: Scored,
+    config: CreditConfig,
+    *,
+    kl_coefficient: float,
+    scaling: RewardScaling | None = None,
+    sum_over_ranks: SumOverRanks = lambda sums: sums,
+) -> Experience:
+    """What the policy learns of judged answers: :func:`shape_rewards`, scaling, :func:`gae`, whitening.
+
+    Args:
+        kl_coefficient: what a nat of KL to the initial policy costs; :func:`kl_controller` has it.
+        scaling: what :func:`observe` gave for this rollout; read where ``config.scale_rewards``.
+        sum_over_ranks: adds up a tensor over all ranks that hold a part of this rollout; called on every rank alike.
+
+    Returns:
+        Rows as they came. ``mask`` is that of the answers, less those that are unfinished with
+        ``config.mask_unfinished``; advantages are whitened over the answers, the unfinished included.
+    """
+    answers = scored.learned()
+    rewards = shape_rewards(scored, config, kl_coefficient=kl_coefficient)
+    if config.scale_rewards:
+        assert scaling is not None, "observe() comes first"
+        rewards, limit = rewards / scaling.divisor, config.scaled_reward_clip
+        if limit is not None:
+            rewards = rewards.clamp(-limit, limit)
+    advantages, returns = gae(
+        scored.values, rewards, answers, gamma=config.discount_factor, lam=config.gae_lambda
+    )
+    if config.normalize_advantages:
+        advantages = whiten(advantages, answers, Moments.of(advantages, answers).over(sum_over_ranks))
+    return Experience(
+        tokens=scored.tokens,
+        mask=answers & scored.finished[:, None] if config.mask_unfinished else answers,
+        lengths=scored.lengths,
+        logprobs=scored.logprobs,
+        reference_logprobs=scored.reference_logprobs,
+        sampler_logprobs=scored.sampler_logprobs,
+        advantages=advantages,
+        returns=returns,
+        values=torch.where(answers, scored.values, 0),
+    )
+
+
+def value_batch(scored: Scored, experience: Experience) -> ValueBatch:
+    """What the critic learns of the same answers: the unfinished ones too, whose states it is asked about as well."""
+    return ValueBatch(
+        tokens=scored.tokens,
+        mask=scored.learned(),
+        lengths=scored.lengths,
+        values=experience.values,
+        returns=experience.returns,
+    )
+
+
+def statistics(
+    scored: Scored, experience: Experience, config: CreditConfig, *, kl_coefficient: float
+) -> dict[str, Moments]:
+    """This rank's part of what is logged of a rollout; ``Moments.over`` makes it that of all ranks.
+
+    - "rewards": of answers, as the reward model gave them;
+    - "init_policy_kl": of answers, the mean over tokens of the KL estimate that the penalty is of;
+    - "rewards_with_kl": of answers, the mean over tokens of :func:`shape_rewards`;
+    - "answer_kl": of answers, the sum over tokens of ``log p - log q``, which a KL controller is updated with;
+    - "advantages" before whitening, "returns", "values": of answer tokens.
+
+    The KLs are 0 where ``kl_coefficient`` is: nothing then says what the initial policy believes.
+    """
+    answers = scored.learned()
+    rows = answers.any(1)
+    rewards = shape_rewards(scored, config, kl_coefficient=kl_coefficient)
+    penalised = signed = torch.zeros_like(rewards)
+    if kl_coefficient:
+        penalised = _penalised_kl(scored, config)
+        signed = kl_k1(scored.logprobs, scored.reference_logprobs)
+    return {
+        "rewards": Moments.of(scored.rewards, rows),
+        "init_policy_kl": Moments.of(masked_mean(penalised, answers, dim=1), rows),
+        "rewards_with_kl": Moments.of(masked_mean(rewards, answers, dim=1), rows),
+        "answer_kl": Moments.of(torch.where(answers, signed, 0).sum(1), rows),
+        "advantages": Moments.of(experience.returns - experience.values, answers),
+        "returns": Moments.of(experience.returns, answers),
+        "values": Moments.of(experience.values, answers),
+    }

@@ -1,0 +1,125 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Proximal Policy Optimization's loss of the policy: a clipped surrogate of the advantage, and an entropy bonus."""
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from nemo_aligner.batch import Experience, TokenBatch, Unit
+from nemo_aligner.errors import UserError
+from nemo_aligner.objectives.protocol import Metrics, ModelOutput, Wants
+from nemo_aligner.objectives.reduce import kl_k3
+
+__all__ = ["PolicyConfig", "PolicyGradient", "clipped_surrogate"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class PolicyConfig:
+    """The part of the ``model.ppo`` block that shapes the policy's loss."""
+
+    ratio_eps: float = 0.2  # the ratio of new to old probability gains nothing outside 1 -+ this
+    ratio_eps_high: float | None = None  # the upper side of it; null: as ratio_eps
+    dual_clip: float | None = (
+        None  # a token of negative advantage A costs at most this times |A|; null: no bound
+    )
+    entropy_bonus: float = (
+        0.0  # weight of the entropy over the whole vocabulary, per token in nats; 0: not computed
+    )
+
+    def check(self, key: str) -> None:
+        """Refuse values without a meaning. ``key`` is the block's name, as in ``model.ppo``."""
+        for name, value, wrong, range_ in (
+            ("ratio_eps", self.ratio_eps, not 0 < self.ratio_eps < 1, "between 0 and 1"),
+            (
+                "ratio_eps_high",
+                self.ratio_eps_high,
+                self.ratio_eps_high is not None and self.ratio_eps_high <= 0,
+                "more than 0, or null",
+            ),
+            (
+                "dual_clip",
+                self.dual_clip,
+                self.dual_clip is not None and self.dual_clip <= 1,
+                "more than 1, for instance 3, or null",
+            ),
+            ("entropy_bonus", self.entropy_bonus, self.entropy_bonus < 0, "0 (none) or more"),
+        ):
+            if wrong:
+                raise UserError(f"{key}.{name}={value} is out of range", cure=f"set {key}.{name} to {range_}")
+
+    def clamp(self, ratio: Tensor) -> Tensor:
+        """The ratio, held within its range."""
+        high = self.ratio_eps if self.ratio_eps_high is None else self.ratio_eps_high
+        return ratio.clamp(1 - self.ratio_eps, 1 + high)
+
+
+def clipped_surrogate(ratio: Tensor, advantages: Tensor, config: PolicyConfig) -> Tensor:
+    """The loss of each token, ``max(-A r, -A clip(r, 1 - eps, 1 + eps))`` (Schulman 2017, arXiv 1707.06347, eq. 7).
+
+    With ``config.dual_clip`` = c, a token of negative advantage costs at most ``-c A`` (dual-clip PPO, Ye 2020,
+    arXiv 1912.09729); with ``config.ratio_eps_high``, the range has two widths (clip-higher, Yu 2025, arXiv
+    2503.14476).
+
+    ratio: new to old probability of the token, advantages: both [B, S] float. Returns [B, S].
+
+    >>> ratio, advantages = torch.tensor([1.5, 0.5, 1.5]), torch.tensor([2.0, 2.0, -2.0])
+    >>> clipped_surrogate(ratio, advantages, PolicyConfig(ratio_eps=0.2))
+    tensor([-2.4000, -1.0000,  3.0000])
+    """
+    losses = torch.maximum(-advantages * ratio, -advantages * config.clamp(ratio))
+    if config.dual_clip is None:
+        return losses
+    return torch.where(advantages < 0, torch.minimum(losses, -config.dual_clip * advantages), losses)
+
+
+@dataclass(frozen=True)
+class PolicyGradient:
+    """The mean over learned tokens of :func:`clipped_surrogate`, less the entropy bonus."""
+
+    config: PolicyConfig = field(default_factory=PolicyConfig)
+
+    top_k = 0
+    unit = Unit.TOKEN
+    metrics = ("loss", "ppo_ratio", "ppo_ratio_clamped", "clip_fraction", "approx_kl", "scaled_entropy")
+
+    @property
+    def wants(self) -> frozenset[Wants]:
+        """Log-probs; the entropy too where it has a weight."""
+        return frozenset({Wants.LOGPROBS, Wants.ENTROPY} if self.config.entropy_bonus else {Wants.LOGPROBS})
+
+    def weights(self, batch: TokenBatch) -> None:
+        """None: the gradient depends on the ratio."""
+
+    def __call__(self, output: ModelOutput, batch: TokenBatch) -> tuple[Tensor, Metrics]:
+        """The summed loss, and per learned token:
+
+        - "ppo_ratio", "ppo_ratio_clamped": new to old probability, as it is and within its range;
+        - "clip_fraction": how often the two differ;
+        - "approx_kl": k3 of KL(old || new), nats;
+        - "scaled_entropy": the bonus.
+        """
+        assert isinstance(batch, Experience) and output.logprobs is not None
+        learned, count = batch.learned(), batch.count(self.unit)
+        # Where nothing is learned anything may stand, an exponent that overflows or NaN: kept out before arithmetic.
+        logprobs = torch.where(learned, output.logprobs, 0)
+        old = torch.where(learned, batch.logprobs, 0)
+        advantages = torch.where(learned, batch.advantages, 0)
+        ratio = torch.exp(logprobs - old)
+        loss = clipped_surrogate(ratio, advantages, self.config).sum()
+        bonus = torch.zeros_like(loss)
+        if self.config.entropy_bonus:
+            assert output.entropy is not None
+            bonus = self.config.entropy_bonus * torch.where(learned, output.entropy, 0).sum()
+            loss = loss - bonus
+        with torch.no_grad():
+            clamped = self.config.clamp(ratio)
+            sums = {
+                "loss": loss.detach(),
+                "ppo_ratio": torch.where(learned, ratio, 0).sum(),
+                "ppo_ratio_clamped": torch.where(learned, clamped, 0).sum(),
+                "clip_fraction": (ratio != clamped).sum(),
+                "approx_kl": kl_k3(old, logprobs).sum(),
+                "scaled_entropy": bonus.detach(),
+            }
+        return loss, {name: (total, count) for name, total in sums.items()}

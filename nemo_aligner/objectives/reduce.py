@@ -1,0 +1,114 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Reductions over masked tokens: means, moments that ranks can add up, whitening and estimates of the KL divergence.
+
+Knows nothing of ranks: what must be summed over them is handed to the caller as sums.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+__all__ = ["Moments", "SumOverRanks", "kl_abs", "kl_k1", "kl_k2", "kl_k3", "masked_mean", "whiten"]
+
+SumOverRanks = Callable[[Tensor], Tensor]
+"""Adds up a tensor over the data parallel ranks; with one rank, ``lambda x: x``."""
+
+
+def masked_mean(x: Tensor, mask: Tensor, *, dim: int | None = None) -> Tensor:
+    """The mean of ``x`` where ``mask`` is set, 0 where it is set nowhere.
+
+    x: float, mask: bool, of one shape; ``dim`` as torch.mean has it.
+
+    >>> masked_mean(torch.tensor([[1.0, 3.0, 9.0]]), torch.tensor([[True, True, False]]), dim=1)
+    tensor([2.])
+    """
+    kept = torch.where(mask, x, 0)
+    return kept.sum(dim) / mask.sum(dim).clamp(min=1)
+
+
+@dataclass(frozen=True, slots=True)
+class Moments:
+    """Sum, sum of squares and count of numbers, from which mean and variance follow. Sums add up over ranks.
+
+    >>> left, right = Moments.of(torch.tensor([1.0, 2.0])), Moments.of(torch.tensor([3.0]))
+    >>> (left + right).mean.item()
+    2.0
+    """
+
+    sums: Tensor  # [3] float64: sum, sum of squares, count
+
+    @classmethod
+    def of(cls, x: Tensor, mask: Tensor | None = None) -> "Moments":
+        """The moments of ``x`` where ``mask`` is set; of all of it where there is no mask."""
+        # float64: E[x^2] - E[x]^2 of float32 sums loses a small variance beside a large mean.
+        chosen = (x if mask is None else x[mask]).double()
+        return cls(torch.stack([chosen.sum(), chosen.square().sum(), chosen.new_tensor(chosen.numel())]))
+
+    def over(self, sum_over_ranks: SumOverRanks) -> "Moments":
+        """The moments of all ranks' numbers together."""
+        return Moments(sum_over_ranks(self.sums))
+
+    def __add__(self, other: "Moments") -> "Moments":
+        return Moments(self.sums + other.sums)
+
+    @property
+    def count(self) -> Tensor:
+        """[] float64: how many numbers."""
+        return self.sums[2]
+
+    @property
+    def mean(self) -> Tensor:
+        """[] float64; 0 of nothing."""
+        return self.sums[0] / self.count.clamp(min=1)
+
+    @property
+    def variance(self) -> Tensor:
+        """[] float64, biased (divided by the count); 0 of nothing."""
+        return (self.sums[1] / self.count.clamp(min=1) - self.mean.square()).clamp(min=0)
+
+    @property
+    def std(self) -> Tensor:
+        """[] float64, the root of :attr:`variance`."""
+        return self.variance.sqrt()
+
+
+def whiten(x: Tensor, mask: Tensor, moments: Moments, *, eps: float = 1e-8) -> Tensor:
+    """``(x - mean) / sqrt(variance + eps)`` where ``mask`` is set, else 0.
+
+    x: [B, S] float, mask: [B, S] bool, moments: of all that is whitened together, usually over all ranks.
+    Returns [B, S] of the dtype of ``x``.
+    """
+    white = (x.double() - moments.mean) * torch.rsqrt(moments.variance + eps)
+    return torch.where(mask, white, 0).to(x.dtype)
+
+
+def kl_k1(logprobs: Tensor, reference: Tensor) -> Tensor:
+    """``log p - log q`` of tokens that p drew: unbiased for KL(p || q), of either sign.
+
+    Two tensors of one shape, float; returns the same. The names k1, k2 and k3 are those of Schulman,
+    http://joschu.net/blog/kl-approx.html.
+    """
+    return logprobs - reference
+
+
+def kl_abs(logprobs: Tensor, reference: Tensor) -> Tensor:
+    """``|log p - log q|``: never negative, and 0 where both agree; an upper bound of k1 and not a divergence."""
+    return kl_k1(logprobs, reference).abs()
+
+
+def kl_k2(logprobs: Tensor, reference: Tensor) -> Tensor:
+    """``(log p - log q)^2 / 2``: never negative, biased, of low variance where p and q are close."""
+    return 0.5 * kl_k1(logprobs, reference).square()
+
+
+def kl_k3(logprobs: Tensor, reference: Tensor) -> Tensor:
+    """``q / p - 1 - log(q / p)``: never negative, and unbiased for KL(p || q).
+
+    >>> kl_k3(torch.tensor(0.0), torch.tensor(0.5))  # e^0.5 - 1 - 0.5
+    tensor(0.1487)
+    """
+    towards = reference - logprobs
+    # expm1: for close policies e^x - 1 - x is a difference of nearly equal numbers.
+    return torch.expm1(towards) - towards

@@ -1,0 +1,188 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Losses of reward models: pairwise preferences and judged attributes."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from nemo_aligner.batch import PreferenceBatch, ScoredBatch, TokenBatch, Unit
+from nemo_aligner.errors import UserError
+from nemo_aligner.objectives.protocol import Metrics, ModelOutput, Wants
+
+__all__ = ["AttributePairs", "BradleyTerry", "Regression", "RegressionConfig", "bradley_terry", "regression"]
+
+LossName = Literal["regression", "regular_bt", "margin_bt", "scaled_bt"]
+HELPFULNESS = 4  # the attribute that pairs are compared by, where there are that many
+
+
+@dataclass(frozen=True, kw_only=True)
+class RegressionConfig:
+    """The ``model.regression`` block."""
+
+    num_attributes: int = 1  # numbers that the head gives to a sequence
+    merge_attributes: bool = False  # serve one reward: the attributes weighted by attribute_weights
+    attribute_weights: tuple[float, ...] | None = None  # null: each 1 / num_attributes
+    loss_mask_val: float = -100.0  # the label of an attribute that was not judged
+    loss_func: LossName = "regression"
+    load_rm_head_weights: bool = False  # start from the head of the checkpoint, where it is a reward model
+
+    def check(self) -> None:
+        """Refuse sizes that do not fit each other.
+
+        Raises:
+            UserError: with the setting.
+        """
+        if self.num_attributes < 1:
+            raise UserError(
+                f"model.regression.num_attributes={self.num_attributes} is not positive",
+                cure="set it to 1 or more",
+            )
+        if self.attribute_weights is not None and len(self.attribute_weights) != self.num_attributes:
+            raise UserError(
+                f"model.regression.attribute_weights has {len(self.attribute_weights)} numbers, and "
+                f"model.regression.num_attributes={self.num_attributes}",
+                cure="give one weight for each attribute",
+            )
+
+    @property
+    def weights(self) -> list[float]:
+        """What merges the attributes into one reward, in their order."""
+        return list(self.attribute_weights or [1 / self.num_attributes] * self.num_attributes)
+
+
+def bradley_terry(chosen: Tensor, rejected: Tensor, margin: Tensor | float = 0.0) -> Tensor:
+    """-log sigmoid(r_chosen - r_rejected - margin) of each pair.
+
+    Ouyang et al. 2022, eq. 1; with the margin Touvron et al. 2023, eq. 2.
+
+    chosen, rejected: [P] float. Returns [P].
+
+    >>> import torch
+    >>> bradley_terry(torch.tensor([1.0]), torch.tensor([1.0]))
+    tensor([0.6931])
+    """
+    return -F.logsigmoid(chosen - rejected - margin)
+
+
+def regression(predicted: Tensor, judged: Tensor) -> Tensor:
+    """The squared error of each attribute, 0 where it was not judged.
+
+    predicted: [N, A] float; judged: [N, A] float, NaN where not judged. Returns [N, A].
+
+    >>> import torch
+    >>> regression(torch.tensor([[1.0, 5.0]]), torch.tensor([[3.0, torch.nan]]))
+    tensor([[4., 0.]])
+    """
+    return (predicted - judged.where(~judged.isnan(), predicted)).square()
+
+
+class BradleyTerry:
+    """The mean of :func:`bradley_terry` over every pair of the global batch."""
+
+    wants = frozenset({Wants.REWARDS})
+    top_k = 0
+    unit = Unit.PAIR
+    metrics = (
+        "loss",
+        "acc",
+        "rewards_chosen_mean",
+        "rewards_rejected_mean",
+        "rewards_all_mean",
+        "rewards_all_square",
+    )
+
+    def weights(self, batch: TokenBatch) -> None:  # noqa: ARG002 - the protocol's
+        """No log-probs are asked for."""
+        return
+
+    def __call__(self, output: ModelOutput, batch: TokenBatch) -> tuple[Tensor, Metrics]:
+        """The summed loss; accuracy, means and mean square of the rewards."""
+        assert isinstance(batch, PreferenceBatch)
+        assert output.rewards is not None
+        chosen, rejected = output.rewards[:, 0].view(-1, 2).unbind(1)
+        return _compared(chosen, rejected, bradley_terry(chosen, rejected), real=_real_pairs(batch))
+
+
+class AttributePairs:
+    """Pairs that say how much better the better answer is, compared by one attribute of the head.
+
+    Sequences 2i and 2i + 1 carry the same first label: negative where the first is the better one, its size the margin.
+    """
+
+    wants = frozenset({Wants.REWARDS})
+    top_k = 0
+    unit = Unit.PAIR
+    metrics = BradleyTerry.metrics
+
+    def __init__(self, loss: LossName) -> None:
+        self.loss = loss
+
+    def weights(self, batch: TokenBatch) -> None:  # noqa: ARG002 - the protocol's
+        """No log-probs are asked for."""
+        return
+
+    def __call__(self, output: ModelOutput, batch: TokenBatch) -> tuple[Tensor, Metrics]:
+        """As :class:`BradleyTerry`, with the pair's strength as a margin or as a factor."""
+        assert isinstance(batch, ScoredBatch)
+        assert output.rewards is not None
+        scores = output.rewards[:, min(HELPFULNESS, output.rewards.shape[1] - 1)].view(-1, 2)
+        label = batch.attributes[::2, 0].nan_to_num()
+        first = label < 0
+        chosen = scores[:, 0].where(first, scores[:, 1])
+        rejected = scores[:, 1].where(first, scores[:, 0])
+        match self.loss:
+            case "margin_bt":
+                loss = bradley_terry(chosen, rejected, margin=label.abs())
+            case "scaled_bt":
+                loss = label.abs() * bradley_terry(chosen, rejected)
+            case _:
+                loss = bradley_terry(chosen, rejected)
+        return _compared(chosen, rejected, loss, real=_real_pairs(batch))
+
+
+class Regression:
+    """The mean of :func:`regression` over every judged attribute of the global batch."""
+
+    wants = frozenset({Wants.REWARDS})
+    top_k = 0
+    unit = Unit.LABEL
+    metrics = ("loss", "rewards_all_mean", "rewards_all_square")
+
+    def weights(self, batch: TokenBatch) -> None:  # noqa: ARG002 - the protocol's
+        """No log-probs are asked for."""
+        return
+
+    def __call__(self, output: ModelOutput, batch: TokenBatch) -> tuple[Tensor, Metrics]:
+        """The summed loss; mean and mean square of what the head gives."""
+        assert isinstance(batch, ScoredBatch)
+        assert output.rewards is not None
+        real = batch.judged()
+        loss = (regression(output.rewards, batch.attributes) * real).sum()
+        given = output.rewards.detach() * real
+        count = real.sum()
+        return loss, {
+            "loss": (loss.detach(), count),
+            "rewards_all_mean": (given.sum(), count),
+            "rewards_all_square": (given.square().sum(), count),
+        }
+
+
+def _real_pairs(batch: TokenBatch) -> Tensor:
+    """[P] bool: pairs that do not only fill up."""
+    return (batch.per_sequence(batch.learned().long()).view(-1, 2) > 0).all(1)
+
+
+def _compared(chosen: Tensor, rejected: Tensor, losses: Tensor, *, real: Tensor) -> tuple[Tensor, Metrics]:
+    loss = (losses * real).sum()
+    pairs = real.sum()
+    right, wrong = chosen.detach() * real, rejected.detach() * real
+    return loss, {
+        "loss": (loss.detach(), pairs),
+        "acc": (((chosen > rejected) & real).sum(), pairs),
+        "rewards_chosen_mean": (right.sum(), pairs),
+        "rewards_rejected_mean": (wrong.sum(), pairs),
+        "rewards_all_mean": (right.sum() + wrong.sum(), 2 * pairs),
+        "rewards_all_square": (right.square().sum() + wrong.square().sum(), 2 * pairs),
+    }

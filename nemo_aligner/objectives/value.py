@@ -1,0 +1,83 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Proximal Policy Optimization's loss of the critic: squared error to the returns, clipped about the old values."""
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from nemo_aligner.batch import TokenBatch, Unit, ValueBatch
+from nemo_aligner.errors import UserError
+from nemo_aligner.objectives.protocol import Metrics, ModelOutput, Wants
+
+__all__ = ["ValueConfig", "ValueLoss", "value_loss"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ValueConfig:
+    """The part of a critic's ``model`` block that shapes its loss."""
+
+    loss_clip_val: float = (
+        0.2  # a value gains nothing by moving further than this from its old one; 0: it may
+    )
+
+    def check(self, key: str) -> None:
+        """Refuse values without a meaning. ``key`` is the block's name, as in ``model``."""
+        if self.loss_clip_val < 0:
+            raise UserError(
+                f"{key}.loss_clip_val={self.loss_clip_val} is negative",
+                cure=f"set {key}.loss_clip_val to 0 (no clipping) or more, for instance 0.2",
+            )
+
+
+def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, *, clip: float) -> Tensor:
+    """The loss of each token, ``max((V - R)^2, (V_clip - R)^2) / 2`` with ``V_clip = V_old + clip(V - V_old)``.
+
+    Value clipping of Engstrom 2020 (arXiv 2005.12729), who print the smaller of the two squares. The
+    larger one, as in OpenAI's baselines, is what clips: a value out of its range on the return's side gets no
+    gradient. With ``clip`` = 0, plain ``(V - R)^2 / 2``.
+
+    values, old_values, returns: [B, S] float. Returns [B, S].
+
+    >>> value_loss(torch.tensor([1.0]), torch.tensor([0.0]), torch.tensor([2.0]), clip=0.5)
+    tensor([1.1250])
+    """
+    error = (values - returns).square()
+    if clip:
+        near = old_values + (values - old_values).clamp(-clip, clip)
+        error = torch.maximum(error, (near - returns).square())
+    return 0.5 * error
+
+
+@dataclass(frozen=True)
+class ValueLoss:
+    """The mean of :func:`value_loss` over the answers' tokens."""
+
+    config: ValueConfig = field(default_factory=ValueConfig)
+
+    wants = frozenset({Wants.VALUES})
+    top_k = 0
+    unit = Unit.TOKEN
+    metrics = ("loss", "values", "returns", "clip_fraction")
+
+    def weights(self, batch: TokenBatch) -> None:
+        """None: no log-probs are asked for."""
+
+    def __call__(self, output: ModelOutput, batch: TokenBatch) -> tuple[Tensor, Metrics]:
+        """The summed loss, and per answer token "values", "returns" and how often a value was out of its range."""
+        assert isinstance(batch, ValueBatch) and output.values is not None
+        learned, count, clip = batch.learned(), batch.count(self.unit), self.config.loss_clip_val
+        # Where nothing is learned anything may stand, NaN too: kept out before arithmetic.
+        values = torch.where(learned, output.values, 0)
+        old = torch.where(learned, batch.values, 0)
+        returns = torch.where(learned, batch.returns, 0)
+        loss = value_loss(values, old, returns, clip=clip).sum()
+        with torch.no_grad():
+            beyond = (values - old).abs() > clip if clip else torch.zeros_like(learned)
+            sums = {
+                "loss": loss.detach(),
+                "values": values.sum(),
+                "returns": returns.sum(),
+                "clip_fraction": beyond.sum(),
+            }
+        return loss, {name: (total, count) for name, total in sums.items()}

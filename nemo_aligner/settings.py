@@ -1,0 +1,260 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From Hydra's config to typed, frozen settings. A key that nobody knows is an error with the nearest known one.
+
+Knows dataclasses, the architecture's keys and the keys that change nothing; knows no script's settings.
+"""
+
+import builtins
+import dataclasses
+import difflib
+import logging
+import types
+import typing
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from nemo_aligner.errors import UserError
+from nemo_aligner.models.gpt.config import ARCHITECTURE_KEYS, GPTConfig
+
+__all__ = ["NO_EFFECT", "log_no_effect", "parse"]
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+
+# Settings that are accepted and change nothing: (key, values that ask for nothing, what happens instead). No key that
+# changes numbers may stand here.
+NO_EFFECT: tuple[tuple[str, tuple[object, ...], str], ...] = (
+    ("trainer.accelerator", ("gpu",), "a GPU is used where there is one, else the CPU"),
+    ("trainer.logger", (False,), "exp_manager makes the loggers"),
+    ("trainer.enable_checkpointing", (False,), "exp_manager saves"),
+    ("trainer.use_distributed_sampler", (False,), "the loader deals batches out to ranks"),
+    ("trainer.max_epochs", (), "trainer.sft.max_epochs counts"),
+    ("trainer.max_steps", (), "trainer.sft.max_steps counts"),
+    ("model.global_batch_size", (), "model.data.train_ds.global_batch_size counts"),
+    ("model.micro_batch_size", (), "model.data.train_ds.micro_batch_size counts"),
+    ("model.mcore_gpt", (True,), "models always are megatron-core's"),
+    ("model.megatron_amp_O2", (False,), "weights are in trainer.precision, the optimizer keeps fp32 copies"),
+    (
+        "model.save_nemo_on_validation_end",
+        (False,),
+        "every checkpoint is a model; the .nemo is written at the end",
+    ),
+    ("model.steerlm2", ({},), "supervised fine-tuning reads none of it"),
+    *(
+        (f"model.data.{split}.{name}", idle, instead)
+        for split in ("train_ds", "validation_ds")
+        for name, idle, instead in (
+            ("memmap_workers", (), "one pass over the file finds its lines"),
+            ("min_seq_length", (0, 1), "a sample of any length is used"),
+            ("index_mapping_dir", (), "the index of lines is kept in memory"),
+            ("hf_dataset", (False,), "the file is read as JSONL either way"),
+            ("output_original_text", (True,), "samples carry tokens only"),
+        )
+    ),
+    ("model.data.skip_warmup", (True,), "files are read when rows are asked for"),
+    ("model.data.index_mapping_dir", (), "the index of lines is kept in memory"),
+    ("model.data.eod_mask_loss", (False,), "what is learned goes by position, never by token"),
+    ("model.overwrite_base_config", ({"data": {"data_prefix": True}},), "a checkpoint's data are not read"),
+    ("exp_manager.checkpoint_callback_params.model_parallel_size", (), "a checkpoint loads at any layout"),
+    *(
+        (f"model.{name}", (False,), "the kernels follow from what is installed")
+        for name in (
+            "transformer_engine",
+            "apply_rope_fusion",
+            "bias_dropout_add_fusion",
+            "masked_softmax_fusion",
+            "gradient_accumulation_fusion",
+            "persist_layer_norm",
+        )
+    ),
+    *(
+        (
+            f"model.{name}",
+            (False,),
+            "Megatron's schedules and its distributed optimizer decide how ranks exchange tensors",
+        )
+        for name in (
+            "sync_batch_comm",
+            "gradient_as_bucket_view",
+            "grad_div_ar_fusion",
+            "grad_allreduce_chunk_size_mb",
+            "async_grad_allreduce",
+            "overlap_p2p_comm",
+            "batch_p2p_comm",
+            "ub_tp_comm_overlap",
+            "ub_tp_comm_overlap_cfg",
+            "defer_embedding_wgrad_compute",
+        )
+    ),
+    *(
+        (
+            f"model.dist_ckpt_{name}",
+            (),
+            "checkpoints are written in parallel by all ranks, in the torch_dist format",
+        )
+        for name in (
+            "format",
+            "load_on_device",
+            "parallel_save",
+            "parallel_save_within_dp",
+            "parallel_load",
+            "parallel_dist_opt",
+            "torch_dist_multiproc",
+            "assume_constant_structure",
+        )
+    ),
+    ("model.use_cpu_initialization", (False,), "weights come from the checkpoint"),
+    ("model.nsys_profile", ({},), "there is no profiler within"),
+)
+ACCEPTED = frozenset(key for key, _, _ in NO_EFFECT)
+
+
+def log_no_effect(config: DictConfig, kind: type[object]) -> None:
+    """One line for each setting of ``config``, as Hydra composed it, that asks for an effect it does not have.
+
+    Args:
+        kind: the script's settings; what is a field of theirs has an effect.
+    """
+    for key, idle, instead in NO_EFFECT:
+        parent, _, name = key.rpartition(".")
+        if _is_field(kind, key):
+            continue
+        block = OmegaConf.select(config, parent)
+        # An interpolation only repeats another setting.
+        if block is None or name not in block or OmegaConf.is_interpolation(block, name):
+            continue
+        value = OmegaConf.select(config, key)
+        if value not in (None, *idle):
+            logger.info("%s=%s has no effect: %s", key, value, instead)
+
+
+def _is_field(kind: Any, key: str) -> bool:  # noqa: ANN401
+    """Whether a dotted key names a field in nested dataclasses."""
+    name, _, rest = key.partition(".")
+    if not dataclasses.is_dataclass(kind) or name not in {f.name for f in dataclasses.fields(kind)}:
+        return False
+    return not rest or _is_field(typing.get_type_hints(kind)[name], rest)
+
+
+def parse(config: DictConfig, kind: type[T]) -> T:
+    """``config`` as a ``kind``.
+
+    Raises:
+        UserError: a key is unknown (with the nearest known one), missing, or has a value of the wrong type.
+    """
+    try:
+        values = OmegaConf.to_container(config, resolve=True, throw_on_missing=False)
+    except OmegaConfBaseException as error:
+        line = str(error).splitlines()[0]
+        raise UserError(
+            f"the configuration does not resolve: {line}", cure="correct the key it names"
+        ) from error
+    assert isinstance(values, dict)
+    values = {str(k): v for k, v in values.items() if k != "hydra"}
+    model = values.get("model")
+    if isinstance(model, dict):
+        # null leaves the checkpoint's own value in place.
+        hints = typing.get_type_hints(GPTConfig)
+        given = {k: v for k, v in model.items() if k in ARCHITECTURE_KEYS and v is not None}
+        for key in given.keys() & hints.keys():
+            converted = _convert(given[key], hints[key], f"model.{key}")
+            # A block is checked and stays as model_config.yaml has it.
+            given[key] = given[key] if dataclasses.is_dataclass(converted) else converted
+        values["model"] = {k: v for k, v in model.items() if k not in ARCHITECTURE_KEYS} | {
+            "architecture": given
+        }
+    return _build(values, kind, "")
+
+
+def _build(values: Mapping[str, Any], kind: type[T], path: str) -> T:
+    hints = typing.get_type_hints(kind)
+    known = {f.name: f for f in dataclasses.fields(kind)}  # type: ignore[arg-type]
+    for key in values:
+        if key not in known and f"{path}{key}" not in ACCEPTED:
+            _refuse_unknown(f"{path}{key}", key, [*known, *(ARCHITECTURE_KEYS if path == "model." else ())])
+    given = {}
+    for name, spec in known.items():
+        required = spec.default is dataclasses.MISSING and spec.default_factory is dataclasses.MISSING
+        if name in values and values[name] != "???":
+            given[name] = _convert(values[name], hints[name], f"{path}{name}")
+        elif required or name in values:
+            raise UserError(f"{path}{name} is not set", cure=f"add {path}{name}=... to the command line")
+    return kind(**given)
+
+
+def _refuse_unknown(key: str, name: str, known: list[str]) -> typing.NoReturn:
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    prefix = key[: -len(name)]
+    cure = (
+        f"did you mean {prefix}{near[0]}?"
+        if near
+        else f"known keys: {', '.join(prefix + k for k in sorted(known))}"
+    )
+    raise UserError(f"unknown key {key}", cure=cure)
+
+
+def _convert(value: Any, hint: Any, key: str) -> Any:  # noqa: ANN401 - values of a YAML file
+    if isinstance(hint, type) and dataclasses.is_dataclass(hint):
+        if not isinstance(value, dict):
+            raise UserError(
+                f"{key}={value!r} is not a block of keys", cure=f"set keys below it, as in {key}.NAME=..."
+            )
+        return _build(value, hint, f"{key}.")
+    args = typing.get_args(hint)
+    match typing.get_origin(hint):
+        case typing.Union | types.UnionType:
+            return _convert_union(value, args, key)
+        case typing.Literal:
+            if value in args:
+                return value
+            raise UserError(f"{key}={value!r} is not known", cure=f"use one of {', '.join(map(str, args))}")
+        case builtins.tuple if isinstance(value, list) and args[1:] == (...,):
+            return tuple(_convert(v, args[0], f"{key}[{i}]") for i, v in enumerate(value))
+        case builtins.tuple if isinstance(value, list) and len(value) == len(args):
+            return tuple(
+                _convert(v, a, f"{key}[{i}]") for i, (v, a) in enumerate(zip(value, args, strict=True))
+            )
+        case builtins.dict if isinstance(value, dict):
+            return value
+    return _convert_plain(value, hint, key)
+
+
+def _convert_union(value: Any, options: tuple[Any, ...], key: str) -> Any:  # noqa: ANN401
+    if value is None and type(None) in options:
+        return None
+    kinds = [option for option in options if option is not type(None)]
+    if any(_is_exactly(value, kind) for kind in kinds):
+        return value
+    return _convert(value, kinds[0], key)
+
+
+def _convert_plain(value: Any, hint: Any, key: str) -> Any:  # noqa: ANN401
+    if _is_exactly(value, hint):
+        return value
+    if hint is float and isinstance(value, int | str) and not isinstance(value, bool):
+        return _number(value, key)
+    if hint is str and isinstance(value, int | float):
+        return str(value)
+    name = hint.__name__ if isinstance(hint, type) else str(hint)
+    raise UserError(f"{key}={value!r} is not of type {name}", cure=f"give {key} a value of type {name}")
+
+
+def _is_exactly(value: object, hint: object) -> bool:
+    return (
+        isinstance(hint, type)
+        and isinstance(value, hint)
+        and not (isinstance(value, bool) and hint is not bool)
+    )
+
+
+def _number(value: int | str, key: str) -> float:
+    try:
+        # YAML 1.1 reads 5e-6 as a string.
+        return float(value)
+    except ValueError as error:
+        raise UserError(f"{key}={value!r} is not a number", cure=f"set {key} to a number") from error

@@ -1,0 +1,234 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The policy's loss against values worked out by hand and a loop in float64."""
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+
+from nemo_aligner.batch import Experience, Unit
+from nemo_aligner.errors import UserError
+from nemo_aligner.objectives.policy import PolicyConfig, PolicyGradient, clipped_surrogate
+from nemo_aligner.objectives.protocol import ModelOutput, Wants
+
+LENGTHS = (5, 3, 8)
+CONFIGS = (
+    PolicyConfig(),
+    PolicyConfig(ratio_eps=0.1, ratio_eps_high=0.3),
+    PolicyConfig(dual_clip=1.3, entropy_bonus=0.05),
+)
+
+
+def batch(*, fill: float = 0.0) -> tuple[Experience, ModelOutput]:
+    """Three rows and what a policy says of them now; ``fill`` stands where nothing is learned."""
+    draw = torch.Generator().manual_seed(0)
+    index = torch.arange(8)
+    mask = torch.stack([(index >= 2) & (index < n) for n in LENGTHS])
+    old, advantages, step, entropy = (
+        torch.where(mask, torch.randn(3, 8, generator=draw, dtype=torch.float64), fill) for _ in range(4)
+    )
+    made = Experience(
+        tokens=torch.zeros(3, 8, dtype=torch.int64),
+        mask=mask,
+        lengths=torch.tensor(LENGTHS),
+        logprobs=old - 2,
+        reference_logprobs=old,
+        sampler_logprobs=old,
+        advantages=advantages,
+        returns=advantages,
+        values=advantages,
+    )
+    return made, ModelOutput(logprobs=old - 2 + 0.3 * step, entropy=entropy.square())
+
+
+def means(made: Experience, output: ModelOutput, config: PolicyConfig) -> dict[str, float]:
+    loss, metrics = PolicyGradient(config)(output, made)
+    assert metrics["loss"][0] == loss
+    assert set(metrics) == set(PolicyGradient.metrics)
+    return {name: total.item() / max(count.item(), 1) for name, (total, count) in metrics.items()}
+
+
+@pytest.mark.parametrize(
+    ("ratio", "advantage", "loss", "gradient"),
+    [
+        (1.0, 2.0, -2.0, -2.0),
+        (1.1, 2.0, -2.2, -2.0),  # within the range: the plain surrogate
+        (1.5, 2.0, -2.4, 0.0),  # a good token, already likely enough
+        (0.5, 2.0, -1.0, -2.0),  # a good token that became less likely comes back
+        (0.5, -2.0, 1.6, 0.0),  # a bad token, already unlikely enough
+        (1.5, -2.0, 3.0, 2.0),  # a bad token that became more likely comes back
+        (9.0, -2.0, 18.0, 2.0),  # without any bound
+        (3.0, 0.0, 0.0, 0.0),
+    ],
+)
+def test_clipping_by_hand(ratio: float, advantage: float, loss: float, gradient: float):
+    x = torch.tensor([ratio], dtype=torch.float64, requires_grad=True)
+    found = clipped_surrogate(x, torch.tensor([advantage], dtype=torch.float64), PolicyConfig())
+    found.sum().backward()
+    assert found.item() == pytest.approx(loss, rel=1e-12)
+    assert x.grad.item() == pytest.approx(gradient, rel=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("config", "ratio", "advantage", "loss", "gradient"),
+    [
+        (PolicyConfig(ratio_eps_high=0.5), 1.4, 1.0, -1.4, -1.0),
+        (PolicyConfig(ratio_eps_high=0.5), 1.6, 1.0, -1.5, 0.0),
+        (PolicyConfig(ratio_eps_high=0.5), 0.7, -1.0, 0.8, 0.0),
+        (PolicyConfig(dual_clip=3.0), 9.0, -2.0, 6.0, 0.0),
+        (PolicyConfig(dual_clip=3.0), 2.5, -2.0, 5.0, 2.0),
+        (PolicyConfig(dual_clip=3.0), 9.0, 2.0, -2.4, 0.0),
+    ],
+)
+def test_two_widths_and_a_bound_by_hand(
+    config: PolicyConfig, ratio: float, advantage: float, loss: float, gradient: float
+):
+    x = torch.tensor([ratio], dtype=torch.float64, requires_grad=True)
+    found = clipped_surrogate(x, torch.tensor([advantage], dtype=torch.float64), config)
+    found.sum().backward()
+    assert found.item() == pytest.approx(loss, rel=1e-12)
+    assert x.grad.item() == pytest.approx(gradient, rel=1e-12)
+
+
+def by_loop(made: Experience, output: ModelOutput, config: PolicyConfig) -> dict[str, float]:
+    """Python's floats, one token after another, from the published formulas."""
+    low, high = 1 - config.ratio_eps, 1 + (config.ratio_eps_high or config.ratio_eps)
+    sums, tokens = dict.fromkeys(PolicyGradient.metrics, 0.0), 0
+    for i, n in enumerate(LENGTHS):
+        for t in range(2, n):
+            new, old = float(output.logprobs[i, t]), float(made.logprobs[i, t])
+            advantage, ratio = float(made.advantages[i, t]), math.exp(new - old)
+            clamped = min(max(ratio, low), high)
+            gain = min(ratio * advantage, clamped * advantage)
+            if config.dual_clip and advantage < 0:
+                gain = max(gain, config.dual_clip * advantage)
+            bonus = config.entropy_bonus * float(output.entropy[i, t])
+            token = {
+                "loss": -gain - bonus,
+                "ppo_ratio": ratio,
+                "ppo_ratio_clamped": clamped,
+                "clip_fraction": float(ratio < low or ratio > high),
+                "approx_kl": ratio - 1 - (new - old),
+                "scaled_entropy": bonus,
+            }
+            sums = {name: sums[name] + token[name] for name in sums}
+            tokens += 1
+    return {name: total / tokens for name, total in sums.items()}
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+def test_a_loop_in_float64_says_the_same(config: PolicyConfig):
+    expected = by_loop(*batch(), config)
+    assert 0 < expected["clip_fraction"] < 1
+    assert means(*batch(), config) == pytest.approx(expected, rel=1e-12, abs=1e-14)
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+def test_gradcheck(config: PolicyConfig):
+    made, output = batch()
+
+    def loss(logprobs: torch.Tensor, entropy: torch.Tensor) -> torch.Tensor:
+        return PolicyGradient(config)(ModelOutput(logprobs=logprobs, entropy=entropy), made)[0]
+
+    inputs = (output.logprobs.requires_grad_(), output.entropy.requires_grad_())
+    assert torch.autograd.gradcheck(loss, inputs)
+
+
+def test_before_any_update_it_is_the_policy_gradient():
+    made, _ = batch()
+    logprobs = made.logprobs.clone().requires_grad_()
+    loss, metrics = PolicyGradient()(ModelOutput(logprobs=logprobs), made)
+    loss.backward()
+    torch.testing.assert_close(logprobs.grad, -made.advantages * made.mask, rtol=1e-14, atol=0)
+    assert (metrics["clip_fraction"][0], metrics["approx_kl"][0]) == (0, 0)
+
+
+@pytest.mark.parametrize("fill", [float("nan"), float("inf"), -1e30])
+@pytest.mark.parametrize("config", CONFIGS)
+def test_what_stands_where_nothing_is_learned_does_not_matter(config: PolicyConfig, fill: float):
+    (made, output), (littered, dirty) = batch(), batch(fill=fill)
+    assert means(littered, dirty, config) == means(made, output, config)
+    logprobs = dirty.logprobs.requires_grad_()
+    PolicyGradient(config)(dirty, littered)[0].backward()
+    assert torch.isfinite(logprobs.grad).all()
+    assert not logprobs.grad[~made.mask].any()
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+def test_filler_rows_packing_and_micro_batches_change_nothing(config: PolicyConfig):
+    made, output = batch()
+    expected = pytest.approx(means(made, output, config), rel=1e-12)
+    fields = (
+        "tokens",
+        "mask",
+        "logprobs",
+        "reference_logprobs",
+        "sampler_logprobs",
+        "advantages",
+        "returns",
+        "values",
+    )
+    rows = torch.tensor([2, 0, 1, 1, 0])
+    taken = {name: getattr(made, name)[rows] for name in fields}
+    taken["mask"][3:] = False
+    filled = Experience(**taken, lengths=made.lengths[rows])
+    given = ModelOutput(logprobs=output.logprobs[rows], entropy=output.entropy[rows])
+    assert means(filled, given, config) == expected
+
+    def packed(x: torch.Tensor) -> torch.Tensor:
+        return torch.cat([x[i, :n] for i, n in enumerate(LENGTHS)])[None]
+
+    one_row = Experience(
+        **{name: packed(getattr(made, name)) for name in fields},
+        lengths=made.lengths,
+        cu_seqlens=torch.tensor([0, *LENGTHS]).cumsum(0).int(),
+    )
+    given = ModelOutput(logprobs=packed(output.logprobs), entropy=packed(output.entropy))
+    assert means(one_row, given, config) == expected
+    whole, _ = PolicyGradient(config)(output, made)
+    parts = []
+    for i, part in enumerate(made.split(1)):
+        row = ModelOutput(logprobs=output.logprobs[i : i + 1], entropy=output.entropy[i : i + 1])
+        parts.append(PolicyGradient(config)(row, part)[0].item())
+    assert sum(parts) == pytest.approx(whole.item(), rel=1e-12)
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+def test_nothing_learned_is_no_loss_and_no_gradient(config: PolicyConfig):
+    made, output = batch(fill=float("nan"))
+    empty = replace(made, mask=torch.zeros_like(made.mask))
+    logprobs = output.logprobs.requires_grad_()
+    loss, metrics = PolicyGradient(config)(output, empty)
+    loss.backward()
+    assert (loss.item(), int(metrics["loss"][1])) == (0, 0)
+    assert not logprobs.grad.any()
+
+
+def test_what_it_asks_for():
+    objective = PolicyGradient()
+    assert (objective.wants, objective.unit, objective.top_k) == ({Wants.LOGPROBS}, Unit.TOKEN, 0)
+    assert objective.weights(batch()[0]) is None
+    with_entropy = PolicyGradient(PolicyConfig(entropy_bonus=0.01))
+    assert with_entropy.wants == {Wants.LOGPROBS, Wants.ENTROPY}
+    assert (objective.config.ratio_eps, objective.config.entropy_bonus) == (0.2, 0.0)
+
+
+@pytest.mark.parametrize(
+    ("config", "says"),
+    [
+        (PolicyConfig(ratio_eps=0.0), "ratio_eps=0.0"),
+        (PolicyConfig(ratio_eps=1.0), "ratio_eps=1.0"),
+        (PolicyConfig(ratio_eps_high=0.0), "ratio_eps_high=0.0"),
+        (PolicyConfig(dual_clip=1.0), "dual_clip=1.0"),
+        (PolicyConfig(entropy_bonus=-0.1), "entropy_bonus=-0.1"),
+    ],
+)
+def test_values_without_a_meaning_are_refused(config: PolicyConfig, says: str):
+    with pytest.raises(UserError, match=f"model.ppo.{says} is out of range"):
+        config.check("model.ppo")
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+def test_values_with_a_meaning_are_not(config: PolicyConfig):
+    config.check("model.ppo")
