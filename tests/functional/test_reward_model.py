@@ -111,6 +111,20 @@ def test_results_do_not_depend_on_the_layout(run: Callable, settings: dict[str, 
             assert left[name] == pytest.approx(right[name], rel=1e-4), name
 
 
+@pytest.mark.parametrize(("precision", "head"), [("bf16", "float32"), ("32", "bfloat16")])
+def test_the_heads_own_dtype(
+    run: Callable, settings: dict[str, object], tmp_path: Path, precision: str, head: str
+):
+    job = run(
+        settings
+        | {"trainer.precision": precision, "model.force_head_dtype": head, "trainer.rm.max_epochs": 4},
+        command=SCRIPT,
+    )
+    assert job.wait() == 0, job.err
+    assert lines(tmp_path / "run/metrics.jsonl")[-1]["validation/acc"] > 0.9
+    assert (tmp_path / "run/checkpoints/megatron_gpt.nemo").is_file()
+
+
 # The terminal command of the tutorial, its flags as printed, paths replaced and two ranks for eight.
 TERMINAL = """\
 trainer.num_nodes=1 trainer.devices=2 ++model.micro_batch_size=1 ++model.global_batch_size=16
