@@ -11,7 +11,7 @@ from nemo_aligner.errors import UserError
 from nemo_aligner.models.gpt.config import precision_name
 from nemo_aligner.models.gpt.learning_rate import OptimConfig
 from nemo_aligner.models.gpt.recompute import Granularity, Method, Recompute
-from nemo_aligner.objectives.reward import RegressionConfig
+from nemo_aligner.objectives.config import RegressionConfig
 from nemo_aligner.parallel.ranks import Layout
 from nemo_aligner.run.experiment import ExperimentConfig
 from nemo_aligner.run.schedule import SupervisedConfig

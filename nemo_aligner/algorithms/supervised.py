@@ -4,7 +4,7 @@
 import logging
 import signal
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Protocol
 
@@ -18,7 +18,7 @@ from nemo_aligner.objectives.protocol import Objective, with_spread
 from nemo_aligner.parallel import collectives, world
 from nemo_aligner.run.experiment import Experiment
 from nemo_aligner.run.progress import ProgressBar
-from nemo_aligner.run.schedule import SupervisedConfig, make_plan
+from nemo_aligner.run.schedule import SupervisedConfig, limited, make_plan
 from nemo_aligner.run.stop import SAVED_CODE, StoppedEarly, StopRequest, TimeLimit
 
 __all__ = ["Batches", "SupervisedTrainer"]
@@ -58,6 +58,7 @@ class SupervisedTrainer:
     """Trains ``model`` on ``objective`` (SFT, reward models, SteerLM, distillation).
 
     Args:
+        validation: sets by the name that their metrics begin with; that of "validation" rank checkpoints.
         checkpoints: where to save while training; None: nowhere.
     """
 
@@ -67,7 +68,7 @@ class SupervisedTrainer:
         model: SupervisedInterface,
         objective: Objective,
         train: Batches,
-        validation: Batches,
+        validation: Mapping[str, Batches],
         run: Experiment,
         checkpoints: TrainingCheckpoints | None = None,
     ) -> None:
@@ -75,7 +76,9 @@ class SupervisedTrainer:
         self.train, self.validation, self.run, self.checkpoints = train, validation, run, checkpoints
         # The learning-rate schedule is as long as this says.
         self.plan = make_plan(
-            config, batches_per_epoch=train.batches_per_epoch, val_batches=validation.batches_per_epoch
+            config,
+            batches_per_epoch=train.batches_per_epoch,
+            val_batches=validation["validation"].batches_per_epoch,
         )
         self.limit = TimeLimit(run.config.max_seconds)
         self.state = TrainerState(data=train.fingerprint | {"steps_per_epoch": self.plan.steps_per_epoch})
@@ -143,8 +146,10 @@ class SupervisedTrainer:
             with world.phase(f"validation after step {step}"):
                 means = self.validate()
             self.run.log(means, step=step)
-            self.limit.note("validation", means["validation/step_time"])
-            known = {monitor_name(name): value for name, value in means.items()}
+            self.limit.note("validation", sum(means[name] for name in means if name.endswith("/step_time")))
+            known = {
+                monitor_name(name): value for name, value in means.items() if name.startswith("validation/")
+            }
             self.state = replace(self.state, metrics={k: v for k, v in known.items() if k != "val_step_time"})
 
     def _save_or_stop(self, request: StopRequest) -> None:
@@ -189,22 +194,28 @@ class SupervisedTrainer:
             )
 
     def validate(self) -> dict[str, float]:
-        """Means over every unit of the validation data: "validation/loss" and its kin."""
-        started = time.perf_counter()
+        """Means over every unit of the validation data: "validation/loss" and its kin, and of further sets."""
+        means: dict[str, float] = {}
+        for name, batches in self.validation.items():
+            means |= self._means_over(name, batches)
+        return means
+
+    def _means_over(self, name: str, source: Batches) -> dict[str, float]:
+        started, count = time.perf_counter(), limited(source.batches_per_epoch, self.config.limit_val_batches)
         sums: dict[str, float] = {}
         units = 0.0
-        for batches in self.validation.iterate(0, self.plan.val_batches):
+        for batches in source.iterate(0, count):
             metrics = self.model.get_loss_and_metrics(batches, self.objective, forward_only=True)
             weight = self._count(batches)["units"]
             units += weight
-            for name, value in metrics.items():
-                sums[name] = sums.get(name, 0.0) + weight * value
-        whole = with_spread({name: value / max(units, 1) for name, value in sums.items()})
-        means = {f"validation/{name}": value for name, value in whole.items()}
-        means["validation/step_time"] = time.perf_counter() - started
+            for metric, value in metrics.items():
+                sums[metric] = sums.get(metric, 0.0) + weight * value
+        whole = with_spread({metric: value / max(units, 1) for metric, value in sums.items()})
         if world.is_logging_rank():
-            logger.info("validation loss %.4f", means["validation/loss"])
-        return means
+            logger.info("%s loss %.4f", name, whole["loss"])
+        return {f"{name}/{metric}": value for metric, value in whole.items()} | {
+            f"{name}/step_time": time.perf_counter() - started
+        }
 
     def _step(self, batches: Sequence[TokenBatch]) -> dict[str, float]:
         started = time.perf_counter()

@@ -49,8 +49,8 @@ SFTLoader = BatchLoader[Sample, TokenBatch]
 
 
 @world.phase("reading data")
-def sft_loaders(job: SFTJob, pretrained: Pretrained[GPTPolicy]) -> tuple[SFTLoader, SFTLoader]:
-    """Training and validation batches; the first training sample is shown.
+def sft_loaders(job: SFTJob, pretrained: Pretrained[GPTPolicy]) -> tuple[SFTLoader, dict[str, SFTLoader]]:
+    """Training batches, and those of validation by name; the first training sample is shown.
 
     Raises:
         UserError: there is no tokenizer, or a file has a bad line.
@@ -72,7 +72,7 @@ def sft_loaders(job: SFTJob, pretrained: Pretrained[GPTPolicy]) -> tuple[SFTLoad
         shown = describe(train.dataset[0], tokenizer)
         logger.info("first training sample, learned tokens between ⟦ and ⟧:\n%s", shown)
         logger.info("%d training and %d validation samples", len(train.dataset), len(validation.dataset))
-    return train, validation
+    return train, {"validation": validation}
 
 
 def longest_sequence(asked: int, gpt: GPTConfig, multiple: int) -> int:
@@ -131,8 +131,10 @@ def reward_objective(model: RMModelConfig) -> Objective:
 
 
 @world.phase("reading data")
-def reward_loaders(job: RMJob, pretrained: Pretrained[GPTCritic]) -> tuple[BatchLoader, BatchLoader]:
-    """Training and validation batches of pairs, or of judged answers.
+def reward_loaders(
+    job: RMJob, pretrained: Pretrained[GPTCritic]
+) -> tuple[BatchLoader, dict[str, BatchLoader]]:
+    """Training batches of pairs, or of judged answers, and those of each validation set.
 
     Raises:
         UserError: there is no tokenizer, or a file cannot be used.
@@ -143,16 +145,20 @@ def reward_loaders(job: RMJob, pretrained: Pretrained[GPTCritic]) -> tuple[Batch
         pretrained.learner.model.gpt_config,
     )
     splits = job.model.data.splits
+    sets = {"validation": splits.validation, **splits.extra_validation}
     with heartbeat("reading data", enabled=world.is_logging_rank()):
-        train, validation = (
-            _reward_loader(job, split, tokenizer, gpt, shuffle=shuffle, drop_last=drop_last)
-            for split, shuffle, drop_last in (
-                (splits.train, config.train_random_sampler, True),
-                (splits.validation, config.val_random_sampler, False),
-            )
+        train = _reward_loader(
+            job, splits.train, tokenizer, gpt, shuffle=config.train_random_sampler, drop_last=True
         )
+        validation = {
+            name: _reward_loader(
+                job, split, tokenizer, gpt, shuffle=config.val_random_sampler, drop_last=False
+            )
+            for name, split in sets.items()
+        }
     if world.is_logging_rank():
-        logger.info("%d training and %d validation samples", len(train.dataset), len(validation.dataset))
+        counts = ", ".join(f"{len(loader.dataset)} {name}" for name, loader in validation.items())
+        logger.info("%d training and %s samples", len(train.dataset), counts)
     return train, validation
 
 

@@ -17,7 +17,7 @@ from nemo_aligner.errors import UserError
 __all__ = ["FittingDataset", "JoinedDataset", "Texts"]
 
 _LOG = logging.getLogger(__name__)
-_CERTAINLY_ENOUGH = 64  # characters of a text that is taken to have enough tokens without a look
+_CERTAINLY_ENOUGH = 64  # bytes of a text that is taken to have enough tokens without a look
 
 
 class Texts(Protocol):
@@ -88,7 +88,7 @@ class FittingDataset(Generic[T, S]):
         tokens = self._tokens(row, record)
         if max(map(len, tokens)) > self._lengths[-1]:
             raise UserError(
-                f"{self._records.where(row)}: the tokenizer made more tokens of the text than it has characters",
+                f"{self._records.where(row)}: the tokenizer makes more tokens of the text than it has bytes",
                 cure="remove the row",
             )
         return self._build(record, tokens)
@@ -96,7 +96,7 @@ class FittingDataset(Generic[T, S]):
     def _fits(self, row: int) -> bool:
         record = self._read(row)
         bounds = [self._encode.at_most(text) for text in record.texts]
-        if all(bound is not None and _CERTAINLY_ENOUGH <= bound <= self._lengths[-1] for bound in bounds):
+        if all(_CERTAINLY_ENOUGH <= bound <= self._lengths[-1] for bound in bounds):
             return True
         return all(len(ids) <= self._lengths[-1] for ids in self._tokens(row, record))
 

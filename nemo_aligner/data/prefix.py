@@ -140,14 +140,18 @@ def _split(value: object, key: str) -> Split:
 
 
 def _weighted(items: Sequence[object], key: str) -> Split:
-    weights = [_weight(item, key, 2 * i + 1) for i, item in enumerate(items[::2])]
-    paths = tuple(_path(item, key, 2 * i + 2) for i, item in enumerate(items[1::2]))
+    weights, paths = [], []
+    for place, item in enumerate(items, start=1):
+        if place % 2:
+            weights.append(_weight(item, key, place))
+        else:
+            paths.append(_path(item, key, place))
     if len(weights) != len(paths):
         raise UserError(
             f"{key} ends with the weight {items[-1]}", cure="name the file that it belongs to after it"
         )
     total = sum(weights)
-    return Split(paths=paths, weights=tuple(weight / total for weight in weights))
+    return Split(paths=tuple(paths), weights=tuple(weight / total for weight in weights))
 
 
 def _is_number(item: object) -> bool:

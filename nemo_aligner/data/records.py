@@ -268,7 +268,7 @@ def text_field(row: Mapping[str, object], key: str) -> str:
     if key not in row:
         raise UserError(
             f"key {key!r} is missing; the row has {sorted(row)}",
-            cure=f"add {key!r} to the row, or name another field in the settings under model.data",
+            cure=f"add {key!r} to the row; a field that prompt_template names may be changed there",
         )
     value = row[key]
     if not isinstance(value, str):

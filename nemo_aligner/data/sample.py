@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Tokenised rows, and how they are shown to people. Knows neither files nor templates."""
 
+import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
@@ -111,10 +112,11 @@ class TextEncoder:
         eos = [self.tokenizer.eos_id] if self.append_eos and ids[-1:] != [self.tokenizer.eos_id] else []
         return [*bos, *ids, *eos]
 
-    def at_most(self, text: str) -> int | None:
-        """As many tokens as ``text`` can have, known without tokenising it; None where that is not known."""
-        # No tokenizer makes more tokens than characters of plain ASCII, but for a space before it.
-        return len(text) + 3 if text.isascii() else None
+    def at_most(self, text: str) -> int:
+        """As many tokens as ``text`` can have, told without tokenising it."""
+        # A token is at least one byte of the text as the tokenizer normalises it, and no form is longer than NFKD.
+        longest = max(len(text.encode()), len(unicodedata.normalize("NFKD", text).encode()))
+        return longest + 3  # BOS, EOS, and the space that some tokenizers put before a text
 
 
 def finish(tokens: list[int], mask: list[bool], *, truncated: bool, max_seq_length: int) -> Sample:

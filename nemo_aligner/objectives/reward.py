@@ -1,55 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """Losses of reward models: pairwise preferences and judged attributes."""
 
-from dataclasses import dataclass
-from typing import Literal
-
 import torch.nn.functional as F
 from torch import Tensor
 
 from nemo_aligner.batch import PreferenceBatch, ScoredBatch, TokenBatch, Unit
-from nemo_aligner.errors import UserError
+from nemo_aligner.objectives.config import PairLoss
 from nemo_aligner.objectives.protocol import Metrics, ModelOutput, Wants
 
-__all__ = ["AttributePairs", "BradleyTerry", "Regression", "RegressionConfig", "bradley_terry", "regression"]
+__all__ = ["AttributePairs", "BradleyTerry", "Regression", "bradley_terry", "regression"]
 
-LossName = Literal["regression", "regular_bt", "margin_bt", "scaled_bt"]
 HELPFULNESS = 4  # the attribute that pairs are compared by, where there are that many
-
-
-@dataclass(frozen=True, kw_only=True)
-class RegressionConfig:
-    """The ``model.regression`` block."""
-
-    num_attributes: int = 1  # numbers that the head gives to a sequence
-    merge_attributes: bool = False  # serve one reward: the attributes weighted by attribute_weights
-    attribute_weights: tuple[float, ...] | None = None  # null: each 1 / num_attributes
-    loss_mask_val: float = -100.0  # the label of an attribute that was not judged
-    loss_func: LossName = "regression"
-    load_rm_head_weights: bool = False  # start from the head of the checkpoint, where it is a reward model
-
-    def check(self) -> None:
-        """Refuse sizes that do not fit each other.
-
-        Raises:
-            UserError: with the setting.
-        """
-        if self.num_attributes < 1:
-            raise UserError(
-                f"model.regression.num_attributes={self.num_attributes} is not positive",
-                cure="set it to 1 or more",
-            )
-        if self.attribute_weights is not None and len(self.attribute_weights) != self.num_attributes:
-            raise UserError(
-                f"model.regression.attribute_weights has {len(self.attribute_weights)} numbers, and "
-                f"model.regression.num_attributes={self.num_attributes}",
-                cure="give one weight for each attribute",
-            )
-
-    @property
-    def weights(self) -> list[float]:
-        """What merges the attributes into one reward, in their order."""
-        return list(self.attribute_weights or [1 / self.num_attributes] * self.num_attributes)
 
 
 def bradley_terry(chosen: Tensor, rejected: Tensor, margin: Tensor | float = 0.0) -> Tensor:
@@ -116,7 +77,7 @@ class AttributePairs:
     unit = Unit.PAIR
     metrics = BradleyTerry.metrics
 
-    def __init__(self, loss: LossName) -> None:
+    def __init__(self, loss: PairLoss) -> None:
         self.loss = loss
 
     def weights(self, batch: TokenBatch) -> None:  # noqa: ARG002 - the protocol's

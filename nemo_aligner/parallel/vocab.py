@@ -187,9 +187,22 @@ class _Head:
     def project_back(self, dlogits: Tensor, rows: slice, grad_hidden: Tensor, grad_weight: Tensor) -> None:
         dlogits = dlogits.to(self.hidden.dtype)
         grad_hidden[rows] = product(dlogits, self.weight.t())
-        grad_weight[: self.weight.shape[0]].addmm_(
-            dlogits.t(), self.hidden[rows], beta=0 if rows.start == 0 else 1
-        )
+        self._add_to(grad_weight, dlogits, self.hidden[rows], rows)
+
+    def project_scaled(
+        self, dlogits: Tensor, scale: Tensor, rows: slice, grad_hidden: Tensor, grad_weight: Tensor
+    ) -> None:
+        """As :meth:`project_back` of ``scale[:, None] * dlogits``."""
+        if dlogits.dtype != self.hidden.dtype:
+            self.project_back(dlogits.mul_(scale[:, None]), rows, grad_hidden, grad_weight)
+            return
+        # Hidden states are smaller than logits.
+        scale = scale[:, None]
+        grad_hidden[rows] = product(dlogits, self.weight.t()).mul_(scale)
+        self._add_to(grad_weight, dlogits, self.hidden[rows] * scale, rows)
+
+    def _add_to(self, grad_weight: Tensor, dlogits: Tensor, hidden: Tensor, rows: slice) -> None:
+        grad_weight[: self.weight.shape[0]].addmm_(dlogits.t(), hidden, beta=0 if rows.start == 0 else 1)
 
 
 class _KnownWeights(torch.autograd.Function):
@@ -212,9 +225,8 @@ class _KnownWeights(torch.autograd.Function):
             at_target = head.at_target(z, local, owned)
             p, lse = head.softmax_(z)
             logprobs[rows] = at_target - lse
-            w = weights[rows].to(head.dtype)
-            head.add_at_targets(p.mul_(-w[:, None]), local, w.where(owned, 0))
-            head.project_back(p, rows, grad_hidden, grad_weight)
+            head.add_at_targets(p, local, -owned.to(head.dtype))
+            head.project_scaled(p, -weights[rows].to(head.dtype), rows, grad_hidden, grad_weight)
         ctx.save_for_backward(weights)
         # Buffers, not graph tensors: the backward hands them out, so nothing may hold them for a second backward.
         ctx.grads = (grad_hidden, grad_weight)

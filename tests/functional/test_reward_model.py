@@ -75,6 +75,21 @@ def test_it_learns_what_people_prefer_and_goes_to_hugging_face(
     assert AutoModelForSequenceClassification.from_pretrained(tmp_path / "hf").config.num_labels == 1
 
 
+def test_further_validation_sets(run: Callable, settings: dict[str, object], pairs: Path, tmp_path: Path):
+    other = write(
+        tmp_path / "other.jsonl",
+        [{"text": "User: a?\n\nAssistant: red"}, {"text": "User: a?\n\nAssistant: blue"}],
+    )
+    prefix = f"{{train: [{pairs}], validation: [{pairs}], validation_short: [{other}]}}"
+    job = run(settings | {"model.data.data_prefix": prefix, "trainer.rm.max_steps": 1}, command=SCRIPT)
+    assert job.wait() == 0, job.err
+    last = lines(tmp_path / "run/metrics.jsonl")[-1]
+    assert {"validation/acc", "validation_short/acc"} <= last.keys()
+    assert last["validation/loss"] != last["validation_short/loss"]
+    (checkpoint,) = (tmp_path / "run/checkpoints").glob("megatron_gpt--val_loss=*")
+    assert f"val_loss={last['validation/loss']:.3f}" in checkpoint.name
+
+
 def test_results_do_not_depend_on_the_layout(run: Callable, settings: dict[str, object], tmp_path: Path):
     few = {"trainer.rm.max_steps": 3, "trainer.rm.val_check_interval": 3, "trainer.rm.save_interval": 0}
     layout = {
@@ -94,6 +109,20 @@ def test_results_do_not_depend_on_the_layout(run: Callable, settings: dict[str, 
         assert left.keys() == right.keys()
         for name in left.keys() - set(timing):
             assert left[name] == pytest.approx(right[name], rel=1e-4), name
+
+
+@pytest.mark.parametrize(("precision", "head"), [("bf16", "float32"), ("32", "bfloat16")])
+def test_the_heads_own_dtype(
+    run: Callable, settings: dict[str, object], tmp_path: Path, precision: str, head: str
+):
+    job = run(
+        settings
+        | {"trainer.precision": precision, "model.force_head_dtype": head, "trainer.rm.max_epochs": 4},
+        command=SCRIPT,
+    )
+    assert job.wait() == 0, job.err
+    assert lines(tmp_path / "run/metrics.jsonl")[-1]["validation/acc"] > 0.9
+    assert (tmp_path / "run/checkpoints/megatron_gpt.nemo").is_file()
 
 
 # The terminal command of the tutorial, its flags as printed, paths replaced and two ranks for eight.

@@ -2,6 +2,7 @@
 """Settings without an effect: the files that explain them, the table and the log agree."""
 
 import logging
+from dataclasses import dataclass
 from pathlib import Path
 
 import hydra
@@ -9,6 +10,8 @@ import pytest
 from omegaconf import DictConfig, OmegaConf
 
 from nemo_aligner.config import SFTJob
+from nemo_aligner.data.config import PairDataConfig
+from nemo_aligner.data.prefix import Split
 from nemo_aligner.errors import UserError
 from nemo_aligner.settings import NO_EFFECT, log_no_effect, parse
 
@@ -155,3 +158,32 @@ def test_the_tutorials_recompute_is_accepted():
     job = parse(compose(*GIVEN, *(f"{k}={w}" for k, w in zip(keys, words, strict=True))), SFTJob)
     job.check()
     assert (job.model.recompute.granularity, job.model.recompute.method) == words
+
+
+@dataclass(frozen=True, kw_only=True)
+class Data:
+    """As much of a job as names its files by split."""
+
+    data: PairDataConfig
+
+
+@pytest.mark.parametrize(
+    ("word", "train"),
+    [
+        (
+            "data.data_prefix={train: [t.jsonl], validation: [v.jsonl], test: [v.jsonl]}",
+            Split(paths=("t.jsonl",)),
+        ),
+        (
+            "data.data_prefix={train: [3, a, 1, b], validation: v}",
+            Split(paths=("a", "b"), weights=(0.75, 0.25)),
+        ),
+        ("data={data_prefix: [a, b], splits_string: '3,1'}", Split(paths=("a", "b"), stop=0.75)),
+        ("data={data_prefix: a, splits_string: '1,1'}", Split(paths=("a",), stop=0.5)),
+    ],
+)
+def test_files_are_named_on_a_command_line(word: str, train: Split):
+    with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
+        words = [*GIVEN, "++model.data.skip_warmup=True", f"++{word}"]
+        config = OmegaConf.create({"data": hydra.compose("gpt_sft", words).data})
+    assert parse(config, Data).data.splits.train == train

@@ -29,7 +29,7 @@ class HeadConfig:
     """What the head gives."""
 
     outputs: int = 1  # numbers of a position
-    dtype: torch.dtype = torch.float32  # of its weights and its product
+    dtype: torch.dtype = torch.float32  # of its product; its weights have the model's
     average: bool = False  # a sequence's reward: from the mean of its hidden states, not from the last one
 
 
@@ -59,13 +59,16 @@ def _dtype(name: str) -> torch.dtype:
 
 
 class ScalarHead(nn.Module):
-    """A linear layer with a bias, in a dtype of its own."""
+    """A linear layer with a bias, whose product has a dtype of its own.
+
+    The weights are stored as the model's are: Megatron's optimizer mixes up the state of a group with two dtypes.
+    """
 
     def __init__(self, head: HeadConfig, config: TransformerConfig) -> None:
         super().__init__()
         self.head, self.sequence_parallel = head, config.sequence_parallel
         self.std = config.init_method_std
-        options = {"dtype": head.dtype, "device": world.device()}
+        options = {"dtype": config.params_dtype, "device": world.device()}
         self.weight = nn.Parameter(torch.empty(head.outputs, config.hidden_size, **options))
         self.bias = nn.Parameter(torch.zeros(head.outputs, **options))
 
@@ -77,9 +80,9 @@ class ScalarHead(nn.Module):
         self.bias.zero_()
 
     def forward(self, hidden: Tensor) -> Tensor:
-        """[..., H] -> [..., outputs], float32 at least."""
-        out = F.linear(hidden.to(self.weight.dtype), self.weight, self.bias)
-        return out if out.dtype == torch.float64 else out.float()
+        """[..., H] -> [..., outputs] float32."""
+        dtype = self.head.dtype
+        return F.linear(hidden.to(dtype), self.weight.to(dtype), self.bias.to(dtype)).float()
 
 
 def draw_head(model: nn.Module, *, seed: int) -> None:

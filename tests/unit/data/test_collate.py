@@ -1,12 +1,31 @@
 # SPDX-License-Identifier: Apache-2.0
 """The padding rule."""
 
+import math
+
 import pytest
 import torch
 
-from nemo_aligner.batch import Unit
-from nemo_aligner.data.collate import collate, empty_sample, padded_length
-from nemo_aligner.data.sample import Sample
+from nemo_aligner.batch import PreferenceBatch, ScoredBatch, Unit
+from nemo_aligner.data.collate import (
+    collate,
+    collate_comparisons,
+    collate_prompts,
+    collate_scored,
+    collate_scored_pairs,
+    empty_comparison,
+    empty_sample,
+    empty_scored,
+    empty_scored_pair,
+    padded_length,
+)
+from nemo_aligner.data.sample import (
+    ComparisonSample,
+    PromptSample,
+    Sample,
+    ScoredPairSample,
+    ScoredSample,
+)
 
 
 @pytest.mark.parametrize(
@@ -34,3 +53,38 @@ def test_rows_are_right_padded_and_masked_by_position():
     assert batch.tokens.dtype == torch.int64
     assert batch.count(Unit.TOKEN) == 2
     assert batch.count(Unit.SEQUENCE) == 1
+
+
+def test_pairs_become_rows_and_are_read_at_their_last_tokens():
+    # 9 is the padding id and stands within and at the end of texts.
+    pair = ComparisonSample(chosen=[5, 9, 6, 9], rejected=[5, 7])
+    batch = collate_comparisons([pair, empty_comparison(9)], pad_id=9, seq_length=5)
+    assert isinstance(batch, PreferenceBatch)
+    assert batch.tokens.tolist() == [[5, 9, 6, 9, 9], [5, 7, 9, 9, 9], [9] * 5, [9] * 5]
+    assert batch.lengths.tolist() == [4, 2, 1, 1]
+    assert batch.mask.nonzero().tolist() == [[0, 3], [1, 1]]
+    assert batch.count(Unit.PAIR) == 1
+    assert batch.count(Unit.SEQUENCE) == 2
+
+
+def test_labels_stay_with_their_rows():
+    nan = math.nan
+    first, second = (
+        ScoredSample(tokens=ids, attributes=labels)
+        for ids, labels in (([1, 2, 3], (4.0, nan)), ([1, 2], (nan, 0.5)))
+    )
+    flat = collate_scored([first, second, empty_scored(0, 2)], pad_id=0, seq_length=4)
+    assert isinstance(flat, ScoredBatch)
+    assert flat.mask.nonzero().tolist() == [[0, 2], [1, 1]]
+    expected = torch.tensor([[4.0, nan], [nan, 0.5], [nan, nan]])
+    torch.testing.assert_close(flat.attributes, expected, equal_nan=True, rtol=0, atol=0)
+    pairs = [ScoredPairSample(first=first, second=second), empty_scored_pair(0, 2)]
+    paired = collate_scored_pairs(pairs, pad_id=0, seq_length=4)
+    assert paired.tokens.tolist() == [*flat.tokens.tolist(), [0] * 4]
+    torch.testing.assert_close(paired.attributes[:3], expected, equal_nan=True, rtol=0, atol=0)
+    assert paired.count(Unit.PAIR) == 1
+
+
+def test_prompts_stay_as_they_are():
+    prompts = [PromptSample(text="a", tokens=[1]), PromptSample(text="b", tokens=[2, 3])]
+    assert collate_prompts(prompts, pad_id=0, seq_length=8) == prompts

@@ -3,7 +3,15 @@
 
 import pytest
 
-from nemo_aligner.data.config import ChatPromptTokens, SFTDataConfig, SFTSplitConfig, unescape
+from nemo_aligner.data.config import (
+    ChatPromptTokens,
+    PairDataConfig,
+    PromptDataConfig,
+    SFTDataConfig,
+    SFTSplitConfig,
+    unescape,
+)
+from nemo_aligner.data.prefix import Split
 from nemo_aligner.errors import UserError
 
 
@@ -47,3 +55,33 @@ def test_bad_data_names_key_and_value(bad):
     split = SFTSplitConfig(file_path="f")
     with pytest.raises(UserError, match=f"{key}={value!r}"):
         SFTDataConfig(train_ds=split, validation_ds=split, **bad)
+
+
+FILES = {"train": ["t"], "validation": ["v"]}
+
+
+@pytest.mark.parametrize("kind", [PairDataConfig, PromptDataConfig])
+def test_files_are_named_by_split(kind):
+    data = kind(data_prefix=FILES)
+    assert (data.splits.train, data.splits.validation) == (Split(paths=("t",)), Split(paths=("v",)))
+    assert kind(data_prefix="f", splits_string="1,1", data_impl="json").splits.train.stop == 0.5
+
+
+@pytest.mark.parametrize("kind", [PairDataConfig, PromptDataConfig])
+@pytest.mark.parametrize(
+    ("settings", "problem"),
+    [
+        ({"data_prefix": None}, "data_prefix is not set"),
+        ({"data_impl": "mmap"}, "model.data.data_impl='mmap' cannot be read"),
+        ({"data_impl": "packed_jsonl"}, "model.data.data_impl='packed_jsonl' cannot be read"),
+        ({"splits_string": "98,1,1"}, "splits_string='98,1,1'"),
+        ({"seq_length": 1}, "model.data.seq_length=1 is too short"),
+        ({"num_workers": -1}, "model.data.num_workers=-1"),
+        ({"reset_position_ids": True}, "model.data.reset_position_ids=True is not supported"),
+        ({"reset_attention_mask": True}, "model.data.reset_attention_mask=True is not supported"),
+        ({"dataloader_type": "cyclic"}, "model.data.dataloader_type=cyclic is not supported"),
+    ],
+)
+def test_bad_settings_of_named_files(kind, settings, problem):
+    with pytest.raises(UserError, match=problem):
+        kind(**{"data_prefix": FILES, **settings})

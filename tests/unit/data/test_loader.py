@@ -7,10 +7,16 @@ import pytest
 import torch
 
 from nemo_aligner.batch import Unit
-from nemo_aligner.data.collate import collate, empty_sample
+from nemo_aligner.data.collate import (
+    collate,
+    collate_comparisons,
+    collate_prompts,
+    empty_comparison,
+    empty_sample,
+)
 from nemo_aligner.data.loader import BatchLoader
-from nemo_aligner.data.sample import Sample
-from nemo_aligner.data.sampler import GlobalBatchSampler
+from nemo_aligner.data.sample import ComparisonSample, PromptSample, Sample
+from nemo_aligner.data.sampler import GlobalBatchSampler, Share
 from nemo_aligner.errors import UserError
 
 
@@ -156,3 +162,81 @@ def test_without_pipeline_stages_each_micro_batch_is_as_long_as_it_must_be():
     for one_length, expected in ((True, [10, 10]), (False, [4, 10])):
         loader = BatchLoader(samples, sampler, **options, one_length=one_length)
         assert [batch.seq_length for batch in loader.batch(0)] == expected
+
+
+PAIRS = [ComparisonSample(chosen=[i] * (i % 7 + 2), rejected=[i] * (i % 5 + 3)) for i in range(20)]
+PROMPTS = [PromptSample(text=str(i), tokens=[i] * (i % 7 + 1)) for i in range(20)]
+
+
+def pair_loader(*, dp_rank=0, dp_size=1, num_workers=0, micro_batch_size=2, blend=()):
+    sampler = GlobalBatchSampler(20, 6, shuffle=True, seed=3, drop_last=False, blend=blend)
+    return BatchLoader(
+        PAIRS,
+        sampler,
+        collate=collate_comparisons,
+        filler=empty_comparison(999),
+        dp_rank=dp_rank,
+        dp_size=dp_size,
+        micro_batch_size=micro_batch_size,
+        pad_id=999,
+        multiple=4,
+        max_length=12,
+        num_workers=num_workers,
+    )
+
+
+@pytest.mark.parametrize("dp_size", [1, 2, 3])
+@pytest.mark.parametrize("micro_batch_size", [1, 2, 4])
+def test_a_micro_batch_counts_pairs_and_keeps_them_together(dp_size, micro_batch_size):
+    ranks = [
+        pair_loader(dp_rank=r, dp_size=dp_size, micro_batch_size=micro_batch_size) for r in range(dp_size)
+    ]
+    for step in range(5):
+        flat = [b for rank in ranks for b in rank.batch(step)]
+        assert all(b.num_rows == 2 * micro_batch_size for b in flat)
+        pairs = [
+            (b.tokens[i, : b.lengths[i]].tolist(), b.tokens[i + 1, : b.lengths[i + 1]].tolist())
+            for b in flat
+            for i in range(0, b.num_rows, 2)
+        ]
+        rows = ranks[0].sampler.rows(step)
+        assert [pair for pair in pairs if pair != ([999], [999])] == [
+            (PAIRS[row].chosen, PAIRS[row].rejected) for row in rows
+        ]
+        assert sum(int(b.count(Unit.PAIR)) for b in flat) == len(rows)
+        for b in flat:
+            for length, mask, row in zip(b.lengths, b.mask, b.tokens, strict=True):
+                assert mask.nonzero().flatten().tolist() == ([] if row[0] == 999 else [int(length) - 1])
+
+
+@pytest.mark.parametrize("blend", [(), (Share(num_rows=5, weight=3), Share(num_rows=15, weight=1))])
+@pytest.mark.parametrize("num_workers", [0, 2])
+@pytest.mark.parametrize("start", [1, 6])
+def test_pairs_go_on_where_they_stopped(blend, num_workers, start):
+    straight = as_lists(pair_loader(blend=blend).iterate(0, 9))
+    resumed = pair_loader(blend=blend, num_workers=num_workers)
+    assert as_lists(resumed.iterate(start, 9)) == straight[start:]
+
+
+@pytest.mark.parametrize("dp_size", [1, 3])
+def test_prompts_are_dealt_out_without_fillers(dp_size):
+    sampler = GlobalBatchSampler(20, 6, shuffle=False, seed=0, drop_last=False)
+    ranks = [
+        BatchLoader(
+            PROMPTS,
+            sampler,
+            collate=collate_prompts,
+            filler=None,
+            dp_rank=rank,
+            dp_size=dp_size,
+            micro_batch_size=2,
+            pad_id=0,
+            multiple=1,
+            max_length=8,
+        )
+        for rank in range(dp_size)
+    ]
+    for step in range(4):
+        found = [prompt for rank in ranks for micro in rank.batch(step) for prompt in micro]
+        assert found == PROMPTS[6 * step : 6 * step + 6]
+    assert sum(rank.num_seen for rank in ranks) == 20

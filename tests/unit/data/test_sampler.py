@@ -1,11 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which rows a batch has: over epochs, after a resume, and over ranks."""
 
+from collections import Counter
 from itertools import chain
 
+import numpy as np
 import pytest
 
-from nemo_aligner.data.sampler import GlobalBatchSampler, rank_rows
+from nemo_aligner.data.sampler import GlobalBatchSampler, Share, rank_rows
+from nemo_aligner.errors import UserError
 
 
 def sampler(num_samples=10, global_batch_size=4, *, shuffle=True, seed=7, drop_last=True):
@@ -70,3 +73,81 @@ def test_ranks_share_a_batch(num_rows, dp_size, micro_batch_size):
     alone = rank_rows(rows, dp_rank=0, dp_size=1, micro_batch_size=micro_batch_size)
     assert [micro for rank in ranks for micro in rank if micro] == alone
     assert all(len(micro) <= micro_batch_size for micro in alone)
+
+
+BLEND = (Share(num_rows=10, weight=0.25), Share(num_rows=50, weight=0.25), Share(num_rows=40, weight=0.5))
+
+
+def blended(*, shuffle=True, seed=7, blend=BLEND, global_batch_size=7):
+    num_samples = sum(share.num_rows for share in blend)
+    return GlobalBatchSampler(
+        num_samples, global_batch_size, shuffle=shuffle, seed=seed, drop_last=False, blend=blend
+    )
+
+
+def epoch_rows(batches, epoch):
+    count = batches.batches_per_epoch
+    return [row for i in range(count * epoch, count * (epoch + 1)) for row in batches.rows(i)]
+
+
+@pytest.mark.parametrize("shuffle", [True, False])
+def test_each_epoch_of_a_blend_has_every_sources_share(shuffle):
+    batches = blended(shuffle=shuffle)
+    for epoch in range(4):
+        rows = np.array(epoch_rows(batches, epoch))
+        assert np.histogram(rows, [0, 10, 60, 100])[0].tolist() == [25, 25, 50]
+
+
+def test_a_blends_sources_go_on_where_they_stood():
+    seen = Counter(row for epoch in range(4) for row in epoch_rows(blended(), epoch))
+    # 4 epochs draw 100 rows of 10, 100 of 50, and 200 of 40.
+    assert [{seen[row] for row in rows} for rows in (range(10), range(10, 60), range(60, 100))] == [
+        {10},
+        {2},
+        {5},
+    ]
+
+
+def test_unshuffled_epochs_of_a_blend_are_alike():
+    batches = blended(shuffle=False)
+    first = epoch_rows(batches, 0)
+    assert first == [*range(10), *range(10), *range(5), *range(10, 35), *range(60, 100), *range(60, 70)]
+    assert epoch_rows(batches, 3) == first
+
+
+def test_a_batch_of_a_blend_is_a_function_of_seed_and_index():
+    straight = blended()
+    expected = [straight.rows(i) for i in range(45)]
+    assert [blended().rows(i) for i in reversed(range(45))] == expected[::-1]
+    assert [blended(seed=8).rows(i) for i in range(45)] != expected
+    # Sources are mixed within an epoch, not read one after the other.
+    assert len({int(np.searchsorted([10, 60], row, side="right")) for row in expected[0] + expected[1]}) == 3
+
+
+@pytest.mark.parametrize(
+    ("weights", "quotas"),
+    [((1, 1, 1), [34, 33, 33]), ((2, 1, 1), [50, 25, 25]), ((0.2, 0.3, 0.5), [20, 30, 50])],
+)
+def test_shares_are_rounded_to_whole_rows(weights, quotas):
+    sizes = (20, 20, 60)
+    blend = tuple(Share(num_rows=n, weight=w) for n, w in zip(sizes, weights, strict=True))
+    rows = epoch_rows(blended(blend=blend), 0)
+    assert np.histogram(rows, [0, 20, 40, 100])[0].tolist() == quotas
+
+
+def test_a_weight_that_draws_nothing_is_refused():
+    blend = (Share(num_rows=3, weight=1), Share(num_rows=3, weight=0.01))
+    with pytest.raises(UserError, match=r"weight 0.0099\d* of file 2 .* no row in an epoch of 6"):
+        blended(blend=blend)
+
+
+def test_only_a_blend_shows_in_the_fingerprint():
+    plain = sampler().fingerprint
+    assert set(plain) == {"num_samples", "global_batch_size", "shuffle", "seed", "drop_last"}
+    assert blended().fingerprint["blend"] == [[10, 0.25], [50, 0.25], [40, 0.5]]
+
+
+def test_the_shuffle_of_an_epoch_is_numpys():
+    # The order of runs that are gone on with.
+    rows = epoch_rows(sampler(num_samples=50, global_batch_size=5), 2)
+    assert rows == np.random.default_rng([7, 2]).permutation(50).tolist()

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Reward models against transformers' sequence classification: the same rewards, and folders that come back."""
 
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 
@@ -115,6 +116,21 @@ def test_packed_rows_give_the_same_rewards_and_values(folder: Callable[[str], Pa
     # The value before a token is the reward of the row that ends there.
     ends = TokenBatch.from_rows([(rows[1][:3], [True] * 3)], pad_id=PAD, seq_length=3)
     torch.testing.assert_close(values[1, 3], critic.infer(ends)[0], rtol=1e-5, atol=1e-5)
+
+
+def test_the_average_of_all_states(folder: Callable[[str], Path], tmp_path: Path):
+    source = folder("llama")
+    import_from_huggingface(source, str(tmp_path / "rm.nemo"))
+    theirs = AutoModelForSequenceClassification.from_pretrained(source).eval()
+    rows = [torch.randint(1, 101, (n,)).tolist() for n in (4, 7)]
+    with torch.no_grad():
+        states = [theirs.model(torch.tensor([row])).last_hidden_state[0].mean(0) for row in rows]
+        expected = theirs.score(torch.stack(states))[:, 0]
+    critic = critic_of(tmp_path / "rm.nemo")
+    assert critic.model.rm_head is not None
+    critic.model.rm_head.head = dataclasses.replace(critic.head, average=True)
+    batch = TokenBatch.from_rows([(row, [True] * len(row)) for row in rows], pad_id=PAD, seq_length=7)
+    torch.testing.assert_close(critic.infer(batch), expected, rtol=1e-4, atol=1e-4)
 
 
 def test_the_served_reward():
