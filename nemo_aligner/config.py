@@ -16,7 +16,16 @@ from nemo_aligner.parallel.ranks import Layout
 from nemo_aligner.run.experiment import ExperimentConfig
 from nemo_aligner.run.schedule import SupervisedConfig
 
-__all__ = ["Job", "ModelConfig", "RMJob", "RMModelConfig", "SFTJob", "SFTModelConfig", "TrainerConfig"]
+__all__ = [
+    "Job",
+    "ModelConfig",
+    "ModelJob",
+    "RMJob",
+    "RMModelConfig",
+    "SFTJob",
+    "SFTModelConfig",
+    "TrainerConfig",
+]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,32 +103,15 @@ class ModelConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Job:
-    """All settings of a script that trains."""
+class ModelJob:
+    """All settings of a script that has a model."""
 
     model: ModelConfig
     trainer: TrainerConfig
-    exp_manager: ExperimentConfig = field(default_factory=ExperimentConfig)
-    name: str
-
-    @property
-    def loop(self) -> SupervisedConfig:
-        """The algorithm's block under ``trainer``."""
-        raise NotImplementedError
-
-    @property
-    def block(self) -> str:
-        """Where :attr:`loop` stands, as in "trainer.sft"."""
-        raise NotImplementedError
 
     @property
     def pretrained(self) -> tuple[str, str]:
         """(the setting that names the checkpoint to start from, its value)."""
-        raise NotImplementedError
-
-    @property
-    def batches(self) -> dict[str, tuple[int, int]]:
-        """{block of settings: (global_batch_size, micro_batch_size)}."""
         raise NotImplementedError
 
     @property
@@ -136,11 +128,49 @@ class Job:
         trainer, model = self.trainer, self.model
         precision_name(trainer.precision)
         model.layout.check_fits(num_nodes=trainer.num_nodes, devices=trainer.devices, world_size=world_size)
+        _refuse_unsupported(model)
+
+    def check_paths(self) -> None:
+        """Refuse files that are not there, and an output that is, before ranks start and weights are read."""
+        key, value = self.pretrained
+        for setting, paths in {key: (value,), **self.files}.items():
+            for path in paths:
+                if not Path(path).exists():
+                    raise UserError(
+                        f"{setting}={path} does not exist", cure=f"set {setting} to a path that does"
+                    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job(ModelJob):
+    """All settings of a script that trains."""
+
+    exp_manager: ExperimentConfig = field(default_factory=ExperimentConfig)
+    name: str
+
+    @property
+    def loop(self) -> SupervisedConfig:
+        """The algorithm's block under ``trainer``."""
+        raise NotImplementedError
+
+    @property
+    def block(self) -> str:
+        """Where :attr:`loop` stands, as in "trainer.sft"."""
+        raise NotImplementedError
+
+    @property
+    def batches(self) -> dict[str, tuple[int, int]]:
+        """{block of settings: (global_batch_size, micro_batch_size)}."""
+        raise NotImplementedError
+
+    def check(self, world_size: int | None = None) -> None:
+        """See ModelJob."""
+        ModelJob.check(self, world_size)
+        trainer, model = self.trainer, self.model
         model.optim.check()
         model.recompute.check()
         self.exp_manager.check()
         self.loop.check(self.block)
-        _refuse_unsupported(model)
         ranks = model.layout.data_parallel_size(trainer.num_nodes * trainer.devices)
         for block, (whole, micro) in self.batches.items():
             unit = micro * ranks
@@ -152,14 +182,8 @@ class Job:
                 )
 
     def check_paths(self) -> None:
-        """Refuse files that are not there, and an output that is, before ranks start and weights are read."""
-        key, value = self.pretrained
-        for setting, paths in {key: (value,), **self.files}.items():
-            for path in paths:
-                if not Path(path).exists():
-                    raise UserError(
-                        f"{setting}={path} does not exist", cure=f"set {setting} to a path that does"
-                    )
+        """See ModelJob."""
+        ModelJob.check_paths(self)
         self.exp_manager.check_folder()
 
 

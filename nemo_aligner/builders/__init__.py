@@ -2,7 +2,13 @@
 """From settings to objects. The only package that may import everything; it builds and decides nothing else."""
 
 from nemo_aligner.builders.loaders import reward_loaders, reward_objective, sft_loaders
-from nemo_aligner.builders.models import Pretrained, load_policy, load_reward_model, standardize
+from nemo_aligner.builders.models import (
+    Pretrained,
+    load_policy,
+    load_reward_model,
+    needed_tokenizer,
+    standardize,
+)
 from nemo_aligner.builders.runs import (
     open_experiment,
     resume_point,
@@ -15,6 +21,7 @@ __all__ = [
     "Pretrained",
     "load_policy",
     "load_reward_model",
+    "needed_tokenizer",
     "open_experiment",
     "resume_point",
     "reward_loaders",

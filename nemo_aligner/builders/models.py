@@ -15,7 +15,7 @@ from nemo_aligner.checkpoint.training import (
     TRAINING_NAMES,
     Checkpoint,
 )
-from nemo_aligner.config import Job, ModelConfig, RMJob
+from nemo_aligner.config import ModelConfig, ModelJob, RMJob
 from nemo_aligner.data.tokenizer import Tokenizer, check_fits
 from nemo_aligner.errors import UserError
 from nemo_aligner.models.gpt.config import GPTConfig, unread_keys
@@ -51,7 +51,7 @@ class Pretrained(Generic[L]):
 
 
 @world.phase("loading the model")
-def load_policy(job: Job, *, start: Checkpoint | None = None) -> Pretrained[GPTPolicy]:
+def load_policy(job: ModelJob, *, start: Checkpoint | None = None) -> Pretrained[GPTPolicy]:
     """The language model that the job starts from, or goes on with from ``start``, its tokenizer and its config.
 
     Raises:
@@ -99,7 +99,7 @@ def load_reward_model(job: RMJob, *, start: Checkpoint | None = None) -> Pretrai
     return Pretrained(learner=critic, tokenizer=tokenizer, config=config, files=files)
 
 
-def _opened(job: Job, start: Checkpoint | None) -> contextlib.AbstractContextManager[NemoArchive]:
+def _opened(job: ModelJob, start: Checkpoint | None) -> contextlib.AbstractContextManager[NemoArchive]:
     return shared_nemo(start.path if start else job.pretrained[1])
 
 
@@ -110,14 +110,14 @@ def _merged(model: ModelConfig, archive: NemoArchive) -> dict[str, Any]:
     return {**archive.config, **model.architecture, **model.own_keys}
 
 
-def _refuse_reward_model(job: Job, config: dict[str, Any]) -> None:
+def _refuse_reward_model(job: ModelJob, config: dict[str, Any]) -> None:
     if config.get("reward_model_type"):
         key, path = job.pretrained
         raise UserError(f"{key}={path} is a reward model and writes no text", cure="give a language model")
 
 
 def _built(
-    job: Job, config: dict[str, Any], *, head: HeadConfig | None
+    job: ModelJob, config: dict[str, Any], *, head: HeadConfig | None
 ) -> tuple[GPT | InterleavedGPT, GPTConfig]:
     """The model that ``config`` describes, without weights; ``config`` is told the precision."""
     gpt = GPTConfig.from_dict(config)
@@ -150,7 +150,7 @@ def _tokenizer_files(archive: NemoArchive) -> dict[str, Path | bytes]:
     }
 
 
-def needed_tokenizer(job: Job, pretrained: Pretrained[Any]) -> Tokenizer:
+def needed_tokenizer(job: ModelJob, pretrained: Pretrained[Any]) -> Tokenizer:
     """The checkpoint's tokenizer.
 
     Raises:
@@ -159,7 +159,7 @@ def needed_tokenizer(job: Job, pretrained: Pretrained[Any]) -> Tokenizer:
     if pretrained.tokenizer is None:
         key, path = job.pretrained
         raise UserError(
-            f"{key}={path} holds no tokenizer, and training from text needs one",
+            f"{key}={path} holds no tokenizer, and text needs one",
             cure="import the Hugging Face folder again with its tokenizer files in it",
         )
     return pretrained.tokenizer

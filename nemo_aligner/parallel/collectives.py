@@ -21,6 +21,7 @@ __all__ = [
     "max_over_tensor_parallel",
     "maxima",
     "norm_over_group",
+    "over_data_parallel",
     "sum_over_data_parallel",
     "sum_over_tensor_parallel",
     "to_next_stage",
@@ -138,6 +139,15 @@ def broadcast_object(value: T) -> T:
     box = [value]
     dist.broadcast_object_list(box, src=0, device=world.device())
     return box[0]
+
+
+def over_data_parallel(value: T) -> list[T]:
+    """The ``value`` of each data parallel rank, in their order."""
+    if world.dp_size() == 1:
+        return [value]
+    found: list[T] = [None] * world.dp_size()  # type: ignore[list-item]
+    dist.all_gather_object(found, value, group=parallel_state.get_data_parallel_group())
+    return found
 
 
 def from_node_leader(value: T) -> T:

@@ -42,20 +42,24 @@ def heartbeat(what: str, *, enabled: bool = True) -> Iterator[None]:
 
 
 class ProgressBar:
-    """Steps done, with the last loss, tokens per second and the time left.
+    """Steps done, with what there is to say of the last one and the time left.
 
     Args:
         enabled: False on every rank but the one that talks to people.
+        name: of the work, before the bar.
+        unit: what is counted.
     """
 
-    def __init__(self, *, total: int, start: int = 0, enabled: bool) -> None:
-        self._total, self._start, self._enabled = total, start, enabled
+    def __init__(
+        self, *, total: int, start: int = 0, enabled: bool, name: str = "train", unit: str = "step"
+    ) -> None:
+        self._total, self._start, self._enabled, self._unit = total, start, enabled, unit
         self._began = time.monotonic()
         self._last_line = 0.0
         self._bar: Progress | None = None
         if enabled and sys.stderr.isatty():
             self._bar = Progress(
-                TextColumn("train"),
+                TextColumn(name),
                 BarColumn(),
                 MofNCompleteColumn(),
                 TextColumn("{task.fields[metrics]}"),
@@ -63,14 +67,17 @@ class ProgressBar:
                 TimeRemainingColumn(),
                 console=Console(stderr=True),
             )
-            self._task = self._bar.add_task("train", total=total, completed=start, metrics="")
+            self._task = self._bar.add_task(name, total=total, completed=start, metrics="")
             self._bar.start()
 
     def update(self, step: int, metrics: Mapping[str, float]) -> None:
         """Show that ``step`` steps are done, with ``metrics`` ("loss" and "tokens_per_s" among them)."""
+        self.show(step, f"loss {metrics['loss']:.4f}  {metrics['tokens_per_s']:.0f} tokens/s")
+
+    def show(self, step: int, text: str) -> None:
+        """Show that ``step`` of all are done, and ``text``."""
         if not self._enabled:
             return
-        text = f"loss {metrics['loss']:.4f}  {metrics['tokens_per_s']:.0f} tokens/s"
         if self._bar is not None:
             self._bar.update(self._task, completed=step, metrics=text)
             return
@@ -78,7 +85,7 @@ class ProgressBar:
         if step in (self._start + 1, self._total) or now - self._last_line >= SECONDS_BETWEEN_LINES:
             self._last_line = now
             left = (now - self._began) / max(1, step - self._start) * (self._total - step)
-            logger.info("step %d/%d  %s  ETA %s", step, self._total, text, _clock(left))
+            logger.info("%s %d/%d  %s  ETA %s", self._unit, step, self._total, text, _clock(left))
 
     def close(self) -> None:
         """Give the terminal back."""

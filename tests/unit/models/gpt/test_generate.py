@@ -51,7 +51,7 @@ MODELS: dict[str, Callable[[], PreTrainedModel]] = {
 
 
 def answers(rollout: Rollout) -> list[list[int]]:
-    return [row[mask].tolist() for row, mask in zip(rollout.tokens, rollout.mask, strict=True)]
+    return [rollout.answer(row) for row in range(rollout.num_rows)]
 
 
 def numbered(prompts: Sequence[Sequence[int]]) -> list[Prompt]:

@@ -1,0 +1,38 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Answers to a file of prompts, or, without one, a conversation at the terminal.
+
+python examples/nlp/gpt/generate.py model.restore_from_path=model.nemo \
+    input_file=prompts.jsonl output_file=answers.jsonl
+
+The file has {"text": ...}, {"prompt": ...} or {"messages": [{"role": ..., "content": ...}, ...]} on each line.
+"""
+
+from pathlib import Path
+
+from nemo_aligner.config_generate import GenerateJob
+from nemo_aligner.launch.script import script
+
+
+@script("generate", GenerateJob)
+def main(job: GenerateJob) -> None:
+    """Let a language model write."""
+    from nemo_aligner import builders
+    from nemo_aligner.algorithms.answering import Answerer
+    from nemo_aligner.data.requests import open_requests
+
+    requests = None if job.input_file is None else open_requests(job.input_file)
+    pretrained = builders.load_policy(job)
+    answerer = Answerer(
+        policy=pretrained.learner,
+        tokenizer=builders.needed_tokenizer(job, pretrained),
+        sampling=job.sampling,
+        slots=job.batch_size,
+    )
+    if requests is None or job.output_file is None:
+        answerer.converse()
+    else:
+        answerer.answer_file(requests, Path(job.output_file), num_samples=job.num_samples)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,158 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A model that answers: a file of prompts, or a person at the terminal. Nothing is learned."""
+
+import contextlib
+import json
+import logging
+import queue
+import sys
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from nemo_aligner.batch import Prompt, Rollout
+from nemo_aligner.data.records import RecordFile
+from nemo_aligner.data.requests import Request, tokens_of
+from nemo_aligner.data.tokenizer import Message, Tokenizer
+from nemo_aligner.errors import UserError
+from nemo_aligner.models.alignable_interface import AlignableGenerativeInterface
+from nemo_aligner.models.sampling_config import SamplingConfig
+from nemo_aligner.parallel import collectives, world
+from nemo_aligner.run.progress import ProgressBar
+
+__all__ = ["Answerer"]
+
+logger = logging.getLogger(__name__)
+
+TICK_SECONDS = (
+    10.0  # ranks that wait for a person hear so often from the one who listens, so no collective times out
+)
+HELP = "Type to the model; /new starts another conversation, /exit or Ctrl-D ends."
+
+
+@dataclass(frozen=True, kw_only=True)
+class Answerer:
+    """A model, its tokenizer and how it is to write."""
+
+    policy: AlignableGenerativeInterface
+    tokenizer: Tokenizer
+    sampling: SamplingConfig
+    slots: int  # answers that each data parallel rank writes at once
+
+    def answer_file(self, requests: RecordFile[Request], output: Path, *, num_samples: int) -> None:
+        """Answer every request and write a line of JSON for each answer, in the order of the requests.
+
+        Its keys: prompt, answer, finished (False where max_length or the model's positions cut it), logprob (the sum
+        over the answer's tokens, of the distribution that they were drawn from), num_tokens.
+
+        Raises:
+            UserError: a prompt leaves no room for an answer; naming its line.
+        """
+        mine = range(len(requests) * num_samples)[world.dp_rank() :: world.dp_size()]
+        prompts = [self._prompt(requests, *divmod(i, num_samples)) for i in mine]
+        bar = ProgressBar(total=len(prompts), enabled=world.is_logging_rank(), name="answer", unit="answer")
+        began = time.monotonic()
+
+        def watch(ended: int, tokens: int) -> None:
+            bar.show(ended, f"{tokens / (time.monotonic() - began):.0f} tokens/s")
+
+        try:
+            rollout = self.policy.generate(prompts, self.sampling, slots=self.slots, watch=watch)
+        finally:
+            bar.close()
+        rows = {i: row for i, row in zip(mine, self._rows(requests, rollout), strict=True)}
+        gathered = collectives.over_data_parallel(rows)
+        if world.is_logging_rank():
+            every = {i: row for part in gathered for i, row in part.items()}
+            lines = [json.dumps(every[i], ensure_ascii=False) + "\n" for i in sorted(every)]
+            output.parent.mkdir(parents=True, exist_ok=True)
+            output.write_text("".join(lines), encoding="utf-8")
+            logger.info("%d answers in %s", len(lines), output)
+
+    def _prompt(self, requests: RecordFile[Request], number: int, sample: int) -> Prompt:
+        try:
+            tokens = tokens_of(requests[number].prompt, self.tokenizer)
+        except UserError as error:
+            raise UserError(f"{requests.where(number)}: {error.problem}", cure=error.cure) from error
+        return Prompt(tokens=tokens, number=number, sample=sample)
+
+    def _rows(self, requests: RecordFile[Request], rollout: Rollout) -> Iterator[Mapping[str, object]]:
+        sums = rollout.per_sequence(rollout.sampler_logprobs.double())
+        for row in range(rollout.num_rows):
+            tokens = rollout.answer(row)
+            finished = bool(rollout.finished[row])
+            yield {
+                "prompt": requests[int(rollout.group[row])].prompt,
+                "answer": self.text(tokens, finished=finished),
+                "finished": finished,
+                "logprob": float(sums[row]),
+                "num_tokens": len(tokens),
+            }
+
+    def text(self, tokens: Sequence[int], *, finished: bool) -> str:
+        """An answer's text without what ended it."""
+        if finished and tokens[-1] == self.tokenizer.eos_id:
+            return self.tokenizer.decode(tokens[:-1])
+        text = self.tokenizer.decode(tokens)
+        ends = [text.rfind(end) for end in self.sampling.end_strings if finished and end in text]
+        return text[: max(ends)] if ends else text
+
+    def converse(self) -> None:
+        """Talk with a person on stdin and stdout, who has the first word and the last.
+
+        In the tokenizer's chat template; without one each line is a text of its own that the model goes on with.
+        """
+        if world.is_logging_rank():
+            sys.stdout.write(f"{HELP}\n")
+            if self.tokenizer.chat_template is None:
+                sys.stdout.write("The tokenizer has no chat template: the model goes on with each line.\n")
+        messages: list[Message] = []
+        for turn, line in enumerate(_lines()):
+            if line == "/new":
+                messages = []
+                continue
+            try:
+                answer = self._reply(messages, line, turn)
+            except UserError as error:
+                answer, messages = f"{error}\nThis is a new conversation.", []
+            if world.is_logging_rank():
+                sys.stdout.write(f"{answer}\n")
+                sys.stdout.flush()
+
+    def _reply(self, messages: list[Message], line: str, turn: int) -> str:
+        """The answer to ``line``; it and the answer are added to ``messages``."""
+        chats = self.tokenizer.chat_template is not None
+        asked: list[Message] = [*messages, {"role": "user", "content": line}]
+        prompt = Prompt(tokens=tokens_of(asked if chats else line, self.tokenizer), number=turn)
+        rollout = self.policy.generate([prompt], self.sampling, slots=1)
+        answer = self.text(rollout.answer(0), finished=bool(rollout.finished[0])).strip()
+        messages[:] = [*asked, {"role": "assistant", "content": answer}]
+        return answer
+
+
+def _lines() -> Iterator[str]:
+    """What the person types, on every rank, until the end of the input or /exit."""
+    typed: queue.Queue[str | None] = queue.Queue()
+    if world.is_logging_rank():
+        threading.Thread(target=_listen, args=(typed,), daemon=True).start()
+    while True:
+        ticks, line = True, None
+        if world.is_logging_rank():
+            with contextlib.suppress(queue.Empty):
+                line, ticks = typed.get(timeout=TICK_SECONDS), False
+        ticks, line = collectives.broadcast_object((ticks, line))
+        if ticks:
+            continue
+        if line is None or line.strip() == "/exit":
+            return
+        if line.strip():
+            yield line.strip()
+
+
+def _listen(typed: queue.Queue[str | None]) -> None:
+    """Hand on each line of stdin; its end is None."""
+    for line in sys.stdin:
+        typed.put(line)
+    typed.put(None)

@@ -1,0 +1,70 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The settings of generate.py, which trains nothing."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from nemo_aligner.config import ModelConfig, ModelJob, TrainerConfig
+from nemo_aligner.errors import UserError
+from nemo_aligner.models.gpt.learning_rate import OptimConfig
+from nemo_aligner.models.sampling_config import SamplingConfig
+
+__all__ = ["GenerateJob"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerateModelConfig(ModelConfig):
+    """The ``model`` block of generate.py."""
+
+    restore_from_path: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerateJob(ModelJob):
+    """All settings of generate.py."""
+
+    model: GenerateModelConfig
+    trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    input_file: str | None = None
+    output_file: str | None = None
+    overwrite: bool = False
+    num_samples: int = 1
+    batch_size: int = 64
+
+    @property
+    def pretrained(self) -> tuple[str, str]:
+        """See ModelJob."""
+        return "model.restore_from_path", self.model.restore_from_path
+
+    @property
+    def files(self) -> Mapping[str, Sequence[str]]:
+        """See ModelJob."""
+        return {} if self.input_file is None else {"input_file": (self.input_file,)}
+
+    def check(self, world_size: int | None = None) -> None:
+        """See ModelJob."""
+        ModelJob.check(self, world_size)
+        self.sampling.check("sampling")
+        if (self.input_file is None) != (self.output_file is None):
+            given, missing = (
+                ("input_file", "output_file") if self.input_file else ("output_file", "input_file")
+            )
+            raise UserError(
+                f"{given} is set and {missing} is not", cure="set both, or neither for a conversation"
+            )
+        for name, value in (("num_samples", self.num_samples), ("batch_size", self.batch_size)):
+            if value < 1:
+                raise UserError(f"{name}={value} is not 1 or more", cure=f"set {name}=1")
+        if self.model.optim != OptimConfig():
+            raise UserError("model.optim is set, and nothing is trained", cure="remove it")
+
+    def check_paths(self) -> None:
+        """See ModelJob."""
+        ModelJob.check_paths(self)
+        if self.output_file and Path(self.output_file).exists() and not self.overwrite:
+            raise UserError(
+                f"output_file={self.output_file} exists",
+                cure="name another, or set overwrite=True to replace it",
+            )

@@ -1,0 +1,63 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Rows that ask a model for an answer: {"text": ...}, {"prompt": ...} or {"messages": [{"role", "content"}, ...]}."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from nemo_aligner.data.records import RecordFile, text_field
+from nemo_aligner.data.sample import split_bos
+from nemo_aligner.data.tokenizer import Message, Tokenizer
+from nemo_aligner.errors import UserError
+
+__all__ = ["Request", "open_requests", "read_request", "tokens_of"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Request:
+    """What is to be answered."""
+
+    prompt: str | list[Message]  # text that goes on, or a conversation whose next turn is the assistant's
+
+
+def open_requests(path: str | Path) -> RecordFile[Request]:
+    """The requests of a JSONL file; UserError where a line is none."""
+    return RecordFile(path, read_request)
+
+
+def read_request(row: Mapping[str, object]) -> Request:
+    """The request of a row; ``prompt`` may also hold the list that ``messages`` holds.
+
+    Raises:
+        UserError: there is none of the three keys, or its value has the wrong type.
+    """
+    for key in ("messages", "prompt", "text"):
+        if key in row:
+            is_chat = key == "messages" or isinstance(row[key], list)
+            return Request(prompt=_messages(row, key) if is_chat else text_field(row, key))
+    raise UserError(
+        f"the row asks for nothing: it has {sorted(row)}", cure='give it "text", "prompt" or "messages"'
+    )
+
+
+def _messages(row: Mapping[str, object], key: str) -> list[Message]:
+    entries = row[key]
+    if not (isinstance(entries, list) and entries and all(isinstance(entry, dict) for entry in entries)):
+        raise UserError(
+            f"key {key!r} holds no list of messages", cure='write [{"role": "user", "content": "..."}]'
+        )
+    return [{name: text_field(entry, name) for name in ("role", "content")} for entry in entries]
+
+
+def tokens_of(prompt: str | Sequence[Message], tokenizer: Tokenizer) -> list[int]:
+    """The tokens of a prompt, as they stand before an answer in training: a text's with BOS as the tokenizer has it.
+
+    Raises:
+        UserError: a conversation, and the tokenizer has no chat template or it refuses it.
+    """
+    if isinstance(prompt, str):
+        pieces, add_bos = [tokenizer.encode(prompt)], None
+    else:
+        # The template writes BOS where the model wants it.
+        pieces, add_bos = [tokenizer.encode(tokenizer.render_chat(prompt, add_generation_prompt=True))], False
+    return [*split_bos(pieces, tokenizer=tokenizer, add_bos=add_bos), *pieces[0]]

@@ -1,0 +1,38 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a row asks for, and its tokens."""
+
+import pytest
+
+from nemo_aligner.data.requests import read_request
+from nemo_aligner.errors import UserError
+
+CHAT = [{"role": "user", "content": "hi"}]
+
+
+@pytest.mark.parametrize(
+    ("row", "prompt"),
+    [
+        ({"text": "a"}, "a"),
+        ({"prompt": "a", "id": 3}, "a"),
+        ({"messages": [CHAT[0] | {"name": "me"}]}, CHAT),
+        ({"prompt": CHAT}, CHAT),
+        ({"messages": CHAT, "prompt": "hi"}, CHAT),
+    ],
+)
+def test_prompts(row: dict, prompt: object):
+    assert read_request(row).prompt == prompt
+
+
+@pytest.mark.parametrize(
+    ("row", "problem"),
+    [
+        ({"input": "a"}, r"asks for nothing: it has \['input'\]"),
+        ({"text": 3}, "key 'text' has the value 3"),
+        ({"messages": "hi"}, "key 'messages' holds no list"),
+        ({"messages": []}, "key 'messages' holds no list"),
+        ({"messages": [{"role": "user"}]}, "key 'content' is missing"),
+    ],
+)
+def test_bad_rows(row: dict, problem: str):
+    with pytest.raises(UserError, match=problem):
+        read_request(row)
