@@ -230,7 +230,8 @@ def _rollout(answers: Sequence[_Answer]) -> Rollout:
         mask[row, start:end] = True
         if world.is_last_stage():
             logprobs[row, start:end] = torch.tensor(answer.logprobs)
-    known = collectives.from_last_stage(logprobs if world.is_last_stage() else None, shape).cpu()
+    if answers:
+        logprobs = collectives.from_last_stage(logprobs if world.is_last_stage() else None, shape).cpu()
     return Rollout(
         tokens=tokens,
         mask=mask,
@@ -238,5 +239,5 @@ def _rollout(answers: Sequence[_Answer]) -> Rollout:
         prompt_lengths=torch.tensor(starts, dtype=torch.int64),
         finished=torch.tensor([answer.finished for answer in answers], dtype=torch.bool),
         group=torch.tensor([answer.prompt.number for answer in answers], dtype=torch.int64),
-        sampler_logprobs=known,
+        sampler_logprobs=logprobs,
     )

@@ -202,8 +202,19 @@ def test_seed_step_prompt_and_sample_give_other_answers(policy: GPTPolicy):
 def test_the_trainer_believes_what_the_sampler_did(policy: GPTPolicy, prompts: list[Prompt], name: str):
     rollout = policy.generate(prompts, SAMPLINGS[name], slots=6)
     found = policy.logprobs(rollout, SAMPLINGS[name])
-    torch.testing.assert_close(found, rollout.sampler_logprobs, rtol=1e-4, atol=1e-4)
+    apart = (found - rollout.sampler_logprobs)[rollout.mask].abs()
+    # Where two roundings disagree about a token on the border of the kept, the others share its probability.
+    assert float(apart.max()) < 0.02
+    assert float((apart < 1e-4).float().mean()) > 0.99
     assert name == "greedy" or not torch.allclose(found, policy.logprobs(rollout) * rollout.mask, atol=1e-2)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision(random_model: Callable[..., GPT], prompts: list[Prompt], dtype: torch.dtype):
+    half = GPTPolicy(random_model(CONFIG, dtype=dtype), eos_id=EOS)
+    rollout = half.generate(prompts, SAMPLED)
+    apart = (half.logprobs(rollout, SAMPLED) - rollout.sampler_logprobs)[rollout.mask].abs()
+    assert float(apart.mean()) < 4 * torch.finfo(dtype).eps
 
 
 def test_first_tokens_are_drawn_as_scoring_says(policy: GPTPolicy):
