@@ -58,15 +58,11 @@ def sft_loaders(job: SFTJob, pretrained: Pretrained[GPTPolicy]) -> tuple[SFTLoad
     model, data, tokenizer = job.model, job.model.data, needed_tokenizer(job, pretrained)
     gpt, multiple = pretrained.learner.model.gpt_config, model.length_multiple
     with heartbeat("reading data", enabled=world.is_logging_rank()):
-        loaders = tuple(
-            _loader(
-                data,
-                replace(split, max_seq_length=longest_sequence(split.max_seq_length, gpt, multiple)),
-                tokenizer,
-                model,
-            )
-            for split in (data.train_ds, data.validation_ds)
-        )
+        loaders = []
+        for name, split in (("train_ds", data.train_ds), ("validation_ds", data.validation_ds)):
+            setting = f"model.data.{name}.max_seq_length"
+            longest = longest_sequence(setting, split.max_seq_length, gpt, multiple)
+            loaders.append(_loader(data, replace(split, max_seq_length=longest), tokenizer, model))
     train, validation = loaders
     if world.is_logging_rank():
         shown = describe(train.dataset[0], tokenizer)
@@ -75,8 +71,8 @@ def sft_loaders(job: SFTJob, pretrained: Pretrained[GPTPolicy]) -> tuple[SFTLoad
     return train, {"validation": validation}
 
 
-def longest_sequence(asked: int, gpt: GPTConfig, multiple: int) -> int:
-    """Tokens of the longest sequence that the model takes, a multiple of ``multiple``, at most ``asked``.
+def longest_sequence(setting: str, asked: int, gpt: GPTConfig, multiple: int) -> int:
+    """Tokens of the longest sequence that the model takes, a multiple of ``multiple``, at most ``setting``'s ``asked``.
 
     Raises:
         UserError: the model has fewer learned positions.
@@ -84,9 +80,8 @@ def longest_sequence(asked: int, gpt: GPTConfig, multiple: int) -> int:
     longest = min(asked, gpt.encoder_seq_length)
     if gpt.position_embedding_type == "learned_absolute" and longest > gpt.max_position_embeddings:
         raise UserError(
-            f"sequences of {longest} tokens (the smaller of {asked} under model.data and "
-            f"model.encoder_seq_length={gpt.encoder_seq_length}) are longer than the model's "
-            f"{gpt.max_position_embeddings} learned positions",
+            f"sequences of {longest} tokens ({setting}={asked}, model.encoder_seq_length="
+            f"{gpt.encoder_seq_length}) are longer than the model's {gpt.max_position_embeddings} learned positions",
             cure=f"set model.encoder_seq_length={gpt.max_position_embeddings}",
         )
     return longest // multiple * multiple
@@ -166,7 +161,9 @@ def _reward_loader(
     job: RMJob, split: Split, tokenizer: Tokenizer, gpt: GPTConfig, *, shuffle: bool, drop_last: bool
 ) -> BatchLoader[Any, Any]:
     model, regression = job.model, job.model.regression
-    longest = longest_sequence(model.data.seq_length or gpt.encoder_seq_length, gpt, model.length_multiple)
+    longest = longest_sequence(
+        "model.data.seq_length", model.data.seq_length or gpt.encoder_seq_length, gpt, model.length_multiple
+    )
     labels = {"num_attributes": regression.num_attributes, "missing": regression.loss_mask_val}
     collated: Any
     filler: Any

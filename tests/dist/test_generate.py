@@ -9,9 +9,9 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
 import fork
-import generate_worker
+import writing_worker
 import worker
-from generate_worker import CASES, SAMPLINGS, Case
+from writing_worker import CASES, SAMPLINGS, Case
 
 from nemo_aligner.checkpoint.sharded import save_model
 from nemo_aligner.models.gpt.model import build_gpt
@@ -30,10 +30,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
             model = build_gpt(worker.config(tied=tied), Layout(), torch.float32)
             worker.randomize(model)
             save_model(model, out / f"weights-tied-{tied}")
-            policy = generate_worker.policy(Case(tied=tied), out)
-            oracle = generate_worker.written(policy, generate_worker.prompts(), slots=16)
+            policy = writing_worker.policy(Case(tied=tied), out)
+            oracle = writing_worker.written(policy, writing_worker.prompts(), slots=16)
             torch.save(oracle, out / f"oracle-tied-{tied}.pt")
-    fork.run_script(generate_worker.__file__, out, ranks=RANKS)
+    fork.run_script(writing_worker.__file__, out, ranks=RANKS)
     return out
 
 

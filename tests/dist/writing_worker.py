@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Answers of 4 ranks at every layout: ``python generate_worker.py OUT_FOLDER 4``."""
+"""Answers of 4 ranks at every layout: ``python writing_worker.py OUT_FOLDER 4``."""
 
 import gc
 import time
