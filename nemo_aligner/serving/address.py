@@ -18,9 +18,9 @@ def listening_host(environ: Mapping[str, str]) -> str:
     Raises:
         UserError: Slurm does not tell the node's name.
 
-    >>> listening_host({"SLURM_JOB_ID": "7", "SLURM_JOB_NUM_NODES": "1", "SLURMD_NODENAME": "n1"})
+    >>> listening_host({"SLURM_JOB_NUM_NODES": "1", "SLURMD_NODENAME": "n1"})
     '127.0.0.1'
-    >>> listening_host({"SLURM_JOB_ID": "7", "SLURM_JOB_NUM_NODES": "1", "SLURM_HET_SIZE": "2", "SLURMD_NODENAME": "n1"})
+    >>> listening_host({"SLURM_JOB_NUM_NODES": "1", "SLURM_HET_SIZE": "2", "SLURMD_NODENAME": "n1"})
     'n1'
     """
     counts = ("SLURM_JOB_NUM_NODES", "SLURM_NNODES", "SLURM_HET_SIZE")

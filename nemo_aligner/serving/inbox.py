@@ -2,8 +2,8 @@
 """The requests that wait for the main thread, and which of them it computes together. Knows nothing of PyTriton."""
 
 import queue
-import time
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 
@@ -14,7 +14,7 @@ from nemo_aligner.batch import TokenBatch
 from nemo_aligner.serving.protocol import Ticket
 from nemo_aligner.serving.wire import Arrays, InferRequest, TrainRequest
 
-__all__ = ["Inbox", "Job", "Judged", "SaveRequest", "merge", "share"]
+__all__ = ["Inbox", "Job", "Judged", "Request", "SaveRequest", "merge", "share"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,6 +22,9 @@ class SaveRequest:
     """The model is to be saved."""
 
     ticket: Ticket | None
+
+
+Request = InferRequest | TrainRequest | SaveRequest
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,7 +39,7 @@ class Judged:
 class Job:
     """A request and where its reply goes."""
 
-    request: InferRequest | TrainRequest | SaveRequest
+    request: Request
     reply: Future[Arrays] = field(default_factory=Future)
 
     @property
@@ -55,58 +58,49 @@ class Job:
 
 
 class Inbox:
-    """Filled by many threads, emptied by one, in order.
+    """Groups of jobs, put in by many threads; one takes them out in order, as many at once as are computed together.
 
     Args:
         max_rows: rows that are computed together; a request that alone has more is computed alone.
-        linger_seconds: how long to wait for a request to be joined by others.
     """
 
-    def __init__(self, *, max_rows: int, linger_seconds: float) -> None:
-        # SimpleQueue: its put may interrupt its get in the same thread, as a signal handler's does.
-        self._queue: queue.SimpleQueue[Job] = queue.SimpleQueue()
-        self._next: Job | None = None
+    def __init__(self, *, max_rows: int) -> None:
+        self._groups: queue.SimpleQueue[Sequence[Job]] = queue.SimpleQueue()
+        self._next: deque[list[Job]] = deque()
         self._max_rows = max_rows
-        self._linger_seconds = linger_seconds
 
-    def __len__(self) -> int:
-        return self._queue.qsize() + (self._next is not None)
-
-    def put(self, job: Job) -> None:
+    def put(self, group: Sequence[Job]) -> None:
         """From any thread."""
-        self._queue.put(job)
+        self._groups.put(group)
 
     def take(self, timeout_seconds: float) -> list[Job]:
-        """The next job, or several in a row that may be computed together; [] if none comes in time."""
-        first = self._pop(timeout_seconds)
-        if first is None:
-            return []
-        jobs, rows = [first], first.num_rows
-        until = time.monotonic() + self._linger_seconds
-        while first.merges and rows < self._max_rows:
-            job = self._pop(max(0.0, until - time.monotonic()))
-            if job is None:
-                break
-            if not job.merges or rows + job.num_rows > self._max_rows:
-                self._next = job
-                break
-            jobs.append(job)
-            rows += job.num_rows
-        return jobs
-
-    def _pop(self, timeout_seconds: float) -> Job | None:
-        job, self._next = self._next, None
-        if job is not None:
-            return job
-        try:
-            return self._queue.get(timeout=timeout_seconds)
-        except queue.Empty:
-            return None
+        """One job, or several to infer that may be computed together; [] if none comes in time."""
+        if not self._next:
+            try:
+                self._next.extend(_together(self._groups.get(timeout=timeout_seconds), self._max_rows))
+            except queue.Empty:
+                return []
+        return self._next.popleft()
 
     def fail(self, error: Exception) -> None:
         """Answer all that wait with an error."""
-        while (job := self._pop(0.0)) is not None:
-            job.reply.set_exception(error)
+        while jobs := self.take(0.0):
+            for job in jobs:
+                job.reply.set_exception(error)
+
+
+def _together(group: Sequence[Job], max_rows: int) -> Iterator[list[Job]]:
+    """The group in its order, cut where the next job must not be, or does not fit, with those before it."""
+    jobs: list[Job] = []
+    rows = 0
+    for job in group:
+        if jobs and not (jobs[-1].merges and job.merges and rows + job.num_rows <= max_rows):
+            yield jobs
+            jobs, rows = [], 0
+        jobs.append(job)
+        rows += job.num_rows
+    if jobs:
+        yield jobs
 
 
 def merge(batches: Sequence[TokenBatch], *, length_multiple: int | None = None) -> TokenBatch:

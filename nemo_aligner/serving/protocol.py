@@ -2,7 +2,6 @@
 """What a server and its clients agree on beside tensors: the version, tickets, health, and how troubles are told."""
 
 import enum
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -24,23 +23,22 @@ class Trouble(enum.Enum):
 
 
 class Refusal(Exception):
-    """What a client is told instead of a reply. PyTriton sends a traceback, in which :meth:`find` looks for it."""
+    """What a client is told instead of a reply."""
 
     def __init__(self, trouble: Trouble, message: str) -> None:
         self.trouble = trouble
         self.message = message
-        super().__init__(f"[nemo_aligner:{trouble.value}] {message} [/nemo_aligner]")
+        super().__init__(f"{trouble.value}: {message}")
 
     @classmethod
-    def find(cls, text: str) -> "Refusal | None":
-        """The refusal in a server's error text; None where the server is not ours or did not come to speak.
+    def parse(cls, text: str) -> "Refusal | None":
+        """The refusal in a server's error text; None where Triton itself speaks.
 
-        >>> Refusal.find(f"Traceback ... {Refusal(Trouble.REFUSED, 'tokens[0, 2] is -1')} (500)").message
+        >>> Refusal.parse(str(Refusal(Trouble.REFUSED, "tokens[0, 2] is -1"))).message
         'tokens[0, 2] is -1'
         """
-        kinds = "|".join(trouble.value for trouble in Trouble)
-        found = re.search(rf"\[nemo_aligner:({kinds})\] (.*?) \[/nemo_aligner\]", text, re.DOTALL)
-        return cls(Trouble(found[1]), found[2]) if found else None
+        kind, _, message = text.partition(": ")
+        return cls(Trouble(kind), message) if kind in {trouble.value for trouble in Trouble} else None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,5 +75,4 @@ class Health:
     sequence: int = 0  # train requests of that run that the weights have learned from
     last_loss: float | None = None  # the reply to the last of them
     busy: str = ""  # what it is doing: infer, train, save, or nothing
-    queued: int = 0  # requests that wait
     protocol: int = PROTOCOL_VERSION

@@ -33,6 +33,9 @@ from nemo_aligner.serving.protocol import PROTOCOL_VERSION, Health, Limits, Tick
 __all__ = [
     "DUMMY",
     "HEALTH",
+    "HEALTH_TEXT",
+    "LOSS",
+    "STATUS",
     "STOP",
     "Arrays",
     "Encode",
@@ -43,14 +46,16 @@ __all__ = [
     "infer_inputs",
     "infer_outputs",
     "infer_reply",
+    "loss_reply",
     "read_health",
     "read_infer",
     "read_infer_reply",
+    "read_loss",
     "read_save",
-    "read_scalar",
     "read_train",
     "save_arrays",
     "save_inputs",
+    "save_reply",
     "train_arrays",
     "train_inputs",
 ]
@@ -323,9 +328,19 @@ def read_save(endpoint: str, arrays: Arrays) -> Ticket | None:
     return _read_ticket(endpoint, arrays)
 
 
-def read_scalar(arrays: Arrays, spec: TensorSpec) -> float:
-    """The one number of a reply."""
-    return float(arrays[spec.name].reshape(-1)[0])
+def save_reply() -> dict[str, NDArray[Any]]:
+    """Status 0: it is done."""
+    return {STATUS.name: np.zeros(1, dtype=np.int64)}
+
+
+def loss_reply(loss: float) -> dict[str, NDArray[Any]]:
+    """The reply to a request to learn."""
+    return {LOSS.name: np.array([loss], dtype=np.float32)}
+
+
+def read_loss(arrays: Arrays) -> float:
+    """The inverse."""
+    return float(arrays[LOSS.name].reshape(-1)[0])
 
 
 def health_reply(health: Health) -> dict[str, NDArray]:
