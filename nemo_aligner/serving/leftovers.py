@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a Triton leaves behind that did not end in order: processes, copies of its endpoints, shared memory, its folder."""
+"""What a Triton may leave behind, and its end: processes, copies of its endpoints, shared memory, its folder."""
 
 import os
 import shutil

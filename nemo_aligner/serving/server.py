@@ -193,7 +193,7 @@ class Server:
 
     def _infer(self, jobs: list[Job], handler: Handler) -> list[wire.Arrays]:
         requests = [job.request for job in jobs if isinstance(job.request, wire.InferRequest)]
-        if ticket := requests[0].ticket:
+        if self._config.train and (ticket := requests[0].ticket):
             self._bring_to(ticket, ticket.sequence, handler)
         self._note("infer")
         batches = [request.batch for request in requests]
@@ -260,9 +260,6 @@ class Server:
                 ),
                 linger_seconds=config.linger_seconds,
             ),
-            Endpoint(
-                name=wire.HEALTH, inputs=[wire.DUMMY], outputs=[wire.HEALTH_TEXT], answer=self._tell_health
-            ),
             Endpoint(name=wire.STOP, inputs=[wire.DUMMY], outputs=[wire.STATUS], answer=self._begin_to_stop),
         ]
         if train := config.train:
@@ -275,7 +272,11 @@ class Server:
             endpoints.append(
                 Endpoint(name=save, inputs=wire.save_inputs(), outputs=[wire.STATUS], answer=answer)
             )
-        return endpoints
+        # The last to come up: whom it answers can reach all.
+        health = Endpoint(
+            name=wire.HEALTH, inputs=[wire.DUMMY], outputs=[wire.HEALTH_TEXT], answer=self._tell_health
+        )
+        return [*endpoints, health]
 
     def _ask(self, read: Callable[[wire.Arrays], Request]) -> Answer:
         """Has requests checked, hands the good ones to the main thread together, and waits for the replies."""
