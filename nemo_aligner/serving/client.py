@@ -10,7 +10,7 @@ import os
 import threading
 import time
 from collections.abc import Mapping
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Self, TypeVar
@@ -159,6 +159,7 @@ class RemoteCritic(_Client):
         self._run_id = run_id
         self._step = 0
         self._teaching = Lane(f"teach-{remote.port}")
+        self._asked: list[Future[tuple[Tensor, Tensor]]] = []
         self._lessons: dict[int, _Lesson] = {}
         # Lessons reach the critic in order, whether for the first time or again.
         self._teaching_lock = threading.RLock()
@@ -194,10 +195,14 @@ class RemoteCritic(_Client):
                 )
             return found, values
 
-        return self._asking.submit(ask)
+        asked = self._asking.submit(ask)
+        self._asked = [*(future for future in self._asked if not future.done()), asked]
+        return asked
 
     def train(self, batch: ValueBatch, *, step: int) -> Future[float]:
-        """The critic's loss on a rollout of the actor's ``step``. It reaches the critic once, in order.
+        """The critic's loss on a rollout of the actor's ``step``.
+
+        The critic learns from it once, after what it was asked and taught before.
 
         Raises:
             UserError: in the future's result; what the critic failed at is in its message.
@@ -206,10 +211,11 @@ class RemoteCritic(_Client):
         self._step = step
         number, ticket = self.sequence, self._ticket()
         lesson = _Lesson(arrays=wire.train_arrays(batch, ticket))
-        with self._teaching_lock:
-            self._lessons[number] = lesson
+        self._lessons[number] = lesson
+        asked_before = self._asked
 
         def teach() -> float:
+            wait(asked_before)
             with self._teaching_lock:
                 if lesson.loss is None:
                     reply = self._call(self._names.train, lesson.arrays, needed=number - 1)
@@ -229,8 +235,8 @@ class RemoteCritic(_Client):
 
     def committed(self, sequence: int) -> None:
         """The pair of checkpoints with ``sequence`` train requests is complete: neither job starts from before it."""
-        with self._teaching_lock:
-            self._lessons = {number: lesson for number, lesson in self._lessons.items() if number > sequence}
+        for number in [number for number in self._lessons if number <= sequence]:
+            del self._lessons[number]
 
     def _ticket(self) -> Ticket:
         return Ticket(run_id=self._run_id, step=self._step, sequence=self.sequence)
@@ -257,19 +263,16 @@ class RemoteCritic(_Client):
         """Send a critic that came back what it misses; False if it misses more than is kept here."""
         with self._teaching_lock:
             known = self.health().sequence
-            missing = range(known + 1, needed + 1)
-            if not all(number in self._lessons for number in missing):
+            lessons = [self._lessons.get(number) for number in range(known + 1, needed + 1)]
+            if None in lessons:
                 return False
-            if missing:
-                logger.info(
-                    "%s has come back; teaching it requests %d to %d again",
-                    self._line.name,
-                    known + 1,
-                    needed,
-                )
-            for number in missing:
-                lesson = self._lessons[number]
-                lesson.loss = wire.read_loss(self._line.call(self._names.train, lesson.arrays))
+            if lessons:
+                logger.info("%s has come back at train request %d of %d", self._line.name, known, needed)
+            try:
+                for lesson in filter(None, lessons):
+                    lesson.loss = wire.read_loss(self._line.call(self._names.train, lesson.arrays))
+            except Refusal as behind:
+                logger.info("%s has come back once more: %s", self._line.name, behind.message)
             return True
 
 

@@ -2,6 +2,7 @@
 """The requests that wait for the main thread, and which of them it computes together. Knows nothing of PyTriton."""
 
 import queue
+import threading
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
@@ -67,11 +68,13 @@ class Inbox:
     def __init__(self, *, max_rows: int) -> None:
         self._groups: queue.SimpleQueue[Sequence[Job]] = queue.SimpleQueue()
         self._next: deque[list[Job]] = deque()
+        self._failing = threading.Lock()
         self._max_rows = max_rows
 
     def put(self, group: Sequence[Job]) -> None:
         """From any thread."""
-        self._groups.put(group)
+        if group:
+            self._groups.put(group)
 
     def take(self, timeout_seconds: float) -> list[Job]:
         """One job, or several to infer that may be computed together; [] if none comes in time."""
@@ -83,10 +86,11 @@ class Inbox:
         return self._next.popleft()
 
     def fail(self, error: Exception) -> None:
-        """Answer all that wait with an error."""
-        while jobs := self.take(0.0):
-            for job in jobs:
-                job.reply.set_exception(error)
+        """Answer all that wait with an error: from any thread, when nobody takes any more."""
+        with self._failing:
+            while jobs := self.take(0.0):
+                for job in jobs:
+                    job.reply.set_exception(error)
 
 
 def _together(group: Sequence[Job], max_rows: int) -> Iterator[list[Job]]:

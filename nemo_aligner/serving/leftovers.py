@@ -14,7 +14,7 @@ import psutil
 
 from nemo_aligner.errors import UserError
 
-__all__ = ["Remains", "kill", "own_folder"]
+__all__ = ["Remains", "folder_of", "kill", "own_folder"]
 
 ORPHAN_SECONDS = 15.0  # for the processes of a server that was killed to end by themselves
 KILL_SECONDS = 5.0  # for a killed process to be gone
@@ -46,7 +46,7 @@ class Remains:
         """Wait for it to end by itself, kill what does not, and remove its files."""
         _, alive = psutil.wait_procs(self.processes, timeout=wait_seconds)
         kill(alive)
-        psutil.wait_procs(alive, timeout=KILL_SECONDS)
+        psutil.wait_procs(self.processes, timeout=KILL_SECONDS)
         for path in self.paths:
             if path.is_dir():
                 shutil.rmtree(path, ignore_errors=True)
@@ -62,10 +62,16 @@ def _children(process: psutil.Process) -> list[psutil.Process]:
 
 
 def kill(processes: Sequence[psutil.Process]) -> None:
-    """SIGKILL to those that are still there."""
+    """SIGKILL to those that are still there; Python's resource trackers end after them and remove shared memory."""
     for process in processes:
         with suppress(psutil.NoSuchProcess):
-            process.kill()
+            if not any("resource_tracker" in argument for argument in process.cmdline()):
+                process.kill()
+
+
+def folder_of(name: str) -> Path:
+    """Where the Triton of that name keeps its files."""
+    return Path(tempfile.gettempdir()) / f"nemo_aligner-{name}"
 
 
 @contextmanager
@@ -79,9 +85,13 @@ def own_folder(name: str, *, longest_name: int) -> Iterator[Path]:
     Raises:
         UserError: the folder is another user's, or its path too long.
     """
-    folder = Path(tempfile.gettempdir()) / f"nemo_aligner-{name}"
-    if len(os.fsencode(folder)) + len("/w/_0_99-server.sock") + longest_name > MAX_SOCKET_PATH:
-        raise UserError(f"TMPDIR={folder.parent} is too long a path for sockets", cure="set a shorter TMPDIR")
+    folder = folder_of(name)
+    too_long = len(os.fsencode(folder)) + len("/w/_0_0-server.sock") + longest_name > MAX_SOCKET_PATH
+    if too_long or " " in str(folder):
+        raise UserError(
+            f"TMPDIR={folder.parent} has blanks or is too long for the paths of sockets",
+            cure="set a short TMPDIR",
+        )
     if folder.exists() and folder.stat().st_uid == os.getuid():
         Remains.of(folder).end(wait_seconds=ORPHAN_SECONDS)
         shutil.rmtree(folder)

@@ -164,6 +164,11 @@ class Server:
         try:
             outcome = self._replies(jobs, handler)
         except (UserError, Refusal) as error:
+            if len(jobs) > 1:
+                # Only the one that the model will not judge is refused.
+                for job in jobs:
+                    self._run([job], handler)
+                return
             outcome = error if isinstance(error, Refusal) else Refusal(Trouble.REFUSED, str(error))
             logger.warning("refused: %s", outcome.message)
         except BaseException as error:
@@ -235,7 +240,8 @@ class Server:
             logger.info("back from train request %d to %d, where the actor goes on", told.sequence, sequence)
             handler.rewind(dataclasses.replace(ticket, sequence=sequence))
             told = handler.health()
-        if told.sequence != sequence:
+            assert told.sequence <= sequence, (told, ticket)
+        if told.sequence < sequence:
             raise Refusal(
                 Trouble.BEHIND,
                 f"the weights have learned from {told.sequence} train requests, not {sequence}",

@@ -38,14 +38,12 @@ class Token:
             self.path.unlink(missing_ok=True)
 
 
-def token_path(port: int, environ: Mapping[str, str], *, home: Path) -> Path:
+def token_path(port: int, environ: Mapping[str, str]) -> Path:
     """``~/.nemo_aligner/JOB-PORT.token``."""
-    return home / ".nemo_aligner" / f"{job_name(environ)}-{port}.token"
+    return Path(environ.get("HOME") or Path.home()) / ".nemo_aligner" / f"{job_name(environ)}-{port}.token"
 
 
-def find_token(
-    address: str, port: int, environ: Mapping[str, str], *, home: Path | None = None
-) -> Token | None:
+def find_token(address: str, port: int, environ: Mapping[str, str]) -> Token | None:
     """The token for a server at ``address``; None where it asks none.
 
     At 127.0.0.1 a token is asked only if NEMO_ALIGNER_TOKEN is set. Elsewhere, without the variable, server and client
@@ -58,7 +56,7 @@ def find_token(
         return Token(text=_valid(text, TOKEN_VARIABLE), path=None)
     if address == LOCAL:
         return None
-    path = token_path(port, environ, home=home or Path.home())
+    path = token_path(port, environ)
     path.parent.mkdir(mode=0o700, exist_ok=True)
     if not path.exists():
         _create(path)

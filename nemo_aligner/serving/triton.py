@@ -13,6 +13,7 @@ import sysconfig
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,10 +28,11 @@ from pytriton.model_config import DynamicBatcher, ModelConfig, Tensor
 from pytriton.models.model import Model
 from pytriton.proxy.types import Request
 from pytriton.triton import VALID_TRITON_ENDPOINTS, Triton, TritonConfig, TritonSecurityConfig
+from pytriton.utils.workspace import Workspace
 
 from nemo_aligner.errors import UserError
 from nemo_aligner.serving.checks import TensorSpec
-from nemo_aligner.serving.leftovers import Remains, kill, own_folder
+from nemo_aligner.serving.leftovers import Remains, folder_of, kill, own_folder
 from nemo_aligner.serving.protocol import TOKEN_HEADER, Refusal, Trouble
 from nemo_aligner.serving.wire import Arrays
 
@@ -38,8 +40,9 @@ __all__ = ["Answer", "Endpoint", "TritonProcess"]
 
 logger = logging.getLogger(__name__)
 
-EXIT_SECONDS = 3.0  # for Triton to unload its endpoints; then its processes are killed
+EXIT_SECONDS = 1.5  # for Triton to unload its endpoints; then its processes are killed
 PORT_SECONDS = 15.0  # for the port of a server that was killed to be free again
+LAST_LINES = 20
 MAX_BATCH_SIZE = 9_999_999
 
 Answer = Callable[[Sequence[Arrays]], Sequence[Arrays | Refusal]]
@@ -93,6 +96,10 @@ class Endpoint:
 class _Model(Model):
     """PyTriton's, with a batch of requests of many shapes, each of which may be refused by itself."""
 
+    def clean(self) -> None:
+        if self._inference_handlers:
+            super().clean()
+
     def get_model_config(self) -> dict[str, Any]:
         config = super().get_model_config()
         if self.config.batching:
@@ -108,6 +115,24 @@ class _Model(Model):
 
 class _Triton(Triton):
     """PyTriton's, of such models."""
+
+    def _prepare_triton_config(self, workspace: Workspace) -> None:
+        super()._prepare_triton_config(workspace)
+        # Else each endpoint is started twice, at first to be asked what its configuration lacks.
+        self._triton_server_config["strict-model-config"] = True
+
+    def _initialize_server(self) -> None:
+        super()._initialize_server()
+        # It would print what Triton says beside its log, the complaints of processes that are ended among it.
+        self._triton_server._verbose = False
+
+    @property
+    def last_words(self) -> str:
+        """The end of what Triton has said, to its log or not."""
+        log = self._config.log_file
+        logged = log.read_text(errors="replace") if log and log.exists() else ""
+        said = self._triton_server.logs() if self._triton_server else ""
+        return "\n".join(f"{logged}\n{said}".splitlines()[-LAST_LINES:])
 
     def add(self, endpoint: Endpoint) -> None:
         batches = endpoint.linger_seconds is not None
@@ -138,6 +163,12 @@ class _Triton(Triton):
         )
         model.on_model_event(self._on_model_event)
         self._model_manager.add_model(model, self.is_connected())
+
+    def _pre_stop_impl(self) -> None:
+        super()._pre_stop_impl()
+        # PyTriton ends the threads of one model after those of another, a second each.
+        with ThreadPoolExecutor() as pool:
+            list(pool.map(Model.clean, self._model_manager.models))
 
 
 def _inference_function(endpoint: Endpoint) -> Callable[[list[Request]], list[dict[str, NDArray[Any]]]]:
@@ -187,13 +218,15 @@ class TritonProcess:
         self._within = ExitStack()
 
     def __enter__(self) -> Self:
-        _wait_for_port(self._address, self._port, f"{self._setting}={self._port}")
+        name = f"{self._address}-{self._port}"
+        # Of a server that was killed, the processes listen for some seconds more.
+        patience = PORT_SECONDS if folder_of(name).exists() else 0.0
+        _wait_for_port(self._address, self._port, f"{self._setting}={self._port}", seconds=patience)
         # What it says besides is meant for those who write servers.
         logging.getLogger("pytriton").setLevel(logging.ERROR)
         longest = max(len(endpoint.name) for endpoint in self._endpoints)
         with ExitStack() as within:
-            folder = within.enter_context(own_folder(f"{self._address}-{self._port}", longest_name=longest))
-            self._log = folder / "triton.log"
+            folder = within.enter_context(own_folder(name, longest_name=longest))
             self._triton = _Triton(
                 config=TritonConfig.from_dict(
                     {
@@ -201,7 +234,7 @@ class TritonProcess:
                         "http_port": self._port,
                         "allow_grpc": False,
                         "allow_metrics": False,
-                        "log_file": self._log,
+                        "log_file": folder / "triton.log",
                     }
                 ),
                 workspace=folder / "w",
@@ -216,7 +249,7 @@ class TritonProcess:
                 with _library_path(), _health_with_token(secret):
                     self._triton.run()
             except Exception:
-                logger.error("Triton does not start:\n%s", _tail(self._log))
+                logger.error("Triton does not start:\n%s", self._triton.last_words)
                 raise
             _hide(secret)
             self._within = within.pop_all()
@@ -230,11 +263,11 @@ class TritonProcess:
     def check_alive(self) -> None:
         """Raises RuntimeError, with the end of Triton's log, if the process or one of its endpoints has ended."""
         if not self._triton.is_alive():
-            raise RuntimeError(f"Triton has ended by itself; its last words:\n{_tail(self._log)}")
+            raise RuntimeError(f"Triton has ended by itself; its last words:\n{self._triton.last_words}")
 
 
-def _wait_for_port(address: str, port: int, setting: str) -> None:
-    until = time.monotonic() + PORT_SECONDS
+def _wait_for_port(address: str, port: int, setting: str, *, seconds: float) -> None:
+    until = time.monotonic() + seconds
     while True:
         with socket.socket() as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -257,8 +290,6 @@ def _stopped(triton: Triton, folder: Path) -> Iterator[None]:
         yield
     finally:
         remains = Remains.of(folder)
-        if triton._triton_server is not None:
-            triton._triton_server._verbose = False  # PyTriton prints what dying processes say
         killer = threading.Timer(EXIT_SECONDS, kill, [remains.processes])
         killer.start()
         try:
@@ -316,7 +347,3 @@ def _hide(secret: str) -> None:
                 memory.write(arguments.replace(secret.encode(), b"x" * len(secret)))
         except (OSError, psutil.Error) as error:
             logger.warning("users of this machine can read the server's token in its process list: %s", error)
-
-
-def _tail(log: Path, *, lines: int = 20) -> str:
-    return "\n".join(log.read_text(errors="replace").splitlines()[-lines:]) if log.exists() else ""
