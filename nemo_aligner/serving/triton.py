@@ -123,6 +123,7 @@ class _Triton(Triton):
 
     def _initialize_server(self) -> None:
         super()._initialize_server()
+        assert self._triton_server is not None
         # It would print what Triton says beside its log, the complaints of processes that are ended among it.
         self._triton_server._verbose = False
 

@@ -428,14 +428,14 @@ def undisturbed(folder: Path) -> list[float]:
 
 
 def test_a_critic_that_is_killed_and_started_again_is_taught_what_it_missed(tmp_path: Path) -> None:
-    """Killed between requests, then while one is computed; the token set, though it is on this machine."""
+    """It is killed under a request. The token is set, though it is on this machine."""
     with running(environ={"NEMO_ALIGNER_TOKEN": "secret"}) as job, job.critic() as client:
         losses = [client.train(lesson(1), step=1).result(20)]
         client.save().result(20)
         client.committed(1)
         losses.append(client.train(lesson(2), step=2).result(20))
-        job.kill()
         asked = client.infer_rm_critic(rows(3))
+        job.kill()
         job.start()
         *_, weight = undisturbed(tmp_path)
         second = (weight - 0.25 * 3 * 7) / 1.5
