@@ -108,6 +108,7 @@ class Server:
         self._told: Health | None = None
         self._began = threading.Event()
         self._stop_asked = threading.Event()
+        self._heard_at = time.monotonic()
         self._ended = False
         self._process = TritonProcess(
             self._endpoints(),
@@ -131,8 +132,16 @@ class Server:
         if self._token and error is None:
             self._token.remove()
 
-    def serve(self, handler: Handler, *, should_stop: Callable[[], bool] = lambda: False) -> None:
+    @property
+    def silent_seconds(self) -> float:
+        """Since a client last asked for anything."""
+        return time.monotonic() - self._heard_at
+
+    def serve(self, handler: Handler, *, should_stop: Callable[[], bool] = lambda: False) -> bool:
         """Answer until a client asks to stop, or until ``should_stop``, which is asked five times a second.
+
+        Returns:
+            Whether a client asked.
 
         Raises:
             Exception: what the handler raised, unless it was a UserError; Triton's end. The clients have been told.
@@ -152,6 +161,7 @@ class Server:
         finally:
             self._refuse_from_now()
         logger.info("the server at %s:%d stops", self.address, self._config.port)
+        return self._stop_asked.is_set()
 
     def _refuse_from_now(self) -> None:
         self._ended = True
@@ -288,6 +298,7 @@ class Server:
         """Has requests checked, hands the good ones to the main thread together, and waits for the replies."""
 
         def answer(requests: Sequence[wire.Arrays]) -> list[wire.Arrays | Refusal]:
+            self._heard_at = time.monotonic()
             jobs = [_read(read, arrays) for arrays in requests]
             self._inbox.put([job for job in jobs if isinstance(job, Job)])
             # Read after the put: whoever sets it empties the inbox afterwards, so that one of the two finds the jobs.
@@ -298,6 +309,7 @@ class Server:
         return answer
 
     def _tell_health(self, requests: Sequence[wire.Arrays]) -> list[wire.Arrays | Refusal]:
+        self._heard_at = time.monotonic()
         self._began.wait(READY_SECONDS)
         told = self._told
         if told is None:

@@ -89,5 +89,5 @@ def test_an_unknown_host_is_told_with_its_setting(monkeypatch: pytest.MonkeyPatc
         raise socket.gaierror("Name or service not known")
 
     monkeypatch.setattr(socket, "gethostbyname", unknown)
-    with pytest.raises(UserError, match="remote_critic_rm.critic.ip=nowhere"):
+    with pytest.raises(UserError, match=r"remote_critic_rm\.critic\.ip=nowhere"):
         resolve("nowhere", setting="remote_critic_rm.critic.ip")
