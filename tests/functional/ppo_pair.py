@@ -61,6 +61,15 @@ class Pair:
     def start_actor(self, **changed: object):
         return self._start(ACTOR, self._actor() | self.actor_settings | changed)
 
+    def serve_reward_model(self, port: int, **changed: object):
+        settings = {
+            "rm_model_file": self.reward_nemo,
+            "trainer.precision": 32,
+            "inference.port": port,
+            "model.forward_micro_batch_size": 1,
+        }
+        return self._start(EXAMPLES / "serve_reward_model.py", settings | changed)
+
     def _start(self, script: Path, settings: dict[str, object]):
         # Its temporary files in a short path: those of sockets are.
         tmp = Path("/tmp") / f"nap{self.port}"
