@@ -11,7 +11,7 @@ import json
 import statistics
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from transformers import (
@@ -20,6 +20,10 @@ from transformers import (
     LlamaForCausalLM,
     StoppingCriteria,
     StoppingCriteriaList,
+)
+
+Model: TypeAlias = (
+    Any  # a LlamaForCausalLM, whose generate transformers annotates with what none of its models meets
 )
 
 
@@ -42,22 +46,21 @@ def save(folder: Path, sizes: dict[str, Any]) -> None:
 
 
 @torch.no_grad()
-def generate(model: LlamaForCausalLM, case: dict[str, Any]) -> list[tuple[torch.Tensor, Lengths]]:
+def generate(model: Model, case: dict[str, Any]) -> list[tuple[torch.Tensor, Lengths]]:
     """Answer all prompts in batches of ``case["batch"]``, each of which ends with its longest answer.
 
     Returns:
         Of each batch the prompts with their answers, and what ended them.
     """
     batch, found = case["batch"], []
+    whole = {} if case["greedy"] else {"temperature": 1.0, "top_k": 0, "top_p": 1.0}
     for start in range(0, len(case["prompts"]), batch):
         prompts = torch.tensor(case["prompts"][start : start + batch])
         answers = torch.tensor(case["lengths"][start : start + batch])
         criteria = Lengths(prompts.shape[1] + answers)
         config = GenerationConfig(
             do_sample=not case["greedy"],
-            temperature=1.0,
-            top_k=0,
-            top_p=1.0,
+            **whole,
             max_new_tokens=int(answers.max()),
             pad_token_id=0,
         )
@@ -72,7 +75,7 @@ def generate(model: LlamaForCausalLM, case: dict[str, Any]) -> list[tuple[torch.
     return found
 
 
-def measured(model: LlamaForCausalLM, case: dict[str, Any]) -> float:
+def measured(model: Model, case: dict[str, Any]) -> float:
     """Seconds of the whole case or, where it asks for them, the median over the steps after the first."""
     generate(model, case | {"prompts": case["prompts"][: case["batch"]], "lengths": [3] * case["batch"]})
     started = time.perf_counter()

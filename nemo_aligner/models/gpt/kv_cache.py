@@ -6,6 +6,10 @@ A slot is filled by a prompt, grows by a token a step, and is filled again by an
 Shapes: n slots, G key/value heads of this rank, R query heads to each, D head size, T tokens of the longest slot.
 """
 
+import contextlib
+import math
+import mmap
+import sys
 from collections.abc import Sequence
 
 import torch
@@ -17,6 +21,7 @@ from nemo_aligner.models.gpt.attention import attend
 __all__ = ["KVCache"]
 
 GROWTH = 64  # tokens; capacity is a multiple of it
+HUGE_BYTES = 4 << 20  # from here on a tensor lies on huge pages, of 2 MiB each
 
 
 class KVCache:
@@ -111,7 +116,9 @@ class KVCache:
         mask, index, starts = self._bags
         seen = keys.view(-1, capacity, size)[:, :longest].transpose(1, 2)
         weights = torch.baddbmm(mask, query.reshape(-1, each, size), seen, alpha=self.scale).softmax(-1)
-        return torch.embedding_bag(values.view(-1, size), index, starts, per_sample_weights=weights.view(-1))[0]
+        return torch.embedding_bag(values.view(-1, size), index, starts, per_sample_weights=weights.view(-1))[
+            0
+        ]
 
     def end_step(self, alive: Sequence[bool]) -> None:
         """The slots that are ``alive`` keep the token of the step."""
@@ -136,6 +143,17 @@ class KVCache:
         for tensors in (self._keys, self._values):
             for layer, x in enumerate(tensors):
                 # Zeros: what is masked must not be NaN.
-                grown = x.new_zeros(*x.shape[:2], capacity, x.shape[3])
+                grown = _zeros((*x.shape[:2], capacity, x.shape[3]), x.dtype, self.device)
                 grown[:, :, : x.shape[2]] = x
                 tensors[layer] = grown
+
+
+def _zeros(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A tensor of zeros, on Linux on huge pages where it is large: attention reads small ones a fifth slower."""
+    size = math.prod(shape) * dtype.itemsize
+    if device.type != "cpu" or sys.platform != "linux" or size < HUGE_BYTES:
+        return torch.zeros(*shape, dtype=dtype, device=device)
+    pages = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    with contextlib.suppress(OSError):  # a kernel that was built without them
+        pages.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(pages, dtype=dtype).view(*shape)
