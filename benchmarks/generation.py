@@ -178,7 +178,7 @@ def part() -> Part:
 
 
 ABOUT = f"""\
-The model of the section above, with the same random weights on both sides, answers prompts of {PROMPT} random tokens in
+The model of fine-tuning above, with the same random weights on both sides, answers prompts of {PROMPT} random tokens in
 fp32: ours with as many slots as transformers' static batches have rows, greedily or by sampling over the whole
 vocabulary (temperature 1). Even answers have {ANSWER} tokens each, one batch of them. Uneven ones end with the same
 chance at every token, at {ANSWER} at the latest, {ROUNDS} batches of them: a static batch goes on until its longest
