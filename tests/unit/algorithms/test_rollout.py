@@ -20,7 +20,7 @@ def test_each_row_is_dealt_once_and_ranks_ask_equally_often(count: int, rows: in
 
 def test_ranks_have_alike_many_tokens():
     draw = random.Random(1)
-    lengths = [int(draw.paretovariate(1.2) * 20) for _ in range(256)]
+    lengths = [int(draw.lognormvariate(5, 0.6)) for _ in range(256)]
     tokens = [
         sum(lengths[row] for micro in share for row in micro) for share in deal(lengths, rows=1, ranks=8)
     ]
