@@ -77,7 +77,7 @@ test-resume: $(STAMP)  ## Runs killed at many moments and started again: minutes
 	CUDA_VISIBLE_DEVICES= $(PYTEST) -m "not gpu" tests/functional/test_resume.py
 
 test-soak: $(STAMP)  ## 200 steps of PPO, whose memory must not grow: minutes
-	CUDA_VISIBLE_DEVICES= $(PYTEST) -s -m soak tests/functional/test_ppo_soak.py
+	CUDA_VISIBLE_DEVICES= $(PYTEST) --log-cli-level=INFO -m soak tests/functional/test_ppo_soak.py
 
 test-gpu: $(STAMP)  ## Tests that need a CUDA device
 	$(PYTEST) -m gpu

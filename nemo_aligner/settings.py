@@ -238,7 +238,9 @@ def _convert_union(value: Any, options: tuple[Any, ...], key: str) -> Any:  # no
     kinds = [option for option in options if option is not type(None)]
     if any(_is_exactly(value, kind) for kind in kinds):
         return value
-    return _convert(value, kinds[0], key)
+    # Of a list the kind that holds several, else the first.
+    several = [kind for kind in kinds if typing.get_origin(kind) is builtins.tuple]
+    return _convert(value, several[0] if isinstance(value, list) and several else kinds[0], key)
 
 
 def _convert_plain(value: Any, hint: Any, key: str) -> Any:  # noqa: ANN401

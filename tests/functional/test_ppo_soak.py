@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """200 steps of PPO: neither job's memory grows. A minute or two; ``make test-soak`` runs it."""
 
+import logging
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -48,6 +49,6 @@ def test_memory_stays_where_it_is(start: Callable, nemo: Path, reward_nemo: Path
     for name, job in jobs.items():
         assert job.wait(timeout=LONG) == 0, job.err[-3000:]
         first, *later = found[name]
-        print(f"{name}: {first >> 20} MiB at step 20, then {[rss >> 20 for rss in later]}")
+        logging.info("%s: %d MiB at step 20, then %s", name, first >> 20, [rss >> 20 for rss in later])
         assert max(later) < 1.05 * first, name
     assert len([line for line in metrics(pair.actor_folder) if "train_optim/loss" in line]) == STEPS
