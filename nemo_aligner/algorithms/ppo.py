@@ -4,14 +4,14 @@
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
 
 from nemo_aligner.algorithms.milestones import Milestones
 from nemo_aligner.algorithms.ppo_config import PPOConfig, RolloutConfig
-from nemo_aligner.algorithms.rollout import collect, cut, deal, lengths_of, per_token
+from nemo_aligner.algorithms.rollout import Prompts, collect, cut, deal, lengths_of, per_token
 from nemo_aligner.algorithms.rollout_metrics import learning_metrics, rollout_metrics, summary
 from nemo_aligner.batch import Experience, Prompt, Rollout, Scored
 from nemo_aligner.checkpoint.training import Checkpoint, TrainerState, TrainingCheckpoints, monitor_name
@@ -28,44 +28,12 @@ from nemo_aligner.run.stop import StopRequest
 from nemo_aligner.run.stopwatch import Stopwatch
 from nemo_aligner.serving.shared import CriticLost, Pending, SharedCritic, WaitEnded
 
-__all__ = ["PPOTrainer", "Prompts", "Rollouts"]
+__all__ = ["PPOTrainer", "Rollouts"]
 
 logger = logging.getLogger(__name__)
 
 VALIDATION_DRAW = 1 << 30  # the same each time, and that of no step
 TABLE_ROWS = 4  # answers of each rollout that are written down
-
-
-class PromptText(Protocol):
-    """A prompt, in tokens."""
-
-    @property
-    def tokens(self) -> list[int]:
-        """Its token ids."""
-        ...
-
-
-class Prompts(Protocol):
-    """A source of prompts, as this data parallel rank sees them."""
-
-    @property
-    def batches_per_epoch(self) -> int:
-        """Rollouts in one pass over the prompts."""
-        ...
-
-    @property
-    def rows_per_batch(self) -> int:
-        """Prompts of a rollout over all ranks."""
-        ...
-
-    @property
-    def fingerprint(self) -> dict[str, object]:
-        """What makes up the batches: equal fingerprints, equal batches."""
-        ...
-
-    def batch(self, index: int) -> list[list[Any]]:
-        """This rank's prompts of rollout ``index``, one to a list, in runs: the first rank has the first ones."""
-        ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -290,13 +258,23 @@ class PPOTrainer:
     def _update(self, experience: Experience, step: int) -> dict[str, float]:
         """Optimizer steps on a rollout; means over them."""
         found: list[dict[str, float]] = []
+        empty: list[dict[str, float]] = []  # steps on nothing but answers that are left out
         for rows in self._global_batches(experience.num_rows, step):
-            batches = self._micro_batches(experience.take(rows))
+            part = experience.take(rows)
+            batches = self._micro_batches(part)
             metrics = self.policy.get_loss_and_metrics(
                 batches, self.objective, forward_only=False, sampling=self.rollouts.sampling
             )
-            found.append(metrics | self.policy.optimizer_step())
+            metrics |= self.policy.optimizer_step()
+            (found if part.learned().any() else empty).append(metrics)
         world.synchronize()
+        if empty and world.is_logging_rank():
+            logger.warning(
+                "nothing was learned in %d of %d updates: none of their answers ended within "
+                "model.ppo.length_params.max_length=%d tokens, and trainer.ppo.mask_unfinished=True",
+                *(len(empty), len(found) + len(empty), self.rollouts.sampling.max_length),
+            )
+        found = found or empty
         return {f"train_optim/{name}": sum(m[name] for m in found) / len(found) for name in found[0]}
 
     def _global_batches(self, num_rows: int, step: int) -> Iterator[list[int]]:
@@ -340,7 +318,7 @@ class PPOTrainer:
             rewards=rewards.float(),
             values=values.float(),
         )
-        metrics = rollout_metrics("val_rollouts", scored)
+        metrics = rollout_metrics("val_rollouts", scored, trained=False)
         self.run.log(metrics | {"timers/validation_time": watch.seconds["validation_time"]}, step=step)
         self._write_down("val_rollouts", scored, step)
         self.milestones.limit.note("validation", watch.seconds["validation_time"])

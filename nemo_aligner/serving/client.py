@@ -5,6 +5,7 @@ A critic that is started again has learned from fewer rollouts than its actor ha
 the last pair of checkpoints and sends them once more, so that each reply is that of the undisturbed run.
 """
 
+import contextlib
 import io
 import logging
 import os
@@ -179,8 +180,10 @@ class RemoteCritic(_Client):
 
     def _ping(self) -> None:
         """Tell the critic that its actor lives, however long a rollout takes."""
-        while not self._line.wait(PING_SECONDS):
-            self._line.call_once(wire.HEALTH, wire.save_arrays())
+        # What is wrong with the line is told by the next call that matters.
+        with contextlib.suppress(UserError):
+            while not self._line.wait(PING_SECONDS):
+                self._line.call_once(wire.HEALTH, wire.save_arrays())
 
     def close(self) -> None:
         """End the threads and their waits, those of the reward model too."""

@@ -31,8 +31,8 @@ def test_memory_stays_where_it_is(start: Callable, nemo: Path, reward_nemo: Path
         actor_settings={
             "trainer.ppo.max_steps": STEPS,
             "trainer.ppo.max_epochs": STEPS,
-            "trainer.ppo.save_interval": 40,
-            "trainer.ppo.val_check_interval": 20,
+            "trainer.ppo.save_interval": 10,
+            "trainer.ppo.val_check_interval": 10,
         },
     )
     jobs = {"critic": pair.start_critic(), "actor": pair.start_actor()}

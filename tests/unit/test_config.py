@@ -67,7 +67,10 @@ def test_nothing_is_told_of_a_run_that_asks_for_nothing(caplog: pytest.LogCaptur
             "++model.save_nemo_on_validation_end=True",
             "model.save_nemo_on_validation_end=True has no effect: ",
         ),
-        ("trainer.max_steps=5", "trainer.max_steps=5 has no effect: trainer.sft.max_steps counts"),
+        (
+            "trainer.max_steps=5",
+            "trainer.max_steps=5 has no effect: max_steps of the algorithm's own block counts, as in trainer.sft",
+        ),
         ("model.data.train_ds.hf_dataset=True", "model.data.train_ds.hf_dataset=True has no effect: "),
     ],
 )
