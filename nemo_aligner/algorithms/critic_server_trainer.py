@@ -176,23 +176,17 @@ class CriticServerTrainer:
             self.checkpoints.discard(lambda state: state.step > self.state.step)
 
     def _saved_at(self, ticket: Ticket) -> Checkpoint | None:
-        """The checkpoint of that train request; None: the beginning."""
+        """The newest checkpoint that has learned from no more than the ticket says; None: the beginning.
+
+        What it lacks, the actor sends again.
+        """
         found: list[Checkpoint] = []
         if world.is_logging_rank() and self.checkpoints is not None:
             found = find_checkpoints(self.checkpoints.folder)
         found = collectives.broadcast_object(found)
         own = [one for one in found if one.state.algorithm.get("run_id") == ticket.run_id]
-        for checkpoint in own:
-            if checkpoint.state.algorithm["sequence"] == ticket.sequence:
-                return checkpoint
-        if ticket.sequence == 0:
-            return None
-        there = ", ".join(str(one.state.algorithm["sequence"]) for one in own) or "none"
-        raise UserError(
-            f"no checkpoint of this critic has learned from exactly {ticket.sequence} train requests; "
-            f"those that there are: {there}",
-            cure="let the actor go on from its newest checkpoint, or start both jobs anew in new folders",
-        )
+        early = [one for one in own if one.state.algorithm["sequence"] <= ticket.sequence]
+        return max(early, key=lambda one: one.state.algorithm["sequence"], default=None)
 
     def health(self) -> Health:
         """See Worker."""

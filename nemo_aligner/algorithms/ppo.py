@@ -2,6 +2,7 @@
 """Proximal Policy Optimization: generate, score, credit, update. Sees the model through its interface only."""
 
 import logging
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
@@ -131,10 +132,7 @@ class PPOTrainer:
                 self._warm_up(round_)
         while self.state.step < self.plan.max_steps:
             with world.phase(f"step {self.state.step + 1}"):
-                metrics = self._advance()
-            self.milestones.limit.note("step", metrics["timers/step_time"])
-            self.run.log(metrics, step=self.state.step)
-            bar.show(self.state.step, summary(metrics))
+                self._advance(bar)
             if self.plan.validates_after(self.state.step):
                 self._validate()
             self.milestones.after(self.state.step, self._request)
@@ -149,26 +147,35 @@ class PPOTrainer:
         if world.is_logging_rank():
             logger.info("critic warm-up %d/%d: loss %.4f", round_ + 1, self.config.critic_warmup_steps, loss)
 
-    def _advance(self) -> dict[str, float]:
+    def _advance(self, bar: ProgressBar) -> None:
         """One step: answers, what they are worth, and an update."""
-        watch, step = Stopwatch(), self.state.step + 1
-        with watch("step_time"):
-            with watch("rollout_time"):
-                rollout = self._answers(self.train, self.state.step, self.state.step, watch)
-                scored = self._judged(rollout, watch)
-                experience = self._credit(scored)
-            taught = self._teach(scored, experience, step=step)
-            metrics = self._rollout_metrics(scored, experience)
-            with watch("train_time"):
-                metrics |= self._update(experience, step)
-            self._note_step(step, scored, metrics)
+        watch, step, began = Stopwatch(), self.state.step + 1, time.perf_counter()
+        with watch("rollout_time"):
+            rollout = self._answers(self.train, self.state.step, self.state.step, watch)
+            scored = self._judged(rollout, watch)
+            experience = self._credit(scored)
+        taught = self._teach(scored, experience, step=step)
+        metrics = self._rollout_metrics(scored, experience)
+        with watch("train_time"):
+            metrics |= self._update(experience, step)
+        self._note_step(step, scored, metrics)
+        try:
             with watch("critic_train_wait"):
                 metrics["train_critic/loss"] = self._reply(taught)
             watch.note("critic_train_time", taught.seconds)
+        finally:
+            # The step is done where the critic is lost, too.
+            watch.note("step_time", time.perf_counter() - began)
+            self._tell(scored, metrics, watch, bar)
+
+    def _tell(self, scored: Scored, metrics: dict[str, float], watch: Stopwatch, bar: ProgressBar) -> None:
+        step, seconds = self.state.step, watch.seconds["step_time"]
+        metrics |= {f"timers/{name}": value for name, value in watch.seconds.items()}
+        metrics["timers/samples_per_gpu_per_s"] = scored.num_rows / seconds / world.world_size()
+        self.milestones.limit.note("step", seconds)
+        self.run.log(metrics, step=step)
         self._write_down("train_rollouts", scored, step)
-        samples = scored.num_rows / watch.seconds["step_time"] / world.world_size()
-        metrics |= {f"timers/{name}": seconds for name, seconds in watch.seconds.items()}
-        return metrics | {"timers/samples_per_gpu_per_s": samples}
+        bar.show(step, summary(metrics))
 
     def _note_step(self, step: int, scored: Scored, metrics: dict[str, float]) -> None:
         """The policy has learned from a step's rollout; the critic is about to."""

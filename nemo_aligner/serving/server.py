@@ -69,7 +69,7 @@ class Handler(Protocol):
         ...
 
     def rewind(self, ticket: Ticket) -> None:
-        """Load the checkpoint that was saved at ``ticket.sequence``; UserError if there is none."""
+        """Go back to a checkpoint that has learned from at most ``ticket.sequence`` train requests."""
         ...
 
     def health(self) -> Health:

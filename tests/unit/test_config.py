@@ -69,7 +69,7 @@ def test_nothing_is_told_of_a_run_that_asks_for_nothing(caplog: pytest.LogCaptur
         ),
         (
             "trainer.max_steps=5",
-            "trainer.max_steps=5 has no effect: max_steps of the algorithm's own block counts, as in trainer.sft",
+            "trainer.max_steps=5 has no effect: max_steps of the algorithm's own block",
         ),
         ("model.data.train_ds.hf_dataset=True", "model.data.train_ds.hf_dataset=True has no effect: "),
     ],
