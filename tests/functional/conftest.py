@@ -5,8 +5,10 @@ import contextlib
 import json
 import os
 import signal
+import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -16,7 +18,12 @@ import psutil
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlamaForSequenceClassification,
+    PreTrainedTokenizerFast,
+)
 
 from nemo_aligner.checkpoint.convert import import_from_huggingface
 
@@ -65,6 +72,35 @@ def nemo(hf_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("nemo") / "toy.nemo"
     import_from_huggingface(hf_folder, str(path))
     return path
+
+
+@pytest.fixture(scope="session")
+def reward_nemo(hf_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A reward model of the toy model's shape, with its tokenizer."""
+    folder = tmp_path_factory.mktemp("reward")
+    torch.manual_seed(1)
+    config = LlamaConfig.from_pretrained(hf_folder, num_labels=1, pad_token_id=2)
+    LlamaForSequenceClassification(config).save_pretrained(folder / "hf")
+    for path in hf_folder.glob("tokenizer*"):
+        shutil.copy(path, folder / "hf")
+    import_from_huggingface(folder / "hf", str(folder / "reward.nemo"))
+    return folder / "reward.nemo"
+
+
+@pytest.fixture(scope="session")
+def prompts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """512 prompts as the tutorial writes them."""
+    path = tmp_path_factory.mktemp("prompts") / "prompts.jsonl"
+    rows = [{"text": f"User: thing {i}?\n\nAssistant:"} for i in range(512)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.fixture
+def short_tmp() -> Iterator[Path]:
+    """A folder for temporary files whose path is short enough for Triton's sockets."""
+    with tempfile.TemporaryDirectory(prefix="na_") as folder:
+        yield Path(folder)
 
 
 @pytest.fixture(scope="session")
