@@ -3,6 +3,7 @@
 
 import os
 import shlex
+import shutil
 import signal
 import socket
 import subprocess
@@ -25,6 +26,7 @@ from nemo_aligner.launch.children import (
 )
 from nemo_aligner.launch.local import GRACE_SECONDS
 from nemo_aligner.run.stop import STOP_SIGNALS
+from nemo_aligner.serving.leftovers import Remains, folder_of
 
 __all__ = ["Program", "free_ports", "run_together"]
 
@@ -94,6 +96,8 @@ def run_together(leader: Program, servers: Sequence[Program]) -> int:
             end([job.process for job in jobs], first=signal.SIGINT, seconds=END_SECONDS)
             for job in jobs:
                 job.show_output(to_the_end=True)
+                if job.process.returncode < 0 and job.program.address is not None:
+                    _clear(job.program.address)
 
 
 class _Job:
@@ -194,6 +198,14 @@ def _listens(address: tuple[str, int] | None) -> bool:
             return True
     except OSError:
         return False
+
+
+def _clear(address: tuple[str, int]) -> None:
+    """Remove what a server that was killed has left: its Triton would end after half a minute, its files stay."""
+    folder = folder_of("{}-{}".format(*address))
+    if folder.exists():
+        Remains.of(folder).end(wait_seconds=0.0)
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _tell(text: str) -> None:
