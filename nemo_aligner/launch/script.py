@@ -197,9 +197,11 @@ def _start(config: DictConfig, kind: type[J], main: Callable[[J], None], ranks: 
         if ranks is None:
             job.check_paths()
             if job.trainer.num_nodes > 1:
+                ranks_in_all = job.trainer.num_nodes * job.trainer.devices
                 raise UserError(
                     f"trainer.num_nodes={job.trainer.num_nodes}, but this machine can start its own ranks only",
-                    cure="start the script on every node with srun or torchrun, or set trainer.num_nodes=1",
+                    cure="start the script on every node with srun or torchrun, or have all ranks on this machine: "
+                    f"trainer.num_nodes=1 trainer.devices={ranks_in_all}",
                 )
     except UserError as error:
         if _talks(ranks):

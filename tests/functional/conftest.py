@@ -4,7 +4,6 @@
 import contextlib
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -95,19 +94,6 @@ def nemo(hf_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("nemo") / "toy.nemo"
     import_from_huggingface(hf_folder, str(path))
     return path
-
-
-@pytest.fixture(scope="session")
-def reward_nemo(hf_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A reward model of the toy model's shape, with its tokenizer."""
-    folder = tmp_path_factory.mktemp("reward")
-    torch.manual_seed(1)
-    config = LlamaConfig.from_pretrained(hf_folder, num_labels=1, pad_token_id=2)
-    LlamaForSequenceClassification(config).save_pretrained(folder / "hf")
-    for path in hf_folder.glob("tokenizer*"):
-        shutil.copy(path, folder / "hf")
-    import_from_huggingface(folder / "hf", str(folder / "reward.nemo"))
-    return folder / "reward.nemo"
 
 
 @pytest.fixture(scope="session")
