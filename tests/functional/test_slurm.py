@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The heterogeneous job of PPO under Slurm: as NeMo-Aligner's tutorial prints it, and our own script.
 
-NEMO_ALIGNER_SLURM_LOCAL names a script that starts a Slurm on this machine, where none runs. Each job's script, output and
-log files are gathered in results/slurm.
+Where no Slurm runs, NEMO_ALIGNER_SLURM_LOCAL names a script that starts one on this machine. Each job's script, output
+and log files are gathered in results/slurm.
 """
 
 import json
