@@ -6,12 +6,12 @@ python examples/nlp/gpt/run_ppo.py critic.pretrained_checkpoint.restore_from_pat
     "actor.model.data.data_prefix={train: [train.jsonl], validation: [test.jsonl], test: [test.jsonl]}"
 
 critic.KEY=VALUE is a setting of serve_ppo_critic.py, actor.KEY=VALUE one of train_gpt_ppo_actor.py. With
-reward.rm_model_file=FILE the reward model has a job of its own, serve_reward_model.py, and reward.KEY=VALUE is a setting
-of that. A key in capitals is an environment variable of the job, as in critic.CUDA_VISIBLE_DEVICES=4,5,6,7.
+reward.rm_model_file=FILE the reward model has a job of its own, serve_reward_model.py, whose settings are
+reward.KEY=VALUE. A key in capitals is an environment variable of the job, as in critic.CUDA_VISIBLE_DEVICES=4,5,6,7.
 
 A port that is not given is a free one, and goes to both sides. What a job prints goes on to this terminal, behind the
-job's name, and to output.log in the job's folder: exp_manager.explicit_log_dir, or DIR/critic and DIR/reward within the
-actor's. One job's bad end ends the others. Ctrl-C ends all within seconds; SIGTERM has the actor save and end, then the
+job's name, and to output.log in the job's folder: exp_manager.explicit_log_dir, or critic and reward within the
+actor's folder. One job's bad end ends the others. Ctrl-C ends all within seconds; SIGTERM has the actor save and end, then the
 critic, and a second one does not wait. The same command goes on from there.
 """
 
