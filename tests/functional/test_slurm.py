@@ -70,9 +70,20 @@ def cluster() -> Iterator[list[str]]:
         psutil.wait_procs(started, timeout=15)
 
 
+def resolves(name: str) -> bool:
+    try:
+        socket.gethostbyname(name)
+    except OSError:
+        return False
+    return True
+
+
 @contextmanager
 def named(nodes: list[str], address: str) -> Iterator[None]:
-    """Nodes of a Slurm on one machine have names that only Slurm knows."""
+    """Nodes of a Slurm on one machine have names that only Slurm knows; those of a real one are left as they are."""
+    if all(map(resolves, nodes)):
+        yield
+        return
     known = HOSTS.read_text()
     HOSTS.write_text(known.rstrip("\n") + "\n" + "".join(f"{address} {node}\n" for node in nodes))
     try:
