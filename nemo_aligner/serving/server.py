@@ -157,7 +157,9 @@ class Server:
                 elif time.monotonic() - last_call >= self._config.tick_seconds:
                     handler.tick()
                     last_call = time.monotonic()
-                self._process.check_alive()
+                if not should_stop():
+                    # A signal to the whole job, as Slurm sends it, ends Triton too.
+                    self._process.check_alive()
         finally:
             self._refuse_from_now()
         logger.info("the server at %s:%d stops", self.address, self._config.port)
