@@ -52,7 +52,7 @@ def test_a_server_that_tells_no_settings_is_taken_as_it_is():
     [
         ({"vocab_size": 101}, "101"),
         ({"longest": 65}, "takes 64 tokens, and the actor may send 65"),
-        ({"tokenizer": "abd"}, "another tokenizer"),
+        ({"tokenizer": "xyz"}, "another tokenizer"),
     ],
 )
 def test_what_would_change_results_is_refused(changed: dict[str, object], words: str):
