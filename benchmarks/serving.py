@@ -1,0 +1,318 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Round trips of the real server: a client of ours asks a reward model in another process, beside the same in process.
+
+`python -m benchmarks.serving NAME PORT` is the server; `python -m benchmarks.run server` starts it and asks.
+"""
+
+import argparse
+import importlib.metadata
+import json
+import math
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from benchmarks import sft
+from benchmarks.figures import Figure, Part
+from benchmarks.processes import ALLOCATORS, THREADS, conditions, free_port, started, wait_for
+from nemo_aligner.algorithms.reward_server import RewardModelServer
+from nemo_aligner.batch import TokenBatch
+from nemo_aligner.models.gpt.config import GPTConfig
+from nemo_aligner.models.gpt.critic import GPTCritic
+from nemo_aligner.models.gpt.heads import HeadConfig
+from nemo_aligner.parallel import world
+from nemo_aligner.serving.client import Remote, RemoteReward
+from nemo_aligner.serving.protocol import Limits
+from nemo_aligner.serving.server import Server, ServerConfig
+
+__all__ = ["MODELS", "Asked", "Served", "batch", "figures_of", "median_ms", "part", "round_trips"]
+
+REPEATS = 3
+CLIENTS = 8
+START_SECONDS, REPLY_SECONDS, END_SECONDS = 180, 120, 60
+FAST_SHARE = 0.9  # of the requests, which the slowest of them bounds
+
+
+@dataclass(frozen=True, kw_only=True)
+class Asked:
+    """A request of one size."""
+
+    rows: int
+    tokens: int  # of each row
+    times: int  # asked by one client
+    times_of_each: int = 0  # asked by each of CLIENTS at once; 0: that is not measured
+
+    @property
+    def name(self) -> str:
+        """As on the page."""
+        return f"{self.rows} x {self.tokens}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Served:
+    """A reward model with random weights, and what it is asked."""
+
+    model: GPTConfig
+    asked: tuple[Asked, ...]
+
+
+TINY, SMOLLM2 = "a tiny model", "SmolLM2 135M's shape"
+MODELS: Mapping[str, Served] = {
+    TINY: Served(
+        model=replace(sft.MODEL, num_layers=1, hidden_size=32, ffn_hidden_size=64, encoder_seq_length=512),
+        asked=(
+            Asked(rows=1, tokens=16, times=50, times_of_each=20),
+            Asked(rows=64, tokens=512, times=10, times_of_each=2),
+        ),
+    ),
+    SMOLLM2: Served(
+        model=replace(
+            sft.MODEL,
+            num_layers=30,
+            hidden_size=576,
+            ffn_hidden_size=1536,
+            num_attention_heads=9,
+            num_query_groups=3,
+            vocab_size=49152,
+        ),
+        asked=(Asked(rows=4, tokens=128, times=5),),
+    ),
+}
+
+
+def batch(model: GPTConfig, asked: Asked) -> TokenBatch:
+    """Random words, none of them padding."""
+    draw = torch.Generator().manual_seed(0)
+    shape = (asked.rows, asked.tokens)
+    return TokenBatch(
+        tokens=torch.randint(model.vocab_size, shape, generator=draw),
+        mask=torch.ones(shape, dtype=torch.bool),
+        lengths=torch.full((asked.rows,), asked.tokens),
+    )
+
+
+def times_in_ms(call: Callable[[], object], count: int) -> list[float]:
+    """Of each call, after one that is not counted."""
+    call()
+    found = []
+    for _ in range(count):
+        started_at = time.perf_counter()
+        call()
+        found.append((time.perf_counter() - started_at) * 1e3)
+    return found
+
+
+def serve(served: Served, port: int, tell: Callable[[str], None]) -> None:
+    """Judge in this process, tell how many ms that takes by the request's name, then serve until a client ends it."""
+    limits = Limits(vocab_size=served.model.vocab_size, seq_length=served.model.encoder_seq_length)
+    config = ServerConfig(
+        setting="inference",
+        ip="127.0.0.1",
+        port=port,
+        infer="reward_model",
+        num_rewards=1,
+        has_values=False,
+        max_rows=max(asked.rows for asked in served.asked),
+    )
+    head = HeadConfig()
+    with world.ensure_single_process():
+        server = RewardModelServer(
+            model=GPTCritic(sft.random_model(served.model, head=head), head=head),
+            name="random",
+            limits=limits,
+            rows=config.max_rows,
+            multiple=1,
+            settings={},
+        )
+        alone = {}
+        for asked in served.asked:
+            rows = batch(served.model, asked)
+            alone[asked.name] = times_in_ms(lambda rows=rows: server.infer(rows), asked.times)
+        tell(json.dumps(alone))
+        server.run_server(lambda: Server(config, limits))
+
+
+def client(port: int) -> RemoteReward:
+    """Of the server on this machine."""
+    return RemoteReward(
+        Remote(
+            setting="server",
+            job="benchmarks.serving",
+            ip="127.0.0.1",
+            port=port,
+            start_seconds=START_SECONDS,
+            return_seconds=10,
+            timeout_seconds=REPLY_SECONDS,
+        )
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measured:
+    """Of one size of request, with one server."""
+
+    round_trips: Sequence[float]  # ms of each
+    alone: Sequence[float]  # ms of the same in the server's process, before it serves
+    per_second: float | None  # requests that CLIENTS get answered; None: not measured
+
+
+def round_trips(name: str, folder: Path, *, allocator: str) -> dict[str, Measured]:
+    """By the request's name, of a server that is started for it.
+
+    Args:
+        name: of :data:`MODELS`.
+        folder: to be made, for what the server prints.
+    """
+    port, served = free_port(), MODELS[name]
+    command = ("-m", "benchmarks.serving", name, str(port))
+    trips: dict[str, list[float]] = {}
+    rates: dict[str, float | None] = {}
+    with started(command, folder, allocator=allocator) as job:
+        with client(port) as remote:
+            _wait_until_up(remote, job.check)
+            for asked in served.asked:
+                rows = batch(served.model, asked)
+                trips[asked.name] = times_in_ms(lambda rows=rows: remote.infer(rows).result(), asked.times)
+                rates[asked.name] = _per_second(port, rows, asked) if asked.times_of_each else None
+            remote.stop()
+        wait_for([job], seconds=END_SECONDS)
+        alone = json.loads(job.out)
+    return {key: Measured(round_trips=trips[key], alone=alone[key], per_second=rates[key]) for key in trips}
+
+
+def _wait_until_up(remote: RemoteReward, check: Callable[[], None]) -> None:
+    with ThreadPoolExecutor(1) as thread:
+        health = thread.submit(remote.health)
+        while not health.done():
+            check()
+            time.sleep(0.1)
+        health.result()
+
+
+def _per_second(port: int, rows: TokenBatch, asked: Asked) -> float:
+    """Requests that several clients at once get answered in a second, each of which asks for the next when it has one."""
+    remotes = [client(port) for _ in range(CLIENTS)]
+
+    def ask(remote: RemoteReward) -> None:
+        for _ in range(asked.times_of_each):
+            remote.infer(rows).result()
+
+    with ThreadPoolExecutor(CLIENTS) as threads:
+        list(threads.map(RemoteReward.health, remotes))
+        began = time.perf_counter()
+        list(threads.map(ask, remotes))
+        seconds = time.perf_counter() - began
+    for remote in remotes:
+        remote.close()
+    return CLIENTS * asked.times_of_each / seconds
+
+
+def part() -> Part:
+    """Each model's server in turn, with either allocator, several times over."""
+    found: dict[tuple[str, str], list[dict[str, Measured]]] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for repeat in range(REPEATS):
+            for allocator in ALLOCATORS:
+                for name in MODELS:
+                    began = time.perf_counter()
+                    one = round_trips(
+                        name, Path(folder) / f"server{len(os.listdir(folder))}", allocator=allocator
+                    )
+                    found.setdefault((name, allocator), []).append(one)
+                    print(
+                        f"server: repeat {repeat + 1} of {REPEATS}, {name}, {allocator}: "
+                        f"{time.perf_counter() - began:.0f} s, load {os.getloadavg()[0]:.2f}",
+                        flush=True,
+                    )
+    return Part(
+        title="The server",
+        about=ABOUT,
+        conditions=conditions()
+        | {name: importlib.metadata.version(name) for name in ("torch", "nvidia-pytriton")}
+        | {
+            "repeats": str(REPEATS),
+            "requests of a repeat": ", ".join(
+                f"{asked.times} of {asked.name}" for served in MODELS.values() for asked in served.asked
+            ),
+        },
+        figures=figures_of(found),
+    )
+
+
+_TINY = MODELS[TINY].model
+ABOUT = f"""\
+A reward model with random weights in a process of its own, behind the server that serve_reward_model.py starts, asked
+over HTTP on the same machine for the rewards of rows x tokens random tokens; none of them are padding. The tiny model has
+{_TINY.num_layers} layer of hidden size {_TINY.hidden_size}; SmolLM2's shape has 30 layers of 576, 9 heads and 3 key/value
+heads, feed-forward 1536, vocabulary 49152. A repeat starts the server anew, and its figure is the median over the
+requests of one client that waits for each reply.
+
+In process is what the server's handler takes for the same rows in the same process, before the server opens; the
+overhead is the rest of the round trip, whose first {ServerConfig.linger_seconds * 1e3:g} ms are the time that a request waits
+for others to be computed with. With {CLIENTS} clients each asks again as soon as it is answered. The script is
+[serving.py](/benchmarks/serving.py).
+"""
+
+
+def median_ms(values: Sequence[float]) -> float:
+    """Of several requests."""
+    return statistics.median(values)
+
+
+def figures_of(found: Mapping[tuple[str, str], Sequence[Mapping[str, Measured]]]) -> tuple[Figure, ...]:
+    """Of each model's name and each allocator's: one per repeat."""
+    figures: list[Figure] = []
+    for (name, allocator), repeats in found.items():
+        for size in repeats[0]:
+            of = [repeat[size] for repeat in repeats]
+            values = {
+                "ms per request": [median_ms(one.round_trips) for one in of],
+                f"ms within which {FAST_SHARE:.0%} are answered": [_slowest(one.round_trips) for one in of],
+                "ms in process": [median_ms(one.alone) for one in of],
+                "overhead in ms": [median_ms(one.round_trips) - median_ms(one.alone) for one in of],
+                "overhead as a share of the round trip": [
+                    1 - median_ms(one.alone) / median_ms(one.round_trips) for one in of
+                ],
+                f"requests/s with {CLIENTS} clients": [
+                    one.per_second for one in of if one.per_second is not None
+                ],
+            }
+            figures += [
+                Figure(
+                    table=allocator.capitalize(),
+                    subject=f"{size}, {name}",
+                    metric=metric,
+                    values=tuple(each),
+                )
+                for metric, each in values.items()
+                if each
+            ]
+    return tuple(figures)
+
+
+def _slowest(values: Sequence[float]) -> float:
+    """Of the fastest FAST_SHARE."""
+    return sorted(values)[math.ceil(FAST_SHARE * len(values)) - 1]
+
+
+def main() -> None:
+    """The server."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("name", choices=MODELS, help="of the model")
+    parser.add_argument("port", type=int, help="to listen at, on 127.0.0.1")
+    options = parser.parse_args()
+    torch.set_num_threads(THREADS)
+    serve(MODELS[options.name], options.port, lambda line: print(line, flush=True))
+
+
+if __name__ == "__main__":
+    main()
