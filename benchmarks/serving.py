@@ -14,7 +14,7 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -29,10 +29,11 @@ from nemo_aligner.models.gpt.critic import GPTCritic
 from nemo_aligner.models.gpt.heads import HeadConfig
 from nemo_aligner.parallel import world
 from nemo_aligner.serving.client import Remote, RemoteReward
+from nemo_aligner.serving.inbox import Judged
 from nemo_aligner.serving.protocol import Limits
 from nemo_aligner.serving.server import Server, ServerConfig
 
-__all__ = ["MODELS", "Asked", "Served", "batch", "figures_of", "median_ms", "part", "round_trips"]
+__all__ = ["MODELS", "Asked", "Measured", "Served", "batch", "figures_of", "part", "round_trips"]
 
 REPEATS = 3
 CLIENTS = 8
@@ -109,8 +110,27 @@ def times_in_ms(call: Callable[[], object], count: int) -> list[float]:
     return found
 
 
-def serve(served: Served, port: int, tell: Callable[[str], None]) -> None:
-    """Judge in this process, tell how many ms that takes by the request's name, then serve until a client ends it."""
+@dataclass(frozen=True, kw_only=True)
+class Watched(RewardModelServer):
+    """A server that notes how long it computes."""
+
+    computing: dict[str, list[float]] = field(default_factory=dict)  # ms of each request, by its size
+
+    def infer(self, batch: TokenBatch) -> Judged:
+        """See Worker."""
+        began = time.perf_counter()
+        judged = super().infer(batch)
+        size = f"{batch.num_rows} x {batch.seq_length}"
+        self.computing.setdefault(size, []).append((time.perf_counter() - began) * 1e3)
+        return judged
+
+
+def serve(served: Served, port: int) -> dict[str, dict[str, list[float]]]:
+    """Judge in this process, then serve until a client ends it.
+
+    Returns:
+        "alone" and "serving": ms of each request by its size, the first one of each size included.
+    """
     limits = Limits(vocab_size=served.model.vocab_size, seq_length=served.model.encoder_seq_length)
     config = ServerConfig(
         setting="inference",
@@ -123,7 +143,7 @@ def serve(served: Served, port: int, tell: Callable[[str], None]) -> None:
     )
     head = HeadConfig()
     with world.ensure_single_process():
-        server = RewardModelServer(
+        server = Watched(
             model=GPTCritic(sft.random_model(served.model, head=head), head=head),
             name="random",
             limits=limits,
@@ -131,12 +151,14 @@ def serve(served: Served, port: int, tell: Callable[[str], None]) -> None:
             multiple=1,
             settings={},
         )
-        alone = {}
         for asked in served.asked:
             rows = batch(served.model, asked)
-            alone[asked.name] = times_in_ms(lambda rows=rows: server.infer(rows), asked.times)
-        tell(json.dumps(alone))
+            for _ in range(1 + asked.times):
+                server.infer(rows)
+        alone = dict(server.computing)
+        server.computing.clear()
         server.run_server(lambda: Server(config, limits))
+    return {"alone": alone, "serving": server.computing}
 
 
 def client(port: int) -> RemoteReward:
@@ -159,8 +181,14 @@ class Measured:
     """Of one size of request, with one server."""
 
     round_trips: Sequence[float]  # ms of each
-    alone: Sequence[float]  # ms of the same in the server's process, before it serves
+    computing: Sequence[float]  # ms of them that the server's process computed
+    alone: Sequence[float]  # ms of the same computation before it served
     per_second: float | None  # requests that CLIENTS get answered; None: not measured
+
+    @property
+    def overhead(self) -> list[float]:
+        """Ms of each round trip in which its rewards were not computed."""
+        return [trip - own for trip, own in zip(self.round_trips, self.computing, strict=True)]
 
 
 def round_trips(name: str, folder: Path, *, allocator: str) -> dict[str, Measured]:
@@ -183,8 +211,17 @@ def round_trips(name: str, folder: Path, *, allocator: str) -> dict[str, Measure
                 rates[asked.name] = _per_second(port, rows, asked) if asked.times_of_each else None
             remote.stop()
         wait_for([job], seconds=END_SECONDS)
-        alone = json.loads(job.out)
-    return {key: Measured(round_trips=trips[key], alone=alone[key], per_second=rates[key]) for key in trips}
+        told = json.loads(job.out)
+    return {
+        asked.name: Measured(
+            round_trips=trips[asked.name],
+            # Of one client's, which came first.
+            computing=told["serving"][asked.name][1 : 1 + asked.times],
+            alone=told["alone"][asked.name][1:],
+            per_second=rates[asked.name],
+        )
+        for asked in served.asked
+    }
 
 
 def _wait_until_up(remote: RemoteReward, check: Callable[[], None]) -> None:
@@ -197,7 +234,7 @@ def _wait_until_up(remote: RemoteReward, check: Callable[[], None]) -> None:
 
 
 def _per_second(port: int, rows: TokenBatch, asked: Asked) -> float:
-    """Requests that several clients at once get answered in a second, each of which asks for the next when it has one."""
+    """Requests that several clients get answered in a second, each of which asks again when it has its reply."""
     remotes = [client(port) for _ in range(CLIENTS)]
 
     def ask(remote: RemoteReward) -> None:
@@ -246,24 +283,20 @@ def part() -> Part:
     )
 
 
-_TINY = MODELS[TINY].model
+_TINY, _LARGE = MODELS[TINY].model, MODELS[SMOLLM2].model
 ABOUT = f"""\
 A reward model with random weights in a process of its own, behind the server that serve_reward_model.py starts, asked
-over HTTP on the same machine for the rewards of rows x tokens random tokens; none of them are padding. The tiny model has
-{_TINY.num_layers} layer of hidden size {_TINY.hidden_size}; SmolLM2's shape has 30 layers of 576, 9 heads and 3 key/value
-heads, feed-forward 1536, vocabulary 49152. A repeat starts the server anew, and its figure is the median over the
-requests of one client that waits for each reply.
+over HTTP on the same machine for the rewards of rows x tokens random tokens, none of them padding. The tiny model has
+{_TINY.num_layers} layer of hidden size {_TINY.hidden_size}; SmolLM2's shape has {_LARGE.num_layers} layers of
+{_LARGE.hidden_size}, {_LARGE.num_attention_heads} heads, {_LARGE.num_query_groups} key/value heads, feed-forward
+{_LARGE.ffn_hidden_size} and vocabulary {_LARGE.vocab_size}. A repeat starts the server anew, and its figure is the
+median over the requests of one client, which waits for each reply.
 
-In process is what the server's handler takes for the same rows in the same process, before the server opens; the
-overhead is the rest of the round trip, whose first {ServerConfig.linger_seconds * 1e3:g} ms are the time that a request waits
-for others to be computed with. With {CLIENTS} clients each asks again as soon as it is answered. The script is
-[serving.py](/benchmarks/serving.py).
+Computing is what the server's process does for those requests between having their tokens and having the rewards; the
+overhead is the rest of each round trip. Its first {ServerConfig.linger_seconds * 1e3:g} ms are the time that a
+request waits for others to be computed with. Alone is the same computation in the same process before it serves. With
+{CLIENTS} clients, each asks again as soon as it is answered. The script is [serving.py](/benchmarks/serving.py).
 """
-
-
-def median_ms(values: Sequence[float]) -> float:
-    """Of several requests."""
-    return statistics.median(values)
 
 
 def figures_of(found: Mapping[tuple[str, str], Sequence[Mapping[str, Measured]]]) -> tuple[Figure, ...]:
@@ -273,12 +306,13 @@ def figures_of(found: Mapping[tuple[str, str], Sequence[Mapping[str, Measured]]]
         for size in repeats[0]:
             of = [repeat[size] for repeat in repeats]
             values = {
-                "ms per request": [median_ms(one.round_trips) for one in of],
+                "ms per request": [statistics.median(one.round_trips) for one in of],
                 f"ms within which {FAST_SHARE:.0%} are answered": [_slowest(one.round_trips) for one in of],
-                "ms in process": [median_ms(one.alone) for one in of],
-                "overhead in ms": [median_ms(one.round_trips) - median_ms(one.alone) for one in of],
+                "ms computing": [statistics.median(one.computing) for one in of],
+                "ms computing alone": [statistics.median(one.alone) for one in of],
+                "overhead in ms": [statistics.median(one.overhead) for one in of],
                 "overhead as a share of the round trip": [
-                    1 - median_ms(one.alone) / median_ms(one.round_trips) for one in of
+                    statistics.median(one.overhead) / statistics.median(one.round_trips) for one in of
                 ],
                 f"requests/s with {CLIENTS} clients": [
                     one.per_second for one in of if one.per_second is not None
@@ -311,7 +345,7 @@ def main() -> None:
     parser.add_argument("port", type=int, help="to listen at, on 127.0.0.1")
     options = parser.parse_args()
     torch.set_num_threads(THREADS)
-    serve(MODELS[options.name], options.port, lambda line: print(line, flush=True))
+    print(json.dumps(serve(MODELS[options.name], options.port)))
 
 
 if __name__ == "__main__":
