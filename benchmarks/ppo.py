@@ -61,8 +61,9 @@ RUN = Run()
 
 def save_models(run: Run, folder: Path) -> None:
     """``policy.nemo`` and ``reward.nemo``, with random weights and a token for each word."""
-    config = LlamaConfig(**sizes(run.model), pad_token_id=0, bos_token_id=1, eos_token_id=2)
-    reward_config = LlamaConfig(**config.to_dict() | {"num_labels": 1, "id2label": {0: "reward"}})
+    described = {**sizes(run.model), "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+    config = LlamaConfig.from_dict(described)
+    reward_config = LlamaConfig.from_dict({**described, "num_labels": 1, "id2label": {0: "reward"}})
     torch.manual_seed(0)
     for name, model in (
         ("policy", LlamaForCausalLM(config)),
