@@ -100,6 +100,7 @@ def _settings(run: Run, folder: Path, port: int) -> dict[str, dict[str, object]]
         "exp_manager.explicit_log_dir": "run",
         "exp_manager.create_tensorboard_logger": False,
         "exp_manager.create_checkpoint_callback": False,
+        "exp_manager.checkpoint_callback_params.save_nemo_on_train_end": False,
     }
     prompts = folder / "prompts.jsonl"
     critic = {
