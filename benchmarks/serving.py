@@ -70,7 +70,7 @@ MODELS: Mapping[str, Served] = {
         model=replace(sft.MODEL, num_layers=1, hidden_size=32, ffn_hidden_size=64, encoder_seq_length=512),
         asked=(
             Asked(rows=1, tokens=16, times=50, times_of_each=20),
-            Asked(rows=64, tokens=512, times=10, times_of_each=2),
+            Asked(rows=64, tokens=512, times=8, times_of_each=1),
         ),
     ),
     SMOLLM2: Served(
@@ -83,7 +83,7 @@ MODELS: Mapping[str, Served] = {
             num_query_groups=3,
             vocab_size=49152,
         ),
-        asked=(Asked(rows=4, tokens=128, times=5),),
+        asked=(Asked(rows=4, tokens=128, times=4),),
     ),
 }
 
