@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-__all__ = ["Figure", "Part", "load", "page", "ratio", "store"]
+__all__ = ["Figure", "Part", "judged", "load", "page", "ratio", "store"]
 
 INTRODUCTION = """\
 `make bench` writes this page from [results.json](/benchmarks/results.json), which holds every repeat. A cell is the
@@ -71,6 +71,13 @@ def ratio(table: str, name: str, top: Figure, bottom: Figure) -> Figure:
     assert top.metric == bottom.metric, (top.metric, bottom.metric)
     values = tuple(a / b for a, b in zip(top.values, bottom.values, strict=True))
     return Figure(table=table, subject=name, metric=f"ratio of {top.metric}", values=values)
+
+
+def judged(found: Figure, word: str, limit: float, allocator: str) -> list[Figure]:
+    """A figure and, with the default allocator, what it is to reach or to stay below."""
+    if allocator != "default allocator":
+        return [found]
+    return [found, Figure(table=found.table, subject=found.subject, metric=word, values=(limit,))]
 
 
 def store(path: Path, name: str, part: Part) -> dict[str, Part]:

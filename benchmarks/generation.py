@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 
 from benchmarks import sft
-from benchmarks.figures import Figure, Part, ratio
+from benchmarks.figures import Figure, Part, judged, ratio
 from benchmarks.processes import ALLOCATORS, THREADS, conditions, measure
 from nemo_aligner.batch import Prompt
 from nemo_aligner.checkpoint.convert import import_from_huggingface
@@ -227,19 +227,12 @@ def figures_of(
             if not case.steps:
                 name = f"{OURS} / {THEIRS}, {case.name}, {allocator}"
                 sides = (by[side, case.name, allocator] for side in (OURS, THEIRS))
-                ratios += _judged(ratio("Ratios", name, *sides), "at least", FLOORS[case.manner], allocator)
+                ratios += judged(ratio("Ratios", name, *sides), "at least", FLOORS[case.manner], allocator)
         for batch in sorted({case.batch for case in every}):
             name = f"{OURS}, batch {batch}, a step at {FAR} / at {NEAR}, {allocator}"
             ends = (by[OURS, f"batch {batch}, at {length}", allocator] for length in (FAR, NEAR))
-            ratios += _judged(ratio("Ratios", name, *ends), "at most", CEILING, allocator)
+            ratios += judged(ratio("Ratios", name, *ends), "at most", CEILING, allocator)
     return (*by.values(), *ratios)
-
-
-def _judged(found: Figure, word: str, limit: float, allocator: str) -> list[Figure]:
-    """A ratio and, with the default allocator, what it is to reach or to stay below."""
-    if allocator != "default allocator":
-        return [found]
-    return [found, Figure(table=found.table, subject=found.subject, metric=word, values=(limit,))]
 
 
 def main() -> None:

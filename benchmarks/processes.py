@@ -1,18 +1,36 @@
 # SPDX-License-Identifier: Apache-2.0
 """Each measured side is a process of its own, and all of them say what they found in one form."""
 
+import contextlib
 import os
 import platform
 import re
+import signal
+import socket
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-__all__ = ["ALLOCATORS", "PEERS", "Measured", "Side", "conditions", "measure", "run_side", "wait_for_calm"]
+__all__ = [
+    "ALLOCATORS",
+    "PEERS",
+    "ROOT",
+    "THREADS",
+    "Job",
+    "Measured",
+    "Side",
+    "conditions",
+    "free_port",
+    "measure",
+    "run_side",
+    "started",
+    "wait_for",
+    "wait_for_calm",
+]
 
 ROOT = Path(__file__).parents[1]
 PEERS = ROOT / "benchmarks/peers"
@@ -31,6 +49,7 @@ ALLOCATORS: dict[str, dict[str, str]] = {
 THREADS = 2
 CALM = 1.0  # load average below which a part starts
 PATIENCE_SECONDS = 180
+STOP_SECONDS = 30  # for a job to end after SIGTERM
 
 # The line that every side prints, the peers' scripts among them.
 _STEP = re.compile(r"RESULT \w+: [\d.]+ tok/s\D*?(?:mean )?([\d.]+) ms")
@@ -92,19 +111,11 @@ def measure(
         python: its interpreter; None: this one.
         allocator: a name of :data:`ALLOCATORS`.
     """
-    env = {k: v for k, v in os.environ.items() if not k.startswith(("MALLOC_", "OMP_", "MKL_"))}
-    env |= ALLOCATORS[allocator] | {
-        "OMP_NUM_THREADS": str(THREADS),
-        "CUDA_VISIBLE_DEVICES": "",
-        "HF_HUB_OFFLINE": "1",
-        "PYTHONPATH": "" if python else str(ROOT),
-    }
     with tempfile.TemporaryDirectory() as folder:
-        env["HF_HOME"] = folder
         done = subprocess.run(
             [str(python or sys.executable), *command],
             cwd=folder,
-            env=env,
+            env=_environment(folder, allocator, threads=THREADS, ours=python is None),
             capture_output=True,
             text=True,
             check=False,
@@ -112,6 +123,97 @@ def measure(
     if done.returncode:
         sys.exit(f"{' '.join(command)} ended with code {done.returncode} (-9: out of memory):\n{done.stderr}")
     return done.stdout
+
+
+def _environment(home: str, allocator: str, *, threads: int, ours: bool) -> dict[str, str]:
+    env = {k: v for k, v in os.environ.items() if not k.startswith(("MALLOC_", "OMP_", "MKL_", "SLURM"))}
+    return (
+        env
+        | ALLOCATORS[allocator]
+        | {
+            "OMP_NUM_THREADS": str(threads),
+            "CUDA_VISIBLE_DEVICES": "",
+            "HF_HUB_OFFLINE": "1",
+            "HF_HOME": home,
+            "PYTHONPATH": str(ROOT) if ours else "",
+        }
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """A script of ours that runs beside this process and others."""
+
+    name: str
+    process: subprocess.Popen[bytes]
+    folder: Path  # its working folder, where its output goes
+
+    @property
+    def out(self) -> str:
+        """What it has printed."""
+        return (self.folder / "stdout").read_text()
+
+    def check(self) -> None:
+        """End this process, with what the job said, if the job has failed."""
+        if self.process.poll():
+            words = (self.folder / "stderr").read_text()[-4000:]
+            sys.exit(f"{self.name} ended with code {self.process.returncode} (-9: out of memory):\n{words}")
+
+
+@contextlib.contextmanager
+def started(command: Sequence[str], folder: Path, *, allocator: str, threads: int = THREADS) -> Iterator[Job]:
+    """Run a script of ours within; what is left of it at the end is stopped.
+
+    Args:
+        command: the script, or ``-m`` and a module, and its arguments.
+        folder: to be made; its last part is the job's name.
+        allocator: a name of :data:`ALLOCATORS`.
+        threads: of its computations.
+    """
+    folder.mkdir()
+    with (folder / "stdout").open("wb") as out, (folder / "stderr").open("wb") as err:
+        process = subprocess.Popen(
+            [sys.executable, *command],
+            cwd=folder,
+            env=_environment(str(folder), allocator, threads=threads, ours=True),
+            stdin=subprocess.DEVNULL,
+            stdout=out,
+            stderr=err,
+            start_new_session=True,
+        )
+    try:
+        yield Job(name=folder.name, process=process, folder=folder)
+    finally:
+        _end(process)
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    process.terminate()
+    try:
+        process.wait(STOP_SECONDS)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def wait_for(jobs: Sequence[Job], *, seconds: float) -> None:
+    """Until all have ended well; else this process ends with what the one that failed has said."""
+    until = time.monotonic() + seconds
+    while any(job.process.poll() is None for job in jobs):
+        for job in jobs:
+            job.check()
+        if time.monotonic() > until:
+            sys.exit(f"{', '.join(job.name for job in jobs)}: not done after {seconds:g} s")
+        time.sleep(0.1)
+    for job in jobs:
+        job.check()
+
+
+def free_port() -> int:
+    """One that nobody listens at."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
 
 
 def wait_for_calm() -> float:

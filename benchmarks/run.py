@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from benchmarks import chunked_head, figures, generation, sft
+from benchmarks import chunked_head, figures, generation, ppo, reward_model, serving, sft
 from benchmarks.processes import wait_for_calm
 
 RESULTS = Path(__file__).parent / "results.json"
@@ -20,8 +20,11 @@ PAGE = Path(__file__).parents[1] / "docs/performance.md"
 # In the order of the page. A part measures in processes of its own and returns figures.
 PARTS: dict[str, Callable[[], figures.Part]] = {
     "sft": sft.part,
+    "rm": reward_model.part,
     "head": chunked_head.part,
     "generate": generation.part,
+    "ppo": ppo.part,
+    "server": serving.part,
 }
 
 

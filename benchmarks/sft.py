@@ -7,32 +7,28 @@ side alone, in this process; `python -m benchmarks.run sft` alternates all of th
 
 import argparse
 import importlib.metadata
-import os
-import resource
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
-from torch import nn
 
-from benchmarks import matmul
-from benchmarks.figures import Figure, Part, ratio
-from benchmarks.processes import ALLOCATORS, PEERS, THREADS, Measured, Side, conditions, run_side
+from benchmarks.figures import Figure, Part
+from benchmarks.processes import ALLOCATORS, PEERS, THREADS, Side, conditions
+from benchmarks.training_step import REPEATS, Found, alternated, ratios, sides_figures, timed
 from nemo_aligner.batch import TokenBatch
 from nemo_aligner.data.collate import collate
 from nemo_aligner.data.sample import Sample
 from nemo_aligner.models.gpt.config import GPTConfig
+from nemo_aligner.models.gpt.heads import HeadConfig
 from nemo_aligner.models.gpt.learning_rate import OptimConfig, SchedConfig
-from nemo_aligner.models.gpt.model import build_gpt
+from nemo_aligner.models.gpt.model import GPT, build_gpt
 from nemo_aligner.models.gpt.policy import GPTPolicy
 from nemo_aligner.objectives.nll import NLL
 from nemo_aligner.parallel import world
 from nemo_aligner.parallel.ranks import Layout
 
-__all__ = ["OPTIM", "SHAPE", "Shape", "part", "random_policy", "rows"]
+__all__ = ["OPTIM", "SHAPE", "Shape", "part", "random_model", "random_policy", "rows"]
 
-REPEATS = 3
 OURS, OURS_PART, PLAIN, TRL = "NeMo-Aligner", "NeMo-Aligner, a quarter learned", "plain torch loop", "TRL"
 SIDES = (
     Side(name=PLAIN, command=(str(PEERS / "plain_torch_sft.py"),), peer=True),
@@ -40,8 +36,6 @@ SIDES = (
     Side(name=TRL, command=(str(PEERS / "trl_sft.py"),), peer=True),
     Side(name=OURS_PART, command=("-m", "benchmarks.sft", "--learned", "0.25"), peer=False),
 )
-SPEED = "tokens/s"
-
 
 MODEL = GPTConfig(
     num_layers=4,
@@ -102,18 +96,24 @@ OPTIM = OptimConfig(
 
 def random_policy(shape: Shape, optim: OptimConfig) -> GPTPolicy:
     """The model with random weights, ready to train; the world must stand."""
-    model = build_gpt(shape.model, Layout(), torch.float32)
-    _draw(model, shape.model.init_method_std)
-    policy = GPTPolicy(model)
+    policy = GPTPolicy(random_model(shape.model))
     policy.prepare_training(optim, clip_grad=1.0, max_steps=shape.warm_up + shape.measured)
     return policy
 
 
 @torch.no_grad()
-def _draw(model: nn.Module, std: float) -> None:
+def random_model(gpt: GPTConfig, *, head: HeadConfig | None = None) -> GPT:
+    """With random weights in fp32; the world must stand.
+
+    Args:
+        head: of a reward model; None: a language model.
+    """
+    model = build_gpt(gpt, Layout(), torch.float32, head=head)
+    assert isinstance(model, GPT)
     for weight in model.parameters():
         if weight.ndim > 1:
-            weight.normal_(0, std)
+            weight.normal_(0, gpt.init_method_std)
+    return model
 
 
 def rows(shape: Shape, *, learned: int) -> Iterator[TokenBatch]:
@@ -129,51 +129,21 @@ def rows(shape: Shape, *, learned: int) -> Iterator[TokenBatch]:
 
 
 def train(shape: Shape, *, learned: int) -> str:
-    """Train as SupervisedTrainer does, and tell of it in the peers' form."""
-    batches = rows(shape, learned=learned)
+    """Our side's RESULT line."""
     with world.ensure_single_process():
-        policy = random_policy(shape, OPTIM)
-
-        def steps(count: int) -> float:
-            started = time.perf_counter()
-            for _ in range(count):
-                batch = next(batches)
-                assert int(batch.lengths.sum()) == shape.tokens
-                policy.get_loss_and_metrics([batch], NLL(), forward_only=False)
-                policy.optimizer_step()
-            return time.perf_counter() - started
-
-        steps(shape.warm_up)
-        before = resource.getrusage(resource.RUSAGE_SELF)
-        seconds = steps(shape.measured)
-        after = resource.getrusage(resource.RUSAGE_SELF)
-    user, system, faults = (
-        (getattr(after, name) - getattr(before, name)) / shape.measured
-        for name in ("ru_utime", "ru_stime", "ru_minflt")
-    )
-    return (
-        f"RESULT nemo_aligner: {shape.tokens * shape.measured / seconds:.1f} tok/s "
-        f"| {seconds / shape.measured * 1e3:.1f} ms/step mean "
-        f"| cpu/step user {user:.2f}s sys {system:.2f}s minflt {faults:.0f} | {shape.tokens} tok/step "
-        f"| peakRSS {after.ru_maxrss / 2**20:.2f} GiB | load {os.getloadavg()[0]:.2f}"
-    )
+        return timed(
+            random_policy(shape, OPTIM),
+            rows(shape, learned=learned),
+            NLL(),
+            tokens=shape.tokens,
+            warm_up=shape.warm_up,
+            measured=shape.measured,
+        )
 
 
 def part() -> Part:
-    """All sides in turn, with either allocator, several times over."""
-    peaks: list[float] = []
-    found: dict[tuple[str, str], list[Measured]] = {}
-    for repeat in range(REPEATS):
-        peaks.append(matmul.peak())
-        for allocator in ALLOCATORS:
-            for side in SIDES:
-                one = run_side(side, allocator)
-                found.setdefault((side.name, allocator), []).append(one)
-                print(
-                    f"sft: repeat {repeat + 1} of {REPEATS}, {side.name}, {allocator}: "
-                    f"{SHAPE.tokens / one.seconds_per_step:.0f} tokens/s, load {os.getloadavg()[0]:.2f}",
-                    flush=True,
-                )
+    """All sides in turn."""
+    found, peaks = alternated("sft", SIDES, tokens=SHAPE.tokens)
     return Part(
         title="Supervised fine-tuning",
         about=ABOUT,
@@ -208,31 +178,14 @@ def _learned(share: float) -> int:
     return min(round(SHAPE.length * share), SHAPE.length - 1)
 
 
-def _figures(found: dict[tuple[str, str], list[Measured]], peaks: list[float]) -> tuple[Figure, ...]:
-    figures = [
-        Figure(table="The machine", subject="fp32 matmul", metric="GFLOP/s", values=tuple(peaks)),
-    ]
-    by_name: dict[tuple[str, str, str], Figure] = {}
-    for (side, allocator), measured in found.items():
-        work = SHAPE.flops(_learned(0.25 if side == OURS_PART else 1))
-        values = {
-            SPEED: [SHAPE.tokens / one.seconds_per_step for one in measured],
-            "peak RSS in GiB": [one.peak_gib for one in measured],
-            "CPU seconds per step": [one.cpu_seconds_per_step for one in measured],
-            "page faults per step": [one.page_faults_per_step for one in measured],
-            "share of the matmul peak": [
-                work / one.seconds_per_step / peak / 1e9 for one, peak in zip(measured, peaks, strict=True)
-            ],
-        }
-        for metric, each in values.items():
-            figure = Figure(table=allocator.capitalize(), subject=side, metric=metric, values=tuple(each))
-            by_name[side, allocator, metric] = figure
-            figures.append(figure)
+def _figures(found: Found, peaks: list[float]) -> tuple[Figure, ...]:
+    whole, quarter = (SHAPE.flops(_learned(share)) for share in (1, 0.25))
+    flops = {side.name: quarter if side.name == OURS_PART else whole for side in SIDES}
+    by_name = sides_figures(found, peaks, tokens=SHAPE.tokens, flops=flops)
+    figures = list(by_name.values())
     for allocator in ALLOCATORS:
         for ours, theirs in ((OURS, PLAIN), (OURS, TRL), (OURS_PART, PLAIN), (OURS_PART, TRL)):
-            for metric in (SPEED, "peak RSS in GiB", "CPU seconds per step"):
-                top, bottom = by_name[ours, allocator, metric], by_name[theirs, allocator, metric]
-                figures.append(ratio("Ratios", f"{ours} / {theirs}, {allocator}", top, bottom))
+            figures += ratios(by_name, ours, theirs, allocator)
     return tuple(figures)
 
 

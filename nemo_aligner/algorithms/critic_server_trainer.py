@@ -19,6 +19,7 @@ from nemo_aligner.objectives.protocol import Objective
 from nemo_aligner.parallel import collectives, world
 from nemo_aligner.run.experiment import Experiment
 from nemo_aligner.run.stop import SAVED_CODE, StoppedEarly, StopRequest, TimeLimit
+from nemo_aligner.run.stopwatch import Stopwatch
 from nemo_aligner.serving.inbox import Judged
 from nemo_aligner.serving.protocol import Health, Limits, Scalar, Ticket
 from nemo_aligner.serving.server import Server
@@ -68,6 +69,7 @@ class CriticServerTrainer:
         self.checkpoints, self._load = checkpoints, load
         self.state = start.state if start else TrainerState()
         self._saved_step = self.state.step
+        self._watch = Stopwatch()  # since the last optimizer step
 
     def run_server(self, open_server: Callable[[], AbstractContextManager[Server]]) -> None:
         """Answer the actor until it ends the run, a signal comes, or it is silent for too long. Called by every rank.
@@ -101,15 +103,15 @@ class CriticServerTrainer:
 
     def infer(self, batch: TokenBatch) -> Judged:
         """See Worker."""
-        if self.config.offload_optimizer:
-            self.model.offload_optimizer()
 
         def ask(mine: TokenBatch, micro: int) -> tuple[Tensor | None, Tensor | None]:
             if self.config.gives_rewards:
                 return self.model.infer_rm_critic(mine, micro_batch_size=micro)
             return None, self.model.values(mine, micro_batch_size=micro)
 
-        with world.phase("judging"):
+        with world.phase("judging"), self._watch("infer_time"):
+            if self.config.offload_optimizer:
+                self.model.offload_optimizer()
             return judge(batch, ask, rows=self.config.inference_rows, multiple=self.config.length_multiple)
 
     def train(self, batch: ValueBatch, ticket: Ticket | None) -> float:
@@ -148,7 +150,9 @@ class CriticServerTrainer:
         world.synchronize()
         metrics["step_time"] = time.perf_counter() - started
         self.state = replace(self.state, step=step)
-        self.run.log({f"train/{name}": value for name, value in metrics.items()}, step=step)
+        timers, self._watch = self._watch.seconds, Stopwatch()
+        logged = {f"train/{name}": value for name, value in metrics.items()}
+        self.run.log(logged | {f"timers/{name}": seconds for name, seconds in timers.items()}, step=step)
         return metrics["loss"]
 
     def save(self, ticket: Ticket | None) -> None:

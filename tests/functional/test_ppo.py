@@ -147,6 +147,20 @@ def test_what_only_costs_time_is_a_warning_with_both_numbers(pairs: Callable[...
     assert critic.wait(timeout=60) == 0, critic.err
 
 
+def test_jobs_that_save_nothing_end_well(pairs: Callable[..., Pair]):
+    nothing = {"exp_manager.create_checkpoint_callback": False}
+    pair = pairs("unsaved", critic=nothing, actor=FEW | nothing | {"trainer.ppo.max_steps": 1})
+    pair.run()
+    # How long the critic judged stands beside the first of its steps in each of the actor's.
+    told = [json.loads(line) for line in (pair.critic_folder / "metrics.jsonl").open()]
+    assert ["timers/infer_time" in line for line in told] == [True, False]
+    assert 0 < told[0]["timers/infer_time"] < LONG
+    # The results are written all the same.
+    assert [path.name for path in (pair.critic_folder / "checkpoints").iterdir()] == [
+        "megatron_gpt_critic.nemo"
+    ]
+
+
 @pytest.mark.parametrize(
     ("critic", "actor", "words"),
     [

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.processes import ALLOCATORS, Measured, measure
+from benchmarks.processes import ALLOCATORS, Measured, measure, started, wait_for
 
 # As the peers' scripts print them.
 TRL = (
@@ -48,3 +48,41 @@ def test_a_run_that_fails_tells_why(tmp_path: Path):
     script.write_text("raise SystemExit('no such thing')")
     with pytest.raises(SystemExit, match="no such thing"):
         measure([str(script)])
+
+
+def test_jobs_run_beside_each_other_each_with_its_allocator_and_threads(tmp_path: Path):
+    code = "import os; print([v for k, v in sorted(os.environ.items()) if k[:4] in ('MALL', 'OMP_')])"
+    with (
+        started(["-c", code], tmp_path / "a", allocator="default allocator", threads=1) as a,
+        started(["-c", code], tmp_path / "b", allocator="keeping allocator") as b,
+    ):
+        wait_for([a, b], seconds=60)
+        assert a.out.strip() == "['1']"
+        assert (
+            b.out.strip() == f"{[*list(dict(sorted(ALLOCATORS['keeping allocator'].items())).values()), '2']}"
+        )
+
+
+def test_a_job_that_fails_tells_why_and_the_others_are_ended(tmp_path: Path):
+    with (
+        pytest.raises(SystemExit, match=r"bad ended with code 1(.|\n)*no such thing"),
+        started(
+            ["-c", "import time; time.sleep(60)"], tmp_path / "good", allocator="default allocator"
+        ) as good,
+        started(
+            ["-c", "raise SystemExit('no such thing')"], tmp_path / "bad", allocator="default allocator"
+        ) as bad,
+    ):
+        wait_for([good, bad], seconds=30)
+    assert good.process.poll() is not None
+
+
+def test_a_job_that_does_not_end_is_not_waited_for(tmp_path: Path):
+    with (
+        pytest.raises(SystemExit, match=r"slow: not done after 0\.1 s"),
+        started(
+            ["-c", "import time; time.sleep(60)"], tmp_path / "slow", allocator="default allocator"
+        ) as slow,
+    ):
+        wait_for([slow], seconds=0.1)
+    assert slow.process.poll() is not None
