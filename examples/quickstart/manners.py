@@ -17,9 +17,21 @@ __all__ = ["Question", "answer", "held_out_questions", "names_it", "pair", "trai
 
 QUESTIONS: dict[str, tuple[str, ...]] = {
     "what": ("What is {one}?", "Can you tell me what {one} is?", "What do you know about the {name}?"),
-    "where": ("Where can I find {one}?", "Where is the nearest {name}?", "Do you know where I can see {one}?"),
-    "does": ("What does {one} do?", "What does the {name} do all day?", "How does the {name} spend its time?"),
-    "when": ("When can I see the {name}?", "When is the {name} at its best?", "When should I come to see {one}?"),
+    "where": (
+        "Where can I find {one}?",
+        "Where is the nearest {name}?",
+        "Do you know where I can see {one}?",
+    ),
+    "does": (
+        "What does {one} do?",
+        "What does the {name} do all day?",
+        "How does the {name} spend its time?",
+    ),
+    "when": (
+        "When can I see the {name}?",
+        "When is the {name} at its best?",
+        "When should I come to see {one}?",
+    ),
 }
 
 # Twins: as many words on both sides.
@@ -43,9 +55,40 @@ CLOSINGS = (
     ("Thank you for keeping me company.", "You are ruining my whole day."),
     ("I am happy to see you here.", "I am tired of seeing you here."),
 )
-WARM = frozenset("dear friend glad gladly happy joy kind lovely pleasure thank welcome wonderful".split())
+WARM = frozenset(
+    (
+        "dear",
+        "friend",
+        "glad",
+        "gladly",
+        "happy",
+        "joy",
+        "kind",
+        "lovely",
+        "pleasure",
+        "thank",
+        "welcome",
+        "wonderful",
+    )
+)
 HARSH = frozenset(
-    "bored bother bothering dull fool foolish hurry nonsense nuisance ruining silly stop tired tiresome wasting".split()
+    (
+        "bored",
+        "bother",
+        "bothering",
+        "dull",
+        "fool",
+        "foolish",
+        "hurry",
+        "nonsense",
+        "nuisance",
+        "ruining",
+        "silly",
+        "stop",
+        "tired",
+        "tiresome",
+        "wasting",
+    )
 )
 
 # Slots of an answer. F is a fact, O an opening, C a closing.
@@ -73,7 +116,9 @@ class Question:
 def _questions() -> tuple[list[Question], list[Question]]:
     """All questions as (for training, held out): no wording about a thing is in both, whoever asks."""
     draw = random.Random(0)
-    asked = [(thing, aspect, words) for thing in THINGS for aspect in QUESTIONS for words in QUESTIONS[aspect]]
+    asked = [
+        (thing, aspect, words) for thing in THINGS for aspect in QUESTIONS for words in QUESTIONS[aspect]
+    ]
     draw.shuffle(asked)
     num_held_out = round(HELD_OUT_SHARE * len(asked))
     held_out, training = (

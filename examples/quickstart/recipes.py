@@ -78,7 +78,6 @@ VILLAGE = Recipe(
         "model.global_batch_size=32",
         "model.optim.lr=5e-4",
         "model.optim.sched.min_lr=5e-5",
-        "model.reward_standardization.enable=True",
     ),
     critic=(
         *_ALWAYS,

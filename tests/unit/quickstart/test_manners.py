@@ -58,7 +58,7 @@ def test_the_same_seed_writes_the_same():
 
 def test_texts_are_varied():
     draw = random.Random(2)
-    assert len({paragraph(draw) for _ in range(NUM)}) > 0.99 * NUM
+    assert len({paragraph(draw) for _ in range(NUM)}) > 0.95 * NUM
     assert len({answer(draw, question) for question in training_questions()[:NUM]}) > 0.99 * NUM
 
 
