@@ -34,7 +34,7 @@ class Recipe:
 _MAX_ANSWER_TOKENS = 48
 
 VILLAGE = Recipe(
-    num_prose=12000,
+    num_prose=8000,
     num_answers=3072,
     num_pairs=2048,
     num_held_out=128,
