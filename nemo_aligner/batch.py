@@ -9,9 +9,9 @@ Shapes: B rows, S positions, N sequences (N = B unless packed).
 """
 
 import enum
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import ClassVar, Self
+from typing import ClassVar, Self, TypeVar
 
 import torch
 from torch import Tensor
@@ -26,7 +26,10 @@ __all__ = [
     "TokenBatch",
     "Unit",
     "ValueBatch",
+    "concatenated",
 ]
+
+T = TypeVar("T", bound="TokenBatch")
 
 
 class Unit(enum.Enum):
@@ -136,10 +139,41 @@ class TokenBatch:
             for i in range(self.num_rows // rows)
         ]
 
+    def take(self, rows: Sequence[int] | slice) -> Self:
+        """The batch of these rows, in this order."""
+        assert self.cu_seqlens is None, "a packed row holds several sequences"
+        index = rows if isinstance(rows, slice) else torch.tensor(rows, dtype=torch.int64)
+        return self._changed(lambda x: x[index])
+
+    def filled(self, num_rows: int) -> Self:
+        """The batch with rows that only fill up: one token, from which nothing is learned."""
+        missing = num_rows - self.num_rows
+        assert missing >= 0, (num_rows, self.num_rows)
+        if not missing:
+            return self
+        more = self._changed(lambda x: torch.cat([x, x.new_zeros(missing, *x.shape[1:])]))
+        more.lengths[self.num_rows :] = 1
+        return more
+
+    def with_length(self, seq_length: int, *, pad_id: int = 0) -> Self:
+        """The batch with rows of ``seq_length`` positions; what is cut off must be padding."""
+        assert self.cu_seqlens is None and int(self.lengths.max()) <= seq_length, (self.lengths, seq_length)
+        width = self.seq_length
+        if seq_length <= width:
+            return self._changed(lambda x: x[:, :seq_length] if _is_per_token(x, width) else x)
+        more = self._changed(
+            lambda x: torch.nn.functional.pad(x, (0, seq_length - width)) if _is_per_token(x, width) else x
+        )
+        more.tokens[:, width:] = pad_id
+        return more
+
+    def _changed(self, change: Callable[[Tensor], Tensor]) -> Self:
+        given = {f.name: change(x) for f in fields(self) if isinstance(x := getattr(self, f.name), Tensor)}
+        return replace(self, **given)
+
     def to(self, device: torch.device) -> Self:
         """The same batch on ``device``."""
-        moved = {f.name: v.to(device) for f in fields(self) if isinstance(v := getattr(self, f.name), Tensor)}
-        return replace(self, **moved)
+        return self._changed(lambda x: x.to(device))
 
     @classmethod
     def from_rows(
@@ -158,6 +192,19 @@ class TokenBatch:
             mask[i, : len(ids)] = torch.tensor(learned, dtype=torch.bool)
         lengths = torch.tensor([len(ids) for ids, _ in rows], dtype=torch.int64)
         return TokenBatch(tokens=tokens, mask=mask, lengths=lengths)
+
+
+def _is_per_token(x: Tensor, width: int) -> bool:
+    # The only fields with two sizes, of batches whose rows are whole sequences, are per token.
+    return x.ndim == 2 and x.shape[1] == width
+
+
+def concatenated(batches: Sequence[T]) -> T:
+    """The rows of several batches in one, as wide as the widest."""
+    width = max(batch.seq_length for batch in batches)
+    parts = [batch.with_length(width) for batch in batches]
+    names = [f.name for f in fields(parts[0]) if isinstance(getattr(parts[0], f.name), Tensor)]
+    return replace(parts[0], **{name: torch.cat([getattr(part, name) for part in parts]) for name in names})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

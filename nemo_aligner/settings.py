@@ -60,6 +60,14 @@ NO_EFFECT: tuple[tuple[str, tuple[object, ...], str], ...] = (
     ("model.data.index_mapping_dir", (), "the index of lines is kept in memory"),
     ("model.data.eod_mask_loss", (False,), "what is learned goes by position, never by token"),
     ("model.overwrite_base_config", ({"data": {"data_prefix": True}},), "a checkpoint's data are not read"),
+    (
+        "trainer.ppo.batch_iterator",
+        ({"use_flask": False, "port": 5557},),
+        "each rank's slots refill, and rows are dealt out by length",
+    ),
+    ("trainer.ppo.trt_model_dir", ("/tmp/trt_llm_model",), "answers are written by the model that learns"),
+    ("model.ppo.sampling_params.all_probs", (False,), "log-probs of the drawn tokens always come along"),
+    ("model.ppo.sampling_params.compute_logprob", (False,), "log-probs always come along"),
     ("exp_manager.checkpoint_callback_params.model_parallel_size", (), "a checkpoint loads at any layout"),
     *(
         (f"model.{name}", (False,), "the kernels follow from what is installed")

@@ -79,6 +79,8 @@ class SupervisedTrainer:
             config,
             batches_per_epoch=train.batches_per_epoch,
             val_batches=validation["validation"].batches_per_epoch,
+            limit_train=config.limit_train_batches,
+            limit_val=config.limit_val_batches,
         )
         self.limit = TimeLimit(run.config.max_seconds)
         self.state = TrainerState(data=train.fingerprint | {"steps_per_epoch": self.plan.steps_per_epoch})

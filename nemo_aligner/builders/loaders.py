@@ -7,7 +7,8 @@ from typing import Any
 
 from nemo_aligner.batch import TokenBatch
 from nemo_aligner.builders.models import Pretrained, needed_tokenizer
-from nemo_aligner.config import RMJob, RMModelConfig, SFTJob, SFTModelConfig
+from nemo_aligner.config.reward import RMJob, RMModelConfig
+from nemo_aligner.config.sft import SFTJob, SFTModelConfig
 from nemo_aligner.data.collate import (
     collate,
     collate_comparisons,

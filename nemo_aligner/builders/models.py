@@ -15,7 +15,8 @@ from nemo_aligner.checkpoint.training import (
     TRAINING_NAMES,
     Checkpoint,
 )
-from nemo_aligner.config import ModelConfig, ModelJob, RMJob
+from nemo_aligner.config.base import ModelConfig, ModelJob
+from nemo_aligner.config.reward import RMJob
 from nemo_aligner.data.tokenizer import Tokenizer, check_fits
 from nemo_aligner.errors import UserError
 from nemo_aligner.models.gpt.config import GPTConfig, unread_keys
@@ -28,7 +29,18 @@ from nemo_aligner.models.gpt.transformer import dtype_of
 from nemo_aligner.parallel import world
 from nemo_aligner.run.progress import heartbeat
 
-__all__ = ["Pretrained", "load_policy", "load_reward_model", "needed_tokenizer", "standardize"]
+__all__ = [
+    "Pretrained",
+    "load_policy",
+    "load_reward_model",
+    "load_tokenizer",
+    "merged_config",
+    "needed_tokenizer",
+    "opened",
+    "standardize",
+    "tokenizer_files",
+    "unfilled",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -57,13 +69,13 @@ def load_policy(job: ModelJob, *, start: Checkpoint | None = None) -> Pretrained
     Raises:
         UserError: the checkpoint is not there, damaged, or does not fit the layout or the overrides.
     """
-    with _opened(job, start) as archive:
-        config = _merged(job.model, archive)
+    with opened(job, start) as archive:
+        config = merged_config(job.model, archive)
         _refuse_reward_model(job, config)
-        built, gpt = _built(job, config, head=None)
+        built, gpt = unfilled(job, config, head=None)
         with heartbeat("loading weights", enabled=world.is_logging_rank()):
             load_model(built, archive.weights)
-        tokenizer, files = _load_tokenizer(archive, gpt.vocab_size), _tokenizer_files(archive)
+        tokenizer, files = load_tokenizer(archive, gpt.vocab_size), tokenizer_files(archive)
     policy = GPTPolicy(
         built,
         eos_id=tokenizer.eos_id if tokenizer else None,
@@ -81,11 +93,11 @@ def load_reward_model(job: RMJob, *, start: Checkpoint | None = None) -> Pretrai
     Raises:
         UserError: the checkpoint is not there, damaged, or does not fit the layout or the overrides.
     """
-    with _opened(job, start) as archive:
-        config = _merged(job.model, archive)
+    with opened(job, start) as archive:
+        config = merged_config(job.model, archive)
         head = head_config(config)
         assert head is not None
-        built, gpt = _built(job, config, head=head)
+        built, gpt = unfilled(job, config, head=head)
         own = start is not None or (
             head_config(archive.config) == head
             and (job.model.reward_model_type == "binary_ranking" or job.model.regression.load_rm_head_weights)
@@ -94,16 +106,17 @@ def load_reward_model(job: RMJob, *, start: Checkpoint | None = None) -> Pretrai
             load_model(built, archive.weights, but=None if own else HEAD_NAME)
         if not own:
             draw_head(built, seed=job.model.seed)
-        tokenizer, files = _load_tokenizer(archive, gpt.vocab_size), _tokenizer_files(archive)
+        tokenizer, files = load_tokenizer(archive, gpt.vocab_size), tokenizer_files(archive)
     critic = GPTCritic(built, head=head, seed=job.model.seed)
     return Pretrained(learner=critic, tokenizer=tokenizer, config=config, files=files)
 
 
-def _opened(job: ModelJob, start: Checkpoint | None) -> contextlib.AbstractContextManager[NemoArchive]:
+def opened(job: ModelJob, start: Checkpoint | None) -> contextlib.AbstractContextManager[NemoArchive]:
+    """The checkpoint that the job starts from, or goes on with."""
     return shared_nemo(start.path if start else job.pretrained[1])
 
 
-def _merged(model: ModelConfig, archive: NemoArchive) -> dict[str, Any]:
+def merged_config(model: ModelConfig, archive: NemoArchive) -> dict[str, Any]:
     """model_config.yaml as it is to be saved: the checkpoint's with the settings' own."""
     if (unread := unread_keys(archive.config)) and world.is_logging_rank():
         logger.info("keys of model_config.yaml that are kept and not read: %s", ", ".join(unread))
@@ -116,7 +129,7 @@ def _refuse_reward_model(job: ModelJob, config: dict[str, Any]) -> None:
         raise UserError(f"{key}={path} is a reward model and writes no text", cure="give a language model")
 
 
-def _built(
+def unfilled(
     job: ModelJob, config: dict[str, Any], *, head: HeadConfig | None
 ) -> tuple[GPT | InterleavedGPT, GPTConfig]:
     """The model that ``config`` describes, without weights; ``config`` is told the precision."""
@@ -133,14 +146,15 @@ def _built(
     return built, gpt
 
 
-def _load_tokenizer(archive: NemoArchive, vocab_size: int) -> Tokenizer | None:
+def load_tokenizer(archive: NemoArchive, vocab_size: int) -> Tokenizer | None:
+    """The archive's tokenizer, if it has one."""
     tokenizer = load_archived_tokenizer(archive)
     if tokenizer is not None:
         check_fits(tokenizer, vocab_size)
     return tokenizer
 
 
-def _tokenizer_files(archive: NemoArchive) -> dict[str, Path | bytes]:
+def tokenizer_files(archive: NemoArchive) -> dict[str, Path | bytes]:
     """All files of the archive but config, weights and training state, read while the archive is open."""
     names = {path: path.relative_to(archive.folder) for path in sorted(archive.folder.rglob("*"))}
     return {

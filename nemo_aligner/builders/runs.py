@@ -15,7 +15,7 @@ from nemo_aligner.checkpoint.training import (
     read_checkpoint,
     remove_unfinished,
 )
-from nemo_aligner.config import Job
+from nemo_aligner.config.base import Job
 from nemo_aligner.errors import UserError
 from nemo_aligner.models.gpt.learning_rate import OptimConfig
 from nemo_aligner.parallel import collectives, world
@@ -76,9 +76,9 @@ def _find(job: Job, run: Experiment) -> Checkpoint | None:
 
 
 def training_checkpoints(
-    job: Job, run: Experiment, pretrained: Pretrained[Any]
+    job: Job, run: Experiment, pretrained: Pretrained[Any], *, keep_newest: int = 1
 ) -> TrainingCheckpoints | None:
-    """Where the run saves; None where it is not to."""
+    """Where the run saves, and how many of the newest stay beside the best; None where it is not to."""
     if not job.exp_manager.create_checkpoint_callback:
         return None
     return TrainingCheckpoints(
@@ -87,6 +87,7 @@ def training_checkpoints(
         pretrained.learner,
         model_config=pretrained.config,
         files=pretrained.files,
+        keep_newest=keep_newest,
     )
 
 

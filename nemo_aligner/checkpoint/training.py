@@ -11,7 +11,7 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -35,11 +35,13 @@ __all__ = [
     "find_checkpoints",
     "monitor_name",
     "read_checkpoint",
+    "read_extra",
     "remove_unfinished",
 ]
 
 STATE_FOLDER = "training_state"
-TRAINING_NAMES = (STATE_FOLDER, TRAINER_STATE)  # what a checkpoint holds beside a model
+EXTRA = "algorithm.bin"  # what the loop goes on from beside trainer_state.json
+TRAINING_NAMES = (STATE_FOLDER, TRAINER_STATE, EXTRA)  # what a checkpoint holds beside a model
 UNFINISHED = ".saving-"
 LAST = "last"  # a link to the newest checkpoint
 
@@ -75,6 +77,7 @@ class TrainerState:
     data: dict[str, Any] = field(
         default_factory=dict
     )  # what makes up the batches; another value, other batches
+    algorithm: dict[str, Any] = field(default_factory=dict)  # what else the loop goes on from
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,6 +86,16 @@ class Checkpoint:
 
     path: Path
     state: TrainerState
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Save:
+    """A checkpoint that is not one yet."""
+
+    path: Path
+    state: TrainerState
+    written: list[Future[Any]]
+    also: Callable[[], None] | None
 
 
 def checkpoint_name(template: str, state: TrainerState, *, steps_per_epoch: int) -> str:
@@ -94,6 +107,7 @@ def checkpoint_name(template: str, state: TrainerState, *, steps_per_epoch: int)
     """
     values: Mapping[str, float] = {
         **state.metrics,
+        **{name: value for name, value in state.algorithm.items() if isinstance(value, int | float)},
         "step": state.step,
         "consumed_samples": state.consumed_samples,
         "epoch": (state.step - 1) // steps_per_epoch,
@@ -113,8 +127,10 @@ def monitor_name(name: str) -> str:
 
     >>> monitor_name("validation_loss"), monitor_name("validation/loss"), monitor_name("val_loss")
     ('val_loss', 'val_loss', 'val_loss')
+    >>> monitor_name("val_rollouts/rewards"), monitor_name("val_global_rewards")
+    ('val_rewards', 'val_rewards')
     """
-    return re.sub(r"^validation[_/]", "val_", name)
+    return re.sub(r"^(validation[_/]|val_rollouts/|val_global_)", "val_", name)
 
 
 class TrainingCheckpoints:
@@ -126,6 +142,7 @@ class TrainingCheckpoints:
         trained: whose tensors are saved.
         model_config: model_config.yaml's content.
         files: the other files of the .nemo, by name.
+        keep_newest: how many of the newest are kept beside the best.
     """
 
     def __init__(
@@ -136,11 +153,12 @@ class TrainingCheckpoints:
         *,
         model_config: dict[str, Any],
         files: Mapping[str, Path | bytes],
+        keep_newest: int = 1,
     ) -> None:
-        self.folder, self.config, self._trained = folder, config, trained
+        self.folder, self.config, self._trained, self._keep_newest = folder, config, trained, keep_newest
         self._model_config, self._files = model_config, files
         self._executor = ThreadPoolExecutor(1, "save") if config.async_save else None
-        self._pending: tuple[Path, TrainerState, list[Future[Any]]] | None = None
+        self._pending: _Save | None = None
 
     def restore(self, checkpoint: Checkpoint) -> None:
         """Load the training state of ``checkpoint``; its weights are loaded as those of any .nemo."""
@@ -152,8 +170,20 @@ class TrainingCheckpoints:
             )
             self._trained.load_training_state(state)
 
-    def save(self, state: TrainerState, *, steps_per_epoch: int) -> None:
-        """Write a checkpoint; with ``async_save`` it is finished by a later :meth:`poll` or :meth:`finish`."""
+    def save(
+        self,
+        state: TrainerState,
+        *,
+        steps_per_epoch: int,
+        extra: bytes | None = None,
+        also: Callable[[], None] | None = None,
+    ) -> None:
+        """Write a checkpoint; with ``async_save`` it is finished by a later :meth:`poll` or :meth:`finish`.
+
+        Args:
+            extra: what :func:`read_extra` is to give.
+            also: called on every rank when all is written; only if it returns, the checkpoint becomes one.
+        """
         self.finish()
         name = checkpoint_name(self.config.filename, state, steps_per_epoch=steps_per_epoch)
         staging = self.folder / f"{UNFINISHED}{name}"
@@ -162,6 +192,8 @@ class TrainingCheckpoints:
             if writes:
                 staging.mkdir(parents=True)
                 write_contents(staging, config=self._model_config, files=self._files)
+                if extra is not None:
+                    (staging / EXTRA).write_bytes(extra)
             world.barrier()
             written = (
                 save_model(self._trained.model, staging / WEIGHTS_NAME, executor=self._executor),
@@ -171,14 +203,19 @@ class TrainingCheckpoints:
                     executor=self._executor,
                 ),
             )
-        self._pending = (self.folder / name, state, [future for future in written if future is not None])
+        self._pending = _Save(
+            path=self.folder / name,
+            state=state,
+            written=[future for future in written if future is not None],
+            also=also,
+        )
         if self._executor is None:
             self.finish()
 
     @property
     def is_writing(self) -> bool:
         """Whether this rank still writes in the background."""
-        return self._pending is not None and not all(future.done() for future in self._pending[2])
+        return self._pending is not None and not all(future.done() for future in self._pending.written)
 
     def poll(self, *, all_ranks_done: bool) -> None:
         """Finish a save in the background once no rank is writing any more."""
@@ -189,15 +226,27 @@ class TrainingCheckpoints:
         """Wait for the save in the background, if there is one, and make it a checkpoint."""
         if self._pending is None:
             return
-        path, state, written = self._pending
-        self._pending = None
-        with world.phase(f"saving {path.name}"):
-            for future in written:
+        save, self._pending = self._pending, None
+        with world.phase(f"saving {save.path.name}"):
+            for future in save.written:
                 future.result()
             world.barrier()
+            if save.also is not None:
+                save.also()
             if world.is_logging_rank():
-                self._commit(path, state)
+                self._commit(save.path, save.state)
             world.barrier()
+
+    def discard(self, is_over: Callable[[TrainerState], bool]) -> None:
+        """Remove the checkpoints whose state ``is_over``, and what a save has left that did not become one."""
+        self._pending = None
+        if world.is_logging_rank():
+            remove_unfinished(self.folder)
+            for checkpoint in find_checkpoints(self.folder):
+                if is_over(checkpoint.state):
+                    logger.info("removing %s: the run goes on from before it", checkpoint.path)
+                    _remove(checkpoint.path)
+        world.barrier()
 
     def _commit(self, path: Path, state: TrainerState) -> None:
         staging = path.with_name(UNFINISHED + path.name)
@@ -214,11 +263,9 @@ class TrainingCheckpoints:
         self._prune()
 
     def _prune(self) -> None:
-        for checkpoint in prunable(find_checkpoints(self.folder), self.config):
-            # Renamed first: what is only half removed must not be found again.
-            doomed = checkpoint.path.rename(checkpoint.path.with_name(UNFINISHED + checkpoint.path.name))
-            shutil.rmtree(doomed)
-            checkpoint.path.with_name(checkpoint.path.name + ".nemo").unlink(missing_ok=True)
+        found = find_checkpoints(self.folder)
+        for checkpoint in prunable(found, self.config, keep_newest=self._keep_newest):
+            _remove(checkpoint.path)
 
     def _pack(self, checkpoint: Path, path: Path, *, overwrite: bool) -> None:
         def copy_weights(folder: Path) -> None:
@@ -284,12 +331,26 @@ def ranked(checkpoints: list[Checkpoint], config: CheckpointCallbackConfig) -> l
     return sorted(checkpoints, key=key)
 
 
-def prunable(checkpoints: list[Checkpoint], config: CheckpointCallbackConfig) -> list[Checkpoint]:
-    """Those that are neither among the best ``save_top_k`` nor the newest."""
-    if config.save_top_k < 0 or not checkpoints:
+def prunable(
+    checkpoints: list[Checkpoint], config: CheckpointCallbackConfig, *, keep_newest: int = 1
+) -> list[Checkpoint]:
+    """Those that are neither among the best ``save_top_k`` nor among the newest."""
+    if config.save_top_k < 0:
         return []
-    newest = max(checkpoints, key=lambda checkpoint: checkpoint.state.step)
-    return [c for c in ranked(checkpoints, config)[config.save_top_k :] if c is not newest]
+    newest = sorted(checkpoints, key=lambda checkpoint: checkpoint.state.step)[-keep_newest:]
+    return [c for c in ranked(checkpoints, config)[config.save_top_k :] if c not in newest]
+
+
+def read_extra(checkpoint: Checkpoint) -> bytes | None:
+    """What was saved as ``extra``."""
+    path = checkpoint.path / EXTRA
+    return path.read_bytes() if path.exists() else None
+
+
+def _remove(path: Path) -> None:
+    # Renamed first: what is only half removed must not be found again.
+    shutil.rmtree(path.rename(path.with_name(UNFINISHED + path.name)))
+    path.with_name(path.name + ".nemo").unlink(missing_ok=True)
 
 
 def _link(link: Path, target: str) -> None:

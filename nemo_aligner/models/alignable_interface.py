@@ -11,7 +11,13 @@ from nemo_aligner.batch import Prompt, Rollout, TokenBatch
 from nemo_aligner.models.sampling_config import SamplingConfig
 from nemo_aligner.objectives.protocol import Objective
 
-__all__ = ["AlignableGenerativeInterface", "CriticModelInterface", "Inferrable", "SupervisedInterface"]
+__all__ = [
+    "AlignableGenerativeInterface",
+    "CriticModelInterface",
+    "Inferrable",
+    "RewardModelInterface",
+    "SupervisedInterface",
+]
 
 
 @runtime_checkable
@@ -35,6 +41,10 @@ class SupervisedInterface(Protocol):
 
     def optimizer_step(self) -> dict[str, float]:
         """Clip, step, advance the schedule. Returns "lr" and "grad_norm", the same on every rank."""
+        ...
+
+    def offload_optimizer(self) -> None:
+        """Make room on the device for inference; the next training step takes it back."""
         ...
 
 
@@ -78,6 +88,10 @@ class AlignableGenerativeInterface(SupervisedInterface, Inferrable, Protocol):
         """
         ...
 
+    def as_reference(self) -> AbstractContextManager[None]:
+        """Within it, the model has the weights of the initial policy."""
+        ...
+
     def generate(
         self,
         prompts: Sequence[Prompt],
@@ -103,9 +117,32 @@ class AlignableGenerativeInterface(SupervisedInterface, Inferrable, Protocol):
 
 
 @runtime_checkable
-class CriticModelInterface(SupervisedInterface, Inferrable, Protocol):
-    """A critic that shares its job with a reward model."""
+class RewardModelInterface(Inferrable, Protocol):
+    """A model that judges whole texts."""
 
-    def infer_rm_critic(self, batch: TokenBatch) -> tuple[Tensor, Tensor]:
-        """(rewards [B], values [B, S])."""
+    def infer(self, batch: TokenBatch, *, micro_batch_size: int | None = None) -> Tensor:
+        """Rewards [B], or [B, A] of several attributes.
+
+        Args:
+            micro_batch_size: rows of a forward pass; None: all of them.
+        """
+        ...
+
+
+@runtime_checkable
+class CriticModelInterface(SupervisedInterface, Inferrable, Protocol):
+    """A critic, which may share its job with a reward model."""
+
+    def values(self, batch: TokenBatch, *, micro_batch_size: int | None = None) -> Tensor:
+        """[B, S]: of the state before each token of ``batch.mask``, else 0.
+
+        Args:
+            micro_batch_size: rows of a forward pass; None: all of them.
+        """
+        ...
+
+    def infer_rm_critic(
+        self, batch: TokenBatch, *, micro_batch_size: int | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """(rewards [B], :meth:`values`)."""
         ...

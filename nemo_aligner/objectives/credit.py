@@ -4,15 +4,12 @@
 Pure: what needs other ranks goes through a function that adds up a tensor over them.
 """
 
-from dataclasses import dataclass
-from typing import Literal
-
 import torch
 from torch import Tensor
 
 from nemo_aligner.batch import Experience, Scored, ValueBatch
-from nemo_aligner.errors import UserError
 from nemo_aligner.objectives.adaptive import AdaptiveKL, FixedKL, KLController, RewardScaling
+from nemo_aligner.objectives.config import CreditConfig
 from nemo_aligner.objectives.reduce import (
     Moments,
     SumOverRanks,
@@ -25,7 +22,6 @@ from nemo_aligner.objectives.reduce import (
 )
 
 __all__ = [
-    "CreditConfig",
     "credit",
     "gae",
     "kl_controller",
@@ -35,68 +31,6 @@ __all__ = [
     "statistics",
     "value_batch",
 ]
-
-
-@dataclass(frozen=True, kw_only=True)
-class CreditConfig:
-    """The part of the ``trainer.ppo`` block that turns rewards into advantages."""
-
-    initial_policy_kl_penalty: float = (
-        0.01  # reward lost per nat of KL to the initial policy; 0: not computed
-    )
-    use_absolute_kl: bool = True  # with kl_estimator k1: the penalty is of |log p - log q|
-    kl_estimator: Literal["k1", "k2", "k3"] = "k1"  # Schulman's names; see objectives/reduce.py
-    kl_placement: Literal["token", "last"] = "token"  # each token pays its own, or the last one pays for all
-    adaptive_kl_target: float | None = (
-        None  # nats per answer that the penalty is steered to; null: it is fixed
-    )
-    adaptive_kl_horizon: float = 10000.0  # answers; a smaller horizon steers faster
-    discount_factor: float = 1.0  # gamma, per token
-    gae_lambda: float = 0.95  # lambda of GAE
-    normalize_advantages: bool = (
-        True  # to mean 0 and variance 1 over the rollout's answer tokens on all ranks
-    )
-    reward_clip: float | None = (
-        None  # an answer's reward is held within -+ this, before the penalty; null: it is not
-    )
-    scale_rewards: bool = False  # divide rewards by the running std of their discounted sums
-    scaled_reward_clip: float | None = None  # with scale_rewards: each token's is held within -+ this
-    mask_unfinished: bool = True  # the policy learns nothing from answers that the length limit cut
-
-    def check(self, key: str) -> None:
-        """Refuse values without a meaning. ``key`` is the block's name, as in ``trainer.ppo``."""
-        penalty, target = self.initial_policy_kl_penalty, self.adaptive_kl_target
-        for name, value, wrong, range_ in (
-            ("initial_policy_kl_penalty", penalty, penalty < 0, "0 (no penalty) or more"),
-            ("adaptive_kl_target", target, target is not None and target <= 0, "more than 0, or null"),
-            ("adaptive_kl_horizon", self.adaptive_kl_horizon, self.adaptive_kl_horizon <= 0, "more than 0"),
-            ("discount_factor", self.discount_factor, not 0 <= self.discount_factor <= 1, "0 to 1"),
-            ("gae_lambda", self.gae_lambda, not 0 <= self.gae_lambda <= 1, "0 to 1"),
-            (
-                "reward_clip",
-                self.reward_clip,
-                self.reward_clip is not None and self.reward_clip <= 0,
-                "more than 0, or null",
-            ),
-            (
-                "scaled_reward_clip",
-                self.scaled_reward_clip,
-                self.scaled_reward_clip is not None and self.scaled_reward_clip <= 0,
-                "more than 0, or null",
-            ),
-        ):
-            if wrong:
-                raise UserError(f"{key}.{name}={value} is out of range", cure=f"set {key}.{name} to {range_}")
-        if target is not None and not penalty:
-            raise UserError(
-                f"{key}.adaptive_kl_target={target} steers {key}.initial_policy_kl_penalty, which is 0",
-                cure=f"set {key}.initial_policy_kl_penalty above 0, or {key}.adaptive_kl_target=null",
-            )
-        if self.scaled_reward_clip is not None and not self.scale_rewards:
-            raise UserError(
-                f"{key}.scaled_reward_clip={self.scaled_reward_clip} needs {key}.scale_rewards=True",
-                cure=f"set {key}.scale_rewards=True, or {key}.reward_clip to clip rewards that are not scaled",
-            )
 
 
 def kl_controller(config: CreditConfig) -> KLController:

@@ -7,51 +7,16 @@ import torch
 from torch import Tensor
 
 from nemo_aligner.batch import Experience, TokenBatch, Unit
-from nemo_aligner.errors import UserError
+from nemo_aligner.objectives.config import PolicyConfig
 from nemo_aligner.objectives.protocol import Metrics, ModelOutput, Wants
 from nemo_aligner.objectives.reduce import kl_k3
 
-__all__ = ["PolicyConfig", "PolicyGradient", "clipped_surrogate"]
+__all__ = ["PolicyGradient", "clipped_surrogate"]
 
 
-@dataclass(frozen=True, kw_only=True)
-class PolicyConfig:
-    """The part of the ``model.ppo`` block that shapes the policy's loss."""
-
-    ratio_eps: float = 0.2  # the ratio of new to old probability gains nothing outside 1 -+ this
-    ratio_eps_high: float | None = None  # the upper side of it; null: as ratio_eps
-    dual_clip: float | None = (
-        None  # a token of negative advantage A costs at most this times |A|; null: no bound
-    )
-    entropy_bonus: float = (
-        0.0  # weight of the entropy over the whole vocabulary, per token in nats; 0: not computed
-    )
-
-    def check(self, key: str) -> None:
-        """Refuse values without a meaning. ``key`` is the block's name, as in ``model.ppo``."""
-        for name, value, wrong, range_ in (
-            ("ratio_eps", self.ratio_eps, not 0 < self.ratio_eps < 1, "between 0 and 1"),
-            (
-                "ratio_eps_high",
-                self.ratio_eps_high,
-                self.ratio_eps_high is not None and self.ratio_eps_high <= 0,
-                "more than 0, or null",
-            ),
-            (
-                "dual_clip",
-                self.dual_clip,
-                self.dual_clip is not None and self.dual_clip <= 1,
-                "more than 1, for instance 3, or null",
-            ),
-            ("entropy_bonus", self.entropy_bonus, self.entropy_bonus < 0, "0 (none) or more"),
-        ):
-            if wrong:
-                raise UserError(f"{key}.{name}={value} is out of range", cure=f"set {key}.{name} to {range_}")
-
-    def clamp(self, ratio: Tensor) -> Tensor:
-        """The ratio, held within its range."""
-        high = self.ratio_eps if self.ratio_eps_high is None else self.ratio_eps_high
-        return ratio.clamp(1 - self.ratio_eps, 1 + high)
+def _clamp(ratio: Tensor, config: PolicyConfig) -> Tensor:
+    high = config.ratio_eps if config.ratio_eps_high is None else config.ratio_eps_high
+    return ratio.clamp(1 - config.ratio_eps, 1 + high)
 
 
 def clipped_surrogate(ratio: Tensor, advantages: Tensor, config: PolicyConfig) -> Tensor:
@@ -67,7 +32,7 @@ def clipped_surrogate(ratio: Tensor, advantages: Tensor, config: PolicyConfig) -
     >>> clipped_surrogate(ratio, advantages, PolicyConfig(ratio_eps=0.2))
     tensor([-2.4000, -1.0000,  3.0000])
     """
-    losses = torch.maximum(-advantages * ratio, -advantages * config.clamp(ratio))
+    losses = torch.maximum(-advantages * ratio, -advantages * _clamp(ratio, config))
     if config.dual_clip is None:
         return losses
     return torch.where(advantages < 0, torch.minimum(losses, -config.dual_clip * advantages), losses)
@@ -113,7 +78,7 @@ class PolicyGradient:
             bonus = self.config.entropy_bonus * torch.where(learned, output.entropy, 0).sum()
             loss = loss - bonus
         with torch.no_grad():
-            clamped = self.config.clamp(ratio)
+            clamped = _clamp(ratio, self.config)
             sums = {
                 "loss": loss.detach(),
                 "ppo_ratio": torch.where(learned, ratio, 0).sum(),

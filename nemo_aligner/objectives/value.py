@@ -7,27 +7,10 @@ import torch
 from torch import Tensor
 
 from nemo_aligner.batch import TokenBatch, Unit, ValueBatch
-from nemo_aligner.errors import UserError
+from nemo_aligner.objectives.config import ValueConfig
 from nemo_aligner.objectives.protocol import Metrics, ModelOutput, Wants
 
-__all__ = ["ValueConfig", "ValueLoss", "value_loss"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class ValueConfig:
-    """The part of a critic's ``model`` block that shapes its loss."""
-
-    loss_clip_val: float = (
-        0.2  # a value gains nothing by moving further than this from its old one; 0: it may
-    )
-
-    def check(self, key: str) -> None:
-        """Refuse values without a meaning. ``key`` is the block's name, as in ``model``."""
-        if self.loss_clip_val < 0:
-            raise UserError(
-                f"{key}.loss_clip_val={self.loss_clip_val} is negative",
-                cure=f"set {key}.loss_clip_val to 0 (no clipping) or more, for instance 0.2",
-            )
+__all__ = ["ValueLoss", "value_loss"]
 
 
 def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, *, clip: float) -> Tensor:

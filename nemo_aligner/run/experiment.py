@@ -11,7 +11,7 @@ import math
 import os
 import secrets
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -28,6 +28,7 @@ __all__ = ["CheckpointCallbackConfig", "Experiment", "ExperimentConfig", "WandbC
 
 logger = logging.getLogger(__name__)
 
+METRICS = "metrics.jsonl"
 # In every finished checkpoint's folder: where the run stood.
 TRAINER_STATE = "trainer_state.json"
 
@@ -154,6 +155,7 @@ class Experiment:
     def __init__(self, config: ExperimentConfig, folder: Path, *, writes: bool) -> None:
         self.config, self.folder, self.writes = config, folder, writes
         self._open = contextlib.ExitStack()
+        self._sinks = contextlib.ExitStack()  # of metrics
         self._metrics: IO[str] | None = None
         self._tensorboard: SummaryWriter | None = None
         self._wandb: WandbRun | None = None
@@ -192,28 +194,31 @@ class Experiment:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self._sinks.close()
         self._open.close()
         self._metrics = self._tensorboard = self._wandb = None
 
     def begin(self, step: int) -> None:
-        """Open metrics.jsonl, TensorBoard and wandb for what comes after ``step`` steps.
+        """Open metrics.jsonl, tables, TensorBoard and wandb for what comes after ``step`` steps.
 
-        What an earlier run in this folder has logged beyond that is taken back: those steps are done again.
+        What this or an earlier run in the folder has logged beyond that is taken back: those steps are done again.
         """
         if not self.writes:
             return
-        metrics = self.folder / "metrics.jsonl"
-        _rewind(metrics, step)
-        self._metrics = self._open.enter_context(metrics.open("a", encoding="utf-8"))
+        self._sinks.close()
+        metrics = self.folder / METRICS
+        for path in (metrics, *self.folder.glob("table_*.jsonl")):
+            _rewind(path, step)
+        self._metrics = self._sinks.enter_context(metrics.open("a", encoding="utf-8"))
         if self.config.create_tensorboard_logger:
             # Imported here: it takes a second, and only one rank writes.
             from torch.utils.tensorboard import SummaryWriter
 
             self._tensorboard = SummaryWriter(self.folder / "tensorboard", purge_step=step + 1)
-            self._open.callback(self._tensorboard.close)
+            self._sinks.callback(self._tensorboard.close)
         if self.config.create_wandb_logger:
             self._wandb = self._open_wandb()
-            self._open.callback(self._wandb.finish)
+            self._sinks.callback(self._wandb.finish)
 
     def _open_wandb(self) -> "WandbRun":
         import wandb
@@ -242,6 +247,20 @@ class Experiment:
                 self._tensorboard.add_scalar(name, value, step)
         if self._wandb is not None:
             self._wandb.log(dict(metrics), step=step)
+
+    def log_rows(self, table: str, rows: Sequence[Mapping[str, str | float]], *, step: int) -> None:
+        """Add rows to ``table_<table>.jsonl``, and to a table of that name at wandb."""
+        if self._metrics is None or not rows:
+            return
+        with (self.folder / f"table_{table}.jsonl").open("a", encoding="utf-8") as file:
+            for row in rows:
+                file.write(json.dumps({"step": step, **row}, ensure_ascii=False) + "\n")
+        if self._wandb is not None:
+            import wandb
+
+            columns: list[str | int] = ["step", *rows[0]]
+            content = [[step, *row.values()] for row in rows]
+            self._wandb.log({f"table/{table}": wandb.Table(columns=columns, data=content)}, step=step)
 
 
 def _rewind(path: Path, step: int) -> None:

@@ -5,21 +5,19 @@ from dataclasses import dataclass
 
 from nemo_aligner.errors import UserError
 
-__all__ = ["Plan", "SupervisedConfig", "limited", "make_plan"]
+__all__ = ["LoopConfig", "Plan", "SupervisedConfig", "limited", "make_plan"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class SupervisedConfig:
-    """The ``trainer.sft`` block (and its kin of other supervised algorithms)."""
+class LoopConfig:
+    """What the block of every training algorithm under ``trainer`` has."""
 
     max_epochs: int = 1  # passes over the training data
-    max_steps: int = -1  # stop after this many optimizer steps; -1: no limit
+    max_steps: int = -1  # stop after this many steps; -1: no limit
     val_check_interval: int | float = 100  # steps between validations; a float is a share of an epoch
     save_interval: int | float = (
         100  # steps between checkpoints; a float is a share of an epoch; 0: at the end only
     )
-    limit_train_batches: int | float | None = 1.0  # batches of an epoch: a number, or a share up to 1.0
-    limit_val_batches: int | float | None = 1.0  # batches of a validation: a number, or a share up to 1.0
     gradient_clip_val: float = 1.0  # the gradient's norm is cut to this; 0: never
 
     def check(self, block: str) -> None:
@@ -27,18 +25,29 @@ class SupervisedConfig:
         for name, value, wrong, cure in (
             ("max_epochs", self.max_epochs, self.max_epochs < 1, "1 or more"),
             ("max_steps", self.max_steps, self.max_steps == 0, "-1 (no limit), or 1 or more"),
-            (
-                "limit_train_batches",
-                self.limit_train_batches,
-                self.limit_train_batches == 0,
-                "1.0 (all batches)",
-            ),
             ("save_interval", self.save_interval, self.save_interval < 0, "0 (at the end only) or more"),
             ("val_check_interval", self.val_check_interval, self.val_check_interval < 0, "0 (never) or more"),
             ("gradient_clip_val", self.gradient_clip_val, self.gradient_clip_val < 0, "0 (never) or more"),
         ):
             if wrong:
                 raise UserError(f"{block}.{name}={value} makes no run", cure=f"set {block}.{name} to {cure}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SupervisedConfig(LoopConfig):
+    """The ``trainer.sft`` block (and its kin of other supervised algorithms)."""
+
+    limit_train_batches: int | float | None = 1.0  # batches of an epoch: a number, or a share up to 1.0
+    limit_val_batches: int | float | None = 1.0  # batches of a validation: a number, or a share up to 1.0
+
+    def check(self, block: str) -> None:
+        """See LoopConfig."""
+        LoopConfig.check(self, block)
+        if self.limit_train_batches == 0:
+            raise UserError(
+                f"{block}.limit_train_batches=0 makes no run",
+                cure=f"set {block}.limit_train_batches to 1.0 (all batches)",
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,20 +96,31 @@ def _interval(value: int | float, steps_per_epoch: int) -> int:
     return max(0, _share(steps_per_epoch, value) if isinstance(value, float) else value)
 
 
-def make_plan(config: SupervisedConfig, *, batches_per_epoch: int, val_batches: int) -> Plan:
+def make_plan(
+    config: LoopConfig,
+    *,
+    batches_per_epoch: int,
+    val_batches: int,
+    limit_train: int | float | None = None,
+    limit_val: int | float | None = None,
+) -> Plan:
     """The run that these settings make of data with so many global batches.
+
+    Args:
+        limit_train: see :func:`limited`, of an epoch's batches.
+        limit_val: of a validation's.
 
     Raises:
         UserError: it would do no step.
     """
-    steps_per_epoch = limited(batches_per_epoch, config.limit_train_batches)
+    steps_per_epoch = limited(batches_per_epoch, limit_train)
     total = steps_per_epoch * config.max_epochs
     if config.max_steps >= 0:
         total = min(total, config.max_steps)
     if total == 0:
         raise UserError(
             f"the run would do no step: max_epochs={config.max_epochs}, max_steps={config.max_steps}, "
-            f"limit_train_batches={config.limit_train_batches} of {batches_per_epoch} batches an epoch",
+            f"limit_train_batches={limit_train} of {batches_per_epoch} batches an epoch",
             cure="set max_epochs to 1 or more, max_steps to -1 and limit_train_batches to 1.0",
         )
     return Plan(
@@ -108,5 +128,5 @@ def make_plan(config: SupervisedConfig, *, batches_per_epoch: int, val_batches: 
         max_steps=total,
         save_interval=_interval(config.save_interval, steps_per_epoch),
         val_check_interval=_interval(config.val_check_interval, steps_per_epoch),
-        val_batches=limited(val_batches, config.limit_val_batches),
+        val_batches=limited(val_batches, limit_val),
     )

@@ -8,9 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from nemo_aligner.objectives.credit import CreditConfig
-from nemo_aligner.objectives.policy import PolicyConfig
-from nemo_aligner.objectives.value import ValueConfig
+from nemo_aligner.objectives.config import CreditConfig, PolicyConfig, ValueConfig
 
 PAGE = Path(__file__).parents[2] / "docs/ppo_details.md"
 ROW = re.compile(r"\| `([\w.]+)`(?: \(critic\))? \| `([^`]+)` \|")

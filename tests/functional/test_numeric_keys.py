@@ -10,7 +10,7 @@ import pytest
 
 from nemo_aligner import builders
 from nemo_aligner.algorithms.supervised import SupervisedTrainer
-from nemo_aligner.config import SFTJob
+from nemo_aligner.config.sft import SFTJob
 from nemo_aligner.errors import UserError
 from nemo_aligner.objectives.nll import NLL
 from nemo_aligner.parallel import world

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from nemo_aligner.algorithms.supervised import SupervisedTrainer
 from nemo_aligner.builders import Pretrained, load_policy, sft_loaders, warn_of_schedule
-from nemo_aligner.config import SFTJob
+from nemo_aligner.config.sft import SFTJob
 from nemo_aligner.objectives.nll import NLL
 from nemo_aligner.parallel import world
 from nemo_aligner.run.experiment import Experiment

@@ -9,7 +9,7 @@ import hydra
 import pytest
 from omegaconf import DictConfig, OmegaConf
 
-from nemo_aligner.config import SFTJob
+from nemo_aligner.config.sft import SFTJob
 from nemo_aligner.data.config import PairDataConfig
 from nemo_aligner.data.prefix import Split
 from nemo_aligner.errors import UserError

@@ -9,7 +9,7 @@ The file has {"text": ...}, {"prompt": ...} or {"messages": [{"role": ..., "cont
 
 from pathlib import Path
 
-from nemo_aligner.config_generate import GenerateJob
+from nemo_aligner.config.generate import GenerateJob
 from nemo_aligner.launch.script import script
 
 

@@ -5,7 +5,7 @@ python examples/nlp/gpt/train_gpt_sft.py model.restore_from_path=model.nemo \
     model.data.train_ds.file_path=train.jsonl model.data.validation_ds.file_path=validation.jsonl
 """
 
-from nemo_aligner.config import SFTJob
+from nemo_aligner.config.sft import SFTJob
 from nemo_aligner.launch.script import script
 
 

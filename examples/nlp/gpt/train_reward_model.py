@@ -5,7 +5,7 @@ python examples/nlp/gpt/train_reward_model.py pretrained_checkpoint.restore_from
     "model.data.data_prefix={train: [train.jsonl], validation: [validation.jsonl], test: [test.jsonl]}"
 """
 
-from nemo_aligner.config import RMJob
+from nemo_aligner.config.reward import RMJob
 from nemo_aligner.launch.script import script
 
 

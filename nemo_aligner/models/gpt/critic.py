@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A GPT with a scalar head: a reward model, or a critic, behind the alignable interface."""
 
+import contextlib
 from dataclasses import dataclass
 
 import torch
@@ -11,10 +12,11 @@ from nemo_aligner.models.gpt import engine
 from nemo_aligner.models.gpt.heads import HeadConfig
 from nemo_aligner.models.gpt.learner import GPTLearner
 from nemo_aligner.models.gpt.model import GPT, InterleavedGPT
+from nemo_aligner.models.gpt.spare import SpareWeights
 from nemo_aligner.objectives.protocol import Metrics, ModelOutput, Wants
 from nemo_aligner.parallel import collectives, world
 
-__all__ = ["GPTCritic", "RewardScale"]
+__all__ = ["GPTCritic", "RewardScale", "RewardWeights"]
 
 
 class _Ask:
@@ -50,8 +52,24 @@ class RewardScale:
         return x[:, 0] if x.shape[1] == 1 else x
 
 
+@dataclass(frozen=True, kw_only=True)
+class RewardWeights:
+    """A reward model that shares its layers' place with a critic."""
+
+    spare: SpareWeights
+    outputs: int  # numbers that its head gives
+
+
 class GPTCritic(GPTLearner):
-    """Rewards of sequences and values of states."""
+    """Rewards of sequences and values of states.
+
+    Args:
+        model: it.
+        head: that of ``model``.
+        scale: from what a reward model's head gives to the reward.
+        reward: the reward model beside a critic; None: ``model`` gives the rewards.
+        seed: of dropout.
+    """
 
     def __init__(
         self,
@@ -59,25 +77,43 @@ class GPTCritic(GPTLearner):
         *,
         head: HeadConfig,
         scale: RewardScale = RewardScale(),
+        reward: RewardWeights | None = None,
         seed: int = 1234,
     ) -> None:
         super().__init__(model, seed=seed)
-        self.head, self.scale = head, scale
+        self.head, self.scale, self._reward = head, scale, reward
 
-    def infer(self, batch: TokenBatch) -> Tensor:
+    def infer(self, batch: TokenBatch, *, micro_batch_size: int | None = None) -> Tensor:
         """[N] float (or [N, A], see :class:`RewardScale`) on every rank of the model: rewards of the sequences."""
-        outputs = self._ask(batch, Wants.REWARDS)
-        shape = (batch.lengths.numel(), self.head.outputs)
-        return self.scale(collectives.from_last_stage(outputs[0].rewards if outputs else None, shape))
+        outputs, swapped = self.head.outputs, contextlib.nullcontext()
+        if self._reward is not None:
+            outputs, swapped = self._reward.outputs, self._reward.spare.swapped(self.model)
+        with swapped:
+            found = self._ask(batch, Wants.REWARDS, micro_batch_size)
+        rewards = torch.cat([_given(output.rewards) for output in found]) if found else None
+        return self.scale(collectives.from_last_stage(rewards, (batch.lengths.numel(), outputs)))
 
-    def values(self, batch: TokenBatch) -> Tensor:
+    def values(self, batch: TokenBatch, *, micro_batch_size: int | None = None) -> Tensor:
         """[B, S] float on every rank of the model: of the state before each token of ``batch.mask``, else 0."""
-        outputs = self._ask(batch, Wants.VALUES)
-        shape = tuple(batch.tokens.shape)
-        return collectives.from_last_stage(outputs[0].values if outputs else None, shape)
+        found = self._ask(batch, Wants.VALUES, micro_batch_size)
+        values = torch.cat([_given(output.values) for output in found]) if found else None
+        return collectives.from_last_stage(values, tuple(batch.tokens.shape))
 
-    def _ask(self, batch: TokenBatch, wants: Wants) -> list[ModelOutput]:
+    def infer_rm_critic(
+        self, batch: TokenBatch, *, micro_batch_size: int | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """See :class:`~nemo_aligner.models.alignable_interface.CriticModelInterface`."""
+        values = self.values(batch, micro_batch_size=micro_batch_size)
+        return self.infer(batch, micro_batch_size=micro_batch_size), values
+
+    def _ask(self, batch: TokenBatch, wants: Wants, micro_batch_size: int | None) -> list[ModelOutput]:
+        batches = batch.split(micro_batch_size) if micro_batch_size else [batch]
         outputs: list[ModelOutput] = []
         with self.inference():
-            engine.run(self._model, [batch], _Ask(wants), forward_only=True, outputs=outputs)
+            engine.run(self._model, batches, _Ask(wants), forward_only=True, outputs=outputs)
         return outputs
+
+
+def _given(x: Tensor | None) -> Tensor:
+    assert x is not None
+    return x

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The head of reward models and critics: hidden states to a few numbers, whole on every tensor parallel rank."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from nemo_aligner.errors import UserError
 from nemo_aligner.parallel import world
 
-__all__ = ["HEAD_NAME", "HeadConfig", "ScalarHead", "head_config"]
+__all__ = ["HEAD_NAME", "HeadConfig", "ScalarHead", "draw_head", "fold_head", "head_config"]
 
 HEAD_NAME = "rm_head"  # as NeMo's reward models save it
 # By model.force_head_dtype, in its spelling or in trainer.precision's.
@@ -90,3 +90,16 @@ def draw_head(model: nn.Module, *, seed: int) -> None:
     for module in model.modules():
         if isinstance(module, ScalarHead):
             module.draw(seed=seed, std=module.std)
+
+
+@torch.no_grad()
+def fold_head(model: nn.Module, *, weights: Sequence[float], mean: float, std: float) -> None:
+    """Have the head, on the ranks that have one, give ``(x @ weights - mean) / std`` by itself: one number for many."""
+    for module in model.modules():
+        if isinstance(module, ScalarHead):
+            mix = torch.tensor(weights, dtype=torch.float64, device=module.weight.device)
+            weight = (mix @ module.weight.double())[None] / std
+            bias = ((mix * module.bias.double()).sum()[None] - mean) / std
+            module.weight = nn.Parameter(weight.to(module.weight.dtype))
+            module.bias = nn.Parameter(bias.to(module.bias.dtype))
+            module.head = replace(module.head, outputs=1)

@@ -14,7 +14,7 @@ from nemo_aligner.batch import TokenBatch
 from nemo_aligner.models.gpt import engine
 from nemo_aligner.models.gpt.learning_rate import OptimConfig, learning_rate
 from nemo_aligner.models.gpt.model import GPT, InterleavedGPT
-from nemo_aligner.models.gpt.optim import apply_settings, build_optimizer, wrap
+from nemo_aligner.models.gpt.optim import apply_settings, build_optimizer, inner_optimizers, wrap
 from nemo_aligner.models.gpt.sampling import Drawn
 from nemo_aligner.models.gpt.view import Projection
 from nemo_aligner.objectives.protocol import Objective
@@ -51,8 +51,9 @@ class GPTLearner:
         return self._model
 
     def prepare_training(self, optim: OptimConfig, *, clip_grad: float, max_steps: int) -> None:
-        """Make gradient buffers and optimizer state; before it, the policy can only score and write."""
+        """Make gradient buffers and optimizer state, anew where there are some; before it nothing can be learned."""
         self._optim, self._max_steps = optim, max_steps
+        self._optimizer_steps = self._backwards = 0
         config = self._model.config
         self._ddp = wrap(self._model.chunks, optim)
         self._optimizer = build_optimizer(optim, self._ddp, dtype=config.params_dtype, clip_grad=clip_grad)
@@ -84,6 +85,7 @@ class GPTLearner:
         """Around the forward and backward of a training step."""
         assert self._optimizer is not None, "prepare_training comes first"
         world.seed_step(self.seed, self._backwards)
+        self._move_moments(world.device())
         for chunk in self._ddp:
             chunk.train()
             chunk.zero_grad_buffer()
@@ -108,12 +110,25 @@ class GPTLearner:
         # fp16 skips a step whose gradients overflow its loss scale, and then has no norm.
         return {"lr": lr, "grad_norm": math.nan if grad_norm is None else float(grad_norm)}
 
+    def offload_optimizer(self) -> None:
+        """Move the optimizer's moments to CPU memory, until they are needed."""
+        self._move_moments(torch.device("cpu"))
+
+    def _move_moments(self, device: torch.device) -> None:
+        assert self._optimizer is not None, "prepare_training comes first"
+        for optimizer in inner_optimizers(self._optimizer):
+            for moments in optimizer.state.values():
+                for name, value in moments.items():
+                    if isinstance(value, torch.Tensor) and value.ndim and value.device != device:
+                        moments[name] = value.to(device)
+
     def training_state(self, *, loading: bool) -> dict[str, Any]:
         """What training needs beside the weights, as Megatron's sharded tensors and numbers: to save, or to load into.
 
         It may be loaded at another layout than it was saved at. A collective.
         """
         assert self._optimizer is not None, "prepare_training comes first"
+        self._move_moments(world.device())
         weights = self.model.sharded_state_dict(prefix="model.")
         optimizer = self._optimizer.sharded_state_dict(
             weights, is_loading=loading, metadata={"distrib_optim_sharding_type": "fully_reshardable"}

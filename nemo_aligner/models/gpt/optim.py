@@ -6,7 +6,12 @@ from typing import Any
 
 import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
-from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer import (
+    ChainedOptimizer,
+    MegatronOptimizer,
+    OptimizerConfig,
+    get_megatron_optimizer,
+)
 from megatron.core.optimizer import optimizer as megatron_optimizer
 from torch import Tensor
 
@@ -15,7 +20,7 @@ from nemo_aligner.models.gpt.learning_rate import OptimConfig
 from nemo_aligner.models.gpt.model import GPT
 from nemo_aligner.parallel import collectives, cpu_shim
 
-__all__ = ["apply_settings", "build_optimizer", "wrap"]
+__all__ = ["apply_settings", "build_optimizer", "inner_optimizers", "wrap"]
 
 
 def wrap(chunks: Sequence[GPT], optim: OptimConfig) -> list[DistributedDataParallel]:
@@ -103,3 +108,9 @@ def apply_settings(optim: OptimConfig, optimizer: MegatronOptimizer) -> None:
         # Megatron leaves it to its own scheduler to apply wd_mult, which is 0 for biases and norms.
         group["weight_decay"] = optim.weight_decay * group["wd_mult"]
         group["betas"], group["eps"] = optim.betas, optim.eps
+
+
+def inner_optimizers(optimizer: MegatronOptimizer) -> list[torch.optim.Optimizer]:
+    """torch's optimizers within Megatron's."""
+    chained = optimizer.chained_optimizers if isinstance(optimizer, ChainedOptimizer) else [optimizer]
+    return [one.optimizer for one in chained]

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A GPT that trains, scores and writes, behind the alignable interface."""
 
+import contextlib
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -13,6 +14,7 @@ from nemo_aligner.models.gpt.generate import Watch, generate
 from nemo_aligner.models.gpt.learner import GPTLearner
 from nemo_aligner.models.gpt.model import GPT, InterleavedGPT
 from nemo_aligner.models.gpt.sampling import Drawn
+from nemo_aligner.models.gpt.spare import SpareWeights
 from nemo_aligner.models.gpt.stops import Speller, Stops
 from nemo_aligner.models.gpt.view import Projection
 from nemo_aligner.models.sampling_config import SamplingConfig
@@ -58,6 +60,7 @@ class GPTPolicy(GPTLearner):
     ) -> None:
         super().__init__(model, kept_logits_bytes=kept_logits_bytes, seed=seed)
         self.eos_id, self._speller = eos_id, speller
+        self._reference: SpareWeights | None = None
 
     def get_loss_and_metrics(
         self,
@@ -90,6 +93,15 @@ class GPTPolicy(GPTLearner):
         return outputs[0].logprobs
 
     infer = logprobs
+
+    def keep_reference(self) -> None:
+        """Remember the weights of this moment as those of the initial policy, in CPU memory."""
+        self._reference = SpareWeights(self.model)
+
+    def as_reference(self) -> contextlib.AbstractContextManager[None]:
+        """See :class:`~nemo_aligner.models.alignable_interface.AlignableGenerativeInterface`."""
+        assert self._reference is not None, "keep_reference comes first"
+        return self._reference.swapped(self.model)
 
     def generate(
         self,

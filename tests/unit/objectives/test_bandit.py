@@ -6,10 +6,11 @@ import torch
 from torch import Tensor
 
 from nemo_aligner.batch import Scored, Unit
-from nemo_aligner.objectives.credit import CreditConfig, credit, value_batch
-from nemo_aligner.objectives.policy import PolicyConfig, PolicyGradient
+from nemo_aligner.objectives.config import CreditConfig, PolicyConfig, ValueConfig
+from nemo_aligner.objectives.credit import credit, value_batch
+from nemo_aligner.objectives.policy import PolicyGradient
 from nemo_aligner.objectives.protocol import ModelOutput
-from nemo_aligner.objectives.value import ValueConfig, ValueLoss
+from nemo_aligner.objectives.value import ValueLoss
 
 CONTEXTS, ARMS = 3, 4
 

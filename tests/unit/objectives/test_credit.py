@@ -11,8 +11,8 @@ import torch
 from nemo_aligner.batch import Scored, Unit
 from nemo_aligner.errors import UserError
 from nemo_aligner.objectives.adaptive import AdaptiveKL, FixedKL, RewardScaling
+from nemo_aligner.objectives.config import CreditConfig
 from nemo_aligner.objectives.credit import (
-    CreditConfig,
     credit,
     gae,
     kl_controller,

@@ -9,7 +9,8 @@ import torch
 
 from nemo_aligner.batch import Experience, Unit
 from nemo_aligner.errors import UserError
-from nemo_aligner.objectives.policy import PolicyConfig, PolicyGradient, clipped_surrogate
+from nemo_aligner.objectives.config import PolicyConfig
+from nemo_aligner.objectives.policy import PolicyGradient, clipped_surrogate
 from nemo_aligner.objectives.protocol import ModelOutput, Wants
 
 LENGTHS = (5, 3, 8)

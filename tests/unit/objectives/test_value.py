@@ -9,8 +9,9 @@ import torch
 
 from nemo_aligner.batch import Unit, ValueBatch
 from nemo_aligner.errors import UserError
+from nemo_aligner.objectives.config import ValueConfig
 from nemo_aligner.objectives.protocol import ModelOutput, Wants
-from nemo_aligner.objectives.value import ValueConfig, ValueLoss, value_loss
+from nemo_aligner.objectives.value import ValueLoss, value_loss
 
 LENGTHS = (5, 3, 8)
 

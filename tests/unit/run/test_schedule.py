@@ -9,7 +9,13 @@ from nemo_aligner.run.schedule import Plan, SupervisedConfig, make_plan
 
 def plan(**settings: int | float | None) -> Plan:
     config = SupervisedConfig(**{"max_epochs": 2, "val_check_interval": 1.0, **settings})
-    return make_plan(config, batches_per_epoch=5, val_batches=4)
+    return make_plan(
+        config,
+        batches_per_epoch=5,
+        val_batches=4,
+        limit_train=config.limit_train_batches,
+        limit_val=config.limit_val_batches,
+    )
 
 
 def test_shares_and_numbers():

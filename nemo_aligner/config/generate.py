@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from nemo_aligner.config import ModelConfig, ModelJob, TrainerConfig
+from nemo_aligner.config.base import ModelConfig, ModelJob, TrainerConfig
 from nemo_aligner.errors import UserError
 from nemo_aligner.models.gpt.learning_rate import OptimConfig
 from nemo_aligner.models.sampling_config import SamplingConfig

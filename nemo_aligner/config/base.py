@@ -1,31 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The settings of each script: a Job composes the blocks that the layers own, and refuses what cannot go well."""
+"""What the settings of all scripts have in common, and the refusal of what cannot go well."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
-from nemo_aligner.data.config import PairDataConfig, SFTDataConfig
 from nemo_aligner.errors import UserError
 from nemo_aligner.models.gpt.config import precision_name
 from nemo_aligner.models.gpt.learning_rate import OptimConfig
 from nemo_aligner.models.gpt.recompute import Granularity, Method, Recompute
-from nemo_aligner.objectives.config import RegressionConfig
 from nemo_aligner.parallel.ranks import Layout
 from nemo_aligner.run.experiment import ExperimentConfig
-from nemo_aligner.run.schedule import SupervisedConfig
 
-__all__ = [
-    "Job",
-    "ModelConfig",
-    "ModelJob",
-    "RMJob",
-    "RMModelConfig",
-    "SFTJob",
-    "SFTModelConfig",
-    "TrainerConfig",
-]
+__all__ = ["Job", "ModelConfig", "ModelJob", "PretrainedConfig", "TrainerConfig"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,6 +91,13 @@ class ModelConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class PretrainedConfig:
+    """The ``pretrained_checkpoint`` block."""
+
+    restore_from_path: str  # a .nemo or its extracted folder
+
+
+@dataclass(frozen=True, kw_only=True)
 class ModelJob:
     """All settings of a script that has a model."""
 
@@ -141,6 +136,14 @@ class ModelJob:
                     )
 
 
+class Checked(Protocol):
+    """A block of settings that knows what it cannot mean."""
+
+    def check(self, block: str) -> None:
+        """Refuse it; ``block`` is where it stands."""
+        ...
+
+
 @dataclass(frozen=True, kw_only=True)
 class Job(ModelJob):
     """All settings of a script that trains."""
@@ -149,7 +152,7 @@ class Job(ModelJob):
     name: str
 
     @property
-    def loop(self) -> SupervisedConfig:
+    def loop(self) -> Checked:
         """The algorithm's block under ``trainer``."""
         raise NotImplementedError
 
@@ -204,176 +207,3 @@ def _refuse_unsupported(model: ModelConfig) -> None:
         if value not in off:
             idle = "null" if off[0] is None else off[0]
             raise UserError(f"model.{name}={value}: {what} is not supported", cure=f"set model.{name}={idle}")
-
-
-@dataclass(frozen=True, kw_only=True)
-class SFTTrainerConfig(TrainerConfig):
-    """The ``trainer`` block of train_gpt_sft.py."""
-
-    sft: SupervisedConfig = field(default_factory=SupervisedConfig)
-
-
-@dataclass(frozen=True, kw_only=True)
-class SFTModelConfig(ModelConfig):
-    """The ``model`` block of train_gpt_sft.py."""
-
-    restore_from_path: str
-    data: SFTDataConfig
-    answer_only_loss: bool = True
-
-
-@dataclass(frozen=True, kw_only=True)
-class SFTJob(Job):
-    """All settings of train_gpt_sft.py."""
-
-    model: SFTModelConfig
-    trainer: SFTTrainerConfig = field(default_factory=SFTTrainerConfig)
-    name: str = "megatron_gpt_sft"
-
-    @property
-    def loop(self) -> SupervisedConfig:
-        """See Job."""
-        return self.trainer.sft
-
-    @property
-    def block(self) -> str:
-        """See Job."""
-        return "trainer.sft"
-
-    @property
-    def pretrained(self) -> tuple[str, str]:
-        """See Job."""
-        return "model.restore_from_path", self.model.restore_from_path
-
-    @property
-    def batches(self) -> dict[str, tuple[int, int]]:
-        """See Job."""
-        splits = {"train_ds": self.model.data.train_ds, "validation_ds": self.model.data.validation_ds}
-        return {
-            f"model.data.{name}": (split.global_batch_size, split.micro_batch_size)
-            for name, split in splits.items()
-        }
-
-    @property
-    def files(self) -> Mapping[str, Sequence[str]]:
-        """See Job."""
-        data = self.model.data
-        return {
-            "model.data.train_ds.file_path": (data.train_ds.file_path,),
-            "model.data.validation_ds.file_path": (data.validation_ds.file_path,),
-        }
-
-    def check(self, world_size: int | None = None) -> None:
-        """See Job."""
-        Job.check(self, world_size)
-        if self.model.data.sample:
-            raise UserError(
-                "model.data.sample=True: drawing rows with replacement is not supported",
-                cure="set model.data.sample=False",
-            )
-
-
-@dataclass(frozen=True, kw_only=True)
-class RMConfig(SupervisedConfig):
-    """The ``trainer.rm`` block."""
-
-    train_random_sampler: bool = True  # a new order of pairs each epoch
-    val_random_sampler: bool = False  # validation in random order
-
-
-@dataclass(frozen=True, kw_only=True)
-class RMTrainerConfig(TrainerConfig):
-    """The ``trainer`` block of train_reward_model.py."""
-
-    rm: RMConfig = field(default_factory=RMConfig)
-
-
-@dataclass(frozen=True, kw_only=True)
-class PretrainedConfig:
-    """The ``pretrained_checkpoint`` block."""
-
-    restore_from_path: str  # a language model, or a reward model to go on with
-
-
-@dataclass(frozen=True, kw_only=True)
-class StandardizationConfig:
-    """The ``model.reward_standardization`` block."""
-
-    enable: bool = False  # serve (reward - mean) / std
-    mean: float | None = None
-    std: float | None = None
-
-
-@dataclass(frozen=True, kw_only=True)
-class RMModelConfig(ModelConfig):
-    """The ``model`` block of train_reward_model.py."""
-
-    data: PairDataConfig
-    reward_model_type: str = "binary_ranking"
-    regression: RegressionConfig = field(default_factory=RegressionConfig)
-    reward_standardization: StandardizationConfig = field(default_factory=StandardizationConfig)
-    output_sequence: bool = False
-    use_avg_pool: bool = False
-    force_head_dtype: str = "float32"
-    micro_batch_size: int = 2
-    global_batch_size: int = 64
-    forward_micro_batch_size: int | None = None
-
-    @property
-    def own_keys(self) -> dict[str, Any]:
-        """See ModelConfig."""
-        regression = self.regression
-        return {
-            "share_embeddings_and_output_weights": False,
-            "reward_model_type": self.reward_model_type,
-            "regression": {
-                "num_attributes": regression.num_attributes,
-                "merge_attributes": regression.merge_attributes,
-                "attribute_weights": regression.weights if regression.attribute_weights else None,
-                "loss_mask_val": regression.loss_mask_val,
-                "loss_func": regression.loss_func,
-            },
-            "output_sequence": self.output_sequence,
-            "use_avg_pool": self.use_avg_pool,
-            "force_head_dtype": self.force_head_dtype,
-        }
-
-
-@dataclass(frozen=True, kw_only=True)
-class RMJob(Job):
-    """All settings of train_reward_model.py."""
-
-    model: RMModelConfig
-    pretrained_checkpoint: PretrainedConfig
-    trainer: RMTrainerConfig = field(default_factory=RMTrainerConfig)
-    name: str = "megatron_gpt"
-
-    @property
-    def loop(self) -> SupervisedConfig:
-        """See Job."""
-        return self.trainer.rm
-
-    @property
-    def block(self) -> str:
-        """See Job."""
-        return "trainer.rm"
-
-    @property
-    def pretrained(self) -> tuple[str, str]:
-        """See Job."""
-        return "pretrained_checkpoint.restore_from_path", self.pretrained_checkpoint.restore_from_path
-
-    @property
-    def batches(self) -> dict[str, tuple[int, int]]:
-        """See Job."""
-        return {"model": (self.model.global_batch_size, self.model.micro_batch_size)}
-
-    @property
-    def files(self) -> Mapping[str, Sequence[str]]:
-        """See Job."""
-        return {"model.data.data_prefix": self.model.data.splits.paths}
-
-    def check(self, world_size: int | None = None) -> None:
-        """See Job."""
-        Job.check(self, world_size)
-        self.model.regression.check()

@@ -1,0 +1,29 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Serves a reward model over PyTriton, until SIGTERM, Ctrl-C or a client's request ends it.
+
+python examples/nlp/gpt/serve_reward_model.py rm_model_file=megatron_gpt.nemo
+"""
+
+from nemo_aligner.config.serve import RewardServerJob
+from nemo_aligner.launch.script import script
+
+
+@script("inference_rm", RewardServerJob)
+def main(job: RewardServerJob) -> None:
+    """Answer with the rewards of texts."""
+    from nemo_aligner import builders
+    from nemo_aligner.algorithms.reward_server import RewardModelServer
+
+    pretrained = builders.load_served_reward_model(job)
+    RewardModelServer(
+        model=pretrained.learner,
+        name=job.inference.model_name,
+        limits=builders.served_limits(job.model, pretrained),
+        rows=job.rows,
+        multiple=job.model.length_multiple,
+        settings=builders.reward_settings(job, pretrained),
+    ).run_server(builders.reward_server(job, pretrained))
+
+
+if __name__ == "__main__":
+    main()

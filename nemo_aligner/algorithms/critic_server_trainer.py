@@ -1,0 +1,215 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A critic that answers an actor and learns from what it is sent. Sees the model through its interface only."""
+
+import logging
+import signal
+import time
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
+
+from torch import Tensor
+
+from nemo_aligner.algorithms.served import judge, serve
+from nemo_aligner.batch import TokenBatch, ValueBatch
+from nemo_aligner.checkpoint.training import Checkpoint, TrainerState, TrainingCheckpoints, find_checkpoints
+from nemo_aligner.errors import UserError
+from nemo_aligner.models.alignable_interface import CriticModelInterface
+from nemo_aligner.objectives.protocol import Objective
+from nemo_aligner.parallel import collectives, world
+from nemo_aligner.run.experiment import Experiment
+from nemo_aligner.run.stop import SAVED_CODE, StoppedEarly, StopRequest
+from nemo_aligner.serving.inbox import Judged
+from nemo_aligner.serving.protocol import Health, Limits, Scalar, Ticket
+from nemo_aligner.serving.server import Server
+
+__all__ = ["CriticServerConfig", "CriticServerTrainer"]
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CriticServerConfig:
+    """Sizes and habits of a critic's job."""
+
+    name: str  # of the model, to tell clients
+    limits: Limits
+    global_batch_size: int  # rows of an optimizer step
+    micro_batch_size: int  # rows of a forward and backward pass on one rank
+    inference_rows: int  # rows of a forward pass on one data parallel rank
+    length_multiple: int  # of positions that rows are padded to
+    gives_rewards: bool  # for the reward model beside it
+    offload_optimizer: bool  # to CPU memory while it judges
+    actor_timeout: float | None  # seconds without a word from the actor after which the job saves and ends
+    settings: Mapping[str, Scalar]  # for the actor to compare with its own
+
+
+class CriticServerTrainer:
+    """Serves and trains ``model`` on ``objective``.
+
+    Args:
+        checkpoints: where it saves; None: nowhere.
+        load: puts the model where a checkpoint has it, or at the beginning; called on every rank.
+        start: the checkpoint that the model is at; None: the beginning.
+    """
+
+    def __init__(
+        self,
+        config: CriticServerConfig,
+        model: CriticModelInterface,
+        objective: Objective,
+        run: Experiment,
+        checkpoints: TrainingCheckpoints | None,
+        *,
+        load: Callable[[Checkpoint | None], None],
+        start: Checkpoint | None,
+    ) -> None:
+        self.config, self.model, self.objective, self.run = config, model, objective, run
+        self.checkpoints, self._load = checkpoints, load
+        self.state = start.state if start else TrainerState()
+        self._saved_step = self.state.step
+
+    def run_server(self, open_server: Callable[[], AbstractContextManager[Server]]) -> None:
+        """Answer the actor until it ends the run, a signal comes, or it is silent for too long. Called by every rank.
+
+        Raises:
+            StoppedEarly: a signal or the actor's silence ended it; what was learned is saved.
+        """
+        self.run.begin(self.state.step)
+        silence = 0.0
+
+        def should_stop(server: Server) -> bool:
+            nonlocal silence
+            silence = server.silent_seconds if self.state.algorithm else 0.0
+            timeout = self.config.actor_timeout
+            return request.number != 0 or (timeout is not None and silence > timeout)
+
+        with StopRequest() as request:
+            asked = serve(self, open_server, should_stop=should_stop)
+            if self.state.step > self._saved_step:
+                self.save(None)
+            number, silence = collectives.broadcast_object((request.number, silence))
+        if asked:
+            return
+        reason = signal.Signals(number).name if number else f"the actor was not heard for {silence:.0f} s"
+        saved = "nothing is saved" if self.checkpoints is None else "the same command goes on from there"
+        raise StoppedEarly(
+            f"stopped after step {self.state.step}: {reason}; {saved}",
+            exit_code=SAVED_CODE if self.checkpoints else 1,
+        )
+
+    def infer(self, batch: TokenBatch) -> Judged:
+        """See Worker."""
+        if self.config.offload_optimizer:
+            self.model.offload_optimizer()
+
+        def ask(mine: TokenBatch, micro: int) -> tuple[Tensor | None, Tensor | None]:
+            if self.config.gives_rewards:
+                return self.model.infer_rm_critic(mine, micro_batch_size=micro)
+            return None, self.model.values(mine, micro_batch_size=micro)
+
+        with world.phase("judging"):
+            return judge(batch, ask, rows=self.config.inference_rows, multiple=self.config.length_multiple)
+
+    def train(self, batch: ValueBatch, ticket: Ticket | None) -> float:
+        """Learn from a rollout, a global batch at a time; the mean loss. See Worker."""
+        size = self.config.global_batch_size
+        parts = batch.filled(-(-batch.num_rows // size) * size).split(size)
+        losses = [self._step(part) for part in parts]
+        known = {"run_id": ticket.run_id, "sequence": ticket.sequence} if ticket else {}
+        mean = sum(losses) / len(losses)
+        self.state = replace(
+            self.state,
+            consumed_samples=self.state.consumed_samples + batch.num_rows,
+            algorithm=self.state.algorithm | known | {"last_loss": mean},
+        )
+        if world.is_logging_rank():
+            told = f" of the actor's step {ticket.step}" if ticket else ""
+            logger.info(
+                "learned from %d answers%s: loss %.4f, step %d", batch.num_rows, told, mean, self.state.step
+            )
+        return mean
+
+    def _step(self, batch: ValueBatch) -> float:
+        """One optimizer step on a global batch that every rank has."""
+        started, step = time.perf_counter(), self.state.step + 1
+        multiple, ranks = self.config.length_multiple, world.dp_size()
+        longest = int(batch.lengths.max())
+        share = batch.num_rows // ranks
+        mine = batch.with_length(-(-longest // multiple) * multiple).take(
+            slice(world.dp_rank() * share, (world.dp_rank() + 1) * share)
+        )
+        with world.phase(f"step {step}"):
+            metrics = self.model.get_loss_and_metrics(
+                mine.split(self.config.micro_batch_size), self.objective, forward_only=False
+            )
+            metrics |= self.model.optimizer_step()
+        world.synchronize()
+        metrics["step_time"] = time.perf_counter() - started
+        self.state = replace(self.state, step=step)
+        self.run.log({f"train/{name}": value for name, value in metrics.items()}, step=step)
+        return metrics["loss"]
+
+    def save(self, ticket: Ticket | None) -> None:
+        """See Worker."""
+        if self.checkpoints is None:
+            raise UserError(
+                "this critic saves nothing: exp_manager.create_checkpoint_callback=False",
+                cure="set it to True in the critic's job, or to False in the actor's",
+            )
+        actors_step = {} if ticket is None else {"actor_step": ticket.step}
+        self.state = replace(self.state, algorithm=self.state.algorithm | actors_step)
+        if not self._is_saved():
+            self.checkpoints.save(self.state, steps_per_epoch=1)
+            self.checkpoints.finish()
+        self._saved_step = self.state.step
+
+    def _is_saved(self) -> bool:
+        assert self.checkpoints is not None
+        found = None
+        if world.is_logging_rank():
+            found = [checkpoint.state.step for checkpoint in find_checkpoints(self.checkpoints.folder)]
+        return self.state.step in (collectives.broadcast_object(found) or [])
+
+    def rewind(self, ticket: Ticket) -> None:
+        """See Worker."""
+        checkpoint = self._saved_at(ticket)
+        self._load(checkpoint)
+        self.state = checkpoint.state if checkpoint else TrainerState()
+        self._saved_step = self.state.step
+        self.run.begin(self.state.step)
+        if self.checkpoints is not None:
+            self.checkpoints.discard(lambda state: state.step > self.state.step)
+
+    def _saved_at(self, ticket: Ticket) -> Checkpoint | None:
+        """The checkpoint of that train request; None: the beginning."""
+        found: list[Checkpoint] = []
+        if world.is_logging_rank() and self.checkpoints is not None:
+            found = find_checkpoints(self.checkpoints.folder)
+        found = collectives.broadcast_object(found)
+        own = [one for one in found if one.state.algorithm.get("run_id") == ticket.run_id]
+        for checkpoint in own:
+            if checkpoint.state.algorithm["sequence"] == ticket.sequence:
+                return checkpoint
+        if ticket.sequence == 0:
+            return None
+        there = ", ".join(str(one.state.algorithm["sequence"]) for one in own) or "none"
+        raise UserError(
+            f"no checkpoint of this critic has learned from exactly {ticket.sequence} train requests; "
+            f"those that there are: {there}",
+            cure="let the actor go on from its newest checkpoint, or start both jobs anew in new folders",
+        )
+
+    def health(self) -> Health:
+        """See Worker."""
+        known, limits = self.state.algorithm, self.config.limits
+        return Health(
+            model=self.config.name,
+            step=self.state.step,
+            vocab_size=limits.vocab_size,
+            seq_length=limits.seq_length,
+            settings=self.config.settings,
+            run_id=known.get("run_id", ""),
+            sequence=known.get("sequence", 0),
+            last_loss=known.get("last_loss"),
+        )

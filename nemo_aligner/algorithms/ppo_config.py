@@ -1,0 +1,121 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The settings of PPO's loop and of its rollouts. Imports no torch, so that they are checked before it is loaded."""
+
+from dataclasses import dataclass, field
+
+from nemo_aligner.errors import UserError
+from nemo_aligner.models.sampling_config import SamplingConfig
+from nemo_aligner.objectives.config import CreditConfig, PolicyConfig
+from nemo_aligner.run.schedule import LoopConfig
+
+__all__ = ["LengthConfig", "PPOConfig", "RolloutConfig", "SamplingParams"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class PPOConfig(LoopConfig, CreditConfig):
+    """The ``trainer.ppo`` block of an actor."""
+
+    max_epochs: int = 1  # passes over the prompts
+    val_check_interval: int | float = 10  # steps between validations; a float is a share of an epoch
+    save_interval: int | float = 10  # steps between checkpoints; a float is a share of an epoch
+    num_ppo_epochs: int = 1  # passes over each rollout
+    critic_warmup_steps: int = 0  # rollouts that only the critic learns from, before the first step
+    rollout_batch_seq_length: int | None = None  # tokens that rollouts are padded to; null: their longest
+
+    def check(self, block: str) -> None:
+        """Refuse what would be no run; ``block`` is where these settings stand."""
+        LoopConfig.check(self, block)
+        CreditConfig.check(self, block)
+        for name, value, least in (
+            ("num_ppo_epochs", self.num_ppo_epochs, 1),
+            ("critic_warmup_steps", self.critic_warmup_steps, 0),
+        ):
+            if value < least:
+                raise UserError(
+                    f"{block}.{name}={value} is less than {least}", cure=f"set {block}.{name}={least} or more"
+                )
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingParams:
+    """The ``model.ppo.sampling_params`` block."""
+
+    use_greedy: bool = False  # take the most likely token
+    temperature: float = 1.0  # logits are divided by it
+    top_k: int = 0  # only the k most likely tokens; 0: all
+    top_p: float = 1.0  # only the most likely tokens that together have this probability; 0 or 1: all
+    min_p: float = 0.0  # only tokens at least this likely as a share of the most likely one's; 0: all
+    repetition_penalty: float = 1.0  # tokens that were written before become less likely; 1: never
+    add_BOS: bool = False
+    end_strings: tuple[str, ...] = ("<|endoftext|>", "<extra_id_1>")  # text that ends an answer, as EOS does
+
+
+@dataclass(frozen=True, kw_only=True)
+class LengthConfig:
+    """The ``model.ppo.length_params`` block."""
+
+    max_length: int | None = None  # tokens of an answer; null: half of what the model takes
+    min_length: int = 1  # no answer ends before it has this many tokens
+
+
+@dataclass(frozen=True, kw_only=True)
+class RolloutConfig(PolicyConfig):
+    """The ``model.ppo`` block."""
+
+    num_rollout_samples: int = 512  # answers of one rollout over all ranks
+    rollout_micro_batch_size: int = (
+        8  # answers that a rank writes at once, and rows of a request to the critic
+    )
+    forward_micro_batch_size: int | None = None  # rows of a forward pass for log-probs; null: as above
+    num_val_samples: int | None = None  # answers of a validation; null: as num_rollout_samples
+    val_rollout_micro_batch_size: int | None = (
+        None  # answers that a rank writes at once in validation; null: as above
+    )
+    offload_adam_states: bool = True  # to CPU memory while answers are written and judged
+    sampling_params: SamplingParams = field(default_factory=SamplingParams)
+    length_params: LengthConfig = field(default_factory=LengthConfig)
+
+    def check(self, block: str) -> None:
+        """Refuse values without a meaning; ``block`` is the block's name."""
+        PolicyConfig.check(self, block)
+        for name, value in (
+            ("num_rollout_samples", self.num_rollout_samples),
+            ("rollout_micro_batch_size", self.rollout_micro_batch_size),
+            ("forward_micro_batch_size", self.forward_micro_batch_size),
+            ("num_val_samples", self.num_val_samples),
+            ("val_rollout_micro_batch_size", self.val_rollout_micro_batch_size),
+            ("length_params.max_length", self.length_params.max_length),
+        ):
+            if value is not None and value < 1:
+                raise UserError(
+                    f"{block}.{name}={value} is not 1 or more", cure=f"set {block}.{name}=1 or more"
+                )
+        self.sampling(max_length=self.length_params.max_length or 1 << 30, seed=0).check(
+            f"{block}.sampling_params"
+        )
+
+    @property
+    def scoring_rows(self) -> int:
+        """Rows of a forward pass for log-probs."""
+        return self.forward_micro_batch_size or self.rollout_micro_batch_size
+
+    def sampling(self, *, max_length: int, seed: int) -> SamplingConfig:
+        """How answers are drawn.
+
+        Args:
+            max_length: tokens of an answer, where ``length_params`` leaves it open.
+            seed: of the draws.
+        """
+        params, lengths = self.sampling_params, self.length_params
+        return SamplingConfig(
+            use_greedy=params.use_greedy,
+            temperature=params.temperature,
+            top_k=params.top_k,
+            top_p=params.top_p,
+            min_p=params.min_p,
+            repetition_penalty=params.repetition_penalty,
+            end_strings=params.end_strings,
+            max_length=lengths.max_length or max_length,
+            min_length=lengths.min_length,
+            seed=seed,
+        )

@@ -1,0 +1,304 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From the settings of both servers to a reward model, a critic and what clients are told of them."""
+
+import hashlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from nemo_aligner.algorithms.critic_server_trainer import CriticServerConfig
+from nemo_aligner.builders.loaders import longest_sequence
+from nemo_aligner.builders.models import (
+    Pretrained,
+    load_tokenizer,
+    merged_config,
+    opened,
+    tokenizer_files,
+    unfilled,
+)
+from nemo_aligner.builders.runs import training_checkpoints
+from nemo_aligner.checkpoint.nemo_archive import WEIGHTS_NAME
+from nemo_aligner.checkpoint.sharded import load_model
+from nemo_aligner.checkpoint.training import Checkpoint, TrainingCheckpoints
+from nemo_aligner.config.base import ModelJob
+from nemo_aligner.config.serve import CriticJob, InferenceConfig, RewardServerJob, ServedModelConfig
+from nemo_aligner.data.tokenizer import Tokenizer
+from nemo_aligner.errors import UserError
+from nemo_aligner.models.gpt.critic import GPTCritic, RewardScale, RewardWeights
+from nemo_aligner.models.gpt.heads import HEAD_NAME, draw_head, fold_head, head_config
+from nemo_aligner.models.gpt.spare import SpareWeights
+from nemo_aligner.parallel import world
+from nemo_aligner.run.experiment import Experiment
+from nemo_aligner.run.progress import heartbeat
+from nemo_aligner.serving.protocol import Limits, Scalar
+from nemo_aligner.serving.server import Server, ServerConfig
+
+__all__ = [
+    "Critic",
+    "critic_checkpoints",
+    "critic_config",
+    "critic_server",
+    "load_critic",
+    "load_served_reward_model",
+    "reward_server",
+    "reward_settings",
+    "served_limits",
+    "tokenizer_probe",
+]
+
+PROBE = "The quick brown fox; naïve 12345 你好\n\tdef f(x): return x**2"
+
+
+def reward_scale(config: Mapping[str, Any]) -> RewardScale:
+    """From a reward model's numbers to its reward, as its model_config.yaml says."""
+    regression, standard = config.get("regression") or {}, config.get("reward_standardization") or {}
+    weights, outputs = None, int(regression.get("num_attributes") or 1)
+    if config["reward_model_type"] == "regression" and regression.get("merge_attributes"):
+        given = regression.get("attribute_weights")
+        weights = tuple(given) if given else (1 / outputs,) * outputs
+        if len(weights) != outputs:
+            raise UserError(
+                f"model.regression.attribute_weights has {len(weights)} numbers, and the reward model gives {outputs}",
+                cure="give one weight for each attribute",
+            )
+    if not standard.get("enable"):
+        return RewardScale(weights=weights)
+    if standard.get("mean") is None or not standard.get("std"):
+        raise UserError(
+            f"model.reward_standardization.enable=True, with mean={standard.get('mean')} and std={standard.get('std')}",
+            cure="set model.reward_standardization.mean and .std (above 0) to those of the reward model's rewards",
+        )
+    return RewardScale(weights=weights, mean=float(standard["mean"]), std=float(standard["std"]))
+
+
+@world.phase("loading the model")
+def load_served_reward_model(job: RewardServerJob) -> Pretrained[GPTCritic]:
+    """The reward model of rm_model_file.
+
+    Raises:
+        UserError: it is none, damaged, or does not fit the layout or the overrides.
+    """
+    with opened(job, None) as archive:
+        config = job.model.over(merged_config(job.model, archive))
+        head = head_config(config)
+        if head is None or "reward_model_type" not in archive.config:
+            raise _no_reward_model(job)
+        built, gpt = unfilled(job, config, head=head)
+        with heartbeat("loading weights", enabled=world.is_logging_rank()):
+            load_model(built, archive.weights)
+        tokenizer, files = load_tokenizer(archive, gpt.vocab_size), tokenizer_files(archive)
+    model = GPTCritic(built, head=head, scale=reward_scale(config), seed=job.model.seed)
+    return Pretrained(learner=model, tokenizer=tokenizer, config=config, files=files)
+
+
+def _no_reward_model(job: ModelJob) -> UserError:
+    key, path = job.pretrained
+    return UserError(
+        f"{key}={path} is a language model, and gives no rewards",
+        cure="train_reward_model.py makes one of it",
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Critic(Pretrained[GPTCritic]):
+    """A critic, and how it begins anew."""
+
+    start_again: Callable[[], None]  # puts the weights and the optimizer where they were at the beginning
+
+
+@world.phase("loading the model")
+def load_critic(job: CriticJob) -> Critic:
+    """A critic that starts from a reward model's weights, with that reward model beside it where it serves both.
+
+    Its head starts as what gives the reward, standardised and merged as that is, so values start on its scale.
+
+    Raises:
+        UserError: the checkpoint is not there, damaged, or does not fit the layout or the overrides.
+    """
+    combined = job.trainer.ppo.combine_rm_and_critic_server
+    with opened(job, None) as archive:
+        is_reward_model = "reward_model_type" in archive.config
+        if combined and not is_reward_model:
+            raise _no_reward_model(job)
+        config = {"reward_model_type": "binary_ranking", **merged_config(job.model, archive)}
+        config = job.model.over(config)
+        head = head_config(config)
+        assert head is not None
+        config["share_embeddings_and_output_weights"] = False
+        built, gpt = unfilled(job, config, head=head)
+        with heartbeat("loading weights", enabled=world.is_logging_rank()):
+            load_model(built, archive.weights, but=None if is_reward_model else HEAD_NAME)
+        tokenizer, files = load_tokenizer(archive, gpt.vocab_size), tokenizer_files(archive)
+    scale = reward_scale(config)
+    if not is_reward_model:
+        draw_head(built, seed=job.model.seed)
+    reward = RewardWeights(spare=SpareWeights(built), outputs=head.outputs) if combined else None
+    _give_one_value(job, built, scale, outputs=head.outputs)
+    learner = GPTCritic(built, head=replace(head, outputs=1), scale=scale, reward=reward, seed=job.model.seed)
+    learner.prepare_training(
+        job.model.optim,
+        clip_grad=job.trainer.ppo.gradient_clip_val,
+        max_steps=job.trainer.ppo.max_steps,
+    )
+    saved = {
+        **config,
+        "reward_model_type": "binary_ranking",
+        "regression": {},
+        "reward_standardization": {"enable": False, "mean": None, "std": None},
+        "output_sequence": True,
+    }
+    return Critic(
+        learner=learner,
+        tokenizer=tokenizer,
+        config=saved,
+        files=files,
+        start_again=_beginning(job, learner),
+    )
+
+
+def _give_one_value(job: CriticJob, built: torch.nn.Module, scale: RewardScale, *, outputs: int) -> None:
+    if outputs > 1 and scale.weights is None:
+        raise UserError(
+            f"the reward model of {job.pretrained[0]}={job.pretrained[1]} gives {outputs} attributes, and PPO learns "
+            "from one reward",
+            cure="set model.regression.merge_attributes=True, and model.regression.attribute_weights to their weights",
+        )
+    if scale != RewardScale():
+        fold_head(built, weights=scale.weights or (1.0,), mean=scale.mean, std=scale.std)
+
+
+def _beginning(job: CriticJob, learner: GPTCritic) -> Callable[[], None]:
+    heads = {
+        name: value.detach().clone()
+        for name, value in learner.model.named_parameters()
+        if HEAD_NAME in name.split(".")
+    }
+
+    def start_again() -> None:
+        with opened(job, None) as archive, torch.no_grad():
+            load_model(learner.model, archive.weights, but=HEAD_NAME)
+            for name, value in learner.model.named_parameters():
+                if name in heads:
+                    value.copy_(heads[name])
+        learner.prepare_training(
+            job.model.optim,
+            clip_grad=job.trainer.ppo.gradient_clip_val,
+            max_steps=job.trainer.ppo.max_steps,
+        )
+
+    return start_again
+
+
+def critic_checkpoints(
+    job: CriticJob, run: Experiment, critic: Critic
+) -> tuple[TrainingCheckpoints | None, Callable[[Checkpoint | None], None]]:
+    """Where the critic saves, and what puts it where a checkpoint (None: the beginning) has it."""
+    # Two: until the actor has saved too, its pair is the one before.
+    checkpoints = training_checkpoints(job, run, critic, keep_newest=2)
+
+    def load(checkpoint: Checkpoint | None) -> None:
+        if checkpoint is None:
+            critic.start_again()
+        else:
+            assert checkpoints is not None
+            load_model(critic.learner.model, checkpoint.path / WEIGHTS_NAME)
+            checkpoints.restore(checkpoint)
+
+    return checkpoints, load
+
+
+def served_limits(model: ServedModelConfig, pretrained: Pretrained[GPTCritic]) -> Limits:
+    """What the model can take."""
+    gpt = pretrained.learner.model.gpt_config
+    longest = longest_sequence("model.encoder_seq_length", gpt.encoder_seq_length, gpt, model.length_multiple)
+    return Limits(vocab_size=gpt.vocab_size, seq_length=longest)
+
+
+def tokenizer_probe(tokenizer: Tokenizer | None) -> str:
+    """Equal for tokenizers that cut a text of many kinds alike; "" where there is none."""
+    if tokenizer is None:
+        return ""
+    return hashlib.blake2b(repr(list(tokenizer.encode(PROBE))).encode(), digest_size=8).hexdigest()
+
+
+def critic_config(job: CriticJob, critic: Critic) -> CriticServerConfig:
+    """What the critic's trainer needs of the settings."""
+    model, config = job.model, job.trainer.ppo
+    settings: dict[str, Scalar] = {
+        "trainer.ppo.inference_micro_batch_size": job.rows,
+        "data_parallel_size": world.dp_size(),
+        "combine_rm_and_critic_server": config.combine_rm_and_critic_server,
+        "tokenizer": tokenizer_probe(critic.tokenizer),
+        "saves": job.exp_manager.create_checkpoint_callback,
+    }
+    return CriticServerConfig(
+        name=job.exp_manager.name,
+        limits=served_limits(model, critic),
+        global_batch_size=model.global_batch_size,
+        micro_batch_size=model.micro_batch_size,
+        inference_rows=job.rows,
+        length_multiple=model.length_multiple,
+        gives_rewards=config.combine_rm_and_critic_server,
+        offload_optimizer=model.offload_adam_states,
+        actor_timeout=config.actor_timeout,
+        settings=settings,
+    )
+
+
+def reward_settings(job: RewardServerJob, pretrained: Pretrained[GPTCritic]) -> dict[str, Scalar]:
+    """What an actor compares with its own settings."""
+    return {
+        "inference.inference_micro_batch_size": job.rows,
+        "data_parallel_size": world.dp_size(),
+        "tokenizer": tokenizer_probe(pretrained.tokenizer),
+    }
+
+
+def critic_server(job: CriticJob, critic: Critic) -> Callable[[], Server]:
+    """What opens the critic's server, on rank 0."""
+    config = job.trainer.ppo
+    return _opener(
+        ServerConfig(
+            setting="trainer.ppo",
+            port=config.port,
+            ip=config.ip,
+            infer="critic_infer",
+            train="critic_train",
+            save="critic_save",
+            num_rewards=1 if config.combine_rm_and_critic_server else 0,
+            has_values=True,
+            max_rows=job.rows * world.dp_size(),
+            length_multiple=config.strip_sequence_length_to_multiple,
+            linger_seconds=config.max_queue_delay_microseconds / 1e6,
+        ),
+        served_limits(job.model, critic),
+        critic.tokenizer,
+    )
+
+
+def reward_server(job: RewardServerJob, pretrained: Pretrained[GPTCritic]) -> Callable[[], Server]:
+    """What opens the reward model's server, on rank 0."""
+    config: InferenceConfig = job.inference
+    learner = pretrained.learner
+    return _opener(
+        ServerConfig(
+            setting="inference",
+            port=config.port,
+            ip=config.ip,
+            infer=config.model_name,
+            num_rewards=1 if learner.scale.weights else learner.head.outputs,
+            has_values=False,
+            max_rows=job.rows * world.dp_size(),
+            length_multiple=config.strip_sequence_length_to_multiple,
+            linger_seconds=config.max_queue_delay_microseconds / 1e6,
+        ),
+        served_limits(job.model, pretrained),
+        pretrained.tokenizer,
+    )
+
+
+def _opener(config: ServerConfig, limits: Limits, tokenizer: Tokenizer | None) -> Callable[[], Server]:
+    encode = tokenizer.encode if tokenizer else None
+    return lambda: Server(config, limits, encode=encode)

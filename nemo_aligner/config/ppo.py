@@ -1,0 +1,210 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The settings of train_gpt_ppo_actor.py."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from nemo_aligner.algorithms.ppo_config import PPOConfig, RolloutConfig
+from nemo_aligner.config.base import Job, ModelConfig, PretrainedConfig, TrainerConfig
+from nemo_aligner.data.config import PromptDataConfig
+from nemo_aligner.errors import UserError
+
+__all__ = ["ActorJob", "ActorModelConfig", "RemoteConfig"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrtLlmConfig:
+    """The ``trainer.ppo.trt_llm`` block: only off."""
+
+    enable: bool = False
+    reshard: bool = False
+    max_input_len: int | None = None
+    seed: int | None = None
+    model_type: str = "llama"
+    unload_engine_train: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class ActorConfig(PPOConfig):
+    """The ``trainer.ppo`` block."""
+
+    trt_llm: TrtLlmConfig = field(default_factory=TrtLlmConfig)
+    model_gbs: int | None = None
+    model_mbs: int | None = None
+
+    def check(self, block: str) -> None:
+        """See PPOConfig."""
+        PPOConfig.check(self, block)
+        if self.trt_llm.enable:
+            raise UserError(
+                f"{block}.trt_llm.enable=True: TensorRT-LLM is not supported; answers are written by the model "
+                "that learns",
+                cure=f"set {block}.trt_llm.enable=False",
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ActorTrainerConfig(TrainerConfig):
+    """The ``trainer`` block."""
+
+    ppo: ActorConfig = field(default_factory=ActorConfig)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ActorRolloutConfig(RolloutConfig):
+    """The ``model.ppo`` block."""
+
+    trt_llm: TrtLlmConfig = field(default_factory=TrtLlmConfig)
+    combine_rm_and_critic_server: bool | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ActorModelConfig(ModelConfig):
+    """The ``model`` block."""
+
+    data: PromptDataConfig
+    ppo: ActorRolloutConfig = field(default_factory=ActorRolloutConfig)
+    micro_batch_size: int = 1
+    global_batch_size: int = 64
+
+
+@dataclass(frozen=True, kw_only=True)
+class RewardRemoteConfig:
+    """The ``remote_critic_rm.reward_model`` block."""
+
+    name: str = "reward_model"
+    ip: str = "localhost"
+    port: int = 5555
+    stop_at_end: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class CriticNamesConfig:
+    """The ``remote_critic_rm.critic.name`` block."""
+
+    train: str = "critic_train"
+    infer: str = "critic_infer"
+    save: str = "critic_save"
+
+
+@dataclass(frozen=True, kw_only=True)
+class CriticRemoteConfig:
+    """The ``remote_critic_rm.critic`` block."""
+
+    name: CriticNamesConfig = field(default_factory=CriticNamesConfig)
+    ip: str = "localhost"
+    port: int = 5556
+    stop_at_end: bool = True
+
+
+@dataclass(frozen=True, kw_only=True)
+class RemoteConfig:
+    """The ``remote_critic_rm`` block."""
+
+    pad_to_length: int | None = None
+    combine_rm_and_critic_server: bool = True
+    start_timeout: float = 6000.0
+    return_timeout: float = 600.0
+    reply_timeout: float = 3600.0
+    reward_model: RewardRemoteConfig = field(default_factory=RewardRemoteConfig)
+    critic: CriticRemoteConfig = field(default_factory=CriticRemoteConfig)
+
+    def check(self, block: str) -> None:
+        """Refuse what cannot be waited for or connected to."""
+        for name, value in (
+            ("start_timeout", self.start_timeout),
+            ("return_timeout", self.return_timeout),
+            ("reply_timeout", self.reply_timeout),
+        ):
+            if value <= 0:
+                raise UserError(
+                    f"{block}.{name}={value} is no time to wait", cure=f"set {block}.{name} above 0 seconds"
+                )
+        if not self.combine_rm_and_critic_server and (self.critic.ip, self.critic.port) == (
+            self.reward_model.ip,
+            self.reward_model.port,
+        ):
+            raise UserError(
+                f"{block}.critic and {block}.reward_model have one address, {self.critic.ip}:{self.critic.port}, "
+                f"and {block}.combine_rm_and_critic_server=False",
+                cure=f"set {block}.reward_model.port to that of serve_reward_model.py",
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ActorJob(Job):
+    """All settings of train_gpt_ppo_actor.py."""
+
+    model: ActorModelConfig
+    pretrained_checkpoint: PretrainedConfig
+    trainer: ActorTrainerConfig = field(default_factory=ActorTrainerConfig)
+    remote_critic_rm: RemoteConfig = field(default_factory=RemoteConfig)
+    name: str = "megatron_gpt_ppo_actor"
+
+    @property
+    def loop(self) -> ActorConfig:
+        """See Job."""
+        return self.trainer.ppo
+
+    @property
+    def block(self) -> str:
+        """See Job."""
+        return "trainer.ppo"
+
+    @property
+    def pretrained(self) -> tuple[str, str]:
+        """See Job."""
+        return "pretrained_checkpoint.restore_from_path", self.pretrained_checkpoint.restore_from_path
+
+    @property
+    def batches(self) -> dict[str, tuple[int, int]]:
+        """See Job."""
+        return {"model": (self.model.global_batch_size, self.model.micro_batch_size)}
+
+    @property
+    def files(self) -> Mapping[str, Sequence[str]]:
+        """See Job."""
+        return {"model.data.data_prefix": self.model.data.splits.paths}
+
+    def check(self, world_size: int | None = None) -> None:
+        """See Job."""
+        Job.check(self, world_size)
+        model, remote, rollout = self.model, self.remote_critic_rm, self.model.ppo
+        rollout.check("model.ppo")
+        remote.check("remote_critic_rm")
+        whole, step = rollout.num_rollout_samples, model.global_batch_size
+        if whole % step:
+            raise UserError(
+                f"model.ppo.num_rollout_samples={whole} is not a multiple of model.global_batch_size={step}: a rollout "
+                "is learned from in whole batches",
+                cure=f"set model.ppo.num_rollout_samples={-(-whole // step) * step}, or another "
+                "model.global_batch_size",
+            )
+        self._check_copies()
+
+    def _check_copies(self) -> None:
+        """Settings that NeMo's files repeat under a second name mean one thing."""
+        config, model = self.trainer.ppo, self.model
+        for name, value, other, counts in (
+            ("trainer.ppo.model_gbs", config.model_gbs, "model.global_batch_size", model.global_batch_size),
+            ("trainer.ppo.model_mbs", config.model_mbs, "model.micro_batch_size", model.micro_batch_size),
+            (
+                "model.ppo.combine_rm_and_critic_server",
+                model.ppo.combine_rm_and_critic_server,
+                "remote_critic_rm.combine_rm_and_critic_server",
+                self.remote_critic_rm.combine_rm_and_critic_server,
+            ),
+            (
+                "model.ppo.trt_llm.enable",
+                model.ppo.trt_llm.enable or None,
+                "trainer.ppo.trt_llm.enable",
+                False,
+            ),
+        ):
+            if value is not None and value != counts:
+                raise UserError(
+                    f"{name}={value}, but {other}={counts}, which says the same",
+                    cure=f"set {other}={value}"
+                    if other != "trainer.ppo.trt_llm.enable"
+                    else f"set {name}=False: TensorRT-LLM is not supported",
+                )

@@ -1,0 +1,112 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The settings of train_reward_model.py."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from nemo_aligner.config.base import Job, ModelConfig, PretrainedConfig, TrainerConfig
+from nemo_aligner.data.config import PairDataConfig
+from nemo_aligner.objectives.config import RegressionConfig
+from nemo_aligner.run.schedule import SupervisedConfig
+
+__all__ = ["RMConfig", "RMJob", "RMModelConfig", "RMTrainerConfig", "StandardizationConfig"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RMConfig(SupervisedConfig):
+    """The ``trainer.rm`` block."""
+
+    train_random_sampler: bool = True  # a new order of pairs each epoch
+    val_random_sampler: bool = False  # validation in random order
+
+
+@dataclass(frozen=True, kw_only=True)
+class RMTrainerConfig(TrainerConfig):
+    """The ``trainer`` block of train_reward_model.py."""
+
+    rm: RMConfig = field(default_factory=RMConfig)
+
+
+@dataclass(frozen=True, kw_only=True)
+class StandardizationConfig:
+    """The ``model.reward_standardization`` block."""
+
+    enable: bool = False  # serve (reward - mean) / std
+    mean: float | None = None
+    std: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class RMModelConfig(ModelConfig):
+    """The ``model`` block of train_reward_model.py."""
+
+    data: PairDataConfig
+    reward_model_type: str = "binary_ranking"
+    regression: RegressionConfig = field(default_factory=RegressionConfig)
+    reward_standardization: StandardizationConfig = field(default_factory=StandardizationConfig)
+    output_sequence: bool = False
+    use_avg_pool: bool = False
+    force_head_dtype: str = "float32"
+    micro_batch_size: int = 2
+    global_batch_size: int = 64
+    forward_micro_batch_size: int | None = None
+
+    @property
+    def own_keys(self) -> dict[str, Any]:
+        """See ModelConfig."""
+        regression = self.regression
+        return {
+            "share_embeddings_and_output_weights": False,
+            "reward_model_type": self.reward_model_type,
+            "regression": {
+                "num_attributes": regression.num_attributes,
+                "merge_attributes": regression.merge_attributes,
+                "attribute_weights": regression.weights if regression.attribute_weights else None,
+                "loss_mask_val": regression.loss_mask_val,
+                "loss_func": regression.loss_func,
+            },
+            "output_sequence": self.output_sequence,
+            "use_avg_pool": self.use_avg_pool,
+            "force_head_dtype": self.force_head_dtype,
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class RMJob(Job):
+    """All settings of train_reward_model.py."""
+
+    model: RMModelConfig
+    pretrained_checkpoint: PretrainedConfig
+    trainer: RMTrainerConfig = field(default_factory=RMTrainerConfig)
+    name: str = "megatron_gpt"
+
+    @property
+    def loop(self) -> SupervisedConfig:
+        """See Job."""
+        return self.trainer.rm
+
+    @property
+    def block(self) -> str:
+        """See Job."""
+        return "trainer.rm"
+
+    @property
+    def pretrained(self) -> tuple[str, str]:
+        """See Job."""
+        return "pretrained_checkpoint.restore_from_path", self.pretrained_checkpoint.restore_from_path
+
+    @property
+    def batches(self) -> dict[str, tuple[int, int]]:
+        """See Job."""
+        return {"model": (self.model.global_batch_size, self.model.micro_batch_size)}
+
+    @property
+    def files(self) -> Mapping[str, Sequence[str]]:
+        """See Job."""
+        return {"model.data.data_prefix": self.model.data.splits.paths}
+
+    def check(self, world_size: int | None = None) -> None:
+        """See Job."""
+        Job.check(self, world_size)
+        self.model.regression.check()

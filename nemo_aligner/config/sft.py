@@ -1,0 +1,79 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The settings of train_gpt_sft.py."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from nemo_aligner.config.base import Job, ModelConfig, TrainerConfig
+from nemo_aligner.data.config import SFTDataConfig
+from nemo_aligner.errors import UserError
+from nemo_aligner.run.schedule import SupervisedConfig
+
+__all__ = ["SFTJob", "SFTModelConfig", "SFTTrainerConfig"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SFTTrainerConfig(TrainerConfig):
+    """The ``trainer`` block of train_gpt_sft.py."""
+
+    sft: SupervisedConfig = field(default_factory=SupervisedConfig)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SFTModelConfig(ModelConfig):
+    """The ``model`` block of train_gpt_sft.py."""
+
+    restore_from_path: str
+    data: SFTDataConfig
+    answer_only_loss: bool = True
+
+
+@dataclass(frozen=True, kw_only=True)
+class SFTJob(Job):
+    """All settings of train_gpt_sft.py."""
+
+    model: SFTModelConfig
+    trainer: SFTTrainerConfig = field(default_factory=SFTTrainerConfig)
+    name: str = "megatron_gpt_sft"
+
+    @property
+    def loop(self) -> SupervisedConfig:
+        """See Job."""
+        return self.trainer.sft
+
+    @property
+    def block(self) -> str:
+        """See Job."""
+        return "trainer.sft"
+
+    @property
+    def pretrained(self) -> tuple[str, str]:
+        """See Job."""
+        return "model.restore_from_path", self.model.restore_from_path
+
+    @property
+    def batches(self) -> dict[str, tuple[int, int]]:
+        """See Job."""
+        splits = {"train_ds": self.model.data.train_ds, "validation_ds": self.model.data.validation_ds}
+        return {
+            f"model.data.{name}": (split.global_batch_size, split.micro_batch_size)
+            for name, split in splits.items()
+        }
+
+    @property
+    def files(self) -> Mapping[str, Sequence[str]]:
+        """See Job."""
+        data = self.model.data
+        return {
+            "model.data.train_ds.file_path": (data.train_ds.file_path,),
+            "model.data.validation_ds.file_path": (data.validation_ds.file_path,),
+        }
+
+    def check(self, world_size: int | None = None) -> None:
+        """See Job."""
+        Job.check(self, world_size)
+        if self.model.data.sample:
+            raise UserError(
+                "model.data.sample=True: drawing rows with replacement is not supported",
+                cure="set model.data.sample=False",
+            )

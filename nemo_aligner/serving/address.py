@@ -1,0 +1,59 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where a server listens: on this machine alone, unless it is told otherwise or its job has several nodes."""
+
+import socket
+from collections.abc import Mapping
+
+from nemo_aligner.errors import UserError
+
+__all__ = ["ANY", "LOCAL", "job_name", "listening_host", "resolve"]
+
+LOCAL = "127.0.0.1"
+ANY = "0.0.0.0"
+
+
+def listening_host(environ: Mapping[str, str]) -> str:
+    """Where to listen when no setting says: 127.0.0.1, or under a Slurm job of several nodes the name of this node.
+
+    Raises:
+        UserError: Slurm does not tell the node's name.
+
+    >>> listening_host({"SLURM_JOB_NUM_NODES": "1", "SLURMD_NODENAME": "n1"})
+    '127.0.0.1'
+    >>> listening_host({"SLURM_JOB_NUM_NODES": "1", "SLURM_HET_SIZE": "2", "SLURMD_NODENAME": "n1"})
+    'n1'
+    """
+    counts = ("SLURM_JOB_NUM_NODES", "SLURM_NNODES", "SLURM_HET_SIZE")
+    several = any(int(environ.get(name) or 1) > 1 for name in counts)
+    # Steps of a heterogeneous job may lack its size, but know the nodes of each group.
+    if not several and "SLURM_JOB_NODELIST_HET_GROUP_1" not in environ:
+        return LOCAL
+    if name := environ.get("SLURMD_NODENAME"):
+        return name
+    raise UserError(
+        "this is a Slurm job of several nodes, but SLURMD_NODENAME is not set, so the node's address is not known",
+        cure="start the server with srun, or set the address to listen on",
+    )
+
+
+def resolve(host: str, *, setting: str) -> str:
+    """The IPv4 address of a host.
+
+    Raises:
+        UserError: the name is not known here; ``setting`` says where it came from.
+
+    >>> resolve("localhost", setting="remote_critic_rm.critic.ip")
+    '127.0.0.1'
+    """
+    try:
+        return socket.gethostbyname(host)
+    except OSError as error:
+        raise UserError(
+            f"{setting}={host} is no host that this machine knows: {error}",
+            cure=f"set {setting} to a host name or an IPv4 address",
+        ) from None
+
+
+def job_name(environ: Mapping[str, str]) -> str:
+    """What both jobs of a run call it: the id of their Slurm job, of its leader where it is heterogeneous."""
+    return environ.get("SLURM_HET_JOB_ID") or environ.get("SLURM_JOB_ID") or "local"

@@ -1,0 +1,304 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Asks a critic and a reward model in other jobs, or does without. Replies come as futures, so that an actor works on.
+
+A critic that is started again has learned from fewer rollouts than its actor has sent. The client keeps those since
+the last pair of checkpoints and sends them once more, so that each reply is that of the undisturbed run.
+"""
+
+import logging
+import os
+import threading
+import time
+from collections.abc import Mapping
+from concurrent.futures import Future, wait
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any, Self, TypeVar
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from nemo_aligner.batch import TokenBatch, ValueBatch
+from nemo_aligner.errors import UserError
+from nemo_aligner.serving import wire
+from nemo_aligner.serving.line import Lane, Line, Remote
+from nemo_aligner.serving.protocol import Health, Refusal, Ticket
+
+__all__ = ["CriticNames", "NoCritic", "Remote", "RemoteCritic", "RemoteReward"]
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+NUM_ASKING = 4  # requests to infer that are under way at once
+BEHIND_DELAY_SECONDS = 1.0  # between two looks whether another rank's client has taught the critic
+
+
+@dataclass(frozen=True, kw_only=True)
+class CriticNames:
+    """Endpoints of a critic, as its job names them."""
+
+    infer: str = "critic_infer"
+    train: str = "critic_train"
+    save: str = "critic_save"
+
+
+class _Client:
+    """What both clients do: a line, threads that wait for replies, health and stop."""
+
+    def __init__(self, remote: Remote, *, pad_to_length: int | None, environ: Mapping[str, str]) -> None:
+        self._line = Line(remote, environ=environ)
+        self._asking = Lane(f"ask-{remote.port}", workers=NUM_ASKING)
+        self._pad_to_length = pad_to_length
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End the threads and their waits."""
+        self._line.close()
+        self._asking.close()
+
+    def health(self) -> Health:
+        """What the server tells of itself; waits for one that is not up yet.
+
+        Raises:
+            UserError: it did not come up in time, or speaks another version of the protocol.
+        """
+        return wire.read_health(self._line.call(wire.HEALTH, wire.save_arrays()))
+
+    def stop(self) -> bool:
+        """Ask the server to end; whether it has heard."""
+        return self._line.call_once(wire.STOP, wire.save_arrays())
+
+    def _infer_arrays(self, batch: TokenBatch, ticket: Ticket | None) -> dict[str, NDArray[Any]]:
+        if self._pad_to_length is not None and batch.seq_length > self._pad_to_length:
+            section = self._line.remote.setting.rpartition(".")[0]
+            raise UserError(
+                f"{section}.pad_to_length={self._pad_to_length} is less than the {batch.seq_length} tokens of a batch",
+                cure=f"set {section}.pad_to_length={batch.seq_length} or more, or null",
+            )
+        return wire.infer_arrays(batch, pad_to_length=self._pad_to_length, ticket=ticket)
+
+
+class RemoteReward(_Client):
+    """A reward model in another job.
+
+    Args:
+        name: of its endpoint.
+        pad_to_length: columns that each request is padded to; None sends the batch's.
+    """
+
+    def __init__(
+        self,
+        remote: Remote,
+        *,
+        name: str = "reward_model",
+        pad_to_length: int | None = None,
+        environ: Mapping[str, str] = os.environ,
+    ) -> None:
+        super().__init__(remote, pad_to_length=pad_to_length, environ=environ)
+        self._name = name
+
+    def infer(self, batch: TokenBatch, *, ticket: Ticket | None = None) -> Future[Tensor]:
+        """Rewards [B], or [B, A] of a model with several attributes. With a ticket the rows are judged by themselves.
+
+        Raises:
+            UserError: in the future's result.
+        """
+        arrays = self._infer_arrays(batch, ticket)
+
+        def ask() -> Tensor:
+            rewards, _ = wire.read_infer_reply(self._line.call(self._name, arrays), batch)
+            if rewards is None:
+                raise UserError(f"{self._line.name} gives no rewards", cure="serve a reward model there")
+            return rewards
+
+        return self._asking.submit(ask)
+
+
+@dataclass(kw_only=True)
+class _Lesson:
+    """A train request that a critic which comes back may have to be sent again."""
+
+    arrays: dict[str, NDArray[Any]]
+    loss: float | None = None
+
+
+class RemoteCritic(_Client):
+    """A critic in another job, and the reward model beside it or in a third.
+
+    Args:
+        reward: the reward model where it has a job of its own; None: the critic's job gives rewards too.
+        run_id: of the actor's run. Its requests are computed as they are composed, by weights that have learned from
+            exactly the rollouts sent before.
+        sequence: train requests of that run that the actor's checkpoint knows of.
+    """
+
+    def __init__(
+        self,
+        remote: Remote,
+        *,
+        run_id: str,
+        names: CriticNames | None = None,
+        reward: RemoteReward | None = None,
+        pad_to_length: int | None = None,
+        sequence: int = 0,
+        environ: Mapping[str, str] = os.environ,
+    ) -> None:
+        super().__init__(remote, pad_to_length=pad_to_length, environ=environ)
+        self._names = names or CriticNames()
+        self._reward = reward
+        self._run_id = run_id
+        self._step = 0
+        self._teaching = Lane(f"teach-{remote.port}")
+        self._asked: list[Future[tuple[Tensor, Tensor]]] = []
+        self._lessons: dict[int, _Lesson] = {}
+        # Lessons reach the critic in order, whether for the first time or again.
+        self._teaching_lock = threading.RLock()
+        self.sequence = sequence  # to be set by ranks that ask but do not teach
+
+    def close(self) -> None:
+        """End the threads and their waits, those of the reward model too."""
+        super().close()
+        self._teaching.close()
+        if self._reward:
+            self._reward.close()
+
+    def infer_rm_critic(self, batch: TokenBatch) -> Future[tuple[Tensor, Tensor]]:
+        """(rewards [B], values [B, S] of the state before each token).
+
+        Raises:
+            UserError: in the future's result.
+        """
+        ticket = self._ticket()
+        rewards = self._reward.infer(batch, ticket=ticket) if self._reward else None
+        arrays = self._infer_arrays(batch, ticket)
+
+        def ask() -> tuple[Tensor, Tensor]:
+            own, values = wire.read_infer_reply(
+                self._call(self._names.infer, arrays, needed=ticket.sequence), batch
+            )
+            found = rewards.result() if rewards else own
+            if found is None or values is None:
+                missing = "rewards" if found is None else "values"
+                raise UserError(
+                    f"{self._line.name} gives no {missing}",
+                    cure="set combine_rm_and_critic_server alike in both jobs",
+                )
+            return found, values
+
+        asked = self._asking.submit(ask)
+        self._asked = [*(future for future in self._asked if not future.done()), asked]
+        return asked
+
+    def train(self, batch: ValueBatch, *, step: int) -> Future[float]:
+        """The critic's loss on a rollout of the actor's ``step``.
+
+        The critic learns from it once, after what it was asked and taught before.
+
+        Raises:
+            UserError: in the future's result; what the critic failed at is in its message.
+        """
+        self.sequence += 1
+        self._step = step
+        number, ticket = self.sequence, self._ticket()
+        lesson = _Lesson(arrays=wire.train_arrays(batch, ticket))
+        self._lessons[number] = lesson
+        asked_before = self._asked
+
+        def teach() -> float:
+            wait(asked_before)
+            with self._teaching_lock:
+                if lesson.loss is None:
+                    reply = self._call(self._names.train, lesson.arrays, needed=number - 1)
+                    lesson.loss = wire.read_loss(reply)
+                return lesson.loss
+
+        return self._teaching.submit(teach)
+
+    def save(self) -> Future[None]:
+        """Have the critic saved, with all that it was sent before."""
+        ticket = self._ticket()
+
+        def ask() -> None:
+            self._call(self._names.save, wire.save_arrays(ticket), needed=ticket.sequence)
+
+        return self._teaching.submit(ask)
+
+    def committed(self, sequence: int) -> None:
+        """The pair of checkpoints with ``sequence`` train requests is complete: neither job starts from before it."""
+        for number in [number for number in self._lessons if number <= sequence]:
+            del self._lessons[number]
+
+    def _ticket(self) -> Ticket:
+        return Ticket(run_id=self._run_id, step=self._step, sequence=self.sequence)
+
+    def _call(self, endpoint: str, arrays: wire.Arrays, *, needed: int) -> dict[str, NDArray[np.generic]]:
+        """A call whose reply is that of weights which have learned from ``needed`` train requests."""
+        lost_at = time.monotonic()
+        while True:
+            try:
+                return self._line.call(endpoint, arrays)
+            except Refusal as behind:
+                if self._teach_again(needed):
+                    lost_at = time.monotonic()
+                    continue
+                reason = behind.message
+            patience = self._line.remote.return_seconds
+            if time.monotonic() - lost_at > patience or self._line.wait(BEHIND_DELAY_SECONDS):
+                raise UserError(
+                    f"{self._line.name} is behind this actor for {patience:g} s: {reason}",
+                    cure="let both jobs go on from the same pair of checkpoints",
+                )
+
+    def _teach_again(self, needed: int) -> bool:
+        """Send a critic that came back what it misses; False if it misses more than is kept here."""
+        with self._teaching_lock:
+            known = self.health().sequence
+            lessons = [self._lessons.get(number) for number in range(known + 1, needed + 1)]
+            if None in lessons:
+                return False
+            if lessons:
+                logger.info("%s has come back at train request %d of %d", self._line.name, known, needed)
+            try:
+                for lesson in filter(None, lessons):
+                    lesson.loss = wire.read_loss(self._line.call(self._names.train, lesson.arrays))
+            except Refusal as behind:
+                logger.info("%s has come back once more: %s", self._line.name, behind.message)
+            return True
+
+
+class NoCritic:
+    """In the place of a critic where the algorithm needs none: values are 0, and there is nothing to learn."""
+
+    def infer_rm_critic(self, batch: TokenBatch) -> Future[tuple[Tensor, Tensor]]:
+        """(zeros [B], zeros [B, S])."""
+        return _done((torch.zeros(batch.num_rows), torch.zeros(batch.tokens.shape)))
+
+    def train(self, batch: ValueBatch, *, step: int) -> Future[float]:  # noqa: ARG002 - RemoteCritic's signature
+        """0."""
+        return _done(0.0)
+
+    def save(self) -> Future[None]:
+        """Nothing."""
+        return _done(None)
+
+    def committed(self, sequence: int) -> None:
+        """Nothing."""
+
+    def close(self) -> None:
+        """Nothing."""
+
+
+def _done(result: T) -> Future[T]:
+    future: Future[T] = Future()
+    future.set_result(result)
+    return future

@@ -1,0 +1,78 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a server and its clients agree on beside tensors: the version, tickets, health, and how troubles are told."""
+
+import enum
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+__all__ = ["PROTOCOL_VERSION", "TOKEN_HEADER", "Health", "Limits", "Refusal", "Scalar", "Ticket", "Trouble"]
+
+PROTOCOL_VERSION = 1
+TOKEN_HEADER = "triton-access-token"  # the header that Triton compares
+
+Scalar = str | int | float | bool | None
+
+
+class Trouble(enum.Enum):
+    """Why a server does not do what it is asked."""
+
+    REFUSED = "refused"  # the request or a setting is wrong; again would be refused again
+    FAILED = "failed"  # the model failed at it
+    BEHIND = "behind"  # the weights have learned from fewer train requests than the asker has sent
+    STOPPING = "stopping"  # the server ends; another may take its place
+
+
+class Refusal(Exception):
+    """What a client is told instead of a reply."""
+
+    def __init__(self, trouble: Trouble, message: str) -> None:
+        self.trouble = trouble
+        self.message = message
+        super().__init__(f"{trouble.value}: {message}")
+
+    @classmethod
+    def parse(cls, text: str) -> "Refusal | None":
+        """The refusal in a server's error text; None where Triton itself speaks.
+
+        >>> Refusal.parse(str(Refusal(Trouble.REFUSED, "tokens[0, 2] is -1"))).message
+        'tokens[0, 2] is -1'
+        """
+        kind, _, message = text.partition(": ")
+        return cls(Trouble(kind), message) if kind in {trouble.value for trouble in Trouble} else None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Limits:
+    """What the served model can take."""
+
+    vocab_size: int  # token ids below it are known
+    seq_length: int  # tokens of the longest sequence
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ticket:
+    """Which training a request belongs to, so that neither a retry nor a restart changes what is computed.
+
+    Requests without one, such as those of a NeMo-Aligner client, are answered by the weights of the moment.
+    """
+
+    run_id: str
+    step: int  # of the actor
+    # Train requests of the run that the critic has learned from when this one is done, itself included.
+    sequence: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Health:
+    """What a server tells of itself. ``run_id``, ``sequence`` and ``last_loss`` outlive a restart in its checkpoint."""
+
+    model: str
+    step: int  # optimizer steps
+    vocab_size: int
+    seq_length: int
+    settings: Mapping[str, Scalar] = field(default_factory=dict)  # for the actor to compare with its own
+    run_id: str = ""  # of the actor it learns from; empty until the first train request
+    sequence: int = 0  # train requests of that run that the weights have learned from
+    last_loss: float | None = None  # the reply to the last of them
+    busy: str = ""  # what it is doing: infer, train, save, or nothing
+    protocol: int = PROTOCOL_VERSION

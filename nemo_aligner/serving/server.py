@@ -1,0 +1,336 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Serves a critic, a reward model or both. Threads of PyTriton check requests and enqueue them; the main thread alone
+runs the model, so that collectives and the device have one user."""
+
+import dataclasses
+import logging
+import os
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Protocol, Self
+
+from nemo_aligner.batch import TokenBatch, ValueBatch
+from nemo_aligner.errors import UserError
+from nemo_aligner.serving import wire
+from nemo_aligner.serving.address import listening_host, resolve
+from nemo_aligner.serving.inbox import Inbox, Job, Judged, Request, SaveRequest, merge, share
+from nemo_aligner.serving.protocol import Health, Limits, Refusal, Ticket, Trouble
+from nemo_aligner.serving.token import find_token
+from nemo_aligner.serving.triton import Answer, Endpoint, TritonProcess
+
+__all__ = ["Handler", "Server", "ServerConfig"]
+
+logger = logging.getLogger(__name__)
+
+POLL_SECONDS = 0.2  # between two looks at signals and at Triton
+READY_SECONDS = 60.0  # for a handler to begin after the endpoints can be reached
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServerConfig:
+    """What is served, and where."""
+
+    setting: str  # the section of .port and .ip, to name in errors: trainer.ppo, inference
+    port: int
+    ip: str | None = None  # to listen on; None: 127.0.0.1, or the node's under a Slurm job of several nodes
+    infer: str  # endpoint names
+    train: str | None = None  # None: it does not learn
+    save: str | None = None
+    num_rewards: int  # A: numbers per row that a reward model gives; 0: there is none
+    has_values: bool  # of a critic
+    max_rows: int  # merged from several requests: the micro-batch of all data parallel ranks together
+    length_multiple: int | None = (
+        None  # cut rows to their longest, rounded up to this; None: keep the padding
+    )
+    linger_seconds: float = 0.002  # that a request waits for others to be merged with
+    tick_seconds: float = 10.0  # idle time between two ticks
+
+
+class Handler(Protocol):
+    """The model behind a server. All its methods are called in the thread that called :meth:`Server.serve`.
+
+    A :class:`UserError` is told to the client, and the server goes on. Any other error is told too, and then ends
+    the server: the ranks may no longer be in step.
+    """
+
+    def infer(self, batch: TokenBatch) -> Judged:
+        """Rewards and values of B rows, of any B."""
+        ...
+
+    def train(self, batch: ValueBatch, ticket: Ticket | None) -> float:
+        """Learn from a rollout; the loss. The ticket is part of :meth:`health` from then on, and of checkpoints."""
+        ...
+
+    def save(self, ticket: Ticket | None) -> None:
+        """Save a checkpoint that belongs to the actor's of the same step."""
+        ...
+
+    def rewind(self, ticket: Ticket) -> None:
+        """Load the checkpoint that was saved at ``ticket.sequence``; UserError if there is none."""
+        ...
+
+    def health(self) -> Health:
+        """What the server tells of itself: asked after each call, answered without any work."""
+        ...
+
+    def tick(self) -> None:
+        """Nothing was asked for a while: keep the other ranks from giving up."""
+        ...
+
+
+class Server:
+    """Within it, clients can connect; :meth:`serve` answers them.
+
+    Args:
+        encode: text to token ids; None refuses texts.
+        environ: of this process: Slurm's variables and NEMO_ALIGNER_TOKEN.
+
+    Raises:
+        UserError: on entering, if the port is taken or the address is not one of this machine.
+    """
+
+    def __init__(
+        self,
+        config: ServerConfig,
+        limits: Limits,
+        *,
+        encode: wire.Encode | None = None,
+        environ: Mapping[str, str] = os.environ,
+    ) -> None:
+        self._config, self._limits, self._encode = config, limits, encode
+        host = config.ip or listening_host(environ)
+        self.address = resolve(host, setting=f"{config.setting}.ip")
+        self._token = find_token(self.address, config.port, environ)
+        self._inbox = Inbox(max_rows=config.max_rows)
+        self._told: Health | None = None
+        self._began = threading.Event()
+        self._stop_asked = threading.Event()
+        self._heard_at = time.monotonic()
+        self._ended = False
+        self._process = TritonProcess(
+            self._endpoints(),
+            address=self.address,
+            port=config.port,
+            setting=f"{config.setting}.port",
+            token=self._token.text if self._token else None,
+        )
+
+    def __enter__(self) -> Self:
+        self._process.__enter__()
+        guard = f"; callers show the token of {self._token.origin}" if self._token else ""
+        logger.info("serving at %s:%d%s", self.address, self._config.port, guard)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._refuse_from_now()
+        self._process.__exit__(kind, error, trace)
+        if self._token and error is None:
+            self._token.remove()
+
+    @property
+    def silent_seconds(self) -> float:
+        """Since a client last asked for anything."""
+        return time.monotonic() - self._heard_at
+
+    def serve(self, handler: Handler, *, should_stop: Callable[[], bool] = lambda: False) -> bool:
+        """Answer until a client asks to stop, or until ``should_stop``, which is asked five times a second.
+
+        Returns:
+            Whether a client asked.
+
+        Raises:
+            Exception: what the handler raised, unless it was a UserError; Triton's end. The clients have been told.
+        """
+        self._publish(handler)
+        self._began.set()
+        last_call = time.monotonic()
+        try:
+            while not (self._stop_asked.is_set() or should_stop()):
+                if jobs := self._inbox.take(POLL_SECONDS):
+                    self._run(jobs, handler)
+                    last_call = time.monotonic()
+                elif time.monotonic() - last_call >= self._config.tick_seconds:
+                    handler.tick()
+                    last_call = time.monotonic()
+                self._process.check_alive()
+        finally:
+            self._refuse_from_now()
+        logger.info("the server at %s:%d stops", self.address, self._config.port)
+        return self._stop_asked.is_set()
+
+    def _refuse_from_now(self) -> None:
+        self._ended = True
+        self._inbox.fail(self._stopping())
+
+    def _stopping(self) -> Refusal:
+        return Refusal(Trouble.STOPPING, f"the server at {self.address}:{self._config.port} stops")
+
+    def _run(self, jobs: list[Job], handler: Handler) -> None:
+        try:
+            outcome = self._replies(jobs, handler)
+        except (UserError, Refusal) as error:
+            if len(jobs) > 1:
+                # Only the one that the model will not judge is refused.
+                for job in jobs:
+                    self._run([job], handler)
+                return
+            outcome = error if isinstance(error, Refusal) else Refusal(Trouble.REFUSED, str(error))
+            logger.warning("refused: %s", outcome.message)
+        except BaseException as error:
+            failed = Refusal(Trouble.FAILED, f"{type(error).__name__}: {error}")
+            for job in jobs:
+                job.reply.set_exception(failed if isinstance(error, Exception) else self._stopping())
+            raise
+        self._publish(handler)
+        for index, job in enumerate(jobs):
+            if isinstance(outcome, Refusal):
+                job.reply.set_exception(outcome)
+            else:
+                job.reply.set_result(outcome[index])
+
+    def _replies(self, jobs: list[Job], handler: Handler) -> list[wire.Arrays]:
+        match jobs[0].request:
+            case wire.InferRequest():
+                return self._infer(jobs, handler)
+            case wire.TrainRequest(batch=batch, ticket=ticket):
+                return [wire.loss_reply(self._train(batch, ticket, handler))]
+            case SaveRequest(ticket=ticket):
+                if ticket:
+                    self._bring_to(ticket, ticket.sequence, handler)
+                self._note("save")
+                handler.save(ticket)
+                return [wire.save_reply()]
+
+    def _infer(self, jobs: list[Job], handler: Handler) -> list[wire.Arrays]:
+        requests = [job.request for job in jobs if isinstance(job.request, wire.InferRequest)]
+        if self._config.train and (ticket := requests[0].ticket):
+            self._bring_to(ticket, ticket.sequence, handler)
+        self._note("infer")
+        batches = [request.batch for request in requests]
+        merged = merge(batches, length_multiple=self._config.length_multiple)
+        if len(jobs) > 1:
+            logger.info("%d requests merged into one batch %s", len(jobs), list(merged.tokens.shape))
+        parts = share(handler.infer(merged), batches)
+        return [
+            wire.infer_reply(request, part.rewards, part.values)
+            for request, part in zip(requests, parts, strict=True)
+        ]
+
+    def _train(self, batch: ValueBatch, ticket: Ticket | None, handler: Handler) -> float:
+        if ticket:
+            told = handler.health()
+            if (told.run_id, told.sequence) == (
+                ticket.run_id,
+                ticket.sequence,
+            ) and told.last_loss is not None:
+                return told.last_loss
+            self._bring_to(ticket, ticket.sequence - 1, handler)
+        self._note("train")
+        return handler.train(batch, ticket)
+
+    def _bring_to(self, ticket: Ticket, sequence: int, handler: Handler) -> None:
+        """See to it that the weights have learned from ``sequence`` requests of the ticket's run, no more, no fewer.
+
+        Raises:
+            Refusal: they have learned from fewer; the client sends those that are missing.
+            UserError: they learn from another run.
+        """
+        told = handler.health()
+        if told.run_id and told.run_id != ticket.run_id:
+            raise UserError(
+                f"{told.model} learns from run {told.run_id}, and this request is of run {ticket.run_id}",
+                cure="start the server again for the new run, or let the actor go on from its checkpoint",
+            )
+        if told.sequence > sequence:
+            logger.info("back from train request %d to %d, where the actor goes on", told.sequence, sequence)
+            handler.rewind(dataclasses.replace(ticket, sequence=sequence))
+            told = handler.health()
+            assert told.sequence <= sequence, (told, ticket)
+        if told.sequence < sequence:
+            raise Refusal(
+                Trouble.BEHIND,
+                f"the weights have learned from {told.sequence} train requests, not {sequence}",
+            )
+
+    def _publish(self, handler: Handler) -> None:
+        self._told = handler.health()
+
+    def _note(self, busy: str) -> None:
+        assert self._told is not None
+        self._told = dataclasses.replace(self._told, busy=busy)
+
+    def _endpoints(self) -> list[Endpoint]:
+        config = self._config
+        endpoints = [
+            Endpoint(
+                name=config.infer,
+                inputs=wire.infer_inputs(),
+                outputs=wire.infer_outputs(num_rewards=config.num_rewards, has_values=config.has_values),
+                answer=self._ask(
+                    lambda arrays: wire.read_infer(config.infer, arrays, self._limits, self._encode)
+                ),
+                linger_seconds=config.linger_seconds,
+            ),
+            Endpoint(name=wire.STOP, inputs=[wire.DUMMY], outputs=[wire.STATUS], answer=self._begin_to_stop),
+        ]
+        if train := config.train:
+            answer = self._ask(lambda arrays: wire.read_train(train, arrays, self._limits))
+            endpoints.append(
+                Endpoint(name=train, inputs=wire.train_inputs(), outputs=[wire.LOSS], answer=answer)
+            )
+        if save := config.save:
+            answer = self._ask(lambda arrays: SaveRequest(ticket=wire.read_save(save, arrays)))
+            endpoints.append(
+                Endpoint(name=save, inputs=wire.save_inputs(), outputs=[wire.STATUS], answer=answer)
+            )
+        # The last to come up: whom it answers can reach all.
+        health = Endpoint(
+            name=wire.HEALTH, inputs=[wire.DUMMY], outputs=[wire.HEALTH_TEXT], answer=self._tell_health
+        )
+        return [*endpoints, health]
+
+    def _ask(self, read: Callable[[wire.Arrays], Request]) -> Answer:
+        """Has requests checked, hands the good ones to the main thread together, and waits for the replies."""
+
+        def answer(requests: Sequence[wire.Arrays]) -> list[wire.Arrays | Refusal]:
+            self._heard_at = time.monotonic()
+            jobs = [_read(read, arrays) for arrays in requests]
+            self._inbox.put([job for job in jobs if isinstance(job, Job)])
+            # Read after the put: whoever sets it empties the inbox afterwards, so that one of the two finds the jobs.
+            if self._ended:
+                self._inbox.fail(self._stopping())
+            return [_reply(job) if isinstance(job, Job) else job for job in jobs]
+
+        return answer
+
+    def _tell_health(self, requests: Sequence[wire.Arrays]) -> list[wire.Arrays | Refusal]:
+        self._heard_at = time.monotonic()
+        self._began.wait(READY_SECONDS)
+        told = self._told
+        if told is None:
+            return [Refusal(Trouble.STOPPING, "the model is not ready yet")] * len(requests)
+        return [wire.health_reply(told)] * len(requests)
+
+    def _begin_to_stop(self, requests: Sequence[wire.Arrays]) -> list[wire.Arrays | Refusal]:
+        logger.info("a client asks the server to stop")
+        self._stop_asked.set()
+        return [wire.save_reply()] * len(requests)
+
+
+def _read(read: Callable[[wire.Arrays], Request], arrays: wire.Arrays) -> Job | Refusal:
+    try:
+        return Job(request=read(arrays))
+    except UserError as error:
+        return Refusal(Trouble.REFUSED, str(error))
+
+
+def _reply(job: Job) -> wire.Arrays | Refusal:
+    try:
+        return job.reply.result()
+    except Refusal as refusal:
+        return refusal
