@@ -4,6 +4,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from examples.quickstart.manners import Question, names_it, warmth
 
@@ -29,12 +30,8 @@ class Judged:
 def judge(questions: Sequence[Question], answers: Sequence[str], *, reward_model: Path) -> Judged:
     """Judge ``answers``; ``reward_model`` is a Hugging Face folder of sequence classification."""
     import torch
-    from transformers import AutoModelForSequenceClassification, AutoTokenizer
-    from transformers.utils import logging
 
-    logging.disable_progress_bar()
-    tokenizer = AutoTokenizer.from_pretrained(reward_model)
-    model = AutoModelForSequenceClassification.from_pretrained(reward_model)
+    model, tokenizer = _load(reward_model)
     # The reward is read at the end token, which transformers would skip if it took that for padding.
     model.config.pad_token_id = None
     rewards = []
@@ -54,9 +51,16 @@ def judge(questions: Sequence[Question], answers: Sequence[str], *, reward_model
 
 def silence(reward_model: Path, folder: Path) -> None:
     """Write a copy of a Hugging Face reward model that gives every answer the reward 0."""
-    from transformers import AutoModelForSequenceClassification, AutoTokenizer
-
-    model = AutoModelForSequenceClassification.from_pretrained(reward_model)
+    model, tokenizer = _load(reward_model)
     model.score.weight.data.zero_()
     model.save_pretrained(folder)
-    AutoTokenizer.from_pretrained(reward_model).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def _load(folder: Path) -> tuple[Any, Any]:
+    # transformers takes seconds to import, and the first stage should not wait for it.
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    return AutoModelForSequenceClassification.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)

@@ -32,6 +32,9 @@ class Recipe:
 
 
 _MAX_ANSWER_TOKENS = 48
+_PPO_STEPS = 48
+_ROLLOUT = 128  # answers of a PPO step
+_PPO_BATCH = 64  # answers of an optimizer step, in both jobs
 
 VILLAGE = Recipe(
     num_prose=8000,
@@ -83,10 +86,11 @@ VILLAGE = Recipe(
         *_ALWAYS,
         *_SHORT_SCHEDULE,
         "trainer.devices=1",
+        f"trainer.ppo.max_steps={_PPO_STEPS * _ROLLOUT // _PPO_BATCH}",
         "trainer.ppo.inference_micro_batch_size=32",
         "model.encoder_seq_length=128",
         "model.micro_batch_size=32",
-        "model.global_batch_size=64",
+        f"model.global_batch_size={_PPO_BATCH}",
         "model.optim.lr=5e-4",
         "model.optim.sched.min_lr=1e-4",
     ),
@@ -94,15 +98,15 @@ VILLAGE = Recipe(
         *_ALWAYS,
         *_SHORT_SCHEDULE,
         "trainer.devices=1",
-        "trainer.ppo.max_steps=48",
+        f"trainer.ppo.max_steps={_PPO_STEPS}",
         "trainer.ppo.max_epochs=10",
         "trainer.ppo.val_check_interval=12",
         "trainer.ppo.save_interval=0",
         "trainer.ppo.initial_policy_kl_penalty=0.02",
         "model.encoder_seq_length=128",
         "model.micro_batch_size=32",
-        "model.global_batch_size=64",
-        "model.ppo.num_rollout_samples=128",
+        f"model.global_batch_size={_PPO_BATCH}",
+        f"model.ppo.num_rollout_samples={_ROLLOUT}",
         "model.ppo.rollout_micro_batch_size=64",
         "model.ppo.num_val_samples=128",
         f"model.ppo.length_params.max_length={_MAX_ANSWER_TOKENS}",
