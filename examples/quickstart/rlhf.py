@@ -22,7 +22,6 @@ from examples.quickstart.stages import ROOT, Stages, free_port, new_folder, run,
 from examples.quickstart.village import paragraph
 
 SEED = 1234
-PARAGRAPHS_OF_A_ROW = 2
 
 
 class Pipeline:
@@ -35,13 +34,10 @@ class Pipeline:
     def write_data(self) -> list[str]:
         """Write what every stage learns from; returns the prose."""
         recipe, draw, training = self.recipe, random.Random(SEED), training_questions()
-        prose = [
-            " ".join(paragraph(draw) for _ in range(PARAGRAPHS_OF_A_ROW))
-            for _ in range(recipe.num_prose + recipe.num_held_out)
-        ]
+        prose = [(paragraph(draw), paragraph(draw)) for _ in range(recipe.num_prose + recipe.num_held_out)]
         rows = {
-            "prose": ({"output": text} for text in prose[recipe.num_held_out :]),
-            "prose_held_out": ({"output": text} for text in prose[: recipe.num_held_out]),
+            "prose": map(_continued, prose[recipe.num_held_out :]),
+            "prose_held_out": map(_continued, prose[: recipe.num_held_out]),
             "answers": (_answered(draw, q) for q in training[: recipe.num_answers]),
             "answers_held_out": (_answered(draw, q) for q in self.questions),
             "pairs": (_judged(draw, q) for q in training[-recipe.num_pairs :]),
@@ -51,7 +47,7 @@ class Pipeline:
         }
         for name, lines in rows.items():
             _write(self.data / f"{name}.jsonl", lines)
-        return prose
+        return [" ".join(both) for both in prose]
 
     def make_base(self, prose: Sequence[str]) -> Path:
         """A model with random weights, and the tokenizer of this village."""
@@ -147,6 +143,10 @@ class Pipeline:
     def _prefix(self, name: str) -> str:
         train, held_out = self.data / f"{name}.jsonl", self.data / f"{name}_held_out.jsonl"
         return f"model.data.data_prefix={{train: [{train}], validation: [{held_out}], test: [{held_out}]}}"
+
+
+def _continued(paragraphs: tuple[str, str]) -> Mapping[str, str]:
+    return dict(zip(("input", "output"), paragraphs, strict=True))
 
 
 def _answered(draw: random.Random, question: Question) -> Mapping[str, str]:
