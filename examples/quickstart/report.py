@@ -96,7 +96,7 @@ def _plot(folder: Path, image: Path) -> None:
     panels = (
         ("reward", actor, {"train_rollouts/rewards": "training", "val_rollouts/rewards": "held out"}),
         ("KL to the initial policy", actor, {"train_rollouts/init_policy_kl": "training"}),
-        ("tokens of an answer", actor, {"train_rollouts/generation_length": "training"}),
+        ("tokens of an answer", actor, {"train_rollouts/response_lengths": "training"}),
         ("accuracy on pairs", accuracy, {"train/acc": "training", "validation/acc": "held out"}),
     )
     for panel, (title, lines, names) in zip(axes.flat, panels, strict=True):

@@ -110,7 +110,7 @@ def metric(lines: Sequence[Mapping[str, float]], name: str) -> tuple[list[float]
 
 def _announced(script: str, arguments: Sequence[str | Path]) -> list[str]:
     words = [str(argument) for argument in arguments]
-    print("$ python", shlex.join([str((GPT / script).relative_to(ROOT)), *words]), flush=True)
+    print("$ python", shlex.join([os.path.relpath(GPT / script, ROOT), *words]), flush=True)
     return [sys.executable, str(GPT / script), *words]
 
 
