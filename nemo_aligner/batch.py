@@ -255,6 +255,10 @@ class Rollout(TokenBatch):
     group: Tensor  # [B] int64: the prompt's number; answers to one prompt share it
     sampler_logprobs: Tensor  # [B, S] float: what the sampler believed
 
+    def prompt(self, row: int) -> list[int]:
+        """The tokens that were there before."""
+        return [int(token) for token in self.tokens[row, : self.prompt_lengths[row]]]
+
     def answer(self, row: int) -> list[int]:
         """The tokens that were written in a row, its end among them."""
         return [int(token) for token in self.tokens[row][self.mask[row]]]

@@ -159,17 +159,10 @@ class CriticServerTrainer:
             )
         actors_step = {} if ticket is None else {"actor_step": ticket.step}
         self.state = replace(self.state, algorithm=self.state.algorithm | actors_step)
-        if not self._is_saved():
+        if not self.checkpoints.holds(self.state.step):
             self.checkpoints.save(self.state, steps_per_epoch=1)
             self.checkpoints.finish()
         self._saved_step = self.state.step
-
-    def _is_saved(self) -> bool:
-        assert self.checkpoints is not None
-        found = None
-        if world.is_logging_rank():
-            found = [checkpoint.state.step for checkpoint in find_checkpoints(self.checkpoints.folder)]
-        return self.state.step in (collectives.broadcast_object(found) or [])
 
     def rewind(self, ticket: Ticket) -> None:
         """See Worker."""

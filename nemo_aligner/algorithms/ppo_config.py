@@ -2,6 +2,7 @@
 """The settings of PPO's loop and of its rollouts. Imports no torch, so that they are checked before it is loaded."""
 
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 from nemo_aligner.errors import UserError
 from nemo_aligner.models.sampling_config import SamplingConfig
@@ -15,6 +16,7 @@ __all__ = ["LengthConfig", "PPOConfig", "RolloutConfig", "SamplingParams"]
 class PPOConfig(LoopConfig, CreditConfig):
     """The ``trainer.ppo`` block of an actor."""
 
+    block: ClassVar[str] = "trainer.ppo"
     max_epochs: int = 1  # passes over the prompts
     val_check_interval: int | float = 10  # steps between validations; a float is a share of an epoch
     save_interval: int | float = 10  # steps between checkpoints; a float is a share of an epoch

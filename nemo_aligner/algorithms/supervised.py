@@ -2,7 +2,6 @@
 """The supervised loop: batches in, an objective, steps, validation. Sees the model through its interface only."""
 
 import logging
-import signal
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -10,16 +9,16 @@ from typing import Protocol
 
 import torch
 
+from nemo_aligner.algorithms.milestones import Milestones
 from nemo_aligner.batch import TokenBatch
 from nemo_aligner.checkpoint.training import Checkpoint, TrainerState, TrainingCheckpoints, monitor_name
-from nemo_aligner.errors import UserError
 from nemo_aligner.models.alignable_interface import SupervisedInterface
 from nemo_aligner.objectives.protocol import Objective, with_spread
 from nemo_aligner.parallel import collectives, world
 from nemo_aligner.run.experiment import Experiment
 from nemo_aligner.run.progress import ProgressBar
 from nemo_aligner.run.schedule import SupervisedConfig, limited, make_plan
-from nemo_aligner.run.stop import SAVED_CODE, StoppedEarly, StopRequest, TimeLimit
+from nemo_aligner.run.stop import StopRequest
 
 __all__ = ["Batches", "SupervisedTrainer"]
 
@@ -73,7 +72,7 @@ class SupervisedTrainer:
         checkpoints: TrainingCheckpoints | None = None,
     ) -> None:
         self.config, self.model, self.objective = config, model, objective
-        self.train, self.validation, self.run, self.checkpoints = train, validation, run, checkpoints
+        self.train, self.validation, self.run = train, validation, run
         # The learning-rate schedule is as long as this says.
         self.plan = make_plan(
             config,
@@ -82,7 +81,7 @@ class SupervisedTrainer:
             limit_train=config.limit_train_batches,
             limit_val=config.limit_val_batches,
         )
-        self.limit = TimeLimit(run.config.max_seconds)
+        self.milestones = Milestones(self.plan, run, checkpoints, block=config.block, save=self._save)
         self.state = TrainerState(data=train.fingerprint | {"steps_per_epoch": self.plan.steps_per_epoch})
 
     def fit(self, start: Checkpoint | None = None) -> None:
@@ -93,52 +92,26 @@ class SupervisedTrainer:
             UserError: ``start`` is at the end of the plan, or its run had other batches.
         """
         if start is not None:
-            self._resume(start)
+            self.state = self.milestones.restore(start, self.state.data)
         self.run.begin(self.state.step)
         bar = ProgressBar(total=self.plan.max_steps, start=self.state.step, enabled=world.is_logging_rank())
         try:
             with StopRequest() as request:
                 for batches in self._training_batches():
                     self._advance(batches, bar)
-                    self._save_or_stop(request)
-                if self.checkpoints is not None:
-                    self.checkpoints.finish()
+                    self.milestones.after(self.state.step, request)
+                if (checkpoints := self.milestones.checkpoints) is not None:
+                    checkpoints.finish()
         finally:
             bar.close()
         self._report_truncated()
-
-    def _resume(self, start: Checkpoint) -> None:
-        changed = {
-            name: (value, self.state.data.get(name))
-            for name, value in start.state.data.items()
-            if value != self.state.data.get(name)
-        }
-        if changed:
-            told = ", ".join(f"{name} was {old} and is {new}" for name, (old, new) in changed.items())
-            raise UserError(
-                f"{start.path} was trained on other batches: {told}",
-                cure="give the run's own data and batch size, or start a new run in another "
-                "exp_manager.explicit_log_dir with model.restore_from_path set to this checkpoint",
-            )
-        if start.state.step >= self.plan.max_steps and self.run.nemo_path.exists():
-            raise UserError(
-                f"the run in {self.run.folder} is finished: {start.state.step} of {self.plan.max_steps} steps "
-                "are done",
-                cure="to go on, set trainer.sft.max_steps (or trainer.sft.max_epochs) higher; for another run, "
-                "set exp_manager.explicit_log_dir to a new folder",
-            )
-        assert self.checkpoints is not None
-        self.checkpoints.restore(start)
-        self.state = start.state
-        if world.is_logging_rank():
-            logger.info("resumed after step %d of %d", self.state.step, self.plan.max_steps)
 
     def _advance(self, batches: Sequence[TokenBatch], bar: ProgressBar) -> None:
         """One step, and validation where it is due."""
         step = self.state.step + 1
         with world.phase(f"step {step}"):
             metrics = self._step(batches)
-        self.limit.note("step", metrics["step_time"])
+        self.milestones.limit.note("step", metrics["step_time"])
         consumed = self.state.consumed_samples + int(metrics.pop("samples"))
         self.state = replace(self.state, step=step, consumed_samples=consumed)
         metrics |= {"consumed_samples": consumed, "epoch": 1 + (step - 1) // self.plan.steps_per_epoch}
@@ -148,41 +121,16 @@ class SupervisedTrainer:
             with world.phase(f"validation after step {step}"):
                 means = self.validate()
             self.run.log(means, step=step)
-            self.limit.note("validation", sum(means[name] for name in means if name.endswith("/step_time")))
+            self.milestones.limit.note(
+                "validation", sum(means[name] for name in means if name.endswith("/step_time"))
+            )
             known = {
                 monitor_name(name): value for name, value in means.items() if name.startswith("validation/")
             }
             self.state = replace(self.state, metrics={k: v for k, v in known.items() if k != "val_step_time"})
 
-    def _save_or_stop(self, request: StopRequest) -> None:
-        """Save where it is due; end the run where any rank was asked to, or its time is up."""
-        writing = self.checkpoints is not None and self.checkpoints.is_writing
-        step, ends = self.state.step, self.state.step == self.plan.max_steps
-        with world.phase(f"step {step}, whether to go on"):
-            number, up, writing = collectives.maxima([request.number, self.limit.is_up, writing])
-        if self.checkpoints is not None:
-            self.checkpoints.poll(all_ranks_done=not writing)
-            if ends or number or up or self.plan.saves_after(step):
-                self._save(self.checkpoints, wait=bool(ends or number or up))
-        if ends or not (number or up):
-            return
-        reason = signal.Signals(int(number)).name if number else "exp_manager.max_time_per_run"
-        if self.checkpoints is None:
-            raise StoppedEarly(
-                f"stopped after step {step} by {reason}; nothing is saved: create_checkpoint_callback=False",
-                exit_code=128 + int(number) if number else 0,
-            )
-        raise StoppedEarly(
-            f"stopped after step {step} of {self.plan.max_steps} by {reason}; the same command goes on from there",
-            exit_code=SAVED_CODE if number else 0,
-        )
-
-    def _save(self, checkpoints: TrainingCheckpoints, *, wait: bool) -> None:
-        started = time.perf_counter()
+    def _save(self, checkpoints: TrainingCheckpoints) -> None:
         checkpoints.save(self.state, steps_per_epoch=self.plan.steps_per_epoch)
-        if wait:
-            checkpoints.finish()
-        self.limit.note("save", time.perf_counter() - started)
 
     def _report_truncated(self) -> None:
         counts = torch.tensor([self.train.num_truncated, self.train.num_seen], device=world.device())

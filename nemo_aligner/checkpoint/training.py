@@ -22,7 +22,7 @@ from megatron.core.transformer.module import MegatronModule
 from nemo_aligner.checkpoint.nemo_archive import WEIGHTS_NAME, write_contents, write_nemo
 from nemo_aligner.checkpoint.sharded import load_state, save_model, save_state
 from nemo_aligner.errors import UserError
-from nemo_aligner.parallel import world
+from nemo_aligner.parallel import collectives, world
 from nemo_aligner.run.experiment import TRAINER_STATE, CheckpointCallbackConfig
 from nemo_aligner.run.progress import heartbeat
 
@@ -236,6 +236,11 @@ class TrainingCheckpoints:
             if world.is_logging_rank():
                 self._commit(save.path, save.state)
             world.barrier()
+
+    def holds(self, step: int) -> bool:
+        """Whether there is a checkpoint of ``step``. A collective."""
+        found = world.is_logging_rank() and step in (c.state.step for c in find_checkpoints(self.folder))
+        return collectives.broadcast_object(found)
 
     def discard(self, is_over: Callable[[TrainerState], bool]) -> None:
         """Remove the checkpoints whose state ``is_over``, and what a save has left that did not become one."""

@@ -4,7 +4,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 from nemo_aligner.errors import UserError
 from nemo_aligner.models.gpt.config import precision_name
@@ -139,6 +139,8 @@ class ModelJob:
 class Checked(Protocol):
     """A block of settings that knows what it cannot mean."""
 
+    block: ClassVar[str]
+
     def check(self, block: str) -> None:
         """Refuse it; ``block`` is where it stands."""
         ...
@@ -157,11 +159,6 @@ class Job(ModelJob):
         raise NotImplementedError
 
     @property
-    def block(self) -> str:
-        """Where :attr:`loop` stands, as in "trainer.sft"."""
-        raise NotImplementedError
-
-    @property
     def batches(self) -> dict[str, tuple[int, int]]:
         """{block of settings: (global_batch_size, micro_batch_size)}."""
         raise NotImplementedError
@@ -173,7 +170,7 @@ class Job(ModelJob):
         model.optim.check()
         model.recompute.check()
         self.exp_manager.check()
-        self.loop.check(self.block)
+        self.loop.check(self.loop.block)
         ranks = model.layout.data_parallel_size(trainer.num_nodes * trainer.devices)
         for block, (whole, micro) in self.batches.items():
             unit = micro * ranks

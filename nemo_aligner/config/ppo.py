@@ -147,11 +147,6 @@ class ActorJob(Job):
         return self.trainer.ppo
 
     @property
-    def block(self) -> str:
-        """See Job."""
-        return "trainer.ppo"
-
-    @property
     def pretrained(self) -> tuple[str, str]:
         """See Job."""
         return "pretrained_checkpoint.restore_from_path", self.pretrained_checkpoint.restore_from_path

@@ -3,7 +3,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 from nemo_aligner.config.base import Job, ModelConfig, PretrainedConfig, TrainerConfig
 from nemo_aligner.data.config import PairDataConfig
@@ -17,6 +17,7 @@ __all__ = ["RMConfig", "RMJob", "RMModelConfig", "RMTrainerConfig", "Standardiza
 class RMConfig(SupervisedConfig):
     """The ``trainer.rm`` block."""
 
+    block: ClassVar[str] = "trainer.rm"
     train_random_sampler: bool = True  # a new order of pairs each epoch
     val_random_sampler: bool = False  # validation in random order
 
@@ -85,11 +86,6 @@ class RMJob(Job):
     def loop(self) -> SupervisedConfig:
         """See Job."""
         return self.trainer.rm
-
-    @property
-    def block(self) -> str:
-        """See Job."""
-        return "trainer.rm"
 
     @property
     def pretrained(self) -> tuple[str, str]:

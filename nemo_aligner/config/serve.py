@@ -3,7 +3,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 from nemo_aligner.config.base import Job, ModelConfig, ModelJob, PretrainedConfig, TrainerConfig
 from nemo_aligner.errors import UserError
@@ -132,6 +132,7 @@ class RewardServerJob(ModelJob):
 class CriticConfig:
     """The ``trainer.ppo`` block of a critic."""
 
+    block: ClassVar[str] = "trainer.ppo"
     port: int = 5556
     ip: str | None = None
     combine_rm_and_critic_server: bool = True
@@ -203,11 +204,6 @@ class CriticJob(Job):
     def loop(self) -> CriticConfig:
         """See Job."""
         return self.trainer.ppo
-
-    @property
-    def block(self) -> str:
-        """See Job."""
-        return "trainer.ppo"
 
     @property
     def pretrained(self) -> tuple[str, str]:

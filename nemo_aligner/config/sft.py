@@ -42,11 +42,6 @@ class SFTJob(Job):
         return self.trainer.sft
 
     @property
-    def block(self) -> str:
-        """See Job."""
-        return "trainer.sft"
-
-    @property
     def pretrained(self) -> tuple[str, str]:
         """See Job."""
         return "model.restore_from_path", self.model.restore_from_path

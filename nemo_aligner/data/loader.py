@@ -99,6 +99,11 @@ class BatchLoader(Generic[S, B]):
         return self.dataset.fingerprint | self.sampler.fingerprint
 
     @property
+    def rows_per_batch(self) -> int:
+        """Rows of a global batch."""
+        return self.sampler.global_batch_size
+
+    @property
     def batches_per_epoch(self) -> int:
         """Global batches in one pass over the data."""
         return self.sampler.batches_per_epoch

@@ -2,6 +2,7 @@
 """When a run validates and when it stops: pure arithmetic on the settings and the size of the data."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from nemo_aligner.errors import UserError
 
@@ -11,6 +12,8 @@ __all__ = ["LoopConfig", "Plan", "SupervisedConfig", "limited", "make_plan"]
 @dataclass(frozen=True, kw_only=True)
 class LoopConfig:
     """What the block of every training algorithm under ``trainer`` has."""
+
+    block: ClassVar[str] = "trainer"  # where these settings stand
 
     max_epochs: int = 1  # passes over the training data
     max_steps: int = -1  # stop after this many steps; -1: no limit
@@ -37,6 +40,7 @@ class LoopConfig:
 class SupervisedConfig(LoopConfig):
     """The ``trainer.sft`` block (and its kin of other supervised algorithms)."""
 
+    block: ClassVar[str] = "trainer.sft"
     limit_train_batches: int | float | None = 1.0  # batches of an epoch: a number, or a share up to 1.0
     limit_val_batches: int | float | None = 1.0  # batches of a validation: a number, or a share up to 1.0
 

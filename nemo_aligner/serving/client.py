@@ -5,11 +5,12 @@ A critic that is started again has learned from fewer rollouts than its actor ha
 the last pair of checkpoints and sends them once more, so that each reply is that of the undisturbed run.
 """
 
+import io
 import logging
 import os
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, wait
 from dataclasses import dataclass
 from types import TracebackType
@@ -33,6 +34,7 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 NUM_ASKING = 4  # requests to infer that are under way at once
+PING_SECONDS = 30.0  # between two signs of life to a critic that has nothing to do
 BEHIND_DELAY_SECONDS = 1.0  # between two looks whether another rank's client has taught the critic
 
 
@@ -73,6 +75,15 @@ class _Client:
             UserError: it did not come up in time, or speaks another version of the protocol.
         """
         return wire.read_health(self._line.call(wire.HEALTH, wire.save_arrays()))
+
+    @property
+    def name(self) -> str:
+        """The server, for messages."""
+        return self._line.name
+
+    def submit(self, call: Callable[[], T]) -> Future[T]:
+        """``call``'s result, from a thread of this client's."""
+        return self._asking.submit(call)
 
     def stop(self) -> bool:
         """Ask the server to end; whether it has heard."""
@@ -155,22 +166,28 @@ class RemoteCritic(_Client):
     ) -> None:
         super().__init__(remote, pad_to_length=pad_to_length, environ=environ)
         self._names = names or CriticNames()
-        self._reward = reward
-        self._run_id = run_id
+        self.reward = reward
+        self.run_id = run_id
         self._step = 0
         self._teaching = Lane(f"teach-{remote.port}")
         self._asked: list[Future[tuple[Tensor, Tensor]]] = []
         self._lessons: dict[int, _Lesson] = {}
         # Lessons reach the critic in order, whether for the first time or again.
         self._teaching_lock = threading.RLock()
-        self.sequence = sequence  # to be set by ranks that ask but do not teach
+        self.sequence = sequence
+        threading.Thread(target=self._ping, name=f"ping-{remote.port}", daemon=True).start()
+
+    def _ping(self) -> None:
+        """Tell the critic that its actor lives, however long a rollout takes."""
+        while not self._line.wait(PING_SECONDS):
+            self._line.call_once(wire.HEALTH, wire.save_arrays())
 
     def close(self) -> None:
         """End the threads and their waits, those of the reward model too."""
         super().close()
         self._teaching.close()
-        if self._reward:
-            self._reward.close()
+        if self.reward:
+            self.reward.close()
 
     def infer_rm_critic(self, batch: TokenBatch) -> Future[tuple[Tensor, Tensor]]:
         """(rewards [B], values [B, S] of the state before each token).
@@ -179,7 +196,7 @@ class RemoteCritic(_Client):
             UserError: in the future's result.
         """
         ticket = self._ticket()
-        rewards = self._reward.infer(batch, ticket=ticket) if self._reward else None
+        rewards = self.reward.infer(batch, ticket=ticket) if self.reward else None
         arrays = self._infer_arrays(batch, ticket)
 
         def ask() -> tuple[Tensor, Tensor]:
@@ -238,8 +255,24 @@ class RemoteCritic(_Client):
         for number in [number for number in self._lessons if number <= sequence]:
             del self._lessons[number]
 
+    def unsaved_lessons(self) -> bytes:
+        """The train requests that no pair of checkpoints holds, for a checkpoint that the critic has no part in."""
+        arrays = {
+            f"{number}/{name}": array
+            for number, lesson in self._lessons.items()
+            for name, array in lesson.arrays.items()
+            if name != "run_id"
+        }
+        file = io.BytesIO()
+        np.savez(file, **arrays)
+        return file.getvalue()
+
+    def restore(self, lessons: bytes) -> None:
+        """Take over what :meth:`unsaved_lessons` gave."""
+        self._lessons = _read_lessons(lessons, self.run_id)
+
     def _ticket(self) -> Ticket:
-        return Ticket(run_id=self._run_id, step=self._step, sequence=self.sequence)
+        return Ticket(run_id=self.run_id, step=self._step, sequence=self.sequence)
 
     def _call(self, endpoint: str, arrays: wire.Arrays, *, needed: int) -> dict[str, NDArray[np.generic]]:
         """A call whose reply is that of weights which have learned from ``needed`` train requests."""
@@ -276,8 +309,22 @@ class RemoteCritic(_Client):
             return True
 
 
+def _read_lessons(content: bytes, run_id: str) -> dict[int, _Lesson]:
+    lessons: dict[int, _Lesson] = {}
+    with np.load(io.BytesIO(content), allow_pickle=False) as arrays:
+        for key in arrays.files:
+            number, _, name = key.partition("/")
+            lesson = lessons.setdefault(int(number), _Lesson(arrays={}))
+            lesson.arrays[name] = arrays[key]
+    for lesson in lessons.values():
+        lesson.arrays["run_id"] = np.full((1,), run_id.encode(), dtype=np.object_)
+    return lessons
+
+
 class NoCritic:
     """In the place of a critic where the algorithm needs none: values are 0, and there is nothing to learn."""
+
+    run_id, sequence = "", 0
 
     def infer_rm_critic(self, batch: TokenBatch) -> Future[tuple[Tensor, Tensor]]:
         """(zeros [B], zeros [B, S])."""
@@ -293,6 +340,10 @@ class NoCritic:
 
     def committed(self, sequence: int) -> None:
         """Nothing."""
+
+    def unsaved_lessons(self) -> bytes:
+        """None."""
+        return b""
 
     def close(self) -> None:
         """Nothing."""

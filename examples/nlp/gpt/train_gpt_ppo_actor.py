@@ -1,0 +1,45 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Proximal Policy Optimization: the actor's job. serve_ppo_critic.py runs beside it; docs/RLHFTraining.md has both.
+
+python examples/nlp/gpt/train_gpt_ppo_actor.py pretrained_checkpoint.restore_from_path=sft.nemo \
+    "model.data.data_prefix={train: [train.jsonl], validation: [test.jsonl], test: [test.jsonl]}"
+"""
+
+from nemo_aligner.config.ppo import ActorJob
+from nemo_aligner.launch.script import script
+
+
+@script("gpt_ppo_actor", ActorJob)
+def main(job: ActorJob) -> None:
+    """Have a language model learn from what a reward model says of its answers."""
+    from nemo_aligner import builders
+    from nemo_aligner.algorithms.ppo import PPOTrainer
+    from nemo_aligner.objectives.policy import PolicyGradient
+
+    config = job.trainer.ppo
+    with builders.open_experiment(job) as run:
+        start = builders.resume_point(job, run)
+        pretrained = builders.load_actor(job, start)
+        prompts = builders.actor_prompts(job, pretrained)
+        with builders.open_critic(job, run, pretrained, start) as critic:
+            trainer = PPOTrainer(
+                config,
+                builders.actor_rollouts(job, pretrained),
+                pretrained.learner,
+                PolicyGradient(job.model.ppo),
+                critic,
+                prompts,
+                run,
+            )
+            updates = trainer.plan.max_steps * trainer.updates_per_step
+            builders.warn_of_schedule(job.model.optim, max_steps=updates)
+            pretrained.learner.prepare_training(
+                job.model.optim, clip_grad=config.gradient_clip_val, max_steps=updates
+            )
+            checkpoints = builders.training_checkpoints(job, run, pretrained)
+            trainer.fit(checkpoints, start)
+        builders.save_result(job, run, pretrained, checkpoints)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,114 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What comes between two steps of any loop: a checkpoint, a signal, the time limit; and where a loop goes on."""
+
+import logging
+import signal
+import time
+from collections.abc import Callable
+
+from nemo_aligner.checkpoint.training import Checkpoint, TrainerState, TrainingCheckpoints
+from nemo_aligner.errors import UserError
+from nemo_aligner.parallel import collectives, world
+from nemo_aligner.run.experiment import Experiment
+from nemo_aligner.run.schedule import Plan
+from nemo_aligner.run.stop import SAVED_CODE, StoppedEarly, StopRequest, TimeLimit
+
+__all__ = ["Milestones"]
+
+logger = logging.getLogger(__name__)
+
+
+class Milestones:
+    """Saves where it is due, and ends a run where it is asked to.
+
+    Args:
+        block: where the loop's settings stand, as in "trainer.sft".
+        checkpoints: where to save; None: nowhere.
+        save: begins a checkpoint of the state that the loop is in.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        run: Experiment,
+        checkpoints: TrainingCheckpoints | None,
+        *,
+        block: str,
+        save: Callable[[TrainingCheckpoints], None],
+    ) -> None:
+        self.plan, self.run, self.checkpoints, self._block, self._save = plan, run, checkpoints, block, save
+        self.limit = TimeLimit(run.config.max_seconds)
+
+    def restore(self, start: Checkpoint, data: dict[str, object]) -> TrainerState:
+        """Put what is trained where ``start`` has it; the loop's state there.
+
+        Args:
+            data: what makes up the loop's batches.
+
+        Raises:
+            UserError: ``start`` is at the end of the plan, or its run had other batches.
+        """
+        changed = {
+            name: (value, data.get(name))
+            for name, value in start.state.data.items()
+            if value != data.get(name)
+        }
+        if changed:
+            told = ", ".join(f"{name} was {old} and is {new}" for name, (old, new) in changed.items())
+            raise UserError(
+                f"{start.path} was trained on other batches: {told}",
+                cure="give the run's own data and batch size, or start a new run in another "
+                "exp_manager.explicit_log_dir with model.restore_from_path set to this checkpoint",
+            )
+        step, last = start.state.step, self.plan.max_steps
+        if step >= last and self.run.nemo_path.exists():
+            raise UserError(
+                f"the run in {self.run.folder} is finished: {step} of {last} steps are done",
+                cure=f"to go on, set {self._block}.max_steps (or {self._block}.max_epochs) higher; for another run, "
+                "set exp_manager.explicit_log_dir to a new folder",
+            )
+        assert self.checkpoints is not None
+        self.checkpoints.restore(start)
+        if world.is_logging_rank():
+            logger.info("resumed after step %d of %d", step, last)
+        return start.state
+
+    def after(self, step: int, request: StopRequest) -> None:
+        """Once ``step`` steps are done: save where it is due; end where any rank was asked to, or time is up.
+
+        Raises:
+            StoppedEarly: the run ends here; it is saved.
+        """
+        writing = self.checkpoints is not None and self.checkpoints.is_writing
+        ends = step == self.plan.max_steps
+        with world.phase(f"step {step}, whether to go on"):
+            number, up, writing = collectives.maxima([request.number, self.limit.is_up, writing])
+        if self.checkpoints is not None:
+            self.checkpoints.poll(all_ranks_done=not writing)
+            if ends or number or up or self.plan.saves_after(step):
+                self.save(wait=bool(ends or number or up))
+        if not ends and (number or up):
+            raise self.stopped(step, int(number))
+
+    def save(self, *, wait: bool) -> None:
+        """Save now."""
+        if self.checkpoints is None:
+            return
+        started = time.perf_counter()
+        self._save(self.checkpoints)
+        if wait:
+            self.checkpoints.finish()
+        self.limit.note("save", time.perf_counter() - started)
+
+    def stopped(self, step: int, number: int) -> StoppedEarly:
+        """The end by signal ``number``, or by the time limit where that is 0, after ``step`` steps."""
+        reason = signal.Signals(number).name if number else "exp_manager.max_time_per_run"
+        if self.checkpoints is None:
+            return StoppedEarly(
+                f"stopped after step {step} by {reason}; nothing is saved: create_checkpoint_callback=False",
+                exit_code=128 + number if number else 0,
+            )
+        return StoppedEarly(
+            f"stopped after step {step} of {self.plan.max_steps} by {reason}; the same command goes on from there",
+            exit_code=SAVED_CODE if number else 0,
+        )

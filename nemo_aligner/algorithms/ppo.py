@@ -1,0 +1,393 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Proximal Policy Optimization: generate, score, credit, update. Sees the model through its interface only."""
+
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+
+from nemo_aligner.algorithms.milestones import Milestones
+from nemo_aligner.algorithms.ppo_config import PPOConfig, RolloutConfig
+from nemo_aligner.algorithms.rollout import collect, cut, deal, lengths_of, per_token
+from nemo_aligner.algorithms.rollout_metrics import learning_metrics, rollout_metrics, summary
+from nemo_aligner.batch import Experience, Prompt, Rollout, Scored
+from nemo_aligner.checkpoint.training import Checkpoint, TrainerState, TrainingCheckpoints, monitor_name
+from nemo_aligner.models.alignable_interface import AlignableGenerativeInterface
+from nemo_aligner.models.sampling_config import SamplingConfig
+from nemo_aligner.objectives.adaptive import RewardScaling
+from nemo_aligner.objectives.credit import credit, kl_controller, observe, statistics, value_batch
+from nemo_aligner.objectives.protocol import Objective
+from nemo_aligner.parallel import world
+from nemo_aligner.run.experiment import Experiment
+from nemo_aligner.run.progress import ProgressBar
+from nemo_aligner.run.schedule import make_plan
+from nemo_aligner.run.stop import StopRequest
+from nemo_aligner.run.stopwatch import Stopwatch
+from nemo_aligner.serving.shared import CriticLost, Pending, SharedCritic, WaitEnded
+
+__all__ = ["PPOTrainer", "Prompts", "Rollouts"]
+
+logger = logging.getLogger(__name__)
+
+VALIDATION_DRAW = 1 << 30  # the same each time, and that of no step
+TABLE_ROWS = 4  # answers of each rollout that are written down
+
+
+class PromptText(Protocol):
+    """A prompt, in tokens."""
+
+    @property
+    def tokens(self) -> list[int]:
+        """Its token ids."""
+        ...
+
+
+class Prompts(Protocol):
+    """A source of prompts, as this data parallel rank sees them."""
+
+    @property
+    def batches_per_epoch(self) -> int:
+        """Rollouts in one pass over the prompts."""
+        ...
+
+    @property
+    def rows_per_batch(self) -> int:
+        """Prompts of a rollout over all ranks."""
+        ...
+
+    @property
+    def fingerprint(self) -> dict[str, object]:
+        """What makes up the batches: equal fingerprints, equal batches."""
+        ...
+
+    def batch(self, index: int) -> list[list[Any]]:
+        """This rank's prompts of rollout ``index``, one to a list, in runs: the first rank has the first ones."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rollouts:
+    """How answers are written and dealt out."""
+
+    config: RolloutConfig
+    sampling: SamplingConfig
+    global_batch_size: int  # answers of an optimizer step
+    micro_batch_size: int  # of a forward and backward pass on one rank
+    length_multiple: int  # of positions that rows are padded to
+    seed: int  # of the order of answers within an update
+    decode: Callable[[Sequence[int]], str]  # token ids to text
+
+
+class PPOTrainer:
+    """Trains ``policy`` on its own answers, which ``critic`` judges.
+
+    Args:
+        objective: of the policy.
+        prompts: of training, and of validation; None: there is none.
+    """
+
+    def __init__(
+        self,
+        config: PPOConfig,
+        rollouts: Rollouts,
+        policy: AlignableGenerativeInterface,
+        objective: Objective,
+        critic: SharedCritic,
+        prompts: tuple[Prompts, Prompts | None],
+        run: Experiment,
+    ) -> None:
+        self.config, self.rollouts, self.policy = config, rollouts, policy
+        self.objective, self.critic, self.run = objective, critic, run
+        self.train, self.validation = prompts
+        self.plan = make_plan(
+            config,
+            batches_per_epoch=self.train.batches_per_epoch,
+            val_batches=1 if self.validation else 0,
+        )
+        self.kl, self.scaling = kl_controller(config), RewardScaling()
+        self.state = TrainerState(
+            data=self.train.fingerprint | {"steps_per_epoch": self.plan.steps_per_epoch},
+            algorithm={"ppo_optimization_step": 0},
+        )
+
+    @property
+    def updates_per_step(self) -> int:
+        """Optimizer steps on one rollout."""
+        size = self.rollouts.config.num_rollout_samples
+        return self.config.num_ppo_epochs * size // self.rollouts.global_batch_size
+
+    def fit(self, checkpoints: TrainingCheckpoints | None, start: Checkpoint | None = None) -> None:
+        """Train to the end of the plan, from ``start`` where a run is gone on with.
+
+        Args:
+            checkpoints: where to save; None: nowhere.
+
+        Raises:
+            StoppedEarly: a signal or the time limit ended the run; it is saved.
+            UserError: ``start`` does not fit, or the critic is lost; the run is saved.
+        """
+        self.milestones = Milestones(
+            self.plan, self.run, checkpoints, block=self.config.block, save=self._save
+        )
+        if start is not None:
+            self._restore(self.milestones.restore(start, self.state.data))
+        self.run.begin(self.state.step)
+        bar = ProgressBar(
+            total=self.plan.max_steps, start=self.state.step, enabled=world.is_logging_rank(), name="ppo"
+        )
+        try:
+            with StopRequest() as self._request:
+                self._loop(bar)
+                if checkpoints is not None:
+                    checkpoints.finish()
+        except (CriticLost, WaitEnded) as error:
+            self._save_alone(checkpoints)
+            if isinstance(error, CriticLost):
+                raise error.error from error
+            # Only rank 0 has seen the signal for sure.
+            raise self.milestones.stopped(self.state.step, self._request.number or 15) from error
+        finally:
+            bar.close()
+
+    def _restore(self, state: TrainerState) -> None:
+        self.state = state
+        self.kl = self.kl.restored(state.algorithm["kl"])
+        self.scaling = self.scaling.restored(state.algorithm["reward_scaling"])
+
+    def _loop(self, bar: ProgressBar) -> None:
+        if self.state.step == 0:
+            for round_ in range(self.config.critic_warmup_steps):
+                self._warm_up(round_)
+        while self.state.step < self.plan.max_steps:
+            with world.phase(f"step {self.state.step + 1}"):
+                metrics = self._advance()
+            self.milestones.limit.note("step", metrics["timers/step_time"])
+            self.run.log(metrics, step=self.state.step)
+            bar.show(self.state.step, summary(metrics))
+            if self.plan.validates_after(self.state.step):
+                self._validate()
+            self.milestones.after(self.state.step, self._request)
+
+    def _warm_up(self, round_: int) -> None:
+        """A rollout that only the critic learns from."""
+        watch = Stopwatch()
+        # Draws of steps that the run does not have.
+        scored = self._judged(self._answers(self.train, round_, self.plan.max_steps + round_, watch), watch)
+        pending = self._teach(scored, self._credit(scored), step=0)
+        loss = self._reply(pending)
+        if world.is_logging_rank():
+            logger.info("critic warm-up %d/%d: loss %.4f", round_ + 1, self.config.critic_warmup_steps, loss)
+
+    def _advance(self) -> dict[str, float]:
+        """One step: answers, what they are worth, and an update."""
+        watch, step = Stopwatch(), self.state.step + 1
+        with watch("step_time"):
+            with watch("rollout_time"):
+                rollout = self._answers(self.train, self.state.step, self.state.step, watch)
+                scored = self._judged(rollout, watch)
+                experience = self._credit(scored)
+            taught = self._teach(scored, experience, step=step)
+            metrics = self._rollout_metrics(scored, experience)
+            with watch("train_time"):
+                metrics |= self._update(experience, step)
+            self._note_step(step, scored, metrics)
+            with watch("critic_train_wait"):
+                metrics["train_critic/loss"] = self._reply(taught)
+            watch.note("critic_train_time", taught.seconds)
+        self._write_down("train_rollouts", scored, step)
+        samples = scored.num_rows / watch.seconds["step_time"] / world.world_size()
+        metrics |= {f"timers/{name}": seconds for name, seconds in watch.seconds.items()}
+        return metrics | {"timers/samples_per_gpu_per_s": samples}
+
+    def _note_step(self, step: int, scored: Scored, metrics: dict[str, float]) -> None:
+        """The policy has learned from a step's rollout; the critic is about to."""
+        consumed = self.state.consumed_samples + scored.num_rows
+        self.kl = self.kl.update(metrics["train_rollouts/answer_kl"], scored.num_rows)
+        done = self.state.algorithm["ppo_optimization_step"] + self.updates_per_step
+        self.state = replace(
+            self.state,
+            step=step,
+            consumed_samples=consumed,
+            algorithm=self.state.algorithm
+            | {
+                "ppo_optimization_step": done,
+                "kl": self.kl.state_dict(),
+                "reward_scaling": self.scaling.state_dict(),
+            },
+        )
+        metrics |= {
+            "train_rollouts/consumed_samples": consumed,
+            "train_rollouts/epoch": 1 + (step - 1) // self.plan.steps_per_epoch,
+            "train_optim/optim_step": done,
+        }
+
+    def _answers(self, source: Prompts, index: int, draw: int, watch: Stopwatch) -> Rollout:
+        config, ranks = self.rollouts.config, world.dp_size()
+        with watch("batch_iterator_init"):
+            texts = [text for texts in source.batch(index) for text in texts]
+        first = world.dp_rank() * -(-source.rows_per_batch // ranks)
+        prompts = [Prompt(tokens=text.tokens, number=first + i) for i, text in enumerate(texts)]
+        slots = config.rollout_micro_batch_size
+        if source is not self.train:
+            slots = config.val_rollout_micro_batch_size or slots
+        with watch("prepare_for_inference"):
+            if config.offload_adam_states:
+                self.policy.offload_optimizer()
+        with watch("generate"):
+            return collect(
+                self.policy,
+                prompts,
+                self.rollouts.sampling,
+                draw=draw,
+                slots=slots,
+                seq_length=self.config.rollout_batch_seq_length,
+            )
+
+    def _judged(self, rollout: Rollout, watch: Stopwatch) -> Scored:
+        """The rollout with rewards, values and log-probs; the critic judges while log-probs are computed."""
+        asked = self.critic.judge(rollout, rows=self.rollouts.config.rollout_micro_batch_size)
+        rows, multiple = self.rollouts.config.scoring_rows, self.rollouts.length_multiple
+
+        def logprobs() -> torch.Tensor:
+            return per_token(
+                rollout,
+                lambda part: self.policy.logprobs(part, self.rollouts.sampling),
+                rows=rows,
+                multiple=multiple,
+            )
+
+        with watch("logprobs"):
+            own = logprobs()
+        reference = own
+        if self.kl.coefficient:
+            with watch("init_logprobs"), self.policy.as_reference():
+                reference = logprobs()
+        with watch("critic_wait"):
+            rewards, values = self._reply(asked)
+        watch.note("critic_infer_time", asked.seconds)
+        answers = rollout.learned()
+        return Scored(
+            **{field.name: getattr(rollout, field.name) for field in fields(rollout)},
+            logprobs=torch.where(answers, own, 0),
+            reference_logprobs=torch.where(answers, reference, 0),
+            rewards=rewards.float(),
+            values=torch.where(answers, values.float(), 0),
+        )
+
+    def _credit(self, scored: Scored) -> Experience:
+        self.scaling = observe(self.scaling, scored, self.config, kl_coefficient=self.kl.coefficient)
+        return credit(scored, self.config, kl_coefficient=self.kl.coefficient, scaling=self.scaling)
+
+    def _teach(self, scored: Scored, experience: Experience, *, step: int) -> Pending[float]:
+        return self.critic.train(value_batch(scored, experience), step=step)
+
+    def _reply(self, pending: Pending[Any]) -> Any:  # noqa: ANN401 - what is waited for
+        return pending.result(give_up=lambda: self._request.number != 0)
+
+    def _update(self, experience: Experience, step: int) -> dict[str, float]:
+        """Optimizer steps on a rollout; means over them."""
+        found: list[dict[str, float]] = []
+        for rows in self._global_batches(experience.num_rows, step):
+            batches = self._micro_batches(experience.take(rows))
+            metrics = self.policy.get_loss_and_metrics(
+                batches, self.objective, forward_only=False, sampling=self.rollouts.sampling
+            )
+            found.append(metrics | self.policy.optimizer_step())
+        world.synchronize()
+        return {f"train_optim/{name}": sum(m[name] for m in found) / len(found) for name in found[0]}
+
+    def _global_batches(self, num_rows: int, step: int) -> Iterator[list[int]]:
+        size = self.rollouts.global_batch_size
+        for epoch in range(self.config.num_ppo_epochs):
+            draw = np.random.default_rng([self.rollouts.seed, step, epoch])
+            order = [int(row) for row in draw.permutation(num_rows)]
+            yield from (order[i : i + size] for i in range(0, num_rows, size))
+
+    def _micro_batches(self, batch: Experience) -> list[Experience]:
+        """This rank's micro-batches of a global batch that every rank has."""
+        rollouts, multiple = self.rollouts, self.rollouts.length_multiple
+        lengths = lengths_of(batch)
+        shares = deal(lengths, rows=rollouts.micro_batch_size, ranks=world.dp_size())
+        # Pipeline stages exchange one shape.
+        longest = max(lengths) if world.pp_size() > 1 else None
+        return [cut(batch.take(rows), multiple=multiple, longest=longest) for rows in shares[world.dp_rank()]]
+
+    def _rollout_metrics(self, scored: Scored, experience: Experience) -> dict[str, float]:
+        return rollout_metrics("train_rollouts", scored) | {
+            f"train_rollouts/{name}": value
+            for name, value in learning_metrics(
+                statistics(scored, experience, self.config, kl_coefficient=self.kl.coefficient),
+                self.kl.coefficient,
+            ).items()
+        }
+
+    def _validate(self) -> None:
+        """Answers to prompts that nothing is learned from."""
+        assert self.validation is not None
+        watch, step = Stopwatch(), self.state.step
+        with world.phase(f"validation after step {step}"), watch("validation_time"):
+            rollout = self._answers(self.validation, 0, VALIDATION_DRAW, watch)
+            rewards, values = self._reply(
+                self.critic.judge(rollout, rows=self.rollouts.config.rollout_micro_batch_size)
+            )
+        scored = Scored(
+            **{field.name: getattr(rollout, field.name) for field in fields(rollout)},
+            logprobs=rollout.sampler_logprobs,
+            reference_logprobs=rollout.sampler_logprobs,
+            rewards=rewards.float(),
+            values=values.float(),
+        )
+        metrics = rollout_metrics("val_rollouts", scored)
+        self.run.log(metrics | {"timers/validation_time": watch.seconds["validation_time"]}, step=step)
+        self._write_down("val_rollouts", scored, step)
+        self.milestones.limit.note("validation", watch.seconds["validation_time"])
+        self.state = replace(
+            self.state, metrics={monitor_name(name): value for name, value in metrics.items()}
+        )
+        if world.is_logging_rank():
+            logger.info("validation: reward %.4f", metrics["val_rollouts/rewards"])
+
+    def _write_down(self, table: str, scored: Scored, step: int) -> None:
+        if not world.is_logging_rank():
+            return
+        rows = [
+            {
+                "prompt": self.rollouts.decode(scored.prompt(i)),
+                "response": self.rollouts.decode(scored.answer(i)),
+                "reward": float(scored.rewards[i]),
+            }
+            for i in range(min(TABLE_ROWS, scored.num_rows))
+        ]
+        self.run.log_rows(table, rows, step=step)
+
+    def _save(self, checkpoints: TrainingCheckpoints) -> None:
+        """The actor's half of a pair becomes a checkpoint when the critic's is one."""
+        pending = self.critic.save()
+
+        def both_saved() -> None:
+            self._reply(pending)
+            self.critic.committed()
+
+        self._remember_critic()
+        checkpoints.save(self.state, steps_per_epoch=self.plan.steps_per_epoch, also=both_saved)
+
+    def _save_alone(self, checkpoints: TrainingCheckpoints | None) -> None:
+        """Without the critic: with what it is to be taught when it comes back."""
+        if checkpoints is None or self.state.step == 0:
+            return
+        checkpoints.discard(lambda _: False)
+        if checkpoints.holds(self.state.step):
+            return
+        self._remember_critic()
+        checkpoints.save(
+            self.state,
+            steps_per_epoch=self.plan.steps_per_epoch,
+            extra=self.critic.unsaved_lessons(),
+        )
+        checkpoints.finish()
+
+    def _remember_critic(self) -> None:
+        self.state = replace(self.state, algorithm=self.state.algorithm | self.critic.state_dict())

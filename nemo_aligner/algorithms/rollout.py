@@ -1,0 +1,111 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Answers and what is known of them. Every rank holds the whole rollout, in the order of its prompts, so that what is
+learned of it does not depend on how it was written; only the work is dealt out.
+
+Shapes: N answers of all ranks, S positions.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from nemo_aligner.batch import Prompt, Rollout, TokenBatch, concatenated
+from nemo_aligner.errors import UserError
+from nemo_aligner.models.alignable_interface import AlignableGenerativeInterface
+from nemo_aligner.models.sampling_config import SamplingConfig
+from nemo_aligner.parallel import collectives, world
+
+__all__ = ["collect", "cut", "deal", "lengths_of", "per_token"]
+
+B = TypeVar("B", bound=TokenBatch)
+
+
+def deal(lengths: Sequence[int], *, rows: int, ranks: int) -> list[list[list[int]]]:
+    """[rank][micro-batch][row]: micro-batches of rows of like length, dealt out so that each rank has as many tokens.
+
+    All ranks get equally many micro-batches; the last ones may be short or empty.
+
+    >>> deal([5, 9, 7, 1], rows=1, ranks=2)
+    [[[1], [3]], [[2], [0]]]
+    """
+    order = sorted(range(len(lengths)), key=lambda row: -lengths[row])
+    micro_batches = [order[i : i + rows] for i in range(0, len(order), rows)]
+    micro_batches += [[]] * (-len(micro_batches) % ranks)
+    shares: list[list[list[int]]] = [[] for _ in range(ranks)]
+    for turn in range(0, len(micro_batches), ranks):
+        # There and back: whoever got the longest of one turn gets the shortest of the next.
+        step = 1 if turn // ranks % 2 == 0 else -1
+        for share, micro_batch in zip(shares[::step], micro_batches[turn : turn + ranks], strict=True):
+            share.append(micro_batch)
+    return shares
+
+
+def collect(
+    policy: AlignableGenerativeInterface,
+    prompts: Sequence[Prompt],
+    sampling: SamplingConfig,
+    *,
+    draw: int,
+    slots: int,
+    seq_length: int | None,
+    watch: Callable[[int, int], None] | None = None,
+) -> Rollout:
+    """The answers to all ranks' prompts, in the order of ranks.
+
+    Args:
+        prompts: this data parallel rank's.
+        draw: with it the answers' random numbers change.
+        slots: answers that a rank writes at once.
+        seq_length: S; None: the longest row's.
+
+    Raises:
+        UserError: a row is longer than ``seq_length``.
+    """
+    mine = policy.generate(prompts, sampling, step=draw, slots=slots, watch=watch)
+    with world.phase("gathering answers"):
+        rollout = concatenated(collectives.over_data_parallel(mine))
+    longest = int(rollout.lengths.max())
+    if seq_length is not None and longest > seq_length:
+        raise UserError(
+            f"trainer.ppo.rollout_batch_seq_length={seq_length} is less than the {longest} tokens of a prompt and its "
+            "answer",
+            cure=f"set trainer.ppo.rollout_batch_seq_length={longest} or more, or null",
+        )
+    return rollout.with_length(seq_length or longest)
+
+
+def per_token(
+    rollout: TokenBatch, ask: Callable[[TokenBatch], Tensor], *, rows: int, multiple: int
+) -> Tensor:
+    """[N, S] on every rank, on the CPU: what ``ask`` says of each token, the work dealt out over data parallel ranks.
+
+    Args:
+        ask: [b, s] of a micro-batch; read on the last pipeline stage.
+        rows: of a micro-batch.
+        multiple: of positions that a micro-batch is padded to.
+    """
+    whole = torch.zeros(rollout.tokens.shape)
+    shares = deal(lengths_of(rollout), rows=rows, ranks=world.dp_size())
+    for micro_batch in shares[world.dp_rank()]:
+        # All ranks ask equally often: where one has no rows left, it asks about the first ones for nothing.
+        part = cut(rollout.take(micro_batch or [0]), multiple=multiple).to(world.device())
+        found = ask(part)
+        shape = tuple(part.tokens.shape)
+        found = collectives.from_last_stage(found if world.is_last_stage() else None, shape).cpu()
+        if micro_batch:
+            width = min(part.seq_length, rollout.seq_length)
+            whole[micro_batch, :width] = found[:, :width].float()
+    return collectives.sum_over_data_parallel(whole.to(world.device())).cpu()
+
+
+def cut(batch: B, *, multiple: int, longest: int | None = None) -> B:
+    """The batch without the columns that hold padding only, up to a multiple."""
+    longest = longest or int(batch.lengths.max())
+    return batch.with_length(-(-longest // multiple) * multiple)
+
+
+def lengths_of(batch: TokenBatch) -> list[int]:
+    """The tokens in each row."""
+    return [int(length) for length in batch.lengths]

@@ -1,0 +1,255 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From the settings of train_gpt_ppo_actor.py to a policy with its initial weights, prompts and a critic."""
+
+import logging
+import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from nemo_aligner.algorithms.ppo import Rollouts
+from nemo_aligner.builders.loaders import longest_sequence
+from nemo_aligner.builders.models import Pretrained, load_policy, needed_tokenizer
+from nemo_aligner.builders.servers import tokenizer_probe
+from nemo_aligner.checkpoint.nemo_archive import WEIGHTS_NAME
+from nemo_aligner.checkpoint.sharded import load_model
+from nemo_aligner.checkpoint.training import Checkpoint, read_extra
+from nemo_aligner.config.ppo import ActorJob, CriticRemoteConfig, RewardRemoteConfig
+from nemo_aligner.data.collate import collate_prompts
+from nemo_aligner.data.datasets import open_prompts
+from nemo_aligner.data.loader import BatchLoader
+from nemo_aligner.data.prefix import Split
+from nemo_aligner.data.sample import PromptSample
+from nemo_aligner.data.sampler import GlobalBatchSampler
+from nemo_aligner.data.tokenizer import Tokenizer
+from nemo_aligner.errors import UserError
+from nemo_aligner.models.gpt.policy import GPTPolicy
+from nemo_aligner.models.sampling_config import SamplingConfig
+from nemo_aligner.parallel import world
+from nemo_aligner.run.experiment import Experiment
+from nemo_aligner.run.progress import heartbeat
+from nemo_aligner.serving.agreement import Actor, compare
+from nemo_aligner.serving.client import CriticNames, Remote, RemoteCritic, RemoteReward
+from nemo_aligner.serving.shared import CriticLost, Pending, SharedCritic
+
+__all__ = ["actor_prompts", "actor_rollouts", "load_actor", "open_critic"]
+
+logger = logging.getLogger(__name__)
+
+Prompts = BatchLoader[PromptSample, list[PromptSample]]
+
+
+def load_actor(job: ActorJob, start: Checkpoint | None) -> Pretrained[GPTPolicy]:
+    """The policy where ``start`` has it, and beside it the weights that it began with, where a penalty needs them.
+
+    Raises:
+        UserError: a checkpoint is not there, damaged, or does not fit the layout or the overrides.
+    """
+    pretrained = load_policy(job)
+    if job.trainer.ppo.initial_policy_kl_penalty:
+        pretrained.learner.keep_reference()
+    if start is not None:
+        with world.phase("loading the model"), heartbeat("loading weights", enabled=world.is_logging_rank()):
+            load_model(pretrained.learner.model, start.path / WEIGHTS_NAME)
+    return pretrained
+
+
+def _longest(job: ActorJob, pretrained: Pretrained[GPTPolicy]) -> int:
+    """Positions of a prompt and its answer, at most."""
+    gpt, padded = pretrained.learner.model.gpt_config, job.remote_critic_rm.pad_to_length
+    asked = min(padded or gpt.encoder_seq_length, gpt.encoder_seq_length)
+    setting = "remote_critic_rm.pad_to_length" if padded == asked else "model.encoder_seq_length"
+    return longest_sequence(setting, asked, gpt, job.model.length_multiple)
+
+
+def _sampling(job: ActorJob, pretrained: Pretrained[GPTPolicy]) -> SamplingConfig:
+    half = pretrained.learner.model.gpt_config.encoder_seq_length // 2
+    return job.model.ppo.sampling(max_length=half, seed=job.model.seed)
+
+
+def actor_rollouts(job: ActorJob, pretrained: Pretrained[GPTPolicy]) -> Rollouts:
+    """How answers are written and dealt out."""
+    model = job.model
+    return Rollouts(
+        config=model.ppo,
+        sampling=_sampling(job, pretrained),
+        global_batch_size=model.global_batch_size,
+        micro_batch_size=model.micro_batch_size,
+        length_multiple=model.length_multiple,
+        seed=model.seed,
+        decode=needed_tokenizer(job, pretrained).decode,
+    )
+
+
+@world.phase("reading data")
+def actor_prompts(job: ActorJob, pretrained: Pretrained[GPTPolicy]) -> tuple[Prompts, Prompts | None]:
+    """Prompts of training and of validation.
+
+    Raises:
+        UserError: there is no tokenizer, a file cannot be used, or there are too few prompts for a rollout.
+    """
+    tokenizer, config, splits = needed_tokenizer(job, pretrained), job.model.ppo, job.model.data.splits
+    with heartbeat("reading data", enabled=world.is_logging_rank()):
+        train = _prompts(
+            job, splits.train, tokenizer, pretrained, size=config.num_rollout_samples, shuffle=True
+        )
+        validation = None
+        if job.trainer.ppo.val_check_interval:
+            size = config.num_val_samples or config.num_rollout_samples
+            validation = _prompts(job, splits.validation, tokenizer, pretrained, size=size, shuffle=False)
+    found = len(train.dataset)
+    if found < config.num_rollout_samples:
+        raise UserError(
+            f"model.data.data_prefix has {found} prompts for training, fewer than "
+            f"model.ppo.num_rollout_samples={config.num_rollout_samples}",
+            cure=f"give more prompts, or set model.ppo.num_rollout_samples to at most {found}",
+        )
+    if world.is_logging_rank():
+        others = f" and {len(validation.dataset)} validation" if validation else ""
+        logger.info("%d training%s prompts; the first:\n%s", found, others, train.dataset[0].text)
+    return train, validation
+
+
+def _prompts(
+    job: ActorJob,
+    split: Split,
+    tokenizer: Tokenizer,
+    pretrained: Pretrained[GPTPolicy],
+    *,
+    size: int,
+    shuffle: bool,
+) -> Prompts:
+    data, sampling = job.model.data, _sampling(job, pretrained)
+    if job.model.ppo.sampling_params.add_BOS:
+        data = replace(data, add_bos=True)
+    room = min(data.seq_length or _longest(job, pretrained), _longest(job, pretrained)) - sampling.max_length
+    if room < 1:
+        raise UserError(
+            f"model.ppo.length_params.max_length={sampling.max_length} leaves no room for a prompt in "
+            f"{_longest(job, pretrained)} tokens",
+            cure="set it lower, or model.encoder_seq_length (and remote_critic_rm.pad_to_length) higher",
+        )
+    dataset = open_prompts(data, split, tokenizer, max_length=room)
+    return BatchLoader(
+        dataset,
+        GlobalBatchSampler(
+            len(dataset),
+            min(size, len(dataset)),
+            shuffle=shuffle,
+            seed=job.model.seed,
+            drop_last=True,
+            blend=dataset.blend,
+        ),
+        collate=collate_prompts,
+        filler=None,
+        dp_rank=world.dp_rank(),
+        dp_size=world.dp_size(),
+        micro_batch_size=1,
+        pad_id=tokenizer.pad_id,
+        multiple=1,
+        max_length=room,
+        num_workers=data.num_workers,
+    )
+
+
+@contextmanager
+def open_critic(
+    job: ActorJob, run: Experiment, pretrained: Pretrained[GPTPolicy], start: Checkpoint | None
+) -> Iterator[SharedCritic]:
+    """The critic, once it is up and agrees with the settings; at the end of a run that went well it is told to stop.
+
+    Raises:
+        UserError: it does not come up, or the two jobs do not fit each other.
+    """
+    critic = _connect(job, run, start) if world.is_logging_rank() else None
+    try:
+        agreed: Pending[None] = Pending(
+            critic.submit(lambda: _compare(job, pretrained, critic)) if critic else None
+        )
+        try:
+            agreed.result()
+        except CriticLost as lost:
+            raise lost.error from lost
+        yield SharedCritic(critic)
+        if critic is not None:
+            _stop(job, critic)
+    finally:
+        if critic is not None:
+            critic.close()
+
+
+def _compare(job: ActorJob, pretrained: Pretrained[GPTPolicy], critic: RemoteCritic) -> None:
+    actor = Actor(
+        vocab_size=pretrained.learner.model.gpt_config.vocab_size,
+        longest=_longest(job, pretrained),
+        tokenizer=tokenizer_probe(pretrained.tokenizer),
+        request_rows=job.model.ppo.rollout_micro_batch_size,
+        request_rows_setting="model.ppo.rollout_micro_batch_size",
+        saves=job.exp_manager.create_checkpoint_callback,
+        needs_rewards=job.remote_critic_rm.combine_rm_and_critic_server,
+    )
+    servers = [critic] if critic.reward is None else [critic, critic.reward]
+    for server in servers:
+        for slow in compare(server.name, server.health(), actor):
+            logger.warning("%s", slow)
+        logger.info("%s is up", server.name)
+
+
+def _stop(job: ActorJob, critic: RemoteCritic) -> None:
+    config = job.remote_critic_rm
+    if config.critic.stop_at_end:
+        critic.stop()
+    if critic.reward is not None and config.reward_model.stop_at_end:
+        critic.reward.stop()
+
+
+def _connect(job: ActorJob, run: Experiment, start: Checkpoint | None) -> RemoteCritic:
+    config = job.remote_critic_rm
+    known: dict[str, Any] = start.state.algorithm if start else {}
+    run_id = known.get("run_id") or _run_id(run.folder)
+    names = config.critic.name
+    reward = None
+    if not config.combine_rm_and_critic_server:
+        reward = RemoteReward(
+            _remote(job, "reward_model", config.reward_model, script="serve_reward_model.py"),
+            name=config.reward_model.name,
+            pad_to_length=config.pad_to_length,
+        )
+    critic = RemoteCritic(
+        _remote(job, "critic", config.critic, script="serve_ppo_critic.py"),
+        run_id=run_id,
+        names=CriticNames(infer=names.infer, train=names.train, save=names.save),
+        reward=reward,
+        pad_to_length=config.pad_to_length,
+        sequence=known.get("critic_sequence", 0),
+    )
+    if start is not None and (lessons := read_extra(start)):
+        critic.restore(lessons)
+    return critic
+
+
+def _run_id(folder: Path) -> str:
+    """The name under which the critic knows this run: one for the folder, whatever is restarted."""
+    path = folder / "run_id"
+    if not path.exists():
+        fresh = path.with_suffix(".tmp")
+        fresh.write_text(secrets.token_hex(8))
+        fresh.replace(path)
+    return path.read_text()
+
+
+def _remote(
+    job: ActorJob, block: str, server: CriticRemoteConfig | RewardRemoteConfig, *, script: str
+) -> Remote:
+    config = job.remote_critic_rm
+    return Remote(
+        setting=f"remote_critic_rm.{block}",
+        job=script,
+        ip=server.ip,
+        port=server.port,
+        start_seconds=config.start_timeout,
+        return_seconds=config.return_timeout,
+        timeout_seconds=config.reply_timeout,
+    )

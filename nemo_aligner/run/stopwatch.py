@@ -1,0 +1,26 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How long the phases of a step take."""
+
+import contextlib
+import time
+from collections.abc import Iterator
+
+__all__ = ["Stopwatch"]
+
+
+class Stopwatch:
+    """Seconds by name; a name that is timed again adds up."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextlib.contextmanager
+    def __call__(self, name: str) -> Iterator[None]:
+        """Time what happens within."""
+        started = time.perf_counter()
+        yield
+        self.note(name, time.perf_counter() - started)
+
+    def note(self, name: str, seconds: float) -> None:
+        """Add what was timed elsewhere."""
+        self.seconds[name] = self.seconds.get(name, 0.0) + seconds

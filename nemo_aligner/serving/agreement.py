@@ -1,0 +1,75 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Whether an actor and the servers that it asks can work together: by what each says of itself at the start."""
+
+from dataclasses import dataclass
+
+from nemo_aligner.errors import UserError
+from nemo_aligner.serving.protocol import Health
+
+__all__ = ["Actor", "compare"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Actor:
+    """What an actor says of itself."""
+
+    vocab_size: int
+    longest: int  # tokens of the longest prompt and answer together
+    tokenizer: str  # a digest; "" where there is none
+    request_rows: int  # of a request to infer
+    request_rows_setting: str
+    saves: bool
+    needs_rewards: bool  # from the critic's job
+
+
+def compare(name: str, server: Health, actor: Actor) -> list[str]:
+    """What only costs time, in words; ``name`` is the server's, for messages.
+
+    Raises:
+        UserError: results would be wrong, or requests refused.
+    """
+    settings = server.settings
+    if server.vocab_size != actor.vocab_size:
+        raise UserError(
+            f"{name} serves a model of {server.vocab_size} tokens, and the actor's vocabulary has {actor.vocab_size}",
+            cure="serve a model with the actor's tokenizer",
+        )
+    tokenizer = settings.get("tokenizer")
+    if tokenizer and actor.tokenizer and tokenizer != actor.tokenizer:
+        raise UserError(
+            f"{name} serves a model with another tokenizer than the actor's: both cut one text differently",
+            cure="start actor and critic from models with the same tokenizer",
+        )
+    if server.seq_length < actor.longest:
+        raise UserError(
+            f"{name} takes {server.seq_length} tokens, and the actor may send {actor.longest}",
+            cure=f"set model.encoder_seq_length={server.seq_length} in the actor's job, or a smaller "
+            "model.ppo.length_params.max_length and model.data.seq_length",
+        )
+    combined = settings.get("combine_rm_and_critic_server")
+    if combined is False and actor.needs_rewards:
+        raise UserError(
+            f"{name} has no reward model (trainer.ppo.combine_rm_and_critic_server=False there), and "
+            "remote_critic_rm.combine_rm_and_critic_server=True here",
+            cure="set both alike; where they are False, start serve_reward_model.py too",
+        )
+    if settings.get("saves") is False and actor.saves:
+        raise UserError(
+            f"{name} saves nothing (exp_manager.create_checkpoint_callback=False there), and the actor does",
+            cure="set exp_manager.create_checkpoint_callback alike in both jobs",
+        )
+    return _slow(name, server, actor)
+
+
+def _slow(name: str, server: Health, actor: Actor) -> list[str]:
+    for setting, rows in server.settings.items():
+        ranks = server.settings.get("data_parallel_size")
+        if not (setting.endswith(".inference_micro_batch_size") and isinstance(rows, int)):
+            continue
+        if isinstance(ranks, int) and rows * ranks > actor.request_rows:
+            return [
+                f"{name} computes {setting}={rows} x {ranks} data parallel ranks = {rows * ranks} rows at once, and "
+                f"gets {actor.request_rows_setting}={actor.request_rows} of them in a request: ranks of it idle; "
+                f"set {actor.request_rows_setting}={rows * ranks} or more"
+            ]
+    return []

@@ -1,0 +1,199 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A critic that rank 0 talks to for all ranks of the actor: what it replies, or why it does not, every rank gets."""
+
+import threading
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, wait
+from dataclasses import dataclass, field
+from typing import Any, Generic, Protocol, TypeVar
+
+import torch
+from torch import Tensor
+
+from nemo_aligner.batch import TokenBatch, ValueBatch
+from nemo_aligner.errors import UserError
+from nemo_aligner.parallel import collectives, world
+
+__all__ = ["Critic", "CriticLost", "Pending", "SharedCritic", "WaitEnded"]
+
+T = TypeVar("T")
+
+ANNOUNCE_SECONDS = 10.0  # between two signs of life to ranks that wait for rank 0's reply
+
+
+class CriticLost(Exception):
+    """The critic did not do what it was asked; no reply will come.
+
+    Attributes:
+        error: for people.
+    """
+
+    def __init__(self, error: UserError) -> None:
+        self.error = error
+        super().__init__(str(error))
+
+
+class WaitEnded(Exception):
+    """The wait for the critic was given up because this job is to end."""
+
+
+class Critic(Protocol):
+    """What rank 0 has: a :class:`~nemo_aligner.serving.client.RemoteCritic`, or none."""
+
+    @property
+    def run_id(self) -> str:
+        """Under which the critic knows the actor's run."""
+        ...
+
+    @property
+    def sequence(self) -> int:
+        """Train requests so far."""
+        ...
+
+    def infer_rm_critic(self, batch: TokenBatch) -> Future[tuple[Tensor, Tensor]]:
+        """(rewards [B], values [B, S])."""
+        ...
+
+    def train(self, batch: ValueBatch, *, step: int) -> Future[float]:
+        """The critic's loss."""
+        ...
+
+    def save(self) -> Future[None]:
+        """Have the critic saved."""
+        ...
+
+    def committed(self, sequence: int) -> None:
+        """A pair of checkpoints is complete."""
+        ...
+
+    def unsaved_lessons(self) -> bytes:
+        """The train requests that no pair of checkpoints holds."""
+        ...
+
+    def close(self) -> None:
+        """End all waits."""
+        ...
+
+
+@dataclass(frozen=True)
+class Pending(Generic[T]):
+    """A reply that is under way to rank 0."""
+
+    future: Future[T] | None  # on rank 0
+    _times: list[float] = field(default_factory=list)  # of asking and of the reply
+
+    def __post_init__(self) -> None:
+        self._times.append(time.perf_counter())
+        if self.future is not None:
+            self.future.add_done_callback(lambda _: self._times.append(time.perf_counter()))
+
+    @property
+    def seconds(self) -> float:
+        """From asking to the reply, once it is there; 0 on other ranks than 0."""
+        return self._times[-1] - self._times[0]
+
+    def result(self, *, give_up: Callable[[], bool] = lambda: False) -> T:
+        """The reply, on every rank; called by all of them.
+
+        Args:
+            give_up: asked on rank 0 while it waits.
+
+        Raises:
+            CriticLost: there is none.
+            WaitEnded: it was given up.
+        """
+        while True:
+            with world.phase("waiting for the critic"):
+                outcome = collectives.broadcast_object(self._outcome(give_up))
+            match outcome:
+                case None:
+                    continue
+                case UserError():
+                    raise CriticLost(outcome)
+                case WaitEnded():
+                    raise outcome
+                case (value,):
+                    return value
+
+    def _outcome(self, give_up: Callable[[], bool]) -> Any:  # noqa: ANN401 - a reply in a tuple, an error, or None
+        if self.future is None:
+            return None
+        for _ in range(int(ANNOUNCE_SECONDS / 0.2)):
+            if wait([self.future], 0.2).done:
+                break
+            if give_up():
+                return WaitEnded()
+        else:
+            return None
+        error = self.future.exception()
+        if isinstance(error, UserError):
+            return error
+        return (self.future.result(),)
+
+
+class SharedCritic:
+    """All ranks call every method alike.
+
+    Args:
+        critic: on rank 0.
+    """
+
+    def __init__(self, critic: Critic | None) -> None:
+        assert (critic is not None) == world.is_logging_rank()
+        self._critic = critic
+
+    def state_dict(self) -> dict[str, str | int]:
+        """What the actor's checkpoint holds of it; on rank 0, elsewhere nothing."""
+        if self._critic is None:
+            return {}
+        return {"run_id": self._critic.run_id, "critic_sequence": self._critic.sequence}
+
+    def judge(self, batch: TokenBatch, *, rows: int) -> Pending[tuple[Tensor, Tensor]]:
+        """(rewards [B], values [B, S]) of a batch that every rank has, asked for so many rows at a time."""
+        if self._critic is None:
+            return Pending(None)
+        chunks = [batch.take(slice(i, i + rows)) for i in range(0, batch.num_rows, rows)]
+        return Pending(_together([self._critic.infer_rm_critic(chunk) for chunk in chunks]))
+
+    def train(self, batch: ValueBatch, *, step: int) -> Pending[float]:
+        """The critic's loss on a batch that every rank has."""
+        return Pending(self._critic.train(batch, step=step) if self._critic else None)
+
+    def save(self) -> Pending[None]:
+        """Have the critic saved."""
+        return Pending(self._critic.save() if self._critic else None)
+
+    def committed(self) -> None:
+        """The pair of checkpoints with all that the critic was sent is complete."""
+        if self._critic:
+            self._critic.committed(self._critic.sequence)
+
+    def unsaved_lessons(self) -> bytes | None:
+        """What a checkpoint of the actor alone must hold for the critic; on rank 0."""
+        return self._critic.unsaved_lessons() if self._critic else None
+
+    def close(self) -> None:
+        """End all waits."""
+        if self._critic:
+            self._critic.close()
+
+
+def _together(asked: Sequence[Future[tuple[Tensor, Tensor]]]) -> Future[tuple[Tensor, Tensor]]:
+    """One future of several replies, rows in order; the first error ends it."""
+    whole: Future[tuple[Tensor, Tensor]] = Future()
+    one_at_a_time = threading.Lock()
+
+    def arrived(one: Future[tuple[Tensor, Tensor]]) -> None:
+        with one_at_a_time:
+            if whole.done():
+                return
+            if error := one.exception():
+                whole.set_exception(error)
+            elif all(future.done() for future in asked):
+                replies = [future.result() for future in asked]
+                whole.set_result((torch.cat([r for r, _ in replies]), torch.cat([v for _, v in replies])))
+
+    for one in asked:
+        one.add_done_callback(arrived)
+    return whole
