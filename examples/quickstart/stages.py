@@ -123,7 +123,8 @@ def _wait(jobs: Sequence[subprocess.Popen], max_seconds: float) -> str | None:
     server, script = jobs
     deadline = time.monotonic() + max_seconds
     while script.poll() is None:
-        if server.poll() is not None:
+        # A server that the script has asked to end may be gone before the script is.
+        if server.poll():
             return f"the server ended early, with exit code {server.returncode}"
         if time.monotonic() > deadline:
             return f"not done after {max_seconds:.0f} s"
