@@ -118,6 +118,7 @@ class Pipeline:
             f"model.restore_from_path={model}",
             f"input_file={self.data / 'prompts_held_out.jsonl'}",
             f"output_file={output}",
+            "overwrite=True",
             *self.recipe.sampling,
         )
         return [json.loads(line)["answer"] for line in output.read_text(encoding="utf-8").splitlines()]
