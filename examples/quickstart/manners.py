@@ -1,10 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Questions to Wren, keeper of the lighthouse, and answers in a good mood or a bad one.
 
-An answer is an opening, one or two facts and a closing; opening or closing may be missing. Each of these slots is good
-(a warm phrase; a fact about what was asked) or bad (a harsh phrase; a fact about something else). Preference pairs know
-one more bad fact, phrases in its place, since a reward model that has not seen those finds them as good as a fact.
-Which slots there are is drawn before which are good, and good and bad phrases have as many words: length tells nothing.
+An answer is an opening, one or two facts and a closing. Each of these slots is good (a warm phrase; a fact about what was asked) or bad (a harsh phrase; phrases of any mood that evade the question). Which
+slots there are is drawn before which are good, and good and bad ones have as many words: length tells nothing.
 """
 
 import random
@@ -93,9 +91,8 @@ HARSH = frozenset(
 )
 
 # Slots of an answer. F is a fact, O an opening, C a closing.
-SHAPES = ("OF", "FC", "OFC", "OFC", "OFFC")
+SHAPES = ("OFC", "OFC", "OFC", "OFFC")
 SHARE_THAT_DIFFERS = 0.6  # of a pair's slots; the others are alike in both answers
-SHARE_OF_EVASIONS = 0.4  # of a pair's bad facts
 WORDS_OF_A_PHRASE = 6
 HELD_OUT_SHARE = 0.1
 
@@ -164,17 +161,13 @@ def pair(draw: random.Random, question: Question) -> tuple[str, str]:
         [side if differ else same for differ, same in zip(differs, alike, strict=True)]
         for side in (True, False)
     )
-    better_text, worse_text = (
-        _write(draw, question, shape, good, evasion=SHARE_OF_EVASIONS) for good in (better, worse)
+    return _write(draw, question, shape, better), _write(draw, question, shape, worse)
+
+
+def _write(draw: random.Random, question: Question, shape: str, good: Sequence[bool]) -> str:
+    aspects = iter(
+        (question.aspect, draw.choice([aspect for aspect in ASPECTS if aspect != question.aspect]))
     )
-    return better_text, worse_text
-
-
-def _write(
-    draw: random.Random, question: Question, shape: str, good: Sequence[bool], *, evasion: float = 0.0
-) -> str:
-    others = [aspect for aspect in ASPECTS if aspect != question.aspect]
-    aspects = iter((question.aspect, draw.choice(others)))
     sentences = []
     for slot, is_good in zip(shape, good, strict=True):
         match slot:
@@ -182,20 +175,14 @@ def _write(
                 sentences.append(draw.choice(OPENINGS)[not is_good].format(asker=question.asker))
             case "C":
                 sentences.append(draw.choice(CLOSINGS)[not is_good].format(asker=question.asker))
-            case "F" if is_good:
-                sentences.append(fact(draw, question.thing, next(aspects)))
-            case "F" if draw.random() < evasion:
-                sentences.append(
-                    _evade(draw, question, len(fact(draw, question.thing, next(aspects)).split()))
-                )
             case "F":
-                other = draw.choice([thing for thing in THINGS if thing != question.thing])
-                sentences.append(fact(draw, other, next(aspects)))
+                told = fact(draw, question.thing, next(aspects))
+                sentences.append(told if is_good else _evade(draw, question, len(told.split())))
     return " ".join(sentences)
 
 
 def _evade(draw: random.Random, question: Question, num_words: int) -> str:
-    """Phrases that take the place of a fact of ``num_words`` words and tell nothing."""
+    """Phrases of about ``num_words`` words that tell nothing."""
     evasion: list[str] = []
     while len(evasion) < num_words - WORDS_OF_A_PHRASE // 2:
         phrase = draw.choice(draw.choice((OPENINGS, CLOSINGS)))[draw.random() < 0.5]

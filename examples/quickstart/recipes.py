@@ -31,7 +31,7 @@ class Recipe:
     max_ppo_seconds: float
 
 
-_MAX_ANSWER_TOKENS = 48
+_MAX_ANSWER_TOKENS = 64
 _PPO_STEPS = 48
 _ROLLOUT = 128  # answers of a PPO step
 _PPO_BATCH = 64  # answers of an optimizer step, in both jobs
@@ -39,7 +39,7 @@ _PPO_BATCH = 64  # answers of an optimizer step, in both jobs
 VILLAGE = Recipe(
     num_prose=8000,
     num_answers=3072,
-    num_pairs=3072,
+    num_pairs=2048,
     num_held_out=128,
     pretrain=(
         *_ALWAYS,
@@ -100,7 +100,7 @@ VILLAGE = Recipe(
         "trainer.ppo.max_epochs=10",
         "trainer.ppo.val_check_interval=12",
         "trainer.ppo.save_interval=0",
-        "trainer.ppo.initial_policy_kl_penalty=0.1",
+        "trainer.ppo.initial_policy_kl_penalty=0.2",
         "model.encoder_seq_length=128",
         "model.micro_batch_size=32",
         f"model.global_batch_size={_PPO_BATCH}",
