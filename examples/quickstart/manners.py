@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Questions to Wren, keeper of the lighthouse, and answers in a good mood or a bad one.
 
-An answer is an opening, one or two facts and a closing. Each of these slots is good (a warm phrase; a fact about what was asked) or bad (a harsh phrase; phrases of any mood that evade the question). Which
-slots there are is drawn before which are good, and good and bad ones have as many words: length tells nothing.
+An answer is an opening, one or two facts and a closing. Each of these slots is good (a warm phrase; a fact about what
+was asked) or bad (a harsh phrase; phrases of any mood that evade the question). Which slots there are is drawn before
+which are good, and good and bad ones have as many words: length tells nothing.
 """
 
 import random
