@@ -114,8 +114,8 @@ $(PEERS_STAMP): benchmarks/peers/requirements-lock.txt | $(STAMP)
 	@$(PEERS)/bin/python -m pip install --disable-pip-version-check $(PIP_ARGS) "$(TORCH)" -r $(PEERS)/requirements.txt
 	@echo '$(TORCH)' > $@
 
-# The head has no peer but torch.
-bench: $(STAMP) $(if $(filter-out head,$(or $(ONLY),all)),$(PEERS_STAMP))  ## Measure beside TRL and torch; ONLY=sft: one part
+# The head's peer is torch, and that of writing is the transformers that we depend on.
+bench: $(STAMP) $(if $(filter-out head generate,$(or $(ONLY),all)),$(PEERS_STAMP))  ## Measure beside TRL and torch; ONLY=sft: one part
 	$(PY) -m benchmarks.run $(ONLY)
 
 clean:  ## Remove .venv, caches and results

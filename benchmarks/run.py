@@ -11,14 +11,18 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from benchmarks import chunked_head, figures, sft
+from benchmarks import chunked_head, figures, generation, sft
 from benchmarks.processes import wait_for_calm
 
 RESULTS = Path(__file__).parent / "results.json"
 PAGE = Path(__file__).parents[1] / "docs/performance.md"
 
 # In the order of the page. A part measures in processes of its own and returns figures.
-PARTS: dict[str, Callable[[], figures.Part]] = {"sft": sft.part, "head": chunked_head.part}
+PARTS: dict[str, Callable[[], figures.Part]] = {
+    "sft": sft.part,
+    "head": chunked_head.part,
+    "generate": generation.part,
+}
 
 
 def main() -> None:

@@ -244,6 +244,7 @@ class Prompt:
     tokens: Sequence[int]
     number: int  # the prompt's, in all of a step's prompts; answers to one prompt share it
     sample: int = 0  # which of the answers to it this one is to be
+    max_length: int | None = None  # tokens of the answer; None: as many as the sampler allows
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -14,9 +14,10 @@ import psutil
 
 from nemo_aligner.errors import UserError
 
-__all__ = ["Remains", "folder_of", "kill", "own_folder"]
+__all__ = ["Remains", "end_abandoned", "kill", "own_folder"]
 
-ORPHAN_SECONDS = 15.0  # for the processes of a server that was killed to end by themselves
+OWNER = "owner"  # in the folder: the process of its server
+ORPHAN_SECONDS = 2.0  # for the processes of a server that was killed to end by themselves
 KILL_SECONDS = 5.0  # for a killed process to be gone
 MAX_SOCKET_PATH = 107  # bytes, of Linux
 
@@ -74,6 +75,27 @@ def folder_of(name: str) -> Path:
     return Path(tempfile.gettempdir()) / f"nemo_aligner-{name}"
 
 
+def end_abandoned(name: str) -> bool:
+    """End what a server that was killed has left under that name; whether there was something.
+
+    What a server that still runs has there is left alone.
+    """
+    folder = folder_of(name)
+    if not folder.exists() or folder.stat().st_uid != os.getuid() or _owner_lives(folder):
+        return False
+    Remains.of(folder).end(wait_seconds=ORPHAN_SECONDS)
+    shutil.rmtree(folder, ignore_errors=True)
+    return True
+
+
+def _owner_lives(folder: Path) -> bool:
+    try:
+        pid, started = (folder / OWNER).read_text().split()
+        return str(psutil.Process(int(pid)).create_time()) == started
+    except (OSError, ValueError, psutil.NoSuchProcess):
+        return False
+
+
 @contextmanager
 def own_folder(name: str, *, longest_name: int) -> Iterator[Path]:
     """A folder for Triton's files, removed at the end; what a killed server has left in its place goes first.
@@ -92,13 +114,14 @@ def own_folder(name: str, *, longest_name: int) -> Iterator[Path]:
             f"TMPDIR={folder.parent} has blanks or is too long for the paths of sockets",
             cure="set a short TMPDIR",
         )
-    if folder.exists() and folder.stat().st_uid == os.getuid():
-        Remains.of(folder).end(wait_seconds=ORPHAN_SECONDS)
-        shutil.rmtree(folder)
+    end_abandoned(name)
     try:
         folder.mkdir(mode=0o700)
     except FileExistsError:
-        raise UserError(f"{folder} belongs to another user", cure="choose another port or TMPDIR") from None
+        raise UserError(
+            f"{folder} belongs to another server", cure="end it, or choose another port or TMPDIR"
+        ) from None
+    (folder / OWNER).write_text(f"{os.getpid()} {psutil.Process().create_time()}")
     try:
         yield folder
     finally:

@@ -73,6 +73,7 @@ class Line:
         self._address = resolve(remote.ip, setting=f"{remote.setting}.ip")
         self._token = self._find_token()
         self._reached = False
+        self._reported_at = -REPORT_SECONDS  # several threads may wait, and one tells
         self._closed = threading.Event()
 
     @property
@@ -89,7 +90,7 @@ class Line:
             Refusal: the server's weights are behind the request; the caller knows what they miss.
         """
         message = _encode(arrays)
-        delay, lost_at, reported_at = FIRST_DELAY_SECONDS, None, 0.0
+        delay, lost_at = FIRST_DELAY_SECONDS, None
         while True:
             try:
                 return self._ask(endpoint, message)
@@ -103,9 +104,9 @@ class Line:
                     f"{self.name} did not answer for {patience:g} s: {reason}",
                     cure=f"start {self.remote.job}, or set {self.remote.setting}.ip and .port to where it runs",
                 )
-            if now - reported_at >= REPORT_SECONDS:
+            if now - self._reported_at >= REPORT_SECONDS:
+                self._reported_at = now
                 logger.info("waiting for %s (%.0f s of %g s): %s", self.name, now - lost_at, patience, reason)
-                reported_at = now
             if self._closed.wait(delay):
                 raise UserError(f"the wait for {self.name} was ended", cure="none is needed if this job ends")
             delay = min(2 * delay, LONGEST_DELAY_SECONDS)

@@ -32,7 +32,7 @@ from pytriton.utils.workspace import Workspace
 
 from nemo_aligner.errors import UserError
 from nemo_aligner.serving.checks import TensorSpec
-from nemo_aligner.serving.leftovers import Remains, folder_of, kill, own_folder
+from nemo_aligner.serving.leftovers import Remains, end_abandoned, kill, own_folder
 from nemo_aligner.serving.protocol import TOKEN_HEADER, Refusal, Trouble
 from nemo_aligner.serving.wire import Arrays
 
@@ -220,8 +220,8 @@ class TritonProcess:
 
     def __enter__(self) -> Self:
         name = f"{self._address}-{self._port}"
-        # Of a server that was killed, the processes listen for some seconds more.
-        patience = PORT_SECONDS if folder_of(name).exists() else 0.0
+        # Of a server that was killed, the port takes some seconds to be free.
+        patience = PORT_SECONDS if end_abandoned(name) else 0.0
         _wait_for_port(self._address, self._port, f"{self._setting}={self._port}", seconds=patience)
         # What it says besides is meant for those who write servers.
         logging.getLogger("pytriton").setLevel(logging.ERROR)

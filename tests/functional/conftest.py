@@ -16,7 +16,12 @@ import psutil
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlamaForSequenceClassification,
+    PreTrainedTokenizerFast,
+)
 
 from nemo_aligner.checkpoint.convert import import_from_huggingface
 
@@ -25,24 +30,48 @@ SCRIPT = ROOT / "examples/nlp/gpt/train_gpt_sft.py"
 COLOURS = ("red", "green", "blue", "white")
 
 
+def toy_config(**changed: object) -> LlamaConfig:
+    return LlamaConfig(
+        **{
+            "vocab_size": 259,
+            "hidden_size": 64,
+            "intermediate_size": 128,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "max_position_embeddings": 256,
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+        }
+        | changed
+    )
+
+
 @pytest.fixture(scope="session")
 def hf_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A Llama of two layers with a byte-level tokenizer, as transformers writes it."""
     folder = tmp_path_factory.mktemp("hf")
     torch.manual_seed(0)
-    LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=259,
-            hidden_size=64,
-            intermediate_size=128,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            max_position_embeddings=256,
-            bos_token_id=1,
-            eos_token_id=2,
-        )
-    ).save_pretrained(folder)
+    LlamaForCausalLM(toy_config()).save_pretrained(folder)
+    write_toy_tokenizer(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def reward_nemo(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A reward model of the toy's size, made of transformers' sequence classification."""
+    folder = tmp_path_factory.mktemp("reward")
+    torch.manual_seed(1)
+    LlamaForSequenceClassification(
+        toy_config(num_labels=1, pad_token_id=0, initializer_range=0.1)
+    ).save_pretrained(folder / "hf")
+    write_toy_tokenizer(folder / "hf")
+    import_from_huggingface(folder / "hf", str(folder / "reward.nemo"))
+    return folder / "reward.nemo"
+
+
+def write_toy_tokenizer(folder: Path) -> None:
+    """Bytes, and three tokens before them."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -56,7 +85,6 @@ def hf_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>"
     ).save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture(scope="session")

@@ -99,7 +99,8 @@ def _limit(prompt: Prompt, config: SamplingConfig, gpt: GPTConfig) -> int:
             "its answer",
             cure=f"shorten it to {places - 1} tokens or fewer",
         )
-    return min(config.max_length, places - len(prompt.tokens))
+    wanted = config.max_length if prompt.max_length is None else min(prompt.max_length, config.max_length)
+    return min(wanted, places - len(prompt.tokens))
 
 
 class _Desk:

@@ -242,6 +242,14 @@ def test_no_answer_is_shorter_than_min_length(policy: GPTPolicy, prompts: list[P
     assert min(len(answer) for answer in free) < 12
 
 
+def test_a_prompt_may_ask_for_fewer_tokens(policy: GPTPolicy, prompts: list[Prompt]):
+    limits = [None, 1, 5, 1000] * 6
+    asked = [replace(prompt, max_length=limit) for prompt, limit in zip(prompts, limits, strict=True)]
+    free, rollout = (policy.generate(some, SAMPLED, slots=4) for some in (prompts, asked))
+    for before, answer, limit in zip(answers(free), answers(rollout), limits, strict=True):
+        assert answer == before[:limit]
+
+
 def test_end_strings_end_answers(policy: GPTPolicy, prompts: list[Prompt]):
     sampled = replace(SAMPLED, min_length=0)
     plain = policy.generate(prompts, sampled)

@@ -1,0 +1,173 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Both jobs of PPO as processes: at other layouts, with a reward model in a third job, and what they refuse."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from nemo_aligner.checkpoint.nemo_archive import open_nemo
+from tests.functional.ppo_pair import LONG, Pair, free_port, metrics
+
+
+@pytest.fixture
+def pairs(start: Callable, nemo: Path, reward_nemo: Path, tmp_path: Path) -> Callable[..., Pair]:
+    """Makes a pair of jobs below a folder of the name."""
+
+    def make(name: str, *, critic: dict[str, object], actor: dict[str, object]) -> Pair:
+        return Pair(
+            folder=tmp_path / name,
+            start=start,
+            nemo=nemo,
+            reward_nemo=reward_nemo,
+            critic_settings=critic,
+            actor_settings=actor,
+        )
+
+    return make
+
+
+FEW = {
+    "trainer.ppo.max_steps": 2,
+    "trainer.ppo.save_interval": 0,
+    "trainer.ppo.val_check_interval": 2,
+    "model.ppo.entropy_bonus": 0.01,
+    "model.optim.lr": 1e-4,
+}
+STILL = {"model.hidden_dropout": 0.0, "model.optim.lr": 1e-4}  # dropout draws differ between layouts
+
+LAYOUTS = {
+    "actor TP2, critic PP2": (
+        {
+            "trainer.devices": 2,
+            "model.tensor_model_parallel_size": 2,
+            "model.sequence_parallel": True,
+        },
+        {"trainer.devices": 2, "model.pipeline_model_parallel_size": 2, "model.micro_batch_size": 2},
+    ),
+    "actor PP2 x DP2, critic DP2": (
+        {"trainer.devices": 4, "model.pipeline_model_parallel_size": 2, "model.micro_batch_size": 2},
+        {"trainer.devices": 2, "trainer.ppo.inference_micro_batch_size": 3},
+    ),
+}
+
+
+@pytest.fixture(scope="session")
+def one_rank() -> dict[str, Path]:
+    """The folder of the run with one rank in each job, made when first asked for."""
+    return {}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_results_do_not_depend_on_the_layout(
+    pairs: Callable[..., Pair], one_rank: dict[str, Path], layout: str
+):
+    if not one_rank:
+        alone = pairs("one", critic=STILL, actor=FEW)
+        alone.run()
+        one_rank["folder"] = alone.folder
+    actor, critic = LAYOUTS[layout]
+    many = pairs("many", critic=STILL | critic, actor=FEW | actor)
+    many.run()
+    for job in ("actor", "critic"):
+        ours, theirs = metrics(many.folder / job), metrics(one_rank["folder"] / job)
+        assert len(ours) == len(theirs)
+        for left, right in zip(ours, theirs, strict=True):
+            assert left.keys() == right.keys()
+            for name in left:
+                # Rounding in the generator moves a sum of tiny differences more than anything else.
+                bound = 2e-5 if "logprob_difference" in name or "kl" in name else 1e-6
+                assert left[name] == pytest.approx(right[name], rel=2e-4, abs=bound), (job, name)
+
+
+def test_it_learns_says_what_it_does_and_leaves_a_model(pairs: Callable[..., Pair]):
+    pair = pairs("run", critic={}, actor=FEW)
+    pair.run()
+    steps = [line for line in metrics(pair.actor_folder) if "train_optim/loss" in line]
+    assert [line["step"] for line in steps] == [1, 2]
+    assert steps[0]["train_rollouts/rollout_size"] == 16
+    assert steps[0]["train_rollouts/logprob_difference_max"] < 1e-4
+    assert steps[0]["train_rollouts/init_policy_kl"] == pytest.approx(0, abs=1e-6)
+    assert steps[1]["train_rollouts/init_policy_kl"] > 1e-5
+    assert steps[1]["train_optim/optim_step"] == 8
+    assert {line["step"] for line in metrics(pair.critic_folder)} == {1, 2, 3, 4}
+    rows = [json.loads(line) for line in (pair.actor_folder / "table_train_rollouts.jsonl").open()]
+    assert len(rows) == 8
+    assert all(row["prompt"].endswith("Assistant:") and "reward" in row for row in rows)
+    for folder, name in (
+        (pair.actor_folder, "megatron_gpt_ppo_actor"),
+        (pair.critic_folder, "megatron_gpt_critic"),
+    ):
+        with open_nemo(folder / f"checkpoints/{name}.nemo") as archive:
+            assert archive.config["precision"] == "32"
+
+
+def test_a_reward_model_in_a_job_of_its_own(pairs: Callable[..., Pair]):
+    port = free_port()
+    apart = {
+        "remote_critic_rm.combine_rm_and_critic_server": False,
+        "remote_critic_rm.reward_model.port": port,
+    }
+    pair = pairs(
+        "apart",
+        critic={"trainer.ppo.combine_rm_and_critic_server": False} | STILL,
+        actor=FEW | apart | {"remote_critic_rm.reward_model.stop_at_end": True},
+    )
+    reward = pair.serve_reward_model(port)
+    pair.run()
+    assert reward.wait(timeout=60) == 0, reward.err
+    together = pairs("together", critic=STILL, actor=FEW)
+    together.run()
+    assert metrics(pair.actor_folder) == metrics(together.actor_folder)
+
+
+def test_a_reward_server_of_several_ranks_ends_at_sigterm(pairs: Callable[..., Pair]):
+    pair = pairs("reward", critic={}, actor={})
+    job = pair.serve_reward_model(
+        free_port(), **{"trainer.devices": 2, "model.tensor_model_parallel_size": 2}
+    )
+    job.wait_for("serving at 127.0.0.1")
+    job.process.terminate()
+    assert job.wait(timeout=30) == 0, job.err
+
+
+def test_what_only_costs_time_is_a_warning_with_both_numbers(pairs: Callable[..., Pair]):
+    pair = pairs("slow", critic={"trainer.ppo.inference_micro_batch_size": 6}, actor=FEW)
+    critic, actor = pair.start_critic(), pair.start_actor(**{"trainer.ppo.max_steps": 1})
+    assert actor.wait(timeout=LONG) == 0, actor.err
+    assert "trainer.ppo.inference_micro_batch_size=6 x 1 data parallel ranks = 6 rows at once" in actor.err
+    assert "set model.ppo.rollout_micro_batch_size=6 or more" in actor.err
+    assert critic.wait(timeout=60) == 0, critic.err
+
+
+@pytest.mark.parametrize(
+    ("critic", "actor", "words"),
+    [
+        ({"model.encoder_seq_length": 64}, {}, ["takes 64 tokens, and the actor may send 256"]),
+        (
+            {"trainer.ppo.combine_rm_and_critic_server": False},
+            {},
+            ["has no reward model", "remote_critic_rm.combine_rm_and_critic_server=True"],
+        ),
+        ({"exp_manager.create_checkpoint_callback": False}, {}, ["saves nothing"]),
+        (
+            {},
+            {"model.ppo.num_rollout_samples": 64},
+            ["has 48 prompts for training", "model.ppo.num_rollout_samples"],
+        ),
+        ({}, {"remote_critic_rm.critic.name.infer": "asked"}, ["no endpoint asked"]),
+    ],
+)
+def test_jobs_that_do_not_fit_are_refused(
+    pairs: Callable[..., Pair], critic: dict[str, object], actor: dict[str, object], words: list[str]
+):
+    pair = pairs("unfit", critic=critic, actor=actor)
+    server, job = pair.start_critic(), pair.start_actor()
+    assert job.wait(timeout=LONG) == 2, job.err
+    told = "\n".join(job.err.splitlines()[-2:])
+    assert "\nCure: " in told
+    for word in words:
+        assert word in told
+    server.process.terminate()
+    server.wait(timeout=30)

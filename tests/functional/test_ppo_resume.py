@@ -1,0 +1,152 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A pair of jobs one of which is killed and started again is the pair that never was: to the bit, on both sides."""
+
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+from tritonclient.utils import InferenceServerException
+
+from tests.functional.ppo_pair import LONG, Pair, metrics, tensors
+
+
+@pytest.fixture(scope="session")
+def undisturbed() -> dict[str, Path]:
+    """The folder of a whole run, made when first asked for."""
+    return {}
+
+
+@pytest.fixture
+def pair(start: Callable, nemo: Path, reward_nemo: Path, tmp_path: Path) -> Pair:
+    return Pair(folder=tmp_path / "pair", start=start, nemo=nemo, reward_nemo=reward_nemo)
+
+
+def steps_done(folder: Path) -> int:
+    path = folder / "metrics.jsonl"
+    return path.read_text().count('"train_optim/loss"') if path.exists() else 0
+
+
+def is_saving(folder: Path) -> bool:
+    """Whether a second checkpoint is being written."""
+    made = list((folder / "checkpoints").glob("*/trainer_state.json"))
+    return bool(made) and any((folder / "checkpoints").glob(".saving-*step*/model_weights/*"))
+
+
+def critic_is(pair: Pair, what: str, *, after: int) -> bool:
+    try:
+        busy, sequence = pair.busy()
+    except (InferenceServerException, OSError):
+        return False
+    return busy == what and sequence >= after
+
+
+MOMENTS: dict[str, tuple[str, Callable[[Pair], bool]]] = {
+    "critic in infer": ("critic", lambda pair: critic_is(pair, "infer", after=3)),
+    "critic in train": ("critic", lambda pair: critic_is(pair, "train", after=2)),
+    "critic in save": ("critic", lambda pair: is_saving(pair.critic_folder)),
+    "actor in its first rollouts": ("actor", lambda pair: steps_done(pair.actor_folder) >= 1),
+    "actor in rollout": ("actor", lambda pair: steps_done(pair.actor_folder) >= 3),
+    "actor in update": ("actor", lambda pair: critic_is(pair, "train", after=3)),
+    "actor in save": ("actor", lambda pair: is_saving(pair.actor_folder)),
+}
+
+
+def kill(process: psutil.Process) -> None:
+    """SIGKILL the job's own processes, not Triton's, which have to see to themselves."""
+    own = [process, *(c for c in process.children() if "python" in c.name())]
+    for one in own:
+        one.send_signal(signal.SIGKILL)
+    psutil.wait_procs(own, timeout=10)
+
+
+def kill_at(job, pair: Pair, moment: Callable[[Pair], bool]) -> None:
+    deadline = time.monotonic() + LONG
+    while not moment(pair):
+        assert time.monotonic() < deadline, job.err[-4000:]
+        assert job.process.poll() is None, f"it ended before the moment to kill it: {job.err[-4000:]}"
+        time.sleep(0.002)
+    kill(psutil.Process(job.process.pid))
+    job.process.wait()
+
+
+def assert_same(found: Pair, wanted: Path) -> None:
+    for name in ("actor", "critic"):
+        ours, theirs = tensors(found.folder / name), tensors(wanted / name)
+        assert ours.keys() == theirs.keys()
+        assert any("exp_avg_sq" in key for key in ours)
+        assert [key for key in ours if not torch.equal(ours[key], theirs[key])] == [], name
+        assert metrics(found.folder / name) == metrics(wanted / name)
+    tables = [(folder / "actor/table_train_rollouts.jsonl").read_text() for folder in (found.folder, wanted)]
+    assert tables[0] == tables[1]
+
+
+@pytest.fixture
+def whole(pair: Pair, undisturbed: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run that nothing disturbed."""
+    if "folder" not in undisturbed:
+        calm = Pair(
+            folder=tmp_path_factory.mktemp("whole"),
+            start=pair.start,
+            nemo=pair.nemo,
+            reward_nemo=pair.reward_nemo,
+        )
+        calm.run()
+        undisturbed["folder"] = calm.folder
+    return undisturbed["folder"]
+
+
+@pytest.mark.parametrize("name", MOMENTS)
+def test_a_killed_job_goes_on_as_if_it_never_was(pair: Pair, whole: Path, name: str):
+    jobs = {"critic": pair.start_critic(), "actor": pair.start_actor()}
+    doomed, moment = MOMENTS[name]
+    kill_at(jobs[doomed], pair, moment)
+    jobs[doomed] = pair.start_critic() if doomed == "critic" else pair.start_actor()
+    told = "\n".join(f"{key}:\n{job.err[-3000:]}" for key, job in jobs.items())
+    assert jobs["actor"].wait(timeout=LONG) == 0, told
+    assert jobs["critic"].wait(timeout=60) == 0, told
+    assert_same(pair, whole)
+
+
+def test_an_actor_whose_critic_does_not_come_back_saves_and_both_go_on_later(pair: Pair, whole: Path):
+    critic, actor = pair.start_critic(), pair.start_actor(**{"remote_critic_rm.return_timeout": 3})
+    # After the pair of step 2: the critic has step 3's lesson from the actor's checkpoint alone.
+    kill_at(critic, pair, lambda pair: critic_is(pair, "infer", after=3))
+    assert actor.wait(timeout=LONG) == 2, actor.err
+    problem, cure = actor.err.splitlines()[-2:]
+    assert "did not answer for 3 s" in problem
+    assert f"remote_critic_rm.critic.port={pair.port}" in problem
+    assert "start serve_ppo_critic.py" in cure
+    steps = [path.name for path in (pair.actor_folder / "checkpoints").glob("megatron_gpt-step=3-*")]
+    assert len(steps) == 1
+    pair.run()
+    assert_same(pair, whole)
+
+
+def test_a_signal_between_two_pairs_saves_both_halves(pair: Pair, whole: Path):
+    critic, actor = pair.start_critic(), pair.start_actor()
+    deadline = time.monotonic() + LONG
+    while steps_done(pair.actor_folder) < 3:
+        assert time.monotonic() < deadline, actor.err
+        time.sleep(0.01)
+    actor.process.send_signal(signal.SIGTERM)
+    assert actor.wait(timeout=60) == 75, actor.err
+    assert "the same command goes on from there" in actor.err
+    critic.process.send_signal(signal.SIGTERM)
+    assert critic.wait(timeout=30) == 75, critic.err
+    pair.run()
+    for name in ("actor", "critic"):
+        ours, theirs = tensors(pair.folder / name), tensors(whole / name)
+        assert [key for key in ours if not torch.equal(ours[key], theirs[key])] == [], name
+        assert metrics(pair.folder / name) == metrics(whole / name)
+
+
+def test_a_critic_whose_actor_is_gone_for_good_saves_and_ends(pair: Pair):
+    critic, actor = pair.start_critic(**{"trainer.ppo.actor_timeout": 6}), pair.start_actor()
+    kill_at(actor, pair, lambda pair: steps_done(pair.actor_folder) >= 1)
+    assert critic.wait(timeout=60) == 75, critic.err
+    assert "the actor was not heard for" in critic.err
+    assert list((pair.critic_folder / "checkpoints").glob("megatron_gpt-step=*"))
