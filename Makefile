@@ -24,9 +24,9 @@ GGUF_SHA256 := bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70
 RUN := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false ONEDNN_MAX_CPU_ISA=AVX512_CORE
 PYTEST := $(RUN) $(PY) -m pytest
 # Wherever the tests run, they run alike: on CPUs.
-CPU_PYTEST := CUDA_VISIBLE_DEVICES= $(PYTEST) -m "not gpu and not resume"
+CPU_PYTEST := CUDA_VISIBLE_DEVICES= $(PYTEST) -m "not gpu and not resume and not soak and not slurm"
 
-.PHONY: help setup format lint types test-fast test-dist test-functional test test-resume test-gpu model quickstart quickstart-sft bench clean
+.PHONY: help setup format lint types test-fast test-dist test-functional test test-resume test-soak test-slurm test-gpu model quickstart quickstart-sft bench clean
 
 help:  ## Print the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -75,6 +75,13 @@ test: lint types $(GGUF)  ## Everything that CI runs
 
 test-resume: $(STAMP)  ## Runs killed at many moments and started again: minutes
 	CUDA_VISIBLE_DEVICES= $(PYTEST) -m "not gpu" tests/functional/test_resume.py
+
+test-soak: $(STAMP)  ## 200 steps of PPO, whose memory must not grow: minutes
+	CUDA_VISIBLE_DEVICES= $(PYTEST) --log-cli-level=INFO -m soak tests/functional/test_ppo_soak.py
+
+# Where no Slurm runs, NEMO_ALIGNER_SLURM_LOCAL names a script that starts one. Logs go to results/slurm.
+test-slurm: $(STAMP)  ## The heterogeneous PPO job under Slurm: minutes
+	CUDA_VISIBLE_DEVICES= $(PYTEST) -m slurm tests/functional/test_slurm.py
 
 test-gpu: $(STAMP)  ## Tests that need a CUDA device
 	$(PYTEST) -m gpu

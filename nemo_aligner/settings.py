@@ -33,8 +33,8 @@ NO_EFFECT: tuple[tuple[str, tuple[object, ...], str], ...] = (
     ("trainer.logger", (False,), "exp_manager makes the loggers"),
     ("trainer.enable_checkpointing", (False,), "exp_manager saves"),
     ("trainer.use_distributed_sampler", (False,), "the loader deals batches out to ranks"),
-    ("trainer.max_epochs", (), "trainer.sft.max_epochs counts"),
-    ("trainer.max_steps", (), "trainer.sft.max_steps counts"),
+    ("trainer.max_epochs", (), "max_epochs of the algorithm's own block counts, as in trainer.sft"),
+    ("trainer.max_steps", (), "max_steps of the algorithm's own block counts, as in trainer.sft"),
     ("model.global_batch_size", (), "model.data.train_ds.global_batch_size counts"),
     ("model.micro_batch_size", (), "model.data.train_ds.micro_batch_size counts"),
     ("model.mcore_gpt", (True,), "models always are megatron-core's"),
@@ -238,7 +238,9 @@ def _convert_union(value: Any, options: tuple[Any, ...], key: str) -> Any:  # no
     kinds = [option for option in options if option is not type(None)]
     if any(_is_exactly(value, kind) for kind in kinds):
         return value
-    return _convert(value, kinds[0], key)
+    # Of a list the kind that holds several, else the first.
+    several = [kind for kind in kinds if typing.get_origin(kind) is builtins.tuple]
+    return _convert(value, several[0] if isinstance(value, list) and several else kinds[0], key)
 
 
 def _convert_plain(value: Any, hint: Any, key: str) -> Any:  # noqa: ANN401

@@ -18,7 +18,7 @@ from nemo_aligner.models.alignable_interface import CriticModelInterface
 from nemo_aligner.objectives.protocol import Objective
 from nemo_aligner.parallel import collectives, world
 from nemo_aligner.run.experiment import Experiment
-from nemo_aligner.run.stop import SAVED_CODE, StoppedEarly, StopRequest
+from nemo_aligner.run.stop import SAVED_CODE, StoppedEarly, StopRequest, TimeLimit
 from nemo_aligner.serving.inbox import Judged
 from nemo_aligner.serving.protocol import Health, Limits, Scalar, Ticket
 from nemo_aligner.serving.server import Server
@@ -76,26 +76,27 @@ class CriticServerTrainer:
             StoppedEarly: a signal or the actor's silence ended it; what was learned is saved.
         """
         self.run.begin(self.state.step)
-        silence = 0.0
+        silence, limit = 0.0, TimeLimit(self.run.config.max_seconds)
 
         def should_stop(server: Server) -> bool:
             nonlocal silence
             silence = server.silent_seconds if self.state.algorithm else 0.0
             timeout = self.config.actor_timeout
-            return request.number != 0 or (timeout is not None and silence > timeout)
+            return request.number != 0 or limit.is_up or (timeout is not None and silence > timeout)
 
         with StopRequest() as request:
             asked = serve(self, open_server, should_stop=should_stop)
-            if self.state.step > self._saved_step:
+            if self.checkpoints is not None and self.state.step > self._saved_step:
                 self.save(None)
-            number, silence = collectives.broadcast_object((request.number, silence))
+            number, up, silence = collectives.broadcast_object((request.number, limit.is_up, silence))
         if asked:
             return
-        reason = signal.Signals(number).name if number else f"the actor was not heard for {silence:.0f} s"
+        silent = "exp_manager.max_time_per_run" if up else f"the actor was not heard for {silence:.0f} s"
+        reason = signal.Signals(number).name if number else silent
         saved = "nothing is saved" if self.checkpoints is None else "the same command goes on from there"
         raise StoppedEarly(
             f"stopped after step {self.state.step}: {reason}; {saved}",
-            exit_code=SAVED_CODE if self.checkpoints else 1,
+            exit_code=0 if up and not number else SAVED_CODE if self.checkpoints else 1,
         )
 
     def infer(self, batch: TokenBatch) -> Judged:
@@ -175,23 +176,17 @@ class CriticServerTrainer:
             self.checkpoints.discard(lambda state: state.step > self.state.step)
 
     def _saved_at(self, ticket: Ticket) -> Checkpoint | None:
-        """The checkpoint of that train request; None: the beginning."""
+        """The newest checkpoint that has learned from no more than the ticket says; None: the beginning.
+
+        What it lacks, the actor sends again.
+        """
         found: list[Checkpoint] = []
         if world.is_logging_rank() and self.checkpoints is not None:
             found = find_checkpoints(self.checkpoints.folder)
         found = collectives.broadcast_object(found)
         own = [one for one in found if one.state.algorithm.get("run_id") == ticket.run_id]
-        for checkpoint in own:
-            if checkpoint.state.algorithm["sequence"] == ticket.sequence:
-                return checkpoint
-        if ticket.sequence == 0:
-            return None
-        there = ", ".join(str(one.state.algorithm["sequence"]) for one in own) or "none"
-        raise UserError(
-            f"no checkpoint of this critic has learned from exactly {ticket.sequence} train requests; "
-            f"those that there are: {there}",
-            cure="let the actor go on from its newest checkpoint, or start both jobs anew in new folders",
-        )
+        early = [one for one in own if one.state.algorithm["sequence"] <= ticket.sequence]
+        return max(early, key=lambda one: one.state.algorithm["sequence"], default=None)
 
     def health(self) -> Health:
         """See Worker."""

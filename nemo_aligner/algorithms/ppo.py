@@ -2,16 +2,17 @@
 """Proximal Policy Optimization: generate, score, credit, update. Sees the model through its interface only."""
 
 import logging
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
 
 from nemo_aligner.algorithms.milestones import Milestones
 from nemo_aligner.algorithms.ppo_config import PPOConfig, RolloutConfig
-from nemo_aligner.algorithms.rollout import collect, cut, deal, lengths_of, per_token
+from nemo_aligner.algorithms.rollout import Prompts, collect, cut, deal, lengths_of, per_token
 from nemo_aligner.algorithms.rollout_metrics import learning_metrics, rollout_metrics, summary
 from nemo_aligner.batch import Experience, Prompt, Rollout, Scored
 from nemo_aligner.checkpoint.training import Checkpoint, TrainerState, TrainingCheckpoints, monitor_name
@@ -28,44 +29,12 @@ from nemo_aligner.run.stop import StopRequest
 from nemo_aligner.run.stopwatch import Stopwatch
 from nemo_aligner.serving.shared import CriticLost, Pending, SharedCritic, WaitEnded
 
-__all__ = ["PPOTrainer", "Prompts", "Rollouts"]
+__all__ = ["PPOTrainer", "Rollouts"]
 
 logger = logging.getLogger(__name__)
 
 VALIDATION_DRAW = 1 << 30  # the same each time, and that of no step
 TABLE_ROWS = 4  # answers of each rollout that are written down
-
-
-class PromptText(Protocol):
-    """A prompt, in tokens."""
-
-    @property
-    def tokens(self) -> list[int]:
-        """Its token ids."""
-        ...
-
-
-class Prompts(Protocol):
-    """A source of prompts, as this data parallel rank sees them."""
-
-    @property
-    def batches_per_epoch(self) -> int:
-        """Rollouts in one pass over the prompts."""
-        ...
-
-    @property
-    def rows_per_batch(self) -> int:
-        """Prompts of a rollout over all ranks."""
-        ...
-
-    @property
-    def fingerprint(self) -> dict[str, object]:
-        """What makes up the batches: equal fingerprints, equal batches."""
-        ...
-
-    def batch(self, index: int) -> list[list[Any]]:
-        """This rank's prompts of rollout ``index``, one to a list, in runs: the first rank has the first ones."""
-        ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -163,10 +132,7 @@ class PPOTrainer:
                 self._warm_up(round_)
         while self.state.step < self.plan.max_steps:
             with world.phase(f"step {self.state.step + 1}"):
-                metrics = self._advance()
-            self.milestones.limit.note("step", metrics["timers/step_time"])
-            self.run.log(metrics, step=self.state.step)
-            bar.show(self.state.step, summary(metrics))
+                self._advance(bar)
             if self.plan.validates_after(self.state.step):
                 self._validate()
             self.milestones.after(self.state.step, self._request)
@@ -181,26 +147,35 @@ class PPOTrainer:
         if world.is_logging_rank():
             logger.info("critic warm-up %d/%d: loss %.4f", round_ + 1, self.config.critic_warmup_steps, loss)
 
-    def _advance(self) -> dict[str, float]:
+    def _advance(self, bar: ProgressBar) -> None:
         """One step: answers, what they are worth, and an update."""
-        watch, step = Stopwatch(), self.state.step + 1
-        with watch("step_time"):
-            with watch("rollout_time"):
-                rollout = self._answers(self.train, self.state.step, self.state.step, watch)
-                scored = self._judged(rollout, watch)
-                experience = self._credit(scored)
-            taught = self._teach(scored, experience, step=step)
-            metrics = self._rollout_metrics(scored, experience)
-            with watch("train_time"):
-                metrics |= self._update(experience, step)
-            self._note_step(step, scored, metrics)
+        watch, step, began = Stopwatch(), self.state.step + 1, time.perf_counter()
+        with watch("rollout_time"):
+            rollout = self._answers(self.train, self.state.step, self.state.step, watch)
+            scored = self._judged(rollout, watch)
+            experience = self._credit(scored)
+        taught = self._teach(scored, experience, step=step)
+        metrics = self._rollout_metrics(scored, experience)
+        with watch("train_time"):
+            metrics |= self._update(experience, step)
+        self._note_step(step, scored, metrics)
+        try:
             with watch("critic_train_wait"):
                 metrics["train_critic/loss"] = self._reply(taught)
             watch.note("critic_train_time", taught.seconds)
+        finally:
+            # The step is done where the critic is lost, too.
+            watch.note("step_time", time.perf_counter() - began)
+            self._tell(scored, metrics, watch, bar)
+
+    def _tell(self, scored: Scored, metrics: dict[str, float], watch: Stopwatch, bar: ProgressBar) -> None:
+        step, seconds = self.state.step, watch.seconds["step_time"]
+        metrics |= {f"timers/{name}": value for name, value in watch.seconds.items()}
+        metrics["timers/samples_per_gpu_per_s"] = scored.num_rows / seconds / world.world_size()
+        self.milestones.limit.note("step", seconds)
+        self.run.log(metrics, step=step)
         self._write_down("train_rollouts", scored, step)
-        samples = scored.num_rows / watch.seconds["step_time"] / world.world_size()
-        metrics |= {f"timers/{name}": seconds for name, seconds in watch.seconds.items()}
-        return metrics | {"timers/samples_per_gpu_per_s": samples}
+        bar.show(step, summary(metrics))
 
     def _note_step(self, step: int, scored: Scored, metrics: dict[str, float]) -> None:
         """The policy has learned from a step's rollout; the critic is about to."""
@@ -290,13 +265,23 @@ class PPOTrainer:
     def _update(self, experience: Experience, step: int) -> dict[str, float]:
         """Optimizer steps on a rollout; means over them."""
         found: list[dict[str, float]] = []
+        empty: list[dict[str, float]] = []  # steps on nothing but answers that are left out
         for rows in self._global_batches(experience.num_rows, step):
-            batches = self._micro_batches(experience.take(rows))
+            part = experience.take(rows)
+            batches = self._micro_batches(part)
             metrics = self.policy.get_loss_and_metrics(
                 batches, self.objective, forward_only=False, sampling=self.rollouts.sampling
             )
-            found.append(metrics | self.policy.optimizer_step())
+            metrics |= self.policy.optimizer_step()
+            (found if part.learned().any() else empty).append(metrics)
         world.synchronize()
+        if empty and world.is_logging_rank():
+            logger.warning(
+                "nothing was learned in %d of %d updates: none of their answers ended within "
+                "model.ppo.length_params.max_length=%d tokens, and trainer.ppo.mask_unfinished=True",
+                *(len(empty), len(found) + len(empty), self.rollouts.sampling.max_length),
+            )
+        found = found or empty
         return {f"train_optim/{name}": sum(m[name] for m in found) / len(found) for name in found[0]}
 
     def _global_batches(self, num_rows: int, step: int) -> Iterator[list[int]]:
@@ -340,7 +325,7 @@ class PPOTrainer:
             rewards=rewards.float(),
             values=values.float(),
         )
-        metrics = rollout_metrics("val_rollouts", scored)
+        metrics = rollout_metrics("val_rollouts", scored, trained=False)
         self.run.log(metrics | {"timers/validation_time": watch.seconds["validation_time"]}, step=step)
         self._write_down("val_rollouts", scored, step)
         self.milestones.limit.note("validation", watch.seconds["validation_time"])

@@ -6,7 +6,7 @@ Shapes: N answers of all ranks, S positions.
 """
 
 from collections.abc import Callable, Sequence
-from typing import TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -17,9 +17,41 @@ from nemo_aligner.models.alignable_interface import AlignableGenerativeInterface
 from nemo_aligner.models.sampling_config import SamplingConfig
 from nemo_aligner.parallel import collectives, world
 
-__all__ = ["collect", "cut", "deal", "lengths_of", "per_token"]
+__all__ = ["Prompts", "collect", "cut", "deal", "lengths_of", "per_token"]
 
 B = TypeVar("B", bound=TokenBatch)
+
+
+class PromptText(Protocol):
+    """A prompt, in tokens."""
+
+    @property
+    def tokens(self) -> list[int]:
+        """Its token ids."""
+        ...
+
+
+class Prompts(Protocol):
+    """A source of prompts, as this data parallel rank sees them."""
+
+    @property
+    def batches_per_epoch(self) -> int:
+        """Rollouts in one pass over the prompts."""
+        ...
+
+    @property
+    def rows_per_batch(self) -> int:
+        """Prompts of a rollout over all ranks."""
+        ...
+
+    @property
+    def fingerprint(self) -> dict[str, object]:
+        """What makes up the batches: equal fingerprints, equal batches."""
+        ...
+
+    def batch(self, index: int) -> list[list[Any]]:
+        """This rank's prompts of rollout ``index``, one to a list, in runs: the first rank has the first ones."""
+        ...
 
 
 def deal(lengths: Sequence[int], *, rows: int, ranks: int) -> list[list[list[int]]]:

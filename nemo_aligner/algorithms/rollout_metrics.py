@@ -7,13 +7,13 @@ from nemo_aligner.objectives.reduce import Moments, kl_k3
 __all__ = ["learning_metrics", "rollout_metrics", "summary"]
 
 
-def rollout_metrics(group: str, scored: Scored) -> dict[str, float]:
-    """What there is to say of answers, whoever wrote them."""
-    answers = scored.learned()
+def rollout_metrics(group: str, scored: Scored, *, trained: bool = True) -> dict[str, float]:
+    """What there is to say of answers.
+
+    Args:
+        trained: whether the trainer's log-probs are known beside the sampler's.
+    """
     lengths = (scored.lengths - scored.prompt_lengths).double()
-    # Of tokens that the sampler drew, what the trainer believes of them, and by how much the two differ.
-    apart = (scored.logprobs - scored.sampler_logprobs)[answers].double()
-    drawn = scored.sampler_logprobs[answers].double()
     metrics = {
         "rollout_size": float(scored.num_rows),
         "response_lengths": lengths.mean().item(),
@@ -22,11 +22,22 @@ def rollout_metrics(group: str, scored: Scored) -> dict[str, float]:
         "rewards": Moments.of(scored.rewards).mean.item(),
         "rewards_std": Moments.of(scored.rewards).std.item(),
         "fraction_of_samples_properly_ended": scored.finished.double().mean().item(),
+    }
+    if trained:
+        metrics |= _agreement(scored)
+    return {f"{group}/{name}": value for name, value in metrics.items()}
+
+
+def _agreement(scored: Scored) -> dict[str, float]:
+    """What the trainer believes of the tokens that the sampler drew, beside what the sampler did."""
+    answers = scored.learned()
+    apart = (scored.logprobs - scored.sampler_logprobs)[answers].double()
+    drawn = scored.sampler_logprobs[answers].double()
+    return {
         "logprob_difference_mean": apart.abs().mean().item(),
         "logprob_difference_max": apart.abs().max().item(),
         "sampler_kl": kl_k3(drawn, drawn + apart).mean().item(),
     }
-    return {f"{group}/{name}": value for name, value in metrics.items()}
 
 
 def learning_metrics(moments: dict[str, Moments], coefficient: float) -> dict[str, float]:

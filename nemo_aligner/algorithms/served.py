@@ -44,7 +44,7 @@ class Student(Worker, Protocol):
         ...
 
     def rewind(self, ticket: Ticket) -> None:
-        """Load the checkpoint that was saved at ``ticket.sequence``."""
+        """Go back to a checkpoint that has learned from at most ``ticket.sequence`` train requests."""
         ...
 
 

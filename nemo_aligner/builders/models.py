@@ -21,7 +21,7 @@ from nemo_aligner.data.tokenizer import Tokenizer, check_fits
 from nemo_aligner.errors import UserError
 from nemo_aligner.models.gpt.config import GPTConfig, unread_keys
 from nemo_aligner.models.gpt.critic import GPTCritic
-from nemo_aligner.models.gpt.heads import HEAD_NAME, HeadConfig, draw_head, head_config
+from nemo_aligner.models.gpt.heads import HEAD_KEYS, HEAD_NAME, HeadConfig, draw_head, head_config
 from nemo_aligner.models.gpt.learner import GPTLearner
 from nemo_aligner.models.gpt.model import GPT, InterleavedGPT, build_gpt
 from nemo_aligner.models.gpt.policy import GPTPolicy
@@ -118,7 +118,8 @@ def opened(job: ModelJob, start: Checkpoint | None) -> contextlib.AbstractContex
 
 def merged_config(model: ModelConfig, archive: NemoArchive) -> dict[str, Any]:
     """model_config.yaml as it is to be saved: the checkpoint's with the settings' own."""
-    if (unread := unread_keys(archive.config)) and world.is_logging_rank():
+    unread = [key for key in unread_keys(archive.config) if key not in HEAD_KEYS]
+    if unread and world.is_logging_rank():
         logger.info("keys of model_config.yaml that are kept and not read: %s", ", ".join(unread))
     return {**archive.config, **model.architecture, **model.own_keys}
 

@@ -24,6 +24,7 @@ from nemo_aligner.checkpoint.sharded import load_model
 from nemo_aligner.checkpoint.training import Checkpoint, TrainingCheckpoints
 from nemo_aligner.config.base import ModelJob
 from nemo_aligner.config.serve import CriticJob, InferenceConfig, RewardServerJob, ServedModelConfig
+from nemo_aligner.data.sample import TextEncoder
 from nemo_aligner.data.tokenizer import Tokenizer
 from nemo_aligner.errors import UserError
 from nemo_aligner.models.gpt.critic import GPTCritic, RewardScale, RewardWeights
@@ -300,5 +301,6 @@ def reward_server(job: RewardServerJob, pretrained: Pretrained[GPTCritic]) -> Ca
 
 
 def _opener(config: ServerConfig, limits: Limits, tokenizer: Tokenizer | None) -> Callable[[], Server]:
-    encode = tokenizer.encode if tokenizer else None
+    # As the texts that it was trained on, unless model.data.add_bos said otherwise there.
+    encode = TextEncoder(tokenizer=tokenizer, add_bos=None, append_eos=False) if tokenizer else None
     return lambda: Server(config, limits, encode=encode)

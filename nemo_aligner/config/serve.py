@@ -171,7 +171,7 @@ class CriticConfig:
     def rows(self) -> int | None:
         """Of a forward pass on one data parallel rank; of several preferred sizes the largest."""
         sizes = self.inference_micro_batch_size
-        return max(sizes) if isinstance(sizes, tuple) and sizes else sizes or None  # type: ignore[return-value]
+        return max(sizes) if isinstance(sizes, tuple) else sizes
 
 
 @dataclass(frozen=True, kw_only=True)

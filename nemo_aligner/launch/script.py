@@ -21,6 +21,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from nemo_aligner.errors import UserError
 from nemo_aligner.launch import local
+from nemo_aligner.launch.children import STARTER_VARIABLE, follow_parent
 from nemo_aligner.launch.cli import INTERRUPTED_CODE, OS_ERROR_CURE, USER_ERROR_CODE
 from nemo_aligner.parallel.ranks import Layout, Ranks, discover
 from nemo_aligner.run.experiment import keep_early_records
@@ -128,7 +129,9 @@ def _hydra_problem(error: Exception) -> UserError:
 
 def _prepare_process(ranks: Ranks | None) -> None:
     if ranks is not None and ranks.starter == "local":
-        local.follow_parent()
+        follow_parent(signal.SIGKILL)
+    elif ranks is None and STARTER_VARIABLE in os.environ:
+        follow_parent(signal.SIGTERM)  # which has it save first
     # Keys that YAML lacks are ours to judge: Hydra's own complaint proposes to add them.
     sys.argv[1:] = [f"++{a}" if re.match(r"^[A-Za-z_][\w.]*=", a) else a for a in sys.argv[1:]]
     talks = _talks(ranks)
@@ -194,9 +197,11 @@ def _start(config: DictConfig, kind: type[J], main: Callable[[J], None], ranks: 
         if ranks is None:
             job.check_paths()
             if job.trainer.num_nodes > 1:
+                ranks_in_all = job.trainer.num_nodes * job.trainer.devices
                 raise UserError(
                     f"trainer.num_nodes={job.trainer.num_nodes}, but this machine can start its own ranks only",
-                    cure="start the script on every node with srun or torchrun, or set trainer.num_nodes=1",
+                    cure="start the script on every node with srun or torchrun, or have all ranks on this machine: "
+                    f"trainer.num_nodes=1 trainer.devices={ranks_in_all}",
                 )
     except UserError as error:
         if _talks(ranks):

@@ -127,9 +127,11 @@ def _is_srun_step(step: str | None) -> bool:
 
 def _slurm(env: Mapping[str, str]) -> Ranks:
     host = env.get("MASTER_ADDR") or _first_host(env["SLURM_STEP_NODELIST"])
-    # All tasks of a step derive the same port; jobs that share a node get different ones.
+    # All tasks of a step derive the same port; jobs that share a node get different ones. So do the groups of a
+    # heterogeneous job: SLURM_JOB_ID is the leader's in each, and SLURM_STEP_ID counts over all of them. Below 32768,
+    # where Linux begins to hand out ports by itself.
     port = env.get("MASTER_PORT") or str(
-        20000 + (int(env["SLURM_JOB_ID"]) * 7 + int(env["SLURM_STEP_ID"])) % 20000
+        20000 + (int(env["SLURM_JOB_ID"]) * 7 + int(env["SLURM_STEP_ID"])) % 12000
     )
     return Ranks(
         rank=int(env["SLURM_PROCID"]),

@@ -56,4 +56,5 @@ def resolve(host: str, *, setting: str) -> str:
 
 def job_name(environ: Mapping[str, str]) -> str:
     """What both jobs of a run call it: the id of their Slurm job, of its leader where it is heterogeneous."""
-    return environ.get("SLURM_HET_JOB_ID") or environ.get("SLURM_JOB_ID") or "local"
+    names = ("SLURM_JOB_ID_HET_GROUP_0", "SLURM_HET_JOB_ID", "SLURM_JOB_ID")
+    return next((environ[name] for name in names if environ.get(name)), "local")

@@ -5,11 +5,11 @@ A critic that is started again has learned from fewer rollouts than its actor ha
 the last pair of checkpoints and sends them once more, so that each reply is that of the undisturbed run.
 """
 
+import contextlib
 import io
 import logging
 import os
 import threading
-import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, wait
 from dataclasses import dataclass
@@ -35,7 +35,6 @@ T = TypeVar("T")
 
 NUM_ASKING = 4  # requests to infer that are under way at once
 PING_SECONDS = 30.0  # between two signs of life to a critic that has nothing to do
-BEHIND_DELAY_SECONDS = 1.0  # between two looks whether another rank's client has taught the critic
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -179,8 +178,10 @@ class RemoteCritic(_Client):
 
     def _ping(self) -> None:
         """Tell the critic that its actor lives, however long a rollout takes."""
-        while not self._line.wait(PING_SECONDS):
-            self._line.call_once(wire.HEALTH, wire.save_arrays())
+        # What is wrong with the line is told by the next call that matters.
+        with contextlib.suppress(UserError):
+            while not self._line.wait(PING_SECONDS):
+                self._line.call_once(wire.HEALTH, wire.save_arrays())
 
     def close(self) -> None:
         """End the threads and their waits, those of the reward model too."""
@@ -276,37 +277,33 @@ class RemoteCritic(_Client):
 
     def _call(self, endpoint: str, arrays: wire.Arrays, *, needed: int) -> dict[str, NDArray[np.generic]]:
         """A call whose reply is that of weights which have learned from ``needed`` train requests."""
-        lost_at = time.monotonic()
         while True:
             try:
                 return self._line.call(endpoint, arrays)
             except Refusal as behind:
-                if self._teach_again(needed):
-                    lost_at = time.monotonic()
-                    continue
-                reason = behind.message
-            patience = self._line.remote.return_seconds
-            if time.monotonic() - lost_at > patience or self._line.wait(BEHIND_DELAY_SECONDS):
-                raise UserError(
-                    f"{self._line.name} is behind this actor for {patience:g} s: {reason}",
-                    cure="let both jobs go on from the same pair of checkpoints",
-                )
+                self._teach_again(needed, behind.message)
 
-    def _teach_again(self, needed: int) -> bool:
-        """Send a critic that came back what it misses; False if it misses more than is kept here."""
+    def _teach_again(self, needed: int, reason: str) -> None:
+        """Send a critic that came back what it misses.
+
+        Raises:
+            UserError: it misses more than is kept here.
+        """
         with self._teaching_lock:
             known = self.health().sequence
             lessons = [self._lessons.get(number) for number in range(known + 1, needed + 1)]
             if None in lessons:
-                return False
+                raise UserError(
+                    f"{self.name} is behind this actor: {reason}",
+                    cure="let both jobs go on from the same pair of checkpoints, or start both anew in new folders",
+                )
             if lessons:
-                logger.info("%s has come back at train request %d of %d", self._line.name, known, needed)
+                logger.info("%s has come back at train request %d of %d", self.name, known, needed)
             try:
                 for lesson in filter(None, lessons):
                     lesson.loss = wire.read_loss(self._line.call(self._names.train, lesson.arrays))
             except Refusal as behind:
-                logger.info("%s has come back once more: %s", self._line.name, behind.message)
-            return True
+                logger.info("%s has come back once more: %s", self.name, behind.message)
 
 
 def _read_lessons(content: bytes, run_id: str) -> dict[int, _Lesson]:

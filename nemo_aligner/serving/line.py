@@ -131,8 +131,16 @@ class Line:
         return find_token(self._address, self.remote.port, self._environ)
 
     def _ask(self, endpoint: str, message: tuple[bytes, int]) -> dict[str, NDArray[Any]]:
+        began, patience = time.monotonic(), self.remote.timeout_seconds
         try:
             response, payload = self._post(f"/v2/models/{endpoint}/infer", *message)
+        except TimeoutError as error:
+            if time.monotonic() - began < patience:
+                raise _NotNow(str(error)) from error
+            raise UserError(
+                f"{self.name} took {endpoint} and did not reply within {patience:g} s",
+                cure="see that job's log; if it only needs longer, set remote_critic_rm.reply_timeout higher",
+            ) from error
         except (OSError, http.client.HTTPException) as error:
             raise _NotNow(str(error) or type(error).__name__) from error
         if response.status != 200:

@@ -69,7 +69,7 @@ class Handler(Protocol):
         ...
 
     def rewind(self, ticket: Ticket) -> None:
-        """Load the checkpoint that was saved at ``ticket.sequence``; UserError if there is none."""
+        """Go back to a checkpoint that has learned from at most ``ticket.sequence`` train requests."""
         ...
 
     def health(self) -> Health:
@@ -157,7 +157,9 @@ class Server:
                 elif time.monotonic() - last_call >= self._config.tick_seconds:
                     handler.tick()
                     last_call = time.monotonic()
-                self._process.check_alive()
+                if not should_stop():
+                    # A signal to the whole job, as Slurm sends it, ends Triton too.
+                    self._process.check_alive()
         finally:
             self._refuse_from_now()
         logger.info("the server at %s:%d stops", self.address, self._config.port)

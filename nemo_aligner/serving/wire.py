@@ -232,7 +232,8 @@ def infer_reply(request: InferRequest, rewards: Tensor | None, values: Tensor | 
     reply: dict[str, NDArray] = {}
     if values is not None:
         sent = np.zeros((request.batch.num_rows, request.width), dtype=np.float32)
-        known = torch.where(request.batch.mask, values[:, : request.batch.seq_length].cpu().float(), 0.0)
+        width = min(values.shape[1], request.batch.seq_length)
+        known = torch.where(request.batch.mask[:, :width], values[:, :width].cpu().float(), 0.0)
         sent[:, : known.shape[1] - 1] = known[:, 1:].numpy()
         reply[VALUES.name] = sent
     if rewards is not None:

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -93,6 +94,22 @@ def nemo(hf_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("nemo") / "toy.nemo"
     import_from_huggingface(hf_folder, str(path))
     return path
+
+
+@pytest.fixture(scope="session")
+def prompts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """512 prompts as the tutorial writes them."""
+    path = tmp_path_factory.mktemp("prompts") / "prompts.jsonl"
+    rows = [{"text": f"User: thing {i}?\n\nAssistant:"} for i in range(512)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.fixture
+def short_tmp() -> Iterator[Path]:
+    """A folder for temporary files whose path is short enough for Triton's sockets."""
+    with tempfile.TemporaryDirectory(prefix="na_") as folder:
+        yield Path(folder)
 
 
 @pytest.fixture(scope="session")

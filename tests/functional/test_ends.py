@@ -130,11 +130,11 @@ def test_a_rank_that_hangs_is_reported_by_the_others(training: Callable):
 
 # Ranks that do nothing but wait, so that the starter alone is tried, in a second.
 IDLE = """
-import os, sys, time
-from nemo_aligner.launch import local
+import os, signal, sys, time
+from nemo_aligner.launch import children, local
 if "RANK" not in os.environ:
     sys.exit(local.start_ranks(3))
-local.follow_parent()
+children.follow_parent(signal.SIGKILL)
 sys.stderr.write("up ")
 sys.stderr.flush()
 time.sleep(3600)
@@ -162,9 +162,11 @@ def test_the_starter_ends_its_ranks_on_a_signal(idle, number: signal.Signals):
 
 
 def test_a_second_sigterm_does_not_wait(start: Callable, tmp_path: Path):
-    busy = "import signal; signal.signal(signal.SIGTERM, lambda *_: sys.stderr.write('saving '))"
+    busy = "signal.signal(signal.SIGTERM, lambda *_: sys.stderr.write('saving '))"
     (tmp_path / "saving.py").write_text(
-        IDLE.replace("local.follow_parent()", f"local.follow_parent()\n{busy}")
+        IDLE.replace(
+            "children.follow_parent(signal.SIGKILL)", f"children.follow_parent(signal.SIGKILL)\n{busy}"
+        )
     )
     job = start([], command=["saving.py"])
     job.wait_for("up up up")

@@ -92,6 +92,12 @@ def test_it_learns_says_what_it_does_and_leaves_a_model(pairs: Callable[..., Pai
     assert steps[1]["train_rollouts/init_policy_kl"] > 1e-5
     assert steps[1]["train_optim/optim_step"] == 8
     assert {line["step"] for line in metrics(pair.critic_folder)} == {1, 2, 3, 4}
+    page = (Path(__file__).parents[2] / "docs/RLHFTraining.md").read_text()
+    for folder in (pair.actor_folder, pair.critic_folder):
+        lines = (folder / "metrics.jsonl").read_text().splitlines()
+        logged = {name for line in lines for name in json.loads(line)} - {"step", "time"}
+        # What is logged of a validation stands there without its group.
+        assert [name for name in logged if f"`{name.removeprefix('val_rollouts/')}`" not in page] == []
     rows = [json.loads(line) for line in (pair.actor_folder / "table_train_rollouts.jsonl").open()]
     assert len(rows) == 8
     assert all(row["prompt"].endswith("Assistant:") and "reward" in row for row in rows)

@@ -7,11 +7,9 @@ import os
 import socket
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,153 +18,18 @@ import psutil
 import pytest
 import torch
 from pytriton.client import ModelClient
-from tritonclient.http import InferenceServerClient, InferInput
-from tritonclient.utils import InferenceServerException, np_to_triton_dtype
+from tritonclient.http import InferenceServerClient
+from tritonclient.utils import InferenceServerException
 
-from nemo_aligner.batch import TokenBatch, ValueBatch
 from nemo_aligner.errors import UserError
 from nemo_aligner.serving.client import Remote, RemoteCritic, RemoteReward
-from tests.functional.serving_child import Critic
-
-CHILD = Path(__file__).with_name("serving_child.py")
-START_SECONDS = 90.0
-STOP_SECONDS = 30.0
-TOKEN_HEADER = "triton-access-token"
-
-
-@dataclass
-class Job:
-    """A server's process, everything it may leave behind in one folder."""
-
-    folder: Path  # short: the paths of sockets are
-    ip: str = "127.0.0.1"
-    port: int = 0
-    environ: dict[str, str] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        for name in ("tmp", "home", "saved"):
-            (self.folder / name).mkdir()
-        with socket.socket() as free:
-            free.bind((self.ip, 0))
-            self.port = free.getsockname()[1]
-        self.environ = {
-            **{
-                name: value
-                for name, value in os.environ.items()
-                if not name.startswith(("SLURM", "NEMO_ALIGNER"))
-            },
-            "TMPDIR": str(self.folder / "tmp"),
-            "HOME": str(self.folder / "home"),
-            "OMP_NUM_THREADS": "1",
-        } | self.environ
-
-    def start(self) -> None:
-        with (self.folder / "log").open("a") as log:
-            self.process = subprocess.Popen(
-                [sys.executable, str(CHILD), self.ip, str(self.port), str(self.folder / "saved")],
-                stdout=log,
-                stderr=log,
-                env=self.environ,
-            )
-        self.wait_for(f"serving at {self.ip}:{self.port}", times=self.log.count("serving at") + 1)
-
-    def wait_for(self, text: str, *, times: int = 1) -> None:
-        until = time.monotonic() + START_SECONDS
-        while self.log.count(text) < times:
-            assert self.process.poll() is None, self.log
-            assert time.monotonic() < until, self.log
-            time.sleep(0.1)
-
-    @property
-    def log(self) -> str:
-        return (self.folder / "log").read_text()
-
-    @property
-    def descendants(self) -> list[psutil.Process]:
-        return psutil.Process(self.process.pid).children(recursive=True)
-
-    def remote(self, **settings: float) -> Remote:
-        fast = {"start_seconds": START_SECONDS, "return_seconds": START_SECONDS, "timeout_seconds": 20.0}
-        return Remote(
-            setting="remote_critic_rm.critic",
-            job="serve_ppo_critic.py",
-            ip=self.ip,
-            port=self.port,
-            **(fast | settings),
-        )
-
-    def critic(self, **settings: Any) -> RemoteCritic:
-        return RemoteCritic(self.remote(), **({"run_id": "r1", "environ": self.environ} | settings))
-
-    def ask(self, endpoint: str, token: str | None = None, **arrays: np.ndarray) -> dict[str, np.ndarray]:
-        """By tritonclient alone, as somebody who has never heard of us."""
-        inputs = []
-        for name, array in arrays.items():
-            tensor = InferInput(name, array.shape, np_to_triton_dtype(array.dtype))
-            tensor.set_data_from_numpy(array)
-            inputs.append(tensor)
-        with InferenceServerClient(f"{self.ip}:{self.port}", network_timeout=20.0) as client:
-            result = client.infer(endpoint, inputs, headers={TOKEN_HEADER: token} if token else None)
-        return {
-            output["name"]: result.as_numpy(output["name"]) for output in result.get_response()["outputs"]
-        }
-
-    def kill(self) -> None:
-        self.process.kill()
-        self.process.wait(STOP_SECONDS)
-
-    def end(self) -> None:
-        """Whatever a test has left."""
-        left = self.descendants if self.process.poll() is None else []
-        self.process.terminate()
-        try:
-            self.process.wait(STOP_SECONDS)
-        finally:
-            self.kill()
-            for process in psutil.wait_procs(left, timeout=STOP_SECONDS)[1]:
-                process.kill()
-
-
-@contextlib.contextmanager
-def running(**settings: Any) -> Iterator[Job]:
-    with tempfile.TemporaryDirectory(prefix="na-") as folder:
-        job = Job(Path(folder), **settings)
-        try:
-            job.start()
-            yield job
-        finally:
-            job.end()
+from tests.functional.serving_job import CHILD, START_SECONDS, STOP_SECONDS, TOKEN_HEADER, Job, rows, running
 
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[Job]:
     with running() as job:
         yield job
-
-
-def rows(*lengths: int, width: int = 0, first: int = 1) -> TokenBatch:
-    width = width or max(lengths)
-    mask = torch.arange(width) < torch.tensor(lengths)[:, None]
-    tokens = torch.arange(first, first + width).expand(len(lengths), -1) * mask
-    return TokenBatch(tokens=tokens, mask=mask, lengths=torch.tensor(lengths))
-
-
-def lesson(number: int) -> ValueBatch:
-    batch = rows(5, 8)
-    answers = batch.mask & (torch.arange(8) >= 3)
-    return ValueBatch(
-        tokens=batch.tokens,
-        mask=answers,
-        lengths=batch.lengths,
-        values=torch.full((2, 8), 0.5),
-        returns=torch.full((2, 8), 0.25 * number),
-    )
-
-
-def expected_values(batch: TokenBatch, weight: float = 1.0) -> torch.Tensor:
-    values = batch.tokens * batch.mask * weight
-    values[:, 0] = 0
-    return values
 
 
 def test_eight_clients_are_merged_and_each_gets_its_own_reply(server: Job) -> None:
@@ -362,100 +225,3 @@ def test_sigterm_leaves_nothing_behind(server: Job) -> None:
     assert not list(Path("/dev/shm").glob(f"pytrtion{server.process.pid}-*"))
     with pytest.raises(ConnectionRefusedError), socket.create_connection((server.ip, server.port), timeout=5):
         pass
-
-
-@pytest.fixture(scope="module")
-def guarded() -> Iterator[Job]:
-    """127.0.0.2 stands for an address that other machines reach."""
-    with running(ip="127.0.0.2") as job:
-        yield job
-
-
-def token_file(job: Job) -> Path:
-    return job.folder / f"home/.nemo_aligner/local-{job.port}.token"
-
-
-def test_elsewhere_every_endpoint_asks_for_the_token(guarded: Job) -> None:
-    path = token_file(guarded)
-    assert path.stat().st_mode & 0o777 == 0o600
-    number = np.array([0])
-    requests: dict[str, dict[str, np.ndarray]] = {
-        "critic_infer": {"tokens": np.array([[1, 2]])},
-        "critic_train": {"tokens": np.array([[1, 2]])},
-        "critic_save": {"dummy_var": number},
-        "health": {"dummy_var": number},
-        "stop": {"dummy_var": number},
-    }
-    for endpoint, arrays in requests.items():
-        for token in (None, "guess"):
-            with pytest.raises(InferenceServerException, match="restricted") as refused:
-                guarded.ask(endpoint, token, **arrays)
-            assert refused.value.status() == "403"
-    with InferenceServerClient(f"{guarded.ip}:{guarded.port}") as client:
-        assert not client.is_server_live()
-        for question in (client.get_server_metadata, client.get_model_repository_index):
-            with pytest.raises(InferenceServerException, match="restricted"):
-                question()
-    reply = guarded.ask("critic_infer", path.read_text(), tokens=np.array([[1, 2]]))
-    assert reply["rewards"].tolist() == [[3.125]]
-
-
-def test_clients_of_the_same_user_know_the_token(guarded: Job) -> None:
-    with guarded.critic() as client:
-        rewards, values = client.infer_rm_critic(rows(2, 4)).result(20)
-    assert rewards.tolist() == [3.125, 10.125]
-    assert torch.equal(values, expected_values(rows(2, 4)))
-    other = guarded.environ | {"NEMO_ALIGNER_TOKEN": "another"}
-    with guarded.critic(environ=other) as client, pytest.raises(UserError, match="NEMO_ALIGNER_TOKEN"):
-        client.infer_rm_critic(rows(2)).result(20)
-
-
-def test_a_client_may_end_it(guarded: Job) -> None:
-    """The last test with this server; then its token is gone."""
-    descendants = guarded.descendants
-    with guarded.critic() as client:
-        assert client.stop()
-    assert guarded.process.wait(STOP_SECONDS) == 0
-    assert not token_file(guarded).exists()
-    assert not psutil.wait_procs(descendants, timeout=5)[1]
-    assert not list((guarded.folder / "tmp").iterdir())
-
-
-def undisturbed(folder: Path) -> list[float]:
-    """The losses of three lessons, and the weight after them, computed here."""
-    critic = Critic(folder)
-    return [critic.train(lesson(number), None) for number in (1, 2, 3)] + [critic.weight]
-
-
-def test_a_critic_that_is_killed_and_started_again_is_taught_what_it_missed(tmp_path: Path) -> None:
-    """It is killed under a request. The token is set, though it is on this machine."""
-    with running(environ={"NEMO_ALIGNER_TOKEN": "secret"}) as job, job.critic() as client:
-        losses = [client.train(lesson(1), step=1).result(20)]
-        client.save().result(20)
-        client.committed(1)
-        losses.append(client.train(lesson(2), step=2).result(20))
-        asked = client.infer_rm_critic(rows(3))
-        job.kill()
-        job.start()
-        *_, weight = undisturbed(tmp_path)
-        second = (weight - 0.25 * 3 * 7) / 1.5
-        assert asked.result(START_SECONDS)[0].tolist() == [6 + second / 8]
-        assert client.health().sequence == 2
-        under_way = client.infer_rm_critic(rows(3))
-        losses.append(client.train(lesson(3), step=3).result(20))
-        assert under_way.result(20)[0].tolist() == [6 + second / 8]
-        assert client.infer_rm_critic(rows(3)).result(20)[0].tolist() == [6 + weight / 8]
-        assert [*losses, weight] == undisturbed(tmp_path)
-
-        # The actor starts again from the pair, and the critic goes back with it.
-        with job.critic(sequence=1) as again:
-            first = (second - 0.25 * 2 * 7) / 1.5
-            assert again.infer_rm_critic(rows(3)).result(20)[0].tolist() == [6 + first / 8]
-            assert again.train(lesson(2), step=2).result(20) == losses[1]
-
-        with job.critic(run_id="r2") as other, pytest.raises(UserError, match="learns from run r1"):
-            other.infer_rm_critic(rows(3)).result(20)
-        with pytest.raises(UserError, match="failed: RuntimeError: the model broke"):
-            client.infer_rm_critic(rows(3, first=13)).result(20)
-        assert job.process.wait(STOP_SECONDS) == 1
-        assert "RuntimeError: the model broke" in job.log

@@ -4,7 +4,7 @@
 import pytest
 import torch
 
-from nemo_aligner.batch import TokenBatch, Unit
+from nemo_aligner.batch import TokenBatch, Unit, ValueBatch, concatenated
 
 ROWS = [
     ([5, 6, 7], [False, True, True]),
@@ -107,3 +107,43 @@ def test_moving_moves_every_field(make):
     moved = make().to(torch.device("meta"))
     assert moved.tokens.device.type == moved.mask.device.type == moved.lengths.device.type == "meta"
     assert (moved.cu_seqlens is None) == (make().cu_seqlens is None)
+
+
+def values(*lengths: int) -> ValueBatch:
+    width = max(lengths)
+    mask = torch.arange(width) < torch.tensor(lengths)[:, None]
+    counted = torch.arange(1, len(lengths) * width + 1).reshape(len(lengths), width) * mask
+    return ValueBatch(
+        tokens=counted,
+        mask=mask,
+        lengths=torch.tensor(lengths),
+        values=counted / 2,
+        returns=counted / 4,
+    )
+
+
+def test_rows_are_taken_filled_up_and_put_together():
+    batch = values(2, 4, 3)
+    swapped = batch.take([2, 0])
+    assert swapped.lengths.tolist() == [3, 2]
+    assert torch.equal(swapped.values, batch.values[[2, 0]])
+    whole = batch.filled(5)
+    assert whole.lengths.tolist() == [2, 4, 3, 1, 1]
+    assert whole.count(Unit.TOKEN) == batch.count(Unit.TOKEN)
+    assert torch.equal(whole.take(slice(0, 3)).returns, batch.returns)
+    joined = concatenated([values(2), batch])
+    assert joined.tokens.shape == (4, 4)
+    assert joined.tokens[0].tolist() == [1, 2, 0, 0]
+    assert joined.lengths.tolist() == [2, 2, 4, 3]
+
+
+def test_rows_are_widened_and_narrowed_but_never_cut():
+    batch = values(2, 3)
+    wide = batch.with_length(5, pad_id=9)
+    assert wide.tokens[0].tolist() == [1, 2, 0, 9, 9]
+    assert wide.values.shape == wide.mask.shape == (2, 5)
+    assert not wide.mask[:, 3:].any()
+    back = wide.with_length(3)
+    assert torch.equal(back.returns, batch.returns)
+    with pytest.raises(AssertionError):
+        batch.with_length(2)

@@ -9,6 +9,7 @@ import hydra
 import pytest
 from omegaconf import DictConfig, OmegaConf
 
+from nemo_aligner.config.ppo import ActorJob
 from nemo_aligner.config.sft import SFTJob
 from nemo_aligner.data.config import PairDataConfig
 from nemo_aligner.data.prefix import Split
@@ -24,21 +25,24 @@ BLOCKS = {
 }
 
 
-def compose(*words: str) -> DictConfig:
+def compose(*words: str, name: str = "gpt_sft") -> DictConfig:
     with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
-        return hydra.compose("gpt_sft", list(words))
+        return hydra.compose(name, list(words))
 
 
-def told(caplog: pytest.LogCaptureFixture, *words: str) -> list[str]:
+def told(
+    caplog: pytest.LogCaptureFixture, *words: str, name: str = "gpt_sft", kind: type = SFTJob
+) -> list[str]:
     with caplog.at_level(logging.INFO, logger="nemo_aligner.settings"):
-        log_no_effect(compose(*words), SFTJob)
+        log_no_effect(compose(*words, name=name), kind)
     return [record.getMessage() for record in caplog.records]
 
 
 def commented(words: str) -> set[str]:
     """Dotted keys whose comment in the YAML starts with ``words``."""
     found = set()
-    for file, block in {**BLOCKS, "gpt_sft.yaml": ""}.items():
+    scripts = {path.name: "" for path in CONF.glob("*.yaml")}
+    for file, block in {**BLOCKS, **scripts}.items():
         path: list[tuple[int, str]] = [(-1, block)] if block else []
         for line in (CONF / file).read_text().splitlines():
             setting, _, comment = line.partition("  # ")
@@ -63,7 +67,10 @@ def test_nothing_is_told_of_a_run_that_asks_for_nothing(caplog: pytest.LogCaptur
             "++model.save_nemo_on_validation_end=True",
             "model.save_nemo_on_validation_end=True has no effect: ",
         ),
-        ("trainer.max_steps=5", "trainer.max_steps=5 has no effect: trainer.sft.max_steps counts"),
+        (
+            "trainer.max_steps=5",
+            "trainer.max_steps=5 has no effect: max_steps of the algorithm's own block",
+        ),
         ("model.data.train_ds.hf_dataset=True", "model.data.train_ds.hf_dataset=True has no effect: "),
     ],
 )
@@ -98,15 +105,24 @@ def test_what_the_files_call_without_effect_stands_in_the_table():
 
 @pytest.mark.parametrize("key", [key for key, _, _ in NO_EFFECT])
 def test_every_key_of_the_table_is_accepted(caplog: pytest.LogCaptureFixture, key: str):
-    parse(compose(*GIVEN, f"++{key}=7"), SFTJob)
-    assert [line.split(" has no effect: ")[0] for line in told(caplog, f"++{key}=7")] == [f"{key}=7"]
+    word, script = f"++{key}=7", ("gpt_ppo_actor", ActorJob) if ".ppo." in key else ("gpt_sft", SFTJob)
+    name, kind = script
+    parse(compose(*GIVEN[name], word, name=name), kind)
+    lines = told(caplog, word, name=name, kind=kind)
+    assert f"{key}=7" in [line.split(" has no effect: ")[0] for line in lines]
 
 
-GIVEN = (
-    "model.restore_from_path=a",
-    "model.data.train_ds.file_path=b",
-    "model.data.validation_ds.file_path=c",
-)
+GIVEN = {
+    "gpt_sft": (
+        "model.restore_from_path=a",
+        "model.data.train_ds.file_path=b",
+        "model.data.validation_ds.file_path=c",
+    ),
+    "gpt_ppo_actor": (
+        "pretrained_checkpoint.restore_from_path=a",
+        "model.data.data_prefix={train: [b], validation: [b], test: [b]}",
+    ),
+}
 
 
 @pytest.mark.parametrize(
@@ -120,12 +136,12 @@ GIVEN = (
 )
 def test_overrides_of_the_architecture_are_checked(word: str, problem: str):
     with pytest.raises(UserError, match=problem):
-        parse(compose(*GIVEN, word), SFTJob)
+        parse(compose(*GIVEN["gpt_sft"], word), SFTJob)
 
 
 def test_overrides_of_the_architecture_keep_their_form():
     words = ("++model.hidden_dropout=0", "++model.rope_scaling={rope_type:linear,factor:2.0}")
-    given = parse(compose(*GIVEN, *words), SFTJob).model.architecture
+    given = parse(compose(*GIVEN["gpt_sft"], *words), SFTJob).model.architecture
     assert given == {"hidden_dropout": 0.0, "rope_scaling": {"rope_type": "linear", "factor": 2.0}}
 
 
@@ -149,13 +165,13 @@ def test_overrides_of_the_architecture_keep_their_form():
 )
 def test_settings_of_the_engine_are_checked(word: str, problem: str):
     with pytest.raises(UserError, match=problem):
-        parse(compose(*GIVEN, word), SFTJob).check()
+        parse(compose(*GIVEN["gpt_sft"], word), SFTJob).check()
 
 
 def test_the_tutorials_recompute_is_accepted():
     words = ("selective", "uniform")
     keys = ("model.activations_checkpoint_granularity", "model.activations_checkpoint_method")
-    job = parse(compose(*GIVEN, *(f"{k}={w}" for k, w in zip(keys, words, strict=True))), SFTJob)
+    job = parse(compose(*GIVEN["gpt_sft"], *(f"{k}={w}" for k, w in zip(keys, words, strict=True))), SFTJob)
     job.check()
     assert (job.model.recompute.granularity, job.model.recompute.method) == words
 
@@ -184,6 +200,6 @@ class Data:
 )
 def test_files_are_named_on_a_command_line(word: str, train: Split):
     with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
-        words = [*GIVEN, "++model.data.skip_warmup=True", f"++{word}"]
+        words = [*GIVEN["gpt_sft"], "++model.data.skip_warmup=True", f"++{word}"]
         config = OmegaConf.create({"data": hydra.compose("gpt_sft", words).data})
     assert parse(config, Data).data.splits.train == train

@@ -13,9 +13,18 @@ from torch import Tensor, nn
 from nemo_aligner.errors import UserError
 from nemo_aligner.parallel import world
 
-__all__ = ["HEAD_NAME", "HeadConfig", "ScalarHead", "draw_head", "fold_head", "head_config"]
+__all__ = ["HEAD_KEYS", "HEAD_NAME", "HeadConfig", "ScalarHead", "draw_head", "fold_head", "head_config"]
 
 HEAD_NAME = "rm_head"  # as NeMo's reward models save it
+# Of a model_config.yaml, what describes a head and what is made of its numbers.
+HEAD_KEYS = (
+    "reward_model_type",
+    "regression",
+    "reward_standardization",
+    "use_avg_pool",
+    "force_head_dtype",
+    "output_sequence",
+)
 # By model.force_head_dtype, in its spelling or in trainer.precision's.
 HEAD_DTYPES = {
     **dict.fromkeys(("float32", "32", "fp32"), torch.float32),

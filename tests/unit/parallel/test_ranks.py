@@ -71,7 +71,7 @@ def test_srun_meets_at_the_first_node(nodes: str, first: str):
     assert (found.rank, found.world_size, found.local_rank, found.starter) == (9, 16, 1, "srun")
     host, _, port = found.init_method.removeprefix("tcp://").rpartition(":")
     assert host == first
-    assert 20000 <= int(port) < 40000
+    assert 20000 <= int(port) < 32000
 
 
 def test_srun_ports_are_one_for_a_step_and_apart_for_others():
@@ -83,6 +83,25 @@ def test_srun_ports_are_one_for_a_step_and_apart_for_others():
 
     assert port(7, 0, 0) == port(7, 0, 15)
     assert len({port(job, step, 0) for job in (7, 8, 9) for step in (0, 1)}) == 6
+
+
+def test_groups_of_a_heterogeneous_job_meet_apart():
+    # What Slurm 22.05 gives the tasks of both steps, on one node.
+    both = SRUN | {
+        "SLURM_JOB_ID": "7",
+        "SLURM_HET_SIZE": "2",
+        "SLURM_JOB_NODELIST_HET_GROUP_0": "n1",
+        "SLURM_JOB_NODELIST_HET_GROUP_1": "n1",
+        "SLURM_NTASKS_HET_GROUP_0": "2",
+        "SLURM_NTASKS_HET_GROUP_1": "4",
+        "SLURM_STEP_NODELIST": "n1",
+    }
+    critic = discover(both | {"SLURM_STEP_ID": "0", "SLURM_PROCID": "1", "SLURM_STEP_NUM_TASKS": "2"})
+    actor = discover(both | {"SLURM_STEP_ID": "1", "SLURM_PROCID": "1", "SLURM_STEP_NUM_TASKS": "4"})
+    assert critic is not None
+    assert actor is not None
+    assert (critic.world_size, actor.world_size) == (2, 4)
+    assert critic.init_method != actor.init_method
 
 
 def test_srun_with_a_chosen_address():

@@ -1,0 +1,91 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Child processes and the signals that end them: first asked, then killed. Knows neither ranks nor jobs."""
+
+import ctypes
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+
+from nemo_aligner.run.stop import STOP_SIGNALS
+
+__all__ = [
+    "END_SIGNALS",
+    "STARTER_VARIABLE",
+    "Interrupted",
+    "end",
+    "exit_code",
+    "follow_parent",
+    "handled",
+    "interrupt",
+    "settle",
+]
+
+END_SIGNALS = (signal.SIGINT, signal.SIGHUP)
+STARTER_VARIABLE = "NEMO_ALIGNER_STARTER"  # the process id of who started this process
+_PR_SET_PDEATHSIG = 1
+_POLL_SECONDS = 0.05
+
+Handler = Callable[[int, object], None]
+
+
+class Interrupted(Exception):
+    """A signal that children are to be ended for within seconds."""
+
+    def __init__(self, number: int) -> None:
+        self.signal = signal.Signals(number)
+        super().__init__(self.signal.name)
+
+
+def interrupt(number: int, _: object) -> None:
+    """A handler that raises :class:`Interrupted`."""
+    # From here on signals are ignored. Ending takes seconds at most, and another one would leave children behind.
+    for other in (*END_SIGNALS, *STOP_SIGNALS):
+        signal.signal(other, signal.SIG_IGN)
+    raise Interrupted(number)
+
+
+@contextmanager
+def handled(handlers: Mapping[signal.Signals, Handler]) -> Iterator[None]:
+    """Within it, these handle signals."""
+    before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def follow_parent(number: signal.Signals) -> None:
+    """Get this signal when the starter is gone, however that ended (Linux)."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, number)
+        if os.getppid() != int(os.environ[STARTER_VARIABLE]):
+            os._exit(1)
+
+
+def settle(children: Sequence[subprocess.Popen], *, seconds: float) -> None:
+    """Wait a while for children to end by themselves."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline and any(child.poll() is None for child in children):
+        time.sleep(_POLL_SECONDS)
+
+
+def end(children: Sequence[subprocess.Popen], *, first: signal.Signals, seconds: float) -> None:
+    """Ask children to end by the signal ``first``, and kill those that have not in some seconds."""
+    for number in (first, signal.SIGKILL):
+        for child in children:
+            if child.poll() is None:
+                child.send_signal(number)
+        settle(children, seconds=seconds)
+    for child in children:
+        child.wait()
+
+
+def exit_code(child: subprocess.Popen) -> int:
+    """As shells count: 128 + N after signal N."""
+    code = child.wait()
+    return code if code >= 0 else 128 - code

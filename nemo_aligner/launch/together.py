@@ -1,0 +1,213 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Runs jobs that need each other side by side on this machine, and ends them together. Knows no algorithm."""
+
+import os
+import shlex
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from nemo_aligner.launch.children import (
+    END_SIGNALS,
+    STARTER_VARIABLE,
+    Handler,
+    Interrupted,
+    end,
+    exit_code,
+    handled,
+    interrupt,
+)
+from nemo_aligner.launch.local import GRACE_SECONDS
+from nemo_aligner.run.stop import STOP_SIGNALS
+from nemo_aligner.serving.leftovers import Remains, folder_of
+
+__all__ = ["Program", "free_ports", "run_together"]
+
+LOCAL = "127.0.0.1"
+POLL_SECONDS = 0.1
+END_SECONDS = GRACE_SECONDS + 4.0  # for a job to end its own ranks and what they have started
+CLOSING_SECONDS = 10.0  # for a server that was told to stop to close its port
+
+
+@dataclass(frozen=True, kw_only=True)
+class Program:
+    """A job to run.
+
+    Attributes:
+        log: file that its output is added to.
+        environ: on top of this process's own.
+        address: where it serves; None: it does not.
+    """
+
+    name: str
+    command: Sequence[str]
+    log: Path
+    environ: Mapping[str, str] = field(default_factory=dict)
+    address: tuple[str, int] | None = None
+
+
+def free_ports(count: int) -> list[int]:
+    """Ports of 127.0.0.1 that nobody listens on, each another one."""
+    with ExitStack() as held:
+        probes = [held.enter_context(socket.socket()) for _ in range(count)]
+        for probe in probes:
+            probe.bind((LOCAL, 0))
+        return [probe.getsockname()[1] for probe in probes]
+
+
+def run_together(leader: Program, servers: Sequence[Program]) -> int:
+    """Run all of them until the leader and the servers have ended; their output goes to this terminal too.
+
+    A job that ends badly ends the others: the leader is asked first (SIGTERM, at which jobs save), the servers after
+    it. A server that the leader has left running when it ended well is asked too. SIGTERM and SIGUSR1 to this process
+    do the same; SIGINT and SIGHUP, and a SIGTERM after the first, end all of them within seconds.
+
+    Returns:
+        The exit code of the first that ended badly, of those that nobody had asked to end; of the leader after SIGTERM;
+        128 + N after another signal N.
+    """
+    asked: list[int] = []
+    jobs: list[_Job] = []
+    programs = (*servers, leader)
+
+    def note(number: int, frame: object) -> None:
+        if asked and number == signal.SIGTERM:
+            interrupt(number, frame)
+        asked.append(number)
+
+    handlers: dict[signal.Signals, Handler] = dict.fromkeys(END_SIGNALS, interrupt)
+    handlers |= dict.fromkeys(STOP_SIGNALS, note)
+    with handled(handlers):
+        try:
+            for program in programs:
+                jobs.append(_Job(program, width=max(len(one.name) for one in programs)))
+            return _run(jobs[-1], jobs[:-1], asked)
+        except Interrupted as stop:
+            _tell(f"{stop.signal.name}: the jobs are stopped")
+            return 128 + stop.signal
+        finally:
+            end([job.process for job in jobs], first=signal.SIGINT, seconds=END_SECONDS)
+            for job in jobs:
+                job.show_output(to_the_end=True)
+                if job.process.returncode < 0 and job.program.address is not None:
+                    _clear(job.program.address)
+
+
+class _Job:
+    """A program that runs; its log is read as it grows, so that it never waits for a terminal."""
+
+    def __init__(self, program: Program, *, width: int) -> None:
+        self.program, self.name = program, program.name
+        self.was_asked = False
+        self._prefix, self._rest = f"{program.name:{width}} | ", b""
+        program.log.parent.mkdir(parents=True, exist_ok=True)
+        with program.log.open("ab") as out:
+            self._log = program.log.open("rb")
+            self._log.seek(0, os.SEEK_END)
+            # A session of its own: Ctrl-C reaches this process alone, which then ends the jobs.
+            self.process = subprocess.Popen(
+                program.command,
+                env=_environ(program),
+                stdin=subprocess.DEVNULL,
+                stdout=out,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+        _tell(f"{self.name}: {shlex.join(program.command)}\n{self.name}: output goes to {program.log}")
+
+    @property
+    def runs(self) -> bool:
+        return self.process.poll() is None
+
+    @property
+    def failed(self) -> bool:
+        """Whether it has ended badly, and by itself."""
+        return not self.was_asked and bool(self.process.poll())
+
+    def ask(self) -> None:
+        """Have it save and end."""
+        if self.runs:
+            self.was_asked = True
+            self.process.send_signal(signal.SIGTERM)
+
+    def show_output(self, *, to_the_end: bool = False) -> None:
+        """Print what it has written since the last call, in whole lines."""
+        *lines, self._rest = (self._rest + self._log.read()).split(b"\n")
+        if to_the_end and self._rest:
+            lines, self._rest = [*lines, self._rest], b""
+        for line in lines:
+            sys.stdout.write(f"{self._prefix}{line.decode(errors='replace')}\n")
+        sys.stdout.flush()
+
+
+def _environ(program: Program) -> dict[str, str]:
+    # In a step that srun made of one task, each job is a world of its own, and not that task.
+    own = {name: value for name, value in os.environ.items() if name != "SLURM_PROCID"}
+    return own | {STARTER_VARIABLE: str(os.getpid())} | dict(program.environ)
+
+
+def _run(leader: _Job, servers: Sequence[_Job], asked: Sequence[int]) -> int:
+    jobs = [leader, *servers]
+    _watch(jobs, lambda: bool(asked) or not leader.runs or any(job.failed for job in jobs))
+    failed = next((job for job in jobs if job.failed), None)
+    if asked:
+        _tell(f"{signal.Signals(asked[0]).name}: the jobs are asked to save and end, {leader.name} first")
+    elif failed:
+        others = " and ".join(job.name for job in jobs if job.runs) or "nothing"
+        _tell(
+            f"{failed.name} has ended with exit code {exit_code(failed.process)}; asked to save and end: {others}"
+        )
+    leader.ask()
+    _watch(jobs, lambda: not leader.runs)
+    for server in servers:
+        if exit_code(leader.process) == 0:
+            _let_it_save(server, jobs)
+        server.ask()
+    _watch(jobs, lambda: not any(server.runs for server in servers))
+    failed = failed or next((job for job in jobs if job.failed), leader)
+    return exit_code(failed.process)
+
+
+def _watch(jobs: Sequence[_Job], until: Callable[[], bool]) -> None:
+    while not until():
+        time.sleep(POLL_SECONDS)
+        for job in jobs:
+            job.show_output()
+
+
+def _let_it_save(server: _Job, jobs: Sequence[_Job]) -> None:
+    """Wait for a server that was told to stop: it closes its port, and saves what a signal would interrupt."""
+    until = time.monotonic() + CLOSING_SECONDS
+    _watch(jobs, lambda: not server.runs or time.monotonic() > until)
+    if not _listens(server.program.address):
+        _watch(jobs, lambda: not server.runs)
+
+
+def _listens(address: tuple[str, int] | None) -> bool:
+    if address is None:
+        return False
+    try:
+        with socket.create_connection(address, timeout=1.0):
+            return True
+    except OSError:
+        return False
+
+
+def _clear(address: tuple[str, int]) -> None:
+    """Remove what a server that was killed has left: its Triton would end after half a minute, its files stay."""
+    folder = folder_of("{}-{}".format(*address))
+    if folder.exists():
+        Remains.of(folder).end(wait_seconds=0.0)
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _tell(text: str) -> None:
+    sys.stderr.write(f"{text}\n")
+    sys.stderr.flush()

@@ -1,0 +1,69 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What an actor accepts of a server, what it warns of, and what it refuses."""
+
+from dataclasses import replace
+
+import pytest
+
+from nemo_aligner.errors import UserError
+from nemo_aligner.serving.agreement import Actor, compare
+from nemo_aligner.serving.protocol import Health
+
+SERVER = Health(
+    model="critic",
+    step=0,
+    vocab_size=100,
+    seq_length=64,
+    settings={
+        "trainer.ppo.inference_micro_batch_size": 4,
+        "data_parallel_size": 2,
+        "combine_rm_and_critic_server": True,
+        "tokenizer": "abc",
+        "saves": True,
+    },
+)
+ACTOR = Actor(
+    vocab_size=100,
+    longest=64,
+    tokenizer="abc",
+    request_rows=8,
+    request_rows_setting="model.ppo.rollout_micro_batch_size",
+    saves=True,
+    needs_rewards=True,
+)
+
+
+def test_jobs_that_fit_have_nothing_to_say():
+    assert compare("critic", SERVER, ACTOR) == []
+
+
+def test_idle_ranks_are_told_with_both_numbers():
+    (told,) = compare("critic", SERVER, replace(ACTOR, request_rows=6))
+    assert "inference_micro_batch_size=4 x 2" in told
+    assert "model.ppo.rollout_micro_batch_size=6" in told
+
+
+def test_a_server_that_tells_no_settings_is_taken_as_it_is():
+    assert compare("critic", replace(SERVER, settings={}), ACTOR) == []
+
+
+@pytest.mark.parametrize(
+    ("changed", "words"),
+    [
+        ({"vocab_size": 101}, "101"),
+        ({"longest": 65}, "takes 64 tokens, and the actor may send 65"),
+        ({"tokenizer": "abd"}, "another tokenizer"),
+    ],
+)
+def test_what_would_change_results_is_refused(changed: dict[str, object], words: str):
+    with pytest.raises(UserError, match=words):
+        compare("critic", SERVER, replace(ACTOR, **changed))
+
+
+@pytest.mark.parametrize(
+    ("setting", "words"), [("combine_rm_and_critic_server", "no reward model"), ("saves", "saves nothing")]
+)
+def test_halves_of_a_setting_that_differ_are_refused(setting: str, words: str):
+    server = replace(SERVER, settings={**SERVER.settings, setting: False})
+    with pytest.raises(UserError, match=words):
+        compare("critic", server, ACTOR)
