@@ -40,7 +40,7 @@ def write(folder: Path, questions: Sequence[Question], judged: Mapping[str, Judg
     _plot(folder, folder / "learning.png")
     _show(questions, judged)
     for what, path in (
-        ("models", "*/checkpoints/*.nemo, ppo/*/checkpoints/*.nemo"),
+        ("models", "*/checkpoints/*.nemo"),
         ("picture", "learning.png"),
         ("samples", "samples.md"),
         ("figures", "summary.json"),
@@ -92,7 +92,7 @@ def _plot(folder: Path, image: Path) -> None:
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(2, 2, figsize=(10, 7), layout="constrained")
-    actor, accuracy = _read(folder / "ppo/actor/metrics.jsonl"), _read(folder / "reward_model/metrics.jsonl")
+    actor, accuracy = _read(folder / "ppo/metrics.jsonl"), _read(folder / "reward_model/metrics.jsonl")
     panels = (
         ("reward", actor, {"train_rollouts/rewards": "training", "val_rollouts/rewards": "held out"}),
         ("KL to the initial policy", actor, {"train_rollouts/init_policy_kl": "training"}),

@@ -18,7 +18,7 @@ from examples.quickstart.base_model import write_base_model
 from examples.quickstart.judge import Judged, judge, silence
 from examples.quickstart.manners import Question, answer, held_out_questions, pair, training_questions
 from examples.quickstart.recipes import RECIPES, Recipe
-from examples.quickstart.stages import ROOT, Stages, free_port, new_folder, run, run_beside
+from examples.quickstart.stages import ROOT, Stages, new_folder, run
 from examples.quickstart.village import paragraph
 
 SEED = 1234
@@ -86,29 +86,19 @@ class Pipeline:
 
     def ppo(self, policy: Path, reward_model: Path, name: str) -> Path:
         """The critic's server and the actor side by side; returns the actor's .nemo."""
-        port, folder = free_port(), self.folder / name
-        folder.mkdir()
-        run_beside(
-            (
-                "serve_ppo_critic.py",
-                f"pretrained_checkpoint.restore_from_path={reward_model}",
-                f"trainer.ppo.port={port}",
-                *self.recipe.critic,
-                f"exp_manager.explicit_log_dir={folder / 'critic'}",
-            ),
-            (
-                "train_gpt_ppo_actor.py",
-                f"pretrained_checkpoint.restore_from_path={policy}",
-                self._prefix("prompts"),
-                "remote_critic_rm.critic.ip=127.0.0.1",
-                f"remote_critic_rm.critic.port={port}",
-                *self.recipe.actor,
-                f"exp_manager.explicit_log_dir={folder / 'actor'}",
-            ),
-            server_log=folder / "critic.log",
+        folder = self.folder / name
+        run(
+            "run_ppo.py",
+            f"critic.pretrained_checkpoint.restore_from_path={reward_model}",
+            *(f"critic.{setting}" for setting in self.recipe.critic),
+            f"actor.pretrained_checkpoint.restore_from_path={policy}",
+            f"actor.{self._prefix('prompts')}",
+            *(f"actor.{setting}" for setting in self.recipe.actor),
+            f"actor.exp_manager.explicit_log_dir={folder}",
+            threads=1,
             max_seconds=self.recipe.max_ppo_seconds,
         )
-        return folder / "actor/checkpoints/megatron_gpt_ppo_actor.nemo"
+        return folder / "checkpoints/megatron_gpt_ppo_actor.nemo"
 
     def ask(self, model: Path, name: str) -> list[str]:
         """What ``model`` answers to the held-out questions, by generate.py."""

@@ -1,70 +1,48 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Two processes side by side: whichever ends, and however, neither is left."""
+"""What the quick starts' stages rest on: scripts that end, folders, and metrics read back."""
 
 import os
+import time
 from pathlib import Path
 
 import pytest
 
-from examples.quickstart.stages import metric, new_folder, run_beside
+from examples.quickstart.stages import metric, new_folder, run
 
-SERVER = """
-import os, pathlib, signal, sys, time
+STUBBORN = """
+import pathlib, signal, sys, time
 def leave(*_):
-    pathlib.Path("asked").touch()
+    pathlib.Path(sys.argv[1]).write_text("asked")
     sys.exit(0)
 signal.signal(signal.SIGTERM, leave)
-pathlib.Path("pid").write_text(str(os.getpid()))
-print("serving", flush=True)
 time.sleep(60)
 """
-WAITS = """
-import pathlib, time
-while not pathlib.Path("pid").exists():
-    time.sleep(0.01)
-"""
 
 
-def beside(folder: Path, *, server: str, script: str, max_seconds: float = 30.0) -> None:
-    paths = []
-    for name, code in (("server.py", server), ("script.py", script)):
-        paths.append(folder / name)
-        paths[-1].write_text(f"import os; os.chdir({str(folder)!r})\n{code}")
-    run_beside(
-        (paths[0], "a=1"), (paths[1], "b=2"), server_log=folder / "server.log", max_seconds=max_seconds
-    )
+def written(folder: Path, code: str) -> str:
+    (folder / "script.py").write_text(code)
+    return str(folder / "script.py")
 
 
-def is_gone(folder: Path) -> bool:
-    return not Path(f"/proc/{(folder / 'pid').read_text()}").exists()
+def test_a_script_is_told_and_run(tmp_path: Path, capsys: pytest.CaptureFixture):
+    code = "import os, pathlib, sys; pathlib.Path(sys.argv[1]).write_text(os.environ['OMP_NUM_THREADS'])"
+    run(written(tmp_path, code), tmp_path / "found", threads=3)
+    assert (tmp_path / "found").read_text() == "3"
+    assert capsys.readouterr().out.startswith("$ python ")
 
 
-def test_the_server_is_asked_to_end_when_the_script_has(tmp_path: Path, capsys: pytest.CaptureFixture):
-    beside(tmp_path, server=SERVER, script=WAITS)
-    assert (tmp_path / "asked").exists()
-    assert is_gone(tmp_path)
-    assert (tmp_path / "server.log").read_text() == "serving\n"
-    assert capsys.readouterr().out.count("$ python") == 2
+def test_its_exit_code_is_ours(tmp_path: Path):
+    with pytest.raises(SystemExit) as stop:
+        run(written(tmp_path, "raise SystemExit(3)"))
+    assert stop.value.code == 3
 
 
-@pytest.mark.parametrize(
-    ("server", "script", "max_seconds", "told"),
-    [
-        (SERVER, WAITS + "raise SystemExit(3)", 30.0, "the script ended with exit code 3"),
-        (
-            "raise SystemExit(4)",
-            "import time; time.sleep(60)",
-            30.0,
-            "the server ended early, with exit code 4",
-        ),
-        (SERVER, WAITS + "time.sleep(60)", 2.0, "not done after 2 s"),
-    ],
-    ids=["script", "server", "time"],
-)
-def test_a_failure_is_told(tmp_path: Path, server: str, script: str, max_seconds: float, told: str):
-    with pytest.raises(SystemExit, match=told):
-        beside(tmp_path, server=server, script=script, max_seconds=max_seconds)
-    assert server != SERVER or is_gone(tmp_path)
+def test_one_that_takes_too_long_is_asked_to_end(tmp_path: Path):
+    began = time.monotonic()
+    with pytest.raises(SystemExit, match="not done after 2 s"):
+        run(written(tmp_path, STUBBORN), tmp_path / "found", max_seconds=2)
+    assert (tmp_path / "found").read_text() == "asked"
+    assert time.monotonic() - began < 30
 
 
 def test_the_newest_run_is_the_latest(tmp_path: Path):
