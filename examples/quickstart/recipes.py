@@ -1,0 +1,127 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What `make quickstart` trains, and with which settings: one recipe for each start of the pipeline."""
+
+from dataclasses import dataclass
+
+__all__ = ["RECIPES", "Recipe"]
+
+_ALWAYS = (
+    "trainer.precision=32",
+    "exp_manager.create_tensorboard_logger=False",
+)
+# A run of a minute is not resumed.
+_NO_CHECKPOINTS = ("exp_manager.create_checkpoint_callback=False",)
+_SHORT_SCHEDULE = ("model.optim.sched.constant_steps=0", "model.optim.sched.warmup_steps=10")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """Data sizes and settings of every stage, beside the paths that the quick start fills in."""
+
+    num_prose: int  # rows to pretrain on; 0: the start is a pretrained model
+    num_answers: int  # rows of supervised fine-tuning
+    num_pairs: int  # preference pairs
+    num_held_out: int  # validation rows of each stage, and questions that are asked before and after
+    pretrain: tuple[str, ...]
+    sft: tuple[str, ...]
+    reward_model: tuple[str, ...]
+    critic: tuple[str, ...]
+    actor: tuple[str, ...]
+    sampling: tuple[str, ...]  # of the answers before and after
+    max_ppo_seconds: float
+
+
+_MAX_ANSWER_TOKENS = 64
+_PPO_STEPS = 40
+_ROLLOUT = 128  # answers of a PPO step
+_PPO_TOKENS = 96  # of prompt and answer
+_PPO_BATCH = 64  # answers of an optimizer step, in both jobs
+
+VILLAGE = Recipe(
+    num_prose=8000,
+    num_answers=3072,
+    num_pairs=2048,
+    num_held_out=128,
+    pretrain=(
+        *_ALWAYS,
+        *_NO_CHECKPOINTS,
+        *_SHORT_SCHEDULE,
+        "trainer.devices=2",
+        "trainer.sft.val_check_interval=1.0",
+        "model.answer_only_loss=False",
+        "model.encoder_seq_length=128",
+        "model.data.train_ds.micro_batch_size=16",
+        "model.data.train_ds.global_batch_size=32",
+        "model.optim.lr=3e-3",
+        "model.optim.sched.min_lr=1e-4",
+    ),
+    sft=(
+        *_ALWAYS,
+        *_NO_CHECKPOINTS,
+        *_SHORT_SCHEDULE,
+        "trainer.devices=2",
+        "trainer.sft.max_epochs=2",
+        "trainer.sft.val_check_interval=1.0",
+        "model.encoder_seq_length=128",
+        "model.data.train_ds.micro_batch_size=16",
+        "model.data.train_ds.global_batch_size=32",
+        "model.optim.lr=1e-3",
+        "model.optim.sched.min_lr=1e-4",
+    ),
+    reward_model=(
+        *_ALWAYS,
+        *_NO_CHECKPOINTS,
+        *_SHORT_SCHEDULE,
+        "trainer.devices=2",
+        "trainer.rm.val_check_interval=16",
+        "model.encoder_seq_length=128",
+        "model.data.append_eod=True",
+        "model.micro_batch_size=16",
+        "model.global_batch_size=32",
+        "model.optim.lr=5e-4",
+        "model.optim.sched.min_lr=5e-5",
+    ),
+    critic=(
+        *_ALWAYS,
+        *_SHORT_SCHEDULE,
+        "trainer.devices=1",
+        f"trainer.ppo.max_steps={_PPO_STEPS * _ROLLOUT // _PPO_BATCH}",
+        "trainer.ppo.inference_micro_batch_size=32",
+        f"model.encoder_seq_length={_PPO_TOKENS}",
+        "model.micro_batch_size=32",
+        f"model.global_batch_size={_PPO_BATCH}",
+        "model.optim.lr=5e-4",
+        "model.optim.sched.min_lr=1e-4",
+    ),
+    actor=(
+        *_ALWAYS,
+        *_SHORT_SCHEDULE,
+        "trainer.devices=1",
+        f"trainer.ppo.max_steps={_PPO_STEPS}",
+        "trainer.ppo.max_epochs=10",
+        "trainer.ppo.val_check_interval=10",
+        "trainer.ppo.save_interval=0",
+        "trainer.ppo.initial_policy_kl_penalty=0.2",
+        # |log p - log p0| is least where there is nothing to choose: with a constant reward it alone moves the policy.
+        "trainer.ppo.use_absolute_kl=False",
+        f"model.encoder_seq_length={_PPO_TOKENS}",
+        "model.micro_batch_size=32",
+        f"model.global_batch_size={_PPO_BATCH}",
+        f"model.ppo.num_rollout_samples={_ROLLOUT}",
+        "model.ppo.rollout_micro_batch_size=64",
+        "model.ppo.num_val_samples=128",
+        f"model.ppo.length_params.max_length={_MAX_ANSWER_TOKENS}",
+        "model.ppo.sampling_params.end_strings=[]",
+        "model.optim.lr=1e-4",
+        "model.optim.sched.min_lr=3e-5",
+        f"remote_critic_rm.pad_to_length={_PPO_TOKENS}",
+    ),
+    sampling=(
+        "trainer.precision=32",
+        f"sampling.max_length={_MAX_ANSWER_TOKENS}",
+        "sampling.seed=7",
+    ),
+    max_ppo_seconds=420,
+)
+
+RECIPES = {"village": VILLAGE}

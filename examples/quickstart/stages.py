@@ -1,0 +1,86 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What both quick starts share: a folder for each run, a heading for each stage, and scripts run as anyone would."""
+
+import os
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from pathlib import Path
+
+__all__ = ["ROOT", "Stages", "metric", "new_folder", "run"]
+
+ROOT = Path(__file__).resolve().parents[2]
+GPT = ROOT / "examples/nlp/gpt"
+END_SECONDS = 30.0  # for a script to end by itself once it is asked to
+
+
+def new_folder(results: Path) -> Path:
+    """A folder under ``results`` named by the time; ``results/latest`` points to it."""
+    folder = results / datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
+    folder.mkdir(parents=True)
+    latest = results / "latest"
+    latest.unlink(missing_ok=True)
+    latest.symlink_to(folder.name)
+    return folder
+
+
+class Stages:
+    """Counts stages, and the seconds since the first one."""
+
+    def __init__(self, total: int) -> None:
+        self._total, self._done, self._started = total, 0, time.monotonic()
+
+    @property
+    def seconds(self) -> float:
+        """Since the start."""
+        return time.monotonic() - self._started
+
+    def next(self, text: str) -> None:
+        """Print the heading of the next stage."""
+        self._done += 1
+        print(f"\n== {self._done}/{self._total} {text} [{self.seconds:.0f} s]", flush=True)
+
+
+def run(
+    script: str, *arguments: str | Path, threads: int | None = None, max_seconds: float | None = None
+) -> None:
+    """Print the command and run it; its failure ends the quick start with its exit code.
+
+    Args:
+        script: in examples/nlp/gpt.
+        arguments: of the script.
+        threads: of each of its processes; None: as the environment says.
+        max_seconds: after which it is asked to end, and the quick start ends too; None: no limit.
+    """
+    words = [str(argument) for argument in arguments]
+    print("$ python", shlex.join([os.path.relpath(GPT / script, ROOT), *words]), flush=True)
+    env = os.environ if threads is None else os.environ | {"OMP_NUM_THREADS": str(threads)}
+    process = subprocess.Popen([sys.executable, str(GPT / script), *words], cwd=ROOT, env=env)
+    try:
+        code = process.wait(max_seconds)
+    except subprocess.TimeoutExpired:
+        sys.exit(f"{script} is not done after {max_seconds:.0f} s")
+    finally:
+        _end(process)
+    if code != 0:
+        sys.exit(code)
+
+
+def metric(lines: Sequence[Mapping[str, float]], name: str) -> tuple[list[float], list[float]]:
+    """Steps and values of one metric in the lines of a metrics.jsonl."""
+    found = [(line["step"], line[name]) for line in lines if name in line]
+    return [step for step, _ in found], [value for _, value in found]
+
+
+def _end(process: subprocess.Popen) -> None:
+    """Have a script that still runs save and end. After Ctrl-C it is already about to, and does not mind."""
+    if process.poll() is None:
+        process.terminate()
+        try:
+            process.wait(END_SECONDS)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
