@@ -201,8 +201,9 @@ def _is_per_token(x: Tensor, width: int) -> bool:
 
 def concatenated(batches: Sequence[T]) -> T:
     """The rows of several batches in one, as wide as the widest."""
-    width = max(batch.seq_length for batch in batches)
-    parts = [batch.with_length(width) for batch in batches]
+    filled = [batch for batch in batches if batch.num_rows] or batches[:1]
+    width = max(batch.seq_length for batch in filled)
+    parts = [batch.with_length(width) if batch.num_rows else batch for batch in filled]
     names = [f.name for f in fields(parts[0]) if isinstance(getattr(parts[0], f.name), Tensor)]
     return replace(parts[0], **{name: torch.cat([getattr(part, name) for part in parts]) for name in names})
 

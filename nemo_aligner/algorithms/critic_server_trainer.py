@@ -69,6 +69,8 @@ class CriticServerTrainer:
         self.checkpoints, self._load = checkpoints, load
         self.state = start.state if start else TrainerState()
         self._saved_step = self.state.step
+        self._start, self._is_back = start, False
+        self._limit = TimeLimit(run.config.max_seconds)
         self._watch = Stopwatch()  # since the last optimizer step
 
     def run_server(self, open_server: Callable[[], AbstractContextManager[Server]]) -> None:
@@ -78,19 +80,19 @@ class CriticServerTrainer:
             StoppedEarly: a signal or the actor's silence ended it; what was learned is saved.
         """
         self.run.begin(self.state.step)
-        silence, limit = 0.0, TimeLimit(self.run.config.max_seconds)
+        silence, up = 0.0, False
 
         def should_stop(server: Server) -> bool:
-            nonlocal silence
+            nonlocal silence, up
             silence = server.silent_seconds if self.state.algorithm else 0.0
-            timeout = self.config.actor_timeout
-            return request.number != 0 or limit.is_up or (timeout is not None and silence > timeout)
+            timeout, up = self.config.actor_timeout, self._limit.is_up
+            return request.number != 0 or up or (timeout is not None and silence > timeout)
 
         with StopRequest() as request:
             asked = serve(self, open_server, should_stop=should_stop)
             if self.checkpoints is not None and self.state.step > self._saved_step:
                 self.save(None)
-            number, up, silence = collectives.broadcast_object((request.number, limit.is_up, silence))
+            number, up, silence = collectives.broadcast_object((request.number, up, silence))
         if asked:
             return
         silent = "exp_manager.max_time_per_run" if up else f"the actor was not heard for {silence:.0f} s"
@@ -116,11 +118,13 @@ class CriticServerTrainer:
 
     def train(self, batch: ValueBatch, ticket: Ticket | None) -> float:
         """Learn from a rollout, a global batch at a time; the mean loss. See Worker."""
-        size = self.config.global_batch_size
+        self._forget_what_is_over()
+        size, began = self.config.global_batch_size, time.perf_counter()
         parts = batch.filled(-(-batch.num_rows // size) * size).split(size)
         losses = [self._step(part) for part in parts]
         known = {"run_id": ticket.run_id, "sequence": ticket.sequence} if ticket else {}
         mean = sum(losses) / len(losses)
+        self._limit.note("step", time.perf_counter() - began)
         self.state = replace(
             self.state,
             consumed_samples=self.state.consumed_samples + batch.num_rows,
@@ -162,22 +166,39 @@ class CriticServerTrainer:
                 "this critic saves nothing: exp_manager.create_checkpoint_callback=False",
                 cure="set it to True in the critic's job, or to False in the actor's",
             )
-        actors_step = {} if ticket is None else {"actor_step": ticket.step}
-        self.state = replace(self.state, algorithm=self.state.algorithm | actors_step)
+        began, half = time.perf_counter(), {"is_half": ticket is not None}
+        self._forget_what_is_over()
+        if ticket is not None:
+            # What was saved of this step for no actor may be pruned any time; it makes room for the half of a pair.
+            step = self.state.step
+            self.checkpoints.discard(
+                lambda state: state.step == step and not state.algorithm.get("is_half", True)
+            )
         if not self.checkpoints.holds(self.state.step):
-            self.checkpoints.save(self.state, steps_per_epoch=1)
+            state = replace(self.state, algorithm=self.state.algorithm | half)
+            self.checkpoints.save(state, steps_per_epoch=1)
             self.checkpoints.finish()
         self._saved_step = self.state.step
+        self._limit.note("save", time.perf_counter() - began)
 
     def rewind(self, ticket: Ticket) -> None:
         """See Worker."""
         checkpoint = self._saved_at(ticket)
-        self._load(checkpoint)
+        try:
+            self._load(checkpoint)
+        except UserError as error:
+            # Half of it may be loaded: nothing may be computed with that.
+            raise RuntimeError(f"going back failed: {error}") from error
         self.state = checkpoint.state if checkpoint else TrainerState()
         self._saved_step = self.state.step
+        self._is_back = True
         self.run.begin(self.state.step)
-        if self.checkpoints is not None:
-            self.checkpoints.discard(lambda state: state.step > self.state.step)
+
+    def _forget_what_is_over(self) -> None:
+        """Once the run goes on from where it went back to: remove the checkpoints of what it does again."""
+        if self._is_back and self.checkpoints is not None:
+            self.checkpoints.discard(lambda state: state.step > self._saved_step)
+        self._is_back = False
 
     def _saved_at(self, ticket: Ticket) -> Checkpoint | None:
         """The newest checkpoint that has learned from no more than the ticket says; None: the beginning.
@@ -188,6 +209,8 @@ class CriticServerTrainer:
         if world.is_logging_rank() and self.checkpoints is not None:
             found = find_checkpoints(self.checkpoints.folder)
         found = collectives.broadcast_object(found)
+        if self._start is not None:
+            found.append(self._start)
         own = [one for one in found if one.state.algorithm.get("run_id") == ticket.run_id]
         early = [one for one in own if one.state.algorithm["sequence"] <= ticket.sequence]
         return max(early, key=lambda one: one.state.algorithm["sequence"], default=None)

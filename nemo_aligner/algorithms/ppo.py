@@ -3,51 +3,44 @@
 
 import logging
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, fields, replace
+from collections.abc import Iterator
+from dataclasses import fields, replace
 from typing import Any
 
 import numpy as np
-import torch
 
 from nemo_aligner.algorithms.milestones import Milestones
-from nemo_aligner.algorithms.ppo_config import PPOConfig, RolloutConfig
-from nemo_aligner.algorithms.rollout import Prompts, collect, cut, deal, lengths_of, per_token
+from nemo_aligner.algorithms.ppo_config import PPOConfig
+from nemo_aligner.algorithms.rollout import Prompts, Rollouts, collect, cut, deal, lengths_of
 from nemo_aligner.algorithms.rollout_metrics import learning_metrics, rollout_metrics, summary
+from nemo_aligner.algorithms.scoring import Scorer
 from nemo_aligner.batch import Experience, Prompt, Rollout, Scored
-from nemo_aligner.checkpoint.training import Checkpoint, TrainerState, TrainingCheckpoints, monitor_name
+from nemo_aligner.checkpoint.training import (
+    Checkpoint,
+    TrainerState,
+    TrainingCheckpoints,
+    monitor_name,
+    read_extra,
+)
 from nemo_aligner.models.alignable_interface import AlignableGenerativeInterface
-from nemo_aligner.models.sampling_config import SamplingConfig
 from nemo_aligner.objectives.adaptive import RewardScaling
 from nemo_aligner.objectives.credit import credit, kl_controller, observe, statistics, value_batch
 from nemo_aligner.objectives.protocol import Objective
-from nemo_aligner.parallel import world
+from nemo_aligner.parallel import collectives, world
 from nemo_aligner.run.experiment import Experiment
 from nemo_aligner.run.progress import ProgressBar
 from nemo_aligner.run.schedule import make_plan
-from nemo_aligner.run.stop import StopRequest
+from nemo_aligner.run.stop import StoppedEarly, StopRequest
 from nemo_aligner.run.stopwatch import Stopwatch
 from nemo_aligner.serving.shared import CriticLost, Pending, SharedCritic, WaitEnded
 
-__all__ = ["PPOTrainer", "Rollouts"]
+__all__ = ["PPOTrainer"]
 
 logger = logging.getLogger(__name__)
 
 VALIDATION_DRAW = 1 << 30  # the same each time, and that of no step
+SIGNAL_SECONDS = 15.0  # that a critic has to save after a signal
 TABLE_ROWS = 4  # answers of each rollout that are written down
-
-
-@dataclass(frozen=True, kw_only=True)
-class Rollouts:
-    """How answers are written and dealt out."""
-
-    config: RolloutConfig
-    sampling: SamplingConfig
-    global_batch_size: int  # answers of an optimizer step
-    micro_batch_size: int  # of a forward and backward pass on one rank
-    length_multiple: int  # of positions that rows are padded to
-    seed: int  # of the order of answers within an update
-    decode: Callable[[Sequence[int]], str]  # token ids to text
 
 
 class PPOTrainer:
@@ -56,6 +49,7 @@ class PPOTrainer:
     Args:
         objective: of the policy.
         prompts: of training, and of validation; None: there is none.
+        checkpoints: where to save; None: nowhere.
     """
 
     def __init__(
@@ -64,19 +58,21 @@ class PPOTrainer:
         rollouts: Rollouts,
         policy: AlignableGenerativeInterface,
         objective: Objective,
-        critic: SharedCritic,
         prompts: tuple[Prompts, Prompts | None],
         run: Experiment,
+        checkpoints: TrainingCheckpoints | None,
     ) -> None:
         self.config, self.rollouts, self.policy = config, rollouts, policy
-        self.objective, self.critic, self.run = objective, critic, run
+        self.objective, self.run = objective, run
         self.train, self.validation = prompts
         self.plan = make_plan(
             config,
             batches_per_epoch=self.train.batches_per_epoch,
             val_batches=1 if self.validation else 0,
         )
+        self.milestones = Milestones(self.plan, run, checkpoints, block=config.block, save=self._save)
         self.kl, self.scaling = kl_controller(config), RewardScaling()
+        self._critic_lacks_lessons = False
         self.state = TrainerState(
             data=self.train.fingerprint | {"steps_per_epoch": self.plan.steps_per_epoch},
             algorithm={"ppo_optimization_step": 0},
@@ -88,71 +84,87 @@ class PPOTrainer:
         size = self.rollouts.config.num_rollout_samples
         return self.config.num_ppo_epochs * size // self.rollouts.global_batch_size
 
-    def fit(self, checkpoints: TrainingCheckpoints | None, start: Checkpoint | None = None) -> None:
-        """Train to the end of the plan, from ``start`` where a run is gone on with.
-
-        Args:
-            checkpoints: where to save; None: nowhere.
+    def resume(self, start: Checkpoint) -> None:
+        """Go on from ``start``, whose weights the policy has.
 
         Raises:
-            StoppedEarly: a signal or the time limit ended the run; it is saved.
-            UserError: ``start`` does not fit, or the critic is lost; the run is saved.
+            UserError: ``start`` is at the end of the plan, or its run had other prompts.
         """
-        self.milestones = Milestones(
-            self.plan, self.run, checkpoints, block=self.config.block, save=self._save
-        )
-        if start is not None:
-            self._restore(self.milestones.restore(start, self.state.data))
+        self.state = self.milestones.restore(start, self.state.data)
+        self.kl = self.kl.restored(self.state.algorithm["kl"])
+        self.scaling = self.scaling.restored(self.state.algorithm["reward_scaling"])
+        self._critic_lacks_lessons = read_extra(start) is not None
+
+    def fit(self, critic: SharedCritic) -> None:
+        """Train to the end of the plan.
+
+        Raises:
+            StoppedEarly: a signal or the time limit ended the run; what there was after the first step is saved.
+            UserError: the critic is lost; the run is saved as it was at the last step.
+        """
+        self.critic = critic
+        self.scorer = Scorer(self.policy, critic, self.rollouts, give_up=lambda: self._request.number != 0)
         self.run.begin(self.state.step)
         bar = ProgressBar(
             total=self.plan.max_steps, start=self.state.step, enabled=world.is_logging_rank(), name="ppo"
         )
         try:
             with StopRequest() as self._request:
-                self._loop(bar)
-                if checkpoints is not None:
-                    checkpoints.finish()
-        except (CriticLost, WaitEnded) as error:
-            self._save_alone(checkpoints)
-            if isinstance(error, CriticLost):
-                raise error.error from error
-            # Only rank 0 has seen the signal for sure.
-            raise self.milestones.stopped(self.state.step, self._request.number or 15) from error
+                try:
+                    self._loop(bar)
+                except (CriticLost, WaitEnded) as error:
+                    self._save_alone()
+                    if isinstance(error, CriticLost):
+                        raise error.error from error
+                    # Only rank 0 has seen the signal for sure.
+                    raise self.milestones.stopped(self.state.step, self._request.number or 15) from error
         finally:
             bar.close()
-
-    def _restore(self, state: TrainerState) -> None:
-        self.state = state
-        self.kl = self.kl.restored(state.algorithm["kl"])
-        self.scaling = self.scaling.restored(state.algorithm["reward_scaling"])
 
     def _loop(self, bar: ProgressBar) -> None:
         if self.state.step == 0:
             for round_ in range(self.config.critic_warmup_steps):
                 self._warm_up(round_)
+        elif self._critic_lacks_lessons:
+            self._catch_up()
         while self.state.step < self.plan.max_steps:
             with world.phase(f"step {self.state.step + 1}"):
                 self._advance(bar)
             if self.plan.validates_after(self.state.step):
                 self._validate()
             self.milestones.after(self.state.step, self._request)
+        if self.milestones.checkpoints is not None:
+            self.milestones.checkpoints.finish()
+
+    def _catch_up(self) -> None:
+        """After a step that was saved without the critic: it is taught, and what else was due is done."""
+        self._reply(self.critic.save())
+        step = self.state.step
+        if self.plan.validates_after(step) and self.state.algorithm.get("validated_step") != step:
+            self._validate()
 
     def _warm_up(self, round_: int) -> None:
         """A rollout that only the critic learns from."""
         watch = Stopwatch()
         # Draws of steps that the run does not have.
-        scored = self._judged(self._answers(self.train, round_, self.plan.max_steps + round_, watch), watch)
+        scored = self._scored(self._answers(self.train, round_, self.plan.max_steps + round_, watch), watch)
         pending = self._teach(scored, self._credit(scored), step=0)
-        loss = self._reply(pending)
+        loss, rounds = self._reply(pending), self.config.critic_warmup_steps
         if world.is_logging_rank():
-            logger.info("critic warm-up %d/%d: loss %.4f", round_ + 1, self.config.critic_warmup_steps, loss)
+            logger.info("critic warm-up %d/%d: loss %.4f", round_ + 1, rounds, loss)
+        (number,) = collectives.maxima([self._request.number])
+        if number:
+            raise StoppedEarly(
+                f"stopped in round {round_ + 1} of {rounds} of the critic's warm-up; the same command begins anew",
+                exit_code=128 + int(number),
+            )
 
     def _advance(self, bar: ProgressBar) -> None:
         """One step: answers, what they are worth, and an update."""
         watch, step, began = Stopwatch(), self.state.step + 1, time.perf_counter()
         with watch("rollout_time"):
             rollout = self._answers(self.train, self.state.step, self.state.step, watch)
-            scored = self._judged(rollout, watch)
+            scored = self._scored(rollout, watch)
             experience = self._credit(scored)
         taught = self._teach(scored, experience, step=step)
         metrics = self._rollout_metrics(scored, experience)
@@ -163,6 +175,9 @@ class PPOTrainer:
             with watch("critic_train_wait"):
                 metrics["train_critic/loss"] = self._reply(taught)
             watch.note("critic_train_time", taught.seconds)
+            if self.milestones.checkpoints is None:
+                # Nobody goes on from before this.
+                self.critic.committed(self.critic.state_dict().get("critic_sequence", 0))
         finally:
             # The step is done where the critic is lost, too.
             watch.note("step_time", time.perf_counter() - began)
@@ -221,36 +236,8 @@ class PPOTrainer:
                 seq_length=self.config.rollout_batch_seq_length,
             )
 
-    def _judged(self, rollout: Rollout, watch: Stopwatch) -> Scored:
-        """The rollout with rewards, values and log-probs; the critic judges while log-probs are computed."""
-        asked = self.critic.judge(rollout, rows=self.rollouts.config.rollout_micro_batch_size)
-        rows, multiple = self.rollouts.config.scoring_rows, self.rollouts.length_multiple
-
-        def logprobs() -> torch.Tensor:
-            return per_token(
-                rollout,
-                lambda part: self.policy.logprobs(part, self.rollouts.sampling),
-                rows=rows,
-                multiple=multiple,
-            )
-
-        with watch("logprobs"):
-            own = logprobs()
-        reference = own
-        if self.kl.coefficient:
-            with watch("init_logprobs"), self.policy.as_reference():
-                reference = logprobs()
-        with watch("critic_wait"):
-            rewards, values = self._reply(asked)
-        watch.note("critic_infer_time", asked.seconds)
-        answers = rollout.learned()
-        return Scored(
-            **{field.name: getattr(rollout, field.name) for field in fields(rollout)},
-            logprobs=torch.where(answers, own, 0),
-            reference_logprobs=torch.where(answers, reference, 0),
-            rewards=rewards.float(),
-            values=torch.where(answers, values.float(), 0),
-        )
+    def _scored(self, rollout: Rollout, watch: Stopwatch) -> Scored:
+        return self.scorer.score(rollout, watch, with_reference=bool(self.kl.coefficient))
 
     def _credit(self, scored: Scored) -> Experience:
         self.scaling = observe(self.scaling, scored, self.config, kl_coefficient=self.kl.coefficient)
@@ -315,22 +302,22 @@ class PPOTrainer:
         watch, step = Stopwatch(), self.state.step
         with world.phase(f"validation after step {step}"), watch("validation_time"):
             rollout = self._answers(self.validation, 0, VALIDATION_DRAW, watch)
-            rewards, values = self._reply(
-                self.critic.judge(rollout, rows=self.rollouts.config.rollout_micro_batch_size)
-            )
+            rewards, values = self.scorer.judgement(self.scorer.ask(rollout), rollout)
         scored = Scored(
             **{field.name: getattr(rollout, field.name) for field in fields(rollout)},
             logprobs=rollout.sampler_logprobs,
             reference_logprobs=rollout.sampler_logprobs,
-            rewards=rewards.float(),
-            values=values.float(),
+            rewards=rewards,
+            values=values,
         )
         metrics = rollout_metrics("val_rollouts", scored, trained=False)
         self.run.log(metrics | {"timers/validation_time": watch.seconds["validation_time"]}, step=step)
         self._write_down("val_rollouts", scored, step)
         self.milestones.limit.note("validation", watch.seconds["validation_time"])
         self.state = replace(
-            self.state, metrics={monitor_name(name): value for name, value in metrics.items()}
+            self.state,
+            metrics={monitor_name(name): value for name, value in metrics.items()},
+            algorithm=self.state.algorithm | {"validated_step": step},
         )
         if world.is_logging_rank():
             logger.info("validation: reward %.4f", metrics["val_rollouts/rewards"])
@@ -350,17 +337,23 @@ class PPOTrainer:
 
     def _save(self, checkpoints: TrainingCheckpoints) -> None:
         """The actor's half of a pair becomes a checkpoint when the critic's is one."""
-        pending = self.critic.save()
+        pending, began = self.critic.save(), time.monotonic()
+        self._remember_critic()
+        # Of this moment: with async_save the pair may be complete some steps later.
+        sequence = self.state.algorithm.get("critic_sequence", 0)
 
         def both_saved() -> None:
-            self._reply(pending)
-            self.critic.committed()
+            # A signal leaves it some time; then this half is saved with what the critic lacks.
+            pending.result(
+                give_up=lambda: self._request.number != 0 and time.monotonic() - began > SIGNAL_SECONDS
+            )
+            self.critic.committed(sequence)
 
-        self._remember_critic()
         checkpoints.save(self.state, steps_per_epoch=self.plan.steps_per_epoch, also=both_saved)
 
-    def _save_alone(self, checkpoints: TrainingCheckpoints | None) -> None:
+    def _save_alone(self) -> None:
         """Without the critic: with what it is to be taught when it comes back."""
+        checkpoints = self.milestones.checkpoints
         if checkpoints is None or self.state.step == 0:
             return
         checkpoints.discard(lambda _: False)
@@ -368,9 +361,7 @@ class PPOTrainer:
             return
         self._remember_critic()
         checkpoints.save(
-            self.state,
-            steps_per_epoch=self.plan.steps_per_epoch,
-            extra=self.critic.unsaved_lessons(),
+            self.state, steps_per_epoch=self.plan.steps_per_epoch, extra=self.critic.unsaved_lessons()
         )
         checkpoints.finish()
 

@@ -6,18 +6,20 @@ Shapes: N answers of all ranks, S positions.
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
+from nemo_aligner.algorithms.ppo_config import RolloutConfig
 from nemo_aligner.batch import Prompt, Rollout, TokenBatch, concatenated
 from nemo_aligner.errors import UserError
 from nemo_aligner.models.alignable_interface import AlignableGenerativeInterface
 from nemo_aligner.models.sampling_config import SamplingConfig
 from nemo_aligner.parallel import collectives, world
 
-__all__ = ["Prompts", "collect", "cut", "deal", "lengths_of", "per_token"]
+__all__ = ["Prompts", "Rollouts", "collect", "cut", "deal", "lengths_of", "per_token"]
 
 B = TypeVar("B", bound=TokenBatch)
 
@@ -52,6 +54,19 @@ class Prompts(Protocol):
     def batch(self, index: int) -> list[list[Any]]:
         """This rank's prompts of rollout ``index``, one to a list, in runs: the first rank has the first ones."""
         ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rollouts:
+    """How answers are written and dealt out."""
+
+    config: RolloutConfig
+    sampling: SamplingConfig
+    global_batch_size: int  # answers of an optimizer step
+    micro_batch_size: int  # of a forward and backward pass on one rank
+    length_multiple: int  # of positions that rows are padded to
+    seed: int  # of the order of answers within an update
+    decode: Callable[[Sequence[int]], str]  # token ids to text
 
 
 def deal(lengths: Sequence[int], *, rows: int, ranks: int) -> list[list[list[int]]]:

@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from nemo_aligner.algorithms.ppo import Rollouts
+from nemo_aligner.algorithms.rollout import Rollouts
 from nemo_aligner.builders.loaders import longest_sequence
 from nemo_aligner.builders.models import Pretrained, load_policy, needed_tokenizer
 from nemo_aligner.builders.servers import tokenizer_probe
@@ -59,13 +59,18 @@ def load_actor(job: ActorJob, start: Checkpoint | None) -> Pretrained[GPTPolicy]
 def _longest(job: ActorJob, pretrained: Pretrained[GPTPolicy]) -> int:
     """Positions of a prompt and its answer, at most."""
     gpt, padded = pretrained.learner.model.gpt_config, job.remote_critic_rm.pad_to_length
-    asked = min(padded or gpt.encoder_seq_length, gpt.encoder_seq_length)
-    setting = "remote_critic_rm.pad_to_length" if padded == asked else "model.encoder_seq_length"
+    limits = {
+        "model.encoder_seq_length": gpt.encoder_seq_length,
+        "remote_critic_rm.pad_to_length": padded or gpt.encoder_seq_length,
+        "trainer.ppo.rollout_batch_seq_length": job.trainer.ppo.rollout_batch_seq_length
+        or gpt.encoder_seq_length,
+    }
+    setting, asked = min(limits.items(), key=lambda item: item[1])
     return longest_sequence(setting, asked, gpt, job.model.length_multiple)
 
 
 def _sampling(job: ActorJob, pretrained: Pretrained[GPTPolicy]) -> SamplingConfig:
-    half = pretrained.learner.model.gpt_config.encoder_seq_length // 2
+    half = _longest(job, pretrained) // 2
     return job.model.ppo.sampling(max_length=half, seed=job.model.seed)
 
 
@@ -199,10 +204,18 @@ def _compare(job: ActorJob, pretrained: Pretrained[GPTPolicy], critic: RemoteCri
 
 def _stop(job: ActorJob, critic: RemoteCritic) -> None:
     config = job.remote_critic_rm
-    if config.critic.stop_at_end:
-        critic.stop()
+    asked: list[RemoteCritic | RemoteReward] = [critic] if config.critic.stop_at_end else []
     if critic.reward is not None and config.reward_model.stop_at_end:
-        critic.reward.stop()
+        asked.append(critic.reward)
+    for server in asked:
+        try:
+            heard = server.stop()
+        except UserError as error:
+            # The run is finished, whatever a server says.
+            logger.warning("%s was asked to end: %s", server.name, error)
+        else:
+            if not heard:
+                logger.warning("%s did not hear that it may end: end it by SIGTERM", server.name)
 
 
 def _connect(job: ActorJob, run: Experiment, start: Checkpoint | None) -> RemoteCritic:

@@ -55,6 +55,11 @@ def resume_point(job: Job, run: Experiment) -> Checkpoint | None:
     found = collectives.broadcast_object(found)
     if isinstance(found, UserError):
         raise found
+    if found is not None and not job.exp_manager.create_checkpoint_callback:
+        raise UserError(
+            f"the run would go on from {found.path}, and exp_manager.create_checkpoint_callback=False",
+            cure="set it to True, or exp_manager.explicit_log_dir to a new folder",
+        )
     return found
 
 

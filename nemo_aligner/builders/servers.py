@@ -183,11 +183,7 @@ def _beginning(job: CriticJob, learner: GPTCritic) -> Callable[[], None]:
             for name, value in learner.model.named_parameters():
                 if name in heads:
                     value.copy_(heads[name])
-        learner.prepare_training(
-            job.model.optim,
-            clip_grad=job.trainer.ppo.gradient_clip_val,
-            max_steps=job.trainer.ppo.max_steps,
-        )
+        learner.restart_training()
 
     return start_again
 
@@ -252,6 +248,7 @@ def reward_settings(job: RewardServerJob, pretrained: Pretrained[GPTCritic]) -> 
     """What an actor compares with its own settings."""
     return {
         "inference.inference_micro_batch_size": job.rows,
+        "num_rewards": num_rewards(pretrained.learner),
         "data_parallel_size": world.dp_size(),
         "tokenizer": tokenizer_probe(pretrained.tokenizer),
     }
@@ -282,14 +279,13 @@ def critic_server(job: CriticJob, critic: Critic) -> Callable[[], Server]:
 def reward_server(job: RewardServerJob, pretrained: Pretrained[GPTCritic]) -> Callable[[], Server]:
     """What opens the reward model's server, on rank 0."""
     config: InferenceConfig = job.inference
-    learner = pretrained.learner
     return _opener(
         ServerConfig(
             setting="inference",
             port=config.port,
             ip=config.ip,
             infer=config.model_name,
-            num_rewards=1 if learner.scale.weights else learner.head.outputs,
+            num_rewards=num_rewards(pretrained.learner),
             has_values=False,
             max_rows=job.rows * world.dp_size(),
             length_multiple=config.strip_sequence_length_to_multiple,
@@ -298,6 +294,11 @@ def reward_server(job: RewardServerJob, pretrained: Pretrained[GPTCritic]) -> Ca
         served_limits(job.model, pretrained),
         pretrained.tokenizer,
     )
+
+
+def num_rewards(learner: GPTCritic) -> int:
+    """Numbers of a sequence that are served."""
+    return 1 if learner.scale.weights else learner.head.outputs
 
 
 def _opener(config: ServerConfig, limits: Limits, tokenizer: Tokenizer | None) -> Callable[[], Server]:

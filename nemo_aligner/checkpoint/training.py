@@ -12,7 +12,7 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -142,7 +142,8 @@ class TrainingCheckpoints:
         trained: whose tensors are saved.
         model_config: model_config.yaml's content.
         files: the other files of the .nemo, by name.
-        keep_newest: how many of the newest are kept beside the best.
+        keep_newest: how many of the newest are kept beside the best, not counting those that another job's
+            checkpoint lacks (``is_half`` False in their state).
     """
 
     def __init__(
@@ -244,7 +245,11 @@ class TrainingCheckpoints:
 
     def discard(self, is_over: Callable[[TrainerState], bool]) -> None:
         """Remove the checkpoints whose state ``is_over``, and what a save has left that did not become one."""
-        self._pending = None
+        if self._pending is not None:
+            # A thread that still writes would find its folder gone; how its save ends is of no matter now.
+            wait(self._pending.written)
+            self._pending = None
+        world.barrier()
         if world.is_logging_rank():
             remove_unfinished(self.folder)
             for checkpoint in find_checkpoints(self.folder):
@@ -339,10 +344,12 @@ def ranked(checkpoints: list[Checkpoint], config: CheckpointCallbackConfig) -> l
 def prunable(
     checkpoints: list[Checkpoint], config: CheckpointCallbackConfig, *, keep_newest: int = 1
 ) -> list[Checkpoint]:
-    """Those that are neither among the best ``save_top_k`` nor among the newest."""
+    """Those that are neither among the best ``save_top_k`` nor among the newest, with or without their other half."""
     if config.save_top_k < 0:
         return []
-    newest = sorted(checkpoints, key=lambda checkpoint: checkpoint.state.step)[-keep_newest:]
+    in_order = sorted(checkpoints, key=lambda checkpoint: checkpoint.state.step)
+    pairs = [checkpoint for checkpoint in in_order if checkpoint.state.algorithm.get("is_half", True)]
+    newest = [*pairs[-keep_newest:], *in_order[-1:]]
     return [c for c in ranked(checkpoints, config)[config.save_top_k :] if c not in newest]
 
 

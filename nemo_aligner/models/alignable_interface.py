@@ -57,7 +57,7 @@ class Inferrable(Protocol):
         ...
 
     def infer(self, batch: TokenBatch) -> Tensor:
-        """A language model: log-probs [B, S]. A reward model: rewards [B]. A critic: values [B, S]."""
+        """A language model: log-probs [B, S]. A reward model, or a critic with one: rewards [B]."""
         ...
 
 

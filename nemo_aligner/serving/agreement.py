@@ -46,6 +46,12 @@ def compare(name: str, server: Health, actor: Actor) -> list[str]:
             cure=f"set model.encoder_seq_length={server.seq_length} in the actor's job, or a smaller "
             "model.ppo.length_params.max_length and model.data.seq_length",
         )
+    attributes = settings.get("num_rewards")
+    if isinstance(attributes, int) and attributes > 1:
+        raise UserError(
+            f"{name} gives {attributes} attributes, and PPO learns from one reward",
+            cure="set model.regression.merge_attributes=True there, and model.regression.attribute_weights",
+        )
     combined = settings.get("combine_rm_and_critic_server")
     if combined is False and actor.needs_rewards:
         raise UserError(
@@ -62,6 +68,11 @@ def compare(name: str, server: Health, actor: Actor) -> list[str]:
 
 
 def _slow(name: str, server: Health, actor: Actor) -> list[str]:
+    if server.settings.get("combine_rm_and_critic_server") and not actor.needs_rewards:
+        return [
+            f"{name} computes rewards that nobody reads: trainer.ppo.combine_rm_and_critic_server=True there, and "
+            "remote_critic_rm.combine_rm_and_critic_server=False here; set both alike"
+        ]
     for setting, rows in server.settings.items():
         ranks = server.settings.get("data_parallel_size")
         if not (setting.endswith(".inference_micro_batch_size") and isinstance(rows, int)):

@@ -179,8 +179,8 @@ class RemoteCritic(_Client):
     def _ping(self) -> None:
         """Tell the critic that its actor lives, however long a rollout takes."""
         # What is wrong with the line is told by the next call that matters.
-        with contextlib.suppress(UserError):
-            while not self._line.wait(PING_SECONDS):
+        while not self._line.wait(PING_SECONDS):
+            with contextlib.suppress(UserError):
                 self._line.call_once(wire.HEALTH, wire.save_arrays())
 
     def close(self) -> None:

@@ -71,10 +71,6 @@ class Critic(Protocol):
         """The train requests that no pair of checkpoints holds."""
         ...
 
-    def close(self) -> None:
-        """End all waits."""
-        ...
-
 
 @dataclass(frozen=True)
 class Pending(Generic[T]):
@@ -143,7 +139,7 @@ class SharedCritic:
         assert (critic is not None) == world.is_logging_rank()
         self._critic = critic
 
-    def state_dict(self) -> dict[str, str | int]:
+    def state_dict(self) -> dict[str, Any]:
         """What the actor's checkpoint holds of it; on rank 0, elsewhere nothing."""
         if self._critic is None:
             return {}
@@ -164,19 +160,14 @@ class SharedCritic:
         """Have the critic saved."""
         return Pending(self._critic.save() if self._critic else None)
 
-    def committed(self) -> None:
-        """The pair of checkpoints with all that the critic was sent is complete."""
+    def committed(self, sequence: int) -> None:
+        """The pair of checkpoints with ``sequence`` train requests is complete; read on rank 0."""
         if self._critic:
-            self._critic.committed(self._critic.sequence)
+            self._critic.committed(sequence)
 
     def unsaved_lessons(self) -> bytes | None:
         """What a checkpoint of the actor alone must hold for the critic; on rank 0."""
         return self._critic.unsaved_lessons() if self._critic else None
-
-    def close(self) -> None:
-        """End all waits."""
-        if self._critic:
-            self._critic.close()
 
 
 def _together(asked: Sequence[Future[tuple[Tensor, Tensor]]]) -> Future[tuple[Tensor, Tensor]]:
@@ -192,7 +183,12 @@ def _together(asked: Sequence[Future[tuple[Tensor, Tensor]]]) -> Future[tuple[Te
                 whole.set_exception(error)
             elif all(future.done() for future in asked):
                 replies = [future.result() for future in asked]
-                whole.set_result((torch.cat([r for r, _ in replies]), torch.cat([v for _, v in replies])))
+                try:
+                    joined = torch.cat([r for r, _ in replies]), torch.cat([v for _, v in replies])
+                except RuntimeError as error:  # nobody else would hear of it
+                    whole.set_exception(error)
+                else:
+                    whole.set_result(joined)
 
     for one in asked:
         one.add_done_callback(arrived)

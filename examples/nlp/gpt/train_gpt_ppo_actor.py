@@ -21,24 +21,20 @@ def main(job: ActorJob) -> None:
         start = builders.resume_point(job, run)
         pretrained = builders.load_actor(job, start)
         prompts = builders.actor_prompts(job, pretrained)
+        checkpoints = builders.training_checkpoints(job, run, pretrained)
+        rollouts = builders.actor_rollouts(job, pretrained)
+        objective = PolicyGradient(job.model.ppo)
+        trainer = PPOTrainer(config, rollouts, pretrained.learner, objective, prompts, run, checkpoints)
+        updates = trainer.plan.max_steps * trainer.updates_per_step
+        builders.warn_of_schedule(job.model.optim, max_steps=updates)
+        pretrained.learner.prepare_training(
+            job.model.optim, clip_grad=config.gradient_clip_val, max_steps=updates
+        )
+        if start is not None:
+            trainer.resume(start)
         with builders.open_critic(job, run, pretrained, start) as critic:
-            trainer = PPOTrainer(
-                config,
-                builders.actor_rollouts(job, pretrained),
-                pretrained.learner,
-                PolicyGradient(job.model.ppo),
-                critic,
-                prompts,
-                run,
-            )
-            updates = trainer.plan.max_steps * trainer.updates_per_step
-            builders.warn_of_schedule(job.model.optim, max_steps=updates)
-            pretrained.learner.prepare_training(
-                job.model.optim, clip_grad=config.gradient_clip_val, max_steps=updates
-            )
-            checkpoints = builders.training_checkpoints(job, run, pretrained)
-            trainer.fit(checkpoints, start)
-        builders.save_result(job, run, pretrained, checkpoints)
+            trainer.fit(critic)
+            builders.save_result(job, run, pretrained, checkpoints)
 
 
 if __name__ == "__main__":

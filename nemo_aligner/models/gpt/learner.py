@@ -51,15 +51,28 @@ class GPTLearner:
         return self._model
 
     def prepare_training(self, optim: OptimConfig, *, clip_grad: float, max_steps: int) -> None:
-        """Make gradient buffers and optimizer state, anew where there are some; before it nothing can be learned."""
+        """Make gradient buffers and optimizer state; before it nothing can be learned."""
         self._optim, self._max_steps = optim, max_steps
-        self._optimizer_steps = self._backwards = 0
         config = self._model.config
         self._ddp = wrap(self._model.chunks, optim)
         self._optimizer = build_optimizer(optim, self._ddp, dtype=config.params_dtype, clip_grad=clip_grad)
         config.finalize_model_grads_func = finalize_model_grads
         if config.fp16:
             config.grad_scale_func = self._optimizer.scale_loss
+
+    def restart_training(self) -> None:
+        """Forget what was learned: once the weights are those of the beginning, the next step is the first."""
+        assert self._optimizer is not None, "prepare_training comes first"
+        for optimizer in inner_optimizers(self._optimizer):
+            for moments in optimizer.state.values():
+                for value in moments.values():
+                    if isinstance(value, torch.Tensor):
+                        value.zero_()
+            for group in optimizer.param_groups:
+                if "step" in group:
+                    group["step"] = 0
+        self._optimizer.reload_model_params()
+        self._optimizer_steps = self._backwards = 0
 
     def get_loss_and_metrics(
         self, batches: Sequence[TokenBatch], objective: Objective, *, forward_only: bool
