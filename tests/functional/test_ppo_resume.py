@@ -111,6 +111,17 @@ def test_a_killed_job_goes_on_as_if_it_never_was(pair: Pair, whole: Path, name: 
     assert_same(pair, whole)
 
 
+def test_a_pair_that_is_saved_in_the_background_keeps_the_lessons_after_it(pair: Pair, whole: Path):
+    """The pair of step 2 is complete only after step 3, whose lesson the critic must be sent again."""
+    async_save = {"exp_manager.checkpoint_callback_params.async_save": True}
+    critic, actor = pair.start_critic(), pair.start_actor(**async_save)
+    kill_at(critic, pair, lambda pair: steps_done(pair.actor_folder) >= 4)
+    critic = pair.start_critic()
+    assert actor.wait(timeout=LONG) == 0, actor.err[-3000:]
+    assert critic.wait(timeout=60) == 0, critic.err[-3000:]
+    assert_same(pair, whole)
+
+
 def test_an_actor_whose_critic_does_not_come_back_saves_and_both_go_on_later(pair: Pair, whole: Path):
     critic, actor = pair.start_critic(), pair.start_actor(**{"remote_critic_rm.return_timeout": 3})
     # After the pair of step 2: the critic has step 3's lesson from the actor's checkpoint alone.

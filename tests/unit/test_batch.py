@@ -131,6 +131,8 @@ def test_rows_are_taken_filled_up_and_put_together():
     assert whole.lengths.tolist() == [2, 4, 3, 1, 1]
     assert whole.count(Unit.TOKEN) == batch.count(Unit.TOKEN)
     assert torch.equal(whole.take(slice(0, 3)).returns, batch.returns)
+    nothing = batch.take([])
+    assert torch.equal(concatenated([nothing, batch, nothing]).tokens, batch.tokens)
     joined = concatenated([values(2), batch])
     assert joined.tokens.shape == (4, 4)
     assert joined.tokens[0].tolist() == [1, 2, 0, 0]

@@ -12,7 +12,8 @@ reward.KEY=VALUE. A key in capitals is an environment variable of the job, as in
 A port that is not given is a free one, and goes to both sides. What a job prints goes on to this terminal, behind the
 job's name, and to output.log in the job's folder: exp_manager.explicit_log_dir, or critic and reward within the
 actor's folder. One job's bad end ends the others. Ctrl-C ends all within seconds; SIGTERM has the actor save and end,
-then the critic, and a second one does not wait. The same command goes on from there.
+then the critic, and a second one does not wait. The same command goes on from there where
+actor.exp_manager.explicit_log_dir names the folder.
 """
 
 import sys

@@ -1,0 +1,80 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the critic replies is looked at before anything is learned of it."""
+
+from collections.abc import Iterator
+from concurrent.futures import Future
+
+import pytest
+import torch
+
+from nemo_aligner.algorithms.ppo_config import RolloutConfig
+from nemo_aligner.algorithms.rollout import Rollouts
+from nemo_aligner.algorithms.scoring import Scorer
+from nemo_aligner.batch import Rollout
+from nemo_aligner.models.sampling_config import SamplingConfig
+from nemo_aligner.parallel import world
+from nemo_aligner.serving.client import NoCritic
+from nemo_aligner.serving.shared import CriticLost, Pending, SharedCritic
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_rank() -> Iterator[None]:
+    with world.ensure_single_process():
+        yield
+
+
+@pytest.fixture
+def scorer() -> Scorer:
+    rollouts = Rollouts(
+        config=RolloutConfig(rollout_micro_batch_size=2),
+        sampling=SamplingConfig(),
+        global_batch_size=2,
+        micro_batch_size=1,
+        length_multiple=1,
+        seed=0,
+        decode=str,
+    )
+    return Scorer(policy=None, critic=SharedCritic(NoCritic()), rollouts=rollouts, give_up=lambda: False)
+
+
+def rollout() -> Rollout:
+    """Two rows of at most four tokens, in six columns."""
+    lengths = torch.tensor([3, 4])
+    return Rollout(
+        tokens=torch.ones(2, 6, dtype=torch.int64),
+        mask=torch.arange(6) < lengths[:, None],
+        lengths=lengths,
+        prompt_lengths=torch.ones(2, dtype=torch.int64),
+        finished=torch.ones(2, dtype=torch.bool),
+        group=torch.arange(2),
+        sampler_logprobs=torch.zeros(2, 6),
+    )
+
+
+def reply(rewards: list[float], values: torch.Tensor) -> Pending[tuple[torch.Tensor, torch.Tensor]]:
+    future: Future[tuple[torch.Tensor, torch.Tensor]] = Future()
+    future.set_result((torch.tensor(rewards), values))
+    return Pending(future)
+
+
+def test_only_columns_with_tokens_are_sent_and_values_come_back_as_wide_as_the_rollout(scorer: Scorer):
+    rewards, values = scorer.ask(rollout()).result()
+    assert rewards.shape == (2,)
+    assert values.shape == (2, 4)
+    _, values = scorer.judgement(reply([1.0, 2.0], torch.ones(2, 4)), rollout())
+    assert values.tolist() == [[1, 1, 1, 1, 0, 0]] * 2
+
+
+@pytest.mark.parametrize(
+    ("rewards", "values", "words"),
+    [
+        ([1.0, float("nan")], torch.zeros(2, 4), "1 of 2 rewards"),
+        ([1.0, 2.0], torch.tensor([[0.0, float("inf"), 0.0, 0.0]] * 2), "2 of 8 values"),
+    ],
+)
+def test_a_reply_that_is_no_number_ends_the_step_before_it_spoils_the_weights(
+    scorer: Scorer, rewards: list[float], values: torch.Tensor, words: str
+):
+    with pytest.raises(CriticLost) as lost:
+        scorer.judgement(reply(rewards, values), rollout())
+    assert words in lost.value.error.problem
