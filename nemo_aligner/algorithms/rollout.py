@@ -97,7 +97,6 @@ def collect(
     draw: int,
     slots: int,
     seq_length: int | None,
-    watch: Callable[[int, int], None] | None = None,
 ) -> Rollout:
     """The answers to all ranks' prompts, in the order of ranks.
 
@@ -110,7 +109,7 @@ def collect(
     Raises:
         UserError: a row is longer than ``seq_length``.
     """
-    mine = policy.generate(prompts, sampling, step=draw, slots=slots, watch=watch)
+    mine = policy.generate(prompts, sampling, step=draw, slots=slots)
     with world.phase("gathering answers"):
         rollout = concatenated(collectives.over_data_parallel(mine))
     longest = int(rollout.lengths.max())

@@ -47,9 +47,10 @@ def load_actor(job: ActorJob, start: Checkpoint | None) -> Pretrained[GPTPolicy]
     Raises:
         UserError: a checkpoint is not there, damaged, or does not fit the layout or the overrides.
     """
+    if not job.trainer.ppo.initial_policy_kl_penalty:
+        return load_policy(job, start=start)
     pretrained = load_policy(job)
-    if job.trainer.ppo.initial_policy_kl_penalty:
-        pretrained.learner.keep_reference()
+    pretrained.learner.keep_reference()
     if start is not None:
         with world.phase("loading the model"), heartbeat("loading weights", enabled=world.is_logging_rank()):
             load_model(pretrained.learner.model, start.path / WEIGHTS_NAME)

@@ -13,7 +13,15 @@ from nemo_aligner.models.gpt.recompute import Granularity, Method, Recompute
 from nemo_aligner.parallel.ranks import Layout
 from nemo_aligner.run.experiment import ExperimentConfig
 
-__all__ = ["Job", "ModelConfig", "ModelJob", "PretrainedConfig", "TrainerConfig"]
+__all__ = [
+    "BatchedModelConfig",
+    "Job",
+    "ModelConfig",
+    "ModelJob",
+    "PretrainedConfig",
+    "PretrainedJob",
+    "TrainerConfig",
+]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -185,6 +193,32 @@ class Job(ModelJob):
         """See ModelJob."""
         ModelJob.check_paths(self)
         self.exp_manager.check_folder()
+
+
+@dataclass(frozen=True, kw_only=True)
+class BatchedModelConfig(ModelConfig):
+    """A ``model`` block with the sizes of batches in it."""
+
+    micro_batch_size: int = 1
+    global_batch_size: int = 64
+
+
+@dataclass(frozen=True, kw_only=True)
+class PretrainedJob(Job):
+    """All settings of a script that names its checkpoint in ``pretrained_checkpoint``, and its batches in ``model``."""
+
+    model: BatchedModelConfig
+    pretrained_checkpoint: PretrainedConfig
+
+    @property
+    def pretrained(self) -> tuple[str, str]:
+        """See Job."""
+        return "pretrained_checkpoint.restore_from_path", self.pretrained_checkpoint.restore_from_path
+
+    @property
+    def batches(self) -> dict[str, tuple[int, int]]:
+        """See Job."""
+        return {"model": (self.model.global_batch_size, self.model.micro_batch_size)}
 
 
 def _refuse_unsupported(model: ModelConfig) -> None:

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from nemo_aligner.algorithms.ppo_config import PPOConfig, RolloutConfig
-from nemo_aligner.config.base import Job, ModelConfig, PretrainedConfig, TrainerConfig
+from nemo_aligner.config.base import BatchedModelConfig, PretrainedJob, TrainerConfig
 from nemo_aligner.data.config import PromptDataConfig
 from nemo_aligner.errors import UserError
 
@@ -59,13 +59,11 @@ class ActorRolloutConfig(RolloutConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ActorModelConfig(ModelConfig):
+class ActorModelConfig(BatchedModelConfig):
     """The ``model`` block."""
 
     data: PromptDataConfig
     ppo: ActorRolloutConfig = field(default_factory=ActorRolloutConfig)
-    micro_batch_size: int = 1
-    global_batch_size: int = 64
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,11 +130,10 @@ class RemoteConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ActorJob(Job):
+class ActorJob(PretrainedJob):
     """All settings of train_gpt_ppo_actor.py."""
 
     model: ActorModelConfig
-    pretrained_checkpoint: PretrainedConfig
     trainer: ActorTrainerConfig = field(default_factory=ActorTrainerConfig)
     remote_critic_rm: RemoteConfig = field(default_factory=RemoteConfig)
     name: str = "megatron_gpt_ppo_actor"
@@ -147,23 +144,13 @@ class ActorJob(Job):
         return self.trainer.ppo
 
     @property
-    def pretrained(self) -> tuple[str, str]:
-        """See Job."""
-        return "pretrained_checkpoint.restore_from_path", self.pretrained_checkpoint.restore_from_path
-
-    @property
-    def batches(self) -> dict[str, tuple[int, int]]:
-        """See Job."""
-        return {"model": (self.model.global_batch_size, self.model.micro_batch_size)}
-
-    @property
     def files(self) -> Mapping[str, Sequence[str]]:
         """See Job."""
         return {"model.data.data_prefix": self.model.data.splits.paths}
 
     def check(self, world_size: int | None = None) -> None:
         """See Job."""
-        Job.check(self, world_size)
+        PretrainedJob.check(self, world_size)
         model, remote, rollout = self.model, self.remote_critic_rm, self.model.ppo
         rollout.check("model.ppo")
         remote.check("remote_critic_rm")

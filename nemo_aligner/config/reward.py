@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-from nemo_aligner.config.base import Job, ModelConfig, PretrainedConfig, TrainerConfig
+from nemo_aligner.config.base import BatchedModelConfig, PretrainedJob, TrainerConfig
 from nemo_aligner.data.config import PairDataConfig
 from nemo_aligner.objectives.config import RegressionConfig
 from nemo_aligner.run.schedule import SupervisedConfig
@@ -39,7 +39,7 @@ class StandardizationConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class RMModelConfig(ModelConfig):
+class RMModelConfig(BatchedModelConfig):
     """The ``model`` block of train_reward_model.py."""
 
     data: PairDataConfig
@@ -50,7 +50,6 @@ class RMModelConfig(ModelConfig):
     use_avg_pool: bool = False
     force_head_dtype: str = "float32"
     micro_batch_size: int = 2
-    global_batch_size: int = 64
     forward_micro_batch_size: int | None = None
 
     @property
@@ -74,11 +73,10 @@ class RMModelConfig(ModelConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class RMJob(Job):
+class RMJob(PretrainedJob):
     """All settings of train_reward_model.py."""
 
     model: RMModelConfig
-    pretrained_checkpoint: PretrainedConfig
     trainer: RMTrainerConfig = field(default_factory=RMTrainerConfig)
     name: str = "megatron_gpt"
 
@@ -88,21 +86,11 @@ class RMJob(Job):
         return self.trainer.rm
 
     @property
-    def pretrained(self) -> tuple[str, str]:
-        """See Job."""
-        return "pretrained_checkpoint.restore_from_path", self.pretrained_checkpoint.restore_from_path
-
-    @property
-    def batches(self) -> dict[str, tuple[int, int]]:
-        """See Job."""
-        return {"model": (self.model.global_batch_size, self.model.micro_batch_size)}
-
-    @property
     def files(self) -> Mapping[str, Sequence[str]]:
         """See Job."""
         return {"model.data.data_prefix": self.model.data.splits.paths}
 
     def check(self, world_size: int | None = None) -> None:
         """See Job."""
-        Job.check(self, world_size)
+        PretrainedJob.check(self, world_size)
         self.model.regression.check()

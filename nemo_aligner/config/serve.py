@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, ClassVar
 
-from nemo_aligner.config.base import Job, ModelConfig, ModelJob, PretrainedConfig, TrainerConfig
+from nemo_aligner.config.base import BatchedModelConfig, ModelConfig, ModelJob, PretrainedJob, TrainerConfig
 from nemo_aligner.errors import UserError
 from nemo_aligner.objectives.config import ValueConfig
 
@@ -182,21 +182,18 @@ class CriticTrainerConfig(TrainerConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class CriticModelConfig(ServedModelConfig, ValueConfig):
+class CriticModelConfig(ServedModelConfig, BatchedModelConfig, ValueConfig):
     """The ``model`` block of serve_ppo_critic.py."""
 
     output_sequence: bool = True
     offload_adam_states: bool = False
-    micro_batch_size: int = 1
-    global_batch_size: int = 64
 
 
 @dataclass(frozen=True, kw_only=True)
-class CriticJob(Job):
+class CriticJob(PretrainedJob):
     """All settings of serve_ppo_critic.py."""
 
     model: CriticModelConfig = field(default_factory=CriticModelConfig)
-    pretrained_checkpoint: PretrainedConfig
     trainer: CriticTrainerConfig = field(default_factory=CriticTrainerConfig)
     name: str = "megatron_gpt_critic"
 
@@ -204,16 +201,6 @@ class CriticJob(Job):
     def loop(self) -> CriticConfig:
         """See Job."""
         return self.trainer.ppo
-
-    @property
-    def pretrained(self) -> tuple[str, str]:
-        """See Job."""
-        return "pretrained_checkpoint.restore_from_path", self.pretrained_checkpoint.restore_from_path
-
-    @property
-    def batches(self) -> dict[str, tuple[int, int]]:
-        """See Job."""
-        return {"model": (self.model.global_batch_size, self.model.micro_batch_size)}
 
     @property
     def files(self) -> Mapping[str, Sequence[str]]:
@@ -227,7 +214,7 @@ class CriticJob(Job):
 
     def check(self, world_size: int | None = None) -> None:
         """See Job."""
-        Job.check(self, world_size)
+        PretrainedJob.check(self, world_size)
         ValueConfig.check(self.model, "model")
         if not self.model.output_sequence:
             raise UserError(
