@@ -26,8 +26,9 @@ from transformers import (
 from benchmarks import sft
 from benchmarks.figures import Figure, Part, judged
 from benchmarks.generation import sizes
-from benchmarks.processes import ALLOCATORS, ROOT, conditions, free_port, started, wait_for
+from benchmarks.processes import ALLOCATORS, ROOT, conditions, started, wait_for
 from nemo_aligner.checkpoint.convert import import_from_huggingface
+from nemo_aligner.launch.together import free_ports
 from nemo_aligner.models.gpt.config import GPTConfig
 
 __all__ = ["RUN", "Run", "Step", "figures_of", "measured_steps", "part", "run", "save_models"]
@@ -138,7 +139,7 @@ def run(run: Run, models_folder: Path, folder: Path, *, allocator: str) -> list[
     """
     folder.mkdir()
     _write_prompts(run, models_folder / "prompts.jsonl")
-    settings = _settings(run, models_folder, free_port())
+    settings = _settings(run, models_folder, free_ports(1)[0])
 
     def command(script: str, job: str) -> list[str]:
         return [str(SCRIPTS / script), *(f"{key}={value}" for key, value in settings[job].items())]

@@ -6,7 +6,6 @@ import os
 import platform
 import re
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -24,7 +23,6 @@ __all__ = [
     "Measured",
     "Side",
     "conditions",
-    "free_port",
     "measure",
     "run_side",
     "started",
@@ -207,13 +205,6 @@ def wait_for(jobs: Sequence[Job], *, seconds: float) -> None:
         time.sleep(0.1)
     for job in jobs:
         job.check()
-
-
-def free_port() -> int:
-    """One that nobody listens at."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
 
 
 def wait_for_calm() -> float:

@@ -21,9 +21,10 @@ import torch
 
 from benchmarks import sft
 from benchmarks.figures import Figure, Part
-from benchmarks.processes import ALLOCATORS, THREADS, conditions, free_port, started, wait_for
+from benchmarks.processes import ALLOCATORS, THREADS, conditions, started, wait_for
 from nemo_aligner.algorithms.reward_server import RewardModelServer
 from nemo_aligner.batch import TokenBatch
+from nemo_aligner.launch.together import free_ports
 from nemo_aligner.models.gpt.config import GPTConfig
 from nemo_aligner.models.gpt.critic import GPTCritic
 from nemo_aligner.models.gpt.heads import HeadConfig
@@ -198,7 +199,7 @@ def round_trips(name: str, folder: Path, *, allocator: str) -> dict[str, Measure
         name: of :data:`MODELS`.
         folder: to be made, for what the server prints.
     """
-    port, served = free_port(), MODELS[name]
+    port, served = free_ports(1)[0], MODELS[name]
     command = ("-m", "benchmarks.serving", name, str(port))
     trips: dict[str, list[float]] = {}
     rates: dict[str, float | None] = {}

@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """State of all ranks to and from torch_dist folders: saved at one layout, loaded at any other."""
 
+from collections.abc import Iterator
 from concurrent.futures import Executor, Future
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -50,19 +52,32 @@ class _SaveInProcess(TorchDistSaveShardedStrategy):
         group = world.writers_group() if self._executor else None
 
         def write() -> None:
-            torch_dist_checkpoint.save(
-                tensors,
-                storage_writer=torch_dist_checkpoint.FileSystemWriter(checkpoint_dir, thread_count=1),
-                planner=MCoreSavePlanner(
-                    dedup_replicated_tensors=not self.keep_only_main_replica, flatten_state_dict=False
-                ),
-                process_group=group,
-            )
+            with _first_failure(checkpoint_dir):
+                torch_dist_checkpoint.save(
+                    tensors,
+                    storage_writer=torch_dist_checkpoint.FileSystemWriter(checkpoint_dir, thread_count=1),
+                    planner=MCoreSavePlanner(
+                        dedup_replicated_tensors=not self.keep_only_main_replica, flatten_state_dict=False
+                    ),
+                    process_group=group,
+                )
 
         if self._executor is None:
             write()
         else:
             self.written = self._executor.submit(write)
+
+
+@contextmanager
+def _first_failure(folder: str | Path) -> Iterator[None]:
+    """Raise what a rank raised; torch wraps it, Ctrl-C too, in an exception that ``except Exception`` lets pass."""
+    try:
+        yield
+    except torch_dist_checkpoint.CheckpointException as error:
+        failure, _ = next(iter(error.failures.values()))
+        if isinstance(failure, OSError) and failure.filename is None:
+            failure.filename = str(folder)  # which write() does not name
+        raise failure from error
 
 
 def _copied(value: object) -> object:
@@ -103,7 +118,8 @@ def load_state(state: ShardedStateDict, folder: Path, *, remedy: str) -> dict[st
     cpu_shim.install()
     with world.phase(f"loading {folder}"):
         try:
-            loaded: Any = dist_checkpointing.load(state, str(folder))
+            with _first_failure(folder):
+                loaded: Any = dist_checkpointing.load(state, str(folder))
         except (CheckpointingException, KeyError, RuntimeError) as error:
             if world.describe_failure(error):
                 raise

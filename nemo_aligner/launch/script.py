@@ -171,8 +171,14 @@ def _terminate(number: int, _: object) -> None:
 
 
 def _run(config: DictConfig, kind: type[J], main: Callable[[J], None], ranks: Ranks | None) -> None:
-    for number in STOP_SIGNALS:
-        signal.signal(number, _terminate)
+    def leave(number: int, _: object) -> None:
+        if ranks is None:
+            os.write(sys.stderr.fileno(), b"stopped\n")
+        os._exit(128 + number)
+
+    # Nothing has to be unwound so far, and some imports swallow every exception.
+    for number in (signal.SIGINT, *STOP_SIGNALS):
+        signal.signal(number, leave)
     try:
         code = _start(config, kind, main, ranks)
     except (KeyboardInterrupt, _Terminated) as stop:
@@ -217,6 +223,9 @@ def _join(config: DictConfig, job: J, main: Callable[[J], None], ranks: Ranks | 
     from nemo_aligner.run.progress import heartbeat
     from nemo_aligner.settings import log_no_effect
 
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    for number in STOP_SIGNALS:
+        signal.signal(number, _terminate)
     timeout = timedelta(seconds=job.trainer.collective_timeout)
     with heartbeat("waiting for all ranks", enabled=ranks is not None and ranks.rank == 0):
         world.start(ranks, layout=job.model.layout, seed=job.model.seed, timeout=timeout)

@@ -3,26 +3,18 @@
 
 import json
 import os
-import socket
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-import torch
 from tritonclient.http import InferenceServerClient, InferInput
 
-from nemo_aligner.checkpoint.torch_dist import FolderReader
+from nemo_aligner.launch.together import free_ports
 
 EXAMPLES = Path(__file__).parents[2] / "examples/nlp/gpt"
 ACTOR, CRITIC = EXAMPLES / "train_gpt_ppo_actor.py", EXAMPLES / "serve_ppo_critic.py"
 LONG = 240.0  # seconds, for both jobs on a busy machine
-
-
-def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
 
 
 def write_prompts(path: Path, count: int) -> Path:
@@ -42,7 +34,7 @@ class Pair:
     reward_nemo: Path
     critic_settings: dict[str, object] = field(default_factory=dict)
     actor_settings: dict[str, object] = field(default_factory=dict)
-    port: int = field(default_factory=free_port)
+    port: int = field(default_factory=lambda: free_ports(1)[0])
 
     def __post_init__(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -149,13 +141,3 @@ def metrics(folder: Path) -> list[dict[str, float]]:
         {name: value for name, value in line.items() if name not in timing and not name.startswith("timers/")}
         for line in lines
     ]
-
-
-def tensors(folder: Path) -> dict[str, torch.Tensor]:
-    """Everything in the newest checkpoint's weights and optimizer."""
-    found = {}
-    for part in ("model_weights", "training_state"):
-        reader = FolderReader(folder / "checkpoints/last" / part)
-        for key, entry in reader.tensors.items():
-            found[f"{part}/{key}"] = reader.read(key, (0,) * len(entry.shape), entry.shape)
-    return found

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from nemo_aligner.checkpoint.nemo_archive import open_nemo
-from tests.functional.ppo_pair import LONG, Pair, free_port, metrics
+from nemo_aligner.launch.together import free_ports
+from tests.functional.ppo_pair import LONG, Pair, metrics
 
 
 @pytest.fixture
@@ -110,7 +111,7 @@ def test_it_learns_says_what_it_does_and_leaves_a_model(pairs: Callable[..., Pai
 
 
 def test_a_reward_model_in_a_job_of_its_own(pairs: Callable[..., Pair]):
-    port = free_port()
+    port = free_ports(1)[0]
     apart = {
         "remote_critic_rm.combine_rm_and_critic_server": False,
         "remote_critic_rm.reward_model.port": port,
@@ -131,7 +132,7 @@ def test_a_reward_model_in_a_job_of_its_own(pairs: Callable[..., Pair]):
 def test_a_reward_server_of_several_ranks_ends_at_sigterm(pairs: Callable[..., Pair]):
     pair = pairs("reward", critic={}, actor={})
     job = pair.serve_reward_model(
-        free_port(), **{"trainer.devices": 2, "model.tensor_model_parallel_size": 2}
+        free_ports(1)[0], **{"trainer.devices": 2, "model.tensor_model_parallel_size": 2}
     )
     job.wait_for("serving at 127.0.0.1")
     job.process.terminate()

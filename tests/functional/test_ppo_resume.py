@@ -11,7 +11,8 @@ import pytest
 import torch
 from tritonclient.utils import InferenceServerException
 
-from tests.functional.ppo_pair import LONG, Pair, metrics, tensors
+from tests.functional.ppo_pair import LONG, Pair, metrics
+from tests.functional.run_folder import is_saving, tensors
 
 
 @pytest.fixture(scope="session")
@@ -28,12 +29,6 @@ def pair(start: Callable, nemo: Path, reward_nemo: Path, tmp_path: Path) -> Pair
 def steps_done(folder: Path) -> int:
     path = folder / "metrics.jsonl"
     return path.read_text().count('"train_optim/loss"') if path.exists() else 0
-
-
-def is_saving(folder: Path) -> bool:
-    """Whether a second checkpoint is being written."""
-    made = list((folder / "checkpoints").glob("*/trainer_state.json"))
-    return bool(made) and any((folder / "checkpoints").glob(".saving-*step*/model_weights/*"))
 
 
 def critic_is(pair: Pair, what: str, *, after: int) -> bool:

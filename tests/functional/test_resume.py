@@ -15,7 +15,7 @@ import psutil
 import pytest
 import torch
 
-from nemo_aligner.checkpoint.torch_dist import FolderReader
+from tests.functional.run_folder import is_saving, tensors
 
 STEPS = 12  # three epochs of four steps
 TIMINGS = ("time", "train/step_time", "train/tokens_per_s", "validation/step_time")
@@ -50,16 +50,6 @@ def resumable(settings: dict[str, object]) -> Callable[..., dict[str, object]]:
     return make
 
 
-def tensors(folder: Path) -> dict[str, torch.Tensor]:
-    """Everything in the newest checkpoint's weights and optimizer."""
-    found = {}
-    for part in ("model_weights", "training_state"):
-        reader = FolderReader(folder / "checkpoints/last" / part)
-        for key, entry in reader.tensors.items():
-            found[f"{part}/{key}"] = reader.read(key, (0,) * len(entry.shape), entry.shape)
-    return found
-
-
 def metrics(folder: Path) -> list[dict[str, object]]:
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     return [{name: value for name, value in line.items() if name not in TIMINGS} for line in lines]
@@ -79,12 +69,6 @@ def assert_same_run(found: Path, wanted: Path) -> None:
 def steps_done(folder: Path) -> int:
     path = folder / "metrics.jsonl"
     return sum('"train/loss"' in line for line in path.read_text().splitlines()) if path.exists() else 0
-
-
-def is_saving(folder: Path) -> bool:
-    """Whether a second checkpoint is being written."""
-    made = list((folder / "checkpoints").glob("*/trainer_state.json"))
-    return bool(made) and any((folder / "checkpoints").glob(".saving-*step*/model_weights/*"))
 
 
 MOMENTS: dict[str, Callable[[random.Random], Callable[[Path], bool]]] = {

@@ -8,7 +8,8 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
-from tests.functional.ppo_pair import ACTOR, CRITIC, LONG, free_port
+from nemo_aligner.launch.together import free_ports
+from tests.functional.ppo_pair import ACTOR, CRITIC, LONG
 
 PRINTED_CRITIC = """
     trainer.devices=1
@@ -64,7 +65,7 @@ def test_eight_nodes_need_a_starter(run: Callable, reward_nemo: Path, tmp_path: 
 def test_two_terminals(
     start: Callable, nemo: Path, reward_nemo: Path, prompts: Path, short_tmp: Path, tmp_path: Path
 ):
-    port, tmp = free_port(), {"TMPDIR": str(short_tmp)}
+    port, tmp = free_ports(1)[0], {"TMPDIR": str(short_tmp)}
     critic = start(
         [
             *critic_words(reward_nemo, tmp_path / "critic"),
