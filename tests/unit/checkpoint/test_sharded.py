@@ -64,8 +64,6 @@ def test_a_disk_without_room_is_told_with_its_folder(tmp_path: Path):
     assert told.value.errno == errno.EFBIG
 
 
-
-
 def test_weights_that_were_cut_short_are_refused(tmp_path: Path):
     folder = tmp_path / "weights"
     with world.ensure_single_process():
