@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from benchmarks import chunked_head, figures, generation, ppo, reward_model, serving, sft
+from benchmarks import chunked_head, figures, generation, ppo, reward_accuracy, reward_model, serving, sft
 from benchmarks.processes import wait_for_calm
 
 RESULTS = Path(__file__).parent / "results.json"
@@ -25,7 +25,9 @@ PARTS: dict[str, Callable[[], figures.Part]] = {
     "generate": generation.part,
     "ppo": ppo.part,
     "server": serving.part,
+    "hh": reward_accuracy.part,
 }
+BY_NAME_ONLY = {"hh"}  # takes an hour, and data of its own
 
 
 def main() -> None:
@@ -33,8 +35,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("parts", nargs="*", metavar="part", help=f"{', '.join(PARTS)} [all]")
-    names = parser.parse_args().parts or list(PARTS)
+    parser.add_argument(
+        "parts", nargs="*", metavar="part", help=f"{', '.join(PARTS)} [all but {', '.join(BY_NAME_ONLY)}]"
+    )
+    names = parser.parse_args().parts or [name for name in PARTS if name not in BY_NAME_ONLY]
     if unknown := [name for name in names if name not in PARTS]:
         parser.error(f"no part is named {', '.join(unknown)}; there are {', '.join(PARTS)}")
     for name in names:
