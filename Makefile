@@ -103,7 +103,7 @@ quickstart-sft: $(STAMP) $(GGUF)  ## Fine-tune a 135M model in minutes and compa
 # What quickstart starts from: a recipe of examples/quickstart/recipes.py.
 MODEL ?= village
 
-quickstart: $(STAMP)  ## Pretrain, SFT, reward model, PPO, in ten minutes
+quickstart: $(STAMP) $(if $(filter smollm2,$(MODEL)),$(GGUF))  ## Pretrain, SFT, reward model, PPO, in ten minutes
 	HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false ONEDNN_MAX_CPU_ISA=AVX512_CORE $(PY) -m examples.quickstart.rlhf --recipe $(MODEL)
 
 # TRL and what it needs, in an environment of their own.

@@ -1,7 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """What `make quickstart` trains, and with which settings: one recipe for each start of the pipeline."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
+
+from examples.quickstart.stages import ROOT
 
 __all__ = ["RECIPES", "Recipe"]
 
@@ -18,7 +22,10 @@ _SHORT_SCHEDULE = ("model.optim.sched.constant_steps=0", "model.optim.sched.warm
 class Recipe:
     """Data sizes and settings of every stage, beside the paths that the quick start fills in."""
 
-    num_prose: int  # rows to pretrain on; 0: the start is a pretrained model
+    pretrained: (
+        Path | None
+    )  # what import_hf.py reads; None: a model with random weights is made and pretrained
+    num_prose: int  # rows to pretrain on
     num_answers: int  # rows of supervised fine-tuning
     num_pairs: int  # preference pairs
     num_held_out: int  # validation rows of each stage, and questions that are asked before and after
@@ -38,6 +45,7 @@ _PPO_TOKENS = 96  # of prompt and answer
 _PPO_BATCH = 64  # answers of an optimizer step, in both jobs
 
 VILLAGE = Recipe(
+    pretrained=None,
     num_prose=8000,
     num_answers=3072,
     num_pairs=2048,
@@ -124,4 +132,79 @@ VILLAGE = Recipe(
     max_ppo_seconds=420,
 )
 
-RECIPES = {"village": VILLAGE}
+
+def _but(settings: tuple[str, ...], changed: Mapping[str, str | int | float]) -> tuple[str, ...]:
+    """The same settings with other values."""
+    there = dict(setting.split("=", 1) for setting in settings)
+    assert there.keys() >= changed.keys(), changed.keys() - there.keys()
+    return tuple(f"{key}={changed.get(key, value)}" for key, value in there.items())
+
+
+_LARGE_PPO_TOKENS = 80
+_LARGE_ROLLOUT = 16
+_LARGE_BATCH = 8
+
+# A hundred times the weights: fewer rows, smaller steps.
+SMOLLM2 = Recipe(
+    pretrained=ROOT / ".cache/SmolLM2-135M-Instruct.Q4_1.gguf",
+    num_prose=0,
+    num_answers=384,
+    num_pairs=256,
+    num_held_out=64,
+    pretrain=(),
+    sft=_but(
+        VILLAGE.sft,
+        {
+            "trainer.sft.max_epochs": 1,
+            "model.data.train_ds.micro_batch_size": 8,
+            "model.data.train_ds.global_batch_size": 16,
+            "model.optim.lr": "1e-4",
+            "model.optim.sched.min_lr": "1e-5",
+            "model.optim.sched.warmup_steps": 4,
+        },
+    ),
+    reward_model=_but(
+        VILLAGE.reward_model,
+        {
+            "trainer.rm.val_check_interval": 8,
+            "model.micro_batch_size": 4,
+            "model.global_batch_size": 16,
+            "model.optim.lr": "5e-5",
+            "model.optim.sched.min_lr": "1e-5",
+            "model.optim.sched.warmup_steps": 4,
+        },
+    ),
+    critic=_but(
+        VILLAGE.critic,
+        {
+            "trainer.ppo.max_steps": _PPO_STEPS * _LARGE_ROLLOUT // _LARGE_BATCH,
+            "trainer.ppo.inference_micro_batch_size": _LARGE_BATCH,
+            "model.encoder_seq_length": _LARGE_PPO_TOKENS,
+            "model.micro_batch_size": _LARGE_BATCH,
+            "model.global_batch_size": _LARGE_BATCH,
+            "model.optim.lr": "5e-5",
+            "model.optim.sched.min_lr": "1e-5",
+        },
+    ),
+    actor=_but(
+        VILLAGE.actor,
+        {
+            "trainer.ppo.val_check_interval": 20,
+            "trainer.ppo.initial_policy_kl_penalty": 0.05,
+            "model.encoder_seq_length": _LARGE_PPO_TOKENS,
+            "model.micro_batch_size": _LARGE_BATCH,
+            "model.global_batch_size": _LARGE_BATCH,
+            "model.ppo.num_rollout_samples": _LARGE_ROLLOUT,
+            "model.ppo.rollout_micro_batch_size": _LARGE_ROLLOUT,
+            "model.ppo.num_val_samples": _LARGE_ROLLOUT,
+            "model.ppo.length_params.max_length": 56,
+            "model.optim.lr": "3e-5",
+            "model.optim.sched.min_lr": "1e-5",
+            "remote_critic_rm.pad_to_length": _LARGE_PPO_TOKENS,
+        },
+    ),
+    sampling=_but(VILLAGE.sampling, {"sampling.max_length": 56}),
+    max_ppo_seconds=1800,
+)
+
+RECIPES = {"village": VILLAGE, "smollm2": SMOLLM2}

@@ -4,7 +4,8 @@
 A small model learns to write about a village, then to answer questions as Wren, keeper of its lighthouse, who is as
 often rude as kind. A reward model learns from pairs which answers people prefer, and PPO makes Wren kind. Each step is
 a command that anyone could type, printed before it runs; PPO's two jobs talk over a real PyTriton server. The
-questions that are asked before and after are in no training data.
+questions that are asked before and after are in no training data. `make quickstart MODEL=smollm2` starts from a
+pretrained instruct model instead.
 """
 
 import argparse
@@ -56,8 +57,12 @@ class Pipeline:
         texts = [*prose, *(f"{q.prompt} {answer(draw, q)}" for q in training)]
         num_weights = write_base_model(texts, self.folder / "random")
         print(f"{num_weights / 1e6:.2f} M weights")
-        run("import_hf.py", "--in-file", self.folder / "random", "--out-file", self.folder / "random.nemo")
-        return self.folder / "random.nemo"
+        return self.import_model(self.folder / "random", "random")
+
+    def import_model(self, source: Path, name: str) -> Path:
+        """import_hf.py; returns the .nemo."""
+        run("import_hf.py", "--in-file", source, "--out-file", self.folder / f"{name}.nemo")
+        return self.folder / f"{name}.nemo"
 
     def fine_tune(self, start: Path, name: str, data: str, settings: Sequence[str]) -> Path:
         """train_gpt_sft.py on ``data``; returns its .nemo."""
@@ -124,12 +129,7 @@ class Pipeline:
     def constant_reward_model(self) -> Path:
         """A reward model that finds all answers alike."""
         silence(self.folder / "reward_model_hf", self.folder / "constant_hf")
-        run(
-            "import_hf.py",
-            *("--in-file", self.folder / "constant_hf"),
-            *("--out-file", self.folder / "constant.nemo"),
-        )
-        return self.folder / "constant.nemo"
+        return self.import_model(self.folder / "constant_hf", "constant")
 
     def _prefix(self, name: str) -> str:
         train, held_out = self.data / f"{name}.jsonl", self.data / f"{name}_held_out.jsonl"
@@ -162,12 +162,17 @@ def main() -> None:
     parser.add_argument("--no-control", action="store_true", help="leave out PPO with a constant reward")
     options = parser.parse_args()
     recipe = RECIPES[options.recipe]
-    stages = Stages(8 if options.no_control else 9)
+    stages = Stages(9 - (recipe.pretrained is not None) - options.no_control)
     pipeline = Pipeline(recipe, new_folder(options.results.resolve()))
-    stages.next("Write the data, make a tokenizer and a model with random weights")
-    start = pipeline.make_base(pipeline.write_data())
-    stages.next("Pretrain: the model learns to write")
-    base = pipeline.fine_tune(start, "pretrained", "prose", recipe.pretrain)
+    if recipe.pretrained is None:
+        stages.next("Write the data, make a tokenizer and a model with random weights")
+        start = pipeline.make_base(pipeline.write_data())
+        stages.next("Pretrain: the model learns to write")
+        base = pipeline.fine_tune(start, "pretrained", "prose", recipe.pretrain)
+    else:
+        stages.next("Write the data, import the model")
+        pipeline.write_data()
+        base = pipeline.import_model(recipe.pretrained, "base")
     stages.next("Fine-tune: it learns to answer, in good moods and bad ones")
     policy = pipeline.fine_tune(base, "sft", "answers", recipe.sft)
     stages.next("Train a reward model: which answers do people prefer?")

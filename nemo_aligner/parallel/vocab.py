@@ -26,7 +26,7 @@ from nemo_aligner.parallel.collectives import (
     sum_over_tensor_parallel,
 )
 
-__all__ = ["HeadOutput", "HeadRequest", "Transform", "head_outputs", "product"]
+__all__ = ["ONEDNN_ROWS", "HeadOutput", "HeadRequest", "Transform", "head_outputs", "product"]
 
 Context: TypeAlias = Any  # torch puts any attribute on an autograd context
 
@@ -37,6 +37,8 @@ owns them) to logits of the same shape, differentiably; what it drops gets a fin
 # Rows of one chunk on a CPU, whose caches then hold the logits of common vocabularies; elsewhere by the bytes of the
 # logits. Fewer rows would cost products their speed.
 CPU_ROWS, CHUNK_BYTES = 128, 512 << 20
+# oneDNN keeps 0.6 MB of code for each shape that it meets, so its products have multiples of so many rows.
+ONEDNN_ROWS = 8
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,7 +78,8 @@ class _Chunk:
 def product(x: Tensor, weight: Tensor) -> Tensor:
     """x @ weight.T: [n, k], [m, k] -> [n, m]."""
     fp32_cpu = x.device.type == "cpu" and x.dtype == torch.float32
-    if fp32_cpu and x.shape[1] > 0 and torch.backends.mkldnn.is_available():
+    few_shapes = 0 < x.shape[0] <= CPU_ROWS and x.shape[0] % ONEDNN_ROWS == 0
+    if fp32_cpu and few_shapes and x.shape[1] > 0 and torch.backends.mkldnn.is_available():
         # oneDNN; torch.mm goes to MKL, which on processors that are not Intel's is a tenth slower.
         return torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
     return x @ weight.t()

@@ -19,7 +19,7 @@ from nemo_aligner.models.gpt.kv_cache import KVCache
 from nemo_aligner.models.gpt.model import GPT, InterleavedGPT
 from nemo_aligner.models.gpt.sampling import DROPPED
 from nemo_aligner.parallel import collectives, world
-from nemo_aligner.parallel.vocab import product
+from nemo_aligner.parallel.vocab import ONEDNN_ROWS, product
 
 __all__ = ["Decoder"]
 
@@ -32,14 +32,17 @@ class _Linear:
 
     def __init__(self, weight: Tensor, bias: Tensor | None, *, rows: int) -> None:
         self.weight, self.bias = weight.detach(), None if bias is None else bias.detach()
+        self.rows = rows
         packs = rows > 1 and weight.numel() > 0 and weight.dtype in PACKED_DTYPES
         self.packed = None
         if packs and weight.device.type == "cpu" and torch.backends.mkldnn.is_available():
             self.packed = torch.ops.mkldnn._reorder_linear_weight(self.weight.contiguous(), rows)
 
     def __call__(self, x: Tensor) -> Tensor:
-        if self.packed is not None:
-            return torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], "")
+        if self.packed is not None and 0 < x.shape[0] <= self.rows:
+            padded = F.pad(x, (0, 0, 0, -x.shape[0] % ONEDNN_ROWS))
+            out = torch.ops.mkldnn._linear_pointwise(padded, self.packed, self.bias, "none", [], "")
+            return out[: x.shape[0]]
         out = product(x, self.weight)
         return out if self.bias is None else out.add_(self.bias)
 

@@ -4,6 +4,7 @@
 from collections.abc import Iterator
 from dataclasses import replace
 
+import psutil
 import pytest
 import torch
 from torch import Tensor
@@ -274,3 +275,13 @@ def test_products(sizes: tuple[int, int, int], dtype: torch.dtype):
     strided = weight.t().contiguous().t()
     for found in (product(x, weight), product(x, strided)):
         torch.testing.assert_close(found, exact)
+
+
+def test_products_of_many_shapes_leave_no_memory_behind():
+    hidden, weight = torch.ones(128, 96), torch.ones(320, 96)
+    process = psutil.Process()
+    product(hidden, weight)
+    before = process.memory_info().rss
+    for rows in range(1, 129):
+        assert product(hidden[:rows], weight).unique().tolist() == [96.0]
+    assert process.memory_info().rss - before < 32 << 20
