@@ -170,6 +170,12 @@ def _terminate(number: int, _: object) -> None:
     raise _Terminated(number)
 
 
+def _signals() -> tuple[signal.Signals, ...]:
+    """Those that end this process: not SIGINT where a shell has put a job that ignores it into the background."""
+    ignored = signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    return STOP_SIGNALS if ignored else (signal.SIGINT, *STOP_SIGNALS)
+
+
 def _run(config: DictConfig, kind: type[J], main: Callable[[J], None], ranks: Ranks | None) -> None:
     def leave(number: int, _: object) -> None:
         if ranks is None:
@@ -177,7 +183,7 @@ def _run(config: DictConfig, kind: type[J], main: Callable[[J], None], ranks: Ra
         os._exit(128 + number)
 
     # Nothing has to be unwound so far, and some imports swallow every exception.
-    for number in (signal.SIGINT, *STOP_SIGNALS):
+    for number in _signals():
         signal.signal(number, leave)
     try:
         code = _start(config, kind, main, ranks)
@@ -223,9 +229,8 @@ def _join(config: DictConfig, job: J, main: Callable[[J], None], ranks: Ranks | 
     from nemo_aligner.run.progress import heartbeat
     from nemo_aligner.settings import log_no_effect
 
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    for number in STOP_SIGNALS:
-        signal.signal(number, _terminate)
+    for number in _signals():
+        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else _terminate)
     timeout = timedelta(seconds=job.trainer.collective_timeout)
     with heartbeat("waiting for all ranks", enabled=ranks is not None and ranks.rank == 0):
         world.start(ranks, layout=job.model.layout, seed=job.model.seed, timeout=timeout)

@@ -21,12 +21,12 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-BLOCK, SHORT = (
-    64,
-    512,
-)  # queries of a block; tokens up to which torch's kernel for CPUs computes whole squares
+from nemo_aligner.models.gpt.layers import Rotation
 
 __all__ = ["RowParams", "SDPACoreAttention", "attend"]
+
+# Queries of a block; tokens up to which torch's kernel for CPUs computes whole squares.
+BLOCK, SHORT = 64, 512
 
 
 @dataclass
@@ -36,6 +36,7 @@ class RowParams(PackedSeqParams):
     # Not 'thd': Megatron then keeps [S, B, ...] shapes and applies RoPE by the per-row angles it is given.
     qkv_format: str = "sbhd"
     boundaries: tuple[int, ...] | None = None  # packed: where each sequence starts, and the end of the last
+    rotation: Rotation | None = None  # of queries and keys; None where Megatron turns them, or positions are learned
 
     def bounds(self, length: int) -> list[int]:
         """Packed rows: where each sequence starts, and ``length``; a tail of padding counts as one more sequence."""
@@ -150,6 +151,8 @@ class SDPACoreAttention(MegatronModule):
         del attn_mask_type
         rows = packed_seq_params or RowParams()
         q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))
+        if rows.rotation is not None:
+            q, k = rows.rotation.turn(q), rows.rotation.turn(k)
         drops = self.training and self.dropout > 0
         tracker = tensor_parallel.get_cuda_rng_tracker()
         assert tracker is not None, "the world is not started"

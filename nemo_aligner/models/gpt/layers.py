@@ -3,6 +3,7 @@
 only their input for the backward, and RoPE per row."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 
 from nemo_aligner.models.gpt.config import GPTConfig
 
-__all__ = ["GatedActivation", "Norm", "RowRotary"]
+__all__ = ["GatedActivation", "Norm", "Rotation", "RowRotary"]
 
 Context: TypeAlias = Any  # torch puts any attribute on an autograd context
 
@@ -122,3 +123,45 @@ class RowRotary(nn.Module):
         """[B, S] int64 positions -> [S, B, 1, D] float32 angles, as Megatron's apply_rotary_pos_emb takes them."""
         angles = positions.t()[:, :, None, None].float() * self.inv_freq
         return torch.cat((angles, angles), dim=-1)
+
+
+@dataclass(frozen=True)
+class Rotation:
+    """Cosines and sines of rotary angles, made once for all layers: [B, 1, S, size / 2], in the dtype of the model."""
+
+    cos: Tensor
+    sin: Tensor
+
+    @classmethod
+    def of(cls, angles: Tensor, dtype: torch.dtype) -> "Rotation":
+        """From what :class:`RowRotary` gives."""
+        half = angles[..., : angles.shape[-1] // 2].permute(1, 2, 0, 3)
+        return cls(half.cos().to(dtype).contiguous(), half.sin().to(dtype).contiguous())
+
+    def turn(self, x: Tensor) -> Tensor:
+        """[B, heads, S, D] -> the same, contiguous: RoPE on the first ``size`` numbers (Su et al. 2021)."""
+        return _Turned.apply(x, self.cos, self.sin)
+
+
+class _Turned(torch.autograd.Function):
+    """(x1, x2) -> (x1 cos - x2 sin, x2 cos + x1 sin); its gradient is turned back. Keeps nothing of x."""
+
+    @staticmethod
+    def forward(ctx: Context, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        return _turned(x, cos, sin)
+
+    @staticmethod
+    def backward(ctx: Context, grad: Tensor) -> tuple[Tensor, None, None]:
+        cos, sin = ctx.saved_tensors
+        return _turned(grad, cos, -sin), None, None
+
+
+def _turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    half = cos.shape[-1]
+    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    first, second = x[..., :half], x[..., half : 2 * half]
+    torch.mul(first, cos, out=out[..., :half]).addcmul_(second, sin, value=-1)
+    torch.mul(second, cos, out=out[..., half : 2 * half]).addcmul_(first, sin)
+    out[..., 2 * half :] = x[..., 2 * half :]
+    return out

@@ -18,7 +18,7 @@ from nemo_aligner.batch import TokenBatch
 from nemo_aligner.models.gpt.attention import RowParams
 from nemo_aligner.models.gpt.config import GPTConfig
 from nemo_aligner.models.gpt.heads import HeadConfig, ScalarHead
-from nemo_aligner.models.gpt.layers import RowRotary
+from nemo_aligner.models.gpt.layers import Rotation, RowRotary
 from nemo_aligner.models.gpt.recompute import Recompute
 from nemo_aligner.models.gpt.spec import have_transformer_engine, layer_spec
 from nemo_aligner.models.gpt.transformer import transformer_config
@@ -129,11 +129,13 @@ class GPT(GPTModel):
         padding_mask: Tensor | None = None,
     ) -> tuple[Tensor | None, ...]:
         assert inference_context is None and decoder_input is None, "writing is the decoder's"
-        del packed_seq_params
         embedded = (
             self.embedding(input_ids=input_ids, position_ids=position_ids) if self.pre_process else None
         )
         rope = self.rotary_pos_emb(position_ids) if self.position_embedding_type == "rope" else None
+        if rope is not None and packed_seq_params is not None and not have_transformer_engine():
+            # Ours, once for all layers; Megatron takes the cosines anew in each.
+            packed_seq_params.rotation, rope = Rotation.of(rope, self.config.params_dtype), None
         return embedded, rope, None, None, None, padding_mask
 
     def _postprocess(self, hidden_states: Tensor, **_: object) -> Tensor:
