@@ -5,9 +5,10 @@ import math
 
 import pytest
 import torch
+from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from nemo_aligner.models.gpt.config import GPTConfig, RopeScaling
-from nemo_aligner.models.gpt.layers import GatedActivation, Norm, RowRotary
+from nemo_aligner.models.gpt.layers import GatedActivation, Norm, Rotation, RowRotary
 from nemo_aligner.models.gpt.transformer import transformer_config
 from nemo_aligner.parallel.ranks import Layout
 
@@ -70,6 +71,25 @@ def test_angles_go_by_each_tokens_own_position(percentage: float, scaling: str |
         expected = (positions.t() * frequency).float()
         for half in (i, i + size // 2):
             torch.testing.assert_close(found[:, :, 0, half], expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("percentage", [1.0, 0.5])
+def test_a_turn_is_transformers(percentage: float):
+    config = GPTConfig(**SIZES, kv_channels=24, rotary_percentage=percentage)
+    size = int(24 * percentage)
+    positions = torch.tensor([[0, 1, 2, 3], [7, 0, 1, 5]])
+    angles = RowRotary(config, torch.device("cpu"))(positions)
+    draw = torch.Generator().manual_seed(0)
+    x = torch.randn(4, 2, 3, 24, generator=draw, dtype=torch.float64).permute(1, 2, 0, 3).requires_grad_()
+    rotation = Rotation.of(angles, torch.float64)
+    # The cosines as transformers has them: [B, S, D].
+    cos, sin = (angles[:, :, 0].double().permute(1, 0, 2) for angles in (angles.cos(), angles.sin()))
+    expected, _ = apply_rotary_pos_emb(x[..., :size], x[..., :size], cos, sin)
+    found = rotation.turn(x)
+    assert found.is_contiguous()
+    torch.testing.assert_close(found[..., :size], expected, rtol=1e-6, atol=1e-6)
+    assert torch.equal(found[..., size:], x[..., size:])
+    assert torch.autograd.gradcheck(rotation.turn, (x,))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
