@@ -37,8 +37,9 @@ owns them) to logits of the same shape, differentiably; what it drops gets a fin
 # Rows of one chunk on a CPU, whose caches then hold the logits of common vocabularies; elsewhere by the bytes of the
 # logits. Fewer rows would cost products their speed.
 CPU_ROWS, CHUNK_BYTES = 128, 512 << 20
-# oneDNN keeps 0.6 MB of code for each shape that it meets, so its products have multiples of so many rows.
-ONEDNN_ROWS = 8
+# oneDNN keeps 0.6 MB of code for each shape that it meets, so its products have multiples of so many rows: the first up
+# to a chunk's, the second beyond.
+ONEDNN_ROWS, ONEDNN_MANY_ROWS = 8, 1024
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,8 +79,8 @@ class _Chunk:
 def product(x: Tensor, weight: Tensor) -> Tensor:
     """x @ weight.T: [n, k], [m, k] -> [n, m]."""
     fp32_cpu = x.device.type == "cpu" and x.dtype == torch.float32
-    few_shapes = 0 < x.shape[0] <= CPU_ROWS and x.shape[0] % ONEDNN_ROWS == 0
-    if fp32_cpu and few_shapes and x.shape[1] > 0 and torch.backends.mkldnn.is_available():
+    few_shapes = x.shape[0] % (ONEDNN_ROWS if x.shape[0] <= CPU_ROWS else ONEDNN_MANY_ROWS) == 0
+    if fp32_cpu and few_shapes and x.shape[0] > 0 and x.shape[1] > 0 and torch.backends.mkldnn.is_available():
         # oneDNN; torch.mm goes to MKL, which on processors that are not Intel's is a tenth slower.
         return torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
     return x @ weight.t()

@@ -8,12 +8,14 @@ from typing import Any, TypeAlias
 
 import torch
 import torch.nn.functional as F
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
 from nemo_aligner.models.gpt.config import GPTConfig
+from nemo_aligner.parallel.vocab import product
 
-__all__ = ["GatedActivation", "Norm", "Rotation", "RowRotary"]
+__all__ = ["ColumnLinear", "GatedActivation", "Norm", "Rotation", "RowLinear", "RowRotary"]
 
 Context: TypeAlias = Any  # torch puts any attribute on an autograd context
 
@@ -69,6 +71,40 @@ class _RMSNorm(torch.autograd.Function):
         mean = (towards @ weight.to(towards.dtype)).div_(x.shape[-1])
         grad_x = (grad * weight).to(normed.dtype).sub_(normed.mul_(mean[..., None])).mul_(scale)
         return grad_x.to(x.dtype), grad_weight.to(weight.dtype), None
+
+
+class _Product(torch.autograd.Function):
+    """x @ weight.T by :func:`~nemo_aligner.parallel.vocab.product`, where torch takes its one library for CPUs."""
+
+    @staticmethod
+    def forward(ctx: Context, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return product(x.flatten(0, -2), weight).view(*x.shape[:-1], weight.shape[0])
+
+    @staticmethod
+    def backward(ctx: Context, grad: Tensor) -> tuple[Tensor, Tensor | None]:
+        x, weight = ctx.saved_tensors
+        grad = grad.flatten(0, -2)
+        grad_weight = grad.t() @ x.flatten(0, -2) if ctx.needs_input_grad[1] else None
+        return product(grad, weight.t()).view(x.shape), grad_weight
+
+
+class _LocalProduct:
+    """Of a linear layer that no other rank shares: nothing is sent."""
+
+    def _forward_impl(self, input: Tensor, weight: Tensor, **options: Any) -> Tensor:  # noqa: ANN401 - Megatron's
+        shared = options["allreduce_dgrad"] or options["sequence_parallel"]
+        if input.is_cuda or shared or options["bias"] is not None:
+            return super()._forward_impl(input, weight, **options)  # pyright: ignore[reportAttributeAccessIssue]
+        return _Product.apply(input, weight)
+
+
+class ColumnLinear(_LocalProduct, ColumnParallelLinear):
+    """Megatron's layer whose outputs are cut over tensor parallel ranks."""
+
+
+class RowLinear(_LocalProduct, RowParallelLinear):
+    """Megatron's layer whose inputs are cut over tensor parallel ranks."""
 
 
 class GatedActivation:

@@ -17,7 +17,7 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from nemo_aligner.models.gpt.attention import SDPACoreAttention
-from nemo_aligner.models.gpt.layers import GatedActivation, Norm
+from nemo_aligner.models.gpt.layers import ColumnLinear, GatedActivation, Norm, RowLinear
 from nemo_aligner.parallel import world
 
 __all__ = ["have_transformer_engine", "layer_spec"]
@@ -67,7 +67,14 @@ def _local_layer(config: TransformerConfig) -> tuple[ModuleSpec, Any]:
         **head_norms,
     )
     submodules: Any = layer.submodules  # Megatron types them as object
-    submodules = replace(submodules, input_layernorm=Norm, pre_mlp_layernorm=Norm)
+    attention, mlp = submodules.self_attention, submodules.mlp
+    submodules = replace(
+        submodules,
+        input_layernorm=Norm,
+        pre_mlp_layernorm=Norm,
+        self_attention=_changed(attention, linear_qkv=ColumnLinear, linear_proj=RowLinear),
+        mlp=_changed(mlp, linear_fc1=ColumnLinear, linear_fc2=RowLinear),
+    )
     return replace(layer, submodules=submodules), Norm
 
 
@@ -75,6 +82,11 @@ def _with(layer: ModuleSpec, **modules: type) -> ModuleSpec:
     """The same layer with ``modules`` for parts of its attention, and our gated activation where it has one."""
     submodules: Any = layer.submodules
     attention, mlp = submodules.self_attention, submodules.mlp
-    attention = replace(attention, submodules=replace(attention.submodules, **modules))
-    mlp = replace(mlp, submodules=replace(mlp.submodules, activation_func=GatedActivation))
+    attention = _changed(attention, **modules)
+    mlp = _changed(mlp, activation_func=GatedActivation)
     return replace(layer, submodules=replace(submodules, self_attention=attention, mlp=mlp))
+
+
+def _changed(module: Any, **parts: type) -> Any:  # noqa: ANN401 - Megatron types submodules as object
+    """The same module with other ``parts``."""
+    return replace(module, submodules=replace(module.submodules, **parts))
