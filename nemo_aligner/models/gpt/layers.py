@@ -8,14 +8,19 @@ from typing import Any, TypeAlias
 
 import torch
 import torch.nn.functional as F
-from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
+from megatron.core.tensor_parallel.layers import (
+    ColumnParallelLinear,
+    RowParallelLinear,
+    VocabParallelEmbedding,
+)
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
 from nemo_aligner.models.gpt.config import GPTConfig
+from nemo_aligner.parallel import world
 from nemo_aligner.parallel.vocab import product
 
-__all__ = ["ColumnLinear", "GatedActivation", "Norm", "Rotation", "RowLinear", "RowRotary"]
+__all__ = ["ColumnLinear", "GatedActivation", "InputEmbedding", "Norm", "Rotation", "RowLinear", "RowRotary"]
 
 Context: TypeAlias = Any  # torch puts any attribute on an autograd context
 
@@ -105,6 +110,38 @@ class ColumnLinear(_LocalProduct, ColumnParallelLinear):
 
 class RowLinear(_LocalProduct, RowParallelLinear):
     """Megatron's layer whose inputs are cut over tensor parallel ranks."""
+
+
+class InputEmbedding(VocabParallelEmbedding):
+    """Megatron's, of a weight that is not the head's too: its gradient is formed where DDP gathers it.
+
+    Torch would make a [V, H] tensor of zeros, add a few rows to it, and have DDP add all of it.
+    """
+
+    def forward(self, input_: Tensor) -> Tensor:
+        """[B, S] tokens to [B, S, H], or what sequence parallelism makes of them."""
+        alone = world.tp_size() == 1 and not self.reduce_scatter_embeddings
+        trains = torch.is_grad_enabled() and hasattr(self.weight, "main_grad")
+        if alone and trains and not input_.is_cuda:
+            return _Embedded.apply(input_, self.weight)
+        return super().forward(input_)
+
+
+class _Embedded(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Context, tokens: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(tokens)
+        ctx.weight = weight
+        return F.embedding(tokens, weight)
+
+    @staticmethod
+    def backward(ctx: Context, grad: Tensor) -> tuple[None, Tensor]:
+        (tokens,) = ctx.saved_tensors
+        gathered = ctx.weight.main_grad
+        gathered.index_add_(0, tokens.flatten(), grad.flatten(0, -2).to(gathered.dtype))
+        # As Megatron's own layers tell DDP, whose hook wants a gradient and adds none.
+        ctx.weight.grad_added_to_main_grad = True
+        return None, torch.empty_like(ctx.weight)
 
 
 class GatedActivation:

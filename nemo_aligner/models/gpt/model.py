@@ -18,7 +18,7 @@ from nemo_aligner.batch import TokenBatch
 from nemo_aligner.models.gpt.attention import RowParams
 from nemo_aligner.models.gpt.config import GPTConfig
 from nemo_aligner.models.gpt.heads import HeadConfig, ScalarHead
-from nemo_aligner.models.gpt.layers import Rotation, RowRotary
+from nemo_aligner.models.gpt.layers import InputEmbedding, Rotation, RowRotary
 from nemo_aligner.models.gpt.recompute import Recompute
 from nemo_aligner.models.gpt.spec import have_transformer_engine, layer_spec
 from nemo_aligner.models.gpt.transformer import transformer_config
@@ -90,6 +90,9 @@ class GPT(GPTModel):
         self.gpt_config = gpt
         if gpt.position_embedding_type == "rope":
             self.rotary_pos_emb = RowRotary(gpt, world.device())
+        if self.pre_process and not self.share_embeddings_and_output_weights:
+            # As below: GPTModel names it itself.
+            self.embedding.word_embeddings.__class__ = InputEmbedding
         self.rm_head: ScalarHead | None = None
         if self.post_process and head is not None:
             del self.output_layer
