@@ -36,9 +36,7 @@ class RowParams(PackedSeqParams):
     # Not 'thd': Megatron then keeps [S, B, ...] shapes and applies RoPE by the per-row angles it is given.
     qkv_format: str = "sbhd"
     boundaries: tuple[int, ...] | None = None  # packed: where each sequence starts, and the end of the last
-    rotation: Rotation | None = (
-        None  # of queries and keys; None where Megatron turns them, or positions are learned
-    )
+    rotation: Rotation | None = None  # None: Megatron turns queries and keys, or positions are learned
 
     def bounds(self, length: int) -> list[int]:
         """Packed rows: where each sequence starts, and ``length``; a tail of padding counts as one more sequence."""
