@@ -1,16 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
 """State of all ranks to and from torch_dist folders: saved at one layout, loaded at any other."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Executor, Future
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.core import CheckpointingException
-from megatron.core.dist_checkpointing.dict_utils import dict_list_map_inplace
+from megatron.core.dist_checkpointing.dict_utils import (
+    dict_list_map_inplace,
+    extract_matching_values,
+    nested_values,
+)
 from megatron.core.dist_checkpointing.mapping import ShardedStateDict, ShardedTensor
 from megatron.core.dist_checkpointing.strategies.torch import (
     MCoreSavePlanner,
@@ -19,11 +24,29 @@ from megatron.core.dist_checkpointing.strategies.torch import (
     mcore_to_pyt_state_dict,
 )
 from megatron.core.transformer.module import MegatronModule
+from torch import Tensor
 from torch.distributed import checkpoint as torch_dist_checkpoint  # noqa: TID251 - the file format; no collectives here
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner  # noqa: TID251 - as above
+from torch.distributed.checkpoint.metadata import (  # noqa: TID251 - as above
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+from torch.distributed.checkpoint.planner import (  # noqa: TID251 - as above
+    LoadPlan,
+    ReadItem,
+    TensorWriteData,
+    WriteItem,
+    WriteItemType,
+)
+from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list  # noqa: TID251 - as above
 
 from nemo_aligner.checkpoint.torch_dist import check_folder
 from nemo_aligner.errors import UserError
 from nemo_aligner.parallel import cpu_shim, world
+from nemo_aligner.parallel.shards import Shards
 
 __all__ = ["load_model", "load_state", "save_model", "save_state"]
 
@@ -36,18 +59,20 @@ class _SaveInProcess(TorchDistSaveShardedStrategy):
     With an executor the tensors are copied, and written while training goes on.
     """
 
-    def __init__(self, executor: Executor | None) -> None:
+    def __init__(self, shards: Sequence[Shards], executor: Executor | None) -> None:
         super().__init__("torch_dist", 1)
-        self._executor = executor
+        self._shards, self._executor = shards, executor
         self.written: Future[Any] | None = None
 
     def save(self, sharded_state_dict: ShardedStateDict, checkpoint_dir: str | Path) -> None:
+        shards = [one for one in self._shards if not one.is_replica]
         if self._executor is not None:
             dict_list_map_inplace(_copied, sharded_state_dict)
+            shards = [one.copied() for one in shards]
         state, _, _ = _replace_state_dict_keys_with_sharded_keys(
             sharded_state_dict, self.keep_only_main_replica
         )
-        tensors = mcore_to_pyt_state_dict(state, False)
+        tensors = mcore_to_pyt_state_dict(state, False) | {one.key: _Pieces(one) for one in shards}
         # Of its own, so that a thread's collectives do not cross those of training.
         group = world.writers_group() if self._executor else None
 
@@ -56,7 +81,7 @@ class _SaveInProcess(TorchDistSaveShardedStrategy):
                 torch_dist_checkpoint.save(
                     tensors,
                     storage_writer=torch_dist_checkpoint.FileSystemWriter(checkpoint_dir, thread_count=1),
-                    planner=MCoreSavePlanner(
+                    planner=_SavePlanner(
                         dedup_replicated_tensors=not self.keep_only_main_replica, flatten_state_dict=False
                     ),
                     process_group=group,
@@ -66,6 +91,66 @@ class _SaveInProcess(TorchDistSaveShardedStrategy):
             write()
         else:
             self.written = self._executor.submit(write)
+
+
+class _Pieces:
+    """What torch asks of a tensor that it is to save in pieces."""
+
+    def __init__(self, shards: Shards) -> None:
+        self.shards = shards
+
+    def __create_write_items__(self, key: str, _: object) -> list[WriteItem]:
+        return [
+            WriteItem(
+                index=MetadataIndex(key, place),
+                type=WriteItemType.SHARD,
+                tensor_data=TensorWriteData(
+                    chunk=ChunkStorageMetadata(offsets=place, sizes=piece.size()),
+                    properties=TensorProperties.create_from_tensor(piece),
+                    size=self.shards.shape,
+                ),
+            )
+            for place, piece in self.shards.pieces.items()
+        ]
+
+
+class _SavePlanner(MCoreSavePlanner):
+    def lookup_object(self, index: MetadataIndex) -> Any:  # noqa: ANN401 - a tensor, or bytes
+        found = self.state_dict[index.fqn]
+        if isinstance(found, _Pieces):
+            assert index.offset is not None
+            return found.shards.pieces[index.offset]
+        return super().lookup_object(index)
+
+
+class _LoadPlanner(DefaultLoadPlanner):
+    """Reads into the pieces of a dict of :class:`Shards`, whatever pieces were saved."""
+
+    def set_up_planner(
+        self, state_dict: dict[str, Any], metadata: Metadata | None = None, is_coordinator: bool = False
+    ) -> None:
+        self.state_dict, self.metadata, self.is_coordinator = state_dict, metadata, is_coordinator
+
+    def create_local_plan(self) -> LoadPlan:
+        assert self.metadata is not None
+        items: list[ReadItem] = []
+        for key, shards in self.state_dict.items():
+            stored = self.metadata.state_dict_metadata.get(key)
+            if not isinstance(stored, TensorStorageMetadata):
+                raise KeyError(f"no {key}")
+            if stored.size != shards.shape and not shards.may_differ:
+                raise CheckpointingException(
+                    f"{key} has shape {list(stored.size)} there, {list(shards.shape)} here"
+                )
+            wanted = [
+                ChunkStorageMetadata(offsets=place, sizes=piece.size())
+                for place, piece in shards.pieces.items()
+            ]
+            items += create_read_items_for_chunk_list(key, stored, wanted)
+        return LoadPlan(items)
+
+    def lookup_tensor(self, index: MetadataIndex) -> Tensor:
+        return self.state_dict[index.fqn].pieces[index.offset]
 
 
 @contextmanager
@@ -80,6 +165,12 @@ def _first_failure(folder: str | Path) -> Iterator[None]:
         raise failure from error
 
 
+def _split(state: dict[str, Any]) -> tuple[list[Shards], Any]:
+    """The Shards, and what Megatron knows how to store."""
+    shards, others = extract_matching_values(state, lambda value: isinstance(value, Shards))
+    return list(nested_values(shards)), others
+
+
 def _copied(value: object) -> object:
     if isinstance(value, ShardedTensor) and value.data is not None:
         return replace(value, data=value.data.detach().to("cpu", copy=True))
@@ -92,21 +183,24 @@ def save_state(
     """Write ``state`` of all ranks into ``folder``, which rank 0 makes. Called by every rank.
 
     Args:
-        state: Megatron's sharded tensors, and plain values that are the same on every rank.
+        state: Megatron's sharded tensors, :class:`Shards`, and plain values that are the same on every rank.
         executor: one thread that writes in the background; the future then tells this rank's end.
     """
     if world.is_logging_rank():
         folder.mkdir(parents=True, exist_ok=False)
     world.barrier()
     cpu_shim.install()
-    strategy = _SaveInProcess(executor)
+    shards, others = _split(state)
+    strategy = _SaveInProcess(shards, executor)
     with world.phase(f"saving {folder}"):
-        dist_checkpointing.save(state, str(folder), sharded_strategy=strategy)
+        dist_checkpointing.save(others, str(folder), sharded_strategy=strategy)
     return strategy.written
 
 
 def load_state(state: ShardedStateDict, folder: Path, *, remedy: str) -> dict[str, Any]:
     """The values of ``state`` from ``folder``, whatever layout they were saved at. Called by every rank.
+
+    :class:`Shards` are filled in place, and not among the values that are returned.
 
     Args:
         remedy: the cure where they do not fit.
@@ -116,10 +210,14 @@ def load_state(state: ShardedStateDict, folder: Path, *, remedy: str) -> dict[st
     """
     check_folder(folder)
     cpu_shim.install()
+    shards, others = _split(state)
+    pieces = {one.key: one for one in shards}
     with world.phase(f"loading {folder}"):
         try:
-            with _first_failure(folder):
-                loaded: Any = dist_checkpointing.load(state, str(folder))
+            with _first_failure(folder), torch.no_grad():
+                loaded: Any = dist_checkpointing.load(others, str(folder))
+                if pieces:
+                    torch_dist_checkpoint.load(pieces, checkpoint_id=folder, planner=_LoadPlanner())
         except (CheckpointingException, KeyError, RuntimeError) as error:
             if world.describe_failure(error):
                 raise

@@ -56,7 +56,7 @@ class Trained(Protocol):
         """The weights."""
         ...
 
-    def training_state(self, *, loading: bool) -> dict[str, Any]:
+    def training_state(self) -> dict[str, Any]:
         """Everything else that the next step needs."""
         ...
 
@@ -165,7 +165,7 @@ class TrainingCheckpoints:
         """Load the training state of ``checkpoint``; its weights are loaded as those of any .nemo."""
         with heartbeat(f"resuming from {checkpoint.path}", enabled=world.is_logging_rank()):
             state = load_state(
-                self._trained.training_state(loading=True),
+                self._trained.training_state(),
                 checkpoint.path / STATE_FOLDER,
                 remedy="resume with the model.optim and the architecture that the run was started with",
             )
@@ -199,7 +199,7 @@ class TrainingCheckpoints:
             written = (
                 save_model(self._trained.model, staging / WEIGHTS_NAME, executor=self._executor),
                 save_state(
-                    self._trained.training_state(loading=False),
+                    self._trained.training_state(),
                     staging / STATE_FOLDER,
                     executor=self._executor,
                 ),

@@ -264,7 +264,7 @@ def save_all(rank: int, out: Path) -> None:
     policy = loaded(SAVED, out / "weights-tied-False")
     train(policy, SAVED, range(2))
     save_model(policy.model, out / "resume-weights")
-    save_state(policy.training_state(loading=False), out / "resume-state")
+    save_state(policy.training_state(), out / "resume-state")
     curve = train(policy, SAVED, range(2, 5))
     if rank == 0:
         torch.save(curve, out / "undisturbed.pt")
@@ -288,7 +288,7 @@ def resume_all(layout: Layout, num_ranks: int, rank: int, out: Path) -> None:
     for case, size in RESUMED.items():
         if (case.layout, size) == (layout, num_ranks):
             policy = loaded(case, out / "resume-weights")
-            state = load_state(policy.training_state(loading=True), out / "resume-state", remedy="")
+            state = load_state(policy.training_state(), out / "resume-state", remedy="")
             policy.load_training_state(state)
             curve = train(policy, case, range(2, 5))
             if rank == 0:

@@ -14,7 +14,14 @@ from nemo_aligner.batch import TokenBatch
 from nemo_aligner.models.gpt import engine
 from nemo_aligner.models.gpt.learning_rate import OptimConfig, learning_rate
 from nemo_aligner.models.gpt.model import GPT, InterleavedGPT
-from nemo_aligner.models.gpt.optim import apply_settings, build_optimizer, inner_optimizers, wrap
+from nemo_aligner.models.gpt.optim import (
+    apply_settings,
+    build_optimizer,
+    inner_optimizer,
+    optimizer_shards,
+    wrap,
+    zero_moments,
+)
 from nemo_aligner.models.gpt.sampling import Drawn
 from nemo_aligner.models.gpt.view import Projection
 from nemo_aligner.objectives.protocol import Objective
@@ -63,14 +70,10 @@ class GPTLearner:
     def restart_training(self) -> None:
         """Forget what was learned: once the weights are those of the beginning, the next step is the first."""
         assert self._optimizer is not None, "prepare_training comes first"
-        for optimizer in inner_optimizers(self._optimizer):
-            for moments in optimizer.state.values():
-                for value in moments.values():
-                    if isinstance(value, torch.Tensor):
-                        value.zero_()
-            for group in optimizer.param_groups:
-                if "step" in group:
-                    group["step"] = 0
+        zero_moments(self._optimizer)
+        for group in inner_optimizer(self._optimizer).param_groups:
+            if "step" in group:
+                group["step"] = 0
         self._optimizer.reload_model_params()
         self._optimizer_steps = self._backwards = 0
 
@@ -129,25 +132,23 @@ class GPTLearner:
 
     def _move_moments(self, device: torch.device) -> None:
         assert self._optimizer is not None, "prepare_training comes first"
-        for optimizer in inner_optimizers(self._optimizer):
-            for moments in optimizer.state.values():
-                for name, value in moments.items():
-                    if isinstance(value, torch.Tensor) and value.ndim and value.device != device:
-                        moments[name] = value.to(device)
+        for moments in inner_optimizer(self._optimizer).state.values():
+            for name, value in moments.items():
+                if isinstance(value, torch.Tensor) and value.ndim and value.device != device:
+                    moments[name] = value.to(device)
 
-    def training_state(self, *, loading: bool) -> dict[str, Any]:
-        """What training needs beside the weights, as Megatron's sharded tensors and numbers: to save, or to load into.
+    def training_state(self) -> dict[str, Any]:
+        """What training needs beside the weights, the optimizer's own memory and numbers: to save, or to load into.
 
-        It may be loaded at another layout than it was saved at. A collective.
+        It may be loaded at another layout than it was saved at.
         """
         assert self._optimizer is not None, "prepare_training comes first"
         self._move_moments(world.device())
-        weights = self.model.sharded_state_dict(prefix="model.")
-        optimizer = self._optimizer.sharded_state_dict(
-            weights, is_loading=loading, metadata={"distrib_optim_sharding_type": "fully_reshardable"}
-        )
+        if not inner_optimizer(self._optimizer).state:
+            zero_moments(self._optimizer)
         return {
-            "optimizer": optimizer,
+            "optimizer": self._optimizer.state_dict(),
+            "shards": optimizer_shards(self._optimizer, self.model.sharded_state_dict(prefix="model.")),
             "optimizer_steps": self._optimizer_steps,
             "backwards": self._backwards,
         }

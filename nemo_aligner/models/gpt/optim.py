@@ -1,10 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Megatron's distributed optimizer, from the ``model.optim`` block."""
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedStateDict, ShardedTensor, ShardedTensorFactory
+from megatron.core.dist_checkpointing.utils import extract_sharded_tensors_and_factories
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.optimizer import (
     ChainedOptimizer,
@@ -13,14 +17,16 @@ from megatron.core.optimizer import (
     get_megatron_optimizer,
 )
 from megatron.core.optimizer import optimizer as megatron_optimizer
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from torch import Tensor
 
 from nemo_aligner.models.gpt.adamw import replace_torch_adamw
 from nemo_aligner.models.gpt.learning_rate import OptimConfig
 from nemo_aligner.models.gpt.model import GPT
 from nemo_aligner.parallel import collectives, cpu_shim
+from nemo_aligner.parallel.shards import Shards, boxes
 
-__all__ = ["apply_settings", "build_optimizer", "inner_optimizers", "wrap"]
+__all__ = ["apply_settings", "build_optimizer", "inner_optimizer", "optimizer_shards", "wrap", "zero_moments"]
 
 
 def wrap(chunks: Sequence[GPT], optim: OptimConfig) -> list[DistributedDataParallel]:
@@ -37,25 +43,11 @@ def wrap(chunks: Sequence[GPT], optim: OptimConfig) -> list[DistributedDataParal
         DistributedDataParallel(chunk.config, config, chunk, disable_bucketing=index > 0)
         for index, chunk in enumerate(chunks)
     ]
-    for chunk in wrapped:
-        _count_padding(chunk)
     if optim.overlap_grad_sync:
         # As Megatron's training loop sets them: sums begin at the last micro-batch, on all pipeline ranks at once.
         chunks[0].config.no_sync_func = _one_or_all([chunk.no_sync for chunk in wrapped])
         chunks[0].config.grad_sync_func = _one_or_all([chunk.start_grad_sync for chunk in wrapped])
     return wrapped
-
-
-def _count_padding(chunk: Any) -> None:  # noqa: ANN401 - the buffers of Megatron's DDP are not those of a Module
-    """Take padding for part of the buckets.
-
-    When Megatron 0.16 gathers the optimizer's state to be saved, it places buckets end to end without their padding,
-    and reads each parameter at its offset among the padded ones: with several buckets it saves the wrong numbers.
-    """
-    for buffer in chunk.buffers:
-        buffer.numel_unpadded = buffer.numel
-        for bucket in buffer.buckets:
-            bucket.numel_unpadded = bucket.grad_data.numel()
 
 
 def _one_or_all(functions: list[Callable]) -> Any:  # noqa: ANN401 - what Megatron's schedules take
@@ -110,7 +102,85 @@ def apply_settings(optim: OptimConfig, optimizer: MegatronOptimizer) -> None:
         group["betas"], group["eps"] = optim.betas, optim.eps
 
 
-def inner_optimizers(optimizer: MegatronOptimizer) -> list[torch.optim.Optimizer]:
-    """torch's optimizers within Megatron's."""
-    chained = optimizer.chained_optimizers if isinstance(optimizer, ChainedOptimizer) else [optimizer]
-    return [one.optimizer for one in chained]
+def inner_optimizer(optimizer: MegatronOptimizer) -> torch.optim.Optimizer:
+    """The one within Megatron's, which holds the moments."""
+    return _distributed(optimizer).optimizer
+
+
+def _distributed(optimizer: MegatronOptimizer) -> DistributedOptimizer:
+    # A model without experts has one.
+    [one] = optimizer.chained_optimizers if isinstance(optimizer, ChainedOptimizer) else [optimizer]
+    assert isinstance(one, DistributedOptimizer)
+    return one
+
+
+def zero_moments(optimizer: MegatronOptimizer) -> None:
+    """Moments as before the first step, made where no step has made them yet."""
+    distributed = _distributed(optimizer)
+    if not distributed.optimizer.state:
+        distributed.load_state_dict(distributed.state_dict())  # which allocates them
+    for moments in distributed.optimizer.state.values():
+        for value in moments.values():
+            if isinstance(value, Tensor):
+                value.zero_()
+
+
+def optimizer_shards(optimizer: MegatronOptimizer, model_state: ShardedStateDict) -> list[Shards]:
+    """What the optimizer keeps of each weight: its fp32 copy and its moments, of which each rank has a part.
+
+    They stand for the optimizer's own memory: nothing is gathered or copied, and what is written into them is loaded.
+
+    Args:
+        model_state: the model's, from which the weights get their names and places.
+    """
+    distributed = _distributed(optimizer)
+    tensors, _ = extract_sharded_tensors_and_factories(model_state)
+    stored_as = {tensor.data: tensor for tensor in nested_values(tensors)}
+    found: dict[str, Shards] = {}
+    for buffer in distributed.gbuf_ranges:
+        for buckets in buffer.values():
+            for bucket in buckets:
+                for weight, ranges in bucket["param_map"].items():
+                    kept = distributed._get_main_param_and_optimizer_states(weight)
+                    for name in ("param", "exp_avg", "exp_avg_sq"):
+                        for shards in _shards(
+                            name, kept[name].view(-1), ranges["param"].start, stored_as[weight]
+                        ):
+                            # Both halves of a gated layer have one name.
+                            there = found.setdefault(shards.key, shards)
+                            there.pieces.update(shards.pieces)
+    return list(found.values())
+
+
+def _shards(
+    name: str, values: Tensor, start: int, weight: ShardedTensor | ShardedTensorFactory
+) -> Iterator[Shards]:
+    """``values``, which belong to a part of ``weight`` that begins at its ``start``-th number."""
+    stored = weight.build() if isinstance(weight, ShardedTensorFactory) else [weight]
+    whole_begin = 0  # of the stored tensor, among the weight's numbers
+    for tensor in stored:
+        assert isinstance(tensor, ShardedTensor) and isinstance(tensor.replica_id, tuple)
+        num_extra = tensor.prepend_axis_num  # the layer, where those of all layers are stored as one
+        first = max(start, whole_begin)
+        pieces = {}
+        for offsets, sizes in boxes(
+            first - whole_begin,
+            min(start + values.numel(), whole_begin + math.prod(tensor.local_shape)) - whole_begin,
+            tensor.local_shape,
+        ):
+            place = [*tensor.global_offset[:num_extra]]
+            place += [a + b for a, b in zip(tensor.global_offset[num_extra:], offsets, strict=True)]
+            size = math.prod(sizes)
+            pieces[torch.Size(place)] = values[first - start : first - start + size].view(
+                *[1] * num_extra, *sizes
+            )
+            first += size
+        yield Shards(
+            key=f"optimizer.state.{name}.{tensor.key}",
+            shape=torch.Size(tensor.global_shape),
+            pieces=pieces,
+            # The last of its numbers counts data parallel ranks, each of which has a part of its own.
+            is_replica=any(tensor.replica_id[:-1]),
+            may_differ=tensor.allow_shape_mismatch,
+        )
+        whole_begin += math.prod(tensor.local_shape)

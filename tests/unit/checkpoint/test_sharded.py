@@ -2,20 +2,24 @@
 """Weights of a built model, to a folder and back."""
 
 import errno
+import itertools
 import os
 import resource
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from nemo_aligner.checkpoint.sharded import load_model, save_model
+from nemo_aligner.checkpoint.sharded import load_model, load_state, save_model, save_state
 from nemo_aligner.errors import UserError
 from nemo_aligner.models.gpt.config import GPTConfig
 from nemo_aligner.models.gpt.model import GPT, build_gpt
 from nemo_aligner.parallel import world
 from nemo_aligner.parallel.ranks import Layout
+from nemo_aligner.parallel.shards import Shards, boxes
 
 SIZES = {"num_layers": 2, "hidden_size": 16, "num_attention_heads": 2, "vocab_size": 100}
 
@@ -72,3 +76,54 @@ def test_weights_that_were_cut_short_are_refused(tmp_path: Path):
         os.truncate(file, file.stat().st_size // 2)
         with pytest.raises(UserError, match=str(folder)):
             load_model(small_gpt(0.0), folder)
+
+
+def cut(values: Tensor, *ends: int, may_differ: bool = False) -> Shards:
+    """All of ``values`` in pieces of its memory, one part after another."""
+    pieces = {}
+    for start, stop in itertools.pairwise((0, *ends, values.numel())):
+        for offsets, sizes in boxes(start, stop, values.shape):
+            place = tuple(slice(a, a + n) for a, n in zip(offsets, sizes, strict=True))
+            pieces[torch.Size(offsets)] = values[place]
+    return Shards(key="moments", shape=values.shape, pieces=pieces, may_differ=may_differ)
+
+
+@pytest.mark.parametrize("in_background", [False, True])
+def test_pieces_are_loaded_as_other_pieces(tmp_path: Path, *, in_background: bool):
+    values, found = torch.rand(6, 5, dtype=torch.float64), torch.zeros(6, 5, dtype=torch.float64)
+    with world.ensure_single_process(), ThreadPoolExecutor(1) as executor:
+        written = save_state(
+            {"step": 3, "inner": [cut(values, 7, 21)]},
+            tmp_path / "state",
+            executor=executor if in_background else None,
+        )
+        expected = values.clone()
+        values.zero_()
+        if written is not None:
+            written.result(timeout=60)
+        state = load_state({"step": 0, "inner": [cut(found, 2, 8, 29)]}, tmp_path / "state", remedy="")
+    assert state["step"] == 3
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+
+
+def test_replicas_are_loaded_and_not_saved(tmp_path: Path):
+    values, replica = torch.rand(6, 5), torch.zeros(6, 5)
+    other = replace(cut(torch.rand(6, 5), 4), is_replica=True)
+    with world.ensure_single_process():
+        save_state({"first": cut(values), "second": other}, tmp_path / "state")
+        load_state({"second": replace(cut(replica, 9), is_replica=True)}, tmp_path / "state", remedy="")
+    torch.testing.assert_close(replica, values, rtol=0, atol=0)
+
+
+def test_another_shape_is_refused_unless_it_is_padding(tmp_path: Path):
+    values, larger = torch.rand(4, 3), torch.zeros(6, 3)
+    with world.ensure_single_process():
+        save_state({"moments": cut(values, 5)}, tmp_path / "state")
+        with pytest.raises(
+            UserError, match=r"moments has shape \[4, 3\] there, \[6, 3\] here\nCure: be careful"
+        ):
+            load_state({"moments": cut(larger)}, tmp_path / "state", remedy="be careful")
+        load_state({"moments": cut(larger, 8, may_differ=True)}, tmp_path / "state", remedy="")
+        with pytest.raises(UserError, match="no variances"):
+            load_state({"x": replace(cut(larger), key="variances")}, tmp_path / "state", remedy="")
+    torch.testing.assert_close(larger, torch.cat([values, torch.zeros(2, 3)]), rtol=0, atol=0)
