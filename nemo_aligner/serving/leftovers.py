@@ -14,8 +14,9 @@ import psutil
 
 from nemo_aligner.errors import UserError
 
-__all__ = ["Remains", "end_abandoned", "kill", "own_folder"]
+__all__ = ["STUB", "Remains", "end_abandoned", "kill", "own_folder"]
 
+STUB = "triton_python_backend_stub"  # the process of an endpoint
 OWNER = "owner"  # in the folder: the process of its server
 ORPHAN_SECONDS = 2.0  # for the processes of a server that was killed to end by themselves
 KILL_SECONDS = 5.0  # for a killed process to be gone
@@ -38,7 +39,7 @@ class Remains:
             if not arguments[0].startswith(f"{folder}/"):
                 continue
             processes += [process, *_children(process)]
-            if Path(arguments[0]).name == "triton_python_backend_stub":
+            if Path(arguments[0]).name == STUB:
                 # Its model's copy and its shared memory, which only an orderly end removes.
                 paths += [Path(arguments[1]).parents[1], Path("/dev/shm", arguments[2])]
         return cls(processes=processes, paths=paths)

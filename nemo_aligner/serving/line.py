@@ -41,6 +41,8 @@ REPORT_SECONDS = 30.0  # between two lines that say what is waited for
 # In seconds, seconds and times: a machine that is gone is missed after 90 s.
 KEEPALIVE = ((socket.TCP_KEEPIDLE, 30), (socket.TCP_KEEPINTVL, 10), (socket.TCP_KEEPCNT, 6))
 NOT_YET = ("unknown model", "not ready", "is not found", "stopping", "unloading", "unavailable")
+# What Triton says when a process of its own has died or gets no time for a second; its server starts it again.
+STALLED = "Stub process"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -172,6 +174,8 @@ class Line:
             return self._token_error(text)
         if refusal := Refusal.parse(text):
             return self._refusal_error(refusal)
+        if STALLED in text:
+            return _NotNow(text)
         if not any(sign in text for sign in NOT_YET):
             return UserError(f"{self.name}: {endpoint}: {text}", cure="send what the endpoint takes")
         if self._is_up(endpoint):

@@ -26,6 +26,7 @@ __all__ = ["Handler", "Server", "ServerConfig"]
 logger = logging.getLogger(__name__)
 
 POLL_SECONDS = 0.2  # between two looks at signals and at Triton
+RESTART_SECONDS = 60.0  # a Triton that dies sooner than this after it was started again would go on dying
 READY_SECONDS = 60.0  # for a handler to begin after the endpoints can be reached
 
 
@@ -110,6 +111,7 @@ class Server:
         self._stop_asked = threading.Event()
         self._heard_at = time.monotonic()
         self._ended = False
+        self._restarted_at = -RESTART_SECONDS
         self._process = TritonProcess(
             self._endpoints(),
             address=self.address,
@@ -144,7 +146,8 @@ class Server:
             Whether a client asked.
 
         Raises:
-            Exception: what the handler raised, unless it was a UserError; Triton's end. The clients have been told.
+            Exception: what the handler raised, unless it was a UserError; the end of a Triton that was started again
+                just before. The clients have been told.
         """
         self._publish(handler)
         self._began.set()
@@ -159,11 +162,25 @@ class Server:
                     last_call = time.monotonic()
                 if not should_stop():
                     # A signal to the whole job, as Slurm sends it, ends Triton too.
-                    self._process.check_alive()
+                    self._keep_alive()
         finally:
             self._refuse_from_now()
         logger.info("the server at %s:%d stops", self.address, self._config.port)
         return self._stop_asked.is_set()
+
+    def _keep_alive(self) -> None:
+        """Start Triton again where it has died: the model has lost nothing, and clients ask again."""
+        try:
+            self._process.check_alive()
+        except RuntimeError as death:
+            if time.monotonic() - self._restarted_at < RESTART_SECONDS:
+                raise
+            logger.warning("%s\nIt is started again", death)
+            self._refuse_from_now()
+            self._process.restart()
+            self._ended = False
+            self._restarted_at = time.monotonic()
+            logger.info("serving at %s:%d again", self.address, self._config.port)
 
     def _refuse_from_now(self) -> None:
         self._ended = True

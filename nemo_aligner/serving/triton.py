@@ -14,7 +14,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -26,13 +26,14 @@ from numpy.typing import NDArray
 from pytriton.client import client as pytriton_client
 from pytriton.model_config import DynamicBatcher, ModelConfig, Tensor
 from pytriton.models.model import Model
+from pytriton.proxy.data import TensorStore
 from pytriton.proxy.types import Request
 from pytriton.triton import VALID_TRITON_ENDPOINTS, Triton, TritonConfig, TritonSecurityConfig
 from pytriton.utils.workspace import Workspace
 
 from nemo_aligner.errors import UserError
 from nemo_aligner.serving.checks import TensorSpec
-from nemo_aligner.serving.leftovers import Remains, end_abandoned, kill, own_folder
+from nemo_aligner.serving.leftovers import STUB, Remains, end_abandoned, kill, own_folder
 from nemo_aligner.serving.protocol import TOKEN_HEADER, Refusal, Trouble
 from nemo_aligner.serving.wire import Arrays
 
@@ -253,6 +254,7 @@ class TritonProcess:
                 logger.error("Triton does not start:\n%s", self._triton.last_words)
                 raise
             _hide(secret)
+            self._parts = [part for part in Remains.of(folder).processes if part.name() == STUB]
             self._within = within.pop_all()
         return self
 
@@ -263,8 +265,19 @@ class TritonProcess:
 
     def check_alive(self) -> None:
         """Raises RuntimeError, with the end of Triton's log, if the process or one of its endpoints has ended."""
-        if not self._triton.is_alive():
+        if not (self._triton.is_alive() and all(map(_lives, self._parts))):
             raise RuntimeError(f"Triton has ended by itself; its last words:\n{self._triton.last_words}")
+
+    def restart(self) -> None:
+        """End what is left of Triton and start it anew, with the same endpoints."""
+        self.__exit__(None, None, None)
+        self.__enter__()
+
+
+def _lives(process: psutil.Process) -> bool:
+    with suppress(psutil.NoSuchProcess):
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    return False
 
 
 def _wait_for_port(address: str, port: int, setting: str, *, seconds: float) -> None:
@@ -299,6 +312,9 @@ def _stopped(triton: Triton, folder: Path) -> Iterator[None]:
         finally:
             killer.cancel()
             remains.end(wait_seconds=1.0)
+            # PyTriton keeps its connections by their paths, and the next Triton's may have the same, with other keys.
+            for path in [path for path in TensorStore._instances if path.startswith(f"{folder}/")]:
+                del TensorStore._instances[path]
 
 
 @contextmanager

@@ -21,6 +21,7 @@ from tritonclient.utils import np_to_triton_dtype
 
 from nemo_aligner.batch import TokenBatch, ValueBatch
 from nemo_aligner.serving.client import Remote, RemoteCritic
+from tests.functional.serving_child import Critic
 
 CHILD = Path(__file__).with_name("serving_child.py")
 START_SECONDS = 90.0
@@ -155,3 +156,9 @@ def expected_values(batch: TokenBatch, weight: float = 1.0) -> torch.Tensor:
     values = batch.tokens * batch.mask * weight
     values[:, 0] = 0
     return values
+
+
+def undisturbed(folder: Path) -> list[float]:
+    """The losses of three lessons, and the weight after them, computed here."""
+    critic = Critic(folder)
+    return [critic.train(lesson(number), None) for number in (1, 2, 3)] + [critic.weight]

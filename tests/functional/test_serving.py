@@ -23,7 +23,17 @@ from tritonclient.utils import InferenceServerException
 
 from nemo_aligner.errors import UserError
 from nemo_aligner.serving.client import Remote, RemoteCritic, RemoteReward
-from tests.functional.serving_job import CHILD, START_SECONDS, STOP_SECONDS, TOKEN_HEADER, Job, rows, running
+from tests.functional.serving_job import (
+    CHILD,
+    START_SECONDS,
+    STOP_SECONDS,
+    TOKEN_HEADER,
+    Job,
+    lesson,
+    rows,
+    running,
+    undisturbed,
+)
 
 
 @pytest.fixture(scope="module")
@@ -205,6 +215,29 @@ def test_pytriton_asks_as_nemo_aligner_does(server: Job) -> None:
         assert reply["loss_mean"].dtype == np.float32
     with ModelClient(url, "critic_save", inference_timeout_s=20) as client:
         assert client.infer_sample(dummy_var=np.array([0]))["status"].tolist() == [0]
+
+
+@pytest.mark.parametrize(
+    ("victim", "stall_seconds"), [("critic_train_0_0", 0), ("critic_train_0_0", 4), ("tritonserver", 0)]
+)
+def test_a_triton_that_dies_is_started_again_and_each_lesson_is_learned_once(
+    tmp_path: Path, victim: str, stall_seconds: float
+) -> None:
+    """Killed, or without time for so long that Triton itself takes it for dead."""
+    with running() as job, job.critic() as client:
+        losses = [client.train(lesson(1), step=1).result(START_SECONDS)]
+        (process,) = (p for p in job.descendants if victim in (p.name(), p.cmdline()[-2]))
+        if stall_seconds:
+            process.suspend()
+        else:
+            process.kill()
+        learning = [client.train(lesson(number), step=number) for number in (2, 3)]
+        time.sleep(stall_seconds)
+        if process.is_running():
+            process.resume()
+        losses += [future.result(START_SECONDS) for future in learning]
+        rewards, _ = client.infer_rm_critic(rows(3)).result(START_SECONDS)
+        assert [*losses, (float(rewards) - 6) * 8] == undisturbed(tmp_path)
 
 
 def test_sigterm_leaves_nothing_behind(server: Job) -> None:

@@ -12,7 +12,6 @@ from tritonclient.http import InferenceServerClient
 from tritonclient.utils import InferenceServerException
 
 from nemo_aligner.errors import UserError
-from tests.functional.serving_child import Critic
 from tests.functional.serving_job import (
     START_SECONDS,
     STOP_SECONDS,
@@ -21,6 +20,7 @@ from tests.functional.serving_job import (
     lesson,
     rows,
     running,
+    undisturbed,
 )
 
 
@@ -79,12 +79,6 @@ def test_a_client_may_end_it(guarded: Job) -> None:
     assert not token_file(guarded).exists()
     assert not psutil.wait_procs(descendants, timeout=5)[1]
     assert not list((guarded.folder / "tmp").iterdir())
-
-
-def undisturbed(folder: Path) -> list[float]:
-    """The losses of three lessons, and the weight after them, computed here."""
-    critic = Critic(folder)
-    return [critic.train(lesson(number), None) for number in (1, 2, 3)] + [critic.weight]
 
 
 def test_a_critic_that_is_killed_and_started_again_is_taught_what_it_missed(tmp_path: Path) -> None:
