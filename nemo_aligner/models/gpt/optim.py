@@ -146,7 +146,7 @@ def optimizer_shards(optimizer: MegatronOptimizer, model_state: ShardedStateDict
                         for shards in _shards(
                             name, kept[name].view(-1), ranges["param"].start, stored_as[weight]
                         ):
-                            # Both halves of a gated layer have one name.
+                            # All layers, and both halves of a gated one, are stored under one name.
                             there = found.setdefault(shards.key, shards)
                             there.pieces.update(shards.pieces)
     return list(found.values())
