@@ -30,7 +30,7 @@ __all__ = [
 
 T = TypeVar("T")
 
-NORM_SLICE = 1 << 20  # numbers that are copied to float64 at a time
+NORM_BLOCK = 512  # numbers whose squares are summed in their own dtype
 
 
 def sum_over_data_parallel(x: Tensor) -> Tensor:
@@ -75,14 +75,16 @@ def maxima(values: Sequence[float]) -> list[float]:
 def norm_over_group(tensors: Sequence[Tensor], group: Any) -> float:  # noqa: ANN401 - torch's ProcessGroup
     """The 2-norm of what the ranks of ``group`` hold, each number once.
 
-    Squares are summed in float64: how numbers are dealt out to ranks and tensors then moves the norm far less than
-    fp32 can tell.
+    Squares are summed in float64 but for the few of a block: how numbers are dealt out to ranks and tensors then moves
+    the norm far less than fp32 can tell.
     """
     squares = torch.zeros((), dtype=torch.float64, device=world.device())
     for x in tensors:
-        # In slices: a float64 copy of a whole embedding costs a CPU more time than all the rest of the optimizer.
-        for part in x.reshape(-1).split(NORM_SLICE):
-            squares += torch.linalg.vector_norm(part, dtype=torch.float64).square()
+        # A float64 copy of a whole embedding would cost a CPU more time than all the rest of the optimizer.
+        flat = x.reshape(-1)
+        in_blocks = flat.numel() // NORM_BLOCK * NORM_BLOCK
+        blocks = torch.linalg.vector_norm(flat[:in_blocks].view(-1, NORM_BLOCK), dim=1)
+        squares += blocks.double().square().sum() + flat[in_blocks:].double().square().sum()
     dist.all_reduce(squares, group=group)
     return squares.sqrt().item()
 

@@ -191,38 +191,53 @@ class _Head:
     def project_back(self, dlogits: Tensor, rows: slice, grad_hidden: Tensor, grad_weight: Tensor) -> None:
         dlogits = dlogits.to(self.hidden.dtype)
         grad_hidden[rows] = product(dlogits, self.weight.t())
-        self._add_to(grad_weight, dlogits, self.hidden[rows], rows)
+        self._add_to(grad_weight, dlogits, self.hidden[rows], first=rows.start == 0)
 
     def project_scaled(
-        self, dlogits: Tensor, scale: Tensor, rows: slice, grad_hidden: Tensor, grad_weight: Tensor
+        self,
+        dlogits: Tensor,
+        scale: Tensor,
+        rows: slice,
+        grad_hidden: Tensor,
+        grad_weight: Tensor,
+        *,
+        adds: bool,
     ) -> None:
-        """As :meth:`project_back` of ``scale[:, None] * dlogits``."""
+        """As :meth:`project_back` of ``scale[:, None] * dlogits``; ``adds`` to what ``grad_weight`` holds."""
         if dlogits.dtype != self.hidden.dtype:
+            assert not adds
             self.project_back(dlogits.mul_(scale[:, None]), rows, grad_hidden, grad_weight)
             return
         # Hidden states are smaller than logits.
         scale = scale[:, None]
         grad_hidden[rows] = product(dlogits, self.weight.t()).mul_(scale)
-        self._add_to(grad_weight, dlogits, self.hidden[rows] * scale, rows)
+        self._add_to(grad_weight, dlogits, self.hidden[rows] * scale, first=rows.start == 0 and not adds)
 
-    def _add_to(self, grad_weight: Tensor, dlogits: Tensor, hidden: Tensor, rows: slice) -> None:
-        grad_weight[: self.weight.shape[0]].addmm_(dlogits.t(), hidden, beta=0 if rows.start == 0 else 1)
+    def _add_to(self, grad_weight: Tensor, dlogits: Tensor, hidden: Tensor, *, first: bool) -> None:
+        grad_weight[: self.weight.shape[0]].addmm_(dlogits.t(), hidden, beta=0 if first else 1)
 
 
 class _KnownWeights(torch.autograd.Function):
     """Log-probs whose gradient is known up to a factor before the forward: both are formed in one pass.
 
     ``weights`` [n] is dL/dlogprob up to a common factor that the backward reads off; no logits are kept and none
-    are computed twice.
+    are computed twice. With ``gathered`` the factor is 1, and the weight's gradient is added there at once.
     """
 
     @staticmethod
     def forward(
-        ctx: Context, hidden: Tensor, weight: Tensor, targets: Tensor, weights: Tensor, request: HeadRequest
+        ctx: Context,
+        hidden: Tensor,
+        weight: Tensor,
+        targets: Tensor,
+        weights: Tensor,
+        request: HeadRequest,
+        gathered: Tensor | None,
     ) -> Tensor:
         head = _Head(hidden, weight, targets, request)
         logprobs = torch.empty(hidden.shape[0], dtype=head.dtype, device=hidden.device)
-        grad_hidden, grad_weight = torch.empty_like(hidden), head.new_grad_weight(weight)
+        grad_hidden = torch.empty_like(hidden)
+        grad_weight = head.new_grad_weight(weight) if gathered is None else gathered
         for rows in head.rows():
             z = head.project(rows)
             local, owned = head.target(rows)
@@ -230,10 +245,12 @@ class _KnownWeights(torch.autograd.Function):
             p, lse = head.softmax_(z)
             logprobs[rows] = at_target - lse
             head.add_at_targets(p, local, -owned.to(head.dtype))
-            head.project_scaled(p, -weights[rows].to(head.dtype), rows, grad_hidden, grad_weight)
+            head.project_scaled(
+                p, -weights[rows].to(head.dtype), rows, grad_hidden, grad_weight, adds=gathered is not None
+            )
         ctx.save_for_backward(weights)
         # Buffers, not graph tensors: the backward hands them out, so nothing may hold them for a second backward.
-        ctx.grads = (grad_hidden, grad_weight)
+        ctx.grads = (grad_hidden, grad_weight if gathered is None else None)
         return logprobs
 
     @staticmethod
@@ -247,7 +264,11 @@ class _KnownWeights(torch.autograd.Function):
             raise RuntimeError("the objective's weights() is not its gradient with respect to the log-probs")
         grad_hidden, grad_weight = ctx.grads
         ctx.grads = None
-        return grad_hidden.mul_(factor.to(grad_hidden.dtype)), grad_weight.mul_(factor), None, None, None
+        if grad_weight is None:
+            if (factor - 1).abs() > 1e-4 and size > 0:
+                raise RuntimeError(f"the loss is {factor.item():g} times what the head was told")
+            return grad_hidden, *[None] * 5
+        return grad_hidden.mul_(factor.to(grad_hidden.dtype)), grad_weight.mul_(factor), *[None] * 4
 
 
 class _Outputs(torch.autograd.Function):
@@ -310,7 +331,13 @@ class _Outputs(torch.autograd.Function):
 
 
 def head_outputs(
-    hidden: Tensor, weight: Tensor, targets: Tensor, *, request: HeadRequest, weights: Tensor | None = None
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    request: HeadRequest,
+    weights: Tensor | None = None,
+    gathered: Tensor | None = None,
 ) -> HeadOutput:
     """What the model believes about ``targets``, from its last hidden states.
 
@@ -320,10 +347,14 @@ def head_outputs(
         targets: [n] int64, ids below ``request.vocab_size``.
         weights: [n], dL/dlogprob up to a common factor, where it is known beforehand; it buys the one-pass head where
             neither entropy nor top-k nor a transform is asked for.
+        gathered: [rows per rank, H], to which the one-pass head adds the weight's gradient in the forward, and which
+            backward then leaves alone; ``weights`` are the gradient itself.
     """
     plain = not request.entropy and not request.top_k and request.transform is None
     if weights is not None and torch.is_grad_enabled() and plain:
-        return HeadOutput(_KnownWeights.apply(hidden, weight, targets, weights, request), None, None, None)
+        return HeadOutput(
+            _KnownWeights.apply(hidden, weight, targets, weights, request, gathered), None, None, None
+        )
     logprobs, entropy, topk, ids = _Outputs.apply(hidden, weight, targets, request)
     return HeadOutput(
         logprobs,

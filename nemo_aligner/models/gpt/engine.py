@@ -50,6 +50,8 @@ def run(
     total = collectives.sum_over_data_parallel(total)
     # Megatron divides by the number of micro-batches, its DDP by the number of data parallel ranks.
     scale = len(levelled) * world.dp_size() / total.clamp(min=1).item()
+    if not forward_only and last.config.grad_scale_func is None:
+        projection = replace(projection, loss_factor=scale / len(levelled))
 
     def loss_func(batch: TokenBatch, hidden: Tensor) -> tuple[Tensor, Metrics]:
         output = view(last, hidden, batch, objective, projection)

@@ -20,7 +20,16 @@ from nemo_aligner.models.gpt.config import GPTConfig
 from nemo_aligner.parallel import world
 from nemo_aligner.parallel.vocab import product
 
-__all__ = ["ColumnLinear", "GatedActivation", "InputEmbedding", "Norm", "Rotation", "RowLinear", "RowRotary"]
+__all__ = [
+    "ColumnLinear",
+    "GatedActivation",
+    "InputEmbedding",
+    "Norm",
+    "Rotation",
+    "RowLinear",
+    "RowRotary",
+    "may_be_added",
+]
 
 Context: TypeAlias = Any  # torch puts any attribute on an autograd context
 
@@ -139,9 +148,30 @@ class _Embedded(torch.autograd.Function):
         (tokens,) = ctx.saved_tensors
         gathered = ctx.weight.main_grad
         gathered.index_add_(0, tokens.flatten(), grad.flatten(0, -2).to(gathered.dtype))
-        # As Megatron's own layers tell DDP, whose hook wants a gradient and adds none.
-        ctx.weight.grad_added_to_main_grad = True
-        return None, torch.empty_like(ctx.weight)
+        return None, _added(ctx.weight)
+
+
+def _added(weight: Tensor) -> Tensor:
+    """As Megatron's own layers tell DDP that a gradient is in its buffer: its hook wants one, and adds none."""
+    setattr(weight, "grad_added_to_main_grad", True)  # noqa: B010 - torch types no such name
+    return torch.empty_like(weight)
+
+
+def may_be_added(weight: Tensor) -> Tensor:
+    """``weight``, whose user either gives it a gradient or, giving None, has put it where DDP gathers it."""
+    return _MayBeAdded.apply(weight)
+
+
+class _MayBeAdded(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Context, weight: Tensor) -> Tensor:
+        ctx.set_materialize_grads(False)
+        ctx.weight = weight
+        return weight.view_as(weight)
+
+    @staticmethod
+    def backward(ctx: Context, grad: Tensor | None) -> Tensor:
+        return _added(ctx.weight) if grad is None else grad
 
 
 class GatedActivation:

@@ -18,7 +18,7 @@ from nemo_aligner.batch import TokenBatch
 from nemo_aligner.models.gpt.attention import RowParams
 from nemo_aligner.models.gpt.config import GPTConfig
 from nemo_aligner.models.gpt.heads import HeadConfig, ScalarHead
-from nemo_aligner.models.gpt.layers import InputEmbedding, Rotation, RowRotary
+from nemo_aligner.models.gpt.layers import InputEmbedding, Rotation, RowRotary, may_be_added
 from nemo_aligner.models.gpt.recompute import Recompute
 from nemo_aligner.models.gpt.spec import have_transformer_engine, layer_spec
 from nemo_aligner.models.gpt.transformer import transformer_config
@@ -49,14 +49,24 @@ class VocabHead(tensor_parallel.ColumnParallelLinear):
         *,
         request: HeadRequest | None = None,
         weights: Tensor | None = None,
+        exact: bool = False,
     ) -> HeadOutput | Tensor:
-        """[n, H] hidden and [n] targets to :class:`HeadOutput`; without targets to [n, V / TP] logits."""
+        """[n, H] hidden and [n] targets to :class:`HeadOutput`; without targets to [n, V / TP] logits.
+
+        ``exact`` says that ``weights`` are the gradient itself and not only in proportion to it.
+        """
         weight = self.weight if weight is None else weight
         assert weight is not None
         if targets is None:
             return hidden @ weight.t()
         assert request is not None
-        return head_outputs(hidden, weight, targets, request=request, weights=weights)
+        gathered: Tensor | None = getattr(weight, "main_grad", None) if exact else None
+        if gathered is not None and gathered.dtype != hidden.dtype:
+            gathered = None
+        if gathered is not None and weight is self.weight:
+            # The embedding's, where it is tied, is given a gradient by the embedding.
+            weight = may_be_added(weight)
+        return head_outputs(hidden, weight, targets, request=request, weights=weights, gathered=gathered)
 
 
 class GPT(GPTModel):

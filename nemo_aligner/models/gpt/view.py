@@ -26,6 +26,9 @@ class Projection:
     """How hidden states become logits."""
 
     kept_logits_bytes: int = 1 << 30  # above this the backward recomputes them
+    loss_factor: float | None = (
+        None  # what the objective's sum is multiplied with before the backward, if known
+    )
     drawn: Drawn | None = (
         None  # how the learned tokens were drawn; what is wanted is then of that distribution
     )
@@ -67,7 +70,8 @@ def view(
             kept_logits_bytes=projection.kept_logits_bytes,
             transform=drawn.transform(batch, row, position, first=first) if drawn else None,
         ),
-        weights=None if weights is None else weights[learned],
+        weights=None if weights is None else weights[learned] * (projection.loss_factor or 1.0),
+        exact=projection.loss_factor is not None,
     )
     assert not isinstance(out, Tensor)
     return ModelOutput(

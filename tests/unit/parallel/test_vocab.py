@@ -117,6 +117,31 @@ def test_one_pass_is_autograd(rows: int, factor: float):
         torch.testing.assert_close(ours, theirs, rtol=1e-11, atol=1e-11)
 
 
+@pytest.mark.parametrize("rows", [16, 1000])
+def test_one_pass_adds_to_a_buffer(rows: int):
+    hidden, weight, targets = inputs()
+    weights = torch.randn(N, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    before = torch.randn(weight.shape, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    gathered, asked = before.clone(), request(rows=rows, entropy=False, top_k=0)
+    found = head_outputs(hidden, weight, targets, request=asked, weights=weights, gathered=gathered).logprobs
+    loss = (found * weights).sum()
+    grad_hidden, grad_weight = torch.autograd.grad(loss, (hidden, weight), allow_unused=True)
+    assert grad_weight is None
+    expected = (plain(hidden, weight, targets).logprobs * weights).sum()
+    exact_hidden, exact_weight = torch.autograd.grad(expected, (hidden, weight))
+    torch.testing.assert_close(grad_hidden, exact_hidden, rtol=1e-11, atol=1e-11)
+    torch.testing.assert_close(gathered, before + exact_weight, rtol=1e-11, atol=1e-11)
+
+
+def test_a_buffer_is_given_the_gradient_itself():
+    hidden, weight, targets = inputs()
+    weights, asked = torch.ones(N, dtype=torch.float64), request(entropy=False, top_k=0)
+    gathered = torch.zeros_like(weight)
+    out = head_outputs(hidden, weight, targets, request=asked, weights=weights, gathered=gathered).logprobs
+    with pytest.raises(RuntimeError, match="the loss is 2 times what the head was told"):
+        (2 * out).sum().backward()
+
+
 def test_one_pass_with_nothing_to_learn_gives_no_gradient():
     hidden, weight, targets = inputs()
     weights = torch.zeros(N)
