@@ -8,8 +8,10 @@ Shapes: S positions, B rows, H query heads and G key/value heads of this rank, D
 """
 
 import contextlib
+import functools
 import itertools
 from dataclasses import dataclass
+from typing import Any, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -20,10 +22,13 @@ from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from nemo_aligner.models.gpt.layers import Rotation
 
 __all__ = ["RowParams", "SDPACoreAttention", "attend"]
+
+Context: TypeAlias = Any  # torch puts any attribute on an autograd context
 
 # Queries of a block; tokens up to which torch's kernel for CPUs computes whole squares.
 BLOCK, SHORT = 64, 512
@@ -65,25 +70,71 @@ def attend(
         mask = _visible(torch.arange(total - new, total, device=query.device), total, None)
     exact = query.device.type == "cpu" and query.dtype in (torch.float32, torch.float64)
     if exact and mask is None and dropout == 0.0 and BLOCK < total <= SHORT:
-        return _in_blocks(query, key, value, scale=scale)
+        return _InBlocks.apply(query, key, value, scale)
     return _sdpa(query, key, value, mask=mask, scale=scale, dropout=dropout)
 
 
-def _in_blocks(query: Tensor, key: Tensor, value: Tensor, *, scale: float) -> Tensor:
-    """Causal attention, each block of queries against the keys up to its end: little more than half of the square."""
-    rows, heads, length, size = query.shape
-    groups = rows * key.shape[1]
-    query = (query * scale).reshape(groups, -1, length, size)
-    key, value = key.reshape(groups, length, size), value.reshape(groups, length, size)
-    parts = []
-    for start in range(0, length, BLOCK):
-        end = min(start + BLOCK, length)
-        block = query[:, :, start:end].reshape(groups, -1, size)
-        scores = torch.bmm(block, key[:, :end].transpose(1, 2)).view(groups, -1, end - start, end)
-        scores[..., start:] += scores.new_full((end - start, end - start), -torch.inf).triu_(1)
-        weights = torch.softmax(scores, -1).view(groups, -1, end)
-        parts.append(torch.bmm(weights, value[:, :end]).view(groups, -1, end - start, size))
-    return torch.cat(parts, dim=2).view(rows, heads, length, size)
+class _InBlocks(torch.autograd.Function):
+    """Causal attention, each block of queries against the keys up to its end: little more than half of the square.
+
+    With a = softmax(scale * q k^T), o = a v and g = dL/do: dL/dv = a^T g, and with s = a * (g v^T - sum(a * g v^T)),
+    dL/dq = scale * s k and dL/dk = scale * s^T q.
+    """
+
+    @staticmethod
+    def forward(ctx: Context, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+        rows, heads, length, size = query.shape
+        each = heads // key.shape[1]  # query heads of a key's
+        keys, values = key.reshape(-1, length, size), value.reshape(-1, length, size)
+        # In the order in which the output projection reads it.
+        out = query.new_empty(length, rows, heads, size).permute(1, 2, 0, 3)
+        kept = []
+        for start, end in _blocks(length):
+            part = (query[:, :, start:end] * scale).reshape(len(keys), -1, size)
+            scores = torch.bmm(part, keys[:, :end].transpose(1, 2))
+            scores.view(len(keys), each, end - start, end)[..., start:] += _above_diagonal(query.dtype)[
+                : end - start, : end - start
+            ]
+            torch.softmax(scores, -1, out=scores)
+            out[:, :, start:end] = torch.bmm(scores, values[:, :end]).view(rows, heads, -1, size)
+            kept += [part, scores]
+        ctx.save_for_backward(keys, values, *kept)
+        ctx.scale = scale
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Context, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+        keys, values, *kept = ctx.saved_tensors
+        rows, heads, length, size = grad.shape
+        grad_query = torch.empty(grad.shape, dtype=grad.dtype)
+        grad_keys = grad_values = torch.empty(0)
+        # From the last block, which has all keys: what it gives is what the others are added to.
+        for block, (start, end) in reversed(list(enumerate(_blocks(length)))):
+            part, weights = kept[2 * block : 2 * block + 2]
+            towards = grad[:, :, start:end].reshape(len(keys), -1, size)
+            to_values = torch.bmm(weights.transpose(1, 2), towards)
+            scores = torch.bmm(towards, values[:, :end].transpose(1, 2))
+            torch.ops.aten._softmax_backward_data.out(scores, weights, -1, scores.dtype, grad_input=scores)
+            to_query = torch.bmm(scores, keys[:, :end]).view(rows, heads, -1, size)
+            torch.mul(to_query, ctx.scale, out=grad_query[:, :, start:end])
+            to_keys = torch.bmm(scores.transpose(1, 2), part)
+            if end == length:
+                grad_keys, grad_values = to_keys, to_values
+            else:
+                grad_keys[:, :end] += to_keys
+                grad_values[:, :end] += to_values
+        shape = (rows, -1, length, size)
+        return grad_query, grad_keys.view(shape), grad_values.view(shape), None
+
+
+def _blocks(length: int) -> list[tuple[int, int]]:
+    return [(start, min(start + BLOCK, length)) for start in range(0, length, BLOCK)]
+
+
+@functools.cache
+def _above_diagonal(dtype: torch.dtype) -> Tensor:
+    return torch.full((BLOCK, BLOCK), -torch.inf, dtype=dtype).triu_(1)
 
 
 def _visible(position: Tensor, total: int, window: int | None) -> Tensor:

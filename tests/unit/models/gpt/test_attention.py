@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from nemo_aligner.batch import TokenBatch
 from nemo_aligner.models.gpt import engine
@@ -51,6 +52,29 @@ def test_attend_is_the_formula(window: int | None, total: int):
         keys, values = k[row, head // 2, seen], v[row, head // 2, seen]
         expected = torch.softmax(0.3 * keys @ q[row, head, query], 0) @ values
         torch.testing.assert_close(found[row, head, query], expected)
+
+
+@pytest.mark.parametrize("length", [65, 128, 200])
+@pytest.mark.parametrize("groups", [1, 3])
+def test_attend_in_blocks_is_torchs(length: int, groups: int):
+    """Its gradients too; queries lie in memory as the layer has them."""
+    draw = torch.Generator().manual_seed(0)
+    inputs = [
+        torch.randn(length, 2, heads, 8, generator=draw, dtype=torch.float64).permute(1, 2, 0, 3)
+        for heads in (6, groups, groups)
+    ]
+    q, k, v = (x.requires_grad_() for x in inputs)
+    found = attend(q, k, v, scale=0.3)
+    wide = [x.repeat_interleave(6 // groups, dim=1) for x in (k, v)]
+    expected = F.scaled_dot_product_attention(q, *wide, is_causal=True, scale=0.3)
+    torch.testing.assert_close(found, expected)
+    towards = torch.randn(expected.shape, generator=draw, dtype=torch.float64)
+    for ours, theirs in zip(
+        torch.autograd.grad(found, (q, k, v), towards),
+        torch.autograd.grad(expected, (q, k, v), towards),
+        strict=True,
+    ):
+        torch.testing.assert_close(ours, theirs)
 
 
 def test_packed_rows_are_each_row_alone(
