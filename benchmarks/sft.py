@@ -167,9 +167,9 @@ of TRL and of the loop are in [benchmarks/peers](/benchmarks/peers), ours is [sf
 
 Tokens are positions that are not padding, learned or not, for every side. The keeping allocator is glibc's with
 `MALLOC_MMAP_THRESHOLD_`, `MALLOC_TRIM_THRESHOLD_` and `MALLOC_TOP_PAD_` set so that freed memory stays with the
-process. Ratios are between sides with the same allocator. The share of the matmul peak is the model's operations,
-counted by `Shape.flops` in sft.py, per second, over those of a 2048 x 2048 x 2048 product measured in the same
-repeat; the head's work counts for learned tokens only.
+process; where they are not set, NeMo-Aligner has glibc keep up to 512 MiB. Ratios are between sides with the same
+allocator. The share of the matmul peak is the model's operations, counted by `Shape.flops` in sft.py, per second,
+over those of a 2048 x 2048 x 2048 product measured in the same repeat; the head's work counts for learned tokens only.
 """
 
 

@@ -6,6 +6,7 @@ The only place, with its siblings in this package, that names torch.distributed,
 """
 
 import contextlib
+import ctypes
 import hashlib
 import importlib.metadata
 import logging
@@ -58,6 +59,8 @@ __all__ = [
 logger = logging.getLogger(__name__)
 
 MEGATRON_SERIES = "0.16."
+# glibc's M_MMAP_THRESHOLD and M_TRIM_THRESHOLD: blocks up to the first come from the heap, of whose end so much is kept.
+KEPT_MEMORY = ((-3, 64 << 20), (-1, 512 << 20))
 
 _phase = "start"
 _local_rank = 0
@@ -92,6 +95,8 @@ def start(
     if cuda:
         _device_index = device_index(ranks, torch.cuda.device_count())
         torch.cuda.set_device(_device_index)
+    else:
+        _keep_freed_memory()
     backend = "nccl" if cuda else "gloo"
     with phase("meeting of the ranks"):
         if ranks is None:
@@ -123,6 +128,15 @@ def start(
             *(world_size(), starter, layout.tensor, layout.pipeline, dp_size(), backend, where),
             timeout.total_seconds(),
         )
+
+
+def _keep_freed_memory() -> None:
+    """Have glibc keep what a step frees: taken again, each 4 KiB of it would cost a page fault. MALLOC_* go first."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is None or any(name.startswith(("MALLOC_", "GLIBC_TUNABLES")) for name in os.environ):
+        return
+    for option, num_bytes in KEPT_MEMORY:
+        mallopt(option, num_bytes)
 
 
 def _know_megatron() -> None:
