@@ -59,7 +59,7 @@ __all__ = [
 logger = logging.getLogger(__name__)
 
 MEGATRON_SERIES = "0.16."
-# glibc's M_MMAP_THRESHOLD and M_TRIM_THRESHOLD: blocks up to the first come from the heap, of whose end so much is kept.
+# glibc's M_MMAP_THRESHOLD, up to which blocks come from the heap, and M_TRIM_THRESHOLD, of which its end is kept.
 KEPT_MEMORY = ((-3, 64 << 20), (-1, 512 << 20))
 
 _phase = "start"
