@@ -105,13 +105,17 @@ class _Pieces:
                 index=MetadataIndex(key, place),
                 type=WriteItemType.SHARD,
                 tensor_data=TensorWriteData(
-                    chunk=ChunkStorageMetadata(offsets=place, sizes=piece.size()),
+                    chunk=_chunk(place, piece),
                     properties=TensorProperties.create_from_tensor(piece),
                     size=self.shards.shape,
                 ),
             )
             for place, piece in self.shards.pieces.items()
         ]
+
+
+def _chunk(place: torch.Size, piece: Tensor) -> ChunkStorageMetadata:
+    return ChunkStorageMetadata(offsets=place, sizes=piece.size())
 
 
 class _SavePlanner(MCoreSavePlanner):
@@ -142,10 +146,7 @@ class _LoadPlanner(DefaultLoadPlanner):
                 raise CheckpointingException(
                     f"{key} has shape {list(stored.size)} there, {list(shards.shape)} here"
                 )
-            wanted = [
-                ChunkStorageMetadata(offsets=place, sizes=piece.size())
-                for place, piece in shards.pieces.items()
-            ]
+            wanted = [_chunk(place, piece) for place, piece in shards.pieces.items()]
             items += create_read_items_for_chunk_list(key, stored, wanted)
         return LoadPlan(items)
 

@@ -14,9 +14,8 @@ import psutil
 
 from nemo_aligner.errors import UserError
 
-__all__ = ["STUB", "Remains", "end_abandoned", "kill", "own_folder"]
+__all__ = ["Remains", "end_abandoned", "kill", "own_folder"]
 
-STUB = "triton_python_backend_stub"  # the process of an endpoint
 OWNER = "owner"  # in the folder: the process of its server
 ORPHAN_SECONDS = 2.0  # for the processes of a server that was killed to end by themselves
 KILL_SECONDS = 5.0  # for a killed process to be gone
@@ -28,21 +27,23 @@ class Remains:
     """What is left of a Triton, alive or not."""
 
     processes: list[psutil.Process]
+    endpoints: list[psutil.Process]  # those of them that are one endpoint each
     paths: list[Path]  # beside its folder
 
     @classmethod
     def of(cls, folder: Path) -> Self:
         """Of the one that was started in ``folder``."""
-        processes, paths = [], []
+        processes, endpoints, paths = [], [], []
         for process in psutil.process_iter(["cmdline"]):
             arguments = process.info["cmdline"] or [""]
             if not arguments[0].startswith(f"{folder}/"):
                 continue
             processes += [process, *_children(process)]
-            if Path(arguments[0]).name == STUB:
+            if Path(arguments[0]).name == "triton_python_backend_stub":
+                endpoints.append(process)
                 # Its model's copy and its shared memory, which only an orderly end removes.
                 paths += [Path(arguments[1]).parents[1], Path("/dev/shm", arguments[2])]
-        return cls(processes=processes, paths=paths)
+        return cls(processes=processes, endpoints=endpoints, paths=paths)
 
     def end(self, *, wait_seconds: float) -> None:
         """Wait for it to end by itself, kill what does not, and remove its files."""

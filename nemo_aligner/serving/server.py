@@ -151,7 +151,7 @@ class Server:
         """
         self._publish(handler)
         self._began.set()
-        last_call = time.monotonic()
+        last_call = last_look = time.monotonic()
         try:
             while not (self._stop_asked.is_set() or should_stop()):
                 if jobs := self._inbox.take(POLL_SECONDS):
@@ -160,9 +160,10 @@ class Server:
                 elif time.monotonic() - last_call >= self._config.tick_seconds:
                     handler.tick()
                     last_call = time.monotonic()
-                if not should_stop():
+                if time.monotonic() - last_look >= POLL_SECONDS and not should_stop():
                     # A signal to the whole job, as Slurm sends it, ends Triton too.
                     self._keep_alive()
+                    last_look = time.monotonic()
         finally:
             self._refuse_from_now()
         logger.info("the server at %s:%d stops", self.address, self._config.port)

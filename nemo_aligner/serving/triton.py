@@ -33,7 +33,7 @@ from pytriton.utils.workspace import Workspace
 
 from nemo_aligner.errors import UserError
 from nemo_aligner.serving.checks import TensorSpec
-from nemo_aligner.serving.leftovers import STUB, Remains, end_abandoned, kill, own_folder
+from nemo_aligner.serving.leftovers import Remains, end_abandoned, kill, own_folder
 from nemo_aligner.serving.protocol import TOKEN_HEADER, Refusal, Trouble
 from nemo_aligner.serving.wire import Arrays
 
@@ -254,7 +254,7 @@ class TritonProcess:
                 logger.error("Triton does not start:\n%s", self._triton.last_words)
                 raise
             _hide(secret)
-            self._parts = [part for part in Remains.of(folder).processes if part.name() == STUB]
+            self._parts = Remains.of(folder).endpoints
             self._within = within.pop_all()
         return self
 

@@ -97,7 +97,8 @@ class _InBlocks(torch.autograd.Function):
             ]
             torch.softmax(scores, -1, out=scores)
             out[:, :, start:end] = torch.bmm(scores, values[:, :end]).view(rows, heads, -1, size)
-            kept += [part, scores]
+            if any(ctx.needs_input_grad):
+                kept += [part, scores]
         ctx.save_for_backward(keys, values, *kept)
         ctx.scale = scale
         return out

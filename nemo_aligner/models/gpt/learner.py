@@ -18,6 +18,7 @@ from nemo_aligner.models.gpt.optim import (
     apply_settings,
     build_optimizer,
     inner_optimizer,
+    make_moments,
     optimizer_shards,
     wrap,
     zero_moments,
@@ -144,8 +145,7 @@ class GPTLearner:
         """
         assert self._optimizer is not None, "prepare_training comes first"
         self._move_moments(world.device())
-        if not inner_optimizer(self._optimizer).state:
-            zero_moments(self._optimizer)
+        make_moments(self._optimizer)
         return {
             "optimizer": self._optimizer.state_dict(),
             "shards": optimizer_shards(self._optimizer, self.model.sharded_state_dict(prefix="model.")),

@@ -26,7 +26,15 @@ from nemo_aligner.models.gpt.model import GPT
 from nemo_aligner.parallel import collectives, cpu_shim
 from nemo_aligner.parallel.shards import Shards, boxes
 
-__all__ = ["apply_settings", "build_optimizer", "inner_optimizer", "optimizer_shards", "wrap", "zero_moments"]
+__all__ = [
+    "apply_settings",
+    "build_optimizer",
+    "inner_optimizer",
+    "make_moments",
+    "optimizer_shards",
+    "wrap",
+    "zero_moments",
+]
 
 
 def wrap(chunks: Sequence[GPT], optim: OptimConfig) -> list[DistributedDataParallel]:
@@ -114,12 +122,17 @@ def _distributed(optimizer: MegatronOptimizer) -> DistributedOptimizer:
     return one
 
 
-def zero_moments(optimizer: MegatronOptimizer) -> None:
-    """Moments as before the first step, made where no step has made them yet."""
+def make_moments(optimizer: MegatronOptimizer) -> None:
+    """The moments that the first step would make, where there are none yet: zeros."""
     distributed = _distributed(optimizer)
     if not distributed.optimizer.state:
         distributed.load_state_dict(distributed.state_dict())  # which allocates them
-    for moments in distributed.optimizer.state.values():
+        zero_moments(optimizer)
+
+
+def zero_moments(optimizer: MegatronOptimizer) -> None:
+    """What moments there are as before the first step."""
+    for moments in inner_optimizer(optimizer).state.values():
         for value in moments.values():
             if isinstance(value, Tensor):
                 value.zero_()
