@@ -72,19 +72,24 @@ class Shape:
         """Tokens of a step: every position that is not padding, whether it is learned or not."""
         return self.rows * self.length
 
-    def flops(self, learned: int) -> int:
+    def flops(self, learned: int, *, read: int | None = None) -> int:
         """Multiplications and additions of a step that learns ``learned`` tokens of each row, without recomputing.
 
         Two per weight in the forward and four in the backward, for each token that passes it; the head sees learned
         tokens only; attention's two products count the half of their squares that is visible.
+
+        Args:
+            read: positions of each row that the last layer's MLP is computed for; all by default.
         """
         gpt = self.model
         keys = gpt.query_groups * gpt.head_dim
         attention = 2 * gpt.hidden_size**2 + 2 * gpt.hidden_size * keys
-        layer = attention + 3 * gpt.hidden_size * gpt.ffn_hidden_size
+        mlp = 3 * gpt.hidden_size * gpt.ffn_hidden_size
+        layer = attention + mlp
         pairs = self.length**2 // 2
         in_layers = 6 * gpt.num_layers * (self.length * layer + 2 * pairs * gpt.hidden_size)
-        return self.rows * (in_layers + 6 * learned * gpt.hidden_size * gpt.vocab_size)
+        left_out = 0 if read is None else 6 * (self.length - read) * mlp
+        return self.rows * (in_layers - left_out + 6 * learned * gpt.hidden_size * gpt.vocab_size)
 
 
 SHAPE = Shape()
@@ -152,7 +157,7 @@ def part() -> Part:
             "torch": importlib.metadata.version("torch"),
             "repeats": str(REPEATS),
             "GFLOP of a step": f"{SHAPE.flops(_learned(1)) / 1e9:.0f} fully learned, "
-            f"{SHAPE.flops(_learned(0.25)) / 1e9:.0f} with a quarter learned",
+            f"{_flops_of_a_quarter() / 1e9:.0f} with a quarter learned",
         },
         figures=_figures(found, peaks),
     )
@@ -169,7 +174,8 @@ Tokens are positions that are not padding, learned or not, for every side. The k
 `MALLOC_MMAP_THRESHOLD_`, `MALLOC_TRIM_THRESHOLD_` and `MALLOC_TOP_PAD_` set so that freed memory stays with the
 process; where they are not set, NeMo-Aligner has glibc keep up to 512 MiB. Ratios are between sides with the same
 allocator. The share of the matmul peak is the model's operations, counted by `Shape.flops` in sft.py, per second,
-over those of a 2048 x 2048 x 2048 product measured in the same repeat; the head's work counts for learned tokens only.
+over those of a 2048 x 2048 x 2048 product measured in the same repeat. The head's work counts for learned tokens only,
+and so does that of our last layer's MLP where at least a tenth of the positions is not learned: it leaves those out.
 """
 
 
@@ -178,9 +184,14 @@ def _learned(share: float) -> int:
     return min(round(SHAPE.length * share), SHAPE.length - 1)
 
 
+def _flops_of_a_quarter() -> int:
+    learned = _learned(0.25)
+    return SHAPE.flops(learned, read=learned)
+
+
 def _figures(found: Found, peaks: list[float]) -> tuple[Figure, ...]:
-    whole, quarter = (SHAPE.flops(_learned(share)) for share in (1, 0.25))
-    flops = {side.name: quarter if side.name == OURS_PART else whole for side in SIDES}
+    whole = SHAPE.flops(_learned(1))
+    flops = {side.name: _flops_of_a_quarter() if side.name == OURS_PART else whole for side in SIDES}
     by_name = sides_figures(found, peaks, tokens=SHAPE.tokens, flops=flops)
     figures = list(by_name.values())
     for allocator in ALLOCATORS:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from nemo_aligner.batch import TokenBatch
 from nemo_aligner.models.gpt.model import GPT, InterleavedGPT
-from nemo_aligner.models.gpt.view import Projection, view
+from nemo_aligner.models.gpt.view import Projection, view, worth_picking
 from nemo_aligner.objectives.protocol import Metrics, ModelOutput, Objective
 from nemo_aligner.parallel import collectives, world
 
@@ -53,8 +53,8 @@ def run(
     if not forward_only and last.config.grad_scale_func is None:
         projection = replace(projection, loss_factor=scale / len(levelled))
 
-    def loss_func(batch: TokenBatch, hidden: Tensor) -> tuple[Tensor, Metrics]:
-        output = view(last, hidden, batch, objective, projection)
+    def loss_func(batch: TokenBatch, read: Tensor | None, hidden: Tensor) -> tuple[Tensor, Metrics]:
+        output = view(last, hidden, batch, objective, projection, picked=read is not None)
         if outputs is not None and len(outputs) < len(batches):
             outputs.append(output)
         loss, metrics = objective(output, batch)
@@ -62,7 +62,8 @@ def run(
 
     def forward_step(iterator: Iterator[TokenBatch], module: MegatronModule) -> tuple[Tensor, partial]:
         batch = next(iterator).to(device)
-        return module(**last.inputs(batch)), partial(loss_func, batch)
+        read = worth_picking(last, batch, objective) if world.is_last_stage() else None
+        return module(**last.inputs(batch, read)), partial(loss_func, batch, read)
 
     collected = _schedule(wrapped or model.chunks, levelled, forward_step, forward_only=forward_only)
     return _means(collected[: len(batches)], objective.metrics)

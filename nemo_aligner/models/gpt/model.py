@@ -118,18 +118,21 @@ class GPT(GPTModel):
         """This rank's parts of the model, in the order in which a batch passes them: this one."""
         return [self]
 
-    def inputs(self, batch: TokenBatch) -> dict[str, object]:
+    def inputs(self, batch: TokenBatch, read: Tensor | None = None) -> dict[str, object]:
         """The arguments of a call of this module (or of the DDP around it) on ``batch``.
 
         The call returns hidden states [S, B, H], or [S / TP, B, H] with sequence parallelism; before the last stage,
         what the next one takes.
+
+        Args:
+            read: [n] places in [S * B]: the call returns the hidden states of these alone, [n, 1, H].
         """
         boundaries = None if batch.cu_seqlens is None else tuple(batch.cu_seqlens.tolist())
         return {
             "input_ids": batch.tokens,
             "position_ids": batch.positions(),
             "attention_mask": None,
-            "packed_seq_params": RowParams(boundaries=boundaries),
+            "packed_seq_params": RowParams(boundaries=boundaries, read=read),
         }
 
     def _preprocess(

@@ -17,6 +17,7 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from nemo_aligner.models.gpt.attention import SDPACoreAttention
+from nemo_aligner.models.gpt.layer import Layer
 from nemo_aligner.models.gpt.layers import ColumnLinear, GatedActivation, Norm, RowLinear
 from nemo_aligner.parallel import world
 
@@ -79,12 +80,12 @@ def _local_layer(config: TransformerConfig) -> tuple[ModuleSpec, Any]:
 
 
 def _with(layer: ModuleSpec, **modules: type) -> ModuleSpec:
-    """The same layer with ``modules`` for parts of its attention, and our gated activation where it has one."""
+    """Our layer with ``modules`` for parts of its attention, and our gated activation where it has one."""
     submodules: Any = layer.submodules
     attention, mlp = submodules.self_attention, submodules.mlp
     attention = _changed(attention, **modules)
     mlp = _changed(mlp, activation_func=GatedActivation)
-    return replace(layer, submodules=replace(submodules, self_attention=attention, mlp=mlp))
+    return replace(layer, module=Layer, submodules=replace(submodules, self_attention=attention, mlp=mlp))
 
 
 def _changed(module: Any, **parts: type) -> Any:  # noqa: ANN401 - Megatron types submodules as object

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From hidden states to what an objective wants: positions selected, then projected, onto the vocabulary in chunks.
+"""From hidden states to what an objective wants: positions picked, then projected, onto the vocabulary in chunks.
 
 The one place where position t's token meets the hidden state of t - 1.
 """
@@ -18,7 +18,10 @@ from nemo_aligner.objectives.protocol import ModelOutput, Objective, Wants
 from nemo_aligner.parallel import world
 from nemo_aligner.parallel.vocab import HeadRequest
 
-__all__ = ["Projection", "view"]
+__all__ = ["Projection", "view", "worth_picking"]
+
+# Of all positions: if no more are read, they are picked before the last layer's MLP, else after the last layer.
+FEW = 0.9
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,20 +37,54 @@ class Projection:
     )
 
 
+def worth_picking(model: GPT, batch: TokenBatch, objective: Objective) -> Tensor | None:
+    """[n] places in [S * B] of the hidden states that :func:`view` reads, in its order; None where it picks them."""
+    if model.config.sequence_parallel:
+        return None  # each rank has other positions
+    if model.rm_head is None or objective.wants == {Wants.VALUES}:
+        places = _before_learned(batch)
+    elif objective.wants == {Wants.REWARDS} and not model.rm_head.head.average:
+        places = _ends(batch)
+    else:
+        return None
+    return places if 0 < len(places) <= FEW * batch.tokens.numel() else None
+
+
+def _before_learned(batch: TokenBatch) -> Tensor:
+    """[n] places in [S * B]: of the states that learned tokens are predicted from."""
+    row, position = batch.learned().nonzero(as_tuple=True)
+    return (position - 1) * batch.num_rows + row
+
+
+def _ends(batch: TokenBatch) -> Tensor:
+    """[N] places in [S * B]: of each sequence's last token, whose state has seen all of it."""
+    row, position = batch.ends()
+    return position * batch.num_rows + row
+
+
+def _pick(hidden: Tensor, places: Tensor, *, picked: bool) -> Tensor:
+    """[S, B, H], or [n, 1, H] where they are ``picked``, to [n, H]."""
+    hidden = hidden.flatten(0, 1)
+    return hidden if picked else hidden.index_select(0, places)
+
+
 def view(
     model: GPT,
     hidden: Tensor,
     batch: TokenBatch,
     objective: Objective,
     projection: Projection,
+    *,
+    picked: bool = False,
 ) -> ModelOutput:
     """What ``objective`` wants of this micro-batch; tensors are [B, S], 0 where nothing is learned.
 
     Args:
-        hidden: [S, B, H] of the last stage, or this rank's [S / TP, B, H] with sequence parallelism.
+        hidden: [S, B, H] of the last stage, or this rank's [S / TP, B, H] with sequence parallelism; where they are
+            ``picked``, [n, 1, H], those of :func:`worth_picking`.
     """
     if model.rm_head is not None:
-        return _scalar_view(model.rm_head, hidden, batch, objective)
+        return _scalar_view(model.rm_head, hidden, batch, objective, picked=picked)
     learned = batch.learned()
     row, position = learned.nonzero(as_tuple=True)
     if model.config.sequence_parallel:
@@ -55,7 +92,7 @@ def view(
         hidden = tensor_parallel.gather_from_sequence_parallel_region(
             hidden, tensor_parallel_output_grad=True
         )
-    selected = hidden.reshape(-1, hidden.shape[-1]).index_select(0, (position - 1) * batch.num_rows + row)
+    selected = _pick(hidden, _before_learned(batch), picked=picked)
     if not model.config.sequence_parallel and world.tp_size() > 1:
         selected = tensor_parallel.copy_to_tensor_model_parallel_region(selected)
     weights, drawn = objective.weights(batch), projection.drawn
@@ -82,7 +119,9 @@ def view(
     )
 
 
-def _scalar_view(head: ScalarHead, hidden: Tensor, batch: TokenBatch, objective: Objective) -> ModelOutput:
+def _scalar_view(
+    head: ScalarHead, hidden: Tensor, batch: TokenBatch, objective: Objective, *, picked: bool
+) -> ModelOutput:
     """Rewards of sequences, values of the states before learned tokens."""
     if head.sequence_parallel:
         # Each rank has the whole head: the gradient of its slice is all there is.
@@ -91,18 +130,12 @@ def _scalar_view(head: ScalarHead, hidden: Tensor, batch: TokenBatch, objective:
         )
     rewards = values = None
     if Wants.REWARDS in objective.wants:
-        rewards = head(_averages(hidden, batch) if head.head.average else _last(hidden, batch))
+        average = head.head.average
+        rewards = head(_averages(hidden, batch) if average else _pick(hidden, _ends(batch), picked=picked))
     if Wants.VALUES in objective.wants:
-        learned = batch.learned()
-        row, position = learned.nonzero(as_tuple=True)
-        values = _spread(head(hidden[position - 1, row])[:, 0], learned)
+        states = _pick(hidden, _before_learned(batch), picked=picked)
+        values = _spread(head(states)[:, 0], batch.learned())
     return ModelOutput(rewards=rewards, values=values)
-
-
-def _last(hidden: Tensor, batch: TokenBatch) -> Tensor:
-    """[S, B, H] -> [N, H]: the state at each sequence's last token, which has seen all of it."""
-    row, position = batch.ends()
-    return hidden[position, row]
 
 
 def _averages(hidden: Tensor, batch: TokenBatch) -> Tensor:

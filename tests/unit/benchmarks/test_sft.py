@@ -68,6 +68,8 @@ def test_operations_are_those_that_torch_counts():
     gpt = TINY.model
     hidden_half = 6 * gpt.num_layers * TINY.rows * TINY.length**2 * gpt.hidden_size
     assert TINY.flops(TINY.length) == counter.get_total_flops() - hidden_half
+    mlp = 6 * 3 * gpt.hidden_size * gpt.ffn_hidden_size
+    assert TINY.flops(3) - TINY.flops(3, read=2) == TINY.rows * (TINY.length - 2) * mlp
 
 
 def test_the_model_has_as_many_weights_as_transformers():

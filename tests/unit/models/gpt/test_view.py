@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What an objective gets: per-token tensors that speak of position t by token t, at learned positions only."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor
@@ -8,7 +10,9 @@ from torch import Tensor
 from nemo_aligner.batch import TokenBatch, Unit
 from nemo_aligner.models.gpt import engine
 from nemo_aligner.models.gpt.config import GPTConfig
+from nemo_aligner.models.gpt.heads import HeadConfig
 from nemo_aligner.models.gpt.model import build_gpt
+from nemo_aligner.models.gpt.recompute import Recompute
 from nemo_aligner.objectives.protocol import Metrics, ModelOutput, Wants
 from nemo_aligner.parallel import world
 from nemo_aligner.parallel.ranks import Layout
@@ -70,3 +74,77 @@ def test_every_wanted_field_is_that_of_the_plain_softmax(packed: bool):
         assert not found[:, 0].any()
         torch.testing.assert_close(found[:, 1:].double(), value, rtol=1e-5, atol=1e-5)
     assert torch.equal(outputs[0].topk_ids.reshape(2, 9, 3)[:, 1:], ids * learned[..., None])
+
+
+class Squares:
+    """The squares of what the head of a reward model or of a critic gives."""
+
+    top_k = 0
+    unit = Unit.SEQUENCE
+    metrics = ()
+
+    def __init__(self, wants: Wants) -> None:
+        self.wants = frozenset({wants})
+
+    def weights(self, batch: TokenBatch) -> None:  # noqa: ARG002 - the protocol's
+        return None
+
+    def __call__(self, output: ModelOutput, batch: TokenBatch) -> tuple[Tensor, Metrics]:  # noqa: ARG002
+        (found,) = (x for x in (output.rewards, output.values) if x is not None)
+        return found.square().sum(), {}
+
+
+@pytest.mark.parametrize("full", [False, True], ids=["kept", "recomputed"])
+@pytest.mark.parametrize("packs", [False, True], ids=["padded", "packed"])
+@pytest.mark.parametrize(("wants", "read"), [(Wants.REWARDS, 3), (Wants.VALUES, 9)])
+def test_the_last_mlp_sees_only_what_is_read_and_nothing_else_changes(
+    random_rows: Callable[..., TokenBatch],
+    packed: Callable[[TokenBatch], TokenBatch],
+    wants: Wants,
+    read: int,
+    packs: bool,
+    full: bool,
+):
+    batch = random_rows((12, 9, 5))
+    mask = batch.mask.clone()
+    mask[:, :2] = mask[:, 6:] = False  # 4, 4 and 3 learned tokens
+    mask[0, 3] = mask[1, 4] = False
+    batch = TokenBatch(tokens=batch.tokens, mask=mask, lengths=batch.lengths)
+    batch = packed(batch) if packs else batch
+    config = GPTConfig(
+        num_layers=2,
+        hidden_size=16,
+        ffn_hidden_size=32,
+        num_attention_heads=2,
+        vocab_size=101,
+        bias=False,
+        normalization="rmsnorm",
+        activation="swiglu",
+        precision="32",
+    )
+    recompute = Recompute(granularity="full", method="uniform", num_layers=1) if full else Recompute()
+    model = build_gpt(config, Layout(), torch.float32, recompute=recompute, head=HeadConfig()).train()
+    draw = torch.Generator().manual_seed(0)
+    for parameter in model.parameters():
+        parameter.data.copy_(torch.randn(parameter.shape, generator=draw) * 0.3)
+
+    # The whole way: every position through every layer, then the head where it is wanted.
+    answers = model.rm_head(model(**model.inputs(batch)))[:, :, 0].transpose(0, 1)
+    if wants is Wants.REWARDS:
+        chosen = answers[batch.ends()]
+    else:
+        row, position = batch.learned().nonzero(as_tuple=True)
+        chosen = answers[row, position - 1]
+    (chosen.square().sum() / 3).backward()
+    expected = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+    model.zero_grad()
+
+    seen: set[int] = set()
+    for number, layer in enumerate(model.decoder.layers):
+        layer.mlp.register_forward_pre_hook(
+            lambda _, args, number=number: seen.add((number, args[0].shape[:2].numel()))
+        )
+    engine.run(model, [batch], Squares(wants), forward_only=False)
+    assert seen == {(0, batch.tokens.numel()), (1, read)}
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(parameter.grad, expected[name], rtol=1e-4, atol=1e-6)
