@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Runs jobs that need each other side by side on this machine, and ends them together. Knows no algorithm."""
 
+import errno
 import os
+import random
 import shlex
 import shutil
 import signal
@@ -31,6 +33,8 @@ from nemo_aligner.serving.leftovers import Remains, folder_of
 __all__ = ["Program", "free_ports", "run_together"]
 
 LOCAL = "127.0.0.1"
+FIRST_PORT = 10000  # below are the well-known ones
+GIVEN_PORTS = Path("/proc/sys/net/ipv4/ip_local_port_range")
 POLL_SECONDS = 0.1
 END_SECONDS = GRACE_SECONDS + 4.0  # for a job to end its own ranks and what they have started
 CLOSING_SECONDS = 10.0  # for a server that was told to stop to close its port
@@ -53,13 +57,31 @@ class Program:
     address: tuple[str, int] | None = None
 
 
-def free_ports(count: int) -> list[int]:
-    """Ports of 127.0.0.1 that nobody listens on, each another one."""
+def free_ports(count: int, address: str = LOCAL) -> list[int]:
+    """Ports of ``address`` that nobody listens on, each another one.
+
+    None is of those that the system gives to whoever asks for any port: a job takes its port long after it was chosen.
+    """
+    draw, ports = random.SystemRandom(), []
     with ExitStack() as held:
-        probes = [held.enter_context(socket.socket()) for _ in range(count)]
-        for probe in probes:
-            probe.bind((LOCAL, 0))
-        return [probe.getsockname()[1] for probe in probes]
+        while len(ports) < count:
+            port, probe = draw.randrange(FIRST_PORT, _first_given_port()), held.enter_context(socket.socket())
+            try:
+                probe.bind((address, port))
+            except OSError as error:
+                if error.errno != errno.EADDRINUSE:
+                    raise
+            else:
+                ports.append(port)
+    return ports
+
+
+def _first_given_port() -> int:
+    try:
+        first = int(GIVEN_PORTS.read_text().split()[0])
+    except FileNotFoundError:
+        first = 49152  # IANA's, as systems other than Linux have it
+    return max(first, FIRST_PORT + 1000)
 
 
 def run_together(leader: Program, servers: Sequence[Program]) -> int:

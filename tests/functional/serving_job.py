@@ -3,7 +3,6 @@
 
 import contextlib
 import os
-import socket
 import subprocess
 import sys
 import tempfile
@@ -20,6 +19,7 @@ from tritonclient.http import InferenceServerClient, InferInput
 from tritonclient.utils import np_to_triton_dtype
 
 from nemo_aligner.batch import TokenBatch, ValueBatch
+from nemo_aligner.launch.together import free_ports
 from nemo_aligner.serving.client import Remote, RemoteCritic
 from tests.functional.serving_child import Critic
 
@@ -41,9 +41,7 @@ class Job:
     def __post_init__(self) -> None:
         for name in ("tmp", "home", "saved"):
             (self.folder / name).mkdir()
-        with socket.socket() as free:
-            free.bind((self.ip, 0))
-            self.port = free.getsockname()[1]
+        (self.port,) = free_ports(1, self.ip)
         self.environ = {
             **{
                 name: value

@@ -22,6 +22,7 @@ from tritonclient.http import InferenceServerClient
 from tritonclient.utils import InferenceServerException
 
 from nemo_aligner.errors import UserError
+from nemo_aligner.launch.together import free_ports
 from nemo_aligner.serving.client import Remote, RemoteCritic, RemoteReward
 from tests.functional.serving_job import (
     CHILD,
@@ -166,9 +167,7 @@ def test_a_wrong_endpoint_name_is_told_at_once(server: Job) -> None:
 
 
 def test_no_server_is_told_with_address_setting_and_cure(server: Job) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    (port,) = free_ports(1)
     remote = Remote(
         setting="remote_critic_rm.critic",
         job="serve_ppo_critic.py",

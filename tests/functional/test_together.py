@@ -3,6 +3,7 @@
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -119,6 +120,18 @@ def test_one_bad_end_is_the_others_end(run: Callable, leader: str, server: str, 
     assert told in one.out
     if SAVING in (leader, server):
         assert " | saved" in one.out
+
+
+def test_a_free_port_is_none_that_the_system_gives_others():
+    """Connections that other programs make take ports for themselves at any time, of the system's range."""
+    ports = free_ports(200)
+    assert len(set(ports)) == 200
+    given = []
+    for _ in range(200):
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            given.append(probe.getsockname()[1])
+    assert 1024 <= min(ports) <= max(ports) < min(given)
 
 
 def test_a_server_that_was_left_running_is_asked(run: Callable):
