@@ -42,30 +42,24 @@ def worth_picking(model: GPT, batch: TokenBatch, objective: Objective) -> Tensor
     if model.config.sequence_parallel:
         return None  # each rank has other positions
     if model.rm_head is None or objective.wants == {Wants.VALUES}:
-        places = _before_learned(batch)
+        row, position = _before_learned(batch)
     elif objective.wants == {Wants.REWARDS} and not model.rm_head.head.average:
-        places = _ends(batch)
+        row, position = batch.ends()  # the states there have seen the whole sequences
     else:
         return None
-    return places if 0 < len(places) <= FEW * batch.tokens.numel() else None
+    return position * batch.num_rows + row if 0 < len(row) <= FEW * batch.tokens.numel() else None
 
 
-def _before_learned(batch: TokenBatch) -> Tensor:
-    """[n] places in [S * B]: of the states that learned tokens are predicted from."""
+def _before_learned(batch: TokenBatch) -> tuple[Tensor, Tensor]:
+    """([n] row, [n] position) of the states that learned tokens are predicted from."""
     row, position = batch.learned().nonzero(as_tuple=True)
-    return (position - 1) * batch.num_rows + row
+    return row, position - 1
 
 
-def _ends(batch: TokenBatch) -> Tensor:
-    """[N] places in [S * B]: of each sequence's last token, whose state has seen all of it."""
-    row, position = batch.ends()
-    return position * batch.num_rows + row
-
-
-def _pick(hidden: Tensor, places: Tensor, *, picked: bool) -> Tensor:
+def _pick(hidden: Tensor, row: Tensor, position: Tensor, *, picked: bool) -> Tensor:
     """[S, B, H], or [n, 1, H] where they are ``picked``, to [n, H]."""
-    hidden = hidden.flatten(0, 1)
-    return hidden if picked else hidden.index_select(0, places)
+    rows, flat = hidden.shape[1], hidden.flatten(0, 1)
+    return flat if picked else flat.index_select(0, position * rows + row)
 
 
 def view(
@@ -92,7 +86,7 @@ def view(
         hidden = tensor_parallel.gather_from_sequence_parallel_region(
             hidden, tensor_parallel_output_grad=True
         )
-    selected = _pick(hidden, _before_learned(batch), picked=picked)
+    selected = _pick(hidden, row, position - 1, picked=picked)
     if not model.config.sequence_parallel and world.tp_size() > 1:
         selected = tensor_parallel.copy_to_tensor_model_parallel_region(selected)
     weights, drawn = objective.weights(batch), projection.drawn
@@ -130,10 +124,12 @@ def _scalar_view(
         )
     rewards = values = None
     if Wants.REWARDS in objective.wants:
-        average = head.head.average
-        rewards = head(_averages(hidden, batch) if average else _pick(hidden, _ends(batch), picked=picked))
+        states = (
+            _averages(hidden, batch) if head.head.average else _pick(hidden, *batch.ends(), picked=picked)
+        )
+        rewards = head(states)
     if Wants.VALUES in objective.wants:
-        states = _pick(hidden, _before_learned(batch), picked=picked)
+        states = _pick(hidden, *_before_learned(batch), picked=picked)
         values = _spread(head(states)[:, 0], batch.learned())
     return ModelOutput(rewards=rewards, values=values)
 
