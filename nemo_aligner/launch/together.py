@@ -62,10 +62,10 @@ def free_ports(count: int, address: str = LOCAL) -> list[int]:
 
     None is of those that the system gives to whoever asks for any port: a job takes its port long after it was chosen.
     """
-    draw, ports = random.SystemRandom(), []
+    draw, choice, ports = random.SystemRandom(), range(FIRST_PORT, _first_given_port()), []
     with ExitStack() as held:
         while len(ports) < count:
-            port, probe = draw.randrange(FIRST_PORT, _first_given_port()), held.enter_context(socket.socket())
+            port, probe = draw.choice(choice), held.enter_context(socket.socket())
             try:
                 probe.bind((address, port))
             except OSError as error:

@@ -41,9 +41,7 @@ class RowParams(PackedSeqParams):
     # Not 'thd': Megatron then keeps [S, B, ...] shapes and applies RoPE by the per-row angles it is given.
     qkv_format: str = "sbhd"
     boundaries: tuple[int, ...] | None = None  # packed: where each sequence starts, and the end of the last
-    read: Tensor | None = (
-        None  # [n] places in [S * B], all that is read of the model's output; None: it is whole
-    )
+    read: Tensor | None = None  # [n] places in [S * B] that are read of the model's output; None: all
     rotation: Rotation | None = None  # None: Megatron turns queries and keys, or positions are learned
 
     def bounds(self, length: int) -> list[int]:

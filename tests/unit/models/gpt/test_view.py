@@ -2,6 +2,7 @@
 """What an objective gets: per-token tensors that speak of position t by token t, at learned positions only."""
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -16,6 +17,10 @@ from nemo_aligner.models.gpt.recompute import Recompute
 from nemo_aligner.objectives.protocol import Metrics, ModelOutput, Wants
 from nemo_aligner.parallel import world
 from nemo_aligner.parallel.ranks import Layout
+
+CONFIG = GPTConfig(
+    num_layers=2, hidden_size=16, ffn_hidden_size=32, num_attention_heads=2, vocab_size=50, precision="32"
+)
 
 
 class Everything:
@@ -41,15 +46,7 @@ def test_every_wanted_field_is_that_of_the_plain_softmax(packed: bool):
     mask = torch.rand(2, 9, generator=draw) < 0.6
     batch = TokenBatch(tokens=tokens, mask=mask, lengths=torch.tensor([9, 9]))
     with world.ensure_single_process():
-        config = GPTConfig(
-            num_layers=2,
-            hidden_size=16,
-            ffn_hidden_size=32,
-            num_attention_heads=2,
-            vocab_size=50,
-            precision="32",
-        )
-        model = build_gpt(config, Layout(), torch.float32).eval()
+        model = build_gpt(CONFIG, Layout(), torch.float32).eval()
         for parameter in model.parameters():
             parameter.data.copy_(torch.randn(parameter.shape, generator=draw) * 0.4)
         plain = engine.logits(model, batch)
@@ -111,17 +108,7 @@ def test_the_last_mlp_sees_only_what_is_read_and_nothing_else_changes(
     mask[0, 3] = mask[1, 4] = False
     batch = TokenBatch(tokens=batch.tokens, mask=mask, lengths=batch.lengths)
     batch = packed(batch) if packs else batch
-    config = GPTConfig(
-        num_layers=2,
-        hidden_size=16,
-        ffn_hidden_size=32,
-        num_attention_heads=2,
-        vocab_size=101,
-        bias=False,
-        normalization="rmsnorm",
-        activation="swiglu",
-        precision="32",
-    )
+    config = replace(CONFIG, vocab_size=101, bias=False, normalization="rmsnorm", activation="swiglu")
     recompute = Recompute(granularity="full", method="uniform", num_layers=1) if full else Recompute()
     model = build_gpt(config, Layout(), torch.float32, recompute=recompute, head=HeadConfig()).train()
     draw = torch.Generator().manual_seed(0)
@@ -139,7 +126,7 @@ def test_the_last_mlp_sees_only_what_is_read_and_nothing_else_changes(
     expected = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
     model.zero_grad()
 
-    seen: set[int] = set()
+    seen: set[tuple[int, int]] = set()
     for number, layer in enumerate(model.decoder.layers):
         layer.mlp.register_forward_pre_hook(
             lambda _, args, number=number: seen.add((number, args[0].shape[:2].numel()))
