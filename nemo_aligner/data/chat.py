@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 from itertools import groupby
 
 from nemo_aligner.data.config import ChatPromptTokens, SFTSplitConfig
-from nemo_aligner.data.records import Chat, Turn, read_chat
+from nemo_aligner.data.conversations import Chat, Turn, read_chat
 from nemo_aligner.data.sample import Sample, finish, split_bos
 from nemo_aligner.data.tokenizer import Message, Tokenizer, encode_after
 from nemo_aligner.errors import UserError

@@ -6,6 +6,7 @@ from typing import Generic, Protocol, TypeVar
 
 from nemo_aligner.data.chat import PromptTokensLayout, TemplateLayout
 from nemo_aligner.data.config import PairDataConfig, PromptDataConfig, SFTDataConfig, SFTSplitConfig
+from nemo_aligner.data.conversations import Chat
 from nemo_aligner.data.fitting import FittingDataset, JoinedDataset, Texts
 from nemo_aligner.data.judgements import (
     Judged,
@@ -18,7 +19,6 @@ from nemo_aligner.data.judgements import (
 from nemo_aligner.data.prefix import Split
 from nemo_aligner.data.prompt import PromptResponseLayout
 from nemo_aligner.data.records import (
-    Chat,
     PromptResponse,
     PromptText,
     RecordFile,

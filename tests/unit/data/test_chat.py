@@ -6,7 +6,7 @@ from transformers import AutoTokenizer
 
 from nemo_aligner.data.chat import PromptTokensLayout, TemplateLayout
 from nemo_aligner.data.config import ChatPromptTokens, SFTSplitConfig
-from nemo_aligner.data.records import Chat, Turn
+from nemo_aligner.data.conversations import Chat, Turn
 from nemo_aligner.data.sample import describe
 from nemo_aligner.data.tokenizer import load_tokenizer
 from nemo_aligner.errors import UserError

@@ -5,12 +5,11 @@ import gzip
 
 import pytest
 
+from nemo_aligner.data.conversations import Turn, read_chat
 from nemo_aligner.data.records import (
     PromptResponse,
     RecordFile,
-    Turn,
     parse_line,
-    read_chat,
     read_prompt_response,
 )
 from nemo_aligner.errors import UserError
