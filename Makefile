@@ -1,6 +1,7 @@
 # Every target prepares .venv by itself, so each works as the first command on a fresh clone.
 #   PYTHON=   the Python 3.11 that makes .venv
 #   TORCH=    the torch to install: a version, a wheel's path or a URL; without "+cpu", which PyPI does not serve
+#   WORKERS=  test processes side by side
 #   PIP_ARGS= more arguments for pip, such as --index-url https://download.pytorch.org/whl/cpu
 
 PYTHON ?= python3
@@ -25,6 +26,9 @@ RUN := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false ONEDNN_MA
 PYTEST := $(RUN) $(PY) -m pytest
 # Wherever the tests run, they run alike: on CPUs.
 CPU_PYTEST := CUDA_VISIBLE_DEVICES= $(PYTEST) -m "not gpu and not resume and not soak and not slurm"
+# A worker runs a whole file, and starts the ranks and servers that its tests need.
+WORKERS ?= 2
+SHARED_OUT := -n $(WORKERS) --dist loadfile --no-loadscope-reorder -o console_output_style=classic
 
 .PHONY: help setup format lint types test-fast test-dist test-functional test test-resume test-soak test-slurm test-gpu model quickstart quickstart-sft bench clean
 
@@ -62,7 +66,7 @@ types: $(STAMP)  ## Check types
 	$(VENV)/bin/pyright --pythonpath $(PY)
 
 test-fast: $(STAMP)  ## Unit tests, doctests, architecture: under two minutes
-	$(CPU_PYTEST) nemo_aligner tests/unit tests/architecture
+	$(CPU_PYTEST) $(SHARED_OUT) tests/unit tests/architecture nemo_aligner
 
 test-dist: $(STAMP)  ## Tests that start several ranks on gloo
 	$(CPU_PYTEST) tests/dist
@@ -71,7 +75,7 @@ test-functional: $(STAMP) $(GGUF)  ## Scripts, end to end, at toy size
 	$(CPU_PYTEST) tests/functional
 
 test: lint types $(GGUF)  ## Everything that CI runs
-	$(CPU_PYTEST)
+	$(CPU_PYTEST) $(SHARED_OUT)
 
 test-resume: $(STAMP)  ## Runs killed at many moments and started again: minutes
 	CUDA_VISIBLE_DEVICES= $(PYTEST) -m "not gpu" tests/functional/test_resume.py
