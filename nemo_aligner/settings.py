@@ -10,7 +10,7 @@ import difflib
 import logging
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, TypeVar
 
 from omegaconf import DictConfig, OmegaConf
@@ -19,7 +19,7 @@ from omegaconf.errors import OmegaConfBaseException
 from nemo_aligner.errors import UserError
 from nemo_aligner.models.gpt.config import ARCHITECTURE_KEYS, GPTConfig
 
-__all__ = ["NO_EFFECT", "log_no_effect", "parse"]
+__all__ = ["NO_EFFECT", "is_field", "log_no_effect", "parse"]
 
 logger = logging.getLogger(__name__)
 
@@ -54,16 +54,29 @@ NO_EFFECT: tuple[tuple[str, tuple[object, ...], str], ...] = (
             ("index_mapping_dir", (), "the index of lines is kept in memory"),
             ("hf_dataset", (False,), "the file is read as JSONL either way"),
             ("output_original_text", (True,), "samples carry tokens only"),
+            # Of the scripts whose files data_prefix names; train_gpt_sft.py's has an effect.
+            (
+                "shuffle",
+                (False,),
+                "the trainer's sampler orders rows, as trainer.rm.train_random_sampler says",
+            ),
         )
     ),
     ("model.data.skip_warmup", (True,), "files are read when rows are asked for"),
     ("model.data.index_mapping_dir", (), "the index of lines is kept in memory"),
     ("model.data.eod_mask_loss", (False,), "what is learned goes by position, never by token"),
+    ("model.data.shuffle_documents", (False,), "a row is a document, and the trainer's sampler orders rows"),
     ("model.overwrite_base_config", ({"data": {"data_prefix": True}},), "a checkpoint's data are not read"),
     (
         "trainer.ppo.batch_iterator",
         ({"use_flask": False, "port": 5557},),
         "each rank's slots refill, and rows are dealt out by length",
+    ),
+    ("trainer.ppo.flask_server", (), "each rank's slots refill, and rows are dealt out by length"),
+    (
+        "trainer.ppo.pad_sequence_length_to_multiple",
+        (),
+        "rows are padded to their longest, or as trainer.ppo.strip_sequence_length_to_multiple says",
     ),
     ("trainer.ppo.trt_model_dir", ("/tmp/trt_llm_model",), "answers are written by the model that learns"),
     ("model.ppo.sampling_params.all_probs", (False,), "log-probs of the drawn tokens always come along"),
@@ -116,6 +129,11 @@ NO_EFFECT: tuple[tuple[str, tuple[object, ...], str], ...] = (
             "assume_constant_structure",
         )
     ),
+    ("model.dist_ckpt_load_strictness", ("log_all",), "what is stored must fit the model"),
+    ("model.optim.contiguous_grad_buffer", (True,), "Megatron's gradients always share buffers"),
+    ("model.offload_adam_states", (), "model.ppo.offload_adam_states counts"),
+    ("model.forward_mbs", (), "model.forward_micro_batch_size counts"),
+    ("model.enable_nge", (), "answers are written by one engine"),
     ("model.use_cpu_initialization", (False,), "weights come from the checkpoint"),
     ("model.nsys_profile", ({},), "there is no profiler within"),
 )
@@ -130,7 +148,7 @@ def log_no_effect(config: DictConfig, kind: type[object]) -> None:
     """
     for key, idle, instead in NO_EFFECT:
         parent, _, name = key.rpartition(".")
-        if _is_field(kind, key):
+        if is_field(kind, key):
             continue
         block = OmegaConf.select(config, parent)
         # An interpolation only repeats another setting.
@@ -141,19 +159,19 @@ def log_no_effect(config: DictConfig, kind: type[object]) -> None:
             logger.info("%s=%s has no effect: %s", key, value, instead)
 
 
-def _is_field(kind: Any, key: str) -> bool:  # noqa: ANN401
+def is_field(kind: Any, key: str) -> bool:  # noqa: ANN401
     """Whether a dotted key names a field in nested dataclasses."""
     name, _, rest = key.partition(".")
     if not dataclasses.is_dataclass(kind) or name not in {f.name for f in dataclasses.fields(kind)}:
         return False
-    return not rest or _is_field(typing.get_type_hints(kind)[name], rest)
+    return not rest or is_field(typing.get_type_hints(kind)[name], rest)
 
 
 def parse(config: DictConfig, kind: type[T]) -> T:
     """``config`` as a ``kind``.
 
     Raises:
-        UserError: a key is unknown (with the nearest known one), missing, or has a value of the wrong type.
+        UserError: keys are unknown (with the nearest known ones), one is missing, or has a value of the wrong type.
     """
     try:
         values = OmegaConf.to_container(config, resolve=True, throw_on_missing=False)
@@ -176,15 +194,60 @@ def parse(config: DictConfig, kind: type[T]) -> T:
         values["model"] = {k: v for k, v in model.items() if k not in ARCHITECTURE_KEYS} | {
             "architecture": given
         }
+    _refuse_unknown(values, kind)
     return _build(values, kind, "")
+
+
+def _refuse_unknown(values: Mapping[str, Any], kind: type[object]) -> None:
+    """Raise UserError if ``values`` hold unknown keys, with all of them."""
+    unknown = list(_unknown(values, kind, ""))
+    if not unknown:
+        return
+    suggestions = [_suggestion(key, known) for key, known in unknown]
+    if len(unknown) == 1:
+        raise UserError(f"unknown key {unknown[0][0]}", cure=suggestions[0])
+    raise UserError(
+        "unknown keys " + ", ".join(key for key, _ in unknown),
+        cure="\n".join(f"{key}: {text}" for (key, _), text in zip(unknown, suggestions, strict=True)),
+    )
+
+
+def _unknown(
+    values: Mapping[str, Any], kind: type[object] | None, path: str
+) -> Iterator[tuple[str, list[str]]]:
+    """(unknown key, the keys that are known in its place) of a block and those below it; kind None knows none."""
+    hints = typing.get_type_hints(kind) if kind else {}
+    known = [*hints, *(ARCHITECTURE_KEYS if path == "model." else ())]
+    for name, value in values.items():
+        key = f"{path}{name}"
+        block = _block(hints[name]) if name in hints else None
+        if block and isinstance(value, dict):
+            yield from _unknown(value, block, f"{key}.")
+        elif name in hints or key in ACCEPTED:
+            continue
+        elif isinstance(value, dict) and any(other.startswith(f"{key}.") for other in ACCEPTED):
+            yield from _unknown(value, None, f"{key}.")
+        else:
+            yield key, known
+
+
+def _block(hint: Any) -> type[object] | None:  # noqa: ANN401
+    """The dataclass of a hint, None beside it or not."""
+    kinds = (hint, *typing.get_args(hint))
+    return next((kind for kind in kinds if isinstance(kind, type) and dataclasses.is_dataclass(kind)), None)
+
+
+def _suggestion(key: str, known: list[str]) -> str:
+    prefix, dot, name = key.rpartition(".")
+    prefix += dot
+    if near := difflib.get_close_matches(name, known, n=1, cutoff=0.5):
+        return f"did you mean {prefix}{near[0]}?"
+    return f"known keys: {', '.join(prefix + k for k in sorted(known))}" if known else "leave it out"
 
 
 def _build(values: Mapping[str, Any], kind: type[T], path: str) -> T:
     hints = typing.get_type_hints(kind)
     known = {f.name: f for f in dataclasses.fields(kind)}  # type: ignore[arg-type]
-    for key in values:
-        if key not in known and f"{path}{key}" not in ACCEPTED:
-            _refuse_unknown(f"{path}{key}", key, [*known, *(ARCHITECTURE_KEYS if path == "model." else ())])
     given = {}
     for name, spec in known.items():
         required = spec.default is dataclasses.MISSING and spec.default_factory is dataclasses.MISSING
@@ -195,19 +258,10 @@ def _build(values: Mapping[str, Any], kind: type[T], path: str) -> T:
     return kind(**given)
 
 
-def _refuse_unknown(key: str, name: str, known: list[str]) -> typing.NoReturn:
-    near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    prefix = key[: -len(name)]
-    cure = (
-        f"did you mean {prefix}{near[0]}?"
-        if near
-        else f"known keys: {', '.join(prefix + k for k in sorted(known))}"
-    )
-    raise UserError(f"unknown key {key}", cure=cure)
-
-
 def _convert(value: Any, hint: Any, key: str) -> Any:  # noqa: ANN401 - values of a YAML file
     if isinstance(hint, type) and dataclasses.is_dataclass(hint):
+        if value is None:
+            value = {}  # as NeMo's scripts leave a block out
         if not isinstance(value, dict):
             raise UserError(
                 f"{key}={value!r} is not a block of keys", cure=f"set keys below it, as in {key}.NAME=..."

@@ -10,11 +10,13 @@ import pytest
 from omegaconf import DictConfig, OmegaConf
 
 from nemo_aligner.config.ppo import ActorJob
+from nemo_aligner.config.reward import RMJob
+from nemo_aligner.config.serve import CriticJob
 from nemo_aligner.config.sft import SFTJob
 from nemo_aligner.data.config import PairDataConfig
 from nemo_aligner.data.prefix import Split
 from nemo_aligner.errors import UserError
-from nemo_aligner.settings import NO_EFFECT, log_no_effect, parse
+from nemo_aligner.settings import NO_EFFECT, is_field, log_no_effect, parse
 
 CONF = Path(__file__).parents[2] / "examples/nlp/gpt/conf"
 # Blocks of _base, by where gpt_sft.yaml puts them.
@@ -105,8 +107,10 @@ def test_what_the_files_call_without_effect_stands_in_the_table():
 
 @pytest.mark.parametrize("key", [key for key, _, _ in NO_EFFECT])
 def test_every_key_of_the_table_is_accepted(caplog: pytest.LogCaptureFixture, key: str):
-    word, script = f"++{key}=7", ("gpt_ppo_actor", ActorJob) if ".ppo." in key else ("gpt_sft", SFTJob)
-    name, kind = script
+    word = f"++{key}=7"
+    name, kind = ("gpt_sft", SFTJob)
+    if is_field(kind, key) or ".ppo." in key:
+        name, kind = ("gpt_ppo_actor", ActorJob)
     parse(compose(*GIVEN[name], word, name=name), kind)
     lines = told(caplog, word, name=name, kind=kind)
     assert f"{key}=7" in [line.split(" has no effect: ")[0] for line in lines]
@@ -123,6 +127,65 @@ GIVEN = {
         "model.data.data_prefix={train: [b], validation: [b], test: [b]}",
     ),
 }
+
+
+# What the functional tests of NeMo-Aligner 0.7 add to the keys of conf.
+TESTED = {
+    ("gpt_ppo_critic", CriticJob): (
+        "pretrained_checkpoint.restore_from_path=a",
+        "++model.reward_model_type=regression",
+        "++model.forward_mbs=1",
+        "++model.optim.contiguous_grad_buffer=True",
+        "++trainer.ppo.pad_sequence_length_to_multiple=32",
+        "++model.mcore_gpt=True",
+    ),
+    ("gpt_ppo_actor", ActorJob): (
+        "pretrained_checkpoint.restore_from_path=a",
+        "++model.data.data_prefix={train: [a], validation: [b], test: [c]}",
+        "++model.offload_adam_states=False",
+        "++trainer.ppo.flask_server.enable=True",
+        "++model.optim.contiguous_grad_buffer=True",
+        "++model.enable_nge=True",
+        "+model.overwrite_base_config.optim=True",
+        "++exp_manager=null",
+    ),
+    ("training_rm", RMJob): (
+        "pretrained_checkpoint.restore_from_path=a",
+        "++model.data.data_impl=jsonl",
+        "++model.data.train_ds.shuffle=False",
+        "++model.data.validation_ds.shuffle=False",
+        "++model.data.shuffle_documents=False",
+        "model.data.data_prefix={train: [a], validation: [b], test: [c]}",
+        "++model.dist_ckpt_load_strictness=log_all",
+    ),
+}
+
+
+@pytest.mark.parametrize(("script", "words"), TESTED.items(), ids=[name for name, _ in TESTED])
+def test_the_keys_of_the_originals_tests_are_accepted(script: tuple[str, type], words: tuple[str, ...]):
+    name, kind = script
+    parse(compose(*words, name=name), kind)
+
+
+def test_unknown_keys_are_told_all_at_once():
+    words = ("++model.optim.lrr=1", "++trainer.prescision=32", "++model.data.val_ds.shuffle=True", "++top=1")
+    with pytest.raises(UserError) as caught:
+        parse(compose(*GIVEN["gpt_sft"], *words), SFTJob)
+    problem, cure = str(caught.value).split("\nCure: ")
+    for key in ("model.optim.lrr", "trainer.prescision", "model.data.val_ds", "top"):
+        assert key in problem
+        assert f"{key}: " in cure
+    assert "trainer.prescision: did you mean trainer.precision?" in cure
+
+
+def test_what_is_unknown_below_a_block_that_nobody_reads_is_told():
+    with pytest.raises(UserError, match=r"unknown key model.data.train_ds.shuffles"):
+        parse(
+            compose(
+                *TESTED["training_rm", RMJob], "++model.data.train_ds.shuffles=False", name="training_rm"
+            ),
+            RMJob,
+        )
 
 
 @pytest.mark.parametrize(
