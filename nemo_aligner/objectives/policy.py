@@ -9,7 +9,7 @@ from torch import Tensor
 from nemo_aligner.batch import Experience, TokenBatch, Unit
 from nemo_aligner.objectives.config import PolicyConfig
 from nemo_aligner.objectives.protocol import Metrics, ModelOutput, Wants
-from nemo_aligner.objectives.reduce import kl_k3
+from nemo_aligner.objectives.reduce import kl_k3, likelihood_ratio
 
 __all__ = ["PolicyGradient", "clipped_surrogate"]
 
@@ -26,7 +26,7 @@ def clipped_surrogate(ratio: Tensor, advantages: Tensor, config: PolicyConfig) -
     arXiv 1912.09729); with ``config.ratio_eps_high``, the range has two widths (clip-higher, Yu 2025, arXiv
     2503.14476).
 
-    ratio: new to old probability of the token, advantages: both [B, S] float. Returns [B, S].
+    ratio: new to old probability of the token, advantages: both [B, S] float, finite. Returns [B, S].
 
     >>> ratio, advantages = torch.tensor([1.5, 0.5, 1.5]), torch.tensor([2.0, 2.0, -2.0])
     >>> clipped_surrogate(ratio, advantages, PolicyConfig(ratio_eps=0.2))
@@ -40,7 +40,11 @@ def clipped_surrogate(ratio: Tensor, advantages: Tensor, config: PolicyConfig) -
 
 @dataclass(frozen=True)
 class PolicyGradient:
-    """The mean over learned tokens of :func:`clipped_surrogate`, less the entropy bonus."""
+    """The mean over learned tokens of :func:`clipped_surrogate`, less the entropy bonus.
+
+    Every token of the global batch weighs the same, whatever answer it stands in: verl's ``token-mean``. A mean of the
+    answers' means (verl's ``seq-mean-token-mean``) is another loss.
+    """
 
     config: PolicyConfig = field(default_factory=PolicyConfig)
 
@@ -60,7 +64,8 @@ class PolicyGradient:
         """The summed loss, and per learned token:
 
         - "ppo_ratio", "ppo_ratio_clamped": new to old probability, as it is and within its range;
-        - "clip_fraction": how often the two differ;
+        - "clip_fraction": how often the clip binds: the clipped side of the surrogate is the larger loss, as TRL, verl,
+          OpenRLHF and torchtune count it; a ratio that is out of range on the side that costs more is not clipped;
         - "approx_kl": k3 of KL(old || new), nats;
         - "scaled_entropy": the bonus.
         """
@@ -70,7 +75,7 @@ class PolicyGradient:
         logprobs = torch.where(learned, output.logprobs, 0)
         old = torch.where(learned, batch.logprobs, 0)
         advantages = torch.where(learned, batch.advantages, 0)
-        ratio = torch.exp(logprobs - old)
+        ratio = likelihood_ratio(logprobs, old)
         loss = clipped_surrogate(ratio, advantages, self.config).sum()
         bonus = torch.zeros_like(loss)
         if self.config.entropy_bonus:
@@ -83,7 +88,7 @@ class PolicyGradient:
                 "loss": loss.detach(),
                 "ppo_ratio": torch.where(learned, ratio, 0).sum(),
                 "ppo_ratio_clamped": torch.where(learned, clamped, 0).sum(),
-                "clip_fraction": (ratio != clamped).sum(),
+                "clip_fraction": (-advantages * clamped > -advantages * ratio).sum(),
                 "approx_kl": kl_k3(old, logprobs).sum(),
                 "scaled_entropy": bonus.detach(),
             }

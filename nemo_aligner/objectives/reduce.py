@@ -10,7 +10,21 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-__all__ = ["Moments", "SumOverRanks", "kl_abs", "kl_k1", "kl_k2", "kl_k3", "masked_mean", "whiten"]
+__all__ = [
+    "Moments",
+    "SumOverRanks",
+    "kl_abs",
+    "kl_k1",
+    "kl_k2",
+    "kl_k3",
+    "likelihood_ratio",
+    "masked_mean",
+    "whiten",
+]
+
+# As verl and OpenRLHF hold them: e^20 is beyond every clip, and squares of it are far from the end of float32.
+MAX_LOG_RATIO = 20.0  # nats
+MAX_K3 = 10.0  # nats
 
 SumOverRanks = Callable[[Tensor], Tensor]
 """Adds up a tensor over the data parallel ranks; with one rank, ``lambda x: x``."""
@@ -84,6 +98,17 @@ def whiten(x: Tensor, mask: Tensor, moments: Moments, *, eps: float = 1e-8) -> T
     return torch.where(mask, white, 0).to(x.dtype)
 
 
+def likelihood_ratio(logprobs: Tensor, reference: Tensor) -> Tensor:
+    """``p / q`` from ``log p`` and ``log q``, whose difference is held within +-20: finite for all finite log-probs.
+
+    Beyond the bound the gradient is 0. Two tensors of one shape, float; returns the same.
+
+    >>> likelihood_ratio(torch.tensor([-1.0, 0.0]), torch.tensor([-1.0, -95.0]))
+    tensor([1.0000e+00, 4.8517e+08])
+    """
+    return torch.exp((logprobs - reference).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO))
+
+
 def kl_k1(logprobs: Tensor, reference: Tensor) -> Tensor:
     """``log p - log q`` of tokens that p drew: unbiased for KL(p || q), of either sign.
 
@@ -104,11 +129,11 @@ def kl_k2(logprobs: Tensor, reference: Tensor) -> Tensor:
 
 
 def kl_k3(logprobs: Tensor, reference: Tensor) -> Tensor:
-    """``q / p - 1 - log(q / p)``: never negative, and unbiased for KL(p || q).
+    """``q / p - 1 - log(q / p)``: never negative, and unbiased for KL(p || q) but for its bound of 10 nats a token.
 
     >>> kl_k3(torch.tensor(0.0), torch.tensor(0.5))  # e^0.5 - 1 - 0.5
     tensor(0.1487)
     """
-    towards = reference - logprobs
+    towards = (reference - logprobs).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
     # expm1: for close policies e^x - 1 - x is a difference of nearly equal numbers.
-    return torch.expm1(towards) - towards
+    return (torch.expm1(towards) - towards).clamp(max=MAX_K3)

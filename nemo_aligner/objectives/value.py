@@ -13,8 +13,14 @@ from nemo_aligner.objectives.protocol import Metrics, ModelOutput, Wants
 __all__ = ["ValueLoss", "value_loss"]
 
 
+def _clipped(values: Tensor, old_values: Tensor, clip: float) -> Tensor:
+    # Not V_old + clip(V - V_old), which within the range is V but for rounding.
+    return values.clamp(old_values - clip, old_values + clip)
+
+
 def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, *, clip: float) -> Tensor:
-    """The loss of each token, ``max((V - R)^2, (V_clip - R)^2) / 2`` with ``V_clip = V_old + clip(V - V_old)``.
+    """The loss of each token, ``max((V - R)^2, (V_clip - R)^2) / 2`` with V_clip = V held within
+    ``V_old +- clip``.
 
     Value clipping of Engstrom 2020 (arXiv 2005.12729), who print the smaller of the two squares. The
     larger one, as in OpenAI's baselines, is what clips: a value out of its range on the return's side gets no
@@ -27,8 +33,7 @@ def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, *, clip: flo
     """
     error = (values - returns).square()
     if clip:
-        near = old_values + (values - old_values).clamp(-clip, clip)
-        error = torch.maximum(error, (near - returns).square())
+        error = torch.maximum(error, (_clipped(values, old_values, clip) - returns).square())
     return 0.5 * error
 
 
@@ -47,7 +52,10 @@ class ValueLoss:
         """None: no log-probs are asked for."""
 
     def __call__(self, output: ModelOutput, batch: TokenBatch) -> tuple[Tensor, Metrics]:
-        """The summed loss, and per answer token "values", "returns" and how often a value was out of its range."""
+        """The summed loss, and per answer token "values", "returns" and "clip_fraction": how often the clip binds.
+
+        It binds where the clipped value's error is the larger one, as TRL, verl and torchtune count it.
+        """
         assert isinstance(batch, ValueBatch) and output.values is not None
         learned, count, clip = batch.learned(), batch.count(self.unit), self.config.loss_clip_val
         # Where nothing is learned anything may stand, NaN too: kept out before arithmetic.
@@ -56,11 +64,12 @@ class ValueLoss:
         returns = torch.where(learned, batch.returns, 0)
         loss = value_loss(values, old, returns, clip=clip).sum()
         with torch.no_grad():
-            beyond = (values - old).abs() > clip if clip else torch.zeros_like(learned)
+            near = _clipped(values, old, clip) if clip else values
+            binds = (near - returns).abs() > (values - returns).abs()
             sums = {
                 "loss": loss.detach(),
                 "values": values.sum(),
                 "returns": returns.sum(),
-                "clip_fraction": beyond.sum(),
+                "clip_fraction": binds.sum(),
             }
         return loss, {name: (total, count) for name, total in sums.items()}

@@ -92,6 +92,57 @@ def test_two_widths_and_a_bound_by_hand(
     assert x.grad.item() == pytest.approx(gradient, rel=1e-12)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(
+    ("config", "log_ratio", "advantage", "loss", "gradient"),
+    [
+        (PolicyConfig(), 95.0, 1.0, -1.2, 0.0),
+        (PolicyConfig(dual_clip=3.0), 95.0, -1.0, 3.0, 0.0),
+        (PolicyConfig(), 95.0, -1.0, math.exp(20), 0.0),  # at the bound, which is held
+        (PolicyConfig(), -95.0, 1.0, -math.exp(-20), 0.0),
+        (PolicyConfig(), -95.0, -1.0, 0.8, 0.0),
+        (PolicyConfig(), 1e30, 1.0, -1.2, 0.0),
+        (PolicyConfig(), 95.0, 0.0, 0.0, 0.0),
+        (PolicyConfig(), 19.0, -1.0, math.exp(19), math.exp(19)),
+    ],
+)
+def test_no_log_ratio_is_too_far(
+    config: PolicyConfig, log_ratio: float, advantage: float, loss: float, gradient: float, dtype: torch.dtype
+):
+    made, _ = batch()
+    mask = torch.zeros_like(made.mask)
+    mask[0, 2] = True
+    old = torch.full(mask.shape, -1.0, dtype=dtype)
+    one = replace(made, mask=mask, logprobs=old, advantages=torch.full(mask.shape, advantage, dtype=dtype))
+    now = (old + log_ratio).requires_grad_()
+    found, metrics = PolicyGradient(config)(ModelOutput(logprobs=now), one)
+    found.backward()
+    assert found.item() == pytest.approx(loss, rel=1e-6)
+    assert now.grad[0, 2].item() == pytest.approx(gradient, rel=1e-6)
+    assert all(torch.isfinite(total) for total, _ in metrics.values())
+    assert 0 <= metrics["approx_kl"][0] <= 10
+
+
+@pytest.mark.parametrize(
+    ("ratio", "advantage", "binds"),
+    [
+        (1.5, 1.0, True),
+        (0.5, -1.0, True),
+        (1.5, -1.0, False),  # out of range, and the plain surrogate counts
+        (0.5, 1.0, False),
+        (1.1, 1.0, False),
+        (1.5, 0.0, False),
+    ],
+)
+def test_clip_fraction_counts_what_the_clip_binds_on(ratio: float, advantage: float, binds: bool):
+    made, _ = batch()
+    mask = torch.zeros_like(made.mask)
+    mask[0, 2] = True
+    one = replace(made, mask=mask, advantages=torch.full(mask.shape, advantage, dtype=torch.float64))
+    _, metrics = PolicyGradient()(ModelOutput(logprobs=made.logprobs + math.log(ratio)), one)
+    assert metrics["clip_fraction"][0] == binds
+
+
 def by_loop(made: Experience, output: ModelOutput, config: PolicyConfig) -> dict[str, float]:
     """Python's floats, one token after another, from the published formulas."""
     low, high = 1 - config.ratio_eps, 1 + (config.ratio_eps_high or config.ratio_eps)
@@ -109,7 +160,7 @@ def by_loop(made: Experience, output: ModelOutput, config: PolicyConfig) -> dict
                 "loss": -gain - bonus,
                 "ppo_ratio": ratio,
                 "ppo_ratio_clamped": clamped,
-                "clip_fraction": float(ratio < low or ratio > high),
+                "clip_fraction": float(clamped * advantage < ratio * advantage),
                 "approx_kl": ratio - 1 - (new - old),
                 "scaled_entropy": bonus,
             }

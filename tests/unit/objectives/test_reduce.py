@@ -8,7 +8,16 @@ import numpy as np
 import pytest
 import torch
 
-from nemo_aligner.objectives.reduce import Moments, kl_abs, kl_k1, kl_k2, kl_k3, masked_mean, whiten
+from nemo_aligner.objectives.reduce import (
+    Moments,
+    kl_abs,
+    kl_k1,
+    kl_k2,
+    kl_k3,
+    likelihood_ratio,
+    masked_mean,
+    whiten,
+)
 
 
 def drawn(seed: int = 0, rows: int = 8) -> tuple[torch.Tensor, torch.Tensor]:
@@ -97,7 +106,8 @@ def test_estimates_by_hand():
 
 def test_their_expectations_over_a_distribution():
     draw = torch.Generator().manual_seed(1)
-    p, q = torch.randn(2, 100, generator=draw, dtype=torch.float64).log_softmax(-1)
+    # So close that no token's k3 comes to its bound.
+    p, q = (0.4 * torch.randn(2, 100, generator=draw, dtype=torch.float64)).log_softmax(-1)
     divergence = torch.distributions.kl_divergence(
         torch.distributions.Categorical(logits=p), torch.distributions.Categorical(logits=q)
     ).item()
@@ -112,3 +122,14 @@ def test_k3_of_close_policies_keeps_its_digits():
     gap = torch.tensor(1e-3)
     assert kl_k3(torch.tensor(0.0), gap).item() == pytest.approx(5.0017e-7, rel=1e-3)
     assert kl_k3(torch.tensor(-3.0), torch.tensor(-3.0)).item() == 0
+
+
+@pytest.mark.parametrize("gap", [95.0, -95.0, 1e30, -1e30, float("inf")])
+def test_ratios_and_k3_are_bounded(gap: float):
+    reference = torch.tensor(-0.5)
+    now = (reference + gap).requires_grad_()
+    ratio, k3 = likelihood_ratio(now, reference), kl_k3(reference, now)
+    assert math.exp(-20) * 0.999 <= ratio.item() <= math.exp(20) * 1.001
+    assert 0 <= k3.item() <= 10
+    (ratio + k3).backward()
+    assert now.grad == 0

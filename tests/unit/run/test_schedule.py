@@ -55,3 +55,38 @@ def test_saves_are_at_their_interval_and_at_the_end():
 
     assert saves(4) == [4, 8, 10]
     assert saves(0) == [10]
+
+
+# (step, max_steps, val_check_interval, save_interval, validation batches) and what NeMo-Aligner's check_progress
+# (nemo_aligner/utils/trainer_utils.py at 15887e58) says of them: whether to validate, to save, whether it is the end.
+PROGRESS = [
+    ((1, 10, 2, 4, 4), (False, False, False)),
+    ((2, 10, 2, 4, 4), (True, False, False)),
+    ((4, 10, 2, 4, 4), (True, True, False)),
+    ((10, 10, 2, 4, 4), (True, True, True)),
+    ((10, 10, 3, 6, 4), (True, True, True)),
+    ((5, 10, 5, 5, 4), (True, True, False)),
+    ((7, 10, 0, 4, 4), (False, False, False)),
+    ((8, 10, 0, 4, 4), (False, True, False)),
+    ((10, 10, 0, 4, 4), (False, True, True)),
+    ((4, 10, 2, 4, 0), (False, True, False)),
+    ((10, 10, 2, 4, 0), (False, True, True)),
+    ((3, 3, 1, 1, 4), (True, True, True)),
+    # Our choice, where it saves nothing: what was trained is saved at the end, whatever save_interval says.
+    ((10, 10, 2, 0, 4), (True, True, True)),
+    # Our choice, where it fails: a save_interval need not be a multiple of val_check_interval.
+    ((3, 10, 2, 3, 4), (False, True, False)),
+]
+
+
+@pytest.mark.parametrize(("settings", "wanted"), PROGRESS)
+def test_progress_is_the_originals(settings: tuple[int, ...], wanted: tuple[bool, bool, bool]):
+    step, max_steps, val_check_interval, save_interval, val_batches = settings
+    made = Plan(
+        steps_per_epoch=10,
+        max_steps=max_steps,
+        save_interval=save_interval,
+        val_check_interval=val_check_interval,
+        val_batches=val_batches,
+    )
+    assert (made.validates_after(step), made.saves_after(step), step == made.max_steps) == wanted
