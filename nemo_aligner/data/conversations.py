@@ -4,7 +4,8 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from nemo_aligner.data.records import shorten, text_field
+from nemo_aligner.data.records import text_field
+from nemo_aligner.data.row_files import keys_of, shorten
 from nemo_aligner.errors import UserError
 
 __all__ = ["Chat", "Turn", "read_chat"]
@@ -97,7 +98,7 @@ def _optional_text(row: Mapping[str, object], key: str) -> str | None:
 def _objects(row: Mapping[str, object], key: str) -> list[Mapping[str, object]]:
     if key not in row:
         raise UserError(
-            f"key {key!r} is missing; the row has {sorted(row)}",
+            f"key {key!r} is missing; the row has {keys_of(row)}",
             cure="give each row 'conversations' or 'messages', or set model.data.chat=False",
         )
     value = row[key]

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Generic, TypeVar
 
 from nemo_aligner.data.records import RecordFile, Records, text_field
+from nemo_aligner.data.row_files import keys_of
 from nemo_aligner.errors import UserError
 
 __all__ = ["Grouped", "Judged", "JudgedPair", "Pair", "open_judged", "open_judged_pairs", "open_pairs"]
@@ -157,7 +158,7 @@ class _PairReader:
             self.alternates = alternates
         if alternates != self.alternates:
             raise UserError(
-                f"the row has {sorted(row)}, unlike the file's first one",
+                f"the row has {keys_of(row)}, unlike the file's first one",
                 cure=f"{_LAYOUTS}; not both in one file",
             )
         if alternates:
@@ -177,7 +178,7 @@ def _alternates(row: Mapping[str, object]) -> bool:
         )
     if "text" in row:
         return True
-    raise UserError(f"the row is no pair and no text; it has {sorted(row)}", cure=_LAYOUTS)
+    raise UserError(f"the row is no pair and no text; it has {keys_of(row)}", cure=_LAYOUTS)
 
 
 def _join_pair(lines: Sequence[tuple[str, ...]]) -> Pair:

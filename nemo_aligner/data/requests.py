@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from nemo_aligner.data.records import RecordFile, text_field
+from nemo_aligner.data.row_files import keys_of
 from nemo_aligner.data.sample import split_bos
 from nemo_aligner.data.tokenizer import Message, Tokenizer
 from nemo_aligner.errors import UserError
@@ -36,7 +37,7 @@ def read_request(row: Mapping[str, object]) -> Request:
             is_chat = key == "messages" or isinstance(row[key], list)
             return Request(prompt=_messages(row, key) if is_chat else text_field(row, key))
     raise UserError(
-        f"the row asks for nothing: it has {sorted(row)}", cure='give it "text", "prompt" or "messages"'
+        f"the row asks for nothing: it has {keys_of(row)}", cure='give it "text", "prompt" or "messages"'
     )
 
 

@@ -2,6 +2,7 @@
 """JSONL reading: what is found, and what is said of bad lines."""
 
 import gzip
+import json
 
 import pytest
 
@@ -9,7 +10,6 @@ from nemo_aligner.data.conversations import Turn, read_chat
 from nemo_aligner.data.records import (
     PromptResponse,
     RecordFile,
-    parse_line,
     read_prompt_response,
 )
 from nemo_aligner.errors import UserError
@@ -62,26 +62,107 @@ def test_bad_lines_name_file_line_and_cure(tmp_path, line, problem):
     assert str(caught.value).splitlines()[-1].startswith("Cure: ")
 
 
-def test_long_bad_lines_are_shortened():
-    with pytest.raises(UserError) as caught:
-        parse_line(b"x" * 10_000)
-    assert len(str(caught.value)) < 300
-
-
-def test_missing_empty_and_compressed_files(tmp_path):
+def test_missing_and_empty_files(tmp_path):
     with pytest.raises(UserError, match="no data file"):
         RecordFile(tmp_path / "absent.jsonl", read)
     with pytest.raises(UserError, match="no data file"):
         RecordFile(tmp_path, read)
-    for content in (b"", b"\n \n"):
+    for content in (b"", b"\n \n", b"[]", b" [\n]\n", b"\xef\xbb\xbf"):
         (tmp_path / "empty.jsonl").write_bytes(content)
         with pytest.raises(UserError, match="has no rows"):
             RecordFile(tmp_path / "empty.jsonl", read)
-    with gzip.open(tmp_path / "rows.jsonl.gz", "wt") as file:
-        file.write(GOOD)
-    with pytest.raises(UserError, match="compressed") as caught:
-        RecordFile(tmp_path / "rows.jsonl.gz", read)
-    assert caught.value.cure == f"gunzip -k {tmp_path / 'rows.jsonl.gz'}"
+
+
+ROWS = [{"input": f"line\u2028{i}\u2029\x85\x0b\x0c", "output": '[{\\",' * i} for i in range(4)]
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("indent", [None, 0, 4])
+@pytest.mark.parametrize("ascii_only", [False, True])
+def test_one_array_and_gzip_hold_the_same_rows(tmp_path, packed, indent, ascii_only):
+    lines = "".join(json.dumps(row, ensure_ascii=ascii_only) + "\n" for row in ROWS)
+    array = "\ufeff\n" + json.dumps(ROWS, ensure_ascii=ascii_only, indent=indent) + "\n"
+    for text in (lines, array):
+        content = text.encode()
+        path = tmp_path / "rows"
+        path.write_bytes(gzip.compress(content) if packed else content)
+        records = RecordFile(path, read)
+        assert [records[i].fields for i in range(len(records))] == ROWS
+
+
+def test_the_line_of_an_arrays_entry_is_named(tmp_path):
+    path = tmp_path / "rows.json"
+    path.write_text('[\n{"input": "a",\n "output": "b"},\n\n {"input": "a"}\n]')
+    with pytest.raises(UserError, match="line 5: key 'output' is missing"):
+        RecordFile(path, read)
+
+
+@pytest.mark.parametrize(
+    ("content", "problem"),
+    [
+        (f"[{GOOD},\n", "line 2: the JSON array that begins the file does not end"),
+        (f'[{GOOD},\n{{"input": "', "line 2: the JSON array that begins the file does not end"),
+        (f"[{GOOD}]\n\n[{GOOD}]", "line 3: something follows the JSON array"),
+        (f"[{GOOD},\n]", "line 2: not JSON"),
+        ("[1]", "line 1: not a JSON object but int"),
+        (f"[{GOOD}, ]", "line 1: not JSON"),
+        (f"[{GOOD}\n{GOOD}]", "line 1: not JSON"),
+    ],
+)
+def test_a_bad_array_names_its_line(tmp_path, content, problem):
+    path = tmp_path / "rows.json"
+    path.write_text(content)
+    with pytest.raises(UserError) as caught:
+        RecordFile(path, read)
+    assert caught.value.problem.startswith(f"{path}, {problem}")
+
+
+@pytest.mark.parametrize(
+    ("content", "problem", "cure"),
+    [
+        (gzip.compress(b"x" * 999)[:-9], "is not a whole gzip file", "again"),
+        (b"\x1f\x8bnot gzip", "is not a whole gzip file", "again"),
+        (b"PAR1\x15\x04", "is a Parquet file", "read_parquet"),
+        (b"\x28\xb5\x2f\xfd123", "is compressed by zstd", "unzstd"),
+    ],
+)
+def test_other_formats_are_named(tmp_path, content, problem, cure):
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=problem) as caught:
+        RecordFile(path, read)
+    assert cure in caught.value.cure
+
+
+def test_any_edit_changes_the_fingerprint(tmp_path):
+    lines = [b'{"input": "%09d"}' % i for i in range(110_000)]
+    content, width = bytearray(b"\n".join(lines)), len(lines[0]) + 1
+    path = tmp_path / "rows.jsonl"
+    prints = set()
+    for row in (None, 0, 55_000, 109_999):
+        if row is not None:
+            content[row * width + 15] ^= 1
+        path.write_bytes(content)
+        prints.add(RecordFile(path, dict).fingerprint)
+    assert len(content) > 2 << 20
+    assert len(prints) == 4
+
+
+@pytest.mark.parametrize("code", [0xD800, 0xD83D, 0xDFFF])
+@pytest.mark.parametrize("raw", [False, True])
+def test_text_that_is_no_text_is_refused_by_key(tmp_path, code, raw):
+    character = chr(code)
+    line = json.dumps({"input": "ok", "output": f"abc{character}d"})
+    path = tmp_path / "rows.jsonl"
+    content = line.encode()
+    if raw:
+        content = content.replace(
+            json.dumps(character)[1:-1].encode(), character.encode("utf-8", "surrogatepass")
+        )
+    path.write_bytes(f"{GOOD}\n".encode() + content)
+    problem = "not UTF-8" if raw else "key 'output' holds half of a surrogate pair, .* at character 4"
+    with pytest.raises(UserError, match=f"line 2: {problem}"):
+        RecordFile(path, read)
 
 
 NEMO = {

@@ -25,7 +25,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TextIO
 
-from nemo_aligner.data.records import parse_line, text_field
+from nemo_aligner.data.records import text_field
+from nemo_aligner.data.row_files import parse_line
 from nemo_aligner.errors import UserError
 from nemo_aligner.launch.cli import run_cli
 

@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from nemo_aligner.data.dolly import dolly_to_prompt_response
-from nemo_aligner.data.records import parse_line
+from nemo_aligner.data.row_files import parse_line
 from nemo_aligner.errors import UserError
 from nemo_aligner.launch.cli import run_cli
 
