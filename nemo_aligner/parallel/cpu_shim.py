@@ -17,6 +17,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from nemo_aligner.parallel import te
+
 __all__ = ["METHODS", "SYMBOLS", "import_megatron", "install"]
 
 CPU = torch.device("cpu")
@@ -232,12 +234,16 @@ def _megatron_modules() -> Iterator[types.ModuleType]:
 
 
 def import_megatron() -> None:
-    """Import megatron-core, where there is no CUDA without what it only might need; called before anything else does.
+    """Import megatron-core without what it only might need; called before anything else does.
 
-    At import Megatron has torch.compile wrap functions that nothing here calls, and its inference engine imports
-    wandb: together they cost every rank 1.5 seconds and 90 MB.
+    Transformer Engine that cannot be used is kept from it. Where there is no CUDA, it also goes without having
+    torch.compile wrap functions that nothing here calls, and without wandb, which its inference engine imports:
+    together they cost every rank 1.5 seconds and 90 MB.
     """
-    if torch.cuda.is_available() or "megatron.core" in sys.modules:
+    if "megatron.core" in sys.modules:
+        return
+    te.usable()
+    if torch.cuda.is_available():
         return
     compiler, torch.compile = torch.compile, lambda function: function
     hides_wandb = sys.modules.setdefault("wandb", None) is None  # type: ignore[arg-type]

@@ -47,6 +47,8 @@ class TECoreAttention(SDPACoreAttention):
         """[S, B, H, D] query, [S, B, G, D] key and value to [S, B, H * D]."""
         rows = packed_seq_params or RowParams()
         assert attention_mask is None and attention_bias is None, "the rows say what is visible"
+        if rows.rotation is not None:
+            query, key = (rows.rotation.turn_positions_first(x) for x in (query, key))
         if rows.boundaries is None:
             return self.fused(query, key, value, None, AttnMaskType.causal)
         del attn_mask_type

@@ -31,7 +31,7 @@ class _Linear:
     """x @ weight.T + bias, on a CPU with a copy of the weight in the order in which oneDNN reads it for few rows."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None, *, rows: int) -> None:
-        self.weight, self.bias = weight.detach(), None if bias is None else bias.detach()
+        self.weight, self.bias = weight.detach(), _bias(bias)
         self.rows = rows
         packs = rows > 1 and weight.numel() > 0 and weight.dtype in PACKED_DTYPES
         self.packed = None
@@ -47,13 +47,18 @@ class _Linear:
         return out if self.bias is None else out.add_(self.bias)
 
 
+def _bias(bias: Tensor | None) -> Tensor | None:
+    """Transformer Engine's layers without a bias have an empty one."""
+    return None if bias is None or not bias.numel() else bias.detach()
+
+
 class _RowLinear:
     """A linear layer whose input is cut over tensor parallel ranks: their parts are summed, then the bias is added."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None, *, rows: int) -> None:
         shared = world.tp_size() > 1
         self.linear = _Linear(weight, None if shared else bias, rows=rows)
-        self.bias = bias.detach() if shared and bias is not None else None
+        self.bias = _bias(bias) if shared else None
 
     def __call__(self, x: Tensor) -> Tensor:
         out = collectives.sum_over_tensor_parallel(self.linear(x))

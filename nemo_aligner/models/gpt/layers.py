@@ -254,6 +254,10 @@ class Rotation:
         """[B, heads, S, D] -> the same, contiguous: RoPE on the first ``size`` numbers (Su et al. 2021)."""
         return _Turned.apply(x, self.cos, self.sin)
 
+    def turn_positions_first(self, x: Tensor) -> Tensor:
+        """[S, B, heads, D] -> the same, as :meth:`turn`."""
+        return _Turned.apply(x, self.cos.permute(2, 0, 1, 3), self.sin.permute(2, 0, 1, 3))
+
 
 class _Turned(torch.autograd.Function):
     """(x1, x2) -> (x1 cos - x2 sin, x2 cos + x1 sin); its gradient is turned back. Keeps nothing of x."""

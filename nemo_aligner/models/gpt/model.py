@@ -20,9 +20,9 @@ from nemo_aligner.models.gpt.config import GPTConfig
 from nemo_aligner.models.gpt.heads import HeadConfig, ScalarHead
 from nemo_aligner.models.gpt.layers import InputEmbedding, Rotation, RowRotary, may_be_added
 from nemo_aligner.models.gpt.recompute import Recompute
-from nemo_aligner.models.gpt.spec import have_transformer_engine, layer_spec
+from nemo_aligner.models.gpt.spec import layer_spec
 from nemo_aligner.models.gpt.transformer import transformer_config
-from nemo_aligner.parallel import cpu_shim, world
+from nemo_aligner.parallel import cpu_shim, te, world
 from nemo_aligner.parallel.ranks import Layout
 from nemo_aligner.parallel.vocab import HeadOutput, HeadRequest, head_outputs
 
@@ -149,7 +149,7 @@ class GPT(GPTModel):
             self.embedding(input_ids=input_ids, position_ids=position_ids) if self.pre_process else None
         )
         rope = self.rotary_pos_emb(position_ids) if self.position_embedding_type == "rope" else None
-        if rope is not None and packed_seq_params is not None and not have_transformer_engine():
+        if rope is not None and packed_seq_params is not None:
             # Ours, once for all layers; Megatron takes the cosines anew in each.
             packed_seq_params.rotation, rope = Rotation.of(rope, self.config.params_dtype), None
         return embedded, rope, None, None, None, padding_mask
@@ -216,11 +216,7 @@ def build_gpt(
     config.attention_backend = ATTENTION_BACKENDS[use_flash_attention]
     cpu_shim.install()
     if world.is_logging_rank():
-        kernels = (
-            f"Transformer Engine, {config.attention_backend.name}"
-            if have_transformer_engine()
-            else "torch SDPA"
-        )
+        kernels = f"Transformer Engine, {config.attention_backend.name}" if te.usable() else "torch SDPA"
         logger.info("attention: %s", kernels)
     spec = layer_spec(config)
     if layout.virtual_pipeline == 1:

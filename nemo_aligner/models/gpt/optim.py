@@ -108,6 +108,9 @@ def apply_settings(optim: OptimConfig, optimizer: MegatronOptimizer) -> None:
         # Megatron leaves it to its own scheduler to apply wd_mult, which is 0 for biases and norms.
         group["weight_decay"] = optim.weight_decay * group["wd_mult"]
         group["betas"], group["eps"] = optim.betas, optim.eps
+        # A state saved with another AdamW (torch's kernel, Transformer Engine's) lacks what this one reads besides.
+        for name, value in inner_optimizer(optimizer).defaults.items():
+            group.setdefault(name, value)
 
 
 def inner_optimizer(optimizer: MegatronOptimizer) -> torch.optim.Optimizer:

@@ -1,9 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the layers are made of: Transformer Engine's modules where it is usable, else Megatron's with our norm."""
 
-import functools
-import importlib
-import logging
 from dataclasses import replace
 from typing import Any
 
@@ -19,30 +16,14 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from nemo_aligner.models.gpt.attention import SDPACoreAttention
 from nemo_aligner.models.gpt.layer import Layer
 from nemo_aligner.models.gpt.layers import ColumnLinear, GatedActivation, Norm, RowLinear
-from nemo_aligner.parallel import world
+from nemo_aligner.parallel import te
 
-__all__ = ["have_transformer_engine", "layer_spec"]
-
-logger = logging.getLogger(__name__)
-
-
-@functools.cache
-def have_transformer_engine() -> bool:
-    """Whether Transformer Engine is installed and there is a GPU for it."""
-    if world.device().type != "cuda":
-        return False
-    try:
-        importlib.import_module("transformer_engine.pytorch")
-    except (ImportError, RuntimeError, OSError) as error:
-        # Its empty meta package raises RuntimeError, a build for another CUDA raises OSError.
-        logger.info("Transformer Engine is not usable (%s): torch's kernels are used", error)
-        return False
-    return True
+__all__ = ["layer_spec"]
 
 
 def layer_spec(config: TransformerConfig) -> TransformerBlockSubmodules:
     """The layers of this pipeline stage, and the norm after the last one."""
-    layer, norm = _te_layer(config) if have_transformer_engine() else _local_layer(config)
+    layer, norm = _te_layer(config) if te.usable() else _local_layer(config)
     # Has Megatron call the layer's activation_func on all of fc1's output. Set here, as its own check of the setting
     # admits Transformer Engine's functions only.
     config.use_te_activation_func = config.gated_linear_unit
