@@ -22,7 +22,9 @@ class PPOConfig(LoopConfig, CreditConfig):
     save_interval: int | float = 10  # steps between checkpoints; a float is a share of an epoch
     num_ppo_epochs: int = 1  # passes over each rollout
     critic_warmup_steps: int = 0  # rollouts that only the critic learns from, before the first step
-    rollout_batch_seq_length: int | None = None  # tokens that rollouts are padded to; null: their longest
+    rollout_batch_seq_length: int | None = (
+        None  # tokens that rollouts are padded to at least; null: their longest
+    )
 
     def check(self, block: str) -> None:
         """Refuse what would be no run; ``block`` is where these settings stand."""

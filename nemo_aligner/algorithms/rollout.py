@@ -5,6 +5,7 @@ learned of it does not depend on how it was written; only the work is dealt out.
 Shapes: N answers of all ranks, S positions.
 """
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
@@ -14,12 +15,13 @@ from torch import Tensor
 
 from nemo_aligner.algorithms.ppo_config import RolloutConfig
 from nemo_aligner.batch import Prompt, Rollout, TokenBatch, concatenated
-from nemo_aligner.errors import UserError
 from nemo_aligner.models.alignable_interface import AlignableGenerativeInterface
 from nemo_aligner.models.sampling_config import SamplingConfig
 from nemo_aligner.parallel import collectives, world
 
 __all__ = ["Prompts", "Rollouts", "collect", "cut", "deal", "lengths_of", "per_token"]
+
+logger = logging.getLogger(__name__)
 
 B = TypeVar("B", bound=TokenBatch)
 
@@ -104,22 +106,19 @@ def collect(
         prompts: this data parallel rank's.
         draw: with it the answers' random numbers change.
         slots: answers that a rank writes at once.
-        seq_length: S; None: the longest row's.
-
-    Raises:
-        UserError: a row is longer than ``seq_length``.
+        seq_length: the least S; None: the longest row's.
     """
     mine = policy.generate(prompts, sampling, step=draw, slots=slots)
     with world.phase("gathering answers"):
         rollout = concatenated(collectives.over_data_parallel(mine))
     longest = int(rollout.lengths.max())
-    if seq_length is not None and longest > seq_length:
-        raise UserError(
-            f"trainer.ppo.rollout_batch_seq_length={seq_length} is less than the {longest} tokens of a prompt and its "
-            "answer",
-            cure=f"set trainer.ppo.rollout_batch_seq_length={longest} or more, or null",
+    if seq_length is not None and longest > seq_length and world.is_logging_rank():
+        logger.warning(
+            "a prompt and its answer have %d tokens, more than trainer.ppo.rollout_batch_seq_length=%d: "
+            "the rollout is padded to %d",
+            *(longest, seq_length, longest),
         )
-    return rollout.with_length(seq_length or longest)
+    return rollout.with_length(max(seq_length or 0, longest))
 
 
 def per_token(

@@ -63,8 +63,6 @@ def _longest(job: ActorJob, pretrained: Pretrained[GPTPolicy]) -> int:
     limits = {
         "model.encoder_seq_length": gpt.encoder_seq_length,
         "remote_critic_rm.pad_to_length": padded or gpt.encoder_seq_length,
-        "trainer.ppo.rollout_batch_seq_length": job.trainer.ppo.rollout_batch_seq_length
-        or gpt.encoder_seq_length,
     }
     setting, asked = min(limits.items(), key=lambda item: item[1])
     return longest_sequence(setting, asked, gpt, job.model.length_multiple)

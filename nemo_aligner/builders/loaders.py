@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """From the data settings to batches, and what is to be learned of them."""
 
+import functools
 import logging
 from dataclasses import replace
 from typing import Any
@@ -85,7 +86,20 @@ def longest_sequence(setting: str, asked: int, gpt: GPTConfig, multiple: int) ->
             f"{gpt.encoder_seq_length}) are longer than the model's {gpt.max_position_embeddings} learned positions",
             cure=f"set model.encoder_seq_length={gpt.max_position_embeddings}",
         )
+    if longest > gpt.max_position_embeddings and world.is_logging_rank():
+        _warn_of_positions(longest, setting, asked, gpt.max_position_embeddings)
     return longest // multiple * multiple
+
+
+@functools.cache
+def _warn_of_positions(longest: int, setting: str, asked: int, positions: int) -> None:
+    """Once, however many datasets there are."""
+    logger.warning(
+        "sequences may have %d tokens (%s=%d), and the model was made for %d positions (max_position_embeddings): "
+        "further ones are new to it; set model.encoder_seq_length=%d, or stretch the model by "
+        "++model.max_position_embeddings and ++model.rope_scaling",
+        *(longest, setting, asked, positions, positions),
+    )
 
 
 def _loader(

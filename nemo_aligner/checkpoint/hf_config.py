@@ -36,6 +36,8 @@ _COMPUTATION = {
     "rotary_percentage": 1.0,
     "bias": True,
     "qkv_bias": False,
+    "attention_bias": False,
+    "mlp_bias": False,
     "qk_layernorm": False,
     "window_size": None,
 }
@@ -43,7 +45,15 @@ _NEMO_DEFAULTS = _COMPUTATION | {"share_embeddings_and_output_weights": True}
 _NEMO_ROPE_KEYS = ("scale_positional_embedding", "seq_len_interpolation_factor")
 _ROPE_KEYS = ("rope_parameters", "rope_theta", "rope_scaling", "partial_rotary_factor")
 _WINDOW_KEYS = ("use_sliding_window", "layer_types")
-_LLAMA3_ROPE_KEYS = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+# By rope_type: what config.json must say of it, and what it may say.
+_ROPE_SCALING_KEYS = {
+    "linear": (("factor",), ()),
+    "llama3": (("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"), ()),
+    "yarn": (
+        ("factor", "original_max_position_embeddings"),
+        ("beta_fast", "beta_slow", "attention_factor", "mscale", "mscale_all_dim", "truncate"),
+    ),
+}
 
 
 def family_of(hf_config: dict[str, Any], where: str) -> Family:
@@ -87,7 +97,7 @@ def to_nemo_config(family: Family, hf_config: dict[str, Any], where: str) -> dic
     config["kv_channels"] = config["kv_channels"] or config["hidden_size"] // heads
     config["encoder_seq_length"] = config["max_position_embeddings"]
     config.setdefault("window_size", _read_window(hf_config, where) if family.window_by_layer else None)
-    config["bias"] = _read_biases(family, hf_config, where)
+    config |= _read_biases(family, hf_config)
     config |= _read_rope(family, hf_config, where)
     return config | _read_rewards(hf_config) if family.rewards else config
 
@@ -124,19 +134,18 @@ def _read_window(hf_config: dict[str, Any], where: str) -> int | None:
     return window if "sliding_attention" in kinds else None
 
 
-def _read_biases(family: Family, hf_config: dict[str, Any], where: str) -> bool:
-    values = {key: bool(hf_config.get(key, False)) for key in family.bias_keys}
-    if len(set(values.values())) > 1:
-        raise UserError(
-            f"{where}: biases in some layers only are not supported: {values}",
-            cure="use a model where they are all true or all false",
-        )
-    return any(values.values())
+def _read_biases(family: Family, hf_config: dict[str, Any]) -> dict[str, Any]:
+    """Both of config.json's keys are NeMo's ``bias``; one of them alone has a key of the same name."""
+    on = [key for key in family.bias_keys if hf_config.get(key, False)]
+    return {"bias": True} if len(on) == 2 else {"bias": False, **dict.fromkeys(on, True)}
 
 
 def _read_rope(family: Family, hf_config: dict[str, Any], where: str) -> dict[str, Any]:
-    """NeMo's keys of rotary positions; newer files keep all under rope_parameters, older ones in three keys."""
-    rope = hf_config.get("rope_parameters") or hf_config.get("rope_scaling") or {}
+    """NeMo's keys of rotary positions; newer files keep all under rope_parameters, older ones in three keys.
+
+    Where a file has both, transformers takes the older one.
+    """
+    rope = hf_config.get("rope_scaling") or hf_config.get("rope_parameters") or {}
     share = rope.get("partial_rotary_factor", hf_config.get("partial_rotary_factor", family.rotary_share))
     if family.rotary_share is None and share not in (None, 1.0):
         raise UserError(
@@ -146,26 +155,31 @@ def _read_rope(family: Family, hf_config: dict[str, Any], where: str) -> dict[st
     return {
         "rotary_base": float(rope.get("rope_theta", hf_config.get("rope_theta") or 10000.0)),
         "rotary_percentage": 1.0 if share is None else share,
-        "rope_scaling": _read_rope_scaling(rope, where),
+        "rope_scaling": _read_rope_scaling(rope, hf_config, where),
     }
 
 
-def _read_rope_scaling(rope: dict[str, Any], where: str) -> dict[str, Any] | None:
-    match rope.get("rope_type", rope.get("type", "default")):
-        case "default":
-            return None
-        case "linear" | "llama3" as kind:
-            needed = _LLAMA3_ROPE_KEYS if kind == "llama3" else ("factor",)
-            if missing := [key for key in needed if key not in rope]:
-                raise UserError(
-                    f"{where}: rope scaling of type {kind} lacks {missing}", cure="correct config.json"
-                )
-            return {"rope_type": kind} | {key: rope[key] for key in needed}
-        case other:
-            raise UserError(
-                f"{where}: rope scaling of type {other} is not supported",
-                cure="use a model with default, linear or llama3",
-            )
+def _read_rope_scaling(rope: dict[str, Any], hf_config: dict[str, Any], where: str) -> dict[str, Any] | None:
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind == "default":
+        return None
+    if kind not in _ROPE_SCALING_KEYS:
+        raise UserError(
+            f"{where}: rope scaling of type {kind} is not supported",
+            cure=f"use a model with default, {', '.join(_ROPE_SCALING_KEYS)}",
+        )
+    needed, optional = _ROPE_SCALING_KEYS[kind]
+    given = {key: rope[key] for key in (*needed, *optional) if rope.get(key) is not None}
+    if kind != "linear":
+        # As transformers: config.json's own key first, then the block's, then the positions that the model has.
+        positions = given.get("original_max_position_embeddings", hf_config.get("max_position_embeddings"))
+        original = hf_config.get("original_max_position_embeddings", positions)
+        given["original_max_position_embeddings"] = original
+        if kind == "yarn" and "factor" in rope and "factor" not in given:
+            given["factor"] = hf_config["max_position_embeddings"] / original
+    if missing := [key for key in needed if given.get(key) is None]:
+        raise UserError(f"{where}: rope scaling of type {kind} lacks {missing}", cure="correct config.json")
+    return {"rope_type": kind, **given}
 
 
 def extras(family: Family, hf_config: dict[str, Any]) -> dict[str, Any]:
@@ -183,7 +197,7 @@ def to_hf_config(family: Family, config: dict[str, Any]) -> dict[str, Any]:
     hf_config |= {
         key.hf: value for key in family.keys if (value := _value_for_export(key, config)) is not DERIVED
     }
-    hf_config |= dict.fromkeys(family.bias_keys, bool(config["bias"]))
+    hf_config |= {key: bool(config["bias"] or config[key]) for key in family.bias_keys}
     if family.window_by_layer:
         window = config["window_size"]
         hf_config["use_sliding_window"] = window is not None
@@ -255,7 +269,7 @@ def _obstacles(family: Family, config: dict[str, Any]) -> list[str]:
     """What of the computation ``family`` cannot express."""
     # A bias on every layer is one on query, key and value too.
     found = {name: config[name] for name in _COMPUTATION} | {
-        "qkv_bias": config["qkv_bias"] and not config["bias"]
+        "qkv_bias": config["qkv_bias"] and not (config["bias"] or config["attention_bias"])
     }
     fixed = _COMPUTATION | {"bias": False, "qkv_bias": False} | family.nemo
     if family.rewards:

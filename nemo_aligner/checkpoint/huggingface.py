@@ -28,7 +28,12 @@ from nemo_aligner.checkpoint.hf_config import (
 from nemo_aligner.checkpoint.mappings.table import Copy, Dims, Family, Rule, Shape
 from nemo_aligner.checkpoint.nemo_archive import replace_folder
 from nemo_aligner.checkpoint.progress import Progress
-from nemo_aligner.checkpoint.tensor_files import HuggingFaceTensors, TensorSource, write_safetensors
+from nemo_aligner.checkpoint.tensor_files import (
+    HuggingFaceTensors,
+    TensorSource,
+    shortened,
+    write_safetensors,
+)
 from nemo_aligner.checkpoint.tokenizer_files import TOKENIZER_FOLDER, describe_tokenizer, find_tokenizer_files
 from nemo_aligner.checkpoint.weights import WeightReader, precision_of
 from nemo_aligner.errors import UserError
@@ -212,7 +217,7 @@ def _check_tensors(
     expected = {name: shape for entry in entries for name, shape in entry.sources.items()}
     if missing := expected.keys() - tensors.shapes.keys():
         raise UserError(
-            f"{where}: tensors are missing: {_list(missing)}", cure="download the folder again, whole"
+            f"{where}: tensors are missing: {shortened(missing)}", cure="download the folder again, whole"
         )
     ignored = {name for name in tensors.shapes if name.endswith("rotary_emb.inv_freq")}
     if tied and isinstance(family.head, Copy) and family.head.hf in tensors.shapes:
@@ -225,7 +230,7 @@ def _check_tensors(
         ignored.add(family.head.hf)
     if extra := tensors.shapes.keys() - expected.keys() - ignored:
         raise UserError(
-            f"{where}: tensors that a {family.architecture} does not have: {_list(extra)}",
+            f"{where}: tensors that a {family.architecture} does not have: {shortened(extra)}",
             cure="correct config.json (biases, number of layers), or use the plain model without adapters",
         )
     for name, shape in expected.items():
@@ -258,7 +263,7 @@ def _check_reader(entries: list[_Entry], reader: WeightReader) -> None:
     names = set(reader.names())
     cure = "export a checkpoint that matches its model_config.yaml"
     if missing := expected.keys() - names:
-        raise UserError(f"the checkpoint lacks tensors: {_list(missing)}", cure=cure)
+        raise UserError(f"the checkpoint lacks tensors: {shortened(missing)}", cure=cure)
     if _HEAD_BIAS in names and _HEAD_WEIGHT in expected:
         names.remove(_HEAD_BIAS)
         if reader.read(_HEAD_BIAS).any():
@@ -267,7 +272,7 @@ def _check_reader(entries: list[_Entry], reader: WeightReader) -> None:
                 cure="train with pairs, which leave the bias at 0, or serve the .nemo",
             )
     if extra := names - expected.keys():
-        raise UserError(f"the checkpoint has tensors that cannot be exported: {_list(extra)}", cure=cure)
+        raise UserError(f"the checkpoint has tensors that cannot be exported: {shortened(extra)}", cure=cure)
     for entry in entries:
         found, shape = reader.shape(entry.nemo), entry.shape
         is_vocabulary = isinstance(entry.rule, Copy) and entry.rule.axes[0] == "vocab"
@@ -324,8 +329,3 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:
     path.write_text(json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False) + "\n")
-
-
-def _list(names: set[str]) -> str:
-    shown = sorted(names)[:5]
-    return ", ".join(shown) + (f" and {len(names) - len(shown)} more" if len(names) > len(shown) else "")

@@ -6,9 +6,10 @@ no model.
 """
 
 import json
+import logging
 import pickle
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Protocol
 
@@ -19,9 +20,11 @@ from torch import Tensor
 
 from nemo_aligner.errors import UserError
 
-__all__ = ["HuggingFaceTensors", "Plan", "TensorSource", "load_pickled", "write_safetensors"]
+__all__ = ["HuggingFaceTensors", "Plan", "TensorSource", "load_pickled", "shortened", "write_safetensors"]
 
 _GET_AGAIN = "download the folder again, whole"
+
+_log = logging.getLogger(__name__)
 
 Plan = dict[str, int]  # tensor name to its bytes, in the order of writing
 
@@ -50,10 +53,23 @@ class HuggingFaceTensors:
         self._pickled: tuple[Path, dict[str, Tensor]] | None = None
         self._file_of: dict[str, Path] = {}
         self._shapes: dict[str, tuple[int, ...]] = {}
-        for file in _weight_files(folder):
-            for name, shape in self._shapes_in(file).items():
-                self._file_of[name] = file
-                self._shapes[name] = shape
+        files, place = _weight_files(folder)
+        for file in files:
+            found = self._shapes_in(file)
+            mine = (
+                found if place is None else {name: found[name] for name in found if place.get(name) == file}
+            )
+            self._file_of |= dict.fromkeys(mine, file)
+            self._shapes |= mine
+            if ignored := found.keys() - mine.keys():
+                _log.warning(
+                    "%s holds tensors that the index does not look for there, and that are not read: %s",
+                    *(file, shortened(ignored)),
+                )
+        if place is not None and (lost := sorted(place.keys() - self._shapes.keys())):
+            raise UserError(
+                f"{place[lost[0]]} lacks tensors that its index names: {shortened(lost)}", cure=_GET_AGAIN
+            )
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -141,26 +157,37 @@ def _split(plan: Plan, max_shard_bytes: int) -> list[list[str]]:
     return shards
 
 
-def _weight_files(folder: Path) -> list[Path]:
-    """The weight files, of one form; safetensors are preferred, as in transformers."""
+def _weight_files(folder: Path) -> tuple[list[Path], dict[str, Path] | None]:
+    """The weight files, of one form, and where an index says which has which tensor; safetensors are preferred, as in
+    transformers.
+    """
     for stem, suffix in (("model", ".safetensors"), ("pytorch_model", ".bin")):
         if (folder / f"{stem}{suffix}").is_file():
-            return [folder / f"{stem}{suffix}"]
+            return [folder / f"{stem}{suffix}"], None
         index = folder / f"{stem}{suffix}.index.json"
         if index.is_file():
-            return _indexed_files(index)
+            place = _indexed_files(index)
+            return sorted(set(place.values())), place
     raise UserError(
         f"{folder} holds no weights: no model.safetensors, no pytorch_model.bin, and no index of either",
         cure="give a folder that transformers' save_pretrained wrote, or that was downloaded whole",
     )
 
 
-def _indexed_files(index: Path) -> list[Path]:
+def _indexed_files(index: Path) -> dict[str, Path]:
+    """Tensor name to file."""
     try:
-        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        place: dict[str, str] = dict(json.loads(index.read_text())["weight_map"])
+        names = sorted(set(place.values()))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{index} is not a weight index: {error}", cure=_GET_AGAIN) from error
     for name in names:
         if Path(name).name != name or not (index.parent / name).is_file():
             raise UserError(f"{index} names {name}, which is not in {index.parent}", cure=_GET_AGAIN)
-    return [index.parent / name for name in names]
+    return {tensor: index.parent / name for tensor, name in place.items()}
+
+
+def shortened(names: Iterable[str]) -> str:
+    """The first five names, and how many more there are."""
+    names = sorted(names)
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")

@@ -46,7 +46,7 @@ ATTENTION = (
         "decoder.layers.{i}.self_attention.linear_proj",
         "model.layers.{i}.self_attn.o_proj",
         ("hidden", "query"),
-        biased_by=("bias",),
+        biased_by=("bias", "attention_bias"),
     ),
 )
 
@@ -54,7 +54,7 @@ MLP_OUTPUT = Copy(
     "decoder.layers.{i}.mlp.linear_fc2",
     "model.layers.{i}.mlp.down_proj",
     ("hidden", "ffn"),
-    biased_by=("bias",),
+    biased_by=("bias", "mlp_bias"),
 )
 
 LAYER = (

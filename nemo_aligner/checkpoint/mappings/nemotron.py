@@ -38,7 +38,7 @@ NEMOTRON = Family(
             "decoder.layers.{i}.mlp.linear_fc1",
             "model.layers.{i}.mlp.up_proj",
             ("ffn", "hidden"),
-            biased_by=("bias",),
+            biased_by=("bias", "mlp_bias"),
         ),
         MLP_OUTPUT,
     ),

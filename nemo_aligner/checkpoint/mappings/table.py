@@ -110,7 +110,7 @@ class QKV:
     q: str
     k: str
     v: str
-    biased_by: tuple[str, ...] = ("bias", "qkv_bias")
+    biased_by: tuple[str, ...] = ("bias", "attention_bias", "qkv_bias")
 
     def sources(self, dims: Dims) -> dict[str, Shape]:
         """See Rule."""
@@ -140,7 +140,7 @@ class GatedMLP:
     nemo: str
     gate: str
     up: str
-    biased_by: tuple[str, ...] = ("bias",)
+    biased_by: tuple[str, ...] = ("bias", "mlp_bias")
 
     def sources(self, dims: Dims) -> dict[str, Shape]:
         """See Rule."""
@@ -183,7 +183,7 @@ class Family:
         keys: what config.json and model_config.yaml both say.
         must_be: config.json's keys that change the computation, with the one value that is supported; None
             stands for their absence.
-        bias_keys: config.json's keys that switch biases on; all or none of them.
+        bias_keys: which of config.json's attention_bias and mlp_bias switch biases on.
         rotary_share: the rotated share of each head where config.json has no partial_rotary_factor; None
             where the whole head is rotated in every model of the family.
         window_by_layer: whether config.json says of each layer if it has the sliding window.
@@ -218,7 +218,8 @@ class Family:
     def free(self) -> set[str]:
         """The keys of model_config.yaml that config.json can express any value of."""
         optional = {
-            "bias": bool(self.bias_keys),
+            "bias": len(self.bias_keys) == 2,
+            **dict.fromkeys(self.bias_keys, True),
             "rotary_percentage": self.rotary_share is not None,
             "window_size": self.window_by_layer,
         }

@@ -7,16 +7,12 @@ checked before either is loaded.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import Any, Literal, get_args
 
 from nemo_aligner.errors import UserError
 from nemo_aligner.parallel.ranks import Layout
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 __all__ = [
     "ARCHITECTURE_KEYS",
@@ -35,6 +31,7 @@ Activation = Literal[
     "fast-swiglu", "swiglu", "fast-geglu", "geglu", "fast-reglu", "reglu", "squared-relu", "gelu"
 ]
 PositionEmbedding = Literal["rope", "learned_absolute"]
+RopeType = Literal["linear", "llama3", "yarn"]
 
 
 # Keys of NeMo's that change the computation, with the values that are supported.
@@ -71,19 +68,23 @@ def precision_name(precision: str | int) -> Precision:
 class RopeScaling:
     """How rotary frequencies are stretched beyond the original context; Hugging Face's names."""
 
-    rope_type: Literal["llama3", "linear"]
+    rope_type: RopeType
     factor: float
-    low_freq_factor: float = 1.0
-    high_freq_factor: float = 4.0
+    low_freq_factor: float = (
+        1.0  # llama3: turns within the original context from which on frequencies are kept
+    )
+    high_freq_factor: float = 4.0  # llama3: turns up to which they are divided
     original_max_position_embeddings: int = 8192
-
-    def apply(self, inv_freq: Tensor) -> Tensor:
-        """[D/2] float -> [D/2]: slow frequencies divided by the factor, fast ones kept, between them a ramp."""
-        if self.rope_type == "linear":
-            return inv_freq / self.factor
-        turns = self.original_max_position_embeddings * inv_freq / (2 * math.pi)
-        keep = ((turns - self.low_freq_factor) / (self.high_freq_factor - self.low_freq_factor)).clamp(0, 1)
-        return inv_freq * keep + inv_freq / self.factor * (1 - keep)
+    beta_fast: float = 32.0  # yarn: turns within the original context from which on frequencies are kept
+    beta_slow: float = 1.0  # yarn: turns up to which they are divided
+    attention_factor: float | None = (
+        None  # yarn: multiplies cosines and sines; null: follows from what stands here
+    )
+    mscale: float | None = (
+        None  # yarn, as DeepSeek's: weights of the two factors that attention_factor is made of
+    )
+    mscale_all_dim: float | None = None
+    truncate: bool = True  # yarn: the ramp begins and ends at whole numbers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,6 +106,8 @@ class GPTConfig:
     activation: Activation = "gelu"
     bias: bool = True  # on every linear layer
     qkv_bias: bool = False  # on query, key and value where ``bias`` is off
+    attention_bias: bool = False  # on attention's four where ``bias`` is off
+    mlp_bias: bool = False  # on the MLP's where ``bias`` is off
     qk_layernorm: bool = False  # a norm on each query and key head
     openai_gelu: bool = False  # gelu by its tanh approximation
     bias_activation_fusion: bool = True  # NeMo's fused kernels approximate gelu so too; others are exact
@@ -192,6 +195,13 @@ class GPTConfig:
     def gated(self) -> bool:
         """Whether the MLP multiplies its activation by a second projection."""
         return self.activation.endswith("glu")
+
+    @property
+    def biased(self) -> dict[str, bool]:
+        """Megatron's linear layers of a transformer layer, and whether each has a bias."""
+        attention, mlp = self.bias or self.attention_bias, self.bias or self.mlp_bias
+        qkv = attention or self.qkv_bias
+        return {"linear_qkv": qkv, "linear_proj": attention, "linear_fc1": mlp, "linear_fc2": mlp}
 
     @property
     def tanh_gelu(self) -> bool:
@@ -284,10 +294,15 @@ def _rope_scaling(config: Mapping[str, Any]) -> dict[str, Any] | None:
         )
     scaling = config.get("rope_scaling")
     if scaling:
-        if scaling.get("rope_type") not in ("llama3", "linear"):
+        if scaling.get("rope_type") not in get_args(RopeType):
             raise UserError(
                 f"rope_scaling.rope_type={scaling.get('rope_type')!r} in model_config.yaml is not supported",
-                cure="known values: llama3, linear",
+                cure=f"known values: {', '.join(get_args(RopeType))}",
+            )
+        if not isinstance(factor := scaling.get("factor"), int | float) or factor <= 0:
+            raise UserError(
+                f"rope_scaling.factor={factor!r} in model_config.yaml is no number above 0",
+                cure="set it to how many times the original context is stretched",
             )
         return {k: v for k, v in scaling.items() if k in RopeScaling.__dataclass_fields__}
     if config.get("scale_positional_embedding"):

@@ -148,10 +148,11 @@ class _Angles:
     def of(cls, model: GPT, positions: Tensor) -> "_Angles | None":
         if model.gpt_config.position_embedding_type != "rope":
             return None
-        angles, dtype = model.rotary_pos_emb(positions[:, None])[0, :, :, None], model.config.params_dtype
-        sin = angles.sin()
+        rotary, dtype = model.rotary_pos_emb, model.config.params_dtype
+        angles = rotary(positions[:, None])[0, :, :, None]
+        cos, sin = angles.cos().mul_(rotary.scale), angles.sin().mul_(rotary.scale)
         sin[..., : sin.shape[-1] // 2].neg_()
-        return cls(angles.cos().to(dtype), sin.to(dtype))
+        return cls(cos.to(dtype), sin.to(dtype))
 
     def turn_(self, x: Tensor) -> None:
         """[N, G, heads, D] in place: x cos + (second half negated, first half) sin, on the first ``size`` numbers."""

@@ -17,6 +17,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
 from nemo_aligner.models.gpt.config import GPTConfig
+from nemo_aligner.models.gpt.rope import inverse_frequencies, rotation_scale
 from nemo_aligner.parallel import world
 from nemo_aligner.parallel.vocab import product
 
@@ -226,10 +227,8 @@ class RowRotary(nn.Module):
 
     def __init__(self, config: GPTConfig, device: torch.device) -> None:
         super().__init__()
-        # As transformers rounds: half of the rotated size, made even.
-        size = int(config.head_dim * config.rotary_percentage) // 2 * 2
-        inv_freq = 1.0 / (config.rotary_base ** (torch.arange(0, size, 2, dtype=torch.float32) / size))
-        self.inv_freq = (config.rope_scaling.apply(inv_freq) if config.rope_scaling else inv_freq).to(device)
+        self.inv_freq = inverse_frequencies(config).to(device)
+        self.scale = rotation_scale(config)  # of cosines and sines
 
     def forward(self, positions: Tensor) -> Tensor:
         """[B, S] int64 positions -> [S, B, 1, D] float32 angles, as Megatron's apply_rotary_pos_emb takes them."""
@@ -245,10 +244,10 @@ class Rotation:
     sin: Tensor
 
     @classmethod
-    def of(cls, angles: Tensor, dtype: torch.dtype) -> "Rotation":
-        """From what :class:`RowRotary` gives."""
+    def of(cls, angles: Tensor, dtype: torch.dtype, *, scale: float = 1.0) -> "Rotation":
+        """From what :class:`RowRotary` gives, and its scale."""
         half = angles[..., : angles.shape[-1] // 2].permute(1, 2, 0, 3)
-        return cls(half.cos().to(dtype).contiguous(), half.sin().to(dtype).contiguous())
+        return cls(*((x * scale).to(dtype).contiguous() for x in (half.cos(), half.sin())))
 
     def turn(self, x: Tensor) -> Tensor:
         """[B, heads, S, D] -> the same, contiguous: RoPE on the first ``size`` numbers (Su et al. 2021)."""
@@ -260,7 +259,10 @@ class Rotation:
 
 
 class _Turned(torch.autograd.Function):
-    """(x1, x2) -> (x1 cos - x2 sin, x2 cos + x1 sin); its gradient is turned back. Keeps nothing of x."""
+    """(x1, x2) -> (x1 cos - x2 sin, x2 cos + x1 sin); its gradient is turned back. Keeps nothing of x.
+
+    The transpose, which a scale of cosines and sines leaves one.
+    """
 
     @staticmethod
     def forward(ctx: Context, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

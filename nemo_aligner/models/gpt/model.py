@@ -151,7 +151,8 @@ class GPT(GPTModel):
         rope = self.rotary_pos_emb(position_ids) if self.position_embedding_type == "rope" else None
         if rope is not None and packed_seq_params is not None:
             # Ours, once for all layers; Megatron takes the cosines anew in each.
-            packed_seq_params.rotation, rope = Rotation.of(rope, self.config.params_dtype), None
+            scale, dtype = self.rotary_pos_emb.scale, self.config.params_dtype
+            packed_seq_params.rotation, rope = Rotation.of(rope, dtype, scale=scale), None
         return embedded, rope, None, None, None, padding_mask
 
     def _postprocess(self, hidden_states: Tensor, **_: object) -> Tensor:
@@ -218,7 +219,7 @@ def build_gpt(
     if world.is_logging_rank():
         kernels = f"Transformer Engine, {config.attention_backend.name}" if te.usable() else "torch SDPA"
         logger.info("attention: %s", kernels)
-    spec = layer_spec(config)
+    spec = layer_spec(gpt, config)
     if layout.virtual_pipeline == 1:
         return GPT(gpt, config, spec, head=head).to(world.device())
     chunks = [GPT(gpt, config, spec, chunk, head) for chunk in range(layout.virtual_pipeline)]

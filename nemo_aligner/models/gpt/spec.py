@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the layers are made of: Transformer Engine's modules where it is usable, else Megatron's with our norm."""
 
+import functools
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -14,6 +16,7 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from nemo_aligner.models.gpt.attention import SDPACoreAttention
+from nemo_aligner.models.gpt.config import GPTConfig
 from nemo_aligner.models.gpt.layer import Layer
 from nemo_aligner.models.gpt.layers import ColumnLinear, GatedActivation, Norm, RowLinear
 from nemo_aligner.parallel import te
@@ -21,9 +24,10 @@ from nemo_aligner.parallel import te
 __all__ = ["layer_spec"]
 
 
-def layer_spec(config: TransformerConfig) -> TransformerBlockSubmodules:
+def layer_spec(gpt: GPTConfig, config: TransformerConfig) -> TransformerBlockSubmodules:
     """The layers of this pipeline stage, and the norm after the last one."""
     layer, norm = _te_layer(config) if te.usable() else _local_layer(config)
+    layer = _with_biases(layer, gpt.biased)
     # Has Megatron call the layer's activation_func on all of fc1's output. Set here, as its own check of the setting
     # admits Transformer Engine's functions only.
     config.use_te_activation_func = config.gated_linear_unit
@@ -67,6 +71,28 @@ def _with(layer: ModuleSpec, **modules: type) -> ModuleSpec:
     attention = _changed(attention, **modules)
     mlp = _changed(mlp, activation_func=GatedActivation)
     return replace(layer, module=Layer, submodules=replace(submodules, self_attention=attention, mlp=mlp))
+
+
+def _with_biases(layer: ModuleSpec, biased: Mapping[str, bool]) -> ModuleSpec:
+    """The same layer; Megatron has one setting for all biases, so linear layers that lack one are told apart here."""
+    if not any(biased.values()):
+        return layer
+    submodules: Any = layer.submodules
+    changed = {}
+    for name in ("self_attention", "mlp"):
+        module = getattr(submodules, name)
+        linear = [part for part in biased if hasattr(module.submodules, part) and not biased[part]]
+        changed[name] = _changed(module, **{p: _without_bias(getattr(module.submodules, p)) for p in linear})
+    return replace(layer, submodules=replace(submodules, **changed))
+
+
+@functools.cache
+def _without_bias(linear: type) -> type:
+    def init(self: Any, *args: Any, **options: Any) -> None:  # noqa: ANN401 - Megatron's
+        super(plain, self).__init__(*args, **options | {"bias": False})
+
+    plain = type(linear.__name__, (linear,), {"__init__": init})
+    return plain
 
 
 def _changed(module: Any, **parts: type) -> Any:  # noqa: ANN401 - Megatron types submodules as object

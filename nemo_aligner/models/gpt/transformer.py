@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """From our architecture and layout to Megatron's TransformerConfig."""
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from nemo_aligner.models.gpt.config import GPTConfig, precision_name
 from nemo_aligner.models.gpt.recompute import Recompute
+from nemo_aligner.models.gpt.rope import rotation_scale
 from nemo_aligner.parallel import world
 from nemo_aligner.parallel.ranks import Layout
 
@@ -53,7 +55,7 @@ def transformer_config(
 ) -> TransformerConfig:
     """Megatron's config for ``gpt``, cut by ``layout``, computing in ``dtype``."""
     interleaved, cuda = layout.virtual_pipeline > 1, world.device().type == "cuda"
-    return TransformerConfig(
+    config = TransformerConfig(
         num_layers=gpt.num_layers,
         hidden_size=gpt.hidden_size,
         ffn_hidden_size=gpt.ffn_hidden_size,
@@ -65,8 +67,7 @@ def transformer_config(
         layernorm_zero_centered_gamma=gpt.normalization == "layernorm1p",
         gated_linear_unit=gpt.gated,
         activation_func=_activation(gpt),
-        add_bias_linear=gpt.bias,
-        add_qkv_bias=gpt.bias or gpt.qkv_bias,
+        add_bias_linear=any(gpt.biased.values()),  # spec.py makes the layers that have none
         qk_layernorm=gpt.qk_layernorm,
         window_size=(gpt.window_size - 1, 0) if gpt.window_size else None,
         init_method_std=gpt.init_method_std,
@@ -103,6 +104,23 @@ def transformer_config(
         batch_p2p_comm=cuda and not interleaved,
         overlap_p2p_comm=cuda and interleaved,
     )
+    _tell_rotation_scale(config, rotation_scale(gpt))
+    return config
+
+
+def _tell_rotation_scale(config: TransformerConfig, scale: float) -> None:
+    """Have Megatron, where it turns queries and keys itself, multiply cosines and sines by ``scale``.
+
+    It makes the scale of yarn's settings, 0.1 * mscale * log(factor) + 1, and knows no other way to say it.
+    """
+    if scale != 1.0:
+        own = {
+            "yarn_rotary_scaling_factor": math.e,
+            "yarn_mscale": 10 * (scale - 1),
+            "yarn_mscale_all_dim": 0.0,
+        }
+        for name, value in own.items():
+            setattr(config, name, value)
 
 
 def _activation(gpt: GPTConfig) -> Callable[[Tensor], Tensor]:

@@ -4,8 +4,16 @@
 import random
 
 import pytest
+import torch
 
-from nemo_aligner.algorithms.rollout import deal
+from nemo_aligner.algorithms.rollout import collect, deal
+from nemo_aligner.batch import Prompt
+from nemo_aligner.models.gpt.config import GPTConfig
+from nemo_aligner.models.gpt.model import build_gpt
+from nemo_aligner.models.gpt.policy import GPTPolicy
+from nemo_aligner.models.sampling_config import SamplingConfig
+from nemo_aligner.parallel import world
+from nemo_aligner.parallel.ranks import Layout
 
 
 @pytest.mark.parametrize(("count", "rows", "ranks"), [(16, 2, 4), (17, 4, 3), (3, 1, 4), (64, 8, 8)])
@@ -26,3 +34,16 @@ def test_ranks_have_alike_many_tokens():
     ]
     in_order = [sum(lengths[rank * 32 : (rank + 1) * 32]) for rank in range(8)]
     assert max(tokens) - min(tokens) < 0.25 * (max(in_order) - min(in_order))
+
+
+def test_a_rollout_is_padded_to_at_least_what_is_asked_for(caplog: pytest.LogCaptureFixture):
+    config = GPTConfig(num_layers=1, hidden_size=8, num_attention_heads=2, ffn_hidden_size=8, vocab_size=11)
+    with world.ensure_single_process():
+        policy = GPTPolicy(build_gpt(config, Layout(), torch.float32))
+        prompts, sampling = [Prompt(tokens=[1, 2, 3], number=0)], SamplingConfig(max_length=5)
+        widths = [
+            collect(policy, prompts, sampling, draw=0, slots=1, seq_length=asked).seq_length
+            for asked in (None, 12, 6)
+        ]
+    assert widths == [8, 12, 8]
+    assert "8 tokens, more than trainer.ppo.rollout_batch_seq_length=6" in caplog.text

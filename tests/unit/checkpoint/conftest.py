@@ -40,6 +40,13 @@ LLAMA3_ROPE = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 16,
 }
+YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 1000000.0,
+    "factor": 4.0,
+    "original_max_position_embeddings": 16,
+}
+YARN_DEEPSEEK = YARN | {"factor": 40.0, "mscale": 1.0, "mscale_all_dim": 0.707, "beta_slow": 2.0}
 LINEAR_ROPE = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 2.0}
 CONFIGS: dict[str, Callable[[], PreTrainedConfig]] = {
     "llama2": lambda: LlamaConfig(**SIZES),
@@ -47,18 +54,33 @@ CONFIGS: dict[str, Callable[[], PreTrainedConfig]] = {
     "llama-linear": lambda: LlamaConfig(**SIZES, rope_parameters=LINEAR_ROPE, head_dim=16),
     "llama-bias": lambda: LlamaConfig(**SIZES, num_key_value_heads=1, attention_bias=True, mlp_bias=True),
     "llama-square": lambda: LlamaConfig(**SIZES | {"intermediate_size": 64}, num_key_value_heads=2),
+    "llama-yarn": lambda: LlamaConfig(
+        **SIZES, num_key_value_heads=2, rope_parameters=YARN_DEEPSEEK, attention_bias=True
+    ),
+    "llama-mlp-bias": lambda: LlamaConfig(**SIZES, num_key_value_heads=2, mlp_bias=True),
     "smollm2": lambda: LlamaConfig(
         **SIZES, num_key_value_heads=2, tie_word_embeddings=True, rms_norm_eps=1e-5
     ),
     "mistral": lambda: MistralConfig(**SIZES, num_key_value_heads=2, sliding_window=7, head_dim=12),
     "mistral-full": lambda: MistralConfig(**SIZES, num_key_value_heads=4, sliding_window=None),
     "qwen2": lambda: Qwen2Config(**SIZES, num_key_value_heads=2, rope_parameters=LINEAR_ROPE),
+    "qwen2-yarn": lambda: Qwen2Config(
+        **SIZES, num_key_value_heads=2, rope_parameters=YARN, tie_word_embeddings=True
+    ),
     "qwen2-window": lambda: Qwen2Config(
         **SIZES, num_key_value_heads=4, use_sliding_window=True, sliding_window=7, max_window_layers=0
     ),
     "qwen3": lambda: Qwen3Config(**SIZES, num_key_value_heads=2, head_dim=12, rope_parameters=LLAMA3_ROPE),
+    "qwen3-yarn": lambda: Qwen3Config(
+        **SIZES,
+        num_key_value_heads=2,
+        head_dim=12,
+        attention_bias=True,
+        rope_parameters=YARN | {"attention_factor": 0.9, "beta_fast": 8.0, "truncate": False},
+    ),
     "qwen3-tied": lambda: Qwen3Config(**SIZES, num_key_value_heads=4, head_dim=8, tie_word_embeddings=True),
     "nemotron": lambda: NemotronConfig(**SIZES, num_key_value_heads=2, rope_parameters=dict(LLAMA3_ROPE)),
+    "nemotron-attention-bias": lambda: NemotronConfig(**SIZES, num_key_value_heads=2, attention_bias=True),
     "nemotron-bias": lambda: NemotronConfig(
         **SIZES,
         num_key_value_heads=4,

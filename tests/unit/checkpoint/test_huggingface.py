@@ -20,8 +20,9 @@ from nemo_aligner.checkpoint.weights import WeightReader
 from nemo_aligner.errors import UserError
 
 NAMES = [
-    *("llama2", "llama3", "llama-linear", "llama-bias", "smollm2", "mistral", "mistral-full"),
-    *("qwen2", "qwen2-window", "qwen3", "qwen3-tied", "nemotron", "nemotron-bias"),
+    *("llama2", "llama3", "llama-linear", "llama-bias", "llama-yarn", "llama-mlp-bias", "smollm2"),
+    *("mistral", "mistral-full", "qwen2", "qwen2-yarn", "qwen2-window", "qwen3", "qwen3-yarn", "qwen3-tied"),
+    *("nemotron", "nemotron-attention-bias", "nemotron-bias"),
 ]
 TOKENS = torch.arange(40).reshape(1, 40) % 101
 
@@ -128,6 +129,22 @@ def test_shards_are_read_and_written(hf_folder: Callable[..., Path], tmp_path: P
     assert torch.equal(logits(source), logits(tmp_path / "out"))
 
 
+def test_the_index_says_which_shard_has_a_tensor(
+    hf_folder: Callable[..., Path], caplog: pytest.LogCaptureFixture
+):
+    source = hf_folder("llama3", max_shard_size="20KB")
+    expected = dict(import_huggingface(source).weights)
+    first, *_, last = sorted(source.glob("*.safetensors"))
+    stale = next(name for name in load_file(first) if name != "lm_head.weight")
+    save_file(load_file(last) | {stale: load_file(first)[stale] + 1, "old.weight": torch.ones(1)}, last)
+    assert_same(expected, dict(import_huggingface(source).weights))
+    assert f"{last} holds tensors that the index does not look for there" in caplog.text
+    assert all(name in caplog.text for name in (stale, "old.weight"))
+    save_file({name: value for name, value in load_file(first).items() if name != stale}, first)
+    with pytest.raises(UserError, match=f"{first} lacks tensors that its index names: {stale}"):
+        import_huggingface(source)
+
+
 @pytest.mark.parametrize("zipped", [True, False])
 def test_pickled_weights_are_read(hf_folder: Callable[..., Path], zipped: bool):
     source = hf_folder("llama3")
@@ -218,8 +235,10 @@ def test_a_stored_copy_of_a_tied_head_is_accepted_if_equal(hf_folder: Callable[.
         ),
         ("llama2", {"hidden_act": "gelu"}, "hidden_act=gelu"),
         ("llama2", {"quantization_config": {"bits": 4}}, "quantised"),
-        ("llama2", {"attention_bias": True}, "'attention_bias': True, 'mlp_bias': False"),
-        ("llama2", {"rope_parameters": {"rope_type": "yarn", "factor": 2.0}}, "type yarn"),
+        ("llama2", {"attention_bias": True}, r"missing: model\.layers\.0\.self_attn\.k_proj\.bias"),
+        ("llama2", {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}}, "type dynamic"),
+        ("llama2", {"rope_scaling": {"type": "longrope", "factor": 2.0}}, "type longrope"),
+        ("llama2", {"rope_scaling": {"type": "yarn"}}, "type yarn lacks .*factor"),
         ("llama2", {"rope_parameters": {"rope_type": "llama3", "factor": 2.0}}, "lacks .*low_freq_factor"),
         ("llama2", {"partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5"),
         ("llama2", {"hidden_size": ...}, "no hidden_size"),
@@ -241,9 +260,9 @@ def test_a_stored_copy_of_a_tied_head_is_accepted_if_equal(hf_folder: Callable[.
             },
             "on 2 of its 3 layers",
         ),
-        ("qwen3", {"attention_bias": True}, "attention_bias=True"),
+        ("qwen3", {"attention_bias": True}, r"missing: model\.layers\.0\.self_attn\.k_proj\.bias"),
         ("nemotron", {"hidden_act": "silu"}, "hidden_act=silu"),
-        ("nemotron-bias", {"mlp_bias": False}, "'attention_bias': True, 'mlp_bias': False"),
+        ("nemotron-bias", {"mlp_bias": False}, r"does not have: model\.layers\.0\.mlp\.down_proj\.bias"),
     ],
 )
 def test_what_cannot_be_imported_is_refused(

@@ -5,10 +5,16 @@ import math
 
 import pytest
 import torch
+from megatron.core.models.common.embeddings.yarn_rotary_pos_embedding import (
+    _yarn_get_concentration_factor_from_config,
+)
+from transformers import LlamaConfig
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from nemo_aligner.models.gpt.config import GPTConfig, RopeScaling
 from nemo_aligner.models.gpt.layers import GatedActivation, Norm, Rotation, RowRotary
+from nemo_aligner.models.gpt.rope import inverse_frequencies, rotation_scale
 from nemo_aligner.models.gpt.transformer import transformer_config
 from nemo_aligner.parallel.ranks import Layout
 
@@ -71,6 +77,35 @@ def test_angles_go_by_each_tokens_own_position(percentage: float, scaling: str |
         expected = (positions.t() * frequency).float()
         for half in (i, i + size // 2):
             torch.testing.assert_close(found[:, :, 0, half], expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"original_max_position_embeddings": 64},
+        {"original_max_position_embeddings": 4096, "beta_fast": 16.0, "beta_slow": 2.0},
+        {"original_max_position_embeddings": 4096, "mscale": 1.0, "mscale_all_dim": 0.707},
+        {"original_max_position_embeddings": 64, "truncate": False},
+        {"original_max_position_embeddings": 4, "attention_factor": 1.3},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("head_dim", [8, 24, 128])
+def test_yarn_is_transformers(settings: dict[str, float], head_dim: int):
+    rope = {"rope_type": "yarn", "factor": 40.0} | settings
+    theirs = LlamaConfig(
+        hidden_size=2 * head_dim,
+        num_attention_heads=2,
+        head_dim=head_dim,
+        rope_parameters=rope | {"rope_theta": 1e6},
+    )
+    frequencies, scale = ROPE_INIT_FUNCTIONS["yarn"](theirs)
+    config = GPTConfig.from_dict(SIZES | {"kv_channels": head_dim, "rotary_base": 1e6, "rope_scaling": rope})
+    assert torch.equal(inverse_frequencies(config), frequencies)
+    assert rotation_scale(config) == scale
+    # Where Megatron turns queries and keys, it is told the same scale by settings of its own.
+    megatron = transformer_config(config, Layout(), torch.float32)
+    assert _yarn_get_concentration_factor_from_config(megatron) == pytest.approx(scale, rel=1e-12)
 
 
 @pytest.mark.parametrize("percentage", [1.0, 0.5])

@@ -46,6 +46,13 @@ LLAMA3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 16,
 }
+YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 1000000.0,
+    "factor": 4.0,
+    "original_max_position_embeddings": 16,
+}
+YARN_DEEPSEEK = YARN | {"factor": 40.0, "mscale": 1.0, "mscale_all_dim": 0.707, "beta_slow": 2.0}
 LINEAR = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 2.0}
 FAMILIES: dict[str, Callable[[], PreTrainedConfig]] = {
     "llama2": lambda: LlamaConfig(**SIZES),
@@ -53,17 +60,32 @@ FAMILIES: dict[str, Callable[[], PreTrainedConfig]] = {
     "llama-linear": lambda: LlamaConfig(**SIZES, rope_parameters=LINEAR),
     "llama-head-dim": lambda: LlamaConfig(**SIZES, num_key_value_heads=2, head_dim=12),
     "llama-bias": lambda: LlamaConfig(**SIZES, num_key_value_heads=1, attention_bias=True, mlp_bias=True),
+    "llama-yarn": lambda: LlamaConfig(
+        **SIZES, num_key_value_heads=2, rope_parameters=YARN_DEEPSEEK, attention_bias=True
+    ),
+    "llama-mlp-bias": lambda: LlamaConfig(**SIZES, num_key_value_heads=2, mlp_bias=True),
     "smollm2": lambda: LlamaConfig(
         **SIZES, num_key_value_heads=2, tie_word_embeddings=True, rms_norm_eps=1e-5
     ),
     "mistral": lambda: MistralConfig(**SIZES, num_key_value_heads=2, sliding_window=7, head_dim=16),
     "qwen2": lambda: Qwen2Config(**SIZES, num_key_value_heads=2, rope_parameters=LINEAR),
+    "qwen2-yarn": lambda: Qwen2Config(
+        **SIZES, num_key_value_heads=2, rope_parameters=YARN, tie_word_embeddings=True
+    ),
     "qwen2-window": lambda: Qwen2Config(
         **SIZES, num_key_value_heads=4, use_sliding_window=True, sliding_window=7, max_window_layers=0
     ),
     "qwen3": lambda: Qwen3Config(**SIZES, num_key_value_heads=2, head_dim=12, rope_parameters=LLAMA3),
+    "qwen3-yarn": lambda: Qwen3Config(
+        **SIZES,
+        num_key_value_heads=2,
+        head_dim=12,
+        attention_bias=True,
+        rope_parameters=YARN | {"attention_factor": 0.9, "beta_fast": 8.0, "truncate": False},
+    ),
     "qwen3-tied": lambda: Qwen3Config(**SIZES, num_key_value_heads=4, head_dim=8, tie_word_embeddings=True),
     "nemotron": lambda: NemotronConfig(**SIZES, num_key_value_heads=2, rope_parameters=dict(LLAMA3)),
+    "nemotron-attention-bias": lambda: NemotronConfig(**SIZES, num_key_value_heads=2, attention_bias=True),
     "nemotron-bias": lambda: NemotronConfig(
         **SIZES,
         num_key_value_heads=4,
@@ -125,6 +147,20 @@ def test_logprobs(both: tuple[PreTrainedModel, GPT], random_rows: Callable[..., 
     expected[:, 1:] = everywhere.gather(2, batch.tokens[:, 1:, None])[..., 0]
     found = GPTPolicy(ours).logprobs(batch)
     torch.testing.assert_close(found, expected * real(batch), rtol=0, atol=1e-4)
+
+
+def test_answers_are_what_transformers_finds_most_likely(
+    both: tuple[PreTrainedModel, GPT], random_rows: Callable[..., TokenBatch]
+):
+    """Token by token from the cache, past the original context of the stretched ropes."""
+    theirs, ours = both
+    prompts = random_rows((25, 4), seed=2)
+    asked = [Prompt(tokens=prompts.tokens[i, :n].tolist(), number=i) for i, n in enumerate((25, 4))]
+    rollout = GPTPolicy(ours).generate(asked, SamplingConfig(use_greedy=True, max_length=40))
+    expected = logits_of(theirs, rollout).argmax(-1)[:, :-1]
+    written = rollout.mask[:, 1:]
+    assert int(written.sum()) == 80
+    assert torch.equal(rollout.tokens[:, 1:][written], expected[written])
 
 
 def test_rows_depend_neither_on_padding_nor_on_neighbours(
