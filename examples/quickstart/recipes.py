@@ -35,7 +35,6 @@ class Recipe:
     critic: tuple[str, ...]
     actor: tuple[str, ...]
     sampling: tuple[str, ...]  # of the answers before and after
-    max_ppo_seconds: float
 
 
 _MAX_ANSWER_TOKENS = 64
@@ -129,7 +128,6 @@ VILLAGE = Recipe(
         f"sampling.max_length={_MAX_ANSWER_TOKENS}",
         "sampling.seed=7",
     ),
-    max_ppo_seconds=420,
 )
 
 
@@ -204,7 +202,6 @@ SMOLLM2 = Recipe(
         },
     ),
     sampling=_but(VILLAGE.sampling, {"sampling.max_length": 56}),
-    max_ppo_seconds=1800,
 )
 
 RECIPES = {"village": VILLAGE, "smollm2": SMOLLM2}

@@ -101,7 +101,7 @@ class Pipeline:
             *(f"actor.{setting}" for setting in self.recipe.actor),
             f"actor.exp_manager.explicit_log_dir={folder}",
             threads=1,
-            max_seconds=self.recipe.max_ppo_seconds,
+            folder=folder,
         )
         return folder / "checkpoints/megatron_gpt_ppo_actor.nemo"
 

@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """What both quick starts share: a folder for each run, a heading for each stage, and scripts run as anyone would."""
 
+import contextlib
 import os
 import shlex
+import signal
 import subprocess
 import sys
 import time
@@ -15,6 +17,9 @@ __all__ = ["ROOT", "Stages", "metric", "new_folder", "run"]
 ROOT = Path(__file__).resolve().parents[2]
 GPT = ROOT / "examples/nlp/gpt"
 END_SECONDS = 30.0  # for a script to end by itself once it is asked to
+PATIENCE_SECONDS = 900.0  # without a change in what a script writes; a busy machine's longest step takes less
+POLL_SECONDS = 0.5
+STACKS_SECONDS = 3.0  # for a script that is given up to show where it stands
 
 
 def new_folder(results: Path) -> Path:
@@ -45,28 +50,61 @@ class Stages:
 
 
 def run(
-    script: str, *arguments: str | Path, threads: int | None = None, max_seconds: float | None = None
+    script: str,
+    *arguments: str | Path,
+    threads: int | None = None,
+    folder: Path | None = None,
+    patience: float = PATIENCE_SECONDS,
 ) -> None:
     """Print the command and run it; its failure ends the quick start with its exit code.
+
+    There is no limit to how long it takes, as that depends on the machine and on what else it does.
 
     Args:
         script: in examples/nlp/gpt.
         arguments: of the script.
         threads: of each of its processes; None: as the environment says.
-        max_seconds: after which it is asked to end, and the quick start ends too; None: no limit.
+        folder: where it writes; None: it is waited for whatever happens.
+        patience: seconds without a change in ``folder``, after which it is given up, and the quick start ends too.
     """
     words = [str(argument) for argument in arguments]
     print("$ python", shlex.join([os.path.relpath(GPT / script, ROOT), *words]), flush=True)
     env = os.environ if threads is None else os.environ | {"OMP_NUM_THREADS": str(threads)}
     process = subprocess.Popen([sys.executable, str(GPT / script), *words], cwd=ROOT, env=env)
     try:
-        code = process.wait(max_seconds)
-    except subprocess.TimeoutExpired:
-        sys.exit(f"{script} is not done after {max_seconds:.0f} s")
+        code = process.wait() if folder is None else _wait_while_it_writes(process, script, folder, patience)
     finally:
         _end(process)
     if code != 0:
         sys.exit(code)
+
+
+def _wait_while_it_writes(process: subprocess.Popen, script: str, folder: Path, patience: float) -> int:
+    """The exit code; what has written nothing for ``patience`` seconds shows its stacks and ends the quick start."""
+    seen, changed = _newest(folder), time.monotonic()
+    while True:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            return process.wait(POLL_SECONDS)
+        if (now := _newest(folder)) != seen:
+            seen, changed = now, time.monotonic()
+        if time.monotonic() - changed > patience:
+            process.send_signal(signal.SIGUSR2)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(STACKS_SECONDS)
+            sys.exit(
+                f"{script} has written nothing into {folder} for {patience:.0f} s and is given up\n"
+                f"Cure: read the end of {folder / 'output.log'}, where its jobs say what they wait for; free memory or "
+                "processors if other programs hold them, and start again"
+            )
+
+
+def _newest(folder: Path) -> int:
+    """When a file below ``folder`` was last written, in ns; 0 where there is none."""
+    times = [0]
+    for path in folder.rglob("*"):
+        with contextlib.suppress(FileNotFoundError):  # a temporary file may be gone by now
+            times.append(path.stat().st_mtime_ns)
+    return max(times)
 
 
 def metric(lines: Sequence[Mapping[str, float]], name: str) -> tuple[list[float], list[float]]:
