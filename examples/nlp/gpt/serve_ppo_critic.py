@@ -13,23 +13,24 @@ def main(job: CriticJob) -> None:
     """Serve a critic until its actor ends."""
     from nemo_aligner import builders
     from nemo_aligner.algorithms.critic_server_trainer import CriticServerTrainer
+    from nemo_aligner.builders import servers
     from nemo_aligner.objectives.value import ValueLoss
 
     with builders.open_experiment(job) as run:
         start = builders.resume_point(job, run)
-        critic = builders.load_critic(job)
-        checkpoints, load = builders.critic_checkpoints(job, run, critic)
+        critic = servers.load_critic(job)
+        checkpoints, load = servers.critic_checkpoints(job, run, critic)
         if start is not None:
             load(start)
         CriticServerTrainer(
-            builders.critic_config(job, critic),
+            servers.critic_config(job, critic),
             critic.learner,
             ValueLoss(job.model),
             run,
             checkpoints,
             load=load,
             start=start,
-        ).run_server(builders.critic_server(job, critic))
+        ).run_server(servers.critic_server(job, critic))
         builders.save_result(job, run, critic, checkpoints)
 
 

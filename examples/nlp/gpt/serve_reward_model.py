@@ -11,18 +11,18 @@ from nemo_aligner.launch.script import script
 @script("inference_rm", RewardServerJob)
 def main(job: RewardServerJob) -> None:
     """Answer with the rewards of texts."""
-    from nemo_aligner import builders
     from nemo_aligner.algorithms.reward_server import RewardModelServer
+    from nemo_aligner.builders import servers
 
-    pretrained = builders.load_served_reward_model(job)
+    pretrained = servers.load_served_reward_model(job)
     RewardModelServer(
         model=pretrained.learner,
         name=job.inference.model_name,
-        limits=builders.served_limits(job.model, pretrained),
+        limits=servers.served_limits(job.model, pretrained),
         rows=job.rows,
         multiple=job.model.length_multiple,
-        settings=builders.reward_settings(job, pretrained),
-    ).run_server(builders.reward_server(job, pretrained))
+        settings=servers.reward_settings(job, pretrained),
+    ).run_server(servers.reward_server(job, pretrained))
 
 
 if __name__ == "__main__":

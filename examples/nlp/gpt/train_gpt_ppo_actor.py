@@ -14,15 +14,16 @@ def main(job: ActorJob) -> None:
     """Have a language model learn from what a reward model says of its answers."""
     from nemo_aligner import builders
     from nemo_aligner.algorithms.ppo import PPOTrainer
+    from nemo_aligner.builders import actor
     from nemo_aligner.objectives.policy import PolicyGradient
 
     config = job.trainer.ppo
     with builders.open_experiment(job) as run:
         start = builders.resume_point(job, run)
-        pretrained = builders.load_actor(job, start)
-        prompts = builders.actor_prompts(job, pretrained)
+        pretrained = actor.load_actor(job, start)
+        prompts = actor.actor_prompts(job, pretrained)
         checkpoints = builders.training_checkpoints(job, run, pretrained)
-        rollouts = builders.actor_rollouts(job, pretrained)
+        rollouts = actor.actor_rollouts(job, pretrained)
         objective = PolicyGradient(job.model.ppo)
         trainer = PPOTrainer(config, rollouts, pretrained.learner, objective, prompts, run, checkpoints)
         updates = trainer.plan.max_steps * trainer.updates_per_step
@@ -32,7 +33,7 @@ def main(job: ActorJob) -> None:
         )
         if start is not None:
             trainer.resume(start)
-        with builders.open_critic(job, run, pretrained, start) as critic:
+        with actor.open_critic(job, run, pretrained, start) as critic:
             trainer.fit(critic)
             builders.save_result(job, run, pretrained, checkpoints)
 

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """AdamW on torch's fused kernel whose step count lives in the parameter group, as apex's and TE's FusedAdam keep it."""
 
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Callable, Iterable
+from typing import Any, TypeVar
 
 import torch
 from megatron.core import optimizer as megatron_optimizer
@@ -11,6 +11,13 @@ from torch import Tensor
 from torch.optim.adamw import adamw
 
 __all__ = ["GroupStepAdamW", "replace_torch_adamw"]
+
+C = TypeVar("C", bound=Callable[..., Any])
+
+
+def _undecorated(method: C) -> C:
+    """Without torch's decorator, which imports torch._dynamo: a second and 24 MB for every rank, for nothing."""
+    return getattr(method, "__wrapped__", method)
 
 
 class GroupStepAdamW(torch.optim.Optimizer):
@@ -31,6 +38,11 @@ class GroupStepAdamW(torch.optim.Optimizer):
     ) -> None:
         assert adam_w_mode, "weight decay is decoupled"
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "betas": betas, "eps": eps})
+
+    add_param_group = _undecorated(torch.optim.Optimizer.add_param_group)
+    state_dict = _undecorated(torch.optim.Optimizer.state_dict)
+    load_state_dict = _undecorated(torch.optim.Optimizer.load_state_dict)
+    zero_grad = _undecorated(torch.optim.Optimizer.zero_grad)
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:
