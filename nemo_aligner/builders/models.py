@@ -19,7 +19,7 @@ from nemo_aligner.config.base import ModelConfig, ModelJob
 from nemo_aligner.config.reward import RMJob
 from nemo_aligner.data.tokenizer import Tokenizer, check_fits
 from nemo_aligner.errors import UserError
-from nemo_aligner.models.gpt.config import GPTConfig, unread_keys
+from nemo_aligner.models.gpt.config import GPTConfig, precision_name, unread_keys
 from nemo_aligner.models.gpt.critic import GPTCritic
 from nemo_aligner.models.gpt.heads import HEAD_KEYS, HEAD_NAME, HeadConfig, draw_head, head_config
 from nemo_aligner.models.gpt.learner import GPTLearner
@@ -134,17 +134,29 @@ def unfilled(
     job: ModelJob, config: dict[str, Any], *, head: HeadConfig | None
 ) -> tuple[GPT | InterleavedGPT, GPTConfig]:
     """The model that ``config`` describes, without weights; ``config`` is told the precision."""
-    gpt = GPTConfig.from_dict(config)
+    gpt, precision = GPTConfig.from_dict(config), _precision(job)
     built = build_gpt(
         gpt,
         job.model.layout,
-        dtype_of(job.trainer.precision),
+        dtype_of(precision),
         use_flash_attention=job.model.use_flash_attention,
         recompute=job.model.recompute,
         head=head,
     )
-    config["precision"] = str(job.trainer.precision)
+    config["precision"] = str(precision)
     return built, gpt
+
+
+def _precision(job: ModelJob) -> str | int:
+    """``trainer.precision``, by the device where it is not set; a choice that people may not expect is told."""
+    asked, on_cpu = job.trainer.precision, world.device().type == "cpu"
+    precision = asked or ("32" if on_cpu else "bf16")
+    if on_cpu and world.is_logging_rank():
+        if asked is None:
+            logger.info("trainer.precision=32, as there is no GPU")
+        elif precision_name(asked) != "32":
+            logger.info("trainer.precision=%s on a CPU: without AMX, 32 is two to three times as fast", asked)
+    return precision
 
 
 def load_tokenizer(archive: NemoArchive, vocab_size: int) -> Tokenizer | None:
