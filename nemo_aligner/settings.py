@@ -8,9 +8,10 @@ import builtins
 import dataclasses
 import difflib
 import logging
+import re
 import types
 import typing
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 from omegaconf import DictConfig, OmegaConf
@@ -18,6 +19,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from nemo_aligner.errors import UserError
 from nemo_aligner.models.gpt.config import ARCHITECTURE_KEYS, GPTConfig
+from nemo_aligner.paths import PathText, expand_home
 
 __all__ = ["NO_EFFECT", "is_field", "log_no_effect", "parse"]
 
@@ -25,6 +27,10 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
+NEAR = 0.75  # likeness, from 0 to 1, of a mistyped name and the one that was meant
+MOST_SUGGESTED = 3
+# What stands for no value where a setting must have one, by its type; what is not there at all stands for all.
+_NOT_GIVEN = {str: (dataclasses.MISSING, None)}
 
 # Settings that are accepted and change nothing: (key, values that ask for nothing, what happens instead). No key that
 # changes numbers may stand here.
@@ -203,7 +209,8 @@ def _refuse_unknown(values: Mapping[str, Any], kind: type[object]) -> None:
     unknown = list(_unknown(values, kind, ""))
     if not unknown:
         return
-    suggestions = [_suggestion(key, known) for key, known in unknown]
+    everywhere = list(_keys(kind, ""))
+    suggestions = [_suggestion(key, known, everywhere) for key, known in unknown]
     if len(unknown) == 1:
         raise UserError(f"unknown key {unknown[0][0]}", cure=suggestions[0])
     raise UserError(
@@ -231,31 +238,80 @@ def _unknown(
             yield key, known
 
 
+def _keys(kind: type[object], path: str) -> Iterator[str]:
+    """All dotted keys of nested dataclasses."""
+    if path == "model.":
+        yield from (f"{path}{name}" for name in ARCHITECTURE_KEYS)
+    hints = typing.get_type_hints(kind)
+    for spec in dataclasses.fields(kind):  # type: ignore[arg-type]
+        if block := _block(hints[spec.name]):
+            yield from _keys(block, f"{path}{spec.name}.")
+        else:
+            yield f"{path}{spec.name}"
+
+
+def _refuse_missing(values: Mapping[str, Any], kind: type[object], path: str) -> None:
+    """Raise UserError if settings without a default are not set, with all of them, those of inner blocks too."""
+    missing = list(_missing(values, kind, path))
+    if not missing:
+        return
+    *others, last = missing
+    raise UserError(
+        f"{', '.join(others)} and {last} are not set" if others else f"{last} is not set",
+        cure=f"add {' '.join(f'{key}=...' for key in missing)} to the command line",
+    )
+
+
+def _missing(values: Mapping[str, Any], kind: type[object], path: str) -> Iterator[str]:
+    hints = typing.get_type_hints(kind)
+    for spec in dataclasses.fields(kind):  # type: ignore[arg-type]
+        key, value = f"{path}{spec.name}", values.get(spec.name, dataclasses.MISSING)
+        required = spec.default is dataclasses.MISSING and spec.default_factory is dataclasses.MISSING
+        block = _block(hints[spec.name])
+        if block and isinstance(value, dict):
+            yield from _missing(value, block, f"{key}.")
+        elif block and (required or value is None) and type(None) not in typing.get_args(hints[spec.name]):
+            yield from _missing({}, block, f"{key}.")
+        elif value == "???" or (
+            required and value in _NOT_GIVEN.get(hints[spec.name], (dataclasses.MISSING,))
+        ):
+            yield key
+
+
 def _block(hint: Any) -> type[object] | None:  # noqa: ANN401
     """The dataclass of a hint, None beside it or not."""
     kinds = (hint, *typing.get_args(hint))
     return next((kind for kind in kinds if isinstance(kind, type) and dataclasses.is_dataclass(kind)), None)
 
 
-def _suggestion(key: str, known: list[str]) -> str:
+def _suggestion(key: str, known: list[str], everywhere: Sequence[str]) -> str:
+    """The cure for an unknown key.
+
+    Args:
+        key: dotted.
+        known: names that are known in its block.
+        everywhere: all dotted keys.
+    """
     prefix, dot, name = key.rpartition(".")
     prefix += dot
+    by_name: dict[str, list[str]] = {}
+    for other in everywhere:
+        by_name.setdefault(other.rpartition(".")[2], []).append(other)
+    here = difflib.get_close_matches(name, known, n=1, cutoff=NEAR)
+    if here and name not in by_name:
+        return f"did you mean {prefix}{here[0]}?"
+    if near := difflib.get_close_matches(name, by_name, n=1, cutoff=NEAR):
+        return f"did you mean {' or '.join(by_name[near[0]][:MOST_SUGGESTED])}?"
     if near := difflib.get_close_matches(name, known, n=1, cutoff=0.5):
         return f"did you mean {prefix}{near[0]}?"
     return f"known keys: {', '.join(prefix + k for k in sorted(known))}" if known else "leave it out"
 
 
 def _build(values: Mapping[str, Any], kind: type[T], path: str) -> T:
-    hints = typing.get_type_hints(kind)
-    known = {f.name: f for f in dataclasses.fields(kind)}  # type: ignore[arg-type]
-    given = {}
-    for name, spec in known.items():
-        required = spec.default is dataclasses.MISSING and spec.default_factory is dataclasses.MISSING
-        if name in values and values[name] != "???":
-            given[name] = _convert(values[name], hints[name], f"{path}{name}")
-        elif required or name in values:
-            raise UserError(f"{path}{name} is not set", cure=f"add {path}{name}=... to the command line")
-    return kind(**given)
+    _refuse_missing(values, kind, path)
+    hints = typing.get_type_hints(kind, include_extras=True)
+    names = [spec.name for spec in dataclasses.fields(kind) if spec.name in values]  # type: ignore[arg-type]
+    return kind(**{name: _convert(values[name], hints[name], f"{path}{name}") for name in names})
 
 
 def _convert(value: Any, hint: Any, key: str) -> Any:  # noqa: ANN401 - values of a YAML file
@@ -300,11 +356,15 @@ def _convert_union(value: Any, options: tuple[Any, ...], key: str) -> Any:  # no
 def _convert_plain(value: Any, hint: Any, key: str) -> Any:  # noqa: ANN401
     if _is_exactly(value, hint):
         return value
+    if hint == PathText:
+        return expand_home(_convert_plain(value, str, key))
     if hint is float and isinstance(value, int | str) and not isinstance(value, bool):
         return _number(value, key)
     if hint is str and isinstance(value, int | float):
         return str(value)
     name = hint.__name__ if isinstance(hint, type) else str(hint)
+    if hint is int and (point := _decimal_point(value)):
+        raise UserError(f"{key}={value} is not a whole number", cure=f"set {key}={round(float(point))}")
     raise UserError(f"{key}={value!r} is not of type {name}", cure=f"give {key} a value of type {name}")
 
 
@@ -321,4 +381,13 @@ def _number(value: int | str, key: str) -> float:
         # YAML 1.1 reads 5e-6 as a string.
         return float(value)
     except ValueError as error:
-        raise UserError(f"{key}={value!r} is not a number", cure=f"set {key} to a number") from error
+        point = _decimal_point(value)
+        cure = f"write a decimal point: {key}={point}" if point else f"set {key} to a number"
+        raise UserError(f"{key}={value!r} is not a number", cure=cure) from error
+
+
+def _decimal_point(value: object) -> str | None:
+    """A number that was written with a decimal comma, with a point; None for all else."""
+    if not (isinstance(value, str) and re.fullmatch(r"[+-]?\d*,\d+([eE][+-]?\d+)?", value)):
+        return None
+    return value.replace(",", ".")

@@ -11,6 +11,7 @@ from nemo_aligner.models.gpt.config import precision_name
 from nemo_aligner.models.gpt.learning_rate import OptimConfig
 from nemo_aligner.models.gpt.recompute import Granularity, Method, Recompute
 from nemo_aligner.parallel.ranks import Layout
+from nemo_aligner.paths import PathText
 from nemo_aligner.run.experiment import ExperimentConfig
 
 __all__ = [
@@ -30,7 +31,7 @@ class TrainerConfig:
 
     num_nodes: int = 1
     devices: int = 1
-    precision: str | int = "bf16"
+    precision: str | int | None = None  # null: bf16 on a GPU, 32 on a CPU
     collective_timeout: float = 600.0
     max_time: str | None = None
 
@@ -40,7 +41,7 @@ class PeftConfig:
     """The ``model.peft`` block."""
 
     peft_scheme: str = "none"
-    restore_from_path: str | None = None
+    restore_from_path: PathText | None = None
     lora_tuning: dict[str, Any] = field(default_factory=dict)
 
 
@@ -60,7 +61,7 @@ class ModelConfig:
     sequence_parallel: bool = False
     kept_logits_mib: int = 1024
     use_flash_attention: bool | None = None
-    resume_from_checkpoint: str | None = None
+    resume_from_checkpoint: PathText | None = None
     activations_checkpoint_granularity: Granularity | None = None
     activations_checkpoint_method: Method | None = None
     activations_checkpoint_num_layers: int | None = None
@@ -102,7 +103,7 @@ class ModelConfig:
 class PretrainedConfig:
     """The ``pretrained_checkpoint`` block."""
 
-    restore_from_path: str  # a .nemo or its extracted folder
+    restore_from_path: PathText  # a .nemo or its extracted folder
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,7 +130,8 @@ class ModelJob:
             world_size: ranks that an outer starter made; None where we start them.
         """
         trainer, model = self.trainer, self.model
-        precision_name(trainer.precision)
+        if trainer.precision is not None:
+            precision_name(trainer.precision)
         model.layout.check_fits(num_nodes=trainer.num_nodes, devices=trainer.devices, world_size=world_size)
         _refuse_unsupported(model)
 

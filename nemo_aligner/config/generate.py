@@ -9,6 +9,7 @@ from nemo_aligner.config.base import ModelConfig, ModelJob, TrainerConfig
 from nemo_aligner.errors import UserError
 from nemo_aligner.models.gpt.learning_rate import OptimConfig
 from nemo_aligner.models.sampling_config import SamplingConfig
+from nemo_aligner.paths import PathText
 
 __all__ = ["GenerateJob"]
 
@@ -17,7 +18,7 @@ __all__ = ["GenerateJob"]
 class GenerateModelConfig(ModelConfig):
     """The ``model`` block of generate.py."""
 
-    restore_from_path: str
+    restore_from_path: PathText
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,8 +28,8 @@ class GenerateJob(ModelJob):
     model: GenerateModelConfig
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
-    input_file: str | None = None
-    output_file: str | None = None
+    input_file: PathText | None = None
+    output_file: PathText | None = None
     overwrite: bool = False
     num_samples: int = 1
     batch_size: int = 64

@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 from nemo_aligner.config.base import BatchedModelConfig, ModelConfig, ModelJob, PretrainedJob, TrainerConfig
 from nemo_aligner.errors import UserError
 from nemo_aligner.objectives.config import ValueConfig
+from nemo_aligner.paths import PathText
 
 __all__ = [
     "CriticConfig",
@@ -105,7 +106,7 @@ class RewardServerJob(ModelJob):
     model: ServedModelConfig = field(default_factory=ServedModelConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     inference: InferenceConfig = field(default_factory=InferenceConfig)
-    rm_model_file: str
+    rm_model_file: PathText
 
     @property
     def pretrained(self) -> tuple[str, str]:

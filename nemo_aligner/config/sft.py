@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from nemo_aligner.config.base import Job, ModelConfig, TrainerConfig
 from nemo_aligner.data.config import SFTDataConfig
 from nemo_aligner.errors import UserError
+from nemo_aligner.paths import PathText
 from nemo_aligner.run.schedule import SupervisedConfig
 
 __all__ = ["SFTJob", "SFTModelConfig", "SFTTrainerConfig"]
@@ -23,7 +24,7 @@ class SFTTrainerConfig(TrainerConfig):
 class SFTModelConfig(ModelConfig):
     """The ``model`` block of train_gpt_sft.py."""
 
-    restore_from_path: str
+    restore_from_path: PathText
     data: SFTDataConfig
     answer_only_loss: bool = True
 

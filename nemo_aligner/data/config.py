@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, field
 
 from nemo_aligner.data.prefix import DataPrefix, parse_data_prefix
 from nemo_aligner.errors import UserError
+from nemo_aligner.paths import PathText
 
 __all__ = [
     "ChatPromptTokens",
@@ -49,7 +50,7 @@ class ChatPromptTokens:
 class SFTSplitConfig:
     """One data file and how its rows become samples: ``model.data.train_ds`` or ``validation_ds``."""
 
-    file_path: str  # JSONL, one JSON object per line
+    file_path: PathText  # JSONL, one JSON object per line
     global_batch_size: int = 128  # rows per optimizer step over all data-parallel ranks
     micro_batch_size: int = 1  # rows per forward pass on one rank
     shuffle: bool = True  # a new order each epoch, a function of model.seed and the epoch alone

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from nemo_aligner.errors import UserError
+from nemo_aligner.paths import expand_home
 
 __all__ = ["DataPrefix", "Split", "parse_data_prefix"]
 
@@ -182,4 +183,4 @@ def _path(item: object, key: str, place: int) -> str:
             f"entry {place} of {key} is {item!r}, where a path belongs",
             cure="write paths alone, [a.jsonl, b.jsonl], or a weight before each, [0.3, a.jsonl, 0.7, b.jsonl]",
         )
-    return item
+    return expand_home(item)

@@ -29,7 +29,7 @@ STARTER_VARIABLE = "NEMO_ALIGNER_STARTER"  # the process id of who started this 
 _PR_SET_PDEATHSIG = 1
 _POLL_SECONDS = 0.05
 
-Handler = Callable[[int, object], None]
+Handler = Callable[[int, object], None] | signal.Handlers  # as signal.signal takes it
 
 
 class Interrupted(Exception):

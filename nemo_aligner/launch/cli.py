@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import NoReturn
 
 from nemo_aligner.errors import UserError
+from nemo_aligner.launch.stacks import show_stacks_on_signal
 
 __all__ = ["INTERRUPTED_CODE", "OS_ERROR_CURE", "USER_ERROR_CODE", "run_cli"]
 
@@ -21,6 +22,7 @@ def run_cli(main: Callable[[], None]) -> NoReturn:
     Exit codes: 0; 2 after a UserError or a file that cannot be read or written, printed without a
     traceback, its cure as the last line; 130 after Ctrl-C.
     """
+    show_stacks_on_signal()
     logging.basicConfig(
         level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stderr
     )

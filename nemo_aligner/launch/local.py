@@ -22,6 +22,7 @@ from nemo_aligner.launch.children import (
     interrupt,
     settle,
 )
+from nemo_aligner.launch.stacks import STACKS_SIGNAL, forward_stacks_request
 from nemo_aligner.run.stop import STOP_SIGNALS
 
 __all__ = ["GRACE_SECONDS", "start_ranks"]
@@ -35,7 +36,7 @@ def start_ranks(count: int) -> int:
     The ranks meet in a file of a temporary folder, so no port is chosen; their own temporary files go there too.
 
     SIGTERM and SIGUSR1 are handed on: a rank that trains saves first, so their end is waited for. SIGINT and SIGHUP,
-    and a SIGTERM after the first, end the ranks within seconds.
+    and a SIGTERM after the first, end the ranks within seconds. SIGUSR2 has each rank write its stacks.
 
     Returns:
         0 if all ranks ended well, else the exit code of the first that did not; 128 + N after signal N.
@@ -45,6 +46,8 @@ def start_ranks(count: int) -> int:
     # Signals end the ranks below, in order; the defaults would leave them or the folder behind.
     handlers: dict[signal.Signals, Handler] = dict.fromkeys(END_SIGNALS, interrupt)
     handlers |= dict.fromkeys(STOP_SIGNALS, _hand_on(ranks))
+    # Inherited until a rank has a handler of its own, before which the signal would end it.
+    handlers[STACKS_SIGNAL] = signal.SIG_IGN
     with handled(handlers):
         try:
             for rank in range(count):
@@ -52,6 +55,8 @@ def start_ranks(count: int) -> int:
                 command = [sys.executable, *sys.orig_argv[1:]]
                 env = os.environ | _place(rank, count, folder)
                 ranks.append(subprocess.Popen(command, env=env, start_new_session=True))
+            names = [(f"rank {rank}", process) for rank, process in enumerate(ranks)]
+            signal.signal(STACKS_SIGNAL, forward_stacks_request(names))
             return _wait(ranks)
         except Interrupted as stop:
             sys.stderr.write(f"{stop.signal.name}: the {count} ranks are stopped\n")

@@ -9,6 +9,8 @@ from pathlib import Path
 
 from nemo_aligner.errors import UserError
 from nemo_aligner.launch.together import LOCAL, Program, free_ports
+from nemo_aligner.launch.typed import is_quoted
+from nemo_aligner.paths import expand_home
 from nemo_aligner.run.experiment import ExperimentConfig
 
 __all__ = ["plan_jobs"]
@@ -90,7 +92,7 @@ def _sort(word: str, jobs: Mapping[str, _Words]) -> None:
         job.environ[key] = value
         return
     job.settings.append(f"{found['sign'] or ''}{key}{found['value'] or ''}")
-    job.given[key] = value.strip("'\"")
+    job.given[key] = value[1:-1] if is_quoted(value) else value
 
 
 def _agree(jobs: Mapping[str, _Words]) -> None:
@@ -149,6 +151,6 @@ def _folders(jobs: Mapping[str, _Words]) -> dict[str, Path]:
         if name != "reward" and key not in job.given:
             base = job.given.get("exp_manager.exp_dir")
             own = folders["actor"] / name if folders else ExperimentConfig(exp_dir=base, name="ppo").folder()
-            job.add(key, f'"{own}"')
-        folders[name] = Path(job.given[key].strip('"')) if name != "reward" else folders["actor"] / name
+            job.add(key, own)
+        folders[name] = Path(expand_home(job.given[key])) if name != "reward" else folders["actor"] / name
     return folders

@@ -5,7 +5,6 @@ import functools
 import inspect
 import logging
 import os
-import re
 import signal
 import sys
 import traceback
@@ -20,9 +19,11 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from nemo_aligner.errors import UserError
-from nemo_aligner.launch import local
+from nemo_aligner.launch import amx, local
 from nemo_aligner.launch.children import STARTER_VARIABLE, follow_parent
 from nemo_aligner.launch.cli import INTERRUPTED_CODE, OS_ERROR_CURE, USER_ERROR_CODE
+from nemo_aligner.launch.stacks import show_stacks_on_signal
+from nemo_aligner.launch.typed import as_hydra_reads
 from nemo_aligner.parallel.ranks import Layout, Ranks, discover
 from nemo_aligner.run.experiment import keep_early_records
 from nemo_aligner.run.stop import STOP_SIGNALS, StoppedEarly
@@ -92,6 +93,7 @@ def script(config_name: str, kind: type[J]) -> Callable[[Callable[[J], None]], C
         def entry() -> None:
             ranks = discover()
             _prepare_process(ranks)
+            sys.argv[1:] = as_hydra_reads(sys.argv[1:], kind)
             conf = Path(inspect.getfile(main)).resolve().parent / "conf"
 
             def task(config: DictConfig) -> None:
@@ -128,12 +130,11 @@ def _hydra_problem(error: Exception) -> UserError:
 
 
 def _prepare_process(ranks: Ranks | None) -> None:
+    show_stacks_on_signal()
     if ranks is not None and ranks.starter == "local":
         follow_parent(signal.SIGKILL)
     elif ranks is None and STARTER_VARIABLE in os.environ:
         follow_parent(signal.SIGTERM)  # which has it save first
-    # Keys that YAML lacks are ours to judge: Hydra's own complaint proposes to add them.
-    sys.argv[1:] = [f"++{a}" if re.match(r"^[A-Za-z_][\w.]*=", a) else a for a in sys.argv[1:]]
     talks = _talks(ranks)
     logging.basicConfig(
         level=logging.INFO if talks else logging.WARNING,
@@ -144,19 +145,6 @@ def _prepare_process(ranks: Ranks | None) -> None:
         keep_early_records()
     for noisy in ("megatron", "torch", "transformers", "fsspec", "hydra"):
         logging.getLogger(noisy).setLevel(logging.WARNING if talks else logging.ERROR)
-    if _amx_may_be_broken() and "ONEDNN_MAX_CPU_ISA" not in os.environ:
-        # Read when torch is imported. Some virtual machines advertise AMX and die of its first instruction.
-        os.environ["ONEDNN_MAX_CPU_ISA"] = "AVX512_CORE"
-        if talks:
-            logger.info("ONEDNN_MAX_CPU_ISA=AVX512_CORE: AMX is not trusted on a virtual machine")
-
-
-def _amx_may_be_broken() -> bool:
-    try:
-        flags = re.search(r"^flags\s*:(.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
-    except OSError:
-        return False
-    return flags is not None and {"amx_bf16", "hypervisor"} <= set(flags[1].split())
 
 
 class _Terminated(BaseException):
@@ -221,6 +209,12 @@ def _start(config: DictConfig, kind: type[J], main: Callable[[J], None], ranks: 
         return USER_ERROR_CODE
     if ranks is None and job.trainer.devices > 1:
         return local.start_ranks(job.trainer.devices)
+    instructions = amx.decide()
+    if _talks(ranks):
+        # Torch takes seconds, and a person should not wait for a sign of life.
+        logger.info("%s: the settings are read; torch is loaded next", Path(inspect.getfile(main)).name)
+        if instructions:
+            logger.info("%s", instructions)
     return _told(functools.partial(_join, config, job, main, ranks))
 
 

@@ -27,6 +27,7 @@ from nemo_aligner.launch.children import (
     interrupt,
 )
 from nemo_aligner.launch.local import GRACE_SECONDS
+from nemo_aligner.launch.stacks import STACKS_SIGNAL, forward_stacks_request
 from nemo_aligner.run.stop import STOP_SIGNALS
 from nemo_aligner.serving.leftovers import Remains, folder_of
 
@@ -89,7 +90,8 @@ def run_together(leader: Program, servers: Sequence[Program]) -> int:
 
     A job that ends badly ends the others: the leader is asked first (SIGTERM, at which jobs save), the servers after
     it. A server that the leader has left running when it ended well is asked too. SIGTERM and SIGUSR1 to this process
-    do the same; SIGINT and SIGHUP, and a SIGTERM after the first, end all of them within seconds.
+    do the same; SIGINT and SIGHUP, and a SIGTERM after the first, end all of them within seconds. SIGUSR2 has each job
+    write the stacks of its ranks.
 
     Returns:
         The exit code of the first that ended badly, of those that nobody had asked to end; of the leader after SIGTERM;
@@ -106,10 +108,12 @@ def run_together(leader: Program, servers: Sequence[Program]) -> int:
 
     handlers: dict[signal.Signals, Handler] = dict.fromkeys(END_SIGNALS, interrupt)
     handlers |= dict.fromkeys(STOP_SIGNALS, note)
+    handlers[STACKS_SIGNAL] = signal.SIG_IGN  # inherited until a job has a handler of its own
     with handled(handlers):
         try:
             for program in programs:
                 jobs.append(_Job(program, width=max(len(one.name) for one in programs)))
+            signal.signal(STACKS_SIGNAL, forward_stacks_request([(job.name, job.process) for job in jobs]))
             return _run(jobs[-1], jobs[:-1], asked)
         except Interrupted as stop:
             _tell(f"{stop.signal.name}: the jobs are stopped")

@@ -58,9 +58,15 @@ class Layout:
             )
         if world_size is not None and world_size != asked:
             raise UserError(
-                f"the starter made {world_size} ranks, but trainer.num_nodes={num_nodes} x trainer.devices={devices} "
-                f"= {asked}",
-                cure=_nodes_and_devices(world_size, num_nodes),
+                f"the starter made {world_size} rank{'s' * (world_size > 1)}, but trainer.num_nodes={num_nodes} x "
+                f"trainer.devices={devices} = {asked}",
+                cure=f"have the starter make {asked} (srun --ntasks={asked}, torchrun --nproc-per-node={devices}), or "
+                + _nodes_and_devices(world_size, num_nodes)
+                + (
+                    "; in a shell that srun has made, env -u SLURM_PROCID before python has the script start its ranks"
+                    if world_size == 1
+                    else ""
+                ),
             )
         if asked % self.model_size:
             fit = -(-asked // self.model_size) * self.model_size
@@ -116,8 +122,13 @@ def discover(env: Mapping[str, str] = os.environ) -> Ranks | None:
         )
     # A shell inside an allocation has SLURM_* too, but no step or one of Slurm's own: there, we start the ranks.
     if "SLURM_PROCID" in env and env.get("SLURM_STEP_NODELIST") and _is_srun_step(env.get("SLURM_STEP_ID")):
-        return _slurm(env)
+        return None if _is_shell(env) else _slurm(env)
     return None
+
+
+def _is_shell(env: Mapping[str, str]) -> bool:
+    """Whether the step is a terminal of one task, as ``srun --pty bash`` makes: there, we start the ranks."""
+    return "SLURM_PTY_PORT" in env and env.get("SLURM_STEP_NUM_TASKS") == "1"
 
 
 def _is_srun_step(step: str | None) -> bool:

@@ -18,6 +18,7 @@ from types import TracebackType
 from typing import IO, TYPE_CHECKING, Literal, Self
 
 from nemo_aligner.errors import UserError
+from nemo_aligner.paths import PathText
 from nemo_aligner.run.stop import seconds_of
 
 if TYPE_CHECKING:
@@ -67,8 +68,8 @@ class CheckpointCallbackConfig:
 class ExperimentConfig:
     """The ``exp_manager`` block."""
 
-    explicit_log_dir: str | None = None  # the run's folder
-    exp_dir: str | None = None  # else the folder is <exp_dir>/<name>/<time>
+    explicit_log_dir: PathText | None = None  # the run's folder
+    exp_dir: PathText | None = None  # else the folder is <exp_dir>/<name>/<time>
     name: str = "default"  # names the run and its .nemo
     max_time_per_run: str | None = None  # days:hours:minutes:seconds; save and end before they are over
     create_tensorboard_logger: bool = True  # write TensorBoard events
@@ -76,7 +77,7 @@ class ExperimentConfig:
     wandb_logger_kwargs: WandbConfig = field(default_factory=WandbConfig)
     resume_if_exists: bool = True  # go on from the folder's newest checkpoint
     resume_ignore_no_checkpoint: bool = True  # start anew where there is none
-    resume_from_checkpoint: str | None = None  # go on from this checkpoint where the folder has none
+    resume_from_checkpoint: PathText | None = None  # go on from this checkpoint where the folder has none
     create_checkpoint_callback: bool = True  # save while training
     checkpoint_callback_params: CheckpointCallbackConfig = field(default_factory=CheckpointCallbackConfig)
 

@@ -76,11 +76,11 @@ def test_folders():
         "critic": "/runs/a b/critic/output.log",
         "reward": "/runs/a b/reward/output.log",
     }
-    assert settings(told["critic"])["exp_manager.explicit_log_dir"] == '"/runs/a b/critic"'
+    assert settings(told["critic"])["exp_manager.explicit_log_dir"] == "/runs/a b/critic"
     own = plan("critic.exp_manager.explicit_log_dir=c", "actor.exp_manager.exp_dir=d")
     assert str(own["critic"].log) == "c/output.log"
     assert own["actor"].log.parts[:2] == ("d", "ppo")
-    assert settings(own["actor"])["exp_manager.explicit_log_dir"] == f'"{own["actor"].log.parent}"'
+    assert settings(own["actor"])["exp_manager.explicit_log_dir"] == str(own["actor"].log.parent)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,83 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A command line's words as Hydra is to read them: text is taken as it was typed, everything else by Hydra's grammar.
+
+Whether a setting is text follows from its type. Knows dataclasses, and no script's settings.
+"""
+
+import builtins
+import dataclasses
+import re
+import types
+import typing
+from collections.abc import Sequence
+from typing import Any
+
+from hydra.core.override_parser.types import Quote, QuotedString
+
+__all__ = ["as_hydra_reads", "is_quoted"]
+
+_WORD = re.compile(r"(?P<sign>\+{0,2})(?P<key>[A-Za-z_][\w.]*)=(?P<value>.*)", re.DOTALL)
+
+
+def as_hydra_reads(words: Sequence[str], kind: type[object]) -> list[str]:
+    """The words, with the value of each text setting in Hydra's quotes.
+
+    A value that the user has put into quotes, and null where a setting may be null, stay as they are. Each setting may
+    be one that the YAML lacks: such keys are refused by ours, as Hydra's own message proposes to add them.
+
+    Args:
+        words: of the command line, without the script.
+        kind: the script's settings.
+
+    >>> @dataclasses.dataclass
+    ... class Settings:
+    ...     name: str
+    ...     sizes: tuple[int, ...]
+    >>> as_hydra_reads(["name=a=b, it's (1)", "sizes=[1,2]", "--cfg", "job"], Settings)
+    ["++name='a=b, it\\\\'s (1)'", '++sizes=[1,2]', '--cfg', 'job']
+    """
+    return [_read(word, kind) for word in words]
+
+
+def is_quoted(value: str) -> bool:
+    """Whether the user has put all of a value into quotes, which are then not part of it."""
+    return len(value) > 1 and value[0] == value[-1] and value[0] in "'\""
+
+
+def _read(word: str, kind: type[object]) -> str:
+    found = _WORD.fullmatch(word)
+    if found is None:
+        return word
+    value = found["value"]
+    if _is_text(value, _type_of(kind, found["key"])):
+        value = QuotedString(text=value, quote=Quote.single).with_quotes()
+    return f"{found['sign'] or '++'}{found['key']}={value}"
+
+
+def _type_of(kind: Any, key: str) -> Any:  # noqa: ANN401 - a type hint
+    """The type hint of a dotted key in nested dataclasses; None where there is no such field."""
+    name, _, rest = key.partition(".")
+    if not dataclasses.is_dataclass(kind):
+        return None
+    hint = typing.get_type_hints(kind).get(name)
+    return _type_of(hint, rest) if rest else hint
+
+
+def _is_text(value: str, hint: Any) -> bool:  # noqa: ANN401 - a type hint
+    """Whether a typed value is text as it stands, and not an expression of Hydra's grammar."""
+    # Without include_extras, get_type_hints shows paths as the text that they are.
+    union = typing.get_origin(hint) in (typing.Union, types.UnionType)
+    options = set(typing.get_args(hint) if union else (hint,))
+    if value == "null" and type(None) in options:
+        return False
+    options.discard(type(None))
+    holds_several = {option for option in options if typing.get_origin(option) in (tuple, list, dict)}
+    if value[:1] in ("[", "{") and holds_several:
+        return False
+    match options - holds_several:
+        case kinds if kinds == {str}:
+            return not is_quoted(value)
+        case kinds if kinds and kinds <= {builtins.int, builtins.float}:
+            # A decimal comma: Hydra would take it for a sweep. That it is no number is told where numbers are read.
+            return "," in value
+    return False
