@@ -39,6 +39,7 @@ class Answerer:
     policy: AlignableGenerativeInterface
     tokenizer: Tokenizer
     sampling: SamplingConfig
+    end_ids: Sequence[int]  # tokens that end an answer
     slots: int  # answers that each data parallel rank writes at once
 
     def answer_file(self, requests: RecordFile[Request], output: Path, *, num_samples: int) -> None:
@@ -93,7 +94,7 @@ class Answerer:
 
     def text(self, tokens: Sequence[int], *, finished: bool) -> str:
         """An answer's text without what ended it."""
-        if finished and tokens[-1] == self.tokenizer.eos_id:
+        if finished and tokens[-1] in self.end_ids:
             return self.tokenizer.decode(tokens[:-1])
         text = self.tokenizer.decode(tokens)
         ends = [text.rfind(end) for end in self.sampling.end_strings if finished and end in text]

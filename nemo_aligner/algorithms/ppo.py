@@ -227,7 +227,7 @@ class PPOTrainer:
             if config.offload_adam_states:
                 self.policy.offload_optimizer()
         with watch("generate"):
-            return collect(
+            rollout = collect(
                 self.policy,
                 prompts,
                 self.rollouts.sampling,
@@ -235,6 +235,8 @@ class PPOTrainer:
                 slots=slots,
                 seq_length=self.config.rollout_batch_seq_length,
             )
+        self.rollouts.warn_of_cut(rollout)
+        return rollout
 
     def _scored(self, rollout: Rollout, watch: Stopwatch) -> Scored:
         return self.scorer.score(rollout, watch, with_reference=bool(self.kl.coefficient))

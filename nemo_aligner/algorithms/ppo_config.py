@@ -4,6 +4,7 @@
 from dataclasses import dataclass, field
 from typing import ClassVar
 
+from nemo_aligner.data.config import unescape
 from nemo_aligner.errors import UserError
 from nemo_aligner.models.sampling_config import SamplingConfig
 from nemo_aligner.objectives.config import CreditConfig, PolicyConfig
@@ -51,7 +52,8 @@ class SamplingParams:
     min_p: float = 0.0  # only tokens at least this likely as a share of the most likely one's; 0: all
     repetition_penalty: float = 1.0  # tokens that were written before become less likely; 1: never
     add_BOS: bool = False
-    end_strings: tuple[str, ...] = ("<|endoftext|>", "<extra_id_1>")  # text that ends an answer, as EOS does
+    # Texts that end an answer, as the model's own end tokens do; escapes are understood.
+    end_strings: tuple[str, ...] = ("<|endoftext|>", "<extra_id_1>")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,7 +120,7 @@ class RolloutConfig(PolicyConfig):
             top_p=params.top_p,
             min_p=params.min_p,
             repetition_penalty=params.repetition_penalty,
-            end_strings=params.end_strings,
+            end_strings=tuple(map(unescape, params.end_strings)),
             max_length=lengths.max_length or max_length,
             min_length=lengths.min_length,
             seed=seed,

@@ -69,6 +69,19 @@ class Rollouts:
     length_multiple: int  # of positions that rows are padded to
     seed: int  # of the order of answers within an update
     decode: Callable[[Sequence[int]], str]  # token ids to text
+    end_ids: Sequence[int]  # tokens that end an answer
+
+    def warn_of_cut(self, rollout: Rollout) -> None:
+        """Say so where no answer of ``rollout`` has ended by itself: with mask_unfinished nothing is learned of it."""
+        if rollout.finished.any() or not world.is_logging_rank():
+            return
+        ends = [self.decode([i]) for i in self.end_ids] + list(self.sampling.end_strings)
+        logger.warning(
+            "none of the %d answers of this rollout ended by itself, all were cut at their longest; what ends an "
+            "answer: %s. Set model.ppo.length_params.max_length, now %d, higher; or name the text that this model ends "
+            "its turns with in model.ppo.sampling_params.end_strings; or start from a model that was fine-tuned to end",
+            *(rollout.num_rows, ", ".join(map(repr, ends)), self.sampling.max_length),
+        )
 
 
 def deal(lengths: Sequence[int], *, rows: int, ranks: int) -> list[list[list[int]]]:

@@ -84,6 +84,7 @@ def actor_rollouts(job: ActorJob, pretrained: Pretrained[GPTPolicy]) -> Rollouts
         length_multiple=model.length_multiple,
         seed=model.seed,
         decode=needed_tokenizer(job, pretrained).decode,
+        end_ids=pretrained.learner.end_ids,
     )
 
 

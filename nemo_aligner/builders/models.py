@@ -10,6 +10,7 @@ from typing import Any, Generic, TypeVar
 from nemo_aligner.checkpoint.model_nemo import save_nemo, shared_nemo
 from nemo_aligner.checkpoint.nemo_archive import CONFIG_NAME, WEIGHTS_NAME, NemoArchive
 from nemo_aligner.checkpoint.sharded import load_model
+from nemo_aligner.checkpoint.stop_tokens import stop_ids
 from nemo_aligner.checkpoint.tokenizer_files import load_archived_tokenizer
 from nemo_aligner.checkpoint.training import (
     TRAINING_NAMES,
@@ -78,7 +79,7 @@ def load_policy(job: ModelJob, *, start: Checkpoint | None = None) -> Pretrained
         tokenizer, files = load_tokenizer(archive, gpt.vocab_size), tokenizer_files(archive)
     policy = GPTPolicy(
         built,
-        eos_id=tokenizer.eos_id if tokenizer else None,
+        end_ids=stop_ids(config, tokenizer),
         speller=tokenizer,
         kept_logits_bytes=job.model.kept_logits_mib << 20,
         seed=job.model.seed,

@@ -15,7 +15,8 @@ from nemo_aligner.checkpoint.huggingface import (
 )
 from nemo_aligner.checkpoint.legacy import import_legacy
 from nemo_aligner.checkpoint.nemo_archive import check_output, open_nemo, write_nemo
-from nemo_aligner.checkpoint.tokenizer_files import archived_tokenizer_files
+from nemo_aligner.checkpoint.stop_tokens import with_stops
+from nemo_aligner.checkpoint.tokenizer_files import archived_tokenizer_files, load_archived_tokenizer
 from nemo_aligner.checkpoint.weights import WeightReader, save_weights
 from nemo_aligner.errors import UserError
 
@@ -70,10 +71,10 @@ def export_to_huggingface(source: Path, out: Path, *, overwrite: bool = False) -
     check_export_folder(out, overwrite=overwrite)
     _log.info("reading %s", source)
     with open_nemo(source) as archive:
-        reader = WeightReader(archive.weights)
-        export_huggingface(
-            archive.config, reader, archived_tokenizer_files(archive), out, overwrite=overwrite
-        )
+        reader, files = WeightReader(archive.weights), archived_tokenizer_files(archive)
+        tokenizer = load_archived_tokenizer(archive) if files else None
+        config = with_stops(archive.config, tokenizer)
+        export_huggingface(config, reader, files, out, overwrite=overwrite)
 
 
 def _write(model: ImportedModel, out: str, *, overwrite: bool) -> None:

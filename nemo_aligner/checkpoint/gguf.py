@@ -62,7 +62,7 @@ def import_gguf(path: Path) -> ImportedModel:
     return import_model(
         _GgufTensors(reader, heads=heads, path=path),
         hf_config=hf_config,
-        generation_config=_token_ids(metadata),
+        generation_config=_generation_config(metadata),
         tokenizer_files=build_tokenizer_files(metadata, where=str(path)),
         where=str(path),
     )
@@ -191,3 +191,10 @@ def _token_ids(metadata: dict[str, Any]) -> dict[str, int]:
     names = {"bos_token_id": "bos", "eos_token_id": "eos", "pad_token_id": "padding"}
     keys = {name: f"tokenizer.ggml.{key}_token_id" for name, key in names.items()}
     return {name: metadata[key] for name, key in keys.items() if key in metadata}
+
+
+def _generation_config(metadata: dict[str, Any]) -> dict[str, Any]:
+    """As generation_config.json: the ends of a turn and of a message end a text too."""
+    ends = [metadata.get(f"tokenizer.ggml.{key}_token_id") for key in ("eos", "eot", "eom")]
+    ids = list(dict.fromkeys(end for end in ends if end is not None))
+    return _token_ids(metadata) | ({"eos_token_id": ids} if len(ids) > 1 else {})

@@ -2,10 +2,11 @@
 """The settings of generate.py, which trains nothing."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from nemo_aligner.config.base import ModelConfig, ModelJob, TrainerConfig
+from nemo_aligner.data.config import unescape
 from nemo_aligner.errors import UserError
 from nemo_aligner.models.gpt.learning_rate import OptimConfig
 from nemo_aligner.models.sampling_config import SamplingConfig
@@ -33,6 +34,11 @@ class GenerateJob(ModelJob):
     overwrite: bool = False
     num_samples: int = 1
     batch_size: int = 64
+
+    @property
+    def answers(self) -> SamplingConfig:
+        """``sampling``, with the characters that escapes in its end strings stand for."""
+        return replace(self.sampling, end_strings=tuple(map(unescape, self.sampling.end_strings)))
 
     @property
     def pretrained(self) -> tuple[str, str]:

@@ -66,6 +66,11 @@ class Tokenizer(Protocol):
         """The Jinja chat template, None where there is none."""
         ...
 
+    @property
+    def added_ids(self) -> frozenset[int]:
+        """The ids that stand for whole pieces of text, such as a turn's end, whatever stands around them."""
+        ...
+
     def encode(self, text: str) -> list[int]:
         """The ids of ``text`` alone, no special tokens added."""
         ...
@@ -159,6 +164,7 @@ class HuggingFaceTokenizer:
         self.prefixes_space = _prefixes_space(self.encode)
         template = self._tokenizer.chat_template
         self.chat_template: str | None = template.get("default") if isinstance(template, dict) else template
+        self.added_ids = frozenset(self._tokenizer.added_tokens_decoder)
 
     def encode(self, text: str) -> list[int]:
         """The ids of ``text`` alone, no special tokens added."""
@@ -218,6 +224,7 @@ class SentencePieceTokenizer:
         self.sep_id = self.token_id("<sep>")
         self.adds_bos = False
         self.prefixes_space = _prefixes_space(self.encode)
+        self.added_ids = frozenset({self.eos_id})
         self.chat_template: str | None = None
 
     def encode(self, text: str) -> list[int]:

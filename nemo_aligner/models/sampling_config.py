@@ -26,7 +26,7 @@ class SamplingConfig:
     )
     max_length: int = 256  # tokens of an answer
     min_length: int = 1  # no answer ends before it has this many tokens, its end token not counted
-    end_strings: tuple[str, ...] = ()  # text that ends an answer, as EOS does
+    end_strings: tuple[str, ...] = ()  # text that ends an answer, as the model's own end tokens do
     seed: int = 1234  # of the draws
 
     @property

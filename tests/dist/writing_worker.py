@@ -73,7 +73,7 @@ def prompts() -> list[Prompt]:
 def policy(case: Case, weights: Path) -> GPTPolicy:
     model = build_gpt(worker.config(tied=case.tied), case.layout, torch.float32)
     load_model(model, weights / f"weights-tied-{case.tied}")
-    return GPTPolicy(model, eos_id=EOS[case.tied])
+    return GPTPolicy(model, end_ids=(EOS[case.tied],))
 
 
 def written(policy: GPTPolicy, mine: list[Prompt], *, slots: int) -> dict[str, tuple[Rollout, torch.Tensor]]:

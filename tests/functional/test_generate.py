@@ -31,10 +31,17 @@ ROWS = [
 
 @pytest.fixture(scope="module")
 def chatty(hf_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """The toy model with a chat template: the Hugging Face folder and the .nemo."""
+    """The toy model with a chat template and a second end token: the Hugging Face folder and the .nemo."""
     folder = tmp_path_factory.mktemp("chatty")
-    AutoModelForCausalLM.from_pretrained(hf_folder).save_pretrained(folder / "hf")
-    tokenizer = AutoTokenizer.from_pretrained(hf_folder)
+    model, tokenizer = (
+        AutoModelForCausalLM.from_pretrained(hf_folder),
+        AutoTokenizer.from_pretrained(hf_folder),
+    )
+    ids = torch.tensor([tokenizer.encode(ROWS[0]["text"], add_special_tokens=False)])
+    whole = model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=4)
+    # A token that the first answer has in its middle.
+    model.generation_config.eos_token_id = [tokenizer.eos_token_id, int(whole[0, -1])]
+    model.save_pretrained(folder / "hf")
     tokenizer.chat_template = TEMPLATE
     tokenizer.save_pretrained(folder / "hf")
     import_from_huggingface(folder / "hf", str(folder / "chatty.nemo"))
@@ -84,12 +91,14 @@ def test_answers_of_a_file_are_transformers(
         ids = torch.tensor([tokenizer.encode(text, add_special_tokens=False)])
         whole = model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=12)
         answer = whole[0, ids.shape[1] :]
-        ended = int(answer[-1]) == tokenizer.eos_token_id
+        ended = int(answer[-1]) in model.generation_config.eos_token_id
         assert row["finished"] == ended
         assert row["num_tokens"] == answer.numel()
         assert row["answer"] == tokenizer.decode(answer[:-1] if ended else answer)
         logp = model(whole).logits.log_softmax(-1)[0, ids.shape[1] - 1 : -1].gather(1, answer[:, None])
         assert row["logprob"] == pytest.approx(logp.sum().item(), abs=1e-3)
+    assert found[0]["finished"]
+    assert found[0]["num_tokens"] <= 4
 
 
 def test_samples_are_the_same_on_two_ranks(

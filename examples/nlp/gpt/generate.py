@@ -25,7 +25,8 @@ def main(job: GenerateJob) -> None:
     answerer = Answerer(
         policy=pretrained.learner,
         tokenizer=builders.needed_tokenizer(job, pretrained),
-        sampling=job.sampling,
+        sampling=job.answers,
+        end_ids=pretrained.learner.end_ids,
         slots=job.batch_size,
     )
     if requests is None or job.output_file is None:

@@ -45,7 +45,7 @@ class GPTPolicy(GPTLearner):
 
     Args:
         model: it.
-        eos_id: the token that ends a text.
+        end_ids: the tokens that end an answer.
         speller: a tokenizer, without which answers can have no end strings.
     """
 
@@ -53,13 +53,13 @@ class GPTPolicy(GPTLearner):
         self,
         model: GPT | InterleavedGPT,
         *,
-        eos_id: int | None = None,
+        end_ids: Sequence[int] = (),
         speller: Speller | None = None,
         kept_logits_bytes: int = 1 << 30,
         seed: int = 1234,
     ) -> None:
         super().__init__(model, kept_logits_bytes=kept_logits_bytes, seed=seed)
-        self.eos_id, self._speller = eos_id, speller
+        self.end_ids, self._speller = tuple(end_ids), speller
         self._reference: SpareWeights | None = None
 
     def get_loss_and_metrics(
@@ -118,7 +118,7 @@ class GPTPolicy(GPTLearner):
             return generate(self._model, prompts, sampling, stops=stops, slots=slots, step=step, watch=watch)
 
     def _stops(self, sampling: SamplingConfig) -> Stops:
-        return Stops.of(self.eos_id, sampling.end_strings, self._speller)
+        return Stops.of(self.end_ids, sampling.end_strings, self._speller)
 
     def _drawn(self, sampling: SamplingConfig | None) -> Drawn | None:
         return None if sampling is None else Drawn(config=sampling, end_ids=self._stops(sampling).ids)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where an answer ends: at EOS, at a token that is an end string, or at the text of one."""
+"""Where an answer ends: at an end token, at a token that is an end string, or at the text of one."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -40,10 +40,10 @@ class Stops:
     )  # by token: whether a text may end in it
 
     @classmethod
-    def of(cls, eos_id: int | None, end_strings: Sequence[str], speller: Speller | None) -> "Stops":
-        """EOS and ``end_strings``; those that are one token of the vocabulary are looked for by its id."""
+    def of(cls, end_ids: Sequence[int], end_strings: Sequence[str], speller: Speller | None) -> "Stops":
+        """``end_ids`` and ``end_strings``; strings that are one token of the vocabulary are looked for by its id."""
         assert speller is not None or not end_strings, "end strings need a tokenizer"
-        ids, texts = [] if eos_id is None else [eos_id], []
+        ids, texts = list(end_ids), []
         for text in end_strings:
             token = None if speller is None else speller.token_id(text)
             if token is None:

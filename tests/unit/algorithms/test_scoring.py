@@ -33,6 +33,7 @@ def scorer() -> Scorer:
         length_multiple=1,
         seed=0,
         decode=str,
+        end_ids=(),
     )
     return Scorer(policy=None, critic=SharedCritic(NoCritic()), rollouts=rollouts, give_up=lambda: False)
 

@@ -97,7 +97,7 @@ def test_greedy_is_transformers(
     ended = [continuation(prompt, eos) for prompt in prompts]
     assert len({len(row) for row in ended}) > 1, "rows must end at different steps"
     for slots in (64, 2, 1):
-        found = GPTPolicy(ours, eos_id=eos).generate(numbered(prompts), greedy, slots=slots)
+        found = GPTPolicy(ours, end_ids=(eos,)).generate(numbered(prompts), greedy, slots=slots)
         assert answers(found) == ended
         assert found.finished.tolist() == [row[-1] == eos for row in ended]
 
@@ -131,7 +131,7 @@ class Letters:
 
 @pytest.fixture(scope="module")
 def policy(random_model: Callable[..., GPT]) -> GPTPolicy:
-    return GPTPolicy(random_model(CONFIG), eos_id=EOS, speller=Letters())
+    return GPTPolicy(random_model(CONFIG), end_ids=(EOS,), speller=Letters())
 
 
 @pytest.fixture(scope="module")
@@ -211,7 +211,7 @@ def test_the_trainer_believes_what_the_sampler_did(policy: GPTPolicy, prompts: l
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision(random_model: Callable[..., GPT], prompts: list[Prompt], dtype: torch.dtype):
-    half = GPTPolicy(random_model(CONFIG, dtype=dtype), eos_id=EOS)
+    half = GPTPolicy(random_model(CONFIG, dtype=dtype), end_ids=(EOS,))
     rollout = half.generate(prompts, SAMPLED)
     apart = (half.logprobs(rollout, SAMPLED) - rollout.sampler_logprobs)[rollout.mask].abs()
     assert float(apart.mean()) < 4 * torch.finfo(dtype).eps
@@ -321,7 +321,7 @@ def test_gradients_are_of_the_distribution_that_was_drawn_from(
     """The head in chunks against plain torch on all logits, for a loss of log-probs and entropy."""
     model = random_model(CONFIG, dtype=torch.float32)
     sampling = SAMPLINGS["all"]
-    rollout = GPTPolicy(model, eos_id=EOS).generate(prompts[:5], sampling)
+    rollout = GPTPolicy(model, end_ids=(EOS,)).generate(prompts[:5], sampling)
     objective = LogprobsAndEntropy()
     drawn = Drawn(config=sampling, end_ids=(EOS,))
     engine.run(model, [rollout], objective, forward_only=False, projection=Projection(drawn=drawn))

@@ -43,12 +43,12 @@ def first_end(tokens: Sequence[int], stops: Stops) -> int | None:
     ],
 )
 def test_ends(tokens: list[int], ends: tuple[str, ...], expected: int | None):
-    assert first_end(tokens, Stops.of(EOS, ends, Bytes())) == expected
+    assert first_end(tokens, Stops.of((EOS,), ends, Bytes())) == expected
 
 
 def test_ids_are_those_that_end_alone():
-    assert Stops.of(EOS, ("User:", "<turn>"), Bytes()).ids == (EOS, TURN)
-    assert Stops.of(None, (), None).ids == ()
+    assert Stops.of((EOS,), ("User:", "<turn>"), Bytes()).ids == (EOS, TURN)
+    assert Stops.of((), (), None).ids == ()
 
 
 def test_few_tails_are_read():
@@ -60,7 +60,7 @@ def test_few_tails_are_read():
             read.append(len(ids))
             return super().decode(ids)
 
-    stops = Stops.of(EOS, ("User:",), Counting())
+    stops = Stops.of((EOS,), ("User:",), Counting())
     for _ in range(100):
         assert first_end([0, 1, 2, 10], stops) is None
     assert read == [2] * 4
