@@ -10,6 +10,9 @@ from nemo_aligner.errors import UserError
 __all__ = ["OptimConfig", "SchedConfig", "learning_rate"]
 
 
+MOST_HELD = 1000  # steps at min_lr where the settings give no number; NeMo's default
+
+
 @dataclass(frozen=True, kw_only=True)
 class SchedConfig:
     """The ``model.optim.sched`` block."""
@@ -18,7 +21,7 @@ class SchedConfig:
         "CosineAnnealing", "WarmupAnnealing", "WSD", "constant", "WarmupPolicy", "WarmupHoldPolicy"
     ] = "CosineAnnealing"
     warmup_steps: int = 10  # steps of linear growth from lr / (warmup_steps + 1)
-    constant_steps: int = 1000  # last steps, held at min_lr
+    constant_steps: int | None = None  # last steps, held at min_lr; null: a tenth of the run, at most 1000
     min_lr: float = 9e-7  # where the decay ends
     decay_steps: int | None = None  # WSD: steps of the decay, after the stable phase
     decay_style: Literal["linear", "cosine", "minus_sqrt", "exponential"] = "linear"  # WSD: its form
@@ -27,6 +30,14 @@ class SchedConfig:
     def decays(self) -> bool:
         """Whether the rate falls from lr to min_lr."""
         return self.name in ("CosineAnnealing", "WarmupAnnealing", "WSD")
+
+    def held_steps(self, max_steps: int) -> int:
+        """``constant_steps`` of a run of ``max_steps``.
+
+        >>> SchedConfig().held_steps(50), SchedConfig().held_steps(10**6), SchedConfig(constant_steps=7).held_steps(50)
+        (5, 1000, 7)
+        """
+        return min(MOST_HELD, max_steps // 10) if self.constant_steps is None else self.constant_steps
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,7 +104,7 @@ def learning_rate(step: int, *, peak: float, sched: SchedConfig, max_steps: int)
         return peak * (step + 1) / (sched.warmup_steps + 1)
     if not sched.decays:
         return peak
-    end = max_steps - sched.constant_steps
+    end = max_steps - sched.held_steps(max_steps)
     if step >= end:
         return sched.min_lr
     match sched.name:
