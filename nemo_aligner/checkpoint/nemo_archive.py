@@ -16,7 +16,7 @@ import tempfile
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import yaml
@@ -24,7 +24,6 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from nemo_aligner.checkpoint.progress import Progress
-from nemo_aligner.checkpoint.torch_dist import read_backend
 from nemo_aligner.errors import UserError
 
 __all__ = [
@@ -33,6 +32,7 @@ __all__ = [
     "NemoArchive",
     "check_output",
     "open_nemo",
+    "peek_config",
     "replace_folder",
     "write_contents",
     "write_nemo",
@@ -107,6 +107,27 @@ def open_nemo(path: Path | str, *, old_layouts: bool = False) -> Iterator[NemoAr
         if not old_layouts:
             _check_weights_layout(archive)
         yield archive
+
+
+def peek_config(path: Path | str) -> dict[str, Any] | None:
+    """model_config.yaml of a .nemo file or folder, read without unpacking the rest and without torch.
+
+    Returns:
+        None where it cannot be had so; opening the archive tells why.
+    """
+    path = Path(path)
+    if path.is_dir():
+        return _read_config(path, path) if (path / CONFIG_NAME).is_file() else None
+    try:
+        # Not of a compressed archive, all of which would be unpacked on the way.
+        with tarfile.open(path, "r:") as tar:
+            while (member := tar.next()) is not None:
+                if PurePosixPath(member.name) == PurePosixPath(CONFIG_NAME):
+                    content = tar.extractfile(member)
+                    return _parse_config(content.read(), path) if content else None
+    except (tarfile.TarError, OSError, KeyError):
+        pass
+    return None
 
 
 def write_nemo(
@@ -256,8 +277,12 @@ def _read_config(folder: Path, source: Path) -> dict[str, Any]:
         raise UserError(
             f"{source} holds no {CONFIG_NAME}", cure="give a .nemo file, or the folder it was extracted to"
         )
+    return _parse_config(path.read_bytes(), source)
+
+
+def _parse_config(content: bytes, source: Path) -> dict[str, Any]:
     try:
-        config = OmegaConf.load(path)
+        config = OmegaConf.load(io.StringIO(content.decode()))
     except (OmegaConfBaseException, yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{source}: {CONFIG_NAME} is not YAML: {error}", cure=_GET_AGAIN) from error
     if not isinstance(config, DictConfig):
@@ -281,6 +306,9 @@ def _resolve(config: DictConfig) -> dict[str, Any]:
 
 def _check_weights_layout(archive: NemoArchive) -> None:
     """Raises UserError unless the weights are a torch_dist checkpoint."""
+    # It needs torch, which whoever looks at a config alone need not wait for.
+    from nemo_aligner.checkpoint.torch_dist import read_backend
+
     match read_backend(archive.weights):
         case "torch_dist":
             return
