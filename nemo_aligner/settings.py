@@ -357,7 +357,8 @@ def _convert_plain(value: Any, hint: Any, key: str) -> Any:  # noqa: ANN401
     if _is_exactly(value, hint):
         return value
     if hint == PathText:
-        return expand_home(_convert_plain(value, str, key))
+        # A path that must be there is missing where it is null; another one then names nothing.
+        return "" if value is None else expand_home(_convert_plain(value, str, key))
     if hint is float and isinstance(value, int | str) and not isinstance(value, bool):
         return _number(value, key)
     if hint is str and isinstance(value, int | float):

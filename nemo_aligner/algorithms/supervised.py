@@ -77,7 +77,8 @@ class SupervisedTrainer:
         self.plan = make_plan(
             config,
             batches_per_epoch=train.batches_per_epoch,
-            val_batches=validation["validation"].batches_per_epoch,
+            # Whether anything is validated; each set has a count of its own.
+            val_batches=max((batches.batches_per_epoch for batches in validation.values()), default=0),
             limit_train=config.limit_train_batches,
             limit_val=config.limit_val_batches,
         )

@@ -101,7 +101,7 @@ def actor_prompts(job: ActorJob, pretrained: Pretrained[GPTPolicy]) -> tuple[Pro
             job, splits.train, tokenizer, pretrained, size=config.num_rollout_samples, shuffle=True
         )
         validation = None
-        if job.trainer.ppo.val_check_interval:
+        if job.trainer.ppo.val_check_interval and splits.validation is not None:
             size = config.num_val_samples or config.num_rollout_samples
             validation = _prompts(job, splits.validation, tokenizer, pretrained, size=size, shuffle=False)
     found = len(train.dataset)

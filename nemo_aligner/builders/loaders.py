@@ -60,17 +60,21 @@ def sft_loaders(job: SFTJob, pretrained: Pretrained[GPTPolicy]) -> tuple[SFTLoad
     model, data, tokenizer = job.model, job.model.data, needed_tokenizer(job, pretrained)
     gpt, multiple = pretrained.learner.model.gpt_config, model.length_multiple
     with heartbeat("reading data", enabled=world.is_logging_rank()):
-        loaders = []
-        for name, split in (("train_ds", data.train_ds), ("validation_ds", data.validation_ds)):
+        loaders: dict[str, SFTLoader] = {}
+        for name, split in {"train_ds": data.train_ds, **data.validation}.items():
             setting = f"model.data.{name}.max_seq_length"
             longest = longest_sequence(setting, split.max_seq_length, gpt, multiple)
-            loaders.append(_loader(data, replace(split, max_seq_length=longest), tokenizer, model))
-    train, validation = loaders
+            loaders[name] = _loader(data, replace(split, max_seq_length=longest), tokenizer, model)
+    train, validation = loaders.pop("train_ds"), loaders.pop("validation_ds", None)
     if world.is_logging_rank():
         shown = describe(train.dataset[0], tokenizer)
         logger.info("first training sample, learned tokens between ⟦ and ⟧:\n%s", shown)
-        logger.info("%d training and %d validation samples", len(train.dataset), len(validation.dataset))
-    return train, {"validation": validation}
+        logger.info(
+            "%d training and %s validation samples",
+            len(train.dataset),
+            len(validation.dataset) if validation else "no",
+        )
+    return train, {"validation": validation} if validation else {}
 
 
 def longest_sequence(setting: str, asked: int, gpt: GPTConfig, multiple: int) -> int:
@@ -155,7 +159,8 @@ def reward_loaders(
         pretrained.learner.model.gpt_config,
     )
     splits = job.model.data.splits
-    sets = {"validation": splits.validation, **splits.extra_validation}
+    sets = {"validation": splits.validation} if splits.validation else {}
+    sets |= splits.extra_validation
     with heartbeat("reading data", enabled=world.is_logging_rank()):
         train = _reward_loader(
             job, splits.train, tokenizer, gpt, shuffle=config.train_random_sampler, drop_last=True
@@ -168,6 +173,7 @@ def reward_loaders(
         }
     if world.is_logging_rank():
         counts = ", ".join(f"{len(loader.dataset)} {name}" for name, loader in validation.items())
+        counts = counts or "no validation"
         logger.info("%d training and %s samples", len(train.dataset), counts)
     return train, validation
 

@@ -118,10 +118,10 @@ def warn_of_schedule(optim: OptimConfig, *, max_steps: int) -> None:
             "set model.optim.sched.warmup_steps, now %d, below that",
             *(optim.lr, max_steps, sched.warmup_steps),
         )
-    elif sched.decays and sched.warmup_steps + sched.constant_steps >= max_steps:
+    elif sched.decays and sched.warmup_steps + sched.held_steps(max_steps) >= max_steps:
         logger.warning(
             "the learning rate goes to model.optim.sched.min_lr=%g right after the warm-up: "
             "warmup_steps=%d + constant_steps=%d leave none of the %d steps for the decay; "
             "set model.optim.sched.constant_steps=0",
-            *(sched.min_lr, sched.warmup_steps, sched.constant_steps, max_steps),
+            *(sched.min_lr, sched.warmup_steps, sched.held_steps(max_steps), max_steps),
         )

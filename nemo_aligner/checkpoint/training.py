@@ -99,11 +99,13 @@ class _Save:
 
 
 def checkpoint_name(template: str, state: TrainerState, *, steps_per_epoch: int) -> str:
-    """``template`` filled in: each {name} or {name:format} becomes name=value.
+    """``template`` filled in: each {name} or {name:format} becomes name=value; one without a value is left out.
 
     >>> state = TrainerState(step=50, consumed_samples=6400, metrics={"val_loss": 2.34567})
     >>> checkpoint_name("sft--{val_loss:.3f}-{step}-{consumed_samples}-{epoch}", state, steps_per_epoch=100)
     'sft--val_loss=2.346-step=50-consumed_samples=6400-epoch=0'
+    >>> checkpoint_name("sft--{val_loss:.3f}-{step}", TrainerState(step=50), steps_per_epoch=100)
+    'sft-step=50'
     """
     values: Mapping[str, float] = {
         **state.metrics,
@@ -114,10 +116,10 @@ def checkpoint_name(template: str, state: TrainerState, *, steps_per_epoch: int)
     }
 
     def fill(match: re.Match[str]) -> str:
-        value = values.get(monitor_name(match[1]), float("nan"))
-        return f"{match[1]}={value:{match[2] or ''}}"
+        value = values.get(monitor_name(match[2]))
+        return "" if value is None else f"{match[1]}{match[2]}={value:{match[3] or ''}}"
 
-    name = re.sub(r"\{([\w/]+)(?::([^}]*))?\}", fill, template)
+    name = re.sub(r"(-*)\{([\w/]+)(?::([^}]*))?\}", fill, template)
     # Two checkpoints never share a name.
     return (name if "{step" in template else f"{name}-step={state.step}").replace("/", "_")
 

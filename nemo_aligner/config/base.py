@@ -6,8 +6,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
+from nemo_aligner.checkpoint.foreign import refuse_foreign_model
+from nemo_aligner.checkpoint.nemo_archive import peek_config
 from nemo_aligner.errors import UserError
-from nemo_aligner.models.gpt.config import precision_name
+from nemo_aligner.models.gpt.config import GPTConfig, precision_name
 from nemo_aligner.models.gpt.learning_rate import OptimConfig
 from nemo_aligner.models.gpt.recompute import Granularity, Method, Recompute
 from nemo_aligner.parallel.ranks import Layout
@@ -138,12 +140,15 @@ class ModelJob:
     def check_paths(self) -> None:
         """Refuse files that are not there, and an output that is, before ranks start and weights are read."""
         key, value = self.pretrained
+        refuse_foreign_model(key, value)
         for setting, paths in {key: (value,), **self.files}.items():
             for path in paths:
-                if not Path(path).exists():
+                if not (path and Path(path).exists()):
                     raise UserError(
                         f"{setting}={path} does not exist", cure=f"set {setting} to a path that does"
                     )
+        if config := peek_config(value):
+            GPTConfig.from_dict({**config, **self.model.architecture}).check_layout(self.model.layout)
 
 
 class Checked(Protocol):
@@ -173,10 +178,20 @@ class Job(ModelJob):
         """{block of settings: (global_batch_size, micro_batch_size)}."""
         raise NotImplementedError
 
+    @property
+    def validates(self) -> bool:
+        """Whether there is validation data, whose metrics rank checkpoints."""
+        return True
+
     def check(self, world_size: int | None = None) -> None:
         """See ModelJob."""
         ModelJob.check(self, world_size)
         trainer, model = self.trainer, self.model
+        if self.exp_manager.checkpoint_callback_params.save_best_model and not self.validates:
+            raise UserError(
+                "exp_manager.checkpoint_callback_params.save_best_model=True needs validation data, and there is none",
+                cure="name validation data, or set save_best_model=False",
+            )
         model.optim.check()
         model.recompute.check()
         self.exp_manager.check()

@@ -148,6 +148,11 @@ class ActorJob(PretrainedJob):
         """See Job."""
         return {"model.data.data_prefix": self.model.data.splits.paths}
 
+    @property
+    def validates(self) -> bool:
+        """See Job."""
+        return self.model.data.splits.validation is not None
+
     def check(self, world_size: int | None = None) -> None:
         """See Job."""
         PretrainedJob.check(self, world_size)

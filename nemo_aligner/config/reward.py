@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 
 from nemo_aligner.config.base import BatchedModelConfig, PretrainedJob, TrainerConfig
 from nemo_aligner.data.config import PairDataConfig
+from nemo_aligner.errors import UserError
 from nemo_aligner.objectives.config import RegressionConfig
 from nemo_aligner.run.schedule import SupervisedConfig
 
@@ -90,7 +91,18 @@ class RMJob(PretrainedJob):
         """See Job."""
         return {"model.data.data_prefix": self.model.data.splits.paths}
 
+    @property
+    def validates(self) -> bool:
+        """See Job."""
+        return self.model.data.splits.validation is not None
+
     def check(self, world_size: int | None = None) -> None:
         """See Job."""
         PretrainedJob.check(self, world_size)
+        standard = self.model.reward_standardization
+        if standard.enable and None in (standard.mean, standard.std) and not self.validates:
+            raise UserError(
+                "model.reward_standardization.enable=True takes mean and std of the validation data, and there is none",
+                cure="set model.reward_standardization.mean and std, or name validation data",
+            )
         self.model.regression.check()

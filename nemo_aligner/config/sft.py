@@ -50,7 +50,7 @@ class SFTJob(Job):
     @property
     def batches(self) -> dict[str, tuple[int, int]]:
         """See Job."""
-        splits = {"train_ds": self.model.data.train_ds, "validation_ds": self.model.data.validation_ds}
+        splits = {"train_ds": self.model.data.train_ds, **self.model.data.validation}
         return {
             f"model.data.{name}": (split.global_batch_size, split.micro_batch_size)
             for name, split in splits.items()
@@ -59,11 +59,13 @@ class SFTJob(Job):
     @property
     def files(self) -> Mapping[str, Sequence[str]]:
         """See Job."""
-        data = self.model.data
-        return {
-            "model.data.train_ds.file_path": (data.train_ds.file_path,),
-            "model.data.validation_ds.file_path": (data.validation_ds.file_path,),
-        }
+        splits = {"train_ds": self.model.data.train_ds, **self.model.data.validation}
+        return {f"model.data.{name}.file_path": (split.file_path,) for name, split in splits.items()}
+
+    @property
+    def validates(self) -> bool:
+        """See Job."""
+        return bool(self.model.data.validation)
 
     def check(self, world_size: int | None = None) -> None:
         """See Job."""

@@ -88,11 +88,18 @@ class SFTSplitConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ValidationSplitConfig(SFTSplitConfig):
+    """``validation_ds``, which may be left out."""
+
+    file_path: PathText = ""  # as above; empty or null: there is no validation
+
+
+@dataclass(frozen=True, kw_only=True)
 class SFTDataConfig:
     """``model.data``: the two splits and what they share."""
 
     train_ds: SFTSplitConfig
-    validation_ds: SFTSplitConfig
+    validation_ds: ValidationSplitConfig = field(default_factory=ValidationSplitConfig)
     chat: bool = False  # rows are conversations; otherwise prompt and answer
     chat_template: str = (
         "prompt_tokens"  # prompt_tokens: chat_prompt_tokens; tokenizer: the tokenizer's own template
@@ -100,6 +107,11 @@ class SFTDataConfig:
     chat_prompt_tokens: ChatPromptTokens = field(default_factory=ChatPromptTokens)
     sample: bool = False  # only False: rows are drawn by shuffle, never with replacement
     num_workers: int = 0  # threads that tokenise ahead of training; 0: in the training thread
+
+    @property
+    def validation(self) -> dict[str, SFTSplitConfig]:
+        """The validation split by its name, if there is one."""
+        return {"validation_ds": self.validation_ds} if self.validation_ds.file_path else {}
 
     def __post_init__(self) -> None:
         if self.chat_template not in ("prompt_tokens", "tokenizer"):

@@ -30,8 +30,8 @@ class Split:
         """Which of a file's ``num_rows`` rows belong to this split.
 
         >>> parts = parse_data_prefix(["a.jsonl"], "98,1,1")
-        >>> parts.train.rows(300), parts.validation.rows(300)
-        (range(0, 294), range(294, 297))
+        >>> parts.train.rows(300), parts.test.rows(300)
+        (range(0, 294), range(297, 300))
         """
         return range(round(self.start * num_rows), round(self.stop * num_rows))
 
@@ -41,16 +41,15 @@ class DataPrefix:
     """The splits of a run."""
 
     train: Split
-    validation: Split
+    validation: Split | None  # None: there is none
     test: Split | None  # None: not given, or without a share
     extra_validation: Mapping[str, Split]  # more validation sets, by keys such as "validation_math"
 
     @property
     def paths(self) -> tuple[str, ...]:
         """All files, each once."""
-        splits = [self.train, self.validation, *self.extra_validation.values()]
-        splits += [] if self.test is None else [self.test]
-        return tuple(dict.fromkeys(path for split in splits for path in split.paths))
+        splits = [self.train, self.validation, *self.extra_validation.values(), self.test]
+        return tuple(dict.fromkeys(path for split in splits if split is not None for path in split.paths))
 
 
 def parse_data_prefix(value: object, splits_string: str | None) -> DataPrefix:
@@ -89,14 +88,13 @@ def _by_name(given: Mapping[str, object]) -> DataPrefix:
                 f"{_KEY} has the key {name!r}",
                 cure=f"use {known}; further validation sets have names that start with validation",
             )
-    for name in ("train", "validation"):
-        if given.get(name) is None:
-            raise UserError(f"{_KEY} has no {name!r}; it has {sorted(given)}", cure=f'write "{_EXAMPLE}"')
+    if given.get("train") is None:
+        raise UserError(f"{_KEY} has no 'train'; it has {sorted(given)}", cure=f'write "{_EXAMPLE}"')
     splits = {name: _split(split, f"{_KEY}.{name}") for name, split in given.items() if split is not None}
     extra = {name: split for name, split in splits.items() if name not in ("train", "validation", "test")}
     return DataPrefix(
         train=splits["train"],
-        validation=splits["validation"],
+        validation=splits.get("validation"),
         test=splits.get("test"),
         extra_validation=extra,
     )

@@ -83,7 +83,7 @@ def test_a_folder_that_is_no_checkpoint_is_refused(folder: Path):
             "x--val_loss=2.346-step=50-consumed_samples=9-epoch=4",
         ),
         ("x--{validation_loss:.1f}-{step}", "x--validation_loss=2.3-step=50"),
-        ("x--{val_acc:.2f}-{step:05d}", "x--val_acc=nan-step=00050"),
+        ("x--{val_acc:.2f}-{step:05d}", "x-step=00050"),
         ("plain", "plain-step=50"),
         ("a/b-{step}", "a_b-step=50"),
     ],

@@ -83,7 +83,7 @@ def test_splits_neither_overlap_nor_leave_rows_out(num_rows):
         (None, None, "is not set", "train: [train.jsonl]"),
         (["a"], None, "names files for all splits", "splits_string"),
         ({"train": "a", "validation": "b"}, "98,1,1", "splits_string='98,1,1' cuts files", "=null"),
-        ({"train": "a"}, None, "no 'validation'; it has \\['train'\\]", "validation"),
+        ({"test": "a"}, None, "no 'train'; it has \\['test'\\]", "train"),
         ({"validation": "a", "test": "b"}, None, "no 'train'", "train"),
         ({"train": None, "validation": "b"}, None, "no 'train'", "train"),
         ({"train": "a", "val": "b"}, None, "has the key 'val'", "use validation"),

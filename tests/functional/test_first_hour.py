@@ -1,0 +1,130 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a person meets first: mistakes that are told before torch is loaded, a sign of life, runs of little data."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+GPT = ROOT / "examples/nlp/gpt"
+# Whoever imports torch here gets a traceback.
+WITHOUT_TORCH = """
+import runpy, sys
+sys.modules["torch"] = None
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def refused_without_torch(script: str, settings: dict[str, object], folder: Path) -> str:
+    """What a script says that must not import torch, and refuses its settings."""
+    words = [f"{key}={value}" for key, value in settings.items()]
+    done = subprocess.run(
+        [sys.executable, "-c", WITHOUT_TORCH, str(GPT / script), *words],
+        cwd=folder,
+        env={"PATH": "", "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 2, done.stderr
+    assert "Traceback" not in done.stderr
+    assert done.stderr.splitlines()[-1].startswith("Cure: ")
+    return done.stderr
+
+
+@pytest.mark.parametrize(
+    ("changed", "words"),
+    [
+        (
+            {"model.data.train_ds.file_path": "no.jsonl"},
+            ["model.data.train_ds.file_path=no.jsonl does not exist"],
+        ),
+        (
+            {"trainer.devices": 4, "model.pipeline_model_parallel_size": 4},
+            ["model.pipeline_model_parallel_size=4", "num_layers=2", "[1, 2]"],
+        ),
+        (
+            {
+                "model.tensor_model_parallel_size": 3,
+                "trainer.devices": 3,
+                "model.data.train_ds.global_batch_size": 12,
+            },
+            ["num_attention_heads=4"],
+        ),
+        (
+            {"model.restore_from_path": "Qwen/Qwen3-0.6B"},
+            ["hf download Qwen/Qwen3-0.6B", "import_hf.py --in-file"],
+        ),
+        (
+            {"model.restore_from_path": "HF"},
+            ["is a Hugging Face folder", "import_hf.py --in-file", "hf.nemo"],
+        ),
+        ({"model.restore_from_path": "GGUF"}, ["is a GGUF file", "import_hf.py --in-file", "toy.nemo"]),
+    ],
+    ids=["no data", "layers", "heads", "a hub id", "a Hugging Face folder", "a GGUF file"],
+)
+def test_told_before_torch(
+    settings: dict[str, object], hf_folder: Path, tmp_path: Path, changed: dict[str, object], words: list[str]
+):
+    (tmp_path / "toy.gguf").write_bytes(b"GGUF\3\0\0\0")
+    (tmp_path / "hf").symlink_to(hf_folder)
+    for name, path in (("HF", tmp_path / "hf"), ("GGUF", tmp_path / "toy.gguf")):
+        changed = {key: path if value == name else value for key, value in changed.items()}
+    told = refused_without_torch("train_gpt_sft.py", settings | changed, tmp_path)
+    assert [word for word in words if word not in told] == [], told
+
+
+def test_an_output_that_is_there_is_told_before_torch(settings: dict[str, object], tmp_path: Path):
+    result = tmp_path / "run/checkpoints/megatron_gpt_sft.nemo"
+    result.parent.mkdir(parents=True)
+    result.touch()
+    assert f"{result} exists" in refused_without_torch("train_gpt_sft.py", settings, tmp_path)
+
+
+def test_all_missing_settings_are_told_at_once(tmp_path: Path):
+    told = refused_without_torch("train_gpt_sft.py", {}, tmp_path)
+    assert "model.restore_from_path and model.data.train_ds.file_path are not set" in told
+    told = refused_without_torch("train_reward_model.py", {"lr": 1}, tmp_path)
+    assert told.endswith("Cure: did you mean model.optim.lr?\n")
+
+
+def test_a_run_without_validation_and_a_name_that_is_a_number(
+    run: Callable, settings: dict[str, object], tmp_path: Path
+):
+    folder = tmp_path / "2025_06_01, it's a=b"
+    del settings["model.data.validation_ds.file_path"], settings["trainer.precision"]
+    job = run(
+        settings
+        | {"exp_manager.explicit_log_dir": folder, "name": "1e3", "trainer.sft.val_check_interval": 1}
+    )
+    assert job.wait() == 0, job.err
+    assert "no validation samples" in job.err
+    assert "trainer.precision=32, as there is no GPU" in job.err
+    assert (folder / "checkpoints/1e3.nemo").is_file()
+    names = sorted(
+        path.name for path in (folder / "checkpoints").iterdir() if path.is_dir() and not path.is_symlink()
+    )
+    assert names == [f"1e3-step={n}-consumed_samples={8 * n}-epoch=0" for n in (1, 2)]
+    steps = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [step["step"] for step in steps] == [1, 2]
+
+
+def test_each_rank_shows_its_stacks_and_trains_on(start: Callable, settings: dict[str, object]):
+    endless = {"trainer.devices": 2, "trainer.sft.max_steps": -1, "trainer.sft.max_epochs": 10**6}
+    job = start(settings | endless)
+    job.wait_for("step 1/")
+    job.process.send_signal(signal.SIGUSR2)
+    deadline = time.monotonic() + 60
+    while job.err.count("most recent call first") < 4 and time.monotonic() < deadline:
+        time.sleep(0.1)
+    for rank in (0, 1):
+        assert f"SIGUSR2: the stacks of rank {rank} (process " in job.err
+    assert job.err.count("supervised.py") >= 2
+    assert len(job.alive()) == 2
