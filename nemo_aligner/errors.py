@@ -1,11 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The one error type that speaks to users. Scripts print it without a traceback; every other error is a bug."""
+"""The one error type that speaks to users, and others' errors over damaged files as that one.
+
+Scripts print it without a traceback; every other error is a bug.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 
-__all__ = ["UserError"]
+__all__ = ["UserError", "damage_told"]
+
+_LONGEST_SHOWN = 200  # characters of a library's message
 
 
 class UserError(ValueError):
@@ -32,3 +38,25 @@ class UserError(ValueError):
 
 def _rebuild(problem: str, cure: str) -> UserError:
     return UserError(problem, cure=cure)
+
+
+@contextlib.contextmanager
+def damage_told(what: str, *, cure: str) -> Iterator[None]:
+    """Raise whatever a reader of foreign bytes raises as a UserError that begins with ``what``.
+
+    Unpicklers and parsers fail over damaged bytes in every way there is, Rust's panics among them. What the machine
+    lacks (memory, a file that cannot be opened) is not the bytes' fault and passes.
+    """
+    try:
+        yield
+    except (UserError, MemoryError, KeyboardInterrupt, SystemExit, GeneratorExit):
+        raise
+    except BaseException as error:
+        is_panic = type(error).__name__ == "PanicException"  # pyo3's, which is no Exception
+        if not (is_panic or isinstance(error, Exception)):
+            raise
+        if isinstance(error, OSError) and error.filename is not None:
+            raise
+        line = next(iter(str(error).strip().split("\n")), "")[:_LONGEST_SHOWN] or type(error).__name__
+        shown = line.encode("utf-8", "backslashreplace").decode()
+        raise UserError(f"{what}: {shown}", cure=cure) from error

@@ -6,6 +6,7 @@ The only importer of the ``gguf`` package, which is optional.
 """
 
 import re
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from nemo_aligner.checkpoint.gguf_tokenizer import build_tokenizer_files
 from nemo_aligner.checkpoint.huggingface import ImportedModel, import_model
-from nemo_aligner.errors import UserError
+from nemo_aligner.errors import UserError, damage_told
 
 if TYPE_CHECKING:
     from gguf import GGUFReader, ReaderTensor
@@ -53,17 +54,19 @@ def import_gguf(path: Path) -> ImportedModel:
         UserError: the package is missing, the file is damaged, or it holds something that is not supported.
     """
     reader = _open(path)
-    metadata = {
-        name: field.contents() for name, field in reader.fields.items() if not name.startswith("GGUF.")
-    }
+    with _damage_told(path):
+        metadata = {
+            name: field.contents() for name, field in reader.fields.items() if not name.startswith("GGUF.")
+        }
     _check_supported(metadata, reader, path)
-    hf_config = _hf_config(metadata, reader, path)
+    with _damage_told(path):
+        hf_config = _hf_config(metadata, reader, path)
     heads = (hf_config["num_attention_heads"], hf_config["num_key_value_heads"])
     return import_model(
         _GgufTensors(reader, heads=heads, path=path),
         hf_config=hf_config,
         generation_config=_generation_config(metadata),
-        tokenizer_files=build_tokenizer_files(metadata, where=str(path)),
+        tokenizer_files=_tokenizer_files(metadata, path),
         where=str(path),
     )
 
@@ -72,10 +75,12 @@ class _GgufTensors:
     """A TensorSource that dequantises as it reads and puts the rows of q and k into Hugging Face's order."""
 
     def __init__(self, reader: "GGUFReader", *, heads: tuple[int, int], path: Path) -> None:
+        self._path = path
         self._heads: dict[str, int] = {"q": heads[0], "k": heads[1]}
         self._tensors = {_hf_name(tensor.name, path): tensor for tensor in reader.tensors}
         self._shapes = {name: tuple(int(n) for n in reversed(t.shape)) for name, t in self._tensors.items()}
-        self._dtype = self._common_dtype()
+        with _damage_told(path):
+            self._dtype = self._common_dtype()
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -84,10 +89,11 @@ class _GgufTensors:
 
     def read(self, name: str) -> Tensor:
         """See TensorSource."""
-        tensor = _dequantise(self._tensors[name]).reshape(self._shapes[name])
-        if rotated := _ROTATED.fullmatch(name):
-            tensor = _unpermute(tensor, self._heads[rotated[1]])
-        return tensor.to(self._dtype)
+        with _damage_told(self._path):
+            tensor = _dequantise(self._tensors[name]).reshape(self._shapes[name])
+            if rotated := _ROTATED.fullmatch(name):
+                tensor = _unpermute(tensor, self._heads[rotated[1]])
+            return tensor.to(self._dtype)
 
     def _common_dtype(self) -> torch.dtype:
         kinds = {tensor.tensor_type.name for tensor in self._tensors.values() if len(tensor.shape) > 1}
@@ -107,10 +113,17 @@ def _open(path: Path) -> "GGUFReader":
         ) from error
     if not path.is_file():
         raise UserError(f"{path} does not exist", cure="give the path of a .gguf file")
-    try:
+    with _damage_told(path):
         return GGUFReader(path)
-    except (ValueError, IndexError, KeyError, TypeError, OverflowError) as error:
-        raise UserError(f"{path} is not a whole GGUF file: {error}", cure="download it again") from error
+
+
+def _tokenizer_files(metadata: dict[str, Any], path: Path) -> dict[str, Path | bytes]:
+    with damage_told(f"{path}: its tokenizer is damaged", cure="download it again"):
+        return build_tokenizer_files(metadata, where=str(path))
+
+
+def _damage_told(path: Path) -> AbstractContextManager[None]:
+    return damage_told(f"{path} is not a whole GGUF file", cure="download it again")
 
 
 def _dequantise(tensor: "ReaderTensor") -> Tensor:

@@ -5,6 +5,7 @@ A setting that would change the computation and that is not supported is refused
 is kept for the way back. Reads and writes no file.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 from nemo_aligner.checkpoint.mappings.llama import LLAMA
@@ -13,7 +14,8 @@ from nemo_aligner.checkpoint.mappings.nemotron import NEMOTRON
 from nemo_aligner.checkpoint.mappings.qwen import QWEN2, QWEN3
 from nemo_aligner.checkpoint.mappings.table import DERIVED, REQUIRED, Dims, Family, Key
 from nemo_aligner.errors import UserError
-from nemo_aligner.models.gpt.config import window_tokens
+from nemo_aligner.models.gpt.config import GPTConfig, precision_name, window_tokens
+from nemo_aligner.models.gpt.config_types import check_types, is_number, is_size
 
 __all__ = [
     "FAMILIES",
@@ -55,9 +57,34 @@ _ROPE_SCALING_KEYS = {
     ),
 }
 
+# The form of config.json's keys that are read beyond the families' own.
+_Form = tuple[Callable[[Any], bool], str]
+_BLOCK: _Form = (lambda value: isinstance(value, dict), "a block of keys")
+_TEXT: _Form = (lambda value: isinstance(value, str), "text")
+_TEXTS: _Form = (
+    lambda value: isinstance(value, list) and all(isinstance(entry, str) for entry in value),
+    "a list of texts",
+)
+_NUMBER: _Form = (is_number, "a finite number")
+_COUNT: _Form = (lambda value: is_size(value, at_least=0), "a whole number from 0")
+_SWITCH: _Form = (lambda value: isinstance(value, bool), "true or false")
+_FORMS = {
+    **dict.fromkeys(("rope_parameters", "rope_scaling", "id2label"), _BLOCK),
+    **dict.fromkeys(("architectures", "layer_types"), _TEXTS),
+    **dict.fromkeys(("rope_theta", "partial_rotary_factor"), _NUMBER),
+    **dict.fromkeys(("num_labels", "sliding_window", "max_window_layers"), _COUNT),
+    "original_max_position_embeddings": (is_size, "a whole number from 1"),
+    **dict.fromkeys(("use_sliding_window", "attention_bias", "mlp_bias"), _SWITCH),
+    "model_type": _TEXT,
+}
+_ROPE_NUMBERS = {"rope_theta", "partial_rotary_factor"}.union(
+    *(set(needed) | set(optional) for needed, optional in _ROPE_SCALING_KEYS.values())
+) - {"truncate"}
+
 
 def family_of(hf_config: dict[str, Any], where: str) -> Family:
     """The family that config.json names; UserError, listing those that there are, for any other."""
+    _check_forms(hf_config, where)
     architectures = hf_config.get("architectures") or []
     for family in _ALL:
         if family.architecture in architectures or (
@@ -92,6 +119,12 @@ def to_nemo_config(family: Family, hf_config: dict[str, Any], where: str) -> dic
         if value is REQUIRED:
             raise UserError(f"{where}: config.json has no {key.hf}", cure="download the folder again, whole")
         config[key.nemo] = None if value is DERIVED else value
+    check_types(
+        {name: value for name, value in config.items() if value is not None},
+        GPTConfig,
+        where=f"{where}: config.json",
+        names={key.nemo: key.hf for key in family.keys},
+    )
     heads = config["num_attention_heads"]
     config["num_query_groups"] = config["num_query_groups"] or heads
     config["kv_channels"] = config["kv_channels"] or config["hidden_size"] // heads
@@ -100,6 +133,27 @@ def to_nemo_config(family: Family, hf_config: dict[str, Any], where: str) -> dic
     config |= _read_biases(family, hf_config)
     config |= _read_rope(family, hf_config, where)
     return config | _read_rewards(hf_config) if family.rewards else config
+
+
+def _check_forms(hf_config: dict[str, Any], where: str) -> None:
+    """Refuse keys whose values have another form than Hugging Face gives them; sizes are checked by name later."""
+
+    def refuse(name: str, value: object, wanted: str) -> None:
+        raise UserError(
+            f"{where}: config.json: {name}={str(value)[:60]} is not {wanted}", cure=f"correct {name} there"
+        )
+
+    for name, (fits, wanted) in _FORMS.items():
+        if (value := hf_config.get(name)) is not None and not fits(value):
+            refuse(name, value, wanted)
+    for block in ("rope_parameters", "rope_scaling"):
+        for name, value in (hf_config.get(block) or {}).items():
+            if name in _ROPE_NUMBERS and value is not None and not (is_number(value) and value > 0):
+                refuse(f"{block}.{name}", value, "a number above 0")
+            if name in ("rope_type", "type") and not isinstance(value, str):
+                refuse(f"{block}.{name}", value, "text")
+            if name == "truncate" and not isinstance(value, bool | None):
+                refuse(f"{block}.{name}", value, "true or false")
 
 
 def _read_rewards(hf_config: dict[str, Any]) -> dict[str, Any]:
@@ -176,7 +230,7 @@ def _read_rope_scaling(rope: dict[str, Any], hf_config: dict[str, Any], where: s
         original = hf_config.get("original_max_position_embeddings", positions)
         given["original_max_position_embeddings"] = original
         if kind == "yarn" and "factor" in rope and "factor" not in given:
-            given["factor"] = hf_config["max_position_embeddings"] / original
+            given["factor"] = hf_config.get("max_position_embeddings", original) / original
     if missing := [key for key in needed if given.get(key) is None]:
         raise UserError(f"{where}: rope scaling of type {kind} lacks {missing}", cure="correct config.json")
     return {"rope_type": kind, **given}
@@ -191,7 +245,7 @@ def extras(family: Family, hf_config: dict[str, Any]) -> dict[str, Any]:
 
 def to_hf_config(family: Family, config: dict[str, Any]) -> dict[str, Any]:
     """The content of config.json for a model_config.yaml."""
-    hf_config = dict((config.get("huggingface") or {}).get("config") or {})
+    hf_config = dict(_block(_block(config, "huggingface"), "config"))
     hf_config |= {"architectures": [family.architecture], "model_type": family.model_type}
     hf_config |= {name: value for name, value in family.must_be.items() if value is not None}
     hf_config |= {
@@ -204,7 +258,7 @@ def to_hf_config(family: Family, config: dict[str, Any]) -> dict[str, Any]:
         if window is not None:
             hf_config |= {"sliding_window": window, "max_window_layers": 0}
     hf_config |= _rope_for_export(family, config)
-    hf_config["dtype"] = _DTYPE_NAMES[str(config["precision"])]
+    hf_config["dtype"] = _DTYPE_NAMES[precision_name(config.get("precision", "bf16"))]
     if family.rewards:
         names = {str(label): f"LABEL_{label}" for label in range(dims_of(config).labels)}
         hf_config |= {"id2label": names, "label2id": {name: int(label) for label, name in names.items()}}
@@ -221,7 +275,7 @@ def _value_for_export(key: Key, config: dict[str, Any]) -> Any:  # noqa: ANN401
 
 
 def _rope_for_export(family: Family, config: dict[str, Any]) -> dict[str, Any]:
-    scaling = {"rope_type": "default"} | (config.get("rope_scaling") or {})
+    scaling = {"rope_type": "default"} | _block(config, "rope_scaling")
     # transformers 4 reads these beside rope_parameters and would silently take its defaults without them.
     older: dict[str, Any] = {"rope_theta": float(config.get("rotary_base", 10000.0))}
     if family.rotary_share is not None:
@@ -239,6 +293,13 @@ def family_for_export(config: dict[str, Any]) -> tuple[Family, dict[str, Any]]:
         UserError: no family can, or the one that is named cannot.
     """
     config = _NEMO_DEFAULTS | config
+    check_types(
+        {name: value for name, value in config.items() if value is not None},
+        GPTConfig,
+        where="model_config.yaml",
+    )
+    for name in ("huggingface", "rope_scaling", "regression"):
+        _block(config, name)
     dims = dims_of(config)
     config |= {"kv_channels": dims.head_dim, "num_query_groups": dims.groups}
     config["window_size"] = window_tokens(config["window_size"])
@@ -251,11 +312,16 @@ def family_for_export(config: dict[str, Any]) -> tuple[Family, dict[str, Any]]:
     obstacles = {family.architecture: _obstacles(family, config) for family in families}
     fitting = [architecture for architecture, found in obstacles.items() if not found]
     nearest = min(obstacles, key=lambda architecture: len(obstacles[architecture]))
-    wanted = (config.get("huggingface") or {}).get("architecture") or nearest
+    wanted = _block(config, "huggingface").get("architecture") or nearest
+    if not isinstance(wanted, str):
+        raise UserError(
+            f"model_config.yaml: huggingface.architecture={wanted!r} is not text",
+            cure="name an architecture there",
+        )
     if config.get("reward_model_type"):
         # A reward model names the language model that it was made of.
         wanted = wanted.replace("ForCausalLM", "ForSequenceClassification")
-    if not (found := obstacles.get(wanted, obstacles[nearest])):
+    if not (found := obstacles.get(wanted, ["the architecture is not known here"])):
         return next(family for family in families if family.architecture == wanted), config
     raise UserError(
         f"{wanted} cannot express this model: {'; '.join(found)}",
@@ -286,20 +352,32 @@ def _same(value: object) -> object:
     return value.removeprefix("fast-") if isinstance(value, str) else value
 
 
+def _block(config: dict[str, Any], name: str) -> dict[str, Any]:
+    """A block of a model_config.yaml, empty where it is null or absent."""
+    block = config.get(name) or {}
+    if not isinstance(block, dict):
+        raise UserError(
+            f"model_config.yaml: {name}={str(block)[:60]} is not a block of keys",
+            cure=f"correct {name} there",
+        )
+    return block
+
+
 def dims_of(config: dict[str, Any]) -> Dims:
     """The sizes that a model_config.yaml names."""
     needed = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "vocab_size")
     if missing := [name for name in needed if config.get(name) is None]:
         raise UserError(f"model_config.yaml has no {', '.join(missing)}", cure="add what is missing to it")
-    heads = int(config["num_attention_heads"])
+    check_types({name: config[name] for name in needed}, GPTConfig, where="model_config.yaml")
+    heads = config["num_attention_heads"]
     return Dims(
-        layers=int(config["num_layers"]),
-        hidden=int(config["hidden_size"]),
-        ffn=int(config["ffn_hidden_size"]),
+        layers=config["num_layers"],
+        hidden=config["hidden_size"],
+        ffn=config["ffn_hidden_size"],
         heads=heads,
-        groups=int(config.get("num_query_groups") or heads),
-        head_dim=int(config.get("kv_channels") or config["hidden_size"] // heads),
-        vocab=int(config["vocab_size"]),
+        groups=config.get("num_query_groups") or heads,
+        head_dim=config.get("kv_channels") or config["hidden_size"] // heads,
+        vocab=config["vocab_size"],
         labels=_labels(config),
     )
 
@@ -307,4 +385,4 @@ def dims_of(config: dict[str, Any]) -> Dims:
 def _labels(config: dict[str, Any]) -> int:
     if config.get("reward_model_type") != "regression":
         return 1
-    return int((config.get("regression") or {}).get("num_attributes", 1))
+    return int(_block(config, "regression").get("num_attributes", 1))

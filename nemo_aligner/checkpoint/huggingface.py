@@ -36,7 +36,7 @@ from nemo_aligner.checkpoint.tensor_files import (
 )
 from nemo_aligner.checkpoint.tokenizer_files import TOKENIZER_FOLDER, describe_tokenizer, find_tokenizer_files
 from nemo_aligner.checkpoint.weights import WeightReader, precision_of
-from nemo_aligner.errors import UserError
+from nemo_aligner.errors import UserError, damage_told
 
 __all__ = ["ImportedModel", "export_huggingface", "import_huggingface", "import_model"]
 
@@ -318,10 +318,8 @@ def _refuse_folder_without_config(folder: Path) -> None:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text())
-    except ValueError as error:
-        raise UserError(f"{path} is not JSON: {error}", cure="download the folder again") from error
+    with damage_told(f"{path} is not JSON", cure="download the folder again"):
+        content = json.loads(path.read_text(encoding="utf-8"))
     if not isinstance(content, dict):
         raise UserError(f"{path} is not a JSON object", cure="download the folder again")
     return content

@@ -24,7 +24,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from nemo_aligner.checkpoint.progress import Progress
-from nemo_aligner.errors import UserError
+from nemo_aligner.errors import UserError, damage_told
 
 __all__ = [
     "CONFIG_NAME",
@@ -41,6 +41,7 @@ __all__ = [
 CONFIG_NAME = "model_config.yaml"
 WEIGHTS_NAME = "model_weights"
 
+_MOST_VALUES = 1_000_000  # of a model_config.yaml
 _COPY_BYTES = 16 * 1024**2
 _GET_AGAIN = "get the file again from its publisher; a .nemo is a tar of plain files"
 _CONVERTER = "python examples/nlp/gpt/convert_nemo_gpt_to_mcore.py"
@@ -68,13 +69,28 @@ class NemoArchive:
             UserError: it is not there, or the name leads out of the archive.
         """
         path = self.folder / name.removeprefix("nemo:")
-        if not path.resolve().is_relative_to(self.folder.resolve()):
+        try:
+            is_within = path.resolve().is_relative_to(self.folder.resolve())
+            exists = path.exists()
+        except (OSError, ValueError) as error:  # too long, or with characters that no name has
+            raise UserError(
+                f"{self.source}: the config names a file {name[:60]!r}, which no file is called",
+                cure=_GET_AGAIN,
+            ) from error
+        if not is_within:
             raise UserError(
                 f"{self.source}: the config names {name}, which is outside the archive", cure=_GET_AGAIN
             )
-        if not path.exists():
+        if not exists:
             raise UserError(f"{self.source} holds no {name}, which its config names", cure=_GET_AGAIN)
         return path
+
+    def has_folder(self, name: str) -> bool:
+        """Whether ``name`` is a folder of the archive."""
+        try:
+            return self.file(name).is_dir()
+        except UserError:
+            return False
 
 
 @contextlib.contextmanager
@@ -281,13 +297,29 @@ def _read_config(folder: Path, source: Path) -> dict[str, Any]:
 
 
 def _parse_config(content: bytes, source: Path) -> dict[str, Any]:
-    try:
-        config = OmegaConf.load(io.StringIO(content.decode()))
-    except (OmegaConfBaseException, yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{source}: {CONFIG_NAME} is not YAML: {error}", cure=_GET_AGAIN) from error
+    with damage_told(f"{source}: {CONFIG_NAME} is not YAML", cure=_GET_AGAIN):
+        text = content.decode()
+        _check_aliases(yaml.compose(text, Loader=yaml.CSafeLoader))
+        config = OmegaConf.load(io.StringIO(text))
     if not isinstance(config, DictConfig):
         raise UserError(f"{source}: {CONFIG_NAME} is not a mapping", cure=_GET_AGAIN)
     return _resolve(config)
+
+
+def _check_aliases(root: yaml.Node | None) -> None:
+    """Raises ValueError where a few aliases of aliases stand for more values than memory holds."""
+    sizes: dict[int, int] = {}
+
+    def size(node: yaml.Node) -> int:
+        if id(node) not in sizes:
+            sizes[id(node)] = 1  # an alias within its own node counts once
+            parts = node.value if isinstance(node, yaml.CollectionNode) else []
+            flat = [part for pair in parts for part in (pair if isinstance(pair, tuple) else (pair,))]
+            sizes[id(node)] += sum(map(size, flat))
+        return sizes[id(node)]
+
+    if root is not None and size(root) > _MOST_VALUES:
+        raise ValueError(f"its aliases stand for more than {_MOST_VALUES} values")
 
 
 def _resolve(config: DictConfig) -> dict[str, Any]:

@@ -7,7 +7,6 @@ no model.
 
 import json
 import logging
-import pickle
 import zipfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -18,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from nemo_aligner.errors import UserError
+from nemo_aligner.errors import UserError, damage_told
 
 __all__ = ["HuggingFaceTensors", "Plan", "TensorSource", "load_pickled", "shortened", "write_safetensors"]
 
@@ -109,15 +108,13 @@ def load_pickled(file: Path) -> dict[str, Tensor]:
     Raises:
         UserError: the file is damaged or would run code.
     """
-    try:
+    with damage_told(f"{file} is damaged or holds more than tensors", cure=_GET_AGAIN):
         loaded = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
-        raise UserError(
-            f"{file} is damaged or holds more than tensors: {str(error).splitlines()[0]}", cure=_GET_AGAIN
-        ) from error
     if not isinstance(loaded, dict):
         raise UserError(f"{file} holds no state dict but {type(loaded).__name__}", cure=_GET_AGAIN)
-    return {name: value for name, value in loaded.items() if isinstance(value, Tensor)}
+    return {
+        name: value for name, value in loaded.items() if isinstance(name, str) and isinstance(value, Tensor)
+    }
 
 
 def write_safetensors(
@@ -176,11 +173,9 @@ def _weight_files(folder: Path) -> tuple[list[Path], dict[str, Path] | None]:
 
 def _indexed_files(index: Path) -> dict[str, Path]:
     """Tensor name to file."""
-    try:
-        place: dict[str, str] = dict(json.loads(index.read_text())["weight_map"])
+    with damage_told(f"{index} is not a weight index", cure=_GET_AGAIN):
+        place: dict[str, str] = dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
         names = sorted(set(place.values()))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{index} is not a weight index: {error}", cure=_GET_AGAIN) from error
     for name in names:
         if Path(name).name != name or not (index.parent / name).is_file():
             raise UserError(f"{index} names {name}, which is not in {index.parent}", cure=_GET_AGAIN)

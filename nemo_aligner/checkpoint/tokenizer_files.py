@@ -64,7 +64,7 @@ def archived_tokenizer_files(archive: NemoArchive) -> dict[str, Path | bytes]:
             model = archive.file(section["model"])
             beside = find_tokenizer_files(model.parent) if model.parent != archive.folder else {}
             return {**beside, "tokenizer.model": model}
-        case "huggingface" if section.get("type") and (archive.folder / section["type"]).is_dir():
+        case "huggingface" if section.get("type") and archive.has_folder(section["type"]):
             return {**find_tokenizer_files(archive.file(section["type"]))}
         case "megatron" if (
             section.get("type") in _GPT2_NAMES and section.get("vocab_file") and section.get("merge_file")
@@ -86,7 +86,7 @@ def load_archived_tokenizer(archive: NemoArchive) -> Tokenizer | None:
     match section.get("library"):
         case "sentencepiece" if section.get("model"):
             return load_tokenizer("sentencepiece", archive.file(section["model"]))
-        case "huggingface" if section.get("type") and (archive.folder / section["type"]).is_dir():
+        case "huggingface" if section.get("type") and archive.has_folder(section["type"]):
             return load_tokenizer("huggingface", archive.file(section["type"]))
         case "megatron" if files := archived_tokenizer_files(archive):
             with _as_folder(files) as folder:
@@ -101,6 +101,17 @@ def load_archived_tokenizer(archive: NemoArchive) -> Tokenizer | None:
 
 def _section(archive: NemoArchive) -> dict[str, Any]:
     section = archive.config.get("tokenizer") or {}
+    if not isinstance(section, dict):
+        raise UserError(
+            f"{archive.source}: tokenizer={str(section)[:60]} in its model_config.yaml is not a block of keys",
+            cure="write library, type and model below it, or get the file again",
+        )
+    for name in ("library", "type", "model", "vocab_file", "merge_file"):
+        if not isinstance(section.get(name) or "", str):
+            raise UserError(
+                f"{archive.source}: tokenizer.{name}={str(section[name])[:60]} in its model_config.yaml is not text",
+                cure=f"correct tokenizer.{name} there",
+            )
     for name in ("special_tokens", "additional_special_tokens"):
         if section.get(name):
             raise UserError(

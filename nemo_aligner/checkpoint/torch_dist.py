@@ -10,13 +10,14 @@ an unpickler that knows this format's classes only. Knows no model.
 
 import io
 import json
+import math
 import pickle
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Any, Self
+from typing import IO, Any, ClassVar, Self
 
 import torch
 from torch import Tensor
@@ -32,7 +33,7 @@ from torch.distributed.checkpoint.metadata import (  # noqa: TID251
     TensorStorageMetadata,
 )
 
-from nemo_aligner.errors import UserError
+from nemo_aligner.errors import UserError, damage_told
 
 __all__ = ["FolderReader", "FolderWriter", "check_folder", "read_backend"]
 
@@ -79,11 +80,19 @@ _ALLOWED_GLOBALS = frozenset(
 )
 
 
-class _MetadataUnpickler(pickle.Unpickler):
-    """Refuses every class and function that a .metadata file has no use for."""
+class _MetadataUnpickler(pickle._Unpickler):
+    """Refuses every class and function that a .metadata file has no use for.
 
-    def __init__(self, stream: IO[bytes], path: Path) -> None:
-        super().__init__(stream)
+    The one written in Python: the other takes as much memory as a damaged length asks for.
+    """
+
+    # A bytearray is made before its bytes are looked for; none is in such a file.
+    dispatch: ClassVar = {
+        code: load for code, load in pickle._Unpickler.dispatch.items() if code != pickle.BYTEARRAY8[0]
+    }
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(io.BytesIO(path.read_bytes()))
         self._path = path
 
     def find_class(self, module: str, name: str) -> Any:  # noqa: ANN401
@@ -100,12 +109,8 @@ def read_backend(folder: Path) -> str | None:
     path = folder / "metadata.json"
     if not path.is_file():
         return None
-    try:
+    with damage_told(f"{path} is not a checkpoint's metadata.json", cure=_DOWNLOAD_AGAIN):
         return str(json.loads(path.read_text())["sharded_backend"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(
-            f"{path} is not a checkpoint's metadata.json: {error}", cure=_DOWNLOAD_AGAIN
-        ) from error
 
 
 def check_folder(folder: Path) -> None:
@@ -163,26 +168,28 @@ class FolderReader:
     def read(self, key: str, start: tuple[int, ...], size: tuple[int, ...]) -> Tensor:
         """The block of tensor ``key`` that begins at ``start``; start and size have one number per axis."""
         entry = self.tensors[key]
-        block = torch.empty(size, dtype=entry.dtype)
-        filled = 0
+        parts = []
         for chunk in entry.chunks:
             low = [max(a, b) for a, b in zip(start, chunk.offsets, strict=True)]
             high = [
                 min(a + n, b + m) for a, n, b, m in zip(start, size, chunk.offsets, chunk.sizes, strict=True)
             ]
-            if any(a >= b for a, b in zip(low, high, strict=True)):
-                continue
+            if all(a < b for a, b in zip(low, high, strict=True)):
+                parts.append((chunk, low, high))
+        stored = sum(math.prod(b - a for a, b in zip(low, high, strict=True)) for _, low, high in parts)
+        # Before memory is taken: the sizes are the file's word.
+        if stored != math.prod(size):
+            raise UserError(
+                f"{self._folder}: {stored} of {math.prod(size)} values of {key} at {start} are stored",
+                cure=_DOWNLOAD_AGAIN,
+            )
+        block = torch.empty(size, dtype=entry.dtype)
+        for chunk, low, high in parts:
             source = self._read_chunk(key, chunk)
             inner = source[
                 tuple(slice(a - o, b - o) for a, b, o in zip(low, high, chunk.offsets, strict=True))
             ]
             block[tuple(slice(a - o, b - o) for a, b, o in zip(low, high, start, strict=True))] = inner
-            filled += inner.numel()
-        if filled != block.numel():
-            raise UserError(
-                f"{self._folder}: {filled} of {block.numel()} values of {key} at {start} are stored",
-                cure=_DOWNLOAD_AGAIN,
-            )
         return block
 
     def objects(self) -> Iterator[tuple[str, Any]]:
@@ -192,7 +199,7 @@ class FolderReader:
 
     def _read_chunk(self, key: str, chunk: ChunkStorageMetadata) -> Tensor:
         tensor = self._load(MetadataIndex(key, chunk.offsets), key)
-        if not isinstance(tensor, Tensor) or tensor.shape != chunk.sizes:
+        if not isinstance(tensor, Tensor) or tensor.shape != torch.Size(chunk.sizes):
             raise UserError(
                 f"{self._folder}: the part of {key} at {tuple(chunk.offsets)} is damaged",
                 cure=_DOWNLOAD_AGAIN,
@@ -285,23 +292,9 @@ def _read_metadata(folder: Path) -> Metadata:
         raise UserError(
             f"{folder} has no .metadata file, so its tensors cannot be found", cure=_DOWNLOAD_AGAIN
         )
-    try:
-        with path.open("rb") as stream:
-            metadata = _MetadataUnpickler(stream, path).load()
+    with damage_told(f"{path} is damaged", cure=_DOWNLOAD_AGAIN):
+        metadata = _MetadataUnpickler(path).load()
         _check_metadata(metadata, folder)
-    except UserError:
-        raise
-    # A damaged pickle can fail in any of these ways.
-    except (
-        pickle.UnpicklingError,
-        EOFError,
-        ArithmeticError,
-        AttributeError,
-        LookupError,
-        TypeError,
-        ValueError,
-    ) as error:
-        raise UserError(f"{path} is damaged: {error}", cure=_DOWNLOAD_AGAIN) from error
     return metadata
 
 
@@ -311,27 +304,59 @@ def _check_metadata(metadata: Metadata, folder: Path) -> None:
         raise TypeError(f"it holds {type(metadata).__name__}")
     sizes = {path.name: path.stat().st_size for path in folder.iterdir() if path.is_file()}
     for index, info in metadata.storage_data.items():
+        if not (isinstance(index, MetadataIndex) and isinstance(info, _StorageInfo)):
+            raise TypeError(f"it stores {index} in {info}")
+        _check_natural((info.offset, info.length), f"{index.fqn} is stored")
         if info.relative_path not in sizes:
             raise UserError(
                 f"{folder}: {index.fqn} is stored in {info.relative_path}, which is not in the folder",
                 cure=_DOWNLOAD_AGAIN,
             )
-        if info.offset < 0 or info.length < 0 or info.offset + info.length > sizes[info.relative_path]:
+        if info.offset + info.length > sizes[info.relative_path]:
             raise UserError(
                 f"{folder / info.relative_path} is cut short: {index.fqn} lies past its end",
                 cure=_DOWNLOAD_AGAIN,
             )
 
+    for key, entry in metadata.state_dict_metadata.items():
+        if not (isinstance(key, str) and isinstance(entry, TensorStorageMetadata | BytesStorageMetadata)):
+            raise TypeError(f"it says {type(entry).__name__} of {key}")
+        if isinstance(entry, TensorStorageMetadata):
+            _check_tensor(key, entry, metadata.storage_data)
+
+
+def _check_tensor(key: str, entry: TensorStorageMetadata, storage: dict[MetadataIndex, _StorageInfo]) -> None:
+    """Raises TypeError or ValueError where chunks lie outside the tensor or have more values than are stored."""
+    _check_natural(entry.size, f"the size of {key} is")
+    dtype = entry.properties.dtype
+    if not isinstance(dtype, torch.dtype):
+        raise TypeError(f"the dtype of {key} is {dtype}")
+    for chunk in entry.chunks:
+        _check_natural(chunk.offsets, f"a chunk of {key} is at")
+        _check_natural(chunk.sizes, f"a chunk of {key} has size")
+        stops = [a + n for a, n in zip(chunk.offsets, chunk.sizes, strict=True)]
+        if any(stop > size for stop, size in zip(stops, entry.size, strict=True)):
+            raise ValueError(f"a chunk of {key} ends at {stops}, outside {list(entry.size)}")
+        info = storage.get(MetadataIndex(key, chunk.offsets))
+        # A tensor is stored as it lies in memory.
+        if info is not None and math.prod(chunk.sizes) * dtype.itemsize > info.length:
+            raise ValueError(
+                f"{list(chunk.sizes)} values of {key} do not fit into the {info.length} bytes stored"
+            )
+
+
+def _check_natural(numbers: Iterable[object], what: str) -> None:
+    if not all(type(number) is int and number >= 0 for number in numbers):
+        raise TypeError(f"{what} {numbers}")
+
 
 def _load_safely(stream: IO[bytes], *, where: str) -> Any:  # noqa: ANN401
-    try:
-        with stream, torch.serialization.safe_globals([io.BytesIO]):
-            return torch.load(stream, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, OSError) as error:
-        raise UserError(
-            f"{where} is damaged or holds more than tensors: {str(error).splitlines()[0]}",
-            cure=_DOWNLOAD_AGAIN,
-        ) from error
+    with (
+        damage_told(f"{where} is damaged or holds more than tensors", cure=_DOWNLOAD_AGAIN),
+        stream,
+        torch.serialization.safe_globals([io.BytesIO]),
+    ):
+        return torch.load(stream, map_location="cpu", weights_only=True)
 
 
 def _check_extra_state(value: Any, *, where: str) -> None:  # noqa: ANN401

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from nemo_aligner.errors import UserError
+from nemo_aligner.errors import UserError, damage_told
 
 if TYPE_CHECKING:
     from sentencepiece import SentencePieceProcessor
@@ -128,7 +128,11 @@ def load_tokenizer(library: str, path: str | Path) -> Tokenizer:
     path = Path(path)
     match library:
         case "huggingface":
-            return HuggingFaceTokenizer(path)
+            # Beyond its files, what they say of each other may be damaged.
+            with damage_told(
+                f"the tokenizer in {path} does not work", cure="put the model's own files there"
+            ):
+                return HuggingFaceTokenizer(path)
         case "sentencepiece":
             return SentencePieceTokenizer(path)
         case _:
@@ -254,14 +258,12 @@ class SentencePieceTokenizer:
 def _load_hugging_face(folder: Path) -> "PreTrainedTokenizerFast":
     from transformers import AutoTokenizer
 
-    try:
+    # The Rust loader raises bare Exception, and panics, over a file that it cannot read.
+    with damage_told(
+        f"the tokenizer in {folder} does not load",
+        cure="put the model's own tokenizer.json and tokenizer_config.json there",
+    ):
         return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except Exception as error:  # the Rust loader raises bare Exception for a file that it cannot read
-        first_line = str(error).strip().split("\n")[0]
-        raise UserError(
-            f"the tokenizer in {folder} does not load: {first_line}",
-            cure="put the model's own tokenizer.json and tokenizer_config.json there",
-        ) from error
 
 
 def _load_sentencepiece(path: Path) -> "SentencePieceProcessor":

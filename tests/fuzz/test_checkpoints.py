@@ -24,18 +24,21 @@ from nemo_aligner.checkpoint.legacy import import_legacy
 from nemo_aligner.checkpoint.nemo_archive import open_nemo
 from nemo_aligner.checkpoint.tokenizer_files import load_archived_tokenizer
 from nemo_aligner.checkpoint.weights import WeightReader, check_folder
+from nemo_aligner.data.tokenizer import Tokenizer, load_tokenizer
 from nemo_aligner.models.gpt.config import GPTConfig
 from tests.fuzz.guard import run
 from tests.fuzz.mutate import bend, spell, spoil_file, twist
-from tests.unit.checkpoint.conftest import CONFIGS, build, build_tokenizer
+from tests.unit.checkpoint.conftest import CONFIGS, build, build_tokenizer, sentencepiece_model
 from tests.unit.checkpoint.test_gguf import write_gguf
+
+__all__ = ["sentencepiece_model"]  # a fixture of the readers' own tests
 
 Target = Callable[[random.Random, Path], Callable[[], object]]
 SIZES = {"max_shard_size": "30KB"}  # several files and an index
 
 
 @pytest.fixture(scope="module")
-def samples(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def samples(tmp_path_factory: pytest.TempPathFactory, sentencepiece_model: Path) -> Path:
     """One checkpoint of each kind."""
     root = tmp_path_factory.mktemp("samples")
     for name in ("smollm2", "qwen3"):
@@ -50,6 +53,7 @@ def samples(tmp_path_factory: pytest.TempPathFactory) -> Path:
     import_from_huggingface(root / "smollm2", f"{root}/model.nemo")
     shutil.copytree(root / "nemo", root / "legacy")
     _make_legacy(root / "legacy")
+    shutil.copytree(sentencepiece_model.parent, root / "spm")
     return root
 
 
@@ -149,14 +153,24 @@ def _bend_head(draw: random.Random, data: bytes) -> bytes:
 
 def _tokenizer(samples: Path) -> Target:
     def make(draw: random.Random, folder: Path) -> Callable[[], object]:
+        if draw.random() < 0.2:
+            path = _copy(samples / "spm", folder) / "tokenizer.model"
+            _spoil(draw, path, _bend_head)
+            return lambda: _use(load_tokenizer("sentencepiece", path))
         copy = _copy(samples / "smollm2", folder)
-        name = draw.choice(
-            ("tokenizer.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
-        )
+        files = ("tokenizer.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
+        name = draw.choice(files)
         _spoil(draw, copy / name, bend if name.endswith("jinja") else spoil_file)
-        return _import(copy)
+        return _import(copy) if draw.random() < 0.3 else lambda: _use(load_tokenizer("huggingface", copy))
 
     return make
+
+
+def _use(tokenizer: Tokenizer) -> None:
+    ids = tokenizer.encode("one two 日本 </s>")
+    tokenizer.decode([*ids, tokenizer.vocab_size - 1])
+    if tokenizer.chat_template is not None:
+        tokenizer.render_chat([{"role": "user", "content": "one"}], add_generation_prompt=True)
 
 
 def _gguf(samples: Path) -> Target:
@@ -290,7 +304,7 @@ def _add_member(draw: random.Random, data: bytes) -> bytes:
     stream = io.BytesIO(data)
     with tarfile.open(fileobj=stream, mode="a") as tar:
         name = draw.choice(
-            ("../x", "/x", "a/b/c", "model_config.yaml", "model_weights", "x" * 300, "é\ud83d", "")
+            ("../x", "/x", "a/b/c", "model_config.yaml", "model_weights", "x" * 300, "é\udc80", "")
         )
         info = tarfile.TarInfo(name)
         info.type = draw.choice((tarfile.REGTYPE, tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.FIFOTYPE, tarfile.DIRTYPE,

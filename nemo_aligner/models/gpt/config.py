@@ -12,6 +12,7 @@ from dataclasses import dataclass, fields
 from typing import Any, Literal, get_args
 
 from nemo_aligner.errors import UserError
+from nemo_aligner.models.gpt.config_types import check_types, is_number
 from nemo_aligner.parallel.ranks import Layout
 
 __all__ = [
@@ -33,6 +34,7 @@ Activation = Literal[
 PositionEmbedding = Literal["rope", "learned_absolute"]
 RopeType = Literal["linear", "llama3", "yarn"]
 
+_SIZES = ("num_layers", "hidden_size", "num_attention_heads", "vocab_size")
 
 # Keys of NeMo's that change the computation, with the values that are supported.
 SUPPORTED: dict[str, tuple[object, ...]] = {
@@ -132,9 +134,10 @@ class GPTConfig:
         """
         known = {f.name for f in fields(cls)}
         values = {k: v for k, v in config.items() if k in known}
-        missing = [
-            n for n in ("num_layers", "hidden_size", "num_attention_heads", "vocab_size") if n not in values
-        ]
+        check_types(
+            {k: v for k, v in values.items() if v is not None or k in _SIZES}, cls, where="model_config.yaml"
+        )
+        missing = [name for name in _SIZES if name not in values]
         if missing:
             raise UserError(
                 f"model_config.yaml lacks {', '.join(missing)}",
@@ -268,13 +271,13 @@ def window_tokens(window: int | Sequence[int] | None) -> int | None:
     """How many tokens a query sees, itself included; NeMo's pairs count those [before, behind] it."""
     if window is None or isinstance(window, int):
         return window
-    match tuple(window):
+    match tuple(window) if isinstance(window, Sequence) else window:
         case (-1, -1 | 0):
             return None
         case (int(before), 0):
             return before + 1
     raise UserError(
-        f"window_size={list(window)} in model_config.yaml is not supported",
+        f"window_size={window} in model_config.yaml is not supported",
         cure="use a pair that ends with 0",
     )
 
@@ -294,19 +297,38 @@ def _rope_scaling(config: Mapping[str, Any]) -> dict[str, Any] | None:
         )
     scaling = config.get("rope_scaling")
     if scaling:
+        if not isinstance(scaling, Mapping):
+            raise UserError(
+                f"rope_scaling={scaling!r} in model_config.yaml is no block of keys",
+                cure="write rope_type and factor below it, or null",
+            )
+        check_types(
+            {k: v for k, v in scaling.items() if v is not None},
+            RopeScaling,
+            where="model_config.yaml: rope_scaling",
+        )
         if scaling.get("rope_type") not in get_args(RopeType):
             raise UserError(
                 f"rope_scaling.rope_type={scaling.get('rope_type')!r} in model_config.yaml is not supported",
                 cure=f"known values: {', '.join(get_args(RopeType))}",
             )
-        if not isinstance(factor := scaling.get("factor"), int | float) or factor <= 0:
+        if not is_number(factor := scaling.get("factor")) or factor <= 0:
             raise UserError(
                 f"rope_scaling.factor={factor!r} in model_config.yaml is no number above 0",
                 cure="set it to how many times the original context is stretched",
             )
         return {k: v for k, v in scaling.items() if k in RopeScaling.__dataclass_fields__}
     if config.get("scale_positional_embedding"):
-        return {"rope_type": "llama3", "factor": config.get("scale_factor", 8.0)}
-    if factor := config.get("seq_len_interpolation_factor"):
-        return {"rope_type": "linear", "factor": factor}
+        return {"rope_type": "llama3", "factor": _factor(config, "scale_factor", 8.0)}
+    if config.get("seq_len_interpolation_factor"):
+        return {"rope_type": "linear", "factor": _factor(config, "seq_len_interpolation_factor", None)}
     return None
+
+
+def _factor(config: Mapping[str, Any], name: str, default: float | None) -> float:
+    factor = config.get(name, default)
+    if not is_number(factor) or factor <= 0:
+        raise UserError(
+            f"{name}={factor!r} in model_config.yaml is no number above 0", cure=f"correct {name} there"
+        )
+    return factor
