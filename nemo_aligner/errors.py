@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 
 __all__ = ["UserError", "damage_told"]
 
+_LONGEST_PROBLEM = 3000  # characters
 _LONGEST_SHOWN = 200  # characters of a library's message
 
 
@@ -27,13 +28,20 @@ class UserError(ValueError):
     """
 
     def __init__(self, problem: str, *, cure: str) -> None:
-        self.problem = problem
-        self.cure = cure
+        self.problem = problem = _writable(problem)
+        self.cure = cure = cure.encode("utf-8", "backslashreplace").decode()
         super().__init__(f"{problem}\nCure: {cure}")
 
     def __reduce__(self) -> tuple[Callable[[str, str], UserError], tuple[str, str]]:
         # Exceptions cross process borders when a rank reports to its starter; keyword-only arguments need this.
         return (_rebuild, (self.problem, self.cure))
+
+
+def _writable(text: str) -> str:
+    """Text that any terminal and log can hold, though it may quote what a damaged file says."""
+    if len(text) > _LONGEST_PROBLEM:
+        text = f"{text[:_LONGEST_PROBLEM]} ... ({len(text)} characters)"
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 def _rebuild(problem: str, cure: str) -> UserError:
@@ -58,5 +66,4 @@ def damage_told(what: str, *, cure: str) -> Iterator[None]:
         if isinstance(error, OSError) and error.filename is not None:
             raise
         line = next(iter(str(error).strip().split("\n")), "")[:_LONGEST_SHOWN] or type(error).__name__
-        shown = line.encode("utf-8", "backslashreplace").decode()
-        raise UserError(f"{what}: {shown}", cure=cure) from error
+        raise UserError(f"{what}: {line}", cure=cure) from error

@@ -207,7 +207,7 @@ def _read_rope(family: Family, hf_config: dict[str, Any], where: str) -> dict[st
             cure="use a model with 1.0",
         )
     return {
-        "rotary_base": float(rope.get("rope_theta", hf_config.get("rope_theta") or 10000.0)),
+        "rotary_base": float(rope.get("rope_theta") or hf_config.get("rope_theta") or 10000.0),
         "rotary_percentage": 1.0 if share is None else share,
         "rope_scaling": _read_rope_scaling(rope, hf_config, where),
     }
@@ -227,9 +227,9 @@ def _read_rope_scaling(rope: dict[str, Any], hf_config: dict[str, Any], where: s
     if kind != "linear":
         # As transformers: config.json's own key first, then the block's, then the positions that the model has.
         positions = given.get("original_max_position_embeddings", hf_config.get("max_position_embeddings"))
-        original = hf_config.get("original_max_position_embeddings", positions)
+        original = hf_config.get("original_max_position_embeddings") or positions
         given["original_max_position_embeddings"] = original
-        if kind == "yarn" and "factor" in rope and "factor" not in given:
+        if kind == "yarn" and original and "factor" in rope and "factor" not in given:
             given["factor"] = hf_config.get("max_position_embeddings", original) / original
     if missing := [key for key in needed if given.get(key) is None]:
         raise UserError(f"{where}: rope scaling of type {kind} lacks {missing}", cure="correct config.json")
@@ -294,7 +294,7 @@ def family_for_export(config: dict[str, Any]) -> tuple[Family, dict[str, Any]]:
     """
     config = _NEMO_DEFAULTS | config
     check_types(
-        {name: value for name, value in config.items() if value is not None},
+        {name: value for name, value in config.items() if value is not None and name != "window_size"},
         GPTConfig,
         where="model_config.yaml",
     )

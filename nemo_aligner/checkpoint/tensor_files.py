@@ -176,8 +176,9 @@ def _indexed_files(index: Path) -> dict[str, Path]:
     with damage_told(f"{index} is not a weight index", cure=_GET_AGAIN):
         place: dict[str, str] = dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
         names = sorted(set(place.values()))
+    there = {path.name for path in index.parent.iterdir() if path.is_file()}
     for name in names:
-        if Path(name).name != name or not (index.parent / name).is_file():
+        if name not in there:
             raise UserError(f"{index} names {name}, which is not in {index.parent}", cure=_GET_AGAIN)
     return {tensor: index.parent / name for tensor, name in place.items()}
 

@@ -16,6 +16,7 @@ from nemo_aligner.data.judgements import (
     open_judged_pairs,
     open_pairs,
 )
+from nemo_aligner.data.message_rows import open_prompt_texts
 from nemo_aligner.data.prefix import Split
 from nemo_aligner.data.prompt import PromptResponseLayout
 from nemo_aligner.data.records import (
@@ -23,7 +24,6 @@ from nemo_aligner.data.records import (
     PromptText,
     RecordFile,
     Records,
-    read_prompt_text,
 )
 from nemo_aligner.data.sample import (
     ComparisonSample,
@@ -131,7 +131,7 @@ def open_comparisons(
     """
     return _open(
         split,
-        open_pairs,
+        lambda path: open_pairs(path, tokenizer),
         encode=_pair_encoder(data, tokenizer),
         build=lambda _, tokens: ComparisonSample(chosen=tokens[0], rejected=tokens[1]),
         lengths=range(2, max_length + 1),
@@ -163,7 +163,7 @@ def open_regression(
     """
     return _open(
         split,
-        lambda path: open_judged(path, num_attributes=num_attributes, missing=missing),
+        lambda path: open_judged(path, num_attributes=num_attributes, missing=missing, tokenizer=tokenizer),
         encode=_pair_encoder(data, tokenizer),
         build=lambda judged, tokens: ScoredSample(tokens=tokens[0], attributes=judged.attributes),
         lengths=range(2, max_length + 1),
@@ -183,7 +183,9 @@ def open_regression_pairs(
     """As ``open_regression``, two consecutive rows as one: the answers to one prompt."""
     return _open(
         split,
-        lambda path: open_judged_pairs(path, num_attributes=num_attributes, missing=missing),
+        lambda path: open_judged_pairs(
+            path, num_attributes=num_attributes, missing=missing, tokenizer=tokenizer
+        ),
         encode=_pair_encoder(data, tokenizer),
         build=_build_scored_pair,
         lengths=range(2, max_length + 1),
@@ -201,7 +203,7 @@ def open_prompts(
     """
     return _open(
         split,
-        lambda path: RecordFile(path, read_prompt_text),
+        lambda path: open_prompt_texts(path, tokenizer),
         encode=TextEncoder(tokenizer=tokenizer, add_bos=data.add_bos, append_eos=False),
         build=lambda prompt, tokens: PromptSample(text=prompt.text, tokens=tokens[0]),
         lengths=range(1, max_length + 1),

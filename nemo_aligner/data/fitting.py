@@ -28,6 +28,16 @@ class Texts(Protocol):
         """What is to be tokenised."""
         ...
 
+    @property
+    def rendered(self) -> bool:
+        """Whether a chat template wrote the texts."""
+        ...
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether nothing can be learned of the record."""
+        ...
+
 
 T = TypeVar("T", bound=Texts)
 S = TypeVar("S")
@@ -59,17 +69,24 @@ class FittingDataset(Generic[T, S]):
         unit: str,
     ) -> None:
         self._records, self._encode, self._build, self._lengths = records, encode, build, lengths
-        self._kept = array("Q", (row for row in rows if self._fits(row)))
+        self._num_idle = 0
+        self._kept = array("Q", (row for row in rows if self._is_kept(row)))
         self.num_dropped = len(rows) - len(self._kept)
+        if self._num_idle:
+            _LOG.info(
+                "%s: %d of %d %s are of the same text twice, which teaches nothing, and are left out",
+                *(records.path, self._num_idle, len(rows), unit),
+            )
         if not self._kept:
             raise UserError(
-                f"none of {len(rows)} {unit} of {records.path} has at most {lengths[-1]} tokens",
+                f"none of {len(rows)} {unit} of {records.path} has at most {lengths[-1]} tokens"
+                + (" and two different texts" if self._num_idle else ""),
                 cure="raise model.data.seq_length or model.encoder_seq_length, or give shorter texts",
             )
-        if self.num_dropped:
+        if num_long := self.num_dropped - self._num_idle:
             _LOG.info(
                 "%s: %d of %d %s have more than %d tokens and are left out",
-                *(records.path, self.num_dropped, len(rows), unit, lengths[-1]),
+                *(records.path, num_long, len(rows), unit, lengths[-1]),
             )
 
     def __len__(self) -> int:
@@ -93,8 +110,12 @@ class FittingDataset(Generic[T, S]):
             )
         return self._build(record, tokens)
 
-    def _fits(self, row: int) -> bool:
+    def _is_kept(self, row: int) -> bool:
         record = self._read(row)
+        self._num_idle += record.is_idle
+        return not record.is_idle and self._fits(row, record)
+
+    def _fits(self, row: int, record: T) -> bool:
         bounds = [self._encode.at_most(text) for text in record.texts]
         if all(_CERTAINLY_ENOUGH <= bound <= self._lengths[-1] for bound in bounds):
             return True
@@ -107,7 +128,7 @@ class FittingDataset(Generic[T, S]):
             raise UserError(f"{self._records.where(row)}: {error.problem}", cure=error.cure) from error
 
     def _tokens(self, row: int, record: T) -> list[list[int]]:
-        tokens = [self._encode(text) for text in record.texts]
+        tokens = [self._encode(text, rendered=record.rendered) for text in record.texts]
         if min(map(len, tokens)) < self._lengths[0]:
             raise UserError(
                 f"{self._records.where(row)}: a text has {min(map(len, tokens))} tokens, "

@@ -1,21 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
 """Prompt and answer, laid out by a template such as ``{input} {output}``, to tokens and mask."""
 
-import logging
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from nemo_aligner.data.common_rows import Recognised, as_input_output
 from nemo_aligner.data.config import SFTSplitConfig, unescape
-from nemo_aligner.data.dolly import dolly_to_prompt_response, is_dolly
 from nemo_aligner.data.records import PromptResponse, read_prompt_response
 from nemo_aligner.data.sample import Sample, finish, split_bos
 from nemo_aligner.data.tokenizer import Tokenizer, encode_after
 from nemo_aligner.errors import UserError
 
 __all__ = ["PromptResponseLayout"]
-
-_LOG = logging.getLogger(__name__)
 
 # Spaces before a placeholder belong to its value, since most tokenizers join a space to the word after it.
 _PLACEHOLDER = re.compile(r"( *)\{(\w+)\}")
@@ -50,18 +47,11 @@ class PromptResponseLayout:
         self._keys = tuple(dict.fromkeys(piece.key for piece in self._pieces if piece.key is not None))
         self._truncation_keys = _truncation_keys(cfg, self._keys)
         self._sep = _separator(tokenizer, cfg)
-        self._dolly_announced = False
+        self._recognised = Recognised(cfg.file_path)
 
     def read(self, row: Mapping[str, object]) -> PromptResponse:
-        """The fields that the template needs; a raw Dolly row is converted first."""
-        if is_dolly(row) and not row.keys() >= set(self._keys):
-            if not self._dolly_announced:
-                self._dolly_announced = True
-                _LOG.info(
-                    "%s holds raw Dolly rows: read as examples/nlp/data/dolly/preprocess.py converts them",
-                    self._cfg.file_path,
-                )
-            row = dolly_to_prompt_response(row)
+        """The fields that the template needs; rows of other common forms are converted first."""
+        row = as_input_output(row, keys=self._keys, recognised=self._recognised)
         return read_prompt_response(row, keys=self._keys)
 
     def __call__(self, record: PromptResponse) -> Sample:

@@ -21,7 +21,6 @@ __all__ = [
     "RecordFile",
     "Records",
     "read_prompt_response",
-    "read_prompt_text",
     "text_field",
 ]
 
@@ -56,11 +55,17 @@ class PromptText:
     """A prompt, to be answered by a model."""
 
     text: str
+    rendered: bool = False  # by a chat template, which writes BOS where the model wants it
 
     @property
     def texts(self) -> tuple[str, ...]:
         """What is to be tokenised."""
         return (self.text,)
+
+    @property
+    def is_idle(self) -> bool:
+        """Never."""
+        return False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -128,11 +133,6 @@ def read_prompt_response(row: Mapping[str, object], *, keys: Sequence[str]) -> P
             cure="set model.data.chat=True (and model.data.chat_template=tokenizer for the tokenizer's own template)",
         )
     return PromptResponse(fields={key: text_field(row, key) for key in keys})
-
-
-def read_prompt_text(row: Mapping[str, object]) -> PromptText:
-    """The prompt of a row {"text": ...}; UserError if it is missing or no string."""
-    return PromptText(text=text_field(row, "text"))
 
 
 def text_field(row: Mapping[str, object], key: str) -> str:

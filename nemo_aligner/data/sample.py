@@ -105,10 +105,15 @@ class TextEncoder:
     add_bos: bool | None  # None: as the tokenizer does
     append_eos: bool
 
-    def __call__(self, text: str) -> list[int]:
-        """The ids of ``text``; UserError where BOS is wanted of a tokenizer that has none."""
+    def __call__(self, text: str, *, rendered: bool = False) -> list[int]:
+        """The ids of ``text``; UserError where BOS is wanted of a tokenizer that has none.
+
+        Args:
+            rendered: a chat template wrote the text, and BOS where the model wants it.
+        """
         ids = self.tokenizer.encode(text)
-        bos = split_bos([ids], tokenizer=self.tokenizer, add_bos=self.add_bos)
+        add_bos = bool(self.add_bos) if rendered else self.add_bos
+        bos = split_bos([ids], tokenizer=self.tokenizer, add_bos=add_bos)
         eos = [self.tokenizer.eos_id] if self.append_eos and ids[-1:] != [self.tokenizer.eos_id] else []
         return [*bos, *ids, *eos]
 

@@ -135,7 +135,9 @@ class GPTConfig:
         known = {f.name for f in fields(cls)}
         values = {k: v for k, v in config.items() if k in known}
         check_types(
-            {k: v for k, v in values.items() if v is not None or k in _SIZES}, cls, where="model_config.yaml"
+            {k: v for k, v in values.items() if (v is not None or k in _SIZES) and k != "window_size"},
+            cls,
+            where="model_config.yaml",
         )
         missing = [name for name in _SIZES if name not in values]
         if missing:

@@ -68,7 +68,7 @@ def test_what_is_kept_is_what_a_look_at_each_row_keeps(request, jsonl, name):
     expected = [
         (chosen, rejected)
         for chosen, rejected in texts
-        if max(len(tokenizer.encode(chosen)), len(tokenizer.encode(rejected))) <= 128
+        if max(len(tokenizer.encode(chosen)), len(tokenizer.encode(rejected))) <= 128 and chosen != rejected
     ]
     assert 5 < len(expected) < 55
     assert [(pair.chosen, pair.rejected) for pair in (pairs[i] for i in range(len(pairs)))] == [
@@ -187,7 +187,7 @@ def test_prompts_leave_room_for_an_answer(jsonl, llama_like, caplog):
 
 @pytest.mark.parametrize(
     ("row", "problem"),
-    [({"prompt": "a"}, "line 1: key 'text' is missing"), ({"text": ""}, "line 1: a text has 0 tokens")],
+    [({"txt": "a"}, "line 1: key 'text' is missing"), ({"text": ""}, "line 1: a text has 0 tokens")],
 )
 def test_bad_prompts_name_their_line(jsonl, bpe, row, problem):
     data = PromptDataConfig(data_prefix=by_name(jsonl(row)))

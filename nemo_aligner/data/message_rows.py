@@ -1,0 +1,137 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Messages of pairs, labels and prompts as one text each, by the tokenizer's chat template."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from nemo_aligner.data.common_rows import CHATS, Recognised, entries_of, prompt_of
+from nemo_aligner.data.records import PromptText, RecordFile, Records, text_field
+from nemo_aligner.data.tokenizer import Message, Tokenizer
+from nemo_aligner.errors import UserError
+
+__all__ = ["open_prompt_texts", "render_prompt", "render_response", "split_pair"]
+
+Entry = Mapping[str, object]
+
+
+def render_prompt(tokenizer: Tokenizer | None, entries: Sequence[Entry]) -> str:
+    """A conversation whose next turn is the assistant's, as the model is asked it.
+
+    Raises:
+        UserError: its last turn is the assistant's, the tokenizer has no template, or that refuses the messages.
+    """
+    messages = _checked(entries)
+    if messages[-1]["role"] == "assistant":
+        raise UserError(
+            "the last message is the assistant's, so that nothing is asked",
+            cure="end the messages with what is to be answered",
+        )
+    return _templated(tokenizer).render_chat(messages, add_generation_prompt=True)
+
+
+def render_response(tokenizer: Tokenizer | None, entries: Sequence[Entry]) -> str:
+    """A conversation that ends with the response that is judged.
+
+    Raises:
+        UserError: its last turn is not the assistant's, the tokenizer has no template, or that refuses the messages.
+    """
+    messages = _checked(entries)
+    if messages[-1]["role"] != "assistant":
+        raise UserError(
+            f"the last message has the role {messages[-1]['role']!r}, and what is judged is the assistant's",
+            cure="end the messages with the assistant's response",
+        )
+    return _templated(tokenizer).render_chat(messages)
+
+
+def open_prompt_texts(path: str | Path, tokenizer: Tokenizer) -> Records[PromptText]:
+    """The prompts of a file, of whichever form; messages are laid out by the chat template.
+
+    Raises:
+        UserError: the file or a line cannot be read.
+    """
+    recognised = Recognised(path)
+
+    def read(row: Entry) -> PromptText:
+        asked = prompt_of(row, recognised)
+        if isinstance(asked, str):
+            return PromptText(text=asked)
+        return PromptText(text=render_prompt(tokenizer, asked), rendered=True)
+
+    return RecordFile(path, read)
+
+
+def split_pair(row: Entry) -> tuple[list[Entry], list[Entry]]:
+    """The conversations that end with the chosen and with the rejected response.
+
+    The prompt is that of the row (a text, or messages), or what both conversations begin with. A prompt that the
+    conversations repeat stands once.
+
+    Raises:
+        UserError: they have no prompt in common, or one of them has no response after it.
+    """
+    chosen, rejected = (_responses(row, key) for key in ("chosen", "rejected"))
+    prompt = _prompt(row, chosen)
+    repeats = prompt and chosen[: len(prompt)] == rejected[: len(prompt)] == prompt
+    if repeats:
+        return chosen, rejected
+    if prompt:
+        return [*prompt, *chosen], [*prompt, *rejected]
+    common = 0
+    while common < min(len(chosen), len(rejected)) and chosen[common] == rejected[common]:
+        common += 1
+    if common == 0:
+        raise UserError(
+            "'chosen' and 'rejected' begin differently, and there is no 'prompt'",
+            cure="add the prompt, as a text or as messages",
+        )
+    for name, messages in (("chosen", chosen), ("rejected", rejected)):
+        if len(messages) == common and chosen != rejected:
+            raise UserError(
+                f"{name!r} ends where the other one goes on", cure="let both be responses to one prompt"
+            )
+        if chosen != rejected and messages[common].get("role") != "assistant":
+            raise UserError(
+                f"after what 'chosen' and 'rejected' have in common, {name!r} goes on with the role "
+                f"{messages[common].get('role')!r}",
+                cure="let both be the assistant's responses to one prompt",
+            )
+    return chosen, rejected
+
+
+def _responses(row: Entry, key: str) -> list[Entry]:
+    if isinstance(row.get(key), str):
+        return [{"role": "assistant", "content": text_field(row, key)}]
+    text = {key: row.get(key)}
+    return entries_of(text, key)
+
+
+def _prompt(row: Entry, chosen: list[Entry]) -> list[Entry]:
+    """The messages before the responses; empty where the row leaves them to the responses."""
+    for key in ("prompt", *CHATS):
+        if isinstance(row.get(key), list):
+            return entries_of(row, key)
+    if row.get("prompt") is None:
+        return []
+    text = text_field(row, "prompt")
+    if chosen[0].get("role") == "assistant":
+        return entries_of({"system": row.get("system"), "p": [{"role": "user", "content": text}]}, "p")
+    if any(message.get("role") == "user" and message.get("content") == text for message in chosen):
+        return []
+    raise UserError(
+        "key 'prompt' is not among the messages of 'chosen'",
+        cure="let 'chosen' and 'rejected' begin with the prompt, or with the response",
+    )
+
+
+def _checked(entries: Sequence[Entry]) -> list[Message]:
+    return [{name: text_field(entry, name) for name in ("role", "content")} for entry in entries]
+
+
+def _templated(tokenizer: Tokenizer | None) -> Tokenizer:
+    if tokenizer is None or tokenizer.chat_template is None:
+        raise UserError(
+            "the row has messages, and the tokenizer has no chat template",
+            cure="write texts, or give a model whose tokenizer has a chat template",
+        )
+    return tokenizer
