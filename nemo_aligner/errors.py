@@ -7,7 +7,7 @@ Scripts print it without a traceback; every other error is a bug.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 
 __all__ = ["UserError", "damage_told"]
 
@@ -49,7 +49,7 @@ def _rebuild(problem: str, cure: str) -> UserError:
 
 
 @contextlib.contextmanager
-def damage_told(what: str, *, cure: str) -> Iterator[None]:
+def damage_told(what: str, *, cure: str) -> Generator[None]:
     """Raise whatever a reader of foreign bytes raises as a UserError that begins with ``what``.
 
     Unpicklers and parsers fail over damaged bytes in every way there is, Rust's panics among them. What the machine

@@ -61,11 +61,12 @@ def import_gguf(path: Path) -> ImportedModel:
     _check_supported(metadata, reader, path)
     with _damage_told(path):
         hf_config = _hf_config(metadata, reader, path)
+        generation_config = _generation_config(metadata)
     heads = (hf_config["num_attention_heads"], hf_config["num_key_value_heads"])
     return import_model(
         _GgufTensors(reader, heads=heads, path=path),
         hf_config=hf_config,
-        generation_config=_generation_config(metadata),
+        generation_config=generation_config,
         tokenizer_files=_tokenizer_files(metadata, path),
         where=str(path),
     )

@@ -5,7 +5,7 @@ import math
 import types
 import typing
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeGuard
 
 from nemo_aligner.errors import UserError
 
@@ -22,7 +22,7 @@ def is_size(value: object, *, at_least: int = 1, at_most: int = _LARGEST) -> boo
     return isinstance(value, int) and not isinstance(value, bool) and at_least <= value <= at_most
 
 
-def is_number(value: object) -> bool:
+def is_number(value: object) -> TypeGuard[int | float]:
     """Whether a value is a finite number."""
     # An int may be too large for a float.
     return (isinstance(value, float) and math.isfinite(value)) or is_size(
