@@ -20,11 +20,10 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 import yaml
-from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 
+from nemo_aligner.checkpoint.nemo_config import CONFIG_NAME, parse_config
 from nemo_aligner.checkpoint.progress import Progress
-from nemo_aligner.errors import UserError, damage_told
+from nemo_aligner.errors import UserError
 
 __all__ = [
     "CONFIG_NAME",
@@ -38,10 +37,8 @@ __all__ = [
     "write_nemo",
 ]
 
-CONFIG_NAME = "model_config.yaml"
 WEIGHTS_NAME = "model_weights"
 
-_MOST_VALUES = 1_000_000  # of a model_config.yaml
 _COPY_BYTES = 16 * 1024**2
 _GET_AGAIN = "get the file again from its publisher; a .nemo is a tar of plain files"
 _CONVERTER = "python examples/nlp/gpt/convert_nemo_gpt_to_mcore.py"
@@ -140,7 +137,7 @@ def peek_config(path: Path | str) -> dict[str, Any] | None:
             while (member := tar.next()) is not None:
                 if PurePosixPath(member.name) == PurePosixPath(CONFIG_NAME):
                     content = tar.extractfile(member)
-                    return _parse_config(content.read(), path) if content else None
+                    return parse_config(content.read(), path) if content else None
     except (tarfile.TarError, OSError, KeyError):
         pass
     return None
@@ -293,47 +290,7 @@ def _read_config(folder: Path, source: Path) -> dict[str, Any]:
         raise UserError(
             f"{source} holds no {CONFIG_NAME}", cure="give a .nemo file, or the folder it was extracted to"
         )
-    return _parse_config(path.read_bytes(), source)
-
-
-def _parse_config(content: bytes, source: Path) -> dict[str, Any]:
-    with damage_told(f"{source}: {CONFIG_NAME} is not YAML", cure=_GET_AGAIN):
-        text = content.decode()
-        _check_aliases(yaml.compose(text, Loader=yaml.CSafeLoader))
-        config = OmegaConf.load(io.StringIO(text))
-    if not isinstance(config, DictConfig):
-        raise UserError(f"{source}: {CONFIG_NAME} is not a mapping", cure=_GET_AGAIN)
-    return _resolve(config)
-
-
-def _check_aliases(root: yaml.Node | None) -> None:
-    """Raises ValueError where a few aliases of aliases stand for more values than memory holds."""
-    sizes: dict[int, int] = {}
-
-    def size(node: yaml.Node) -> int:
-        if id(node) not in sizes:
-            sizes[id(node)] = 1  # an alias within its own node counts once
-            parts = node.value if isinstance(node, yaml.CollectionNode) else []
-            flat = [part for pair in parts for part in (pair if isinstance(pair, tuple) else (pair,))]
-            sizes[id(node)] += sum(map(size, flat))
-        return sizes[id(node)]
-
-    if root is not None and size(root) > _MOST_VALUES:
-        raise ValueError(f"its aliases stand for more than {_MOST_VALUES} values")
-
-
-def _resolve(config: DictConfig) -> dict[str, Any]:
-    """Plain containers; a value that refers to something outside the file, as NeMo's do, stays as it is."""
-    plain: dict[str, Any] = {}
-    for key in map(str, config):
-        try:
-            value = config[key]
-            plain[key] = OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
-        except OmegaConfBaseException:
-            raw = OmegaConf.to_container(config, resolve=False)
-            assert isinstance(raw, dict)
-            plain[key] = raw[key]
-    return plain
+    return parse_config(path.read_bytes(), source)
 
 
 def _check_weights_layout(archive: NemoArchive) -> None:

@@ -1,0 +1,64 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The text of a model_config.yaml as plain containers. Knows YAML; knows no key."""
+
+import io
+from pathlib import Path
+from typing import Any
+
+import yaml
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from nemo_aligner.errors import UserError, damage_told
+
+__all__ = ["CONFIG_NAME", "parse_config"]
+
+CONFIG_NAME = "model_config.yaml"
+
+_GET_AGAIN = "get the file again from its publisher, or correct it"
+_MOST_VALUES = 1_000_000  # of a file, its aliases written out
+
+
+def parse_config(content: bytes, source: Path) -> dict[str, Any]:
+    """The content of a model_config.yaml as plain containers; ``source`` names the archive in messages.
+
+    Raises:
+        UserError: it is not YAML, or no mapping.
+    """
+    with damage_told(f"{source}: {CONFIG_NAME} is not YAML", cure=_GET_AGAIN):
+        text = content.decode()
+        _check_aliases(yaml.compose(text, Loader=yaml.CSafeLoader))
+        config = OmegaConf.load(io.StringIO(text))
+        if not isinstance(config, DictConfig):
+            raise UserError(f"{source}: {CONFIG_NAME} is not a mapping", cure=_GET_AGAIN)
+        return _resolve(config)
+
+
+def _check_aliases(root: yaml.Node | None) -> None:
+    """Raises ValueError where a few aliases of aliases stand for more values than memory holds."""
+    sizes: dict[int, int] = {}
+
+    def size(node: yaml.Node) -> int:
+        if id(node) not in sizes:
+            sizes[id(node)] = 1  # an alias within its own node counts once
+            parts = node.value if isinstance(node, yaml.CollectionNode) else []
+            flat = [part for pair in parts for part in (pair if isinstance(pair, tuple) else (pair,))]
+            sizes[id(node)] += sum(map(size, flat))
+        return sizes[id(node)]
+
+    if root is not None and size(root) > _MOST_VALUES:
+        raise ValueError(f"its aliases stand for more than {_MOST_VALUES} values")
+
+
+def _resolve(config: DictConfig) -> dict[str, Any]:
+    """Plain containers; a value that refers to something outside the file, as NeMo's do, stays as it is."""
+    plain: dict[str, Any] = {}
+    for key in map(str, config):
+        try:
+            value = config[key]
+            plain[key] = OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
+        except OmegaConfBaseException:
+            raw = OmegaConf.to_container(config, resolve=False)
+            assert isinstance(raw, dict)
+            plain[key] = raw[key]
+    return plain
