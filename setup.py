@@ -30,6 +30,7 @@ setup(
         "tokenizers>=0.22",
         "safetensors>=0.6",
         "sentencepiece>=0.2,<0.3",
+        "aiohttp>=3.12,<4",
         "numpy>=1.26,<2",  # nvidia-pytriton needs numpy 1
         "psutil>=6",
         "rich>=13",

@@ -66,9 +66,12 @@ class Scorer:
         )
 
     def ask(self, rollout: Rollout) -> Pending[tuple[Tensor, Tensor]]:
-        """Have the critic judge; it does so while this job works on."""
+        """Have the critic judge; it does so while this job works on.
+
+        A rollout is one request: the critic changes to the reward model's weights once for it.
+        """
         # Without what rollout_batch_seq_length pads, which remote_critic_rm.pad_to_length may not hold.
-        return self.critic.judge(cut(rollout, multiple=1), rows=self.rollouts.config.rollout_micro_batch_size)
+        return self.critic.judge(cut(rollout, multiple=1), rows=self.rollouts.config.num_rollout_samples)
 
     def judgement(self, asked: Pending[tuple[Tensor, Tensor]], rollout: Rollout) -> tuple[Tensor, Tensor]:
         """(rewards [N], values [N, S]) as the critic replies.

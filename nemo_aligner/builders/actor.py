@@ -190,8 +190,8 @@ def _compare(job: ActorJob, pretrained: Pretrained[GPTPolicy], critic: RemoteCri
         vocab_size=pretrained.learner.model.gpt_config.vocab_size,
         longest=_longest(job, pretrained),
         tokenizer=tokenizer_probe(pretrained.tokenizer),
-        request_rows=job.model.ppo.rollout_micro_batch_size,
-        request_rows_setting="model.ppo.rollout_micro_batch_size",
+        request_rows=job.model.ppo.num_rollout_samples,
+        request_rows_setting="model.ppo.num_rollout_samples",
         saves=job.exp_manager.create_checkpoint_callback,
         needs_rewards=job.remote_critic_rm.combine_rm_and_critic_server,
     )

@@ -225,6 +225,7 @@ def critic_config(job: CriticJob, critic: Critic) -> CriticServerConfig:
     model, config = job.model, job.trainer.ppo
     settings: dict[str, Scalar] = {
         "trainer.ppo.inference_micro_batch_size": job.rows,
+        "trainer.ppo.max_request_rows": config.max_request_rows,
         "data_parallel_size": world.dp_size(),
         "combine_rm_and_critic_server": config.combine_rm_and_critic_server,
         "tokenizer": tokenizer_probe(critic.tokenizer),
@@ -248,6 +249,7 @@ def reward_settings(job: RewardServerJob, pretrained: Pretrained[GPTCritic]) -> 
     """What an actor compares with its own settings."""
     return {
         "inference.inference_micro_batch_size": job.rows,
+        "inference.max_request_rows": job.inference.max_request_rows,
         "num_rewards": num_rewards(pretrained.learner),
         "data_parallel_size": world.dp_size(),
         "tokenizer": tokenizer_probe(pretrained.tokenizer),
@@ -270,6 +272,7 @@ def critic_server(job: CriticJob, critic: Critic) -> Callable[[], Server]:
             max_rows=job.rows * world.dp_size(),
             length_multiple=config.strip_sequence_length_to_multiple,
             linger_seconds=config.max_queue_delay_microseconds / 1e6,
+            request_limits=config.request_limits,
         ),
         served_limits(job.model, critic),
         critic.tokenizer,
@@ -290,6 +293,7 @@ def reward_server(job: RewardServerJob, pretrained: Pretrained[GPTCritic]) -> Ca
             max_rows=job.rows * world.dp_size(),
             length_multiple=config.strip_sequence_length_to_multiple,
             linger_seconds=config.max_queue_delay_microseconds / 1e6,
+            request_limits=config.request_limits,
         ),
         served_limits(job.model, pretrained),
         pretrained.tokenizer,

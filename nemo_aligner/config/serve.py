@@ -9,6 +9,7 @@ from nemo_aligner.config.base import BatchedModelConfig, ModelConfig, ModelJob, 
 from nemo_aligner.errors import UserError
 from nemo_aligner.objectives.config import ValueConfig
 from nemo_aligner.paths import PathText
+from nemo_aligner.serving.protocol import RequestLimits
 
 __all__ = [
     "CriticConfig",
@@ -61,7 +62,40 @@ class ServedModelConfig(ModelConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class InferenceConfig:
+class LimitedConfig:
+    """What the blocks of both servers say of requests."""
+
+    max_request_rows: int = RequestLimits.rows
+    max_request_bytes: int = RequestLimits.bytes
+    max_waiting_requests: int = RequestLimits.waiting
+    request_timeout: float = RequestLimits.seconds
+
+    @property
+    def request_limits(self) -> RequestLimits:
+        """For the server."""
+        return RequestLimits(
+            rows=self.max_request_rows,
+            bytes=self.max_request_bytes,
+            waiting=self.max_waiting_requests,
+            seconds=self.request_timeout,
+        )
+
+    def check_limits(self, block: str) -> None:
+        """Refuse limits under which no request could be answered."""
+        for name in ("max_request_rows", "max_request_bytes", "max_waiting_requests"):
+            if (value := getattr(self, name)) < 1:
+                raise UserError(
+                    f"{block}.{name}={value} is out of range", cure=f"set {block}.{name} to 1 or more"
+                )
+        if not self.request_timeout > 0:
+            raise UserError(
+                f"{block}.request_timeout={self.request_timeout} is out of range",
+                cure=f"set {block}.request_timeout to more than 0 seconds",
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class InferenceConfig(LimitedConfig):
     """The ``inference`` block."""
 
     port: int = 5555
@@ -73,6 +107,7 @@ class InferenceConfig:
 
     def check(self, block: str) -> None:
         """Refuse what cannot be served."""
+        self.check_limits(block)
         check_serving(
             block,
             port=self.port,
@@ -130,7 +165,7 @@ class RewardServerJob(ModelJob):
 
 
 @dataclass(frozen=True, kw_only=True)
-class CriticConfig:
+class CriticConfig(LimitedConfig):
     """The ``trainer.ppo`` block of a critic."""
 
     block: ClassVar[str] = "trainer.ppo"
@@ -146,6 +181,7 @@ class CriticConfig:
 
     def check(self, block: str) -> None:
         """Refuse what cannot be served or learned."""
+        self.check_limits(block)
         check_serving(
             block,
             port=self.port,

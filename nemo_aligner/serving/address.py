@@ -6,10 +6,12 @@ from collections.abc import Mapping
 
 from nemo_aligner.errors import UserError
 
-__all__ = ["ANY", "LOCAL", "job_name", "listening_host", "resolve"]
+__all__ = ["ANY", "LOCAL", "job_name", "keep_alive", "listening_host", "resolve"]
 
 LOCAL = "127.0.0.1"
 ANY = "0.0.0.0"
+# In seconds, seconds and times: a machine that is gone is missed after 90 s.
+KEEPALIVE = ((socket.TCP_KEEPIDLE, 30), (socket.TCP_KEEPINTVL, 10), (socket.TCP_KEEPCNT, 6))
 
 
 def listening_host(environ: Mapping[str, str]) -> str:
@@ -52,6 +54,13 @@ def resolve(host: str, *, setting: str) -> str:
             f"{setting}={host} is no host that this machine knows: {error}",
             cure=f"set {setting} to a host name or an IPv4 address",
         ) from None
+
+
+def keep_alive(connection: socket.socket) -> None:
+    """Have the other side's machine missed when it is gone."""
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for option, value in KEEPALIVE:
+        connection.setsockopt(socket.IPPROTO_TCP, option, value)
 
 
 def job_name(environ: Mapping[str, str]) -> str:

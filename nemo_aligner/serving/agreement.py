@@ -52,6 +52,13 @@ def compare(name: str, server: Health, actor: Actor) -> list[str]:
             f"{name} gives {attributes} attributes, and PPO learns from one reward",
             cure="set model.regression.merge_attributes=True there, and model.regression.attribute_weights",
         )
+    for setting, most in settings.items():
+        if setting.endswith(".max_request_rows") and isinstance(most, int) and actor.request_rows > most:
+            raise UserError(
+                f"{name} takes {setting}={most} rows in a request, and the actor sends "
+                f"{actor.request_rows_setting}={actor.request_rows}",
+                cure=f"set {setting}={actor.request_rows} there, or {actor.request_rows_setting} lower",
+            )
     combined = settings.get("combine_rm_and_critic_server")
     if combined is False and actor.needs_rewards:
         raise UserError(

@@ -4,7 +4,7 @@
 import queue
 import threading
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 
@@ -41,6 +41,7 @@ class Job:
     """A request and where its reply goes."""
 
     request: Request
+    is_gone: Callable[[], bool] = lambda: False  # whether nobody waits for the reply any more
     reply: Future[Arrays] = field(default_factory=Future)
 
     @property

@@ -1,20 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a Triton may leave behind, and its end: processes, copies of its endpoints, shared memory, its folder."""
+"""What a Triton may leave behind, and its end: processes, shared memory, its folder and an empty one in /tmp."""
 
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Self
+from typing import ClassVar, Self
 
 import psutil
 
 from nemo_aligner.errors import UserError
 
-__all__ = ["Remains", "end_abandoned", "kill", "own_folder"]
+__all__ = ["Remains", "end_abandoned", "kill", "own_folder", "remove_environments"]
 
 OWNER = "owner"  # in the folder: the process of its server
 ORPHAN_SECONDS = 2.0  # for the processes of a server that was killed to end by themselves
@@ -26,14 +27,16 @@ MAX_SOCKET_PATH = 107  # bytes, of Linux
 class Remains:
     """What is left of a Triton, alive or not."""
 
+    SHARED_MEMORY: ClassVar[str] = "shm"  # in the folder: how the names of its shared memory begin
+
     processes: list[psutil.Process]
     endpoints: list[psutil.Process]  # those of them that are one endpoint each
-    paths: list[Path]  # beside its folder
+    shared_memory: str  # how names in /dev/shm begin; "": there is none
 
     @classmethod
     def of(cls, folder: Path) -> Self:
         """Of the one that was started in ``folder``."""
-        processes, endpoints, paths = [], [], []
+        processes, endpoints = [], []
         for process in psutil.process_iter(["cmdline"]):
             arguments = process.info["cmdline"] or [""]
             if not arguments[0].startswith(f"{folder}/"):
@@ -41,19 +44,18 @@ class Remains:
             processes += [process, *_children(process)]
             if Path(arguments[0]).name == "triton_python_backend_stub":
                 endpoints.append(process)
-                # Its model's copy and its shared memory, which only an orderly end removes.
-                paths += [Path(arguments[1]).parents[1], Path("/dev/shm", arguments[2])]
-        return cls(processes=processes, endpoints=endpoints, paths=paths)
+        named = folder / cls.SHARED_MEMORY
+        shared_memory = named.read_text() if named.exists() else ""
+        return cls(processes=processes, endpoints=endpoints, shared_memory=shared_memory)
 
     def end(self, *, wait_seconds: float) -> None:
         """Wait for it to end by itself, kill what does not, and remove its files."""
         _, alive = psutil.wait_procs(self.processes, timeout=wait_seconds)
         kill(alive)
         psutil.wait_procs(self.processes, timeout=KILL_SECONDS)
-        for path in self.paths:
-            if path.is_dir():
-                shutil.rmtree(path, ignore_errors=True)
-            else:
+        if self.shared_memory:
+            # Only an orderly end removes it.
+            for path in Path("/dev/shm").glob(f"{self.shared_memory}*"):
                 path.unlink(missing_ok=True)
 
 
@@ -96,6 +98,27 @@ def _owner_lives(folder: Path) -> bool:
         return str(psutil.Process(int(pid)).create_time()) == started
     except (OSError, ValueError, psutil.NoSuchProcess):
         return False
+
+
+@contextmanager
+def remove_environments() -> Iterator[None]:
+    """Remove the folder that a Triton which starts within it makes for Python environments: none is ever unpacked.
+
+    Its name is not told, so it goes by time, owner and being empty.
+    """
+    before, began = set(_environments()), time.time()
+    try:
+        yield
+    finally:
+        for path in set(_environments()) - before:
+            with suppress(OSError):
+                found = path.stat()
+                if found.st_uid == os.getuid() and found.st_ctime >= began - 1.0:
+                    path.rmdir()
+
+
+def _environments() -> Iterator[Path]:
+    return Path("/tmp").glob("python_env_*")
 
 
 @contextmanager

@@ -6,11 +6,9 @@ thread and fail with the same few exceptions however a server dies.
 """
 
 import http.client
-import json
 import logging
 import os
 import queue
-import socket
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -23,10 +21,10 @@ from tritonclient.http import InferenceServerClient, InferInput
 from tritonclient.utils import np_to_triton_dtype
 
 from nemo_aligner.errors import UserError
-from nemo_aligner.serving.address import resolve
-from nemo_aligner.serving.protocol import TOKEN_HEADER, Refusal, Trouble
+from nemo_aligner.serving.address import keep_alive, resolve
+from nemo_aligner.serving.protocol import TOKEN_HEADER, Refusal, Trouble, error_text
 from nemo_aligner.serving.token import TOKEN_VARIABLE, Token, find_token
-from nemo_aligner.serving.wire import HEALTH, Arrays
+from nemo_aligner.serving.wire import Arrays
 
 __all__ = ["Lane", "Line", "Remote"]
 
@@ -38,11 +36,6 @@ CONNECT_SECONDS = 10.0
 FIRST_DELAY_SECONDS = 0.25  # then twice as long each time
 LONGEST_DELAY_SECONDS = 5.0
 REPORT_SECONDS = 30.0  # between two lines that say what is waited for
-# In seconds, seconds and times: a machine that is gone is missed after 90 s.
-KEEPALIVE = ((socket.TCP_KEEPIDLE, 30), (socket.TCP_KEEPINTVL, 10), (socket.TCP_KEEPCNT, 6))
-NOT_YET = ("unknown model", "not ready", "is not found", "stopping", "unloading", "unavailable")
-# What Triton says when a process of its own has died or gets no time for a second; its server starts it again.
-STALLED = "Stub process"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -154,9 +147,7 @@ class Line:
         connection = http.client.HTTPConnection(self._address, self.remote.port, timeout=CONNECT_SECONDS)
         try:
             connection.connect()
-            connection.sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-            for option, value in KEEPALIVE:
-                connection.sock.setsockopt(socket.IPPROTO_TCP, option, value)
+            keep_alive(connection.sock)
             connection.sock.settimeout(self.remote.timeout_seconds)
             headers = {"Inference-Header-Content-Length": str(json_size)}
             if self._token:
@@ -169,21 +160,12 @@ class Line:
 
     def _error(self, endpoint: str, status: int, payload: bytes) -> Exception:
         """What to raise for an error that the server tells."""
-        text = _error_text(payload)
+        text = error_text(payload)
         if status == 403:
             return self._token_error(text)
         if refusal := Refusal.parse(text):
             return self._refusal_error(refusal)
-        if STALLED in text:
-            return _NotNow(text)
-        if not any(sign in text for sign in NOT_YET):
-            return UserError(f"{self.name}: {endpoint}: {text}", cure="send what the endpoint takes")
-        if self._is_up(endpoint):
-            return UserError(
-                f"{self.name} has no endpoint {endpoint}",
-                cure=f"set the names of {self.remote.setting} to those that are served",
-            )
-        return _NotNow(text)
+        return UserError(f"{self.name}: {endpoint}: {text}", cure="send what the endpoint takes")
 
     def _refusal_error(self, refusal: Refusal) -> Exception:
         match refusal.trouble:
@@ -194,7 +176,7 @@ class Line:
                 return UserError(
                     f"{self.name} failed: {refusal.message}", cure="see the end of that job's log"
                 )
-            case Trouble.STOPPING:
+            case Trouble.STOPPING | Trouble.BUSY:
                 return _NotNow(refusal.message)
             case Trouble.BEHIND:
                 return refusal
@@ -208,20 +190,6 @@ class Line:
             f"{self.name} does not accept {shown}: {text}",
             cure=f"set {TOKEN_VARIABLE} to the same text in both jobs",
         )
-
-    def _is_up(self, endpoint: str) -> bool:
-        """Whether all endpoints are there: the last to come is the one for health."""
-        if endpoint == HEALTH:
-            return False
-        connection = http.client.HTTPConnection(self._address, self.remote.port, timeout=CONNECT_SECONDS)
-        try:
-            headers = {TOKEN_HEADER: self._token.text} if self._token else {}
-            connection.request("GET", f"/v2/models/{HEALTH}/ready", headers=headers)
-            return connection.getresponse().status == 200
-        except (OSError, http.client.HTTPException):
-            return False
-        finally:
-            connection.close()
 
 
 def _encode(arrays: Arrays) -> tuple[bytes, int]:
@@ -244,14 +212,6 @@ def _decode(payload: bytes, json_size: str | None) -> dict[str, NDArray[Any]]:
         assert array is not None
         arrays[output["name"]] = array
     return arrays
-
-
-def _error_text(payload: bytes) -> str:
-    text = payload.decode(errors="replace")
-    try:
-        return str(json.loads(text)["error"])
-    except (ValueError, KeyError, TypeError):
-        return text
 
 
 class Lane:

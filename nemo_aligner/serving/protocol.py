@@ -2,13 +2,27 @@
 """What a server and its clients agree on beside tensors: the version, tickets, health, and how troubles are told."""
 
 import enum
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-__all__ = ["PROTOCOL_VERSION", "TOKEN_HEADER", "Health", "Limits", "Refusal", "Scalar", "Ticket", "Trouble"]
+__all__ = [
+    "CALL_HEADER",
+    "PROTOCOL_VERSION",
+    "TOKEN_HEADER",
+    "Health",
+    "Limits",
+    "Refusal",
+    "RequestLimits",
+    "Scalar",
+    "Ticket",
+    "Trouble",
+    "error_text",
+]
 
 PROTOCOL_VERSION = 1
-TOKEN_HEADER = "triton-access-token"  # the header that Triton compares
+TOKEN_HEADER = "triton-access-token"  # the header that callers and Triton know
+CALL_HEADER = "nemo-aligner-call"  # the number of a request between the front, Triton and its endpoints
 
 Scalar = str | int | float | bool | None
 
@@ -19,7 +33,8 @@ class Trouble(enum.Enum):
     REFUSED = "refused"  # the request or a setting is wrong; again would be refused again
     FAILED = "failed"  # the model failed at it
     BEHIND = "behind"  # the weights have learned from fewer train requests than the asker has sent
-    STOPPING = "stopping"  # the server ends; another may take its place
+    BUSY = "busy"  # too many requests wait; later it has room
+    STOPPING = "stopping"  # the server ends or starts; another may take its place
 
 
 class Refusal(Exception):
@@ -41,12 +56,35 @@ class Refusal(Exception):
         return cls(Trouble(kind), message) if kind in {trouble.value for trouble in Trouble} else None
 
 
+def error_text(payload: bytes) -> str:
+    """What the body of a reply with an error says.
+
+    >>> error_text(b'{"error": "refused: tokens is empty"}')
+    'refused: tokens is empty'
+    """
+    text = payload.decode(errors="replace")
+    try:
+        return str(json.loads(text)["error"])
+    except (ValueError, KeyError, TypeError):
+        return text
+
+
 @dataclass(frozen=True, kw_only=True)
 class Limits:
     """What the served model can take."""
 
     vocab_size: int  # token ids below it are known
     seq_length: int  # tokens of the longest sequence
+
+
+@dataclass(frozen=True, kw_only=True)
+class RequestLimits:
+    """What one request may ask of a server, each a setting of its job."""
+
+    rows: int = 8192  # max_request_rows
+    bytes: int = 2**30  # max_request_bytes, unpacked
+    waiting: int = 256  # max_waiting_requests: those that have no reply yet
+    seconds: float = 3600.0  # request_timeout: to its reply
 
 
 @dataclass(frozen=True, kw_only=True)

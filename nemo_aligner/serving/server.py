@@ -8,7 +8,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Protocol, Self
 
@@ -16,17 +16,22 @@ from nemo_aligner.batch import TokenBatch, ValueBatch
 from nemo_aligner.errors import UserError
 from nemo_aligner.serving import wire
 from nemo_aligner.serving.address import listening_host, resolve
+from nemo_aligner.serving.checks import refuse
+from nemo_aligner.serving.endpoint import Answer, Call, Endpoint
 from nemo_aligner.serving.inbox import Inbox, Job, Judged, Request, SaveRequest, merge, share
-from nemo_aligner.serving.protocol import Health, Limits, Refusal, Ticket, Trouble
+from nemo_aligner.serving.process import TritonEnded, TritonProcess
+from nemo_aligner.serving.protocol import Health, Limits, Refusal, RequestLimits, Ticket, Trouble
 from nemo_aligner.serving.token import find_token
-from nemo_aligner.serving.triton import Answer, Endpoint, TritonProcess
 
 __all__ = ["Handler", "Server", "ServerConfig"]
 
 logger = logging.getLogger(__name__)
 
 POLL_SECONDS = 0.2  # between two looks at signals and at Triton
-RESTART_SECONDS = 60.0  # a Triton that dies sooner than this after it was started again would go on dying
+# A Triton that was started again so many times in so many seconds would go on dying.
+RESTARTS = 6
+RESTART_SECONDS = 600.0
+LONGEST_PAUSE_SECONDS = 16.0  # before it is started again; at first none, then twice as long each time
 READY_SECONDS = 60.0  # for a handler to begin after the endpoints can be reached
 
 
@@ -46,6 +51,7 @@ class ServerConfig:
     length_multiple: int | None = (
         None  # cut rows to their longest, rounded up to this; None: keep the padding
     )
+    request_limits: RequestLimits = field(default_factory=RequestLimits)
     linger_seconds: float = 0.002  # that a request waits for others to be merged with
     tick_seconds: float = 10.0  # idle time between two ticks
 
@@ -111,13 +117,15 @@ class Server:
         self._stop_asked = threading.Event()
         self._heard_at = time.monotonic()
         self._ended = False
-        self._restarted_at = -RESTART_SECONDS
+        self._restarts: list[float] = []  # when Triton was started again
         self._process = TritonProcess(
             self._endpoints(),
             address=self.address,
             port=config.port,
-            setting=f"{config.setting}.port",
+            setting=config.setting,
             token=self._token.text if self._token else None,
+            limits=config.request_limits,
+            unlimited=(wire.HEALTH, wire.STOP),
         )
 
     def __enter__(self) -> Self:
@@ -155,7 +163,8 @@ class Server:
         try:
             while not (self._stop_asked.is_set() or should_stop()):
                 if jobs := self._inbox.take(POLL_SECONDS):
-                    self._run(jobs, handler)
+                    if jobs := _awaited(jobs):
+                        self._run(jobs, handler)
                     last_call = time.monotonic()
                 elif time.monotonic() - last_call >= self._config.tick_seconds:
                     handler.tick()
@@ -173,14 +182,18 @@ class Server:
         """Start Triton again where it has died: the model has lost nothing, and clients ask again."""
         try:
             self._process.check_alive()
-        except RuntimeError as death:
-            if time.monotonic() - self._restarted_at < RESTART_SECONDS:
+        except TritonEnded as death:
+            now = time.monotonic()
+            self._restarts = [at for at in self._restarts if now - at < RESTART_SECONDS]
+            if len(self._restarts) >= RESTARTS:
                 raise
             logger.warning("%s\nIt is started again", death)
             self._refuse_from_now()
+            if number := len(self._restarts):
+                time.sleep(min(2.0 ** (number - 1), LONGEST_PAUSE_SECONDS))
             self._process.restart()
             self._ended = False
-            self._restarted_at = time.monotonic()
+            self._restarts.append(time.monotonic())
             logger.info("serving at %s:%d again", self.address, self._config.port)
 
     def _refuse_from_now(self) -> None:
@@ -292,19 +305,20 @@ class Server:
                 inputs=wire.infer_inputs(),
                 outputs=wire.infer_outputs(num_rewards=config.num_rewards, has_values=config.has_values),
                 answer=self._ask(
-                    lambda arrays: wire.read_infer(config.infer, arrays, self._limits, self._encode)
+                    config.infer,
+                    lambda arrays: wire.read_infer(config.infer, arrays, self._limits, self._encode),
                 ),
                 linger_seconds=config.linger_seconds,
             ),
             Endpoint(name=wire.STOP, inputs=[wire.DUMMY], outputs=[wire.STATUS], answer=self._begin_to_stop),
         ]
         if train := config.train:
-            answer = self._ask(lambda arrays: wire.read_train(train, arrays, self._limits))
+            answer = self._ask(train, lambda arrays: wire.read_train(train, arrays, self._limits))
             endpoints.append(
                 Endpoint(name=train, inputs=wire.train_inputs(), outputs=[wire.LOSS], answer=answer)
             )
         if save := config.save:
-            answer = self._ask(lambda arrays: SaveRequest(ticket=wire.read_save(save, arrays)))
+            answer = self._ask(save, lambda arrays: SaveRequest(ticket=wire.read_save(save, arrays)))
             endpoints.append(
                 Endpoint(name=save, inputs=wire.save_inputs(), outputs=[wire.STATUS], answer=answer)
             )
@@ -314,12 +328,12 @@ class Server:
         )
         return [*endpoints, health]
 
-    def _ask(self, read: Callable[[wire.Arrays], Request]) -> Answer:
+    def _ask(self, endpoint: str, read: Callable[[wire.Arrays], Request]) -> Answer:
         """Has requests checked, hands the good ones to the main thread together, and waits for the replies."""
 
-        def answer(requests: Sequence[wire.Arrays]) -> list[wire.Arrays | Refusal]:
+        def answer(requests: Sequence[Call]) -> list[wire.Arrays | Refusal]:
             self._heard_at = time.monotonic()
-            jobs = [_read(read, arrays) for arrays in requests]
+            jobs = [self._read(endpoint, read, call) for call in requests]
             self._inbox.put([job for job in jobs if isinstance(job, Job)])
             # Read after the put: whoever sets it empties the inbox afterwards, so that one of the two finds the jobs.
             if self._ended:
@@ -328,7 +342,28 @@ class Server:
 
         return answer
 
-    def _tell_health(self, requests: Sequence[wire.Arrays]) -> list[wire.Arrays | Refusal]:
+    def _read(self, endpoint: str, read: Callable[[wire.Arrays], Request], call: Call) -> Job | Refusal:
+        try:
+            self._check_rows(endpoint, call.arrays)
+            return Job(request=read(call.arrays), is_gone=call.is_gone)
+        except UserError as error:
+            return Refusal(Trouble.REFUSED, str(error))
+        except Exception as error:
+            # One request's: those that came with it are answered.
+            logger.exception("a request to %s could not be read", endpoint)
+            return Refusal(Trouble.FAILED, f"{type(error).__name__}: {error}")
+
+    def _check_rows(self, endpoint: str, arrays: wire.Arrays) -> None:
+        rows = max((array.shape[0] for array in arrays.values() if array.ndim), default=0)
+        most, key = self._config.request_limits.rows, f"{self._config.setting}.max_request_rows"
+        if rows > most:
+            raise refuse(
+                endpoint,
+                f"the request has {rows} rows, and {key}={most}",
+                f"send fewer rows in a request, or set {key} higher",
+            )
+
+    def _tell_health(self, requests: Sequence[Call]) -> list[wire.Arrays | Refusal]:
         self._heard_at = time.monotonic()
         self._began.wait(READY_SECONDS)
         told = self._told
@@ -336,17 +371,19 @@ class Server:
             return [Refusal(Trouble.STOPPING, "the model is not ready yet")] * len(requests)
         return [wire.health_reply(told)] * len(requests)
 
-    def _begin_to_stop(self, requests: Sequence[wire.Arrays]) -> list[wire.Arrays | Refusal]:
+    def _begin_to_stop(self, requests: Sequence[Call]) -> list[wire.Arrays | Refusal]:
         logger.info("a client asks the server to stop")
         self._stop_asked.set()
         return [wire.save_reply()] * len(requests)
 
 
-def _read(read: Callable[[wire.Arrays], Request], arrays: wire.Arrays) -> Job | Refusal:
-    try:
-        return Job(request=read(arrays))
-    except UserError as error:
-        return Refusal(Trouble.REFUSED, str(error))
+def _awaited(jobs: list[Job]) -> list[Job]:
+    """Those whose callers still wait; the others are not worth the work."""
+    for job in (gone := [job for job in jobs if job.is_gone()]):
+        job.reply.set_exception(Refusal(Trouble.REFUSED, "nobody waits for this reply any more"))
+    if gone:
+        logger.info("%d requests dropped: their callers are gone", len(gone))
+    return [job for job in jobs if not job.reply.done()]
 
 
 def _reply(job: Job) -> wire.Arrays | Refusal:

@@ -1,52 +1,59 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A Triton process and its endpoints, by PyTriton. Knows nothing of models; the only file that imports PyTriton.
+"""A Triton for this process alone and its endpoints, by PyTriton; the only file that imports it. Knows no models.
 
-It listens for HTTP alone, leaves no process, port or file behind, and asks every caller for the token if there is one.
+It listens at 127.0.0.1 for HTTP alone and asks for a secret that only this process knows.
 """
 
-import errno
 import functools
+import http.client
+import json
 import logging
 import os
-import socket
+import secrets
 import sysconfig
-import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 import psutil
 from numpy.typing import NDArray
-from pytriton.client import client as pytriton_client
 from pytriton.model_config import DynamicBatcher, ModelConfig, Tensor
+from pytriton.model_config.generator import ModelConfigGenerator
+from pytriton.models import model as pytriton_model
 from pytriton.models.model import Model
 from pytriton.proxy.data import TensorStore
 from pytriton.proxy.types import Request
-from pytriton.triton import VALID_TRITON_ENDPOINTS, Triton, TritonConfig, TritonSecurityConfig
+from pytriton.triton import (
+    VALID_TRITON_ENDPOINTS,
+    Triton,
+    TritonConfig,
+    TritonLifecyclePolicy,
+    TritonSecurityConfig,
+)
 from pytriton.utils.workspace import Workspace
+from tritonclient.utils import np_to_triton_dtype
 
-from nemo_aligner.errors import UserError
 from nemo_aligner.serving.checks import TensorSpec
-from nemo_aligner.serving.leftovers import Remains, end_abandoned, kill, own_folder
-from nemo_aligner.serving.protocol import TOKEN_HEADER, Refusal, Trouble
+from nemo_aligner.serving.endpoint import Call, Calls, Endpoint
+from nemo_aligner.serving.leftovers import Remains, remove_environments
+from nemo_aligner.serving.protocol import CALL_HEADER, TOKEN_HEADER, Refusal, Trouble, error_text
 from nemo_aligner.serving.wire import Arrays
 
-__all__ = ["Answer", "Endpoint", "TritonProcess"]
+__all__ = ["PrivateTriton"]
 
 logger = logging.getLogger(__name__)
 
-EXIT_SECONDS = 1.5  # for Triton to unload its endpoints; then its processes are killed
-PORT_SECONDS = 15.0  # for the port of a server that was killed to be free again
 LAST_LINES = 20
 MAX_BATCH_SIZE = 9_999_999
+POLL_SECONDS = 0.1
+PROBE = (
+    "probe"  # in the place of a call's number: the endpoint refuses it, which shows that requests reach it
+)
 
-Answer = Callable[[Sequence[Arrays]], Sequence[Arrays | Refusal]]
 
 # PyTriton's half inside Triton can fail a whole batch only, and fails it at an empty tensor. This goes to its end.
 PROXY_ADDITION = """
@@ -76,24 +83,6 @@ TritonRequestsServer._wrap_request = _wrap_request
 """
 
 
-@dataclass(frozen=True, kw_only=True)
-class Endpoint:
-    """A name under which requests are answered.
-
-    Attributes:
-        answer: called in a thread of PyTriton's with one request, or with several if they may linger: a reply or a
-            refusal for each, in order.
-        linger_seconds: how long a request waits for others, of any shape. If set, the first size of each tensor is
-            the batch's, which Triton counts.
-    """
-
-    name: str
-    inputs: Sequence[TensorSpec]
-    outputs: Sequence[TensorSpec]
-    answer: Answer
-    linger_seconds: float | None = None
-
-
 class _Model(Model):
     """PyTriton's, with a batch of requests of many shapes, each of which may be refused by itself."""
 
@@ -101,21 +90,62 @@ class _Model(Model):
         if self._inference_handlers:
             super().clean()
 
-    def get_model_config(self) -> dict[str, Any]:
-        config = super().get_model_config()
-        if self.config.batching:
+    def generate_model(self, model_repository: Path) -> None:
+        folder = Path(model_repository) / self.model_name
+        for name, content in self.get_proxy_model_files().items():
+            path = folder / name.removeprefix("file:")
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(content + (PROXY_ADDITION.encode() if path.name == "model.py" else b""))
+        _ModelConfigGenerator(self._get_triton_model_config()).to_file(folder / "config.pbtxt")
+
+
+class _ModelConfigGenerator(ModelConfigGenerator):
+    def get_config(self) -> dict[str, Any]:
+        config = super().get_config()
+        if config["max_batch_size"]:
             for tensor in config["input"]:
                 tensor["allow_ragged_batch"] = True
         return config
 
-    def get_proxy_model_files(self) -> dict[str, bytes]:
-        files = super().get_proxy_model_files()
-        files[f"file:{self.model_version}/model.py"] += PROXY_ADDITION.encode()
-        return files
 
+class PrivateTriton(Triton):
+    """PyTriton's, of such models, which it finds in files.
 
-class _Triton(Triton):
-    """PyTriton's, of such models."""
+    Args:
+        endpoints: what it serves.
+        calls: asked about each request that arrives.
+        folder: for all its files.
+        port: of 127.0.0.1.
+    """
+
+    def __init__(self, endpoints: Sequence[Endpoint], calls: Calls, *, folder: Path, port: int) -> None:
+        self.secret = secrets.token_urlsafe(32)
+        self.port, self.folder = port, folder
+        self._endpoints = endpoints
+        self._parts: list[psutil.Process] = []
+        # What it says besides is meant for those who write servers.
+        logging.getLogger("pytriton").setLevel(logging.ERROR)
+        super().__init__(
+            config=TritonConfig.from_dict(
+                {
+                    "http_address": "127.0.0.1",
+                    "http_port": port,
+                    "http_header_forward_pattern": CALL_HEADER,
+                    "allow_grpc": False,
+                    "allow_metrics": False,
+                    "log_file": folder / "triton.log",
+                }
+            ),
+            workspace=folder / "w",
+            triton_lifecycle_policy=TritonLifecyclePolicy(
+                launch_triton_on_startup=True, local_model_store=True
+            ),
+            security_config=TritonSecurityConfig(
+                access_token=self.secret, restricted_endpoints=sorted(VALID_TRITON_ENDPOINTS)
+            ),
+        )
+        for endpoint in endpoints:
+            self._add(endpoint, calls)
 
     def _prepare_triton_config(self, workspace: Workspace) -> None:
         super()._prepare_triton_config(workspace)
@@ -129,6 +159,11 @@ class _Triton(Triton):
         self._triton_server._verbose = False
 
     @property
+    def shared_memory(self) -> str:
+        """How the names of its shared memory begin, in /dev/shm."""
+        return str(self._python_backend_config["shm-region-prefix-name"])
+
+    @property
     def last_words(self) -> str:
         """The end of what Triton has said, to its log or not."""
         log = self._config.log_file
@@ -136,7 +171,79 @@ class _Triton(Triton):
         said = self._triton_server.logs() if self._triton_server else ""
         return "\n".join(f"{logged}\n{said}".splitlines()[-LAST_LINES:])
 
-    def add(self, endpoint: Endpoint) -> None:
+    @property
+    def is_whole(self) -> bool:
+        """Whether the process and the process of each endpoint that it was started with live."""
+        return self.is_alive() and all(map(_lives, self._parts))
+
+    def start(self, seconds: float) -> None:
+        """Start it, and see that a request reaches each endpoint.
+
+        Raises:
+            Exception: it does not, within so many seconds, in PyTriton's words or ours.
+        """
+        until = time.monotonic() + seconds
+        # By default an endpoint's process that needs 30 s to begin loses its memory, and dies of it.
+        self._triton_server_config["backend_config"] = [
+            *self._python_backend_config.to_list_args(),
+            f"python,stub-timeout-seconds={int(seconds)}",
+        ]
+        with remove_environments(), _library_path():
+            self._run_server()
+            self._wait_until_ready(until)
+        _hide(self.secret)
+        with _patient_handshake(until):
+            self._model_manager.setup_models()
+        self._parts = Remains.of(self.folder).endpoints
+        for endpoint in self._endpoints:
+            self._probe(endpoint, until)
+        # Those that were there before the probes are those that answered: Triton may replace one that dies.
+        if len(self._parts) != len(self._endpoints) or not self.is_whole:
+            raise RuntimeError("a process of an endpoint has ended meanwhile")
+        with self._cv:
+            self._connected = True
+
+    def _wait_until_ready(self, until: float) -> None:
+        assert self._triton_server is not None
+        parts: list[psutil.Process] = []
+        while True:
+            with suppress(OSError, http.client.HTTPException):
+                if self._ask("GET", "/v2/health/ready", until)[0] == 200:
+                    return
+            # Triton itself would wait for an endpoint's process that has ended.
+            if not (self._triton_server.is_alive() and all(map(_lives, parts))):
+                raise RuntimeError("it has ended, or a process of an endpoint has")
+            parts = Remains.of(self.folder).endpoints
+            if time.monotonic() > until:
+                raise TimeoutError("it is not ready in time")
+            time.sleep(POLL_SECONDS)
+
+    def _probe(self, endpoint: Endpoint, until: float) -> None:
+        inputs = []
+        for spec in endpoint.inputs:
+            if spec.dtype is not np.bytes_:
+                shape = [size if isinstance(size, int) else 1 for size in spec.shape]
+                values = np.zeros(int(np.prod(shape)), dtype=spec.dtype).tolist()
+                datatype = np_to_triton_dtype(np.dtype(spec.dtype))
+                inputs.append({"name": spec.name, "datatype": datatype, "shape": shape, "data": values})
+        status, payload = self._ask(
+            "POST", f"/v2/models/{endpoint.name}/infer", until, json.dumps({"inputs": inputs})
+        )
+        text = error_text(payload)
+        if text != str(_PROBED):
+            raise RuntimeError(f"{endpoint.name} does not answer: {status} {text}")
+
+    def _ask(self, method: str, path: str, until: float, body: str | None = None) -> tuple[int, bytes]:
+        left = max(1.0, until - time.monotonic())
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=left)
+        try:
+            connection.request(method, path, body, {TOKEN_HEADER: self.secret, CALL_HEADER: PROBE})
+            response = connection.getresponse()
+            return response.status, response.read()
+        finally:
+            connection.close()
+
+    def _add(self, endpoint: Endpoint, calls: Calls) -> None:
         batches = endpoint.linger_seconds is not None
 
         def tensor(spec: TensorSpec) -> Tensor:
@@ -149,7 +256,7 @@ class _Triton(Triton):
         model = _Model(
             model_name=endpoint.name,
             model_version=1,
-            inference_fn=_inference_function(endpoint),
+            inference_fn=_inference_function(endpoint, calls),
             inputs=[tensor(spec) for spec in endpoint.inputs],
             outputs=[tensor(spec) for spec in endpoint.outputs],
             config=ModelConfig(
@@ -163,8 +270,18 @@ class _Triton(Triton):
             triton_context=self._triton_context,
             strict=False,
         )
-        model.on_model_event(self._on_model_event)
-        self._model_manager.add_model(model, self.is_connected())
+        self._model_manager.add_model(model)
+
+    def stop(self) -> bool:
+        """End it in order, as far as it still listens."""
+        stopped = super().stop()
+        # PyTriton keeps its connections by their paths, and the next Triton's may have the same, with other keys.
+        for path in [path for path in TensorStore._instances if path.startswith(f"{self.folder}/")]:
+            del TensorStore._instances[path]
+        return stopped
+
+    def _on_tritonserver_exit(self, *_: object) -> None:
+        """Nothing: whoever started it cleans up, and PyTriton would do so in a thread beside that."""
 
     def _pre_stop_impl(self) -> None:
         super()._pre_stop_impl()
@@ -173,8 +290,15 @@ class _Triton(Triton):
             list(pool.map(Model.clean, self._model_manager.models))
 
 
-def _inference_function(endpoint: Endpoint) -> Callable[[list[Request]], list[dict[str, NDArray[Any]]]]:
-    def refuse_empty(request: Request) -> Refusal | None:
+_PROBED = Refusal(Trouble.REFUSED, PROBE)
+
+
+def _inference_function(
+    endpoint: Endpoint, calls: Calls
+) -> Callable[[list[Request]], list[dict[str, NDArray[Any]]]]:
+    def refuse_at_once(request: Request, number: str) -> Refusal | None:
+        if number == PROBE:
+            return _PROBED
         if empty := (request.parameters or {})["empty"]:
             return Refusal(
                 Trouble.REFUSED, f"{endpoint.name}: {empty} is empty\nCure: send at least one token"
@@ -187,91 +311,19 @@ def _inference_function(endpoint: Endpoint) -> Callable[[list[Request]], list[di
         return dict(reply)
 
     def infer(requests: list[Request]) -> list[dict[str, NDArray[Any]]]:
-        refused = [refuse_empty(request) for request in requests]
-        asked = [request.data for request, refusal in zip(requests, refused, strict=True) if refusal is None]
-        replies = iter(endpoint.answer(asked))
+        numbers = [str((request.parameters or {}).get(CALL_HEADER, "")) for request in requests]
+        for number in numbers:
+            calls.arrived(number)
+        refused = [refuse_at_once(*pair) for pair in zip(requests, numbers, strict=True)]
+        asked = [
+            Call(arrays=request.data, is_gone=functools.partial(calls.is_gone, number))
+            for request, number, refusal in zip(requests, numbers, refused, strict=True)
+            if refusal is None
+        ]
+        replies = iter(endpoint.answer(asked) if asked else ())
         return [outputs(refusal or next(replies)) for refusal in refused]
 
     return infer
-
-
-class TritonProcess:
-    """Within it, the endpoints can be reached at ``address:port``.
-
-    Args:
-        setting: what to name in errors beside the port, as in trainer.ppo.port.
-        token: what callers must show; None asks for nothing, but keeps what could change the server closed.
-
-    Raises:
-        UserError: on entering, if the port is taken.
-    """
-
-    def __init__(
-        self, endpoints: Sequence[Endpoint], *, address: str, port: int, setting: str, token: str | None
-    ) -> None:
-        self._endpoints = endpoints
-        self._address, self._port, self._setting = address, port, setting
-        # PyTriton makes up a secret where it gets none.
-        self._security = (
-            TritonSecurityConfig(access_token=token, restricted_endpoints=sorted(VALID_TRITON_ENDPOINTS))
-            if token
-            else TritonSecurityConfig()
-        )
-        self._within = ExitStack()
-
-    def __enter__(self) -> Self:
-        name = f"{self._address}-{self._port}"
-        # Of a server that was killed, the port takes some seconds to be free.
-        patience = PORT_SECONDS if end_abandoned(name) else 0.0
-        _wait_for_port(self._address, self._port, f"{self._setting}={self._port}", seconds=patience)
-        # What it says besides is meant for those who write servers.
-        logging.getLogger("pytriton").setLevel(logging.ERROR)
-        longest = max(len(endpoint.name) for endpoint in self._endpoints)
-        with ExitStack() as within:
-            folder = within.enter_context(own_folder(name, longest_name=longest))
-            self._triton = _Triton(
-                config=TritonConfig.from_dict(
-                    {
-                        "http_address": self._address,
-                        "http_port": self._port,
-                        "allow_grpc": False,
-                        "allow_metrics": False,
-                        "log_file": folder / "triton.log",
-                    }
-                ),
-                workspace=folder / "w",
-                security_config=self._security,
-            )
-            for endpoint in self._endpoints:
-                self._triton.add(endpoint)
-            within.enter_context(_stopped(self._triton, folder))
-            secret = self._security.access_token
-            assert secret is not None
-            try:
-                with _library_path(), _health_with_token(secret):
-                    self._triton.run()
-            except Exception:
-                logger.error("Triton does not start:\n%s", self._triton.last_words)
-                raise
-            _hide(secret)
-            self._parts = Remains.of(folder).endpoints
-            self._within = within.pop_all()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._within.close()
-
-    def check_alive(self) -> None:
-        """Raises RuntimeError, with the end of Triton's log, if the process or one of its endpoints has ended."""
-        if not (self._triton.is_alive() and all(map(_lives, self._parts))):
-            raise RuntimeError(f"Triton has ended by itself; its last words:\n{self._triton.last_words}")
-
-    def restart(self) -> None:
-        """End what is left of Triton and start it anew, with the same endpoints."""
-        self.__exit__(None, None, None)
-        self.__enter__()
 
 
 def _lives(process: psutil.Process) -> bool:
@@ -280,41 +332,16 @@ def _lives(process: psutil.Process) -> bool:
     return False
 
 
-def _wait_for_port(address: str, port: int, setting: str, *, seconds: float) -> None:
-    until = time.monotonic() + seconds
-    while True:
-        with socket.socket() as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            try:
-                return probe.bind((address, port))
-            except OSError as error:
-                reason = error
-        if reason.errno != errno.EADDRINUSE or time.monotonic() > until:
-            raise UserError(
-                f"{setting}: {address}:{port} cannot be listened on: {reason}",
-                cure="end the process that has the port, or choose another port in both jobs",
-            )
-        time.sleep(0.2)
-
-
 @contextmanager
-def _stopped(triton: Triton, folder: Path) -> Iterator[None]:
-    """At the end no process of Triton's is left, nor a file of theirs, however they end."""
+def _patient_handshake(until: float) -> Iterator[None]:
+    """PyTriton 0.7.0 gives an endpoint's process one second to say where it listens."""
+    before = pytriton_model.get_config_from_handshake_server
+    left = max(1.0, until - time.monotonic())
+    pytriton_model.get_config_from_handshake_server = functools.partial(before, timeout_s=left)
     try:
         yield
     finally:
-        remains = Remains.of(folder)
-        killer = threading.Timer(EXIT_SECONDS, kill, [remains.processes])
-        killer.start()
-        try:
-            if triton._triton_server is not None:
-                triton.stop()
-        finally:
-            killer.cancel()
-            remains.end(wait_seconds=1.0)
-            # PyTriton keeps its connections by their paths, and the next Triton's may have the same, with other keys.
-            for path in [path for path in TensorStore._instances if path.startswith(f"{folder}/")]:
-                del TensorStore._instances[path]
+        pytriton_model.get_config_from_handshake_server = before
 
 
 @contextmanager
@@ -330,20 +357,6 @@ def _library_path() -> Iterator[None]:
             del os.environ["LD_LIBRARY_PATH"]
         else:
             os.environ["LD_LIBRARY_PATH"] = before
-
-
-@contextmanager
-def _health_with_token(secret: str) -> Iterator[None]:
-    """PyTriton 0.7.0 asks Triton for its health without the token, so that a guarded Triton never looks ready to it."""
-    server_ready, model_ready = pytriton_client.wait_for_server_ready, pytriton_client.wait_for_model_ready
-    headers = {TOKEN_HEADER: secret}
-    pytriton_client.wait_for_server_ready = functools.partial(server_ready, headers=headers)
-    pytriton_client.wait_for_model_ready = functools.partial(model_ready, headers=headers)
-    try:
-        yield
-    finally:
-        pytriton_client.wait_for_server_ready = server_ready
-        pytriton_client.wait_for_model_ready = model_ready
 
 
 def _hide(secret: str) -> None:

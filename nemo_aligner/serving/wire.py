@@ -149,9 +149,11 @@ def _read_ticket(endpoint: str, arrays: Arrays) -> Ticket | None:
     first = {name: arrays[name].reshape(-1)[0] for name in found}
     if first["step"] < 0 or first["sequence"] < 0:
         raise refuse(endpoint, "step or sequence is negative", "count both from 0")
-    return Ticket(
-        run_id=bytes(first["run_id"]).decode(), step=int(first["step"]), sequence=int(first["sequence"])
-    )
+    try:
+        run_id = bytes(first["run_id"]).decode()
+    except UnicodeDecodeError as error:
+        raise refuse(endpoint, f"run_id is not UTF-8: {error}", "send UTF-8") from None
+    return Ticket(run_id=run_id, step=int(first["step"]), sequence=int(first["sequence"]))
 
 
 def _rows(tokens: NDArray[np.int64], lengths: NDArray[np.int64], limits: Limits) -> TokenBatch:

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A server job without a model: sums in the place of a critic's weights, files in the place of its checkpoints.
 
-Usage: serving_child.py IP PORT FOLDER
+Usage: serving_child.py IP PORT FOLDER [LIMIT=VALUE ...]
 """
 
 import json
@@ -18,7 +18,7 @@ from nemo_aligner.errors import UserError
 from nemo_aligner.launch.cli import run_cli
 from nemo_aligner.run.stop import StopRequest
 from nemo_aligner.serving.inbox import Judged
-from nemo_aligner.serving.protocol import Health, Limits, Ticket
+from nemo_aligner.serving.protocol import Health, Limits, RequestLimits, Ticket
 from nemo_aligner.serving.server import Server, ServerConfig
 
 VOCAB_SIZE, SEQ_LENGTH = 100, 16
@@ -97,7 +97,8 @@ def encode(text: str) -> list[int]:
 
 def main() -> None:
     torch.set_num_threads(1)
-    ip, port, folder = sys.argv[1:]
+    ip, port, folder, *given = sys.argv[1:]
+    requests = {name: json.loads(value) for name, _, value in (word.partition("=") for word in given)}
     config = ServerConfig(
         setting="trainer.ppo",
         ip=ip,
@@ -109,6 +110,7 @@ def main() -> None:
         has_values=True,
         max_rows=64,
         tick_seconds=1.0,
+        request_limits=RequestLimits(**requests),
     )
     limits = Limits(vocab_size=VOCAB_SIZE, seq_length=SEQ_LENGTH)
     with StopRequest() as stop, Server(config, limits, encode=encode) as server:

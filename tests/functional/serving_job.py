@@ -2,6 +2,7 @@
 """A server's process, and what is sent to it."""
 
 import contextlib
+import http.client
 import os
 import subprocess
 import sys
@@ -24,7 +25,7 @@ from nemo_aligner.serving.client import Remote, RemoteCritic
 from tests.functional.serving_child import Critic
 
 CHILD = Path(__file__).with_name("serving_child.py")
-START_SECONDS = 90.0
+START_SECONDS = 240.0  # a busy machine needs several tries
 STOP_SECONDS = 30.0
 TOKEN_HEADER = "triton-access-token"
 
@@ -37,6 +38,7 @@ class Job:
     ip: str = "127.0.0.1"
     port: int = 0
     environ: dict[str, str] = field(default_factory=dict)
+    limits: dict[str, float] = field(default_factory=dict)  # of requests
 
     def __post_init__(self) -> None:
         for name in ("tmp", "home", "saved"):
@@ -54,14 +56,20 @@ class Job:
         } | self.environ
 
     def start(self) -> None:
+        before = self.log.count("serving at")
+        self.begin()
+        self.wait_for(f"serving at {self.ip}:{self.port}", times=before + 1)
+
+    def begin(self) -> None:
+        """Start it without waiting."""
+        limits = [f"{name}={value}" for name, value in self.limits.items()]
         with (self.folder / "log").open("a") as log:
             self.process = subprocess.Popen(
-                [sys.executable, str(CHILD), self.ip, str(self.port), str(self.folder / "saved")],
+                [sys.executable, str(CHILD), self.ip, str(self.port), str(self.folder / "saved"), *limits],
                 stdout=log,
                 stderr=log,
                 env=self.environ,
             )
-        self.wait_for(f"serving at {self.ip}:{self.port}", times=self.log.count("serving at") + 1)
 
     def wait_for(self, text: str, *, times: int = 1) -> None:
         until = time.monotonic() + START_SECONDS
@@ -72,7 +80,8 @@ class Job:
 
     @property
     def log(self) -> str:
-        return (self.folder / "log").read_text()
+        path = self.folder / "log"
+        return path.read_text() if path.exists() else ""
 
     @property
     def descendants(self) -> list[psutil.Process]:
@@ -104,6 +113,18 @@ class Job:
             output["name"]: result.as_numpy(output["name"]) for output in result.get_response()["outputs"]
         }
 
+    def raw(
+        self, method: str, path: str, body: bytes = b"", headers: dict[str, str] | None = None
+    ) -> tuple[int, dict[str, str], bytes]:
+        """By the standard library alone: (status, headers in lower case, body)."""
+        connection = http.client.HTTPConnection(self.ip, self.port, timeout=60)
+        try:
+            connection.request(method, path, body, headers or {})
+            reply = connection.getresponse()
+            return reply.status, {k.lower(): v for k, v in reply.getheaders()}, reply.read()
+        finally:
+            connection.close()
+
     def kill(self) -> None:
         self.process.kill()
         self.process.wait(STOP_SECONDS)
@@ -121,11 +142,12 @@ class Job:
 
 
 @contextlib.contextmanager
-def running(**settings: Any) -> Iterator[Job]:
+def running(*, starts: bool = True, **settings: Any) -> Iterator[Job]:
     with tempfile.TemporaryDirectory(prefix="na-") as folder:
         job = Job(Path(folder), **settings)
         try:
-            job.start()
+            if starts:
+                job.start()
             yield job
         finally:
             job.end()

@@ -140,11 +140,11 @@ def test_a_reward_server_of_several_ranks_ends_at_sigterm(pairs: Callable[..., P
 
 
 def test_what_only_costs_time_is_a_warning_with_both_numbers(pairs: Callable[..., Pair]):
-    pair = pairs("slow", critic={"trainer.ppo.inference_micro_batch_size": 6}, actor=FEW)
+    pair = pairs("slow", critic={"trainer.ppo.inference_micro_batch_size": 20}, actor=FEW)
     critic, actor = pair.start_critic(), pair.start_actor(**{"trainer.ppo.max_steps": 1})
     assert actor.wait(timeout=LONG) == 0, actor.err
-    assert "trainer.ppo.inference_micro_batch_size=6 x 1 data parallel ranks = 6 rows at once" in actor.err
-    assert "set model.ppo.rollout_micro_batch_size=6 or more" in actor.err
+    assert "trainer.ppo.inference_micro_batch_size=20 x 1 data parallel ranks = 20 rows at once" in actor.err
+    assert "set model.ppo.num_rollout_samples=20 or more" in actor.err
     assert critic.wait(timeout=60) == 0, critic.err
 
 

@@ -15,6 +15,7 @@ SERVER = Health(
     vocab_size=100,
     seq_length=64,
     settings={
+        "trainer.ppo.max_request_rows": 64,
         "trainer.ppo.inference_micro_batch_size": 4,
         "data_parallel_size": 2,
         "combine_rm_and_critic_server": True,
@@ -27,7 +28,7 @@ ACTOR = Actor(
     longest=64,
     tokenizer="abc",
     request_rows=8,
-    request_rows_setting="model.ppo.rollout_micro_batch_size",
+    request_rows_setting="model.ppo.num_rollout_samples",
     saves=True,
     needs_rewards=True,
 )
@@ -40,7 +41,7 @@ def test_jobs_that_fit_have_nothing_to_say():
 def test_idle_ranks_are_told_with_both_numbers():
     (told,) = compare("critic", SERVER, replace(ACTOR, request_rows=6))
     assert "inference_micro_batch_size=4 x 2" in told
-    assert "model.ppo.rollout_micro_batch_size=6" in told
+    assert "model.ppo.num_rollout_samples=6" in told
 
 
 def test_a_server_that_tells_no_settings_is_taken_as_it_is():
@@ -53,6 +54,7 @@ def test_a_server_that_tells_no_settings_is_taken_as_it_is():
         ({"vocab_size": 101}, "101"),
         ({"longest": 65}, "takes 64 tokens, and the actor may send 65"),
         ({"tokenizer": "xyz"}, "another tokenizer"),
+        ({"request_rows": 65}, "max_request_rows=64 rows in a request, and the actor sends .*=65"),
     ],
 )
 def test_what_would_change_results_is_refused(changed: dict[str, object], words: str):

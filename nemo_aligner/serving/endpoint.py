@@ -1,0 +1,53 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Names under which requests are answered, and what their functions get. Knows nothing of PyTriton."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from nemo_aligner.serving.checks import TensorSpec
+from nemo_aligner.serving.protocol import Refusal
+from nemo_aligner.serving.wire import Arrays
+
+__all__ = ["Answer", "Call", "Calls", "Endpoint"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Call:
+    """One request to an endpoint."""
+
+    arrays: Arrays
+    is_gone: Callable[[], bool] = lambda: False  # whether nobody waits for the reply any more
+
+
+class Calls(Protocol):
+    """Who knows the calls that Triton has been handed, by their numbers; its methods are called from any thread."""
+
+    def arrived(self, number: str) -> None:
+        """The call is at its endpoint's function."""
+        ...
+
+    def is_gone(self, number: str) -> bool:
+        """Whether nobody waits for its reply any more."""
+        ...
+
+
+Answer = Callable[[Sequence[Call]], Sequence[Arrays | Refusal]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Endpoint:
+    """A name under which requests are answered.
+
+    Attributes:
+        answer: called in a thread of PyTriton's with one request, or with several if they may linger: a reply or a
+            refusal for each, in order.
+        linger_seconds: how long a request waits for others, of any shape. If set, the first size of each tensor is
+            the batch's, which Triton counts.
+    """
+
+    name: str
+    inputs: Sequence[TensorSpec]
+    outputs: Sequence[TensorSpec]
+    answer: Answer
+    linger_seconds: float | None = None
