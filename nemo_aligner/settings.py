@@ -381,7 +381,7 @@ def _number(value: int | str, key: str) -> float:
     try:
         # YAML 1.1 reads 5e-6 as a string.
         return float(value)
-    except ValueError as error:
+    except (ValueError, OverflowError) as error:
         point = _decimal_point(value)
         cure = f"write a decimal point: {key}={point}" if point else f"set {key} to a number"
         raise UserError(f"{key}={value!r} is not a number", cure=cure) from error

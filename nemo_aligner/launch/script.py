@@ -93,7 +93,12 @@ def script(config_name: str, kind: type[J]) -> Callable[[Callable[[J], None]], C
         def entry() -> None:
             ranks = discover()
             _prepare_process(ranks)
-            sys.argv[1:] = as_hydra_reads(sys.argv[1:], kind)
+            try:
+                sys.argv[1:] = as_hydra_reads(sys.argv[1:], kind)
+            except UserError as error:
+                if _talks(ranks):
+                    sys.stderr.write(f"error: {error}\n")
+                sys.exit(USER_ERROR_CODE)
             conf = Path(inspect.getfile(main)).resolve().parent / "conf"
 
             def task(config: DictConfig) -> None:

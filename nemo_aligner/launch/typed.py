@@ -14,9 +14,14 @@ from typing import Any
 
 from hydra.core.override_parser.types import Quote, QuotedString
 
+from nemo_aligner.errors import UserError
+
 __all__ = ["as_hydra_reads", "is_quoted"]
 
 _WORD = re.compile(r"(?P<sign>\+{0,2})(?P<key>[A-Za-z_][\w.]*)=(?P<value>.*)", re.DOTALL)
+
+_MOST_BRACKETS = 50  # Python's stack holds Hydra's parser at that depth
+_MANY_DIGITS = re.compile(r"\d[\d_]{4000}")  # more than Python makes a number of
 
 
 def as_hydra_reads(words: Sequence[str], kind: type[object]) -> list[str]:
@@ -28,6 +33,9 @@ def as_hydra_reads(words: Sequence[str], kind: type[object]) -> list[str]:
     Args:
         words: of the command line, without the script.
         kind: the script's settings.
+
+    Raises:
+        UserError: a word is of such a kind that Hydra's parser would die of it.
 
     >>> @dataclasses.dataclass
     ... class Settings:
@@ -51,6 +59,11 @@ def _read(word: str, kind: type[object]) -> str:
     value = found["value"]
     if _is_text(value, _type_of(kind, found["key"])):
         value = QuotedString(text=value, quote=Quote.single).with_quotes()
+    elif sum(map(value.count, "[{(")) > _MOST_BRACKETS or _MANY_DIGITS.search(value):
+        raise UserError(
+            f"{found['key']}={value[:60]} ... is no value: it has too many brackets, or digits in a number",
+            cure="write it shorter, or as a file that the setting names",
+        )
     return f"{found['sign'] or '++'}{found['key']}={value}"
 
 
