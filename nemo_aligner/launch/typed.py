@@ -55,16 +55,22 @@ def is_quoted(value: str) -> bool:
 def _read(word: str, kind: type[object]) -> str:
     found = _WORD.fullmatch(word)
     if found is None:
+        _check(word)
         return word
     value = found["value"]
     if _is_text(value, _type_of(kind, found["key"])):
         value = QuotedString(text=value, quote=Quote.single).with_quotes()
-    elif sum(map(value.count, "[{(")) > _MOST_BRACKETS or _MANY_DIGITS.search(value):
-        raise UserError(
-            f"{found['key']}={value[:60]} ... is no value: it has too many brackets, or digits in a number",
-            cure="write it shorter, or as a file that the setting names",
-        )
+    else:
+        _check(word)
     return f"{found['sign'] or '++'}{found['key']}={value}"
+
+
+def _check(word: str) -> None:
+    if sum(map(word.count, "[{(")) > _MOST_BRACKETS or _MANY_DIGITS.search(word):
+        raise UserError(
+            f"{word[:60]} ... cannot be read: it has too many brackets, or digits in a number",
+            cure="write it shorter, or into a file that the setting names",
+        )
 
 
 def _type_of(kind: Any, key: str) -> Any:  # noqa: ANN401 - a type hint
