@@ -2,6 +2,7 @@
 """A critic that answers an actor and learns from what it is sent. Sees the model through its interface only."""
 
 import logging
+import math
 import signal
 import time
 from collections.abc import Callable, Mapping
@@ -11,6 +12,7 @@ from dataclasses import dataclass, replace
 from torch import Tensor
 
 from nemo_aligner.algorithms.served import judge, serve
+from nemo_aligner.algorithms.skips import Diverged, counted, too_many
 from nemo_aligner.batch import TokenBatch, ValueBatch
 from nemo_aligner.checkpoint.training import Checkpoint, TrainerState, TrainingCheckpoints, find_checkpoints
 from nemo_aligner.errors import UserError
@@ -41,6 +43,7 @@ class CriticServerConfig:
     length_multiple: int  # of positions that rows are padded to
     gives_rewards: bool  # for the reward model beside it
     offload_optimizer: bool  # to CPU memory while it judges
+    max_skipped_steps: int  # optimizer steps in a row, not finite, after which the job ends
     actor_timeout: float | None  # seconds without a word from the actor after which the job saves and ends
     settings: Mapping[str, Scalar]  # for the actor to compare with its own
 
@@ -78,6 +81,7 @@ class CriticServerTrainer:
 
         Raises:
             StoppedEarly: a signal or the actor's silence ended it; what was learned is saved.
+            UserError: losses or gradients are no longer finite.
         """
         self.run.begin(self.state.step)
         silence, up = 0.0, False
@@ -89,7 +93,10 @@ class CriticServerTrainer:
             return request.number != 0 or up or (timeout is not None and silence > timeout)
 
         with StopRequest() as request:
-            asked = serve(self, open_server, should_stop=should_stop)
+            try:
+                asked = serve(self, open_server, should_stop=should_stop)
+            except Diverged as end:
+                raise end.error from end
             if self.checkpoints is not None and self.state.step > self._saved_step:
                 self.save(None)
             number, up, silence = collectives.broadcast_object((request.number, up, silence))
@@ -117,13 +124,18 @@ class CriticServerTrainer:
             return judge(batch, ask, rows=self.config.inference_rows, multiple=self.config.length_multiple)
 
     def train(self, batch: ValueBatch, ticket: Ticket | None) -> float:
-        """Learn from a rollout, a global batch at a time; the mean loss. See Worker."""
+        """Learn from a rollout, a global batch at a time; the mean loss of the steps that were not skipped. See Worker.
+
+        Raises:
+            Diverged: too many steps in a row were skipped.
+        """
         self._forget_what_is_over()
         size, began = self.config.global_batch_size, time.perf_counter()
         parts = batch.filled(-(-batch.num_rows // size) * size).split(size)
         losses = [self._step(part) for part in parts]
         known = {"run_id": ticket.run_id, "sequence": ticket.sequence} if ticket else {}
-        mean = sum(losses) / len(losses)
+        finite = [loss for loss in losses if math.isfinite(loss)]
+        mean = sum(finite) / len(finite) if finite else math.nan
         self._limit.note("step", time.perf_counter() - began)
         self.state = replace(
             self.state,
@@ -157,6 +169,10 @@ class CriticServerTrainer:
         timers, self._watch = self._watch.seconds, Stopwatch()
         logged = {f"train/{name}": value for name, value in metrics.items()}
         self.run.log(logged | {f"timers/{name}": seconds for name, seconds in timers.items()}, step=step)
+        self.state = counted(self.state, metrics, step=step)
+        limit = self.config.max_skipped_steps
+        if (error := too_many(self.state, block="trainer.ppo", limit=limit)) is not None:
+            raise Diverged(error)
         return metrics["loss"]
 
     def save(self, ticket: Ticket | None) -> None:

@@ -6,6 +6,7 @@ import signal
 import time
 from collections.abc import Callable
 
+from nemo_aligner.algorithms.skips import too_many
 from nemo_aligner.checkpoint.training import Checkpoint, TrainerState, TrainingCheckpoints
 from nemo_aligner.errors import UserError
 from nemo_aligner.parallel import collectives, world
@@ -89,6 +90,20 @@ class Milestones:
                 self.save(wait=bool(ends or number or up))
         if not ends and (number or up):
             raise self.stopped(step, int(number))
+
+    def stop_if_diverged(self, state: TrainerState, *, limit: int) -> None:
+        """Save and end a run that has skipped ``limit`` steps in a row: its weights are those of the step before them.
+
+        Raises:
+            UserError: it has.
+        """
+        if (error := too_many(state, block=self._block, limit=limit)) is None:
+            return
+        try:
+            self.save(wait=True)
+        except UserError as broken:
+            raise UserError(f"{error.problem}; {broken.problem}", cure=error.cure) from broken
+        raise error
 
     def save(self, *, wait: bool) -> None:
         """Save now."""

@@ -14,6 +14,7 @@ from nemo_aligner.algorithms.ppo_config import PPOConfig
 from nemo_aligner.algorithms.rollout import Prompts, Rollouts, collect, cut, deal, lengths_of
 from nemo_aligner.algorithms.rollout_metrics import learning_metrics, rollout_metrics, summary
 from nemo_aligner.algorithms.scoring import Scorer
+from nemo_aligner.algorithms.skips import NotFinite, check_finite, counted, refuse_to_end
 from nemo_aligner.batch import Experience, Prompt, Rollout, Scored
 from nemo_aligner.checkpoint.training import (
     Checkpoint,
@@ -26,6 +27,7 @@ from nemo_aligner.models.alignable_interface import AlignableGenerativeInterface
 from nemo_aligner.objectives.adaptive import RewardScaling
 from nemo_aligner.objectives.credit import credit, kl_controller, observe, statistics, value_batch
 from nemo_aligner.objectives.protocol import Objective
+from nemo_aligner.objectives.value import MAX_RETURN
 from nemo_aligner.parallel import collectives, world
 from nemo_aligner.run.experiment import Experiment
 from nemo_aligner.run.progress import ProgressBar
@@ -100,7 +102,8 @@ class PPOTrainer:
 
         Raises:
             StoppedEarly: a signal or the time limit ended the run; what there was after the first step is saved.
-            UserError: the critic is lost; the run is saved as it was at the last step.
+            UserError: the critic is lost, or numbers of a rollout are not finite, and the run is saved as it was at the
+                last step; or losses or gradients are no longer finite.
         """
         self.critic = critic
         self.scorer = Scorer(self.policy, critic, self.rollouts, give_up=lambda: self._request.number != 0)
@@ -112,9 +115,9 @@ class PPOTrainer:
             with StopRequest() as self._request:
                 try:
                     self._loop(bar)
-                except (CriticLost, WaitEnded) as error:
+                except (CriticLost, NotFinite, WaitEnded) as error:
                     self._save_alone()
-                    if isinstance(error, CriticLost):
+                    if not isinstance(error, WaitEnded):
                         raise error.error from error
                     # Only rank 0 has seen the signal for sure.
                     raise self.milestones.stopped(self.state.step, self._request.number or 15) from error
@@ -130,11 +133,13 @@ class PPOTrainer:
         while self.state.step < self.plan.max_steps:
             with world.phase(f"step {self.state.step + 1}"):
                 self._advance(bar)
+            self.milestones.stop_if_diverged(self.state, limit=self.config.max_skipped_steps)
             if self.plan.validates_after(self.state.step):
                 self._validate()
             self.milestones.after(self.state.step, self._request)
         if self.milestones.checkpoints is not None:
             self.milestones.checkpoints.finish()
+        refuse_to_end(self.state)
 
     def _catch_up(self) -> None:
         """After a step that was saved without the critic: it is taught, and what else was due is done."""
@@ -242,8 +247,13 @@ class PPOTrainer:
         return self.scorer.score(rollout, watch, with_reference=bool(self.kl.coefficient))
 
     def _credit(self, scored: Scored) -> Experience:
-        self.scaling = observe(self.scaling, scored, self.config, kl_coefficient=self.kl.coefficient)
-        return credit(scored, self.config, kl_coefficient=self.kl.coefficient, scaling=self.scaling)
+        coefficient = self.kl.coefficient
+        scaling = observe(self.scaling, scored, self.config, kl_coefficient=coefficient)
+        found = credit(scored, self.config, kl_coefficient=coefficient, scaling=scaling)
+        cure = "look at the reward model; set trainer.ppo.reward_clip, or trainer.ppo.scale_rewards=True"
+        check_finite({"advantages": found.advantages, "returns": found.returns}, most=MAX_RETURN, cure=cure)
+        self.scaling = scaling
+        return found
 
     def _teach(self, scored: Scored, experience: Experience, *, step: int) -> Pending[float]:
         return self.critic.train(value_batch(scored, experience), step=step)
@@ -252,9 +262,10 @@ class PPOTrainer:
         return pending.result(give_up=lambda: self._request.number != 0)
 
     def _update(self, experience: Experience, step: int) -> dict[str, float]:
-        """Optimizer steps on a rollout; means over them."""
+        """Optimizer steps on a rollout; means over those that were not skipped, and the number of those that were."""
         found: list[dict[str, float]] = []
         empty: list[dict[str, float]] = []  # steps on nothing but answers that are left out
+        skipped: list[dict[str, float]] = []
         for rows in self._global_batches(experience.num_rows, step):
             part = experience.take(rows)
             batches = self._micro_batches(part)
@@ -262,16 +273,22 @@ class PPOTrainer:
                 batches, self.objective, forward_only=False, sampling=self.rollouts.sampling
             )
             metrics |= self.policy.optimizer_step()
-            (found if part.learned().any() else empty).append(metrics)
+            number = (
+                self.state.algorithm["ppo_optimization_step"] + len(found) + len(empty) + len(skipped) + 1
+            )
+            self.state = counted(self.state, metrics, step=number)
+            kept = skipped if metrics["skipped_steps"] else found if part.learned().any() else empty
+            kept.append(metrics)
         world.synchronize()
         if empty and world.is_logging_rank():
             logger.warning(
                 "nothing was learned in %d of %d updates: none of their answers ended within "
                 "model.ppo.length_params.max_length=%d tokens, and trainer.ppo.mask_unfinished=True",
-                *(len(empty), len(found) + len(empty), self.rollouts.sampling.max_length),
+                *(len(empty), self.updates_per_step, self.rollouts.sampling.max_length),
             )
-        found = found or empty
-        return {f"train_optim/{name}": sum(m[name] for m in found) / len(found) for name in found[0]}
+        of = found or empty or skipped
+        means = {f"train_optim/{name}": sum(m[name] for m in of) / len(of) for name in of[0]}
+        return means | {"train_optim/skipped_steps": float(len(skipped))}
 
     def _global_batches(self, num_rows: int, step: int) -> Iterator[list[int]]:
         size = self.rollouts.global_batch_size

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from nemo_aligner.algorithms.ppo_config import RolloutConfig
+from nemo_aligner.algorithms.skips import check_finite
 from nemo_aligner.batch import Prompt, Rollout, TokenBatch, concatenated
 from nemo_aligner.models.alignable_interface import AlignableGenerativeInterface
 from nemo_aligner.models.sampling_config import SamplingConfig
@@ -120,10 +121,15 @@ def collect(
         draw: with it the answers' random numbers change.
         slots: answers that a rank writes at once.
         seq_length: the least S; None: the longest row's.
+
+    Raises:
+        NotFinite: a log-prob is infinite or NaN.
     """
     mine = policy.generate(prompts, sampling, step=draw, slots=slots)
     with world.phase("gathering answers"):
         rollout = concatenated(collectives.over_data_parallel(mine))
+    cure = "set model.optim.lr lower; with trainer.precision=16 try bf16 or 32"
+    check_finite({"sampler's log-probs": rollout.sampler_logprobs[rollout.mask]}, cure=cure)
     longest = int(rollout.lengths.max())
     if seq_length is not None and longest > seq_length and world.is_logging_rank():
         logger.warning(

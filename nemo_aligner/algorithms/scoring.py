@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 from nemo_aligner.algorithms.rollout import Rollouts, cut, per_token
+from nemo_aligner.algorithms.skips import check_finite
 from nemo_aligner.batch import Rollout, Scored
-from nemo_aligner.errors import UserError
 from nemo_aligner.models.alignable_interface import AlignableGenerativeInterface
 from nemo_aligner.run.stopwatch import Stopwatch
-from nemo_aligner.serving.shared import CriticLost, Pending, SharedCritic
+from nemo_aligner.serving.shared import Pending, SharedCritic
 
 __all__ = ["Scorer"]
 
@@ -37,6 +37,7 @@ class Scorer:
 
         Raises:
             CriticLost: there is no judgement.
+            NotFinite: a number is infinite or NaN.
             WaitEnded: it was given up.
         """
         asked = self.ask(rollout)
@@ -49,6 +50,9 @@ class Scorer:
             rewards, values = self.judgement(asked, rollout)
         watch.note("critic_infer_time", asked.seconds)
         answers = rollout.learned()
+        known = {"log-probs": own[answers], "initial policy's log-probs": reference[answers]}
+        cure = "set model.optim.lr lower; with trainer.precision=16 try bf16 or 32"
+        check_finite(known, cure=cure)
         return Scored(
             **{field.name: getattr(rollout, field.name) for field in fields(rollout)},
             logprobs=torch.where(answers, own, 0),
@@ -77,20 +81,12 @@ class Scorer:
         """(rewards [N], values [N, S]) as the critic replies.
 
         Raises:
-            CriticLost: it does not, or with numbers that are none.
+            CriticLost: it does not.
+            NotFinite: with numbers that are infinite or NaN.
             WaitEnded: the wait was given up.
         """
         rewards, values = asked.result(give_up=self.give_up)
-        for name, numbers in (("rewards", rewards), ("values", values)):
-            if not numbers.isfinite().all():
-                # One of them would make all whitened advantages, and then the weights, NaN.
-                wrong = int((~numbers.isfinite()).sum())
-                raise CriticLost(
-                    UserError(
-                        f"{wrong} of {numbers.numel()} {name} of this rollout are infinite or NaN",
-                        cure="look at the critic's loss and at the reward model; with trainer.precision=16 serve "
-                        "them in bf16 or 32",
-                    )
-                )
+        cure = "look at the critic's loss and at the reward model; with trainer.precision=16 serve them in bf16 or 32"
+        check_finite({"rewards": rewards, "values": values}, cure=cure)
         values = torch.nn.functional.pad(values, (0, rollout.seq_length - values.shape[1]))
         return rewards.float(), values.float()

@@ -173,6 +173,9 @@ def judge(
         ask: (rewards [B] or [B, A] or None, values [B, S] or None) of this rank's rows, in micro-batches of so many.
         rows: of a micro-batch, at most.
         multiple: of positions that a row is padded to.
+
+    Raises:
+        UserError: a number is infinite or NaN; on every rank.
     """
     ranks = world.dp_size()
     micro = min(rows, -(-batch.num_rows // ranks))
@@ -184,4 +187,11 @@ def judge(
         None if column[0] is None else torch.cat([x for x in column if x is not None])[: batch.num_rows]
         for column in zip(*parts, strict=True)
     )
+    for name, numbers in (("rewards", rewards), ("values", values)):
+        if numbers is not None and not numbers.isfinite().all():
+            wrong = int((~numbers.isfinite()).sum())
+            raise UserError(
+                f"{wrong} of {numbers.numel()} {name} of this request are infinite or NaN, and are not served",
+                cure="with trainer.precision=16 serve the model in bf16 or 32; or serve an earlier checkpoint",
+            )
     return Judged(rewards=rewards, values=None if values is None else values[:, : batch.seq_length])

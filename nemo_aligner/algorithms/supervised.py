@@ -10,6 +10,7 @@ from typing import Protocol
 import torch
 
 from nemo_aligner.algorithms.milestones import Milestones
+from nemo_aligner.algorithms.skips import counted, refuse_to_end
 from nemo_aligner.batch import TokenBatch
 from nemo_aligner.checkpoint.training import Checkpoint, TrainerState, TrainingCheckpoints, monitor_name
 from nemo_aligner.models.alignable_interface import SupervisedInterface
@@ -90,7 +91,8 @@ class SupervisedTrainer:
 
         Raises:
             StoppedEarly: a signal or the time limit ended the run between two steps; it is saved.
-            UserError: ``start`` is at the end of the plan, or its run had other batches.
+            UserError: ``start`` is at the end of the plan, or its run had other batches; or losses or gradients are no
+                longer finite.
         """
         if start is not None:
             self.state = self.milestones.restore(start, self.state.data)
@@ -103,6 +105,7 @@ class SupervisedTrainer:
                     self.milestones.after(self.state.step, request)
                 if (checkpoints := self.milestones.checkpoints) is not None:
                     checkpoints.finish()
+                refuse_to_end(self.state)
         finally:
             bar.close()
         self._report_truncated()
@@ -118,6 +121,8 @@ class SupervisedTrainer:
         metrics |= {"consumed_samples": consumed, "epoch": 1 + (step - 1) // self.plan.steps_per_epoch}
         self.run.log({f"train/{name}": value for name, value in metrics.items()}, step=step)
         bar.update(step, metrics)
+        self.state = counted(self.state, metrics, step=step)
+        self.milestones.stop_if_diverged(self.state, limit=self.config.max_skipped_steps)
         if self.plan.validates_after(step):
             with world.phase(f"validation after step {step}"):
                 means = self.validate()

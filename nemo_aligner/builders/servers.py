@@ -240,6 +240,7 @@ def critic_config(job: CriticJob, critic: Critic) -> CriticServerConfig:
         length_multiple=model.length_multiple,
         gives_rewards=config.combine_rm_and_critic_server,
         offload_optimizer=model.offload_adam_states,
+        max_skipped_steps=config.max_skipped_steps,
         actor_timeout=config.actor_timeout,
         settings=settings,
     )

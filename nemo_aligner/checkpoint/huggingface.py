@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nemo_aligner.checkpoint.finite import is_finite
 from nemo_aligner.checkpoint.hf_config import (
     dims_of,
     extras,
@@ -297,6 +298,11 @@ def _write_weights(
             entry = entry_of[name]
             # The first rows: what follows pads the vocabulary.
             tensor = reader.read(entry.nemo)[: entry.shape[0]]
+            if not is_finite([tensor]):
+                raise UserError(
+                    f"{entry.nemo} holds numbers that are infinite or NaN, and is not exported",
+                    cure="export an earlier checkpoint of the run",
+                )
             parts.update(zip(entry.sources, entry.rule.split(tensor, dims), strict=True))
             progress.advance()
         # Shards must not share memory, and the other parts' rows are not to be kept alive.

@@ -8,6 +8,7 @@ from typing import Any
 
 from megatron.core.transformer.module import MegatronModule
 
+from nemo_aligner.checkpoint.finite import refuse_non_finite
 from nemo_aligner.checkpoint.nemo_archive import NemoArchive, open_nemo, write_nemo
 from nemo_aligner.checkpoint.sharded import save_model
 from nemo_aligner.errors import UserError
@@ -55,7 +56,15 @@ def save_nemo(
         config: becomes model_config.yaml.
         files: name within the archive to its content; rank 0's are used.
         overwrite: whether an existing file is replaced.
+
+    Raises:
+        UserError: a weight is not finite; nothing is written.
     """
+    refuse_non_finite(
+        model,
+        problem=f"the weights are broken, and {path} is not made of them",
+        cure="set model.optim.lr lower, and go on from a checkpoint: they hold finite weights only",
+    )
 
     def weights(folder: Path) -> None:
         save_model(model, collectives.broadcast_object(folder))

@@ -43,6 +43,7 @@ from torch.distributed.checkpoint.planner import (  # noqa: TID251 - as above
 )
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list  # noqa: TID251 - as above
 
+from nemo_aligner.checkpoint.finite import refuse_non_finite
 from nemo_aligner.checkpoint.torch_dist import check_folder
 from nemo_aligner.errors import UserError
 from nemo_aligner.parallel import cpu_shim, world
@@ -243,7 +244,8 @@ def load_model(model: MegatronModule, folder: Path, *, but: str | None = None) -
         but: the name of a module that keeps the weights it has.
 
     Raises:
-        UserError: a tensor is missing, has another shape, or the folder could run code.
+        UserError: a tensor is missing, has another shape or holds a number that is not finite, or the folder could run
+            code.
     """
     wanted = {
         name: value
@@ -266,4 +268,10 @@ def load_model(model: MegatronModule, folder: Path, *, but: str | None = None) -
     kept = tuple(name for name in lacks.missing_keys if but is not None and f".{but}." in f".{name}")
     assert all(name.endswith("_extra_state") or name in kept for name in lacks.missing_keys), (
         lacks.missing_keys
+    )
+    refuse_non_finite(
+        model,
+        problem=f"the weights in {folder} are broken",
+        cure="take an earlier checkpoint of the run that wrote them, or download the model again",
+        but=but,
     )

@@ -19,6 +19,7 @@ from typing import Any, Protocol
 
 from megatron.core.transformer.module import MegatronModule
 
+from nemo_aligner.checkpoint.finite import refuse_non_finite
 from nemo_aligner.checkpoint.nemo_archive import WEIGHTS_NAME, write_contents, write_nemo
 from nemo_aligner.checkpoint.sharded import load_state, save_model, save_state
 from nemo_aligner.errors import UserError
@@ -78,6 +79,8 @@ class TrainerState:
         default_factory=dict
     )  # what makes up the batches; another value, other batches
     algorithm: dict[str, Any] = field(default_factory=dict)  # what else the loop goes on from
+    skipped_steps: int = 0  # optimizer steps in a row, up to now, whose loss or gradient was not finite
+    first_skipped: str = ""  # what was not finite in the first of them
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -186,8 +189,16 @@ class TrainingCheckpoints:
         Args:
             extra: what :func:`read_extra` is to give.
             also: called on every rank when all is written; only if it returns, the checkpoint becomes one.
+
+        Raises:
+            UserError: a weight is not finite; nothing is written.
         """
         self.finish()
+        refuse_non_finite(
+            self._trained.model,
+            problem=f"after step {state.step} the weights are broken, and no checkpoint is made of them",
+            cure="set model.optim.lr lower, and go on from an earlier checkpoint: they hold finite weights only",
+        )
         name = checkpoint_name(self.config.filename, state, steps_per_epoch=steps_per_epoch)
         staging = self.folder / f"{UNFINISHED}{name}"
         writes = world.is_logging_rank()
@@ -346,12 +357,16 @@ def ranked(checkpoints: list[Checkpoint], config: CheckpointCallbackConfig) -> l
 def prunable(
     checkpoints: list[Checkpoint], config: CheckpointCallbackConfig, *, keep_newest: int = 1
 ) -> list[Checkpoint]:
-    """Those that are neither among the best ``save_top_k`` nor among the newest, with or without their other half."""
+    """Those that are neither among the best ``save_top_k`` nor among the newest, with or without their other half.
+
+    Of those whose last step was not skipped the newest stays as well: beyond it nothing may be worth going on from.
+    """
     if config.save_top_k < 0:
         return []
     in_order = sorted(checkpoints, key=lambda checkpoint: checkpoint.state.step)
     pairs = [checkpoint for checkpoint in in_order if checkpoint.state.algorithm.get("is_half", True)]
-    newest = [*pairs[-keep_newest:], *in_order[-1:]]
+    sound = [checkpoint for checkpoint in in_order if not checkpoint.state.skipped_steps]
+    newest = [*pairs[-keep_newest:], *in_order[-1:], *sound[-1:]]
     return [c for c in ranked(checkpoints, config)[config.save_top_k :] if c not in newest]
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from nemo_aligner.checkpoint.finite import is_finite
 from nemo_aligner.checkpoint.torch_dist import FolderReader, FolderWriter, check_folder
 from nemo_aligner.errors import UserError
 
@@ -47,11 +48,15 @@ def save_weights(
         vocab_multiple: rows of the embedding and of the output layer are zero padded to a multiple of this.
 
     Raises:
-        UserError: a layer's tensor is missing, or layers differ in dtype.
+        UserError: a layer's tensor is missing, layers differ in dtype, or a number is not finite.
     """
     layers_of: dict[str, dict[int, torch.dtype]] = {}
     with FolderWriter(folder) as writer:
         for name, tensor in weights:
+            if not is_finite([tensor]):
+                raise UserError(
+                    f"{name} holds numbers that are infinite or NaN", cure="convert an intact model"
+                )
             if name in _VOCABULARY_NAMES:
                 tensor = _pad_rows(tensor, vocab_multiple)
             match = _LAYER_NAME.fullmatch(name)

@@ -177,6 +177,7 @@ class CriticConfig(LimitedConfig):
     strip_sequence_length_to_multiple: int | None = None
     max_steps: int = 10000
     gradient_clip_val: float = 1.0
+    max_skipped_steps: int = 10
     actor_timeout: float | None = 7200.0
 
     def check(self, block: str) -> None:
@@ -192,6 +193,7 @@ class CriticConfig(LimitedConfig):
         for name, value, wrong, range_ in (
             ("max_steps", self.max_steps, self.max_steps < 1, "1 or more"),
             ("gradient_clip_val", self.gradient_clip_val, self.gradient_clip_val < 0, "0 (never) or more"),
+            ("max_skipped_steps", self.max_skipped_steps, self.max_skipped_steps < 1, "1 or more"),
             (
                 "actor_timeout",
                 self.actor_timeout,

@@ -40,7 +40,15 @@ class SupervisedInterface(Protocol):
         ...
 
     def optimizer_step(self) -> dict[str, float]:
-        """Clip, step, advance the schedule. Returns "lr" and "grad_norm", the same on every rank."""
+        """Clip, step, advance the schedule.
+
+        Where the loss of the last :meth:`get_loss_and_metrics` or the gradient is not finite, weights and optimizer
+        stay as they are; the schedule goes on.
+
+        Returns:
+            "lr", "grad_norm" before clipping, and "skipped_steps": 1 where the step was left out, else 0; the same on
+            every rank.
+        """
         ...
 
     def offload_optimizer(self) -> None:

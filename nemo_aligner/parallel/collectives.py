@@ -21,6 +21,7 @@ __all__ = [
     "max_over_tensor_parallel",
     "maxima",
     "norm_over_group",
+    "of_all_ranks",
     "over_data_parallel",
     "sum_over_data_parallel",
     "sum_over_tensor_parallel",
@@ -152,10 +153,16 @@ def over_data_parallel(value: T) -> list[T]:
     return found
 
 
+def of_all_ranks(value: T) -> list[T]:
+    """The ``value`` of each rank, in their order."""
+    if world.world_size() == 1:
+        return [value]
+    found: list[T] = [None] * world.world_size()  # type: ignore[list-item]
+    dist.all_gather_object(found, value)
+    return found
+
+
 def from_node_leader(value: T) -> T:
     """The ``value`` of the rank that :func:`world.is_node_leader` names on this rank's node."""
-    if world.world_size() == 1:
-        return value
-    gathered: list[tuple[str, bool, T]] = [None] * world.world_size()  # type: ignore[list-item]
-    dist.all_gather_object(gathered, (socket.gethostname(), world.is_node_leader(), value))
+    gathered = of_all_ranks((socket.gethostname(), world.is_node_leader(), value))
     return next(v for host, leads, v in gathered if leads and host == socket.gethostname())

@@ -22,6 +22,9 @@ class LoopConfig:
         100  # steps between checkpoints; a float is a share of an epoch; 0: at the end only
     )
     gradient_clip_val: float = 1.0  # the gradient's norm is cut to this; 0: never
+    max_skipped_steps: int = (
+        10  # steps in a row whose loss or gradient is not finite, after which the run ends
+    )
 
     def check(self, block: str) -> None:
         """Refuse a run that would do no step; ``block`` is where these settings stand, as in "trainer.sft"."""
@@ -31,6 +34,7 @@ class LoopConfig:
             ("save_interval", self.save_interval, self.save_interval < 0, "0 (at the end only) or more"),
             ("val_check_interval", self.val_check_interval, self.val_check_interval < 0, "0 (never) or more"),
             ("gradient_clip_val", self.gradient_clip_val, self.gradient_clip_val < 0, "0 (never) or more"),
+            ("max_skipped_steps", self.max_skipped_steps, self.max_skipped_steps < 1, "1 or more"),
         ):
             if wrong:
                 raise UserError(f"{block}.{name}={value} makes no run", cure=f"set {block}.{name} to {cure}")

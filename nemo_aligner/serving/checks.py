@@ -107,9 +107,9 @@ def check_lengths(endpoint: str, lengths: NDArray[np.int64], width: int, limits:
             )
 
 
-def check_finite(endpoint: str, name: str, array: NDArray[np.floating]) -> None:
-    """Raises UserError at a number that is infinite or none."""
-    wrong = ~np.isfinite(array)
+def check_finite(endpoint: str, name: str, array: NDArray[np.floating], *, most: float) -> None:
+    """Raises UserError at a number that is infinite, none, or beyond +-``most``."""
+    wrong = ~(np.abs(array) <= most)
     if wrong.any():
         at = first_index(wrong)
-        raise refuse(endpoint, f"{name}{list(at)} is {array[at]}", "send finite numbers")
+        raise refuse(endpoint, f"{name}{list(at)} is {array[at]:g}", f"send numbers within +-{most:g}")

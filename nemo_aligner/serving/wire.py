@@ -19,6 +19,7 @@ from torch import Tensor
 
 from nemo_aligner.batch import TokenBatch, ValueBatch
 from nemo_aligner.errors import UserError
+from nemo_aligner.objectives.value import MAX_RETURN
 from nemo_aligner.serving.checks import (
     TensorSpec,
     check_finite,
@@ -285,7 +286,7 @@ def read_train(endpoint: str, arrays: Arrays, limits: Limits) -> TrainRequest:
     check_shapes(endpoint, arrays, train_inputs())
     tokens, mask = arrays[TOKENS.name], arrays[MASK.name]
     for spec in (RETURNS, OLD_VALUES, MASK):
-        check_finite(endpoint, spec.name, arrays[spec.name])
+        check_finite(endpoint, spec.name, arrays[spec.name], most=MAX_RETURN)
     odd = (mask != 0) & (mask != 1)
     if odd.any():
         at = first_index(odd)

@@ -15,11 +15,13 @@ from nemo_aligner.models.gpt import engine
 from nemo_aligner.models.gpt.learning_rate import OptimConfig, learning_rate
 from nemo_aligner.models.gpt.model import GPT, InterleavedGPT
 from nemo_aligner.models.gpt.optim import (
+    Taken,
     apply_settings,
     build_optimizer,
     inner_optimizer,
     make_moments,
     optimizer_shards,
+    take_step,
     wrap,
     zero_moments,
 )
@@ -45,8 +47,9 @@ class GPTLearner:
         self.seed = seed
         self._ddp: list[DistributedDataParallel] = []
         self._optimizer: MegatronOptimizer | None = None
-        self._optimizer_steps = 0  # taken: the schedule's place
-        self._backwards = 0  # done: what random draws are a function of; fp16 may skip the step after one
+        self._optimizer_steps = 0  # the schedule's place: all but those that looked for fp16's loss scale
+        self._backwards = 0  # done: what random draws are a function of; a step may be left out after one
+        self._loss = 0.0  # of the last backward
         self._gathers_later = False  # whether other ranks' new weights are yet to come
 
     @property
@@ -88,7 +91,7 @@ class GPTLearner:
         self, batches: Sequence[TokenBatch], objective: Objective, *, forward_only: bool, drawn: Drawn | None
     ) -> dict[str, float]:
         with self.inference() if forward_only else self._gradients():
-            return engine.run(
+            metrics = engine.run(
                 self._model,
                 batches,
                 objective,
@@ -96,6 +99,9 @@ class GPTLearner:
                 wrapped=None if forward_only else self._ddp,
                 projection=Projection(kept_logits_bytes=self.kept_logits_bytes, drawn=drawn),
             )
+        if not forward_only:
+            self._loss = metrics["loss"]
+        return metrics
 
     @contextlib.contextmanager
     def _gradients(self) -> Iterator[None]:
@@ -120,12 +126,14 @@ class GPTLearner:
         )
         for group in self._optimizer.param_groups:
             group["lr"] = lr
-        stepped: Any = self._optimizer.step()
-        done, grad_norm, _ = stepped
-        self._optimizer_steps += bool(done)
+        # Every rank has the same loss and the same norm, so all of them leave the step out, or none.
+        taken = (
+            take_step(self._optimizer) if math.isfinite(self._loss) else Taken(done=False, grad_norm=math.nan)
+        )
+        self._optimizer_steps += not taken.seeks_scale
         self._gathers_later = self._optim.overlap_param_sync
-        # fp16 skips a step whose gradients overflow its loss scale, and then has no norm.
-        return {"lr": lr, "grad_norm": math.nan if grad_norm is None else float(grad_norm)}
+        skipped = not (taken.done or taken.seeks_scale)
+        return {"lr": lr, "grad_norm": taken.grad_norm, "skipped_steps": float(skipped)}
 
     def offload_optimizer(self) -> None:
         """Move the optimizer's moments to CPU memory, until they are needed."""

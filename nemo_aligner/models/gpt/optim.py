@@ -3,6 +3,7 @@
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -27,11 +28,13 @@ from nemo_aligner.parallel import collectives, cpu_shim
 from nemo_aligner.parallel.shards import Shards, boxes
 
 __all__ = [
+    "Taken",
     "apply_settings",
     "build_optimizer",
     "inner_optimizer",
     "make_moments",
     "optimizer_shards",
+    "take_step",
     "wrap",
     "zero_moments",
 ]
@@ -97,9 +100,46 @@ def _grad_norm(
     norm_type: float = 2,
     grad_stats_parallel_group: Any = None,  # noqa: ANN401
 ) -> float:
-    """In the place of Megatron's, whose sums in fp32 make clipped gradients depend on the layout."""
+    """In the place of Megatron's, whose sums in fp32 make clipped gradients depend on the layout.
+
+    Raises:
+        _NotFinite: the norm is infinite or NaN; on every rank, and before Megatron has stepped.
+    """
     assert norm_type == 2
-    return collectives.norm_over_group(grads_for_norm, grad_stats_parallel_group)
+    norm = collectives.norm_over_group(grads_for_norm, grad_stats_parallel_group)
+    if not math.isfinite(norm):
+        raise _NotFinite(norm)
+    return norm
+
+
+class _NotFinite(ArithmeticError):
+    def __init__(self, norm: float) -> None:
+        super().__init__(norm)
+        self.norm = norm
+
+
+@dataclass(frozen=True, kw_only=True)
+class Taken:
+    """What came of an optimizer step."""
+
+    done: bool  # else the weights and the moments are as they were
+    grad_norm: float  # before clipping; NaN where fp16 has overflowed
+    seeks_scale: bool = False  # fp16: not done, for the loss scale was too large and is lower now
+
+
+def take_step(optimizer: MegatronOptimizer) -> Taken:
+    """Clip and step, unless the gradient's norm is not finite. The same on every rank."""
+    stepped: Any
+    try:
+        stepped = optimizer.step()
+    except _NotFinite as found:
+        return Taken(done=False, grad_norm=found.norm)
+    done, norm, _ = stepped
+    if done:
+        return Taken(done=True, grad_norm=float(norm))
+    # Below the least scale there is nothing to seek: the gradient itself is not finite.
+    scale = float(optimizer.get_loss_scale())
+    return Taken(done=False, grad_norm=math.nan, seeks_scale=scale > optimizer.config.min_loss_scale)
 
 
 def apply_settings(optim: OptimConfig, optimizer: MegatronOptimizer) -> None:

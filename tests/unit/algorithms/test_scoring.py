@@ -10,11 +10,12 @@ import torch
 from nemo_aligner.algorithms.ppo_config import RolloutConfig
 from nemo_aligner.algorithms.rollout import Rollouts
 from nemo_aligner.algorithms.scoring import Scorer
+from nemo_aligner.algorithms.skips import NotFinite
 from nemo_aligner.batch import Rollout
 from nemo_aligner.models.sampling_config import SamplingConfig
 from nemo_aligner.parallel import world
 from nemo_aligner.serving.client import NoCritic
-from nemo_aligner.serving.shared import CriticLost, Pending, SharedCritic
+from nemo_aligner.serving.shared import Pending, SharedCritic
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -76,6 +77,6 @@ def test_only_columns_with_tokens_are_sent_and_values_come_back_as_wide_as_the_r
 def test_a_reply_that_is_no_number_ends_the_step_before_it_spoils_the_weights(
     scorer: Scorer, rewards: list[float], values: torch.Tensor, words: str
 ):
-    with pytest.raises(CriticLost) as lost:
+    with pytest.raises(NotFinite) as found:
         scorer.judgement(reply(rewards, values), rollout())
-    assert words in lost.value.error.problem
+    assert words in found.value.error.problem

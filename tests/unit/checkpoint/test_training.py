@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from nemo_aligner.checkpoint.training import (
+    Checkpoint,
     TrainerState,
     checkpoint_name,
     find_checkpoints,
@@ -60,6 +61,15 @@ def test_the_best_and_the_newest_are_kept(folder: Path, changed: dict, kept: lis
     found = find_checkpoints(folder)
     doomed = prunable(found, CheckpointCallbackConfig(**changed))
     assert [c.state.step for c in found if c not in doomed] == kept
+
+
+def test_the_newest_before_steps_that_were_skipped_is_kept(tmp_path: Path):
+    found = [
+        Checkpoint(path=tmp_path, state=TrainerState(step=step, skipped_steps=skipped))
+        for step, skipped in ((1, 0), (2, 0), (3, 1), (4, 2), (5, 3))
+    ]
+    doomed = prunable(found, CheckpointCallbackConfig(save_top_k=0))
+    assert [c.state.step for c in found if c not in doomed] == [2, 5]
 
 
 def test_what_was_interrupted_is_removed_and_nothing_else(folder: Path):

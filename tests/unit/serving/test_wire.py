@@ -158,6 +158,12 @@ def test_a_bad_request_is_refused_by_name(change: dict[str, np.ndarray], named: 
     [
         ({"returns": np.full((2, 3), np.nan, np.float32)}, r"returns\[0, 0\] is nan"),
         ({"prev_values": np.full((2, 3), np.inf, np.float32)}, r"prev_values\[0, 0\] is inf"),
+        # Finite, and its square is not.
+        (
+            {"returns": np.full((2, 3), 3e38, np.float32)},
+            r"returns\[0, 0\] is 3e\+38\nCure: .*within \+-1e\+15",
+        ),
+        ({"prev_values": np.full((2, 3), -3e38, np.float32)}, r"prev_values\[0, 0\] is -3e\+38"),
         ({"returns": np.ones((2, 4), np.float32)}, r"returns is \[2, 4\]\nCure: its shape is \[2, 3\]"),
         ({"returns": np.ones((2, 3))}, "returns is float64, not float32"),
         ({"mask": np.full((2, 3), 0.5, np.float32)}, r"mask\[0, 0\] is 0.5"),

@@ -14,6 +14,7 @@ from nemo_aligner.models.gpt.learning_rate import OptimConfig, SchedConfig, lear
 from nemo_aligner.models.gpt.model import GPT
 from nemo_aligner.models.gpt.policy import GPTPolicy
 from nemo_aligner.objectives.nll import NLL
+from nemo_aligner.objectives.protocol import Metrics, ModelOutput
 
 CONFIG = {
     "num_layers": 2,
@@ -154,7 +155,7 @@ def test_five_steps_are_torchs_adamw(
             group["lr"] = learning_rate(step, peak=3e-2, sched=optim.sched, max_steps=5)
         theirs.step()
         assert found == pytest.approx(
-            {"lr": theirs.param_groups[0]["lr"], "grad_norm": norm.item()}, rel=1e-5
+            {"lr": theirs.param_groups[0]["lr"], "grad_norm": norm.item(), "skipped_steps": 0}, rel=1e-5
         )
         for (name, ours), twin in zip(model.named_parameters(), twins, strict=True):
             torch.testing.assert_close(
@@ -180,3 +181,56 @@ def test_steps_too_small_for_bf16_are_not_lost(
     moved = [(model.get_parameter(n).float() - before[n]).abs().mean() for n in norms]
     # Adam on one batch moves by nearly the learning rate a step: 3e-3 in all, bf16's step near 0.7 is 4e-3.
     assert 1e-3 < torch.stack(moved).mean() < 4e-3
+
+
+class _Spoiled(NLL):
+    """NLL whose value, or only its gradient, is multiplied with a number."""
+
+    def __init__(self, factor: float, *, gradient_only: bool) -> None:
+        self.factor, self.gradient_only = factor, gradient_only
+
+    def weights(self, batch: TokenBatch) -> None:
+        """The gradient is not known before."""
+
+    def __call__(self, output: ModelOutput, batch: TokenBatch) -> tuple[torch.Tensor, Metrics]:
+        loss, metrics = super().__call__(output, batch)
+        spoiled = loss * self.factor
+        return spoiled, metrics if self.gradient_only else {"loss": (spoiled.detach(), metrics["loss"][1])}
+
+
+@pytest.mark.parametrize("factor", [math.nan, math.inf, 1e38], ids=["nan", "inf", "overflow"])
+@pytest.mark.parametrize("gradient_only", [False, True], ids=["loss", "gradient"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_a_step_that_is_not_finite_changes_nothing_but_the_schedule(
+    random_model: Callable[..., GPT],
+    random_rows: Callable[..., TokenBatch],
+    factor: float,
+    gradient_only: bool,
+    dtype: torch.dtype,
+):
+    optim = OptimConfig(lr=1e-2, sched=SchedConfig(warmup_steps=5, constant_steps=0))
+    policies = [GPTPolicy(random_model(GPTConfig(**CONFIG), dtype=dtype)) for _ in range(2)]
+    for policy in policies:
+        policy.prepare_training(optim, clip_grad=1.0, max_steps=9)
+    steps = [policy.optimizer_step() for policy in policies if _learn(policy, random_rows, NLL())]
+    assert [step["skipped_steps"] for step in steps] == [0, 0]
+    spoiled, calm = policies
+    before = [p.detach().clone() for p in spoiled.model.parameters()]
+    _learn(spoiled, random_rows, _Spoiled(factor, gradient_only=gradient_only))
+    skipped = spoiled.optimizer_step()
+    assert skipped["skipped_steps"] == 1
+    assert not math.isfinite(skipped["grad_norm"])
+    assert skipped["lr"] == learning_rate(1, peak=1e-2, sched=optim.sched, max_steps=9)
+    assert all(torch.equal(a, b) for a, b in zip(before, spoiled.model.parameters(), strict=True))
+    # The moments too are as they were: the next step is that of a run which had none in between, but for its rate.
+    calm._optimizer_steps += 1
+    for policy in policies:
+        _learn(policy, random_rows, NLL())
+        policy.optimizer_step()
+    pairs = zip(spoiled.model.parameters(), calm.model.parameters(), strict=True)
+    assert all(torch.equal(a, b) for a, b in pairs)
+
+
+def _learn(policy: GPTPolicy, random_rows: Callable[..., TokenBatch], objective: NLL) -> bool:
+    policy.get_loss_and_metrics([random_rows((9, 5, 7))], objective, forward_only=False)
+    return True

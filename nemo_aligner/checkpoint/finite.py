@@ -1,0 +1,44 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Weights that are infinite or NaN are neither saved nor loaded nor converted."""
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from nemo_aligner.errors import UserError
+from nemo_aligner.parallel import collectives
+
+__all__ = ["is_finite", "refuse_non_finite"]
+
+
+def is_finite(tensors: list[Tensor]) -> bool:
+    """Whether every number is; the device is waited for once.
+
+    >>> is_finite([torch.ones(2), torch.tensor([3e38, -3e38])]), is_finite([torch.ones(2), torch.tensor(math.nan)])
+    (True, False)
+    """
+    # The largest absolute value carries NaN along, can't overflow and makes no copy.
+    largest = [torch.linalg.vector_norm(x.detach(), math.inf) for x in tensors if x.numel()]
+    return not largest or math.isfinite(torch.stack([x.double() for x in largest]).max().item())
+
+
+def refuse_non_finite(model: nn.Module, *, problem: str, cure: str, but: str | None = None) -> None:
+    """Refuse a model any of whose weights is infinite or NaN on any rank. Called by every rank.
+
+    Args:
+        problem: what is wrong then; the name of a weight follows.
+        but: the name of a module that is not looked at.
+
+    Raises:
+        UserError: on every rank.
+    """
+    weights = {
+        name: weight for name, weight in model.named_parameters() if but is None or but not in name.split(".")
+    }
+    fine = is_finite(list(weights.values()))
+    (found,) = collectives.maxima([not fine])
+    if found:
+        mine = next((name for name, weight in weights.items() if not is_finite([weight])), None)
+        name = next(name for name in collectives.of_all_ranks(mine) if name is not None)
+        raise UserError(f"{problem}: {name} is not finite", cure=cure)
