@@ -5,11 +5,26 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
+from tritonclient.http import InferenceServerClient, InferInput
+from tritonclient.utils import InferenceServerException, np_to_triton_dtype
 
+from nemo_aligner.launch.together import free_ports
+from tests.functional.ppo_pair import LONG, Pair
 from tests.functional.run_folder import tensors
 
 TRAIN_RM = Path(__file__).parents[2] / "examples/nlp/gpt/train_reward_model.py"
+
+
+def ask(port: int, endpoint: str, **arrays: np.ndarray) -> dict[str, np.ndarray]:
+    inputs = []
+    for name, array in arrays.items():
+        inputs.append(InferInput(name, array.shape, np_to_triton_dtype(array.dtype)))
+        inputs[-1].set_data_from_numpy(array)
+    with InferenceServerClient(f"127.0.0.1:{port}", network_timeout=60.0) as client:
+        result = client.infer(endpoint, inputs)
+    return {output["name"]: result.as_numpy(output["name"]) for output in result.get_response()["outputs"]}
 
 
 def losses(folder: Path) -> list[float]:
@@ -43,12 +58,11 @@ def hopeless() -> dict[str, object]:
     }
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
 def test_a_rate_that_is_far_too_high_ends_sft(
-    run: Callable, settings: dict[str, object], hopeless: dict[str, object], tmp_path: Path, ranks: int
+    run: Callable, settings: dict[str, object], hopeless: dict[str, object], tmp_path: Path
 ):
     few = {
-        "trainer.devices": ranks,
+        "trainer.devices": 2,
         "model.data.train_ds.micro_batch_size": 2,
         "trainer.sft.max_epochs": 9,
         "trainer.sft.max_steps": 30,
@@ -101,3 +115,46 @@ def test_a_run_whose_last_step_was_skipped_is_no_success(
         assert job.wait() == 2
         assert "optimizer steps of the run were skipped: in optimizer step" in job.err
         assert list((tmp_path / "run/checkpoints").glob("*.nemo")) == []
+
+
+def test_a_critic_refuses_what_it_cannot_learn_and_an_inf_reward_ends_the_actor(
+    start: Callable, nemo: Path, reward_nemo: Path, tmp_path: Path
+):
+    """The reward model divides its rewards by a number so small that they are infinite."""
+    port = free_ports(1)[0]
+    pair = Pair(
+        folder=tmp_path / "pair",
+        start=start,
+        nemo=nemo,
+        reward_nemo=reward_nemo,
+        critic_settings={"trainer.ppo.combine_rm_and_critic_server": False},
+        actor_settings={
+            "remote_critic_rm.combine_rm_and_critic_server": False,
+            "remote_critic_rm.reward_model.port": port,
+        },
+    )
+    tiny = {"enable": True, "mean": 0.0, "std": 1e-45}
+    pair.serve_reward_model(port, **{f"model.reward_standardization.{k}": v for k, v in tiny.items()})
+    critic, actor = pair.start_critic(), pair.start_actor()
+    assert actor.wait(timeout=LONG) == 2, actor.err
+    problem, cure = actor.err.splitlines()[-2:]
+    assert "rewards of this request are infinite or NaN, and are not served" in problem + cure
+    assert list((pair.actor_folder / "checkpoints").glob("*.nemo")) == []
+
+    tokens = np.arange(1, 7, dtype=np.int64)[None]
+    before = ask(pair.port, "critic_infer", tokens=tokens)["values"]
+    lesson = {name: np.zeros((1, 5), np.float32) for name in ("returns", "prev_values", "mask")}
+    lesson["mask"][0, 2:] = 1
+    lesson["returns"][0, 3] = 3e38
+    with pytest.raises(InferenceServerException, match=r"critic_train: returns\[0, 3\] is 3e\+38"):
+        ask(pair.port, "critic_train", tokens=tokens, **lesson)
+    assert np.array_equal(ask(pair.port, "critic_infer", tokens=tokens)["values"], before)
+    lesson["returns"][0, 3] = 9e14
+    assert np.isfinite(ask(pair.port, "critic_train", tokens=tokens, **lesson)["loss_mean"]).all()
+    after = ask(pair.port, "critic_infer", tokens=tokens)["values"]
+    assert np.isfinite(after).all()
+    assert not np.array_equal(after, before)
+    critic.process.terminate()
+    assert critic.wait(timeout=60) == 75, critic.err
+    left = tensors(pair.critic_folder)
+    assert all(x.isfinite().all() for x in left.values() if x.is_floating_point())
