@@ -105,16 +105,18 @@ class TextEncoder:
     add_bos: bool | None  # None: as the tokenizer does
     append_eos: bool
 
-    def __call__(self, text: str, *, rendered: bool = False) -> list[int]:
+    def __call__(self, text: str, *, rendered: bool = False, append_eos: bool | None = None) -> list[int]:
         """The ids of ``text``; UserError where BOS is wanted of a tokenizer that has none.
 
         Args:
             rendered: a chat template wrote the text, and BOS where the model wants it.
+            append_eos: for this text; None: as for all.
         """
         ids = self.tokenizer.encode(text)
         add_bos = bool(self.add_bos) if rendered else self.add_bos
         bos = split_bos([ids], tokenizer=self.tokenizer, add_bos=add_bos)
-        eos = [self.tokenizer.eos_id] if self.append_eos and ids[-1:] != [self.tokenizer.eos_id] else []
+        wanted = self.append_eos if append_eos is None else append_eos
+        eos = [self.tokenizer.eos_id] if wanted and ids[-1:] != [self.tokenizer.eos_id] else []
         return [*bos, *ids, *eos]
 
     def at_most(self, text: str) -> int:

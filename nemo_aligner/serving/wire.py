@@ -8,9 +8,9 @@ Shapes: N rows, S positions, A attributes of a reward.
 """
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -65,7 +65,14 @@ HEALTH = "health"
 STOP = "stop"
 
 Arrays = Mapping[str, NDArray[Any]]
-Encode = Callable[[str], Sequence[int]]
+
+
+class Encode(Protocol):
+    """Text to token ids."""
+
+    def __call__(self, text: str, /, *, append_eos: bool | None = None) -> Sequence[int]:
+        """``append_eos`` None: as the served model was trained."""
+        ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,6 +82,7 @@ class InferRequest:
     batch: TokenBatch
     width: int  # S of the request, and so of its reply
     ticket: Ticket | None
+    exceeded: NDArray[np.bool_] | None = None  # [N]: which rows were cut to what the model takes; None: none
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,6 +94,9 @@ class TrainRequest:
 
 
 TEXTS = TensorSpec(name="sentences", dtype=np.bytes_, shape=("N", 1), optional=True)
+# NeMo-Aligner 0.1's: whether sentences end with EOS, and which of them were cut.
+ADD_EOS = TensorSpec(name="add_EOS", dtype=np.bool_, shape=("N", 1), optional=True)
+EXCEEDED = TensorSpec(name="exceeded", dtype=np.int32, shape=("N", 1))
 TOKENS = TensorSpec(name="tokens", dtype=np.int64, shape=("N", "S"))
 LENGTHS = TensorSpec(name="sequence_lengths", dtype=np.int64, shape=("N", 1), optional=True)
 RETURNS = TensorSpec(name="returns", dtype=np.float32, shape=("N", "S-1"))
@@ -111,13 +122,13 @@ def _ticket_specs(*rows: str) -> tuple[TensorSpec, ...]:
 def infer_inputs() -> tuple[TensorSpec, ...]:
     """Of critic_infer and reward_model: texts, or tokens with or without lengths. N is the batch's dimension."""
     tokens = TensorSpec(name=TOKENS.name, dtype=TOKENS.dtype, shape=TOKENS.shape, optional=True)
-    return (TEXTS, tokens, LENGTHS, *_ticket_specs("N"))
+    return (TEXTS, ADD_EOS, tokens, LENGTHS, *_ticket_specs("N"))
 
 
 def infer_outputs(*, num_rewards: int, has_values: bool) -> tuple[TensorSpec, ...]:
     """Values [N, S] of a critic and rewards [N, A] of a reward model; of both where they share a job."""
     rewards = TensorSpec(name="rewards", dtype=np.float32, shape=("N", num_rewards))
-    return (*([VALUES] if has_values else []), *([rewards] if num_rewards else []))
+    return (*([VALUES] if has_values else []), *([rewards] if num_rewards else []), EXCEEDED)
 
 
 def train_inputs() -> tuple[TensorSpec, ...]:
@@ -168,20 +179,31 @@ def _rows(tokens: NDArray[np.int64], lengths: NDArray[np.int64], limits: Limits)
     )
 
 
-def _encode(endpoint: str, texts: NDArray[Any], encode: Encode | None) -> tuple[NDArray, NDArray]:
+def _encode(
+    endpoint: str, arrays: Arrays, limits: Limits, encode: Encode | None
+) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.bool_]]:
+    """(tokens [N, S], lengths [N], exceeded [N]) of sentences."""
     if encode is None:
         raise refuse(endpoint, "this server has no tokenizer for sentences", "send tokens")
-    rows = []
-    for row, text in enumerate(texts.reshape(-1)):
+    rows, exceeded = [], []
+    for row, text in enumerate(arrays[TEXTS.name].reshape(-1)):
         try:
-            rows.append(list(encode(bytes(text).decode())))
+            decoded = bytes(text).decode()
         except UnicodeDecodeError as error:
             raise refuse(endpoint, f"sentences[{row}] is not UTF-8: {error}", "send UTF-8") from None
+        if ADD_EOS.name in arrays:
+            ids = list(encode(decoded, append_eos=bool(arrays[ADD_EOS.name][row, 0])))
+            # As the release that had this input: over-long sentences are cut, and the reply tells which.
+            exceeded.append(len(ids) > limits.seq_length)
+            rows.append(ids[: limits.seq_length])
+        else:
+            exceeded.append(False)
+            rows.append(list(encode(decoded)))
     lengths = np.array([len(row) for row in rows], dtype=np.int64)
     tokens = np.zeros((len(rows), int(lengths.max())), dtype=np.int64)
     for row, ids in enumerate(rows):
         tokens[row, : len(ids)] = ids
-    return tokens, lengths
+    return tokens, lengths, np.array(exceeded)
 
 
 def infer_arrays(
@@ -208,9 +230,10 @@ def read_infer(endpoint: str, arrays: Arrays, limits: Limits, encode: Encode | N
     check_shapes(endpoint, arrays, infer_inputs())
     match TEXTS.name in arrays, TOKENS.name in arrays:
         case True, False:
-            tokens, lengths = _encode(endpoint, arrays[TEXTS.name], encode)
+            tokens, lengths, exceeded = _encode(endpoint, arrays, limits, encode)
         case False, True:
             tokens = arrays[TOKENS.name]
+            exceeded = None
             lengths = np.full(tokens.shape[0], tokens.shape[1], dtype=np.int64)
             if LENGTHS.name in arrays:
                 lengths = arrays[LENGTHS.name][:, 0]
@@ -220,7 +243,10 @@ def read_infer(endpoint: str, arrays: Arrays, limits: Limits, encode: Encode | N
     check_lengths(endpoint, lengths, tokens.shape[1], limits)
     check_tokens(endpoint, tokens, limits)
     return InferRequest(
-        batch=_rows(tokens, lengths, limits), width=tokens.shape[1], ticket=_read_ticket(endpoint, arrays)
+        batch=_rows(tokens, lengths, limits),
+        width=tokens.shape[1],
+        ticket=_read_ticket(endpoint, arrays),
+        exceeded=exceeded,
     )
 
 
@@ -241,6 +267,10 @@ def infer_reply(request: InferRequest, rewards: Tensor | None, values: Tensor | 
         reply[VALUES.name] = sent
     if rewards is not None:
         reply["rewards"] = rewards.detach().cpu().float().reshape(request.batch.num_rows, -1).numpy()
+    cut = request.exceeded
+    reply[EXCEEDED.name] = np.zeros((request.batch.num_rows, 1), dtype=np.int32)
+    if cut is not None:
+        reply[EXCEEDED.name][cut] = 1
     return reply
 
 

@@ -24,6 +24,7 @@ from nemo_aligner.serving.server import Server, ServerConfig
 VOCAB_SIZE, SEQ_LENGTH = 100, 16
 UNLUCKY = 13  # the first token of a row that the model fails at
 REFUSED = 14
+EOS = 99
 
 
 @dataclass
@@ -91,8 +92,8 @@ class Critic:
         logging.info("tick")
 
 
-def encode(text: str) -> list[int]:
-    return [ord(letter) % VOCAB_SIZE for letter in text]
+def encode(text: str, *, append_eos: bool | None = None) -> list[int]:
+    return [ord(letter) % VOCAB_SIZE for letter in text] + [EOS] * bool(append_eos)
 
 
 def main() -> None:

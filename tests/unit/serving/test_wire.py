@@ -84,7 +84,7 @@ def test_rewards_of_several_attributes_keep_them() -> None:
     request = wire.read_infer("reward_model", wire.infer_arrays(batch()), LIMITS)
     rewards = torch.rand(2, 3)
     reply = wire.infer_reply(request, rewards, None)
-    assert list(reply) == ["rewards"]
+    assert list(reply) == ["rewards", "exceeded"]
     found, values = wire.read_infer_reply(reply, batch())
     assert values is None
     assert found is not None
