@@ -74,7 +74,8 @@ class Answerer:
 
     def _prompt(self, requests: RecordFile[Request], number: int, sample: int) -> Prompt:
         try:
-            tokens = tokens_of(requests[number].prompt, self.tokenizer)
+            request = requests[number]
+            tokens = tokens_of(request.prompt, self.tokenizer, tools=request.tools)
         except UserError as error:
             raise UserError(f"{requests.where(number)}: {error.problem}", cure=error.cure) from error
         return Prompt(tokens=tokens, number=number, sample=sample)
@@ -128,9 +129,9 @@ class Answerer:
         asked: list[Message] = [*messages, {"role": "user", "content": line}]
         prompt = Prompt(tokens=tokens_of(asked if chats else line, self.tokenizer), number=turn)
         rollout = self.policy.generate([prompt], self.sampling, slots=1)
-        answer = self.text(rollout.answer(0), finished=bool(rollout.finished[0])).strip()
+        answer = self.text(rollout.answer(0), finished=bool(rollout.finished[0]))
         messages[:] = [*asked, {"role": "assistant", "content": answer}]
-        return answer
+        return answer.strip()
 
 
 def _lines() -> Iterator[str]:

@@ -7,7 +7,8 @@ from dataclasses import replace
 from typing import Any
 
 from nemo_aligner.batch import TokenBatch
-from nemo_aligner.builders.models import Pretrained, needed_tokenizer
+from nemo_aligner.builders.models import Pretrained, needed_tokenizer, pin_clock
+from nemo_aligner.checkpoint.tokenizer_files import chat_template_file
 from nemo_aligner.config.reward import RMJob, RMModelConfig
 from nemo_aligner.config.sft import SFTJob, SFTModelConfig
 from nemo_aligner.data.collate import (
@@ -27,8 +28,10 @@ from nemo_aligner.data.datasets import (
     open_regression,
     open_regression_pairs,
     open_sft,
+    uses_prompt_tokens,
 )
 from nemo_aligner.data.loader import BatchLoader
+from nemo_aligner.data.markers import marker_template
 from nemo_aligner.data.prefix import Split
 from nemo_aligner.data.sample import Sample
 from nemo_aligner.data.sampler import GlobalBatchSampler
@@ -59,6 +62,8 @@ def sft_loaders(job: SFTJob, pretrained: Pretrained[GPTPolicy]) -> tuple[SFTLoad
     """
     model, data, tokenizer = job.model, job.model.data, needed_tokenizer(job, pretrained)
     gpt, multiple = pretrained.learner.model.gpt_config, model.length_multiple
+    if data.chat:
+        pin_clock(tokenizer, pretrained.config, data.chat_date)
     with heartbeat("reading data", enabled=world.is_logging_rank()):
         loaders: dict[str, SFTLoader] = {}
         for name, split in {"train_ds": data.train_ds, **data.validation}.items():
@@ -66,6 +71,8 @@ def sft_loaders(job: SFTJob, pretrained: Pretrained[GPTPolicy]) -> tuple[SFTLoad
             longest = longest_sequence(setting, split.max_seq_length, gpt, multiple)
             loaders[name] = _loader(data, replace(split, max_seq_length=longest), tokenizer, model)
     train, validation = loaders.pop("train_ds"), loaders.pop("validation_ds", None)
+    if data.chat:
+        _keep_markers(data, tokenizer, pretrained)
     if world.is_logging_rank():
         shown = describe(train.dataset[0], tokenizer)
         logger.info("first training sample, learned tokens between ⟦ and ⟧:\n%s", shown)
@@ -75,6 +82,27 @@ def sft_loaders(job: SFTJob, pretrained: Pretrained[GPTPolicy]) -> tuple[SFTLoad
             len(validation.dataset) if validation else "no",
         )
     return train, {"validation": validation} if validation else {}
+
+
+def _keep_markers(data: SFTDataConfig, tokenizer: Tokenizer, pretrained: Pretrained[GPTPolicy]) -> None:
+    """Have the model saved with a chat template that writes the prompt tokens that it is trained with, if it is."""
+    if not uses_prompt_tokens(data, tokenizer):
+        if world.is_logging_rank():
+            logger.info("conversations are laid out by the tokenizer's chat template")
+        return
+    bos = data.train_ds.add_bos
+    template = marker_template(
+        data.chat_prompt_tokens, starts_with_bos=tokenizer.adds_bos if bos is None else bos
+    )
+    if world.is_logging_rank():
+        instead = "" if tokenizer.chat_template in (None, template) else " instead of the tokenizer's own"
+        logger.info(
+            "conversations are laid out by model.data.chat_prompt_tokens, which the model is saved with as its "
+            "chat template%s",
+            instead,
+        )
+    tokenizer.use_chat_template(template)
+    pretrained.files[chat_template_file(pretrained.config["tokenizer"])] = template.encode()
 
 
 def longest_sequence(setting: str, asked: int, gpt: GPTConfig, multiple: int) -> int:

@@ -4,6 +4,7 @@
 import contextlib
 import logging
 from dataclasses import dataclass
+from datetime import date
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -11,7 +12,7 @@ from nemo_aligner.checkpoint.model_nemo import save_nemo, shared_nemo
 from nemo_aligner.checkpoint.nemo_archive import CONFIG_NAME, WEIGHTS_NAME, NemoArchive
 from nemo_aligner.checkpoint.sharded import load_model
 from nemo_aligner.checkpoint.stop_tokens import stop_ids
-from nemo_aligner.checkpoint.tokenizer_files import load_archived_tokenizer
+from nemo_aligner.checkpoint.tokenizer_files import CHAT_DATE, load_archived_tokenizer
 from nemo_aligner.checkpoint.training import (
     TRAINING_NAMES,
     Checkpoint,
@@ -27,7 +28,7 @@ from nemo_aligner.models.gpt.learner import GPTLearner
 from nemo_aligner.models.gpt.model import GPT, InterleavedGPT, build_gpt
 from nemo_aligner.models.gpt.policy import GPTPolicy
 from nemo_aligner.models.gpt.transformer import dtype_of
-from nemo_aligner.parallel import world
+from nemo_aligner.parallel import collectives, world
 from nemo_aligner.run.progress import heartbeat
 
 __all__ = [
@@ -38,6 +39,7 @@ __all__ = [
     "merged_config",
     "needed_tokenizer",
     "opened",
+    "pin_clock",
     "standardize",
     "tokenizer_files",
     "unfilled",
@@ -77,6 +79,7 @@ def load_policy(job: ModelJob, *, start: Checkpoint | None = None) -> Pretrained
         with heartbeat("loading weights", enabled=world.is_logging_rank()):
             load_model(built, archive.weights)
         tokenizer, files = load_tokenizer(archive, gpt.vocab_size), tokenizer_files(archive)
+    pin_clock(tokenizer, config)
     policy = GPTPolicy(
         built,
         end_ids=stop_ids(config, tokenizer),
@@ -108,6 +111,7 @@ def load_reward_model(job: RMJob, *, start: Checkpoint | None = None) -> Pretrai
         if not own:
             draw_head(built, seed=job.model.seed)
         tokenizer, files = load_tokenizer(archive, gpt.vocab_size), tokenizer_files(archive)
+    pin_clock(tokenizer, config)
     critic = GPTCritic(built, head=head, seed=job.model.seed)
     return Pretrained(learner=critic, tokenizer=tokenizer, config=config, files=files)
 
@@ -166,6 +170,23 @@ def load_tokenizer(archive: NemoArchive, vocab_size: int) -> Tokenizer | None:
     if tokenizer is not None:
         check_fits(tokenizer, vocab_size)
     return tokenizer
+
+
+def pin_clock(tokenizer: Tokenizer | None, config: dict[str, Any], day: str | None = None) -> None:
+    """Fix the day that a chat template which reads the clock sees, and have it saved with the model.
+
+    Args:
+        tokenizer: the model's.
+        config: model_config.yaml as it is to be saved; its tokenizer section is replaced.
+        day: YYYY-MM-DD; None: the day that the model was trained on so far, else today.
+    """
+    if tokenizer is None or not tokenizer.reads_clock:
+        return
+    section = config["tokenizer"]
+    today = collectives.broadcast_object(date.today().isoformat())
+    chosen = day or str(section.get(CHAT_DATE) or today)
+    tokenizer.pin_clock(date.fromisoformat(chosen))
+    config["tokenizer"] = {**section, CHAT_DATE: chosen}
 
 
 def tokenizer_files(archive: NemoArchive) -> dict[str, Path | bytes]:

@@ -6,22 +6,28 @@ import json
 import logging
 import tempfile
 from collections.abc import Iterator, Mapping
-from pathlib import Path
+from datetime import date
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from nemo_aligner.checkpoint.nemo_archive import NemoArchive
-from nemo_aligner.data.tokenizer import Tokenizer, load_tokenizer
+from nemo_aligner.data.tokenizer import TEMPLATE_FILE, Tokenizer, load_tokenizer
 from nemo_aligner.errors import UserError
 
 __all__ = [
+    "CHAT_DATE",
     "TOKENIZER_FOLDER",
     "archived_tokenizer_files",
+    "chat_template_file",
     "describe_tokenizer",
     "find_tokenizer_files",
     "load_archived_tokenizer",
 ]
 
 TOKENIZER_FOLDER = "tokenizer"
+CHAT_DATE = (
+    "chat_date"  # in the tokenizer's section: the day on which a chat template that reads the clock is read
+)
 
 _TOKENIZER_FILES = (
     "added_tokens.json",
@@ -62,20 +68,35 @@ def archived_tokenizer_files(archive: NemoArchive) -> dict[str, Path | bytes]:
     match section.get("library"):
         case "sentencepiece" if section.get("model"):
             model = archive.file(section["model"])
-            beside = find_tokenizer_files(model.parent) if model.parent != archive.folder else {}
-            return {**beside, "tokenizer.model": model}
+            if model.parent != archive.folder:
+                return {**find_tokenizer_files(model.parent), "tokenizer.model": model}
+            return {**_chat_template(archive), "tokenizer.model": model}
         case "huggingface" if section.get("type") and archive.has_folder(section["type"]):
             return {**find_tokenizer_files(archive.file(section["type"]))}
         case "megatron" if (
             section.get("type") in _GPT2_NAMES and section.get("vocab_file") and section.get("merge_file")
         ):
-            return {**_gpt2_files(archive.file(section["vocab_file"]), archive.file(section["merge_file"]))}
+            files = _gpt2_files(archive.file(section["vocab_file"]), archive.file(section["merge_file"]))
+            return {**files, **_chat_template(archive)}
     _log.warning("%s holds no tokenizer files", archive.source)
     return {}
 
 
+def chat_template_file(section: Mapping[str, Any]) -> str:
+    """Where in a .nemo the chat template of its tokenizer lies, which the ``tokenizer`` section describes."""
+    if section.get("library") == "huggingface":
+        return f"{section['type']}/{TEMPLATE_FILE}"
+    named = section.get("model") or section.get("vocab_file") or ""
+    return (PurePosixPath(named.removeprefix("nemo:")).parent / TEMPLATE_FILE).as_posix()
+
+
+def _chat_template(archive: NemoArchive) -> dict[str, Path]:
+    path = archive.folder / chat_template_file(_section(archive))
+    return {TEMPLATE_FILE: path} if path.is_file() else {}
+
+
 def load_archived_tokenizer(archive: NemoArchive) -> Tokenizer | None:
-    """The tokenizer of a .nemo; None where its config names none.
+    """The tokenizer of a .nemo, its chat template on the day that the config names; None where it names no tokenizer.
 
     Raises:
         UserError: its files are not in the .nemo, do not load, or mean something that is not supported.
@@ -83,6 +104,13 @@ def load_archived_tokenizer(archive: NemoArchive) -> Tokenizer | None:
     section = _section(archive)
     if not section:
         return None
+    tokenizer = _load(archive, section)
+    if section.get(CHAT_DATE):
+        tokenizer.pin_clock(date.fromisoformat(str(section[CHAT_DATE])))
+    return tokenizer
+
+
+def _load(archive: NemoArchive, section: Mapping[str, Any]) -> Tokenizer:
     match section.get("library"):
         case "sentencepiece" if section.get("model"):
             return load_tokenizer("sentencepiece", archive.file(section["model"]))

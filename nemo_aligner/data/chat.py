@@ -1,116 +1,146 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Conversations to tokens and mask: with NeMo's prompt tokens, or with the tokenizer's own chat template.
+"""Conversations to samples: with NeMo's prompt tokens, or with the tokenizer's own chat template.
 
-Both cut a conversation into parts of text that are learned or not; ``_lay_out`` makes the sample of them.
-Neighbouring parts of one kind are tokenised as one text, so that a prompt has the tokens that it will have
-when the model is asked.
+Either way a learned turn stands after exactly the tokens that the model is sent when it is asked for that turn.
 """
 
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
-from itertools import groupby
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict
 
 from nemo_aligner.data.config import ChatPromptTokens, SFTSplitConfig
-from nemo_aligner.data.conversations import Chat, Turn, read_chat
-from nemo_aligner.data.sample import Sample, finish, split_bos
-from nemo_aligner.data.tokenizer import Message, Tokenizer, encode_after
+from nemo_aligner.data.conversations import Chat, Message, Turn, read_chat
+from nemo_aligner.data.markers import marker_template
+from nemo_aligner.data.rendering import render_turn
+from nemo_aligner.data.sample import Sample, split_bos
+from nemo_aligner.data.tokenizer import Tokenizer, encode_after
+from nemo_aligner.data.turns import LearnedTurn, continuation, end_of_turn, lay_out
 from nemo_aligner.errors import UserError
 
 __all__ = ["PromptTokensLayout", "TemplateLayout"]
 
-_ROLES = {"User": "user", "Assistant": "assistant"}  # NeMo's speakers as chat templates call them
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Parts:
-    """A conversation as text, up to and including its last learned turn."""
-
-    body: list[tuple[str, bool]]  # text and whether it is learned
-    closing: str  # learned text that ends the last turn; kept when the body is cut
+_SPEAKERS = {"User", "Assistant"}  # those that chat templates know
 
 
 class PromptTokensLayout:
     """Lays out turns between prompt tokens, e.g. ``<extra_id_1>Assistant\\nHello\\n<extra_id_1>``.
 
     The system text, names and labels before a text are not learned. The ``turn_start`` after a learned turn
-    is: there the model learns to stop. Turns after the last learned one are left out, as they teach nothing.
+    is: there the model learns to stop. Of a turn with a label in a TEXT_TO_VALUE row only the label is learned.
+    Turns after the last learned one are left out, as they teach nothing.
 
     Args:
         tokenizer: where ids come from.
         tokens: the text that marks turns.
         cfg: length and special tokens.
+        learn: ``all`` turns that are to be learned, or the ``last`` of them.
 
     Raises:
         UserError: the tokenizer cannot write one of the prompt tokens.
     """
 
-    def __init__(self, tokenizer: Tokenizer, tokens: ChatPromptTokens, cfg: SFTSplitConfig) -> None:
+    def __init__(
+        self, tokenizer: Tokenizer, tokens: ChatPromptTokens, cfg: SFTSplitConfig, *, learn: str = "all"
+    ) -> None:
         self._tokenizer = tokenizer
         self._tokens = tokens.unescaped()
-        self._cfg = cfg
+        self._cfg, self._learn = cfg, learn
         for name, text in asdict(self._tokens).items():
             _check_writable(tokenizer, name, text)
+        self._stop = encode_after(tokenizer, self._tokens.turn_start)
+        starts_with_bos = bool(split_bos([[]], tokenizer=tokenizer, add_bos=cfg.add_bos))
+        self._bos = tokenizer.bos_token or "" if starts_with_bos else ""
+        self.chat_template = marker_template(tokens, starts_with_bos=starts_with_bos)
 
     def read(self, row: Mapping[str, object]) -> Chat:
-        """A conversation of either layout."""
-        return read_chat(row)
+        """A conversation of either layout, with nothing that prompt tokens cannot show."""
+        chat = read_chat(row)
+        if chat.tools:
+            raise _not_shown("key 'tools'")
+        for number, turn in enumerate(chat.turns, 1):
+            if turn.message is None:
+                continue
+            if turn.speaker not in _SPEAKERS:
+                raise _not_shown(f"the role {turn.speaker!r} of turn {number}")
+            if more := [key for key, value in turn.message.items() if value and key in _MEANINGFUL]:
+                raise _not_shown(f"key {more[0]!r} of turn {number}")
+        return chat
 
-    def __call__(self, chat: Chat) -> Sample:
-        """The sample; UserError if nothing of it is left to learn."""
-        return _lay_out(self._parts(chat), self._tokenizer, self._cfg, add_bos=self._cfg.add_bos)
+    def surely_fits(self, chat: Chat) -> bool:
+        """Never told: how many samples a conversation makes shows in its tokens."""
+        del chat
+        return False
 
-    def _parts(self, chat: Chat) -> _Parts:
-        tokens = self._tokens
-        body = [
-            (f"{tokens.system_turn_start}System{tokens.end_of_name}{chat.system}{tokens.end_of_turn}", False)
-        ]
-        last = max(index for index in range(len(chat.turns)) if chat.learned(index))
-        for index, turn in enumerate(chat.turns[: last + 1]):
-            stops_previous = index > 0 and chat.learned(index - 1)
-            learned = chat.learned(index)
-            before, after = self._labels(turn, chat.kind)
-            body += [
-                (tokens.turn_start, stops_previous),
-                (f"{turn.speaker}{tokens.end_of_name}{before}", False),
-                (f"{turn.text}{tokens.end_of_turn}{after}", learned),
-            ]
-        return _Parts(body=body, closing=tokens.turn_start)
+    def __call__(self, chat: Chat) -> list[Sample]:
+        """The samples; none where nothing of it has room. UserError if nothing of it is left to learn."""
+        return lay_out(self._turns(chat), max_seq_length=self._cfg.max_seq_length)
 
-    def _labels(self, turn: Turn, kind: str | None) -> tuple[str, str]:
-        """The label as it stands before and after a turn's text: in one place, or in none."""
+    def _turns(self, chat: Chat) -> Iterator[LearnedTurn]:
+        tokens, chosen = self._tokens, _chosen(chat, self._learn)
+        text = (
+            self._bos
+            + f"{tokens.system_turn_start}System{tokens.end_of_name}{chat.system}{tokens.end_of_turn}"
+        )
+        for index, turn in enumerate(chat.turns[: chosen[-1] + 1]):
+            name = f"{tokens.turn_start}{turn.speaker}{tokens.end_of_name}"
+            body = f"{turn.text}{tokens.end_of_turn}"
+            before, after = self._label(turn, chat.kind)
+            if index in chosen:
+                # A label that follows the text is all that is learned of a turn; its text leads to it.
+                context, learned = (body + tokens.label_start, after) if after else (before, body)
+                yield self._turn(text + name + context, learned + tokens.turn_start)
+            text += name + before + body + (tokens.label_start + after if after else "")
+
+    def _turn(self, prompt: str, response: str) -> LearnedTurn:
+        ids = self._tokenizer.encode(prompt)
+        answer = continuation(self._tokenizer, prompt, ids, response)
+        eos = self._tokenizer.eos_id
+        return LearnedTurn(
+            prompt=ids,
+            response=answer,
+            mask=[True] * len(answer),
+            closing=self._stop,
+            eos=[eos] if self._cfg.add_eos and answer[-1:] != [eos] else [],
+        )
+
+    def _label(self, turn: Turn, kind: str | None) -> tuple[str, str]:
+        """The label as it stands before a turn's text, its start included, and after it, its start left out."""
         if turn.label is None or kind is None:
             return "", ""
-        label = f"{self._tokens.label_start}{turn.label}{self._tokens.end_of_name}"
-        return (label, "") if kind == "VALUE_TO_TEXT" else ("", label)
+        label = f"{turn.label}{self._tokens.end_of_name}"
+        return (self._tokens.label_start + label, "") if kind == "VALUE_TO_TEXT" else ("", label)
 
 
 class TemplateLayout:
     """Lays out turns as the tokenizer's chat template does; the assistant's turns are learned.
 
-    A turn is found by rendering the conversation up to it and through it. So the template must only ever add
-    text: one that rewrites history (dropping earlier reasoning, say) is refused.
+    A turn's prompt is the template's rendering of what stands before it, with the generation prompt; what is learned
+    is the rest of the rendering through the turn, up to the special token that ends it, or what the template marks as
+    generated.
 
     Args:
         tokenizer: where the template and ids come from.
         cfg: length and special tokens.
+        learn: ``all`` turns that are to be learned, or the ``last`` of them.
 
     Raises:
         UserError: the tokenizer has no chat template.
     """
 
-    def __init__(self, tokenizer: Tokenizer, cfg: SFTSplitConfig) -> None:
+    def __init__(self, tokenizer: Tokenizer, cfg: SFTSplitConfig, *, learn: str = "all") -> None:
         if tokenizer.chat_template is None:
             raise UserError(
                 "model.data.chat_template=tokenizer, but the tokenizer has no chat template",
                 cure="set model.data.chat_template=prompt_tokens, or give a tokenizer that has a template",
             )
         self._tokenizer = tokenizer
-        self._cfg = cfg
+        self._cfg, self._learn = cfg, learn
+        # The template writes BOS where the model wants it; it is put first only where that is asked for.
+        self._bos = split_bos([[]], tokenizer=tokenizer, add_bos=bool(cfg.add_bos))
 
     def read(self, row: Mapping[str, object]) -> Chat:
         """A conversation of either layout, its speakers being those that templates know."""
         chat = read_chat(row)
-        strange = sorted({turn.speaker for turn in chat.turns} - _ROLES.keys())
+        strange = sorted({turn.speaker for turn in chat.turns if turn.message is None} - _SPEAKERS)
         if strange or chat.mask != "User":
             raise UserError(
                 f"speakers {strange} and mask {chat.mask!r} have no place in the tokenizer's chat template"
@@ -126,82 +156,76 @@ class TemplateLayout:
             )
         return chat
 
-    def __call__(self, chat: Chat) -> Sample:
-        """The sample; UserError if the template rewrites history or nothing is left to learn."""
-        # None lets the template decide: it writes BOS where the model wants it.
-        return _lay_out(self._parts(chat), self._tokenizer, self._cfg, add_bos=bool(self._cfg.add_bos))
+    def surely_fits(self, chat: Chat) -> bool:
+        """Never told: how many samples a conversation makes, and what its template drops, shows when it is rendered."""
+        del chat
+        return False
 
-    def _parts(self, chat: Chat) -> _Parts:
-        messages: list[Message] = [{"role": "system", "content": chat.system}] if chat.system else []
-        body: list[tuple[str, bool]] = []
-        done = marker = gap = ""
-        for index, turn in enumerate(chat.turns):
-            before = messages[:]
-            messages.append({"role": _ROLES[turn.speaker], "content": turn.text})
-            if not chat.learned(index):
-                continue
-            prompt = self._tokenizer.render_chat(before, add_generation_prompt=True)
-            through = self._tokenizer.render_chat(messages)
-            if not (prompt.startswith(done) and through.startswith(prompt)):
-                raise UserError(
-                    f"the tokenizer's chat template rewrites what stands before turn {index + 1}, so "
-                    "training would see another conversation than the model does when it answers",
-                    cure="split the conversation into one row per answer, use a template that only adds "
-                    "text, or set model.data.chat_template=prompt_tokens",
-                )
-            body += [(marker, True), (gap + prompt[len(done) :], False)]
-            text, marker, gap = _split_turn(through[len(prompt) :], turn.text)
-            body.append((text, True))
-            done = through
-        return _Parts(body=body, closing=marker)
+    def __call__(self, chat: Chat) -> list[Sample]:
+        """The samples; none where nothing of it has room. UserError if the template drops or refuses something."""
+        return lay_out(self._turns(chat), max_seq_length=self._cfg.max_seq_length)
 
+    def _turns(self, chat: Chat) -> Iterator[LearnedTurn]:
+        messages = chat.messages
+        opening = len(messages) - len(chat.turns)
+        for index in _chosen(chat, self._learn):
+            yield self._turn(messages[: opening + index + 1], chat)
 
-def _split_turn(rendered: str, content: str) -> tuple[str, str, str]:
-    """Cut a rendered turn into its text, its end-of-turn marker, and white space that belongs to the next.
-
-    White space without a marker stays with the text, as it is all that ends the turn; so does everything
-    where the template has changed the content.
-    """
-    content = content.strip()
-    start = rendered.find(content)
-    end = start + len(content)
-    marker = rendered[end:].rstrip()
-    if start < 0 or not marker:
-        return rendered, "", ""
-    return rendered[:end], marker, rendered[end + len(marker) :]
+    def _turn(self, messages: list[Message], chat: Chat) -> LearnedTurn:
+        tokenizer = self._tokenizer
+        prompt, response = render_turn(tokenizer, messages, chat.tools)
+        ids = tokenizer.encode(prompt)
+        answer = continuation(tokenizer, prompt, ids, response)
+        mask = [True] * len(answer)
+        if marked := tokenizer.marked_chat(messages, tools=chat.tools):
+            answer, mask = _as_marked(answer, *marked)
+            closing, eos = answer[-1:] if answer[-1] in tokenizer.added_ids else [], []
+        elif stop := end_of_turn(tokenizer, answer):
+            answer, mask, closing, eos = answer[:stop], mask[:stop], answer[stop - 1 : stop], []
+        else:
+            closing, eos = [], [tokenizer.eos_id] if self._cfg.add_eos else []
+        return LearnedTurn(
+            prompt=ids if ids[: len(self._bos)] == self._bos else self._bos + ids,
+            response=answer,
+            mask=mask,
+            closing=closing,
+            eos=eos,
+        )
 
 
-def _lay_out(parts: _Parts, tokenizer: Tokenizer, cfg: SFTSplitConfig, *, add_bos: bool | None) -> Sample:
-    """Tokenise, add BOS and EOS, and cut what is too long from the end, so that a learned turn comes last."""
-    runs = [
-        ("".join(text for text, _ in run), learned)
-        for learned, run in groupby((part for part in parts.body if part[0]), key=lambda part: part[1])
-    ]
-    pieces = [tokenizer.encode(runs[0][0]), *(encode_after(tokenizer, text) for text, _ in runs[1:])]
-    bos = split_bos(pieces, tokenizer=tokenizer, add_bos=add_bos)
-    tokens, mask = bos[:], [False] * len(bos)
-    for piece, (_, learned) in zip(pieces, runs, strict=True):
-        tokens += piece
-        mask += [learned] * len(piece)
-    stop = encode_after(tokenizer, parts.closing) if parts.closing else []
-    closing = stop if not cfg.add_eos or stop[-1:] == [tokenizer.eos_id] else [*stop, tokenizer.eos_id]
-    truncated = len(tokens) + len(closing) > cfg.max_seq_length
-    if truncated:
-        tokens, mask = _cut(tokens, mask, max(cfg.max_seq_length - len(closing), 0), stop)
-        # Without any of its answer, a row would teach to end where the prompt was cut.
-        closing = closing if any(mask[1:]) else []
-    return finish(
-        tokens + closing, mask + [True] * len(closing), truncated=truncated, max_seq_length=cfg.max_seq_length
+_MEANINGFUL = (
+    "reasoning_content",
+    "reasoning",
+    "thinking",
+    "tool_calls",
+    "function_call",
+    "name",
+)  # keys of a message that only some chat templates show
+
+
+def _chosen(chat: Chat, learn: str) -> list[int]:
+    learned = [index for index in range(len(chat.turns)) if chat.learned(index)]
+    return learned if learn == "all" else learned[-1:]
+
+
+def _as_marked(answer: list[int], whole: list[int], marks: list[bool]) -> tuple[list[int], list[bool]]:
+    """A response, which ends ``whole``, up to the last token that its template marks as generated, and its marks."""
+    agrees = whole[-len(answer) :] == answer
+    own = marks[-len(answer) :] if agrees else [True] * len(answer)
+    after = marks[::-1].index(True) if True in marks else len(answer)
+    if after >= len(answer):
+        raise UserError(
+            "the tokenizer's chat template marks nothing of a turn as generated",
+            cure="mend its {% generation %} block, or remove it from the template",
+        )
+    return answer[: len(answer) - after], own[: len(answer) - after]
+
+
+def _not_shown(what: str) -> UserError:
+    return UserError(
+        f"{what} cannot be shown between prompt tokens",
+        cure="use a tokenizer whose chat template shows it, with model.data.chat_template=tokenizer, or remove it",
     )
-
-
-def _cut(tokens: list[int], mask: list[bool], length: int, stop: list[int]) -> tuple[list[int], list[bool]]:
-    """At most the first ``length`` tokens, ending with a learned one that is not the end-of-turn marker."""
-    while length and not mask[length - 1]:
-        length -= 1
-    if stop and tokens[:length][-len(stop) :] == stop:
-        length -= len(stop)
-    return tokens[:length], mask[:length]
 
 
 def _check_writable(tokenizer: Tokenizer, name: str, text: str) -> None:

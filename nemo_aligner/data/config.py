@@ -3,6 +3,7 @@
 
 import re
 from dataclasses import asdict, dataclass, field
+from datetime import date
 
 from nemo_aligner.data.prefix import DataPrefix, parse_data_prefix
 from nemo_aligner.errors import UserError
@@ -101,8 +102,11 @@ class SFTDataConfig:
     train_ds: SFTSplitConfig
     validation_ds: ValidationSplitConfig = field(default_factory=ValidationSplitConfig)
     chat: bool = False  # rows are conversations; otherwise prompt and answer
-    chat_template: str = (
-        "prompt_tokens"  # prompt_tokens: chat_prompt_tokens; tokenizer: the tokenizer's own template
+    # prompt_tokens: chat_prompt_tokens; tokenizer: the tokenizer's own template; null: that where there is one
+    chat_template: str | None = None
+    learn: str = "all"  # of a conversation: all turns that are to be learned, or the last of them
+    chat_date: str | None = (
+        None  # YYYY-MM-DD that a template which reads the clock sees; null: the model's, else the run's first day
     )
     chat_prompt_tokens: ChatPromptTokens = field(default_factory=ChatPromptTokens)
     sample: bool = False  # only False: rows are drawn by shuffle, never with replacement
@@ -114,11 +118,21 @@ class SFTDataConfig:
         return {"validation_ds": self.validation_ds} if self.validation_ds.file_path else {}
 
     def __post_init__(self) -> None:
-        if self.chat_template not in ("prompt_tokens", "tokenizer"):
+        if self.chat_template not in (None, "prompt_tokens", "tokenizer"):
             raise UserError(
                 f"model.data.chat_template={self.chat_template!r} is not known",
-                cure="use prompt_tokens or tokenizer",
+                cure="use prompt_tokens, tokenizer or null",
             )
+        if self.learn not in ("all", "last"):
+            raise UserError(f"model.data.learn={self.learn!r} is not known", cure="use all or last")
+        if self.chat_date is not None:
+            try:
+                date.fromisoformat(self.chat_date)
+            except ValueError as error:
+                raise UserError(
+                    f"model.data.chat_date={self.chat_date!r} is no date",
+                    cure="write it as YYYY-MM-DD, or null",
+                ) from error
         _check_num_workers(self.num_workers)
 
 

@@ -2,10 +2,16 @@
 """Map-style data sets: a file of records and the layout that turns one record into a sample."""
 
 from collections.abc import Callable, Sequence
-from typing import Generic, Protocol, TypeVar
+from typing import TypeVar
 
 from nemo_aligner.data.chat import PromptTokensLayout, TemplateLayout
-from nemo_aligner.data.config import PairDataConfig, PromptDataConfig, SFTDataConfig, SFTSplitConfig
+from nemo_aligner.data.config import (
+    ChatPromptTokens,
+    PairDataConfig,
+    PromptDataConfig,
+    SFTDataConfig,
+    SFTSplitConfig,
+)
 from nemo_aligner.data.conversations import Chat
 from nemo_aligner.data.fitting import FittingDataset, JoinedDataset, Texts
 from nemo_aligner.data.judgements import (
@@ -16,6 +22,7 @@ from nemo_aligner.data.judgements import (
     open_judged_pairs,
     open_pairs,
 )
+from nemo_aligner.data.markers import is_usual_template
 from nemo_aligner.data.message_rows import open_prompt_texts
 from nemo_aligner.data.prefix import Split
 from nemo_aligner.data.prompt import PromptResponseLayout
@@ -34,12 +41,12 @@ from nemo_aligner.data.sample import (
     TextEncoder,
     describe,
 )
+from nemo_aligner.data.supervised import SFTDataset
 from nemo_aligner.data.tokenizer import Tokenizer
 from nemo_aligner.errors import UserError
 
 __all__ = [
     "ComparisonDataset",
-    "Layout",
     "PromptDataset",
     "RegressionDataset",
     "RegressionPairDataset",
@@ -51,40 +58,8 @@ __all__ = [
     "open_regression",
     "open_regression_pairs",
     "open_sft",
+    "uses_prompt_tokens",
 ]
-
-R = TypeVar("R", contravariant=True)
-
-
-class Layout(Protocol[R]):
-    """Turns one record into tokens and mask."""
-
-    def __call__(self, record: R, /) -> Sample:
-        """The sample of one record; UserError if nothing in it is learned."""
-        ...
-
-
-class SFTDataset(Generic[R]):
-    """Samples of a record file, tokenised when they are asked for."""
-
-    def __init__(self, records: RecordFile[R], layout: Layout[R]) -> None:
-        self.records = records
-        self._layout = layout
-
-    def __len__(self) -> int:
-        return len(self.records)
-
-    @property
-    def fingerprint(self) -> dict[str, object]:
-        """What the rows follow from."""
-        return {"rows": self.records.fingerprint}
-
-    def __getitem__(self, index: int) -> Sample:
-        """The sample of one row; UserError naming file and line if nothing in it is learned."""
-        try:
-            return self._layout(self.records[index])
-        except UserError as error:
-            raise UserError(f"{self.records.where(index)}: {error.problem}", cure=error.cure) from error
 
 
 def open_sft(
@@ -101,15 +76,27 @@ def open_sft(
     Raises:
         UserError: settings, tokenizer and file do not go together, or a line is bad.
     """
+    longest = split.max_seq_length
     if not data.chat:
         layout = PromptResponseLayout(tokenizer, split, answer_only_loss=answer_only_loss)
-        return SFTDataset(RecordFile(split.file_path, layout.read), layout)
-    match data.chat_template:
-        case "tokenizer":
-            chat_layout = TemplateLayout(tokenizer, split)
-        case _:
-            chat_layout = PromptTokensLayout(tokenizer, data.chat_prompt_tokens, split)
-    return SFTDataset(RecordFile(split.file_path, chat_layout.read), chat_layout)
+        return SFTDataset(RecordFile(split.file_path, layout.read), layout, max_seq_length=longest)
+    if uses_prompt_tokens(data, tokenizer):
+        chat_layout = PromptTokensLayout(tokenizer, data.chat_prompt_tokens, split, learn=data.learn)
+    else:
+        chat_layout = TemplateLayout(tokenizer, split, learn=data.learn)
+    return SFTDataset(RecordFile(split.file_path, chat_layout.read), chat_layout, max_seq_length=longest)
+
+
+def uses_prompt_tokens(data: SFTDataConfig, tokenizer: Tokenizer) -> bool:
+    """Whether conversations are laid out by ``data.chat_prompt_tokens``, not by the tokenizer's chat template.
+
+    Where the settings leave it open, they are if the tokenizer has no template, or one that was made of prompt tokens
+    by an earlier run, or if other prompt tokens than the usual ones are given.
+    """
+    if data.chat_template is not None:
+        return data.chat_template == "prompt_tokens"
+    template = tokenizer.chat_template
+    return template is None or data.chat_prompt_tokens != ChatPromptTokens() or is_usual_template(template)
 
 
 T = TypeVar("T", bound=Texts)

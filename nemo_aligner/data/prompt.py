@@ -3,13 +3,15 @@
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from nemo_aligner.data.common_rows import Recognised, as_input_output
 from nemo_aligner.data.config import SFTSplitConfig, unescape
+from nemo_aligner.data.conversations import is_trained
 from nemo_aligner.data.records import PromptResponse, read_prompt_response
-from nemo_aligner.data.sample import Sample, finish, split_bos
+from nemo_aligner.data.sample import Sample, finish, most_tokens, split_bos
 from nemo_aligner.data.tokenizer import Tokenizer, encode_after
+from nemo_aligner.data.turns import continuation
 from nemo_aligner.errors import UserError
 
 __all__ = ["PromptResponseLayout"]
@@ -27,8 +29,8 @@ class _Piece:
 class PromptResponseLayout:
     """Turns a row's fields into one sample.
 
-    Each piece of the template is tokenised by itself, so that the prompt's tokens are those that a prompt
-    alone has when the model is asked later.
+    The prompt's tokens are those that the prompt alone has when the model is asked later, the response's those that
+    follow in the tokens of the whole text. In a row that is too long the fields are cut token by token.
 
     Args:
         tokenizer: where ids come from.
@@ -47,39 +49,67 @@ class PromptResponseLayout:
         self._keys = tuple(dict.fromkeys(piece.key for piece in self._pieces if piece.key is not None))
         self._truncation_keys = _truncation_keys(cfg, self._keys)
         self._sep = _separator(tokenizer, cfg)
+        self._template_at_most = most_tokens("".join(piece.text for piece in self._pieces)) + len(self._sep)
         self._recognised = Recognised(cfg.file_path)
 
     def read(self, row: Mapping[str, object]) -> PromptResponse:
         """The fields that the template needs; rows of other common forms are converted first."""
+        masked = not is_trained({key: value for key, value in row.items() if key not in self._keys})
         row = as_input_output(row, keys=self._keys, recognised=self._recognised)
-        return read_prompt_response(row, keys=self._keys)
+        return replace(read_prompt_response(row, keys=self._keys), masked=masked)
 
-    def __call__(self, record: PromptResponse) -> Sample:
-        """The sample; UserError if nothing of the answer is left to learn."""
+    def surely_fits(self, record: PromptResponse) -> bool:
+        """Whether the row makes one whole sample, told without tokenising it."""
+        longest = sum(most_tokens(value) for value in record.fields.values()) + self._template_at_most
+        return longest <= self._cfg.max_seq_length and bool(record.fields[self._cfg.label_key].strip())
+
+    def __call__(self, record: PromptResponse) -> list[Sample]:
+        """The sample; none where the prompt leaves no room. UserError if nothing of the answer is left to learn."""
         cfg = self._cfg
+        if (sample := self._whole(record.fields)) is not None:
+            return [sample]
         pieces = self._tokenise(record.fields)
         bos = split_bos(pieces, tokenizer=self._tokenizer, add_bos=cfg.add_bos)
         eos = self._take_eos(pieces[-1])
         num_answer = len(pieces[-1])
         room = cfg.max_seq_length - len(bos) - len(self._sep) - len(eos)
         truncated = self._fit(pieces, room)
-        if num_answer and not pieces[-1]:
-            raise UserError(
-                f"the prompt leaves no room for the answer within max_seq_length={cfg.max_seq_length}",
-                cure="raise max_seq_length, or name a long field in truncation_field",
-            )
+        if (num_answer and not pieces[-1]) or room < sum(map(len, pieces)):
+            return []
         prompt = [*(token for piece in pieces[:-1] for token in piece), *self._sep]
         answer = [*pieces[-1], *eos]
         mask = [False] * len(bos) + [not self._answer_only_loss] * len(prompt) + [True] * len(answer)
-        return finish([*bos, *prompt, *answer], mask, truncated=truncated, max_seq_length=cfg.max_seq_length)
+        return [
+            finish([*bos, *prompt, *answer], mask, truncated=truncated, max_seq_length=cfg.max_seq_length)
+        ]
+
+    def _whole(self, values: Mapping[str, str]) -> Sample | None:
+        """The sample of a row that needs no cut; None for one that does."""
+        texts = self._texts(values)
+        prompt, response = "".join(texts[:-1]), texts[-1]
+        ids = self._tokenizer.encode(prompt) if prompt else []
+        pieces = [ids, continuation(self._tokenizer, prompt, ids, response) if response else []]
+        bos = split_bos(pieces, tokenizer=self._tokenizer, add_bos=self._cfg.add_bos)
+        eos = self._take_eos(pieces[1])
+        before = [*bos, *pieces[0], *self._sep]
+        tokens = [*before, *pieces[1], *eos]
+        if len(tokens) > self._cfg.max_seq_length:
+            return None
+        mask = [False] * len(bos) + [not self._answer_only_loss] * (len(before) - len(bos))
+        mask += [True] * (len(tokens) - len(before))
+        return finish(tokens, mask, truncated=False, max_seq_length=self._cfg.max_seq_length)
+
+    def _texts(self, values: Mapping[str, str]) -> list[str]:
+        """The text of each piece; a value without its outer spaces, and nothing where it is empty."""
+        texts = []
+        for piece in self._pieces:
+            value = "" if piece.key is None else values[piece.key].strip(" ")
+            texts.append(piece.text + value if value or piece.key is None else "")
+        return texts
 
     def _tokenise(self, values: Mapping[str, str]) -> list[list[int]]:
         ids: list[list[int]] = []
-        for piece in self._pieces:
-            text = piece.text
-            if piece.key is not None:
-                value = values[piece.key].strip(" ")
-                text = text + value if value else ""
+        for text in self._texts(values):
             if not text:
                 ids.append([])
             elif any(ids):

@@ -73,6 +73,7 @@ class PromptResponse:
     """The fields that a prompt template names."""
 
     fields: Mapping[str, str]
+    masked: bool = False  # the row says that nothing of it is learned
 
 
 class RecordFile(Generic[R]):

@@ -5,10 +5,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from nemo_aligner.data.conversations import read_messages, read_tools
 from nemo_aligner.data.records import RecordFile, text_field
+from nemo_aligner.data.rendering import render_prompt
 from nemo_aligner.data.row_files import keys_of
 from nemo_aligner.data.sample import split_bos
-from nemo_aligner.data.tokenizer import Message, Tokenizer
+from nemo_aligner.data.tokenizer import Message, Tokenizer, Tools
 from nemo_aligner.errors import UserError
 
 __all__ = ["Request", "open_requests", "read_request", "tokens_of"]
@@ -19,6 +21,7 @@ class Request:
     """What is to be answered."""
 
     prompt: str | list[Message]  # text that goes on, or a conversation whose next turn is the assistant's
+    tools: Tools = None  # JSON schemas of the functions that may be called
 
 
 def open_requests(path: str | Path) -> RecordFile[Request]:
@@ -35,30 +38,27 @@ def read_request(row: Mapping[str, object]) -> Request:
     for key in ("messages", "prompt", "text"):
         if key in row:
             is_chat = key == "messages" or isinstance(row[key], list)
-            return Request(prompt=_messages(row, key) if is_chat else text_field(row, key))
+            if is_chat:
+                return Request(prompt=read_messages(row, key), tools=read_tools(row))
+            return Request(prompt=text_field(row, key))
     raise UserError(
         f"the row asks for nothing: it has {keys_of(row)}", cure='give it "text", "prompt" or "messages"'
     )
 
 
-def _messages(row: Mapping[str, object], key: str) -> list[Message]:
-    entries = row[key]
-    if not (isinstance(entries, list) and entries and all(isinstance(entry, dict) for entry in entries)):
-        raise UserError(
-            f"key {key!r} holds no list of messages", cure='write [{"role": "user", "content": "..."}]'
-        )
-    return [{name: text_field(entry, name) for name in ("role", "content")} for entry in entries]
-
-
-def tokens_of(prompt: str | Sequence[Message], tokenizer: Tokenizer) -> list[int]:
+def tokens_of(
+    prompt: str | Sequence[Message],
+    tokenizer: Tokenizer,
+    *,
+    tools: Tools = None,
+) -> list[int]:
     """The tokens of a prompt, as they stand before an answer in training: a text's with BOS as the tokenizer has it.
 
     Raises:
-        UserError: a conversation, and the tokenizer has no chat template or it refuses it.
+        UserError: a conversation, and the tokenizer has no chat template, or it refuses or drops something of it.
     """
-    if isinstance(prompt, str):
-        pieces, add_bos = [tokenizer.encode(prompt)], None
-    else:
+    if not isinstance(prompt, str):
         # The template writes BOS where the model wants it.
-        pieces, add_bos = [tokenizer.encode(tokenizer.render_chat(prompt, add_generation_prompt=True))], False
-    return [*split_bos(pieces, tokenizer=tokenizer, add_bos=add_bos), *pieces[0]]
+        return tokenizer.encode(render_prompt(tokenizer, prompt, tools))
+    pieces = [tokenizer.encode(prompt)]
+    return [*split_bos(pieces, tokenizer=tokenizer, add_bos=None), *pieces[0]]

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Tokenised rows, and how they are shown to people. Knows neither files nor templates."""
 
+import re
 import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,8 +19,12 @@ __all__ = [
     "TextEncoder",
     "describe",
     "finish",
+    "most_tokens",
     "split_bos",
 ]
+
+# A NUL byte makes a log a binary file, an escape character colours the terminal.
+_CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 _LONGEST_SHOWN = 1000  # characters of one run of tokens; the middle of a longer one is left out
 
@@ -121,9 +126,20 @@ class TextEncoder:
 
     def at_most(self, text: str) -> int:
         """As many tokens as ``text`` can have, told without tokenising it."""
-        # A token is at least one byte of the text as the tokenizer normalises it, and no form is longer than NFKD.
-        longest = max(len(text.encode()), len(unicodedata.normalize("NFKD", text).encode()))
-        return longest + 3  # BOS, EOS, and the space that some tokenizers put before a text
+        return most_tokens(text)
+
+
+def most_tokens(text: str) -> int:
+    """As many tokens as ``text`` can have, BOS, EOS and a space before it included."""
+    # A token is at least one byte of the text as the tokenizer normalises it, and no form is longer than NFKD.
+    longest = (
+        len(text) if text.isascii() else max(map(_num_bytes, (text, unicodedata.normalize("NFKD", text))))
+    )
+    return longest + 3
+
+
+def _num_bytes(text: str) -> int:
+    return len(text.encode())
 
 
 def finish(tokens: list[int], mask: list[bool], *, truncated: bool, max_seq_length: int) -> Sample:
@@ -177,13 +193,13 @@ def split_bos(pieces: list[list[int]], *, tokenizer: Tokenizer, add_bos: bool | 
 
 
 def describe(sample: Sample, tokenizer: Tokenizer) -> str:
-    """The sample as text, what is learned between ⟦ and ⟧."""
+    """The sample as text, what is learned between ⟦ and ⟧, and control characters as \\x00."""
     text = ""
     for learned, run in groupby(range(len(sample.tokens)), key=lambda i: sample.mask[i]):
         indices = list(run)
         piece = _decode_run(tokenizer, sample.tokens, indices[0], indices[-1] + 1)
         text += f"⟦{piece}⟧" if learned else piece
-    return text
+    return _CONTROL.sub(lambda match: f"\\x{ord(match[0]):02x}", text)
 
 
 def _decode_run(tokenizer: Tokenizer, tokens: Sequence[int], start: int, stop: int) -> str:

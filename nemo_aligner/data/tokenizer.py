@@ -4,23 +4,34 @@
 ``encode`` never adds special tokens: whoever lays out a sample decides where BOS and EOS go.
 """
 
-import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from datetime import date
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from nemo_aligner.data.chat_template import (
+    Message,
+    Tools,
+    marks_generations,
+    no_chat_template,
+    pinned,
+    reads_clock,
+    render,
+)
+from nemo_aligner.data.sentencepiece_tokenizer import (
+    ANCHORS,
+    TEMPLATE_FILE,
+    SentencePieceTokenizer,
+    optional_id,
+    prefixes_space,
+    required_eos,
+)
 from nemo_aligner.errors import UserError, damage_told
 
 if TYPE_CHECKING:
-    from sentencepiece import SentencePieceProcessor
     from transformers import PreTrainedTokenizerFast
 
-__all__ = ["Message", "Tokenizer", "check_fits", "encode_after", "load_tokenizer"]
-
-Message = dict[str, str]  # {"role": ..., "content": ...}, as chat templates read it
-
-# Stands before a continuation while that is encoded; where it would merge with the text, it is done without.
-_ANCHOR = "|"
+__all__ = ["TEMPLATE_FILE", "Message", "Tokenizer", "Tools", "check_fits", "encode_after", "load_tokenizer"]
 
 
 class Tokenizer(Protocol):
@@ -44,6 +55,11 @@ class Tokenizer(Protocol):
     @property
     def pad_id(self) -> int:
         """Fills rows; may equal ``eos_id``, since masks go by position and never by id."""
+        ...
+
+    @property
+    def bos_token(self) -> str | None:
+        """The text of the token that starts a text, as chat templates write it."""
         ...
 
     @property
@@ -83,12 +99,37 @@ class Tokenizer(Protocol):
         """The id of one vocabulary entry, None if there is no such entry."""
         ...
 
-    def render_chat(self, messages: Sequence[Message], *, add_generation_prompt: bool = False) -> str:
+    def render_chat(
+        self,
+        messages: Sequence[Message],
+        *,
+        add_generation_prompt: bool = False,
+        tools: Tools = None,
+    ) -> str:
         """The conversation as the chat template writes it: text to be encoded with ``encode``.
 
         Raises:
             UserError: there is no chat template, or it refuses these messages.
         """
+        ...
+
+    def marked_chat(
+        self, messages: Sequence[Message], *, tools: Tools = None
+    ) -> tuple[list[int], list[bool]] | None:
+        """The conversation's tokens and which of them its template marks as generated; None where it marks none."""
+        ...
+
+    def use_chat_template(self, template: str) -> None:
+        """Render chats with another template from now on."""
+        ...
+
+    def pin_clock(self, day: date) -> None:
+        """Render chats from now on as on ``day``, if the template reads the clock."""
+        ...
+
+    @property
+    def reads_clock(self) -> bool:
+        """Whether what the chat template writes depends on the day, unless that is pinned."""
         ...
 
     def save(self, folder: Path) -> None:
@@ -98,11 +139,13 @@ class Tokenizer(Protocol):
 
 def encode_after(tokenizer: Tokenizer, text: str) -> list[int]:
     """The ids of a text that continues another: without the space that some tokenizers put before a text."""
-    if not tokenizer.prefixes_space:
+    if not tokenizer.prefixes_space or not text:
         return tokenizer.encode(text)
-    head = tokenizer.encode(_ANCHOR)
-    ids = tokenizer.encode(_ANCHOR + text)
-    return ids[len(head) :] if ids[: len(head)] == head else tokenizer.encode(text)
+    for anchor in ANCHORS:
+        head, ids = tokenizer.encode(anchor), tokenizer.encode(anchor + text)
+        if ids[: len(head)] == head:
+            return ids[len(head) :]
+    return tokenizer.encode(text)
 
 
 def check_fits(tokenizer: Tokenizer, vocab_size: int) -> None:
@@ -150,7 +193,7 @@ class HuggingFaceTokenizer:
                 f"there is no tokenizer folder {folder}",
                 cure="name the folder that holds tokenizer.json and tokenizer_config.json",
             )
-        self._tokenizer = _load_hugging_face(folder)
+        self._tokenizer: Any = _load_hugging_face(folder)
         vocabulary = self._tokenizer.get_vocab()
         if len(vocabulary) <= len(self._tokenizer.get_added_vocab()):
             raise UserError(
@@ -159,16 +202,16 @@ class HuggingFaceTokenizer:
             )
         self.vocab_size = max(vocabulary.values()) + 1
         self._vocabulary = vocabulary
-        self.bos_id = _optional_id(self._tokenizer.bos_token_id)
-        self.eos_id = _required_eos(_optional_id(self._tokenizer.eos_token_id), folder)
-        pad_id = _optional_id(self._tokenizer.pad_token_id)
+        self.bos_id = optional_id(self._tokenizer.bos_token_id)
+        self.bos_token: str | None = self._tokenizer.bos_token
+        self.eos_id = required_eos(optional_id(self._tokenizer.eos_token_id), folder)
+        pad_id = optional_id(self._tokenizer.pad_token_id)
         self.pad_id = self.eos_id if pad_id is None else pad_id
-        self.sep_id = _optional_id(self._tokenizer.sep_token_id)
+        self.sep_id = optional_id(self._tokenizer.sep_token_id)
         self.adds_bos = self.bos_id is not None and self._tokenizer.encode("a")[:1] == [self.bos_id]
-        self.prefixes_space = _prefixes_space(self.encode)
-        template = self._tokenizer.chat_template
-        self.chat_template: str | None = template.get("default") if isinstance(template, dict) else template
+        self.prefixes_space = prefixes_space(self.encode)
         self.added_ids = frozenset(self._tokenizer.added_tokens_decoder)
+        self._unpinned = self._tokenizer.chat_template
 
     def encode(self, text: str) -> list[int]:
         """The ids of ``text`` alone, no special tokens added."""
@@ -186,73 +229,70 @@ class HuggingFaceTokenizer:
         """The id of one vocabulary entry, None if there is no such entry."""
         return self._vocabulary.get(token)
 
-    def render_chat(self, messages: Sequence[Message], *, add_generation_prompt: bool = False) -> str:
-        """The conversation as the chat template writes it."""
-        from jinja2 import TemplateError
+    @property
+    def chat_template(self) -> str | None:
+        """The Jinja chat template, the default one if there are several; None where there is none."""
+        template = self._tokenizer.chat_template
+        return template.get("default") if isinstance(template, dict) else template
 
+    def render_chat(
+        self,
+        messages: Sequence[Message],
+        *,
+        add_generation_prompt: bool = False,
+        tools: Tools = None,
+    ) -> str:
+        """The conversation as transformers' apply_chat_template writes it."""
         if self.chat_template is None:
-            raise _no_chat_template()
-        try:
-            text = self._tokenizer.apply_chat_template(
+            raise no_chat_template()
+        text = render(
+            lambda: self._tokenizer.apply_chat_template(
                 list(messages),
-                chat_template=self.chat_template,
+                tools=tools,
                 tokenize=False,
                 add_generation_prompt=add_generation_prompt,
-            )
-        except TemplateError as error:
-            roles = [message["role"] for message in messages]
-            raise UserError(
-                f"the tokenizer's chat template refuses a conversation with the roles {roles}: {error}",
-                cure="bring the turns into the order that the template wants, or set "
-                "model.data.chat_template=prompt_tokens",
-            ) from error
+            ),
+            messages,
+        )
         assert isinstance(text, str)
         return text
+
+    def marked_chat(
+        self, messages: Sequence[Message], *, tools: Tools = None
+    ) -> tuple[list[int], list[bool]] | None:
+        """The conversation's tokens and those that its template marks, as transformers finds them."""
+        if self.chat_template is None or not marks_generations(self.chat_template):
+            return None
+        found: Any = self._tokenizer.apply_chat_template(
+            list(messages),
+            tools=tools,
+            tokenize=True,
+            return_dict=True,
+            return_assistant_tokens_mask=True,
+        )
+        return found["input_ids"], [bool(mask) for mask in found["assistant_masks"]]
+
+    def use_chat_template(self, template: str) -> None:
+        """Render chats with another template from now on."""
+        self._unpinned = self._tokenizer.chat_template = template
+
+    @property
+    def reads_clock(self) -> bool:
+        """Whether one of the chat templates reads the clock."""
+        template = self._unpinned or ""
+        return any(map(reads_clock, template.values() if isinstance(template, dict) else (template,)))
+
+    def pin_clock(self, day: date) -> None:
+        """Render chats from now on as on ``day``."""
+        template = self._unpinned
+        if isinstance(template, dict):
+            self._tokenizer.chat_template = {name: pinned(text, day) for name, text in template.items()}
+        elif template is not None:
+            self._tokenizer.chat_template = pinned(template, day)
 
     def save(self, folder: Path) -> None:
         """Write tokenizer.json, tokenizer_config.json and the chat template."""
         self._tokenizer.save_pretrained(folder)
-
-
-class SentencePieceTokenizer:
-    """A SentencePiece model, one .model file."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self._model = _load_sentencepiece(path)
-        self.vocab_size: int = self._model.get_piece_size()
-        self.bos_id = _optional_id(self._model.bos_id())
-        self.eos_id = _required_eos(_optional_id(self._model.eos_id()), path)
-        pad_id = _optional_id(self._model.pad_id())
-        self.pad_id = self.eos_id if pad_id is None else pad_id
-        self.sep_id = self.token_id("<sep>")
-        self.adds_bos = False
-        self.prefixes_space = _prefixes_space(self.encode)
-        self.added_ids = frozenset({self.eos_id})
-        self.chat_template: str | None = None
-
-    def encode(self, text: str) -> list[int]:
-        """The ids of ``text`` alone, no special tokens added."""
-        return self._model.encode(text, out_type=int, add_bos=False, add_eos=False)
-
-    def decode(self, ids: Sequence[int]) -> str:
-        """The text of ``ids``; control tokens such as BOS have no text here."""
-        return self._model.decode(list(ids))
-
-    def token_id(self, token: str) -> int | None:
-        """The id of one piece, None if there is no such piece."""
-        index = self._model.piece_to_id(token)
-        return index if self._model.id_to_piece(index) == token else None
-
-    def render_chat(self, messages: Sequence[Message], *, add_generation_prompt: bool = False) -> str:
-        """A SentencePiece file holds no chat template, so this always raises."""
-        del messages, add_generation_prompt
-        raise _no_chat_template()
-
-    def save(self, folder: Path) -> None:
-        """Copy the file as ``tokenizer.model``."""
-        folder.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(self._path, folder / "tokenizer.model")
 
 
 def _load_hugging_face(folder: Path) -> "PreTrainedTokenizerFast":
@@ -264,43 +304,3 @@ def _load_hugging_face(folder: Path) -> "PreTrainedTokenizerFast":
         cure="put the model's own tokenizer.json and tokenizer_config.json there",
     ):
         return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-
-
-def _load_sentencepiece(path: Path) -> "SentencePieceProcessor":
-    from sentencepiece import SentencePieceProcessor
-
-    if not path.is_file():
-        raise UserError(f"there is no tokenizer file {path}", cure="name the SentencePiece .model file")
-    try:
-        return SentencePieceProcessor(model_file=str(path))
-    except (RuntimeError, OSError, ValueError) as error:
-        raise UserError(
-            f"{path} is not a SentencePiece model: {error}",
-            cure="name the .model file of the model's tokenizer (its folder, if it has a tokenizer.json)",
-        ) from error
-
-
-def _optional_id(index: Any) -> int | None:  # noqa: ANN401 -- libraries say int, None or -1
-    return index if isinstance(index, int) and index >= 0 else None
-
-
-def _required_eos(eos_id: int | None, path: Path) -> int:
-    if eos_id is None:
-        raise UserError(
-            f"the tokenizer {path} names no end-of-sequence token, so a model could not learn where to stop",
-            cure="set eos_token in its tokenizer_config.json",
-        )
-    return eos_id
-
-
-def _prefixes_space(encode: Callable[[str], list[int]]) -> bool:
-    head = encode(_ANCHOR)
-    ids = encode(_ANCHOR + "a")
-    return bool(head) and ids[: len(head)] == head and ids[len(head) :] != encode("a")
-
-
-def _no_chat_template() -> UserError:
-    return UserError(
-        "the tokenizer has no chat template",
-        cure="set model.data.chat_template=prompt_tokens, or add chat_template to its tokenizer_config.json",
-    )

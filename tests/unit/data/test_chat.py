@@ -29,11 +29,13 @@ def cfg(**settings):
 
 
 def with_prompt_tokens(tokenizer, chat, tokens=EXTRA, **settings):
-    return PromptTokensLayout(tokenizer, tokens, cfg(**settings))(chat)
+    [sample] = PromptTokensLayout(tokenizer, tokens, cfg(**settings))(chat)
+    return sample
 
 
 def with_template(tokenizer, chat, **settings):
-    return TemplateLayout(tokenizer, cfg(**settings))(chat)
+    [sample] = TemplateLayout(tokenizer, cfg(**settings))(chat)
+    return sample
 
 
 SYSTEM = "<extra_id_0>System\nBe brief.\n"
@@ -63,7 +65,11 @@ SYSTEM = "<extra_id_0>System\nBe brief.\n"
         (
             conversation("Hi", "Hello", label="quality:4", kind="TEXT_TO_VALUE", system="Be brief."),
             SYSTEM + "<extra_id_1>User\nHi\n<extra_id_1>Assistant\n"
-            "⟦Hello\n<extra_id_2>quality:4\n<extra_id_1></s>⟧",
+            "Hello\n<extra_id_2>⟦quality:4\n<extra_id_1></s>⟧",
+        ),
+        (
+            conversation("Hi", "Hello", kind="TEXT_TO_VALUE", system="Be brief."),
+            SYSTEM + "<extra_id_1>User\nHi\n<extra_id_1>Assistant\n⟦Hello\n<extra_id_1></s>⟧",
         ),
         (
             conversation("Hi", "Hello", label="quality:4", system="Be brief."),
@@ -125,10 +131,8 @@ def test_long_conversations_end_with_a_learned_turn(request, name):
         kept = len(sample.tokens) - 2
         assert sample.tokens[:kept] == whole.tokens[:kept]
         assert sample.mask[:kept] == whole.mask[:kept]
-    with pytest.raises(UserError, match="no token of this row is learned within max_seq_length"):
-        with_prompt_tokens(tokenizer, chat, max_seq_length=first + 2)
-    with pytest.raises(UserError, match="no token of this row is learned within max_seq_length=2"):
-        with_prompt_tokens(tokenizer, chat, max_seq_length=2)
+    for length in (first + 2, 2):
+        assert PromptTokensLayout(tokenizer, EXTRA, cfg(max_seq_length=length))(chat) == []
 
 
 def test_chatml_learns_answers_and_their_end(chatml):
@@ -160,13 +164,10 @@ def test_template_tokens_are_those_of_transformers(make_hf, chatml):
     assert theirs.decode(ids[len(sample.tokens) :]) == "\n"
 
 
-def test_eos_follows_another_end_of_turn(make_hf, chatml):
+def test_a_turn_ends_once_whatever_eos_is(make_hf, chatml):
     tokenizer = load_tokenizer("huggingface", make_hf(chat_template=chatml.chat_template))
     sample = with_template(tokenizer, conversation("Hi", "Hello"))
-    assert describe(sample, tokenizer).endswith("⟦Hello<|im_end|></s>⟧")
-    assert describe(with_template(tokenizer, conversation("Hi", "Hello"), add_eos=False), tokenizer).endswith(
-        "⟦Hello<|im_end|>⟧"
-    )
+    assert describe(sample, tokenizer).endswith("⟦Hello<|im_end|>⟧")
 
 
 PLAIN = (
@@ -229,11 +230,20 @@ REWRITING = (
 )
 
 
-def test_a_template_that_rewrites_history_is_refused(make_hf):
+def test_a_template_that_rewrites_history_makes_a_row_per_turn(make_hf):
     tokenizer = load_tokenizer("huggingface", make_hf(chat_template=REWRITING))
-    assert with_template(tokenizer, conversation("Hi", "thought|Hello")).tokens
-    with pytest.raises(UserError, match="rewrites what stands before turn 4"):
-        with_template(tokenizer, conversation("Hi", "thought|Hello", "Who?", "thought|Me"))
+    chat = conversation("Hi", "thought|Hello", "Who?", "thought|Me")
+    start, ask = (
+        "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n",
+        "<|im_end|>\n<|im_start|>user\nWho?",
+    )
+    samples = TemplateLayout(tokenizer, cfg())(chat)
+    assert [describe(sample, tokenizer) for sample in samples] == [
+        f"{start}⟦thought|Hello<|im_end|>⟧",
+        f"{start}Hello{ask}<|im_end|>\n<|im_start|>assistant\n⟦thought|Me<|im_end|>⟧",
+    ]
+    [last] = TemplateLayout(tokenizer, cfg(), learn="last")(chat)
+    assert last == samples[1]
 
 
 def test_a_template_is_needed(bpe):

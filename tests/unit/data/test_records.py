@@ -6,7 +6,6 @@ import json
 
 import pytest
 
-from nemo_aligner.data.conversations import Turn, read_chat
 from nemo_aligner.data.records import (
     PromptResponse,
     RecordFile,
@@ -163,74 +162,3 @@ def test_text_that_is_no_text_is_refused_by_key(tmp_path, code, raw):
     problem = "not UTF-8" if raw else "key 'output' holds half of a surrogate pair, .* at character 4"
     with pytest.raises(UserError, match=f"line 2: {problem}"):
         RecordFile(path, read)
-
-
-NEMO = {
-    "system": "Be brief.",
-    "conversations": [
-        {"from": "User", "value": "Hi"},
-        {"from": "Assistant", "value": "Hello", "label": "quality:4"},
-    ],
-    "mask": "User",
-    "type": "VALUE_TO_TEXT",
-}
-
-
-def test_conversations():
-    chat = read_chat(NEMO)
-    assert (chat.system, chat.mask, chat.kind) == ("Be brief.", "User", "VALUE_TO_TEXT")
-    assert chat.turns == (
-        Turn(speaker="User", text="Hi"),
-        Turn(speaker="Assistant", text="Hello", label="quality:4"),
-    )
-    assert [chat.learned(i) for i in range(2)] == [False, True]
-
-
-def test_messages_say_the_same():
-    messages = [
-        {"role": "system", "content": "Be brief."},
-        {"role": "user", "content": "Hi"},
-        {"role": "assistant", "content": "Hello"},
-    ]
-    plain = {
-        **NEMO,
-        "type": None,
-        "conversations": [{"from": "User", "value": "Hi"}, {"from": "Assistant", "value": "Hello"}],
-    }
-    assert read_chat({"messages": messages}) == read_chat(plain)
-
-
-def test_system_mask_and_type_may_be_left_out():
-    chat = read_chat({"conversations": NEMO["conversations"]})
-    assert (chat.system, chat.mask, chat.kind) == ("", "User", None)
-
-
-def test_the_first_turn_is_context_except_where_labels_are_predicted():
-    row = {**NEMO, "mask": "Assistant", "conversations": NEMO["conversations"][:2]}
-    with pytest.raises(UserError, match="no turn is learned"):
-        read_chat(row)
-    assert read_chat({**row, "type": "TEXT_TO_VALUE"}).learned(0)
-
-
-@pytest.mark.parametrize(
-    ("row", "problem"),
-    [
-        ({"input": "a", "output": "b"}, "key 'conversations' is missing"),
-        ({**NEMO, "conversations": []}, "key 'conversations' has the value \\[\\]"),
-        ({**NEMO, "conversations": ["Hi"]}, "list of JSON objects"),
-        ({**NEMO, "conversations": [{"from": "User"}]}, "key 'value' is missing"),
-        ({**NEMO, "conversations": NEMO["conversations"][:1]}, "no turn is learned"),
-        ({**NEMO, "mask": "Human"}, "key 'mask' is 'Human', but the speakers are"),
-        ({**NEMO, "type": "TEXT"}, "key 'type' is 'TEXT'"),
-        ({"messages": [{"role": "tool", "content": "x"}]}, "role 'tool'"),
-        ({"messages": [{"role": "user", "content": ["x"]}]}, "key 'content' has the value"),
-        ({"messages": [{"role": "system", "content": "x"}]}, "no turn is learned"),
-        (
-            {"messages": [{"role": "user", "content": "x"}, {"role": "system", "content": "y"}]},
-            "role 'system' after its first entry",
-        ),
-    ],
-)
-def test_bad_conversations(row, problem):
-    with pytest.raises(UserError, match=problem):
-        read_chat(row)

@@ -14,7 +14,7 @@ CHAT = [{"role": "user", "content": "hi"}]
     [
         ({"text": "a"}, "a"),
         ({"prompt": "a", "id": 3}, "a"),
-        ({"messages": [CHAT[0] | {"name": "me"}]}, CHAT),
+        ({"messages": [CHAT[0] | {"name": None}]}, CHAT),
         ({"prompt": CHAT}, CHAT),
         ({"messages": CHAT, "prompt": "hi"}, CHAT),
     ],

@@ -1,0 +1,115 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Learned turns to samples: each after exactly the tokens that a model is sent when it is asked for that turn.
+
+Where the prompt of a turn goes on from the tokens of the turn before, one sample holds both; where it does not, since
+a template rewrites what stands before, the turn begins a sample of its own.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from nemo_aligner.data.sample import Sample, finish
+from nemo_aligner.data.tokenizer import Tokenizer, encode_after
+from nemo_aligner.errors import UserError
+
+__all__ = ["LearnedTurn", "continuation", "end_of_turn", "lay_out"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LearnedTurn:
+    """One turn in tokens."""
+
+    prompt: list[int]  # what a model is sent
+    response: list[int]  # what it is to write, the turn's end included
+    mask: list[bool]  # as long as the response: which of it is learned
+    closing: list[int] = field(default_factory=list)  # ends the response, also where it is cut
+    eos: list[int] = field(default_factory=list)  # follows where the sample ends with this turn
+
+    def cut(self, length: int) -> "LearnedTurn | None":
+        """The turn with at most ``length`` tokens in all, its end kept; None where none of its text would be left."""
+        ended = bool(self.closing) and self.response[-len(self.closing) :] == self.closing
+        body = len(self.response) - (len(self.closing) if ended else 0)
+        kept = min(length - len(self.prompt) - len(self.closing) - len(self.eos), body)
+        if kept < 1 or not any(self.mask[:kept]):
+            return None
+        return LearnedTurn(
+            prompt=self.prompt,
+            response=[*self.response[:kept], *self.closing],
+            mask=[*self.mask[:kept], *[True] * len(self.closing)],
+            eos=self.eos,
+        )
+
+
+def continuation(tokenizer: Tokenizer, prompt: str, ids: list[int], response: str) -> list[int]:
+    """The tokens of ``response`` after ``prompt``, whose tokens are ``ids``: those of the whole text.
+
+    Where the whole text has a token that crosses the border, which a model that is sent ``ids`` cannot write, they are
+    the tokens of ``response`` alone.
+    """
+    whole = tokenizer.encode(prompt + response)
+    return whole[len(ids) :] if whole[: len(ids)] == ids else encode_after(tokenizer, response)
+
+
+def end_of_turn(tokenizer: Tokenizer, response: list[int]) -> int | None:
+    """How many tokens there are up to the special token that ends a turn; None where none does."""
+    specials = tokenizer.added_ids | {tokenizer.eos_id}
+    stop = len(response)
+    while stop and response[stop - 1] not in specials and not tokenizer.decode([response[stop - 1]]).strip():
+        stop -= 1
+    if not stop or response[stop - 1] not in specials:
+        return None
+    end = response[stop - 1]
+    if response[:stop].count(end) > 1:
+        raise UserError(
+            f"the text of a turn holds {tokenizer.decode([end])!r}, which ends a turn: a model that learns it would "
+            "stop there",
+            cure="remove it from the text, or the row",
+        )
+    return stop
+
+
+def lay_out(turns: Iterable[LearnedTurn], *, max_seq_length: int) -> list[Sample]:
+    """Samples of at most ``max_seq_length`` tokens; none where no turn has room for a token of its response.
+
+    A turn that is too long is cut, keeping its end; one whose prompt leaves no room is left out. Either way the sample
+    before or of it counts as truncated.
+    """
+    rows: list[_Row] = []
+    lost = False
+    for turn in turns:
+        fits = len(turn.prompt) + len(turn.response) + len(turn.eos) <= max_seq_length
+        kept = turn if fits else turn.cut(max_seq_length)
+        if kept is None:
+            lost = True
+            continue
+        if not (rows and rows[-1].takes(kept)):
+            rows.append(_Row())
+        rows[-1].add(kept, truncated=kept is not turn)
+    if lost and rows:
+        rows[-1].truncated = True
+    return [row.sample(max_seq_length) for row in rows]
+
+
+@dataclass(slots=True)
+class _Row:
+    tokens: list[int] = field(default_factory=list)
+    mask: list[bool] = field(default_factory=list)
+    eos: list[int] = field(default_factory=list)
+    truncated: bool = False
+
+    def takes(self, turn: LearnedTurn) -> bool:
+        return not self.truncated and turn.prompt[: len(self.tokens)] == self.tokens
+
+    def add(self, turn: LearnedTurn, *, truncated: bool) -> None:
+        between = turn.prompt[len(self.tokens) :]
+        self.tokens = [*turn.prompt, *turn.response]
+        self.mask += [*[False] * len(between), *turn.mask]
+        self.eos, self.truncated = turn.eos, truncated
+
+    def sample(self, max_seq_length: int) -> Sample:
+        return finish(
+            [*self.tokens, *self.eos],
+            [*self.mask, *[True] * len(self.eos)],
+            truncated=self.truncated,
+            max_seq_length=max_seq_length,
+        )
