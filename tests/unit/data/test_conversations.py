@@ -71,7 +71,7 @@ def test_the_first_turn_is_context_except_where_labels_are_predicted():
         ({**NEMO, "conversations": NEMO["conversations"][:1]}, "no turn is learned"),
         ({**NEMO, "mask": "Human"}, "key 'mask' is 'Human', but the speakers are"),
         ({**NEMO, "type": "TEXT"}, "key 'type' is 'TEXT'"),
-        ({"messages": [{"role": "asistant", "content": "x"}]}, "role 'asistant'"),
+        ({"messages": [{"role": "bot", "content": "x"}]}, "role 'bot'"),
         ({"messages": [{"role": "user", "content": ["x"]}]}, "key 'content' has the value"),
         ({"messages": [{"role": "system", "content": "x"}]}, "no turn is learned"),
         ({"messages": []}, "key 'messages' holds no list of messages"),
@@ -129,5 +129,5 @@ def test_messages_keep_what_templates_read():
 
 
 def test_parts_of_text_are_joined():
-    parts = [{"type": "text", "text": "Hel"}, {"type": "text", "text": "lo"}]
+    parts = [{"type": "text", "text": "He"}, {"type": "text", "text": "llo"}]
     assert read_chat({"messages": [USER, REPLY | {"content": parts}]}).messages == [USER, REPLY]
