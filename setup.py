@@ -19,11 +19,12 @@ setup(
     license="Apache-2.0",
     license_files=["LICENSE"],
     packages=find_packages(include=["nemo_aligner", "nemo_aligner.*"]),
-    # megatron-core 0.16.1 is the newest release for Python 3.11, and parallel/ is written against it.
-    python_requires=">=3.11,<3.12",
+    # parallel/ is written against these two releases of megatron-core: 0.16.1 is the newest for Python 3.11.
+    python_requires=">=3.11,<3.14",
     install_requires=[
         "torch>=2.8,<3",
-        "megatron-core>=0.16.1,<0.17",
+        'megatron-core>=0.16.1,<0.17; python_version < "3.12"',
+        'megatron-core>=0.19.2,<0.20; python_version >= "3.12"',
         "hydra-core>=1.3.2,<1.4",
         "omegaconf>=2.3,<2.4",
         "transformers>=5.23,<6",
@@ -53,6 +54,7 @@ setup(
     },
     classifiers=[
         "Programming Language :: Python :: 3.11",
+        "Programming Language :: Python :: 3.12",
         "Operating System :: POSIX :: Linux",
         "Topic :: Scientific/Engineering :: Artificial Intelligence",
     ],

@@ -59,7 +59,14 @@ class _FileLines:
 
 @pytest.hookimpl(trylast=True)
 def pytest_configure(config: pytest.Config) -> None:
-    """Where tests go to workers, their starter hears of all of them; a worker has no terminal."""
+    """Where tests go to workers, their starter hears of all of them; a worker has no terminal.
+
+    Who runs tests imports Megatron as the scripts do.
+    """
     terminal = config.pluginmanager.getplugin("terminalreporter")
     if config.getoption("numprocesses", None) and terminal is not None:
         config.pluginmanager.register(_FileLines(terminal))
+    else:
+        from nemo_aligner.parallel import cpu_shim
+
+        cpu_shim.import_megatron()

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """State of all ranks to and from torch_dist folders: saved at one layout, loaded at any other."""
 
+import copy
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Executor, Future
 from contextlib import contextmanager
@@ -16,7 +17,7 @@ from megatron.core.dist_checkpointing.dict_utils import (
     extract_matching_values,
     nested_values,
 )
-from megatron.core.dist_checkpointing.mapping import ShardedStateDict, ShardedTensor
+from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedStateDict, ShardedTensor
 from megatron.core.dist_checkpointing.strategies.torch import (
     MCoreSavePlanner,
     TorchDistSaveShardedStrategy,
@@ -44,7 +45,7 @@ from torch.distributed.checkpoint.planner import (  # noqa: TID251 - as above
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list  # noqa: TID251 - as above
 
 from nemo_aligner.checkpoint.finite import refuse_non_finite
-from nemo_aligner.checkpoint.torch_dist import check_folder
+from nemo_aligner.checkpoint.torch_dist import FolderReader, check_folder
 from nemo_aligner.errors import UserError
 from nemo_aligner.parallel import cpu_shim, world
 from nemo_aligner.parallel.shards import Shards
@@ -57,7 +58,7 @@ PREFIX = "model."
 class _SaveInProcess(TorchDistSaveShardedStrategy):
     """Writes from this process: Megatron's own strategy starts processes that import torch again for each save.
 
-    With an executor the tensors are copied, and written while training goes on.
+    With an executor what is to be written is copied, and written while training goes on.
     """
 
     def __init__(self, shards: Sequence[Shards], executor: Executor | None) -> None:
@@ -174,9 +175,30 @@ def _split(state: dict[str, Any]) -> tuple[list[Shards], Any]:
 
 
 def _copied(value: object) -> object:
+    if isinstance(value, ShardedObject):
+        return replace(value, data=copy.deepcopy(value.data))
     if isinstance(value, ShardedTensor) and value.data is not None:
         return replace(value, data=value.data.detach().to("cpu", copy=True))
     return value
+
+
+class _CommonAmongTensors:
+    """Has megatron-core 0.16 read plain values that 0.19 has saved."""
+
+    can_handle_sharded_objects = True
+
+    def load_common(self, folder: str) -> dict[str, Any]:
+        return FolderReader(Path(folder)).common()
+
+    def check_backend_compatibility(self, _: str) -> None: ...
+
+    def check_version_compatibility(self, _: int) -> None: ...
+
+
+def _common_strategy(folder: Path) -> dict[str, Any]:
+    if cpu_shim.series() != cpu_shim.SERIES[0] or FolderReader(folder).has_common_file:
+        return {}
+    return {"common_strategy": _CommonAmongTensors()}
 
 
 def save_state(
@@ -217,7 +239,7 @@ def load_state(state: ShardedStateDict, folder: Path, *, remedy: str) -> dict[st
     with world.phase(f"loading {folder}"):
         try:
             with _first_failure(folder), torch.no_grad():
-                loaded: Any = dist_checkpointing.load(others, str(folder))
+                loaded: Any = dist_checkpointing.load(others, str(folder), **_common_strategy(folder))
                 if pieces:
                     torch_dist_checkpoint.load(pieces, checkpoint_id=folder, planner=_LoadPlanner())
         except (CheckpointingException, KeyError, RuntimeError) as error:

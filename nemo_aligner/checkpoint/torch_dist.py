@@ -3,9 +3,10 @@
 group.
 
 The folder holds data files (``*.distcp``: serialised tensors, end to end), ``.metadata`` (a pickle that
-says which part of which tensor lies where), ``common.pt`` and ``metadata.json``; megatron-core's
-dist_checkpointing reads and writes the same. Nothing in a folder can run code here: the pickle is read by
-an unpickler that knows this format's classes only. Knows no model.
+says which part of which tensor lies where), ``metadata.json``, and plain values: in ``common.pt``, or
+from megatron-core 0.19 on as one more entry. megatron-core's dist_checkpointing reads and writes the
+same. Nothing in a folder can run code here: the pickle is read by an unpickler that knows this format's
+classes only. Knows no model.
 """
 
 import io
@@ -38,6 +39,7 @@ from nemo_aligner.errors import UserError, damage_told
 __all__ = ["FolderReader", "FolderWriter", "check_folder", "read_backend"]
 
 _DATA_FILE_BYTES = 4 * 1024**3
+_COMMON_KEY = "common_state/shard_0_1"  # under which megatron-core 0.19 stores plain values
 _DOWNLOAD_AGAIN = (
     "get the checkpoint again from where it came; it is damaged or was not made by a training job"
 )
@@ -121,10 +123,7 @@ def check_folder(folder: Path) -> None:
     without restriction.
     """
     reader = FolderReader(folder)
-    common = folder / "common.pt"
-    if not common.is_file():
-        raise UserError(f"{folder} has no common.pt", cure=_DOWNLOAD_AGAIN)
-    _load_safely(common.open("rb"), where=str(common))
+    reader.common()
     for key, value in reader.objects():
         _check_extra_state(value, where=f"{folder}: {key}")
 
@@ -192,6 +191,26 @@ class FolderReader:
             block[tuple(slice(a - o, b - o) for a, b, o in zip(low, high, start, strict=True))] = inner
         return block
 
+    @property
+    def has_common_file(self) -> bool:
+        """Whether plain values lie in a file of their own, as megatron-core 0.16 writes them."""
+        return (self._folder / "common.pt").is_file()
+
+    def common(self) -> dict[str, Any]:
+        """The plain values that were saved beside the tensors."""
+        if self.has_common_file:
+            path = self._folder / "common.pt"
+            return _load_safely(path.open("rb"), where=str(path))
+        if _COMMON_KEY not in self._object_keys:
+            raise UserError(f"{self._folder} has no common.pt", cure=_DOWNLOAD_AGAIN)
+        match self._load(MetadataIndex(_COMMON_KEY), _COMMON_KEY):
+            case [dict(common)]:
+                return common
+            case other:
+                raise UserError(
+                    f"{self._folder}: {_COMMON_KEY} holds {type(other).__name__}", cure=_DOWNLOAD_AGAIN
+                )
+
     def objects(self) -> Iterator[tuple[str, Any]]:
         """Every entry that is not a tensor, with its value."""
         for key in self._object_keys:
@@ -258,12 +277,12 @@ class FolderWriter(AbstractContextManager["FolderWriter"]):
         # torch.save writes the whole storage behind a view.
         self._store(index, chunk.detach().clone(memory_format=torch.contiguous_format))
 
-    def add_object(self, key: str, value: list[None]) -> None:
+    def add_object(self, key: str, value: list[Any]) -> None:
         """Adds an entry that is not a tensor."""
         self._tensors[key] = BytesStorageMetadata()
         self._store(MetadataIndex(key), value)
 
-    def _store(self, index: MetadataIndex, value: Tensor | list[None]) -> None:
+    def _store(self, index: MetadataIndex, value: Tensor | list[Any]) -> None:
         if self._stream is None or self._stream.tell() >= _DATA_FILE_BYTES:
             if self._stream is not None:
                 self._stream.close()

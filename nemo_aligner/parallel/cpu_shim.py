@@ -3,11 +3,14 @@
 
 Inside megatron-core's own modules the name ``torch`` is bound to a view of torch whose ``cuda`` is the CPU; torch
 itself is left alone but for the three methods in ``METHODS``, which without CUDA could only raise or mislead.
-Written against megatron-core 0.16.1.
+Written against megatron-core 0.16.1 and 0.19.2; each row that names a part of it says which series it is for.
 """
 
 import contextlib
+import functools
 import importlib
+import importlib.metadata
+import importlib.util
 import logging
 import sys
 import types
@@ -19,8 +22,10 @@ import torch.distributed as dist
 
 from nemo_aligner.parallel import te
 
-__all__ = ["METHODS", "SYMBOLS", "import_megatron", "install"]
+__all__ = ["METHODS", "MODULES", "SERIES", "SYMBOLS", "import_megatron", "install", "series"]
 
+SERIES = OLD, NEW = "0.16", "0.19"  # of megatron-core, that rows of the table are for
+BOTH = SERIES
 CPU = torch.device("cpu")
 
 
@@ -122,43 +127,59 @@ def _scale(_: int, __: torch.Tensor, tensors: Sequence[Sequence[torch.Tensor]], 
         torch.mul(source, factor, out=target)
 
 
+# Modules of megatron-core that are empty where triton is missing: (module, names asked of it, series, reason).
+MODULES: tuple[tuple[str, tuple[str, ...], tuple[str, ...], str], ...] = (
+    (
+        "megatron.core.transformer.moe.ops.paged_stash",
+        ("GLOBAL_BLOCK_SIZE", "paged_stash_copy_kernel", "paged_stash_pop_kernel"),
+        (NEW,),
+        "triton kernels for experts, which the pipeline's schedules import for every model",
+    ),
+)
+
 # Functions of megatron-core that reach below torch.cuda's surface, or that waste a CPU's time at every step:
-# (module, name, replacement, reason).
-SYMBOLS: tuple[tuple[str, str, Callable, str], ...] = (
+# (module, name, replacement, series, reason).
+SYMBOLS: tuple[tuple[str, str, Callable, tuple[str, ...], str], ...] = (
     (
         "megatron.core.tensor_parallel.random",
         "_get_cuda_rng_state",
         _get_rng_state,
+        BOTH,
         "calls into the CUDA generator",
     ),
     (
         "megatron.core.tensor_parallel.random",
         "_set_cuda_rng_state",
         _set_rng_state,
+        BOTH,
         "calls into the CUDA generator",
     ),
     (
         "megatron.core.distributed.param_and_grad_buffer",
         "dist_all_gather_func",
         _all_gather,
+        BOTH,
         "gloo copies the weights of a group of one rank onto themselves; NCCL does not",
     ),
     (
         "megatron.core.distributed.param_and_grad_buffer",
         "dist_reduce_scatter_func",
         _reduce_scatter,
+        BOTH,
         "gloo copies the gradients of a group of one rank onto themselves; NCCL does not",
     ),
     (
         "megatron.core.distributed.param_and_grad_buffer",
         "_coalescing_manager",
         _coalescing_manager,
+        BOTH,
         "torch's cannot be waited for when nothing was called within it",
     ),
     (
         "megatron.core.optimizer.clip_grads",
         "multi_tensor_scale_impl",
         _scale,
+        BOTH,
         "without Transformer Engine and apex, clipping makes a copy of every gradient",
     ),
 )
@@ -245,6 +266,10 @@ def import_megatron() -> None:
     te.usable()
     if torch.cuda.is_available():
         return
+    if importlib.util.find_spec("triton") is None:
+        for module_name, names, versions, _ in MODULES:
+            if _is_for(versions):
+                sys.modules[module_name] = _emptied(module_name, names)
     compiler, torch.compile = torch.compile, lambda function: function
     hides_wandb = sys.modules.setdefault("wandb", None) is None  # type: ignore[arg-type]
     try:
@@ -253,6 +278,23 @@ def import_megatron() -> None:
         torch.compile = compiler
         if hides_wandb:
             del sys.modules["wandb"]
+
+
+@functools.cache
+def series() -> str:
+    """Of the megatron-core that is installed: its first two numbers."""
+    return ".".join(importlib.metadata.version("megatron-core").split(".")[:2])
+
+
+def _is_for(versions: Sequence[str]) -> bool:
+    # Of a series that the table was not written for, the newest rows come nearest.
+    return (series() if series() in SERIES else SERIES[-1]) in versions
+
+
+def _emptied(name: str, contents: Sequence[str]) -> types.ModuleType:
+    module = types.ModuleType(name)
+    module.__dict__.update(dict.fromkeys(contents))
+    return module
 
 
 _views: dict[str, _View] = {}
@@ -272,6 +314,6 @@ def install() -> None:
         logging.getLogger("megatron.core.tensor_parallel.random").addFilter(_NoRngWarning())
     for module in _megatron_modules():
         module.__dict__["torch"] = _views["torch"]
-    for module_name, name, replacement, _ in SYMBOLS:
-        if module_name in sys.modules:
+    for module_name, name, replacement, versions, _ in SYMBOLS:
+        if _is_for(versions) and module_name in sys.modules:
             setattr(sys.modules[module_name], name, replacement)

@@ -8,7 +8,12 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from nemo_aligner.parallel import cpu_shim
+
 __all__ = ["fork_ranks", "run_script"]
+
+# As the scripts do, before a worker's own imports.
+cpu_shim.import_megatron()
 
 
 def run_script(script: str, out: Path, *, ranks: int) -> None:

@@ -35,8 +35,10 @@ class GroupStepAdamW(torch.optim.Optimizer):
         betas: tuple[float, float],
         eps: float,
         adam_w_mode: bool = True,
+        capturable: bool = False,
     ) -> None:
         assert adam_w_mode, "weight decay is decoupled"
+        assert not capturable, "the step count is no tensor"
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "betas": betas, "eps": eps})
 
     add_param_group = _undecorated(torch.optim.Optimizer.add_param_group)

@@ -175,18 +175,20 @@ class _MayBeAdded(torch.autograd.Function):
         return _added(ctx.weight) if grad is None else grad
 
 
-class GatedActivation:
-    """SwiGLU and its kin (Shazeer 2020): the first half of x through the activation, times the second half.
-
-    No torch module: Megatron would ask it for weights to save.
-    """
+class GatedActivation(nn.Module):
+    """SwiGLU and its kin (Shazeer 2020): the first half of x through the activation, times the second half."""
 
     def __init__(self, config: TransformerConfig) -> None:
+        super().__init__()
         self.function = config.activation_func
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         """[..., 2 * ffn] -> [..., ffn]."""
         return _Gated.apply(x, self.function)
+
+    def sharded_state_dict(self, *_: object, **__: object) -> dict[str, Any]:
+        """No weights. Megatron-core 0.16 asks every part of an MLP for them, by this name."""
+        return {}
 
 
 class _Gated(torch.autograd.Function):

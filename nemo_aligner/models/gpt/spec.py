@@ -81,8 +81,9 @@ def _with_biases(layer: ModuleSpec, biased: Mapping[str, bool]) -> ModuleSpec:
     changed = {}
     for name in ("self_attention", "mlp"):
         module = getattr(submodules, name)
-        linear = [part for part in biased if hasattr(module.submodules, part) and not biased[part]]
-        changed[name] = _changed(module, **{p: _without_bias(getattr(module.submodules, p)) for p in linear})
+        parts = _submodules(module)
+        linear = [part for part in biased if hasattr(parts, part) and not biased[part]]
+        changed[name] = _changed(module, **{part: _without_bias(getattr(parts, part)) for part in linear})
     return replace(layer, submodules=replace(submodules, **changed))
 
 
@@ -97,4 +98,12 @@ def _without_bias(linear: type) -> type:
 
 def _changed(module: Any, **parts: type) -> Any:  # noqa: ANN401 - Megatron types submodules as object
     """The same module with other ``parts``."""
-    return replace(module, submodules=replace(module.submodules, **parts))
+    submodules = replace(_submodules(module), **parts)
+    if isinstance(module, functools.partial):
+        return functools.partial(module.func, *module.args, **module.keywords | {"submodules": submodules})
+    return replace(module, submodules=submodules)
+
+
+def _submodules(module: Any) -> Any:  # noqa: ANN401 - as above
+    # From megatron-core 0.19 on, an MLP's builder is a partial.
+    return module.keywords["submodules"] if isinstance(module, functools.partial) else module.submodules

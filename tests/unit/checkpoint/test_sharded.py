@@ -8,12 +8,14 @@ import resource
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from threading import Event
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 from nemo_aligner.checkpoint.sharded import load_model, load_state, save_model, save_state
+from nemo_aligner.checkpoint.torch_dist import FolderWriter, check_folder
 from nemo_aligner.errors import UserError
 from nemo_aligner.models.gpt.config import GPTConfig
 from nemo_aligner.models.gpt.model import GPT, build_gpt
@@ -53,6 +55,40 @@ def test_an_attention_with_a_state_of_its_own_loads(tmp_path: Path):
             layer.self_attention.core_attention.fused = FusedAttention()
         load_model(loaded, tmp_path / "weights")
     assert all(bool((parameter == 0.5).all()) for parameter in loaded.parameters())
+
+
+def test_plain_values_are_read_wherever_they_lie(tmp_path: Path):
+    """In common.pt, as megatron-core 0.16 writes them, and among the tensors, as 0.19 does."""
+    with FolderWriter(tmp_path / "old"):
+        pass
+    torch.save({"step": 3}, tmp_path / "old/common.pt")
+    with FolderWriter(tmp_path / "new") as writer:
+        writer.add_object("common_state/shard_0_1", [{"step": 4}])
+    (tmp_path / "new/common.pt").unlink()
+    with world.ensure_single_process():
+        assert load_state({}, tmp_path / "old", remedy="-") == {"step": 3}
+        assert load_state({}, tmp_path / "new", remedy="-") == {"step": 4}
+
+
+def test_plain_values_that_are_none_are_refused(tmp_path: Path):
+    with FolderWriter(tmp_path / "weights") as writer:
+        writer.add_object("common_state/shard_0_1", [None])
+    (tmp_path / "weights/common.pt").unlink()
+    with pytest.raises(UserError, match="common_state/shard_0_1 holds list"):
+        check_folder(tmp_path / "weights")
+
+
+def test_plain_values_are_saved_as_they_were_when_the_save_began(tmp_path: Path):
+    begins = Event()
+    with world.ensure_single_process(), ThreadPoolExecutor(1) as executor:
+        executor.submit(begins.wait)
+        state = {"groups": [{"step": 1}], "weight": small_gpt(0.5).sharded_state_dict()}
+        written = save_state(state, tmp_path / "state", executor=executor)
+        state["groups"][0]["step"] = 2
+        begins.set()
+        assert written is not None
+        written.result()
+        assert load_state({}, tmp_path / "state", remedy="-")["groups"] == [{"step": 1}]
 
 
 def test_a_disk_without_room_is_told_with_its_folder(tmp_path: Path):

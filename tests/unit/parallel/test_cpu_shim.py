@@ -5,24 +5,42 @@ import importlib
 import subprocess
 import sys
 from importlib.metadata import version
+from pathlib import Path
 
 import pytest
 import torch
 
 from nemo_aligner.parallel import cpu_shim
 
-VERSION = "0.16.1"
+VERSIONS = {"0.16": "0.16.1", "0.19": "0.19.2"}
 
 
-def test_the_table_is_read_against_this_version():
+def test_the_table_is_read_against_these_versions():
     """Another megatron-core: go through the table, then change both."""
-    assert version("megatron-core") == VERSION
-    assert f"megatron-core {VERSION}" in cpu_shim.__doc__
+    assert tuple(VERSIONS) == cpu_shim.SERIES
+    assert version("megatron-core") == VERSIONS[cpu_shim.series()]
+    assert "megatron-core {} and {};".format(*VERSIONS.values()) in cpu_shim.__doc__
 
 
-@pytest.mark.parametrize(("module", "name"), [row[:2] for row in cpu_shim.SYMBOLS])
+@pytest.mark.parametrize(
+    ("module", "name"), [row[:2] for row in cpu_shim.SYMBOLS if cpu_shim.series() in row[3]]
+)
 def test_replaced_functions_are_there(module: str, name: str):
     assert callable(getattr(importlib.import_module(module), name))
+
+
+@pytest.mark.parametrize(("module", "names", "series"), [row[:3] for row in cpu_shim.MODULES])
+def test_emptied_modules_are_there(module: str, names: tuple[str, ...], series: tuple[str, ...]):
+    """Read, not imported: without triton they are empty here."""
+    package, _, stem = module.rpartition(".")
+    if cpu_shim.series() not in series:
+        with pytest.raises(ModuleNotFoundError):
+            importlib.import_module(package)
+        return
+    [folder] = importlib.import_module(package).__path__
+    text = (Path(folder) / f"{stem}.py").read_text()
+    assert "import triton" in text
+    assert all(name in text for name in names)
 
 
 @pytest.mark.parametrize("name", [row[0] for row in cpu_shim.CUDA])
@@ -36,16 +54,17 @@ def test_replaced_factories_are_torchs(name: str):
 
 
 def test_every_row_has_a_reason():
-    for table in (cpu_shim.CUDA, cpu_shim.SYMBOLS, cpu_shim.METHODS):
+    for table in (cpu_shim.CUDA, cpu_shim.MODULES, cpu_shim.SYMBOLS, cpu_shim.METHODS):
         assert all(isinstance(row[-1], str) and row[-1] for row in table)
 
 
 INSTALLED = """
 import torch
 before = {name: getattr(torch.cuda, name) for name in dir(torch.cuda)}
+from nemo_aligner.parallel import cpu_shim
+cpu_shim.import_megatron()
 import megatron.core.tensor_parallel.random as random
 import megatron.core.optimizer.optimizer as optimizer
-from nemo_aligner.parallel import cpu_shim
 factories = {name: getattr(torch, name) for name in cpu_shim.FACTORIES}
 cpu_shim.install()
 import megatron.core.models.bert.bert_lm_head as late
