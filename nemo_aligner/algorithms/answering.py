@@ -60,7 +60,8 @@ class Answerer:
             bar.show(ended, f"{tokens / (time.monotonic() - began):.0f} tokens/s")
 
         try:
-            rollout = self.policy.generate(prompts, self.sampling, slots=self.slots, watch=watch)
+            with world.phase("generation"), world.at_own_pace():
+                rollout = self.policy.generate(prompts, self.sampling, slots=self.slots, watch=watch)
         finally:
             bar.close()
         rows = {i: row for i, row in zip(mine, self._rows(requests, rollout), strict=True)}

@@ -125,7 +125,8 @@ def collect(
     Raises:
         NotFinite: a log-prob is infinite or NaN.
     """
-    mine = policy.generate(prompts, sampling, step=draw, slots=slots)
+    with world.phase("generation"), world.at_own_pace():
+        mine = policy.generate(prompts, sampling, step=draw, slots=slots)
     with world.phase("gathering answers"):
         rollout = concatenated(collectives.over_data_parallel(mine))
     cure = "set model.optim.lr lower; with trainer.precision=16 try bf16 or 32"

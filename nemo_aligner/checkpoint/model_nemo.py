@@ -27,12 +27,13 @@ def shared_nemo(path: Path | str) -> Iterator[NemoArchive]:
     """
     with contextlib.ExitStack() as stack:
         opened: NemoArchive | UserError | None = None
-        if world.is_node_leader():
-            try:
-                with heartbeat(f"opening {path}", enabled=world.is_logging_rank()):
-                    opened = stack.enter_context(open_nemo(path))
-            except UserError as error:
-                opened = error
+        with world.phase(f"opening {path}"), world.at_own_pace():
+            if world.is_node_leader():
+                try:
+                    with heartbeat(f"opening {path}", enabled=world.is_logging_rank()):
+                        opened = stack.enter_context(open_nemo(path))
+                except UserError as error:
+                    opened = error
         opened = collectives.from_node_leader(opened)
         if isinstance(opened, UserError):
             raise opened
@@ -69,9 +70,12 @@ def save_nemo(
     def weights(folder: Path) -> None:
         save_model(model, collectives.broadcast_object(folder))
 
-    with heartbeat(f"saving {path}", enabled=world.is_logging_rank()), world.phase(f"saving {path}"):
+    with (
+        heartbeat(f"saving {path}", enabled=world.is_logging_rank()),
+        world.phase(f"saving {path}"),
+        world.at_own_pace(),
+    ):
         if world.is_logging_rank():
             write_nemo(path, config=config, files=files, weights=weights, overwrite=overwrite)
         else:
             weights(path)
-        world.barrier()

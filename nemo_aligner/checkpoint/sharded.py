@@ -38,6 +38,8 @@ from torch.distributed.checkpoint.metadata import (  # noqa: TID251 - as above
 from torch.distributed.checkpoint.planner import (  # noqa: TID251 - as above
     LoadPlan,
     ReadItem,
+    SavePlan,
+    SavePlanner,
     TensorWriteData,
     WriteItem,
     WriteItemType,
@@ -75,6 +77,7 @@ class _SaveInProcess(TorchDistSaveShardedStrategy):
             sharded_state_dict, self.keep_only_main_replica
         )
         tensors = mcore_to_pyt_state_dict(state, False) | {one.key: _Pieces(one) for one in shards}
+        writer = _WriterAtOwnPace if self._executor is None else torch_dist_checkpoint.FileSystemWriter
         # Of its own, so that a thread's collectives do not cross those of training.
         group = world.writers_group() if self._executor else None
 
@@ -82,7 +85,7 @@ class _SaveInProcess(TorchDistSaveShardedStrategy):
             with _first_failure(checkpoint_dir):
                 torch_dist_checkpoint.save(
                     tensors,
-                    storage_writer=torch_dist_checkpoint.FileSystemWriter(checkpoint_dir, thread_count=1),
+                    storage_writer=writer(checkpoint_dir, thread_count=1),
                     planner=_SavePlanner(
                         dedup_replicated_tensors=not self.keep_only_main_replica, flatten_state_dict=False
                     ),
@@ -93,6 +96,22 @@ class _SaveInProcess(TorchDistSaveShardedStrategy):
             write()
         else:
             self.written = self._executor.submit(write)
+
+
+class _WriterAtOwnPace(torch_dist_checkpoint.FileSystemWriter):
+    """Ranks whose disk is slower than others' are waited for."""
+
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Any:  # noqa: ANN401 - torch's Future
+        failure: Exception | None = None
+        written = None
+        with world.at_own_pace():
+            try:
+                written = super().write_data(plan, planner)
+            except Exception as error:  # torch tells all ranks of it
+                failure = error
+        if failure is not None:
+            raise failure
+        return written
 
 
 class _Pieces:

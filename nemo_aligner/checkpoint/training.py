@@ -242,14 +242,14 @@ class TrainingCheckpoints:
             return
         save, self._pending = self._pending, None
         with world.phase(f"saving {save.path.name}"):
-            for future in save.written:
-                future.result()
-            world.barrier()
+            with world.at_own_pace():
+                for future in save.written:
+                    future.result()
             if save.also is not None:
                 save.also()
-            if world.is_logging_rank():
-                self._commit(save.path, save.state)
-            world.barrier()
+            with world.at_own_pace():
+                if world.is_logging_rank():
+                    self._commit(save.path, save.state)
 
     def holds(self, step: int) -> bool:
         """Whether there is a checkpoint of ``step``. A collective."""
@@ -263,13 +263,13 @@ class TrainingCheckpoints:
             wait(self._pending.written)
             self._pending = None
         world.barrier()
-        if world.is_logging_rank():
-            remove_unfinished(self.folder)
-            for checkpoint in find_checkpoints(self.folder):
-                if is_over(checkpoint.state):
-                    logger.info("removing %s: the run goes on from before it", checkpoint.path)
-                    _remove(checkpoint.path)
-        world.barrier()
+        with world.at_own_pace():
+            if world.is_logging_rank():
+                remove_unfinished(self.folder)
+                for checkpoint in find_checkpoints(self.folder):
+                    if is_over(checkpoint.state):
+                        logger.info("removing %s: the run goes on from before it", checkpoint.path)
+                        _remove(checkpoint.path)
 
     def _commit(self, path: Path, state: TrainerState) -> None:
         staging = path.with_name(UNFINISHED + path.name)
@@ -301,11 +301,11 @@ class TrainingCheckpoints:
     def save_best(self, path: Path) -> None:
         """Write the checkpoint that the monitor ranks first as a .nemo."""
         self.finish()
-        if world.is_logging_rank():
-            best = ranked(find_checkpoints(self.folder), self.config)[0]
-            logger.info("the best checkpoint by %s is %s", self.config.monitor, best.path.name)
-            self._pack(best.path, path, overwrite=True)
-        world.barrier()
+        with world.phase(f"saving {path}"), world.at_own_pace():
+            if world.is_logging_rank():
+                best = ranked(find_checkpoints(self.folder), self.config)[0]
+                logger.info("the best checkpoint by %s is %s", self.config.monitor, best.path.name)
+                self._pack(best.path, path, overwrite=True)
 
 
 def find_checkpoints(folder: Path) -> list[Checkpoint]:

@@ -24,10 +24,11 @@ import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
 
 from nemo_aligner.errors import UserError
-from nemo_aligner.parallel import cpu_shim
+from nemo_aligner.parallel import cpu_shim, meeting
 from nemo_aligner.parallel.ranks import Layout, Ranks, discover
 
 __all__ = [
+    "at_own_pace",
     "barrier",
     "describe_failure",
     "device",
@@ -61,6 +62,7 @@ logger = logging.getLogger(__name__)
 KEPT_MEMORY = ((-3, 64 << 20), (-1, 512 << 20))
 
 _phase = "start"
+_timeout = timedelta(minutes=10)
 _local_rank = 0
 _device_index = 0
 _writers: Any = None
@@ -81,7 +83,8 @@ def start(
         seed: of random draws, which are alike over DP and apart over TP and PP where they must be.
         timeout: after which a collective that is not answered fails.
     """
-    global _local_rank, _device_index
+    global _local_rank, _device_index, _timeout
+    _timeout = timeout
     cpu_shim.install()
     _know_megatron()
     if layout.tensor > 1:
@@ -142,8 +145,12 @@ def _know_megatron() -> None:
     # It calls torch.distributed by names that torch is about to retire, and looks for .grad wherever it may be.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
     warnings.filterwarnings("ignore", "The .grad attribute of a Tensor", module=r"megatron\.core")
-    # The first is for us (docs/adr), the second is said of every model that 0.16 has saved.
-    for name in ("models.gpt.gpt_model", "dist_checkpointing.strategies.common"):
+    # Advice for us, whichever model is built or loaded; see docs/adr/0011.
+    for name in (
+        "models.gpt.gpt_model",
+        "distributed.distributed_data_parallel",
+        "dist_checkpointing.strategies.common",
+    ):
         logging.getLogger(f"megatron.core.{name}").setLevel(logging.ERROR)
     if (found := cpu_shim.series()) not in cpu_shim.SERIES and is_logging_rank():
         tested = " and ".join(cpu_shim.SERIES)
@@ -306,6 +313,11 @@ def barrier() -> None:
         dist.barrier()
 
 
+def at_own_pace(*, name: str = "main") -> contextlib.AbstractContextManager[None]:
+    """Around work that some ranks have more of than others; see :func:`meeting.at_own_pace`."""
+    return meeting.at_own_pace(name=name, timeout=_timeout)
+
+
 @contextlib.contextmanager
 def phase(name: str) -> Iterator[None]:
     """Name what this rank is doing, for the message of a collective that fails meanwhile."""
@@ -318,6 +330,8 @@ def phase(name: str) -> Iterator[None]:
 
 def describe_failure(error: BaseException) -> str | None:
     """'rank 3, phase ..., operation all_reduce: ...' where a collective failed; None for other errors."""
+    if isinstance(error, meeting.RankLost):
+        return f"rank {rank()}, phase '{_phase}', operation meeting: {error}"
     called = [
         frame.name
         for frame in traceback.extract_tb(error.__traceback__)
