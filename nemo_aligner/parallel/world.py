@@ -100,17 +100,7 @@ def start(
         _keep_freed_memory()
     backend = "nccl" if cuda else "gloo"
     with phase("meeting of the ranks"):
-        if ranks is None:
-            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
-        else:
-            dist.init_process_group(
-                backend,
-                init_method=ranks.init_method,
-                rank=ranks.rank,
-                world_size=ranks.world_size,
-                timeout=timeout,
-                device_id=device() if cuda else None,
-            )
+        _join(ranks, backend)
     minutes: Any = timeout.total_seconds() / 60  # typed int by Megatron, which makes a timedelta of it
     chunks = layout.virtual_pipeline if layout.virtual_pipeline > 1 else None
     with phase("building process groups"):
@@ -129,6 +119,20 @@ def start(
             *(world_size(), starter, layout.tensor, layout.pipeline, dp_size(), backend, where),
             timeout.total_seconds(),
         )
+
+
+def _join(ranks: Ranks | None, backend: str) -> None:
+    if ranks is None:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=_timeout)
+        return
+    dist.init_process_group(
+        backend,
+        init_method=ranks.init_method,
+        rank=ranks.rank,
+        world_size=ranks.world_size,
+        timeout=_timeout,
+        device_id=device() if backend == "nccl" else None,
+    )
 
 
 def _keep_freed_memory() -> None:
