@@ -10,7 +10,7 @@ import contextlib
 import threading
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import timedelta
 
 import torch.distributed as dist
@@ -28,12 +28,13 @@ class RankLost(RuntimeError):
 
 @dataclass
 class _Meetings:
-    """The meetings of one thread of each rank, counted; ranks hold them in the same order."""
+    """The meetings of one thread of each rank, numbered as they begin; ranks hold them in the same order."""
 
     name: str
     count: int = 0
     signs: int = 0
-    seen: tuple[str, float] = field(default=("", 0.0))  # the next rank's last sign, and when it was new
+    ended: int | None = None  # the number of the one that ended last
+    seen: tuple[str, float] = ("", 0.0)  # the next rank's last sign, and when it was new
 
     def key(self, what: str) -> str:
         return f"nemo_aligner/meeting/{self.name}/{what}"
@@ -46,7 +47,7 @@ _meetings: dict[str, _Meetings] = {}
 def at_own_pace(*, name: str = "main", timeout: timedelta) -> Iterator[None]:
     """Around work that each rank does, or has none of; left when all ranks have done theirs. Called by every rank.
 
-    Collectives within are as anywhere.
+    Collectives within are as anywhere, and so are meetings.
 
     Args:
         name: of the thread; each that holds meetings beside training has a name of its own.
@@ -59,37 +60,39 @@ def at_own_pace(*, name: str = "main", timeout: timedelta) -> Iterator[None]:
         yield
         return
     meetings = _meetings.setdefault(name, _Meetings(name))
-    meetings.count += 1
+    number = meetings.count = meetings.count + 1
     store = dist.distributed_c10d._get_default_store()
     done = threading.Event()
     period = min(SIGN_SECONDS, timeout.total_seconds() / 4)
-    signs = threading.Thread(target=_give_signs, args=(meetings, store, done, period), daemon=True)
+    signs = threading.Thread(target=_give_signs, args=(meetings, number, store, done, period), daemon=True)
     signs.start()
     try:
         yield
     except BaseException:
         with contextlib.suppress(RuntimeError, dist.DistError):  # the store may be gone, as its rank is
-            store.set(meetings.key(f"{meetings.count}/lost"), f"rank {dist.get_rank()} failed")
+            store.set(meetings.key(f"{number}/lost"), f"rank {dist.get_rank()} failed")
         raise
     finally:
         done.set()
         signs.join()
-    _meet(meetings, store, timeout.total_seconds())
+    _meet(meetings, number, store, timeout.total_seconds())
 
 
-def _give_signs(meetings: _Meetings, store: dist.Store, done: threading.Event, period: float) -> None:
+def _give_signs(
+    meetings: _Meetings, number: int, store: dist.Store, done: threading.Event, period: float
+) -> None:
     while True:
         meetings.signs += 1
         try:
-            store.set(meetings.key(f"rank{dist.get_rank()}"), f"{meetings.count} {meetings.signs}")
+            store.set(meetings.key(f"rank{dist.get_rank()}"), f"{number} {meetings.signs}")
         except (RuntimeError, dist.DistError):
             return  # the store's rank is gone; whoever waits next tells
         if done.wait(period):
             return
 
 
-def _meet(meetings: _Meetings, store: dist.Store, timeout: float) -> None:
-    rank, size, number = dist.get_rank(), dist.get_world_size(), meetings.count
+def _meet(meetings: _Meetings, number: int, store: dist.Store, timeout: float) -> None:
+    rank, size = dist.get_rank(), dist.get_world_size()
     store.set(meetings.key(f"rank{rank}"), f"{number} done")
     all_there, lost = meetings.key(f"{number}/all"), meetings.key(f"{number}/lost")
     if store.add(meetings.key(f"{number}/count"), 1) == size:
@@ -100,14 +103,15 @@ def _meet(meetings: _Meetings, store: dist.Store, timeout: float) -> None:
         if _check(store, lost):
             time.sleep(LET_TELL_SECONDS)
             raise RankLost(store.get(lost).decode())
-        if problem := _next_rank_is_lost(meetings, store, timeout):
+        if problem := _next_rank_is_lost(meetings, number, store, timeout):
             store.set(lost, problem)
         time.sleep(pause)
         pause = min(2 * pause, POLL_SECONDS)
-    if rank == 0 and number > 1:
-        # All have left the one before.
+    if rank == 0 and meetings.ended is not None:
+        # All have left the one that ended before.
         for what in ("count", "all"):
-            store.delete_key(meetings.key(f"{number - 1}/{what}"))
+            store.delete_key(meetings.key(f"{meetings.ended}/{what}"))
+    meetings.ended = number
 
 
 def _check(store: dist.Store, key: str) -> bool:
@@ -117,7 +121,7 @@ def _check(store: dist.Store, key: str) -> bool:
         raise RankLost("the rank that holds the store of all is gone") from error
 
 
-def _next_rank_is_lost(meetings: _Meetings, store: dist.Store, timeout: float) -> str | None:
+def _next_rank_is_lost(meetings: _Meetings, number: int, store: dist.Store, timeout: float) -> str | None:
     """Each rank that waits looks at the next one: of several that are missing, the first is told of."""
     neighbour = (dist.get_rank() + 1) % dist.get_world_size()
     key = meetings.key(f"rank{neighbour}")
@@ -125,6 +129,6 @@ def _next_rank_is_lost(meetings: _Meetings, store: dist.Store, timeout: float) -
     last, since = meetings.seen
     if sign != last:
         meetings.seen = sign, time.monotonic()
-    elif sign != f"{meetings.count} done" and time.monotonic() - since > timeout:
+    elif sign != f"{number} done" and time.monotonic() - since > timeout:
         return f"rank {neighbour} gave no sign of life for {timeout:.0f} s"
     return None

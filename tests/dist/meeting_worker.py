@@ -16,7 +16,7 @@ import torch.distributed as dist
 from nemo_aligner.parallel import meeting
 
 RANKS = 3
-CASES = ("busy", "late", "fails", "dies", "store-dies")
+CASES = ("busy", "late", "nested", "fails", "dies", "store-dies")
 TIMEOUT = timedelta(seconds=4)
 BUSY_SECONDS = 10.0  # longer than the time-out
 
@@ -55,6 +55,10 @@ def run_rank(case: str, rank: int, out: Path) -> None:
     try:
         for _ in range(3 if case == "late" else 1):
             with meeting.at_own_pace(timeout=TIMEOUT):
+                if case == "nested":
+                    with meeting.at_own_pace(timeout=TIMEOUT):
+                        act("late", rank)
+                    act("busy", rank)
                 act(case, rank)
         dist.barrier()  # a collective after it is in time
     except (meeting.RankLost, ValueError) as error:

@@ -32,9 +32,9 @@ def told(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[int, str]]:
     }
 
 
-@pytest.mark.parametrize("case", ["busy", "late"])
+@pytest.mark.parametrize("case", ["busy", "late", "nested"])
 def test_all_meet_after_the_slowest(told: dict[str, dict[int, str]], case: str):
-    """With a time-out of 4 s, one rank takes 10 s and another 3; or several meetings follow each other."""
+    """With a time-out of 4 s, one rank takes 10 s and another 3; or meetings follow each other, or one is within another."""
     assert told[case] == dict.fromkeys(range(RANKS), "met")
 
 
