@@ -30,7 +30,7 @@ def render_prompt(tokenizer: Tokenizer | None, entries: Sequence[Entry]) -> str:
 
 
 def render_response(tokenizer: Tokenizer | None, entries: Sequence[Entry]) -> str:
-    """A conversation that ends with the response that is judged.
+    """A conversation that ends with the response that is judged, and with the token that ends its turn.
 
     Raises:
         UserError: its last turn is not the assistant's, the tokenizer has no template, or that refuses the messages.
@@ -41,7 +41,8 @@ def render_response(tokenizer: Tokenizer | None, entries: Sequence[Entry]) -> st
             f"the last message has the role {messages[-1]['role']!r}, and what is judged is the assistant's",
             cure="end the messages with the assistant's response",
         )
-    return _templated(tokenizer).render_chat(messages)
+    # White space after the end of a turn belongs to the next one, and a reward is read at the text's last token.
+    return _templated(tokenizer).render_chat(messages).rstrip()
 
 
 def open_prompt_texts(path: str | Path, tokenizer: Tokenizer) -> Records[PromptText]:
