@@ -100,9 +100,9 @@ def as_input_output(row: Row, *, keys: Sequence[str], recognised: Recognised) ->
     """
     if converted := _converted(row, keys, recognised):
         return converted
-    refuse_unread(
-        row, read=keys, cure="name it in prompt_template, write the row as messages with model.data.chat=True"
-    )
+    if row.keys() >= set(keys):
+        cure = "name it in prompt_template, write the row as messages with model.data.chat=True"
+        refuse_unread(row, read=keys, cure=cure)
     return row
 
 
@@ -135,7 +135,8 @@ def _pair(row: Row) -> tuple[str, str] | None:
     if len(found) > 1:
         raise UserError(
             f"the row has {keys_of(row)}: which of them are the prompt and its response?",
-            cure="name them in prompt_template, as in {prompt} {response}, with label_key=response",
+            cure=f'name them: prompt_template="{{{found[0][0]}}} {{{found[0][1]}}}" label_key={found[0][1]} '
+            f"truncation_field={found[0][0]}",
         )
     return found[0] if found else None
 
