@@ -7,6 +7,7 @@ Either way a learned turn stands after exactly the tokens that the model is sent
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 
+from nemo_aligner.data.common_rows import Recognised, messages_row
 from nemo_aligner.data.config import ChatPromptTokens, SFTSplitConfig
 from nemo_aligner.data.conversations import Chat, Message, Turn, read_chat
 from nemo_aligner.data.markers import marker_template
@@ -42,6 +43,7 @@ class PromptTokensLayout:
         self, tokenizer: Tokenizer, tokens: ChatPromptTokens, cfg: SFTSplitConfig, *, learn: str = "all"
     ) -> None:
         self._tokenizer = tokenizer
+        self._recognised = Recognised(cfg.file_path)
         self._tokens = tokens.unescaped()
         self._cfg, self._learn = cfg, learn
         for name, text in asdict(self._tokens).items():
@@ -53,7 +55,7 @@ class PromptTokensLayout:
 
     def read(self, row: Mapping[str, object]) -> Chat:
         """A conversation of either layout, with nothing that prompt tokens cannot show."""
-        chat = read_chat(row)
+        chat = read_chat(messages_row(row, self._recognised))
         if chat.tools:
             raise _not_shown("key 'tools'")
         for number, turn in enumerate(chat.turns, 1):
@@ -132,6 +134,7 @@ class TemplateLayout:
                 "model.data.chat_template=tokenizer, but the tokenizer has no chat template",
                 cure="set model.data.chat_template=prompt_tokens, or give a tokenizer that has a template",
             )
+        self._recognised = Recognised(cfg.file_path)
         self._tokenizer = tokenizer
         self._cfg, self._learn = cfg, learn
         # The template writes BOS where the model wants it; it is put first only where that is asked for.
@@ -139,7 +142,7 @@ class TemplateLayout:
 
     def read(self, row: Mapping[str, object]) -> Chat:
         """A conversation of either layout, its speakers being those that templates know."""
-        chat = read_chat(row)
+        chat = read_chat(messages_row(row, self._recognised))
         strange = sorted({turn.speaker for turn in chat.turns if turn.message is None} - _SPEAKERS)
         if strange or chat.mask != "User":
             raise UserError(

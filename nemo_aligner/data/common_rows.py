@@ -41,6 +41,7 @@ _MEANINGFUL = frozenset((
     "instruction", "system", "tools", "functions", "tool_calls", "function_call", "reasoning_content", "history",
     "weight", "train", "images", "image", "videos", "audios",
 ))  # fmt: skip
+_FLAGS = ("weight", "train")  # whether a row is learned, where rows are
 _ROLES = {
     **dict.fromkeys(("human", "user", "prompter"), "user"),
     **dict.fromkeys(("gpt", "assistant", "chatgpt", "bing", "bard", "model"), "assistant"),
@@ -102,7 +103,7 @@ def as_input_output(row: Row, *, keys: Sequence[str], recognised: Recognised) ->
         return converted
     if row.keys() >= set(keys):
         cure = "name it in prompt_template, write the row as messages with model.data.chat=True"
-        refuse_unread(row, read=keys, cure=cure)
+        refuse_unread(row, read=(*keys, *_FLAGS), cure=cure)
     return row
 
 
@@ -113,19 +114,19 @@ def _converted(row: Row, keys: Sequence[str], recognised: Recognised) -> Row | N
     cure = "name it in prompt_template"
     if is_dolly(row) and not is_plain:
         recognised.say("raw Dolly rows", "examples/nlp/data/dolly/preprocess.py converts them")
-        refuse_unread(row, read=("instruction",), cure=cure)
+        refuse_unread(row, read=("instruction", *_FLAGS), cure=cure)
         return dolly_to_prompt_response(row)
     if "output" in row and row.get("instruction"):
         recognised.say(
             "rows of {instruction, input, output}", "Alpaca's: its instruction and input in its own prompt"
         )
-        refuse_unread(row, read=("instruction",), cure=cure)
+        refuse_unread(row, read=("instruction", *_FLAGS), cure=cure)
         return {"input": alpaca_prompt(row), "output": row["output"]}
     if is_plain or not (pair := _pair(row)):
         return None
     prompt, response = pair
     recognised.say(f"rows of {{{prompt}, {response}}}", "{input, output}")
-    refuse_unread(row, read=pair, cure=cure)
+    refuse_unread(row, read=(*pair, *_FLAGS), cure=cure)
     return {"input": row[prompt], "output": row[response]}
 
 
@@ -162,7 +163,7 @@ def prompt_of(row: Row, recognised: Recognised) -> str | Sequence[Row]:
             recognised.say(
                 f"rows of {{{key}: [...]}}", "conversations, laid out by the tokenizer's chat template"
             )
-            refuse_unread(row, read=(key, "system"), cure=cure)
+            refuse_unread(row, read=(key, "system", "tools"), cure=cure)
             return entries_of(row, key)
     if "text" in row:
         refuse_unread(row, read=("text",), cure=cure)

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Map-style data sets: a file of records and the layout that turns one record into a sample."""
 
+import logging
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
@@ -78,6 +79,7 @@ def open_sft(
     """
     longest = split.max_seq_length
     if not data.chat:
+        _hint_at_template(split.file_path, tokenizer, "set model.data.chat=True")
         layout = PromptResponseLayout(tokenizer, split, answer_only_loss=answer_only_loss)
         return SFTDataset(RecordFile(split.file_path, layout.read), layout, max_seq_length=longest)
     if uses_prompt_tokens(data, tokenizer):
@@ -98,6 +100,8 @@ def uses_prompt_tokens(data: SFTDataConfig, tokenizer: Tokenizer) -> bool:
     template = tokenizer.chat_template
     return template is None or data.chat_prompt_tokens != ChatPromptTokens() or is_usual_template(template)
 
+
+_LOG = logging.getLogger(__name__)
 
 T = TypeVar("T", bound=Texts)
 S = TypeVar("S")
@@ -210,6 +214,15 @@ def _build_scored_pair(pair: JudgedPair, tokens: Sequence[list[int]]) -> ScoredP
     return ScoredPairSample(first=first, second=second)
 
 
+def _hint_at_template(path: str, tokenizer: Tokenizer, how: str) -> None:
+    if tokenizer.chat_template is not None:
+        _LOG.info(
+            "%s: the tokenizer has a chat template, and these rows are texts that do not pass through it; "
+            "if the model is to be asked in chats, %s",
+            *(path, how),
+        )
+
+
 def _open(
     split: Split,
     open_file: Callable[[str], Records[T]],
@@ -229,5 +242,7 @@ def _open(
                 f"model.data.splits_string leaves none of the {len(records)} {unit} of {path} for a split",
                 cure="give the split a greater share, or name files for it under model.data.data_prefix",
             )
+        if not records[rows[0]].rendered:
+            _hint_at_template(path, encode.tokenizer, "write them as messages")
         parts.append(FittingDataset(records, rows, encode=encode, build=build, lengths=lengths, unit=unit))
     return JoinedDataset(parts, split.weights)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Generic, TypeVar
 
 from nemo_aligner.data.common_rows import CHATS, Recognised, alpaca_prompt, entries_of, refuse_unread
-from nemo_aligner.data.message_rows import render_response, split_pair
+from nemo_aligner.data.message_rows import render_judged, split_pair
 from nemo_aligner.data.records import RecordFile, Records, text_field
 from nemo_aligner.data.row_files import keys_of, shorten
 from nemo_aligner.data.tokenizer import Tokenizer
@@ -200,7 +200,9 @@ class _PairReader:
                 f"the row has {keys_of(row)}, unlike the file's first one",
                 cure=f"{_LAYOUTS}; not both in one file",
             )
-        refuse_unread(row, read=("system", "instruction"), cure="write it into the texts, or as messages")
+        refuse_unread(
+            row, read=("system", "tools", "instruction"), cure="write it into the texts, or as messages"
+        )
         if alternates:
             refuse_unread(row, read=(), cure="write it into the text")
             return text_field(row, "text")
@@ -221,7 +223,7 @@ class _PairReader:
         self._recognised.say(
             "rows of {prompt, chosen, rejected} with messages", "conversations, laid out by the chat template"
         )
-        chosen, rejected = (render_response(self._tokenizer, entries) for entries in split_pair(row))
+        chosen, rejected = (render_judged(self._tokenizer, entries, row) for entries in split_pair(row))
         return Pair(chosen=chosen, rejected=rejected, rendered=True)
 
 
@@ -269,8 +271,10 @@ class _JudgedReader:
 
     def __call__(self, row: Mapping[str, object]) -> Judged:
         key = next((key for key in CHATS if key in row), None)
-        refuse_unread(row, read=("system",) if key else (), cure="write it into the text, or into messages")
-        text = render_response(self.tokenizer, entries_of(row, key)) if key else text_field(row, "text")
+        refuse_unread(
+            row, read=("system", "tools") if key else (), cure="write it into the text, or into messages"
+        )
+        text = render_judged(self.tokenizer, entries_of(row, key), row) if key else text_field(row, "text")
         label = row.get("label")
         if not (isinstance(label, list) and label and all(map(_is_finite_number, label))):
             raise UserError(

@@ -4,18 +4,20 @@
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from nemo_aligner.data.common_rows import CHATS, Recognised, entries_of, prompt_of
+from nemo_aligner.data.common_rows import CHATS, Recognised, entries_of, prompt_of, refuse_unread
+from nemo_aligner.data.conversations import read_messages, read_tools
 from nemo_aligner.data.records import PromptText, RecordFile, Records, text_field
+from nemo_aligner.data.rendering import render_prompt, render_turn
 from nemo_aligner.data.tokenizer import Message, Tokenizer
 from nemo_aligner.errors import UserError
 
-__all__ = ["open_prompt_texts", "render_prompt", "render_response", "split_pair"]
+__all__ = ["open_prompt_texts", "render_asked", "render_judged", "split_pair"]
 
 Entry = Mapping[str, object]
 
 
-def render_prompt(tokenizer: Tokenizer | None, entries: Sequence[Entry]) -> str:
-    """A conversation whose next turn is the assistant's, as the model is asked it.
+def render_asked(tokenizer: Tokenizer | None, entries: Sequence[Entry], row: Entry) -> str:
+    """A conversation whose next turn is the assistant's, as the model is asked it; ``row`` may offer tools.
 
     Raises:
         UserError: its last turn is the assistant's, the tokenizer has no template, or that refuses the messages.
@@ -26,23 +28,24 @@ def render_prompt(tokenizer: Tokenizer | None, entries: Sequence[Entry]) -> str:
             "the last message is the assistant's, so that nothing is asked",
             cure="end the messages with what is to be answered",
         )
-    return _templated(tokenizer).render_chat(messages, add_generation_prompt=True)
+    return render_prompt(_templated(tokenizer), messages, read_tools(row))
 
 
-def render_response(tokenizer: Tokenizer | None, entries: Sequence[Entry]) -> str:
-    """A conversation that ends with the response that is judged, and with the token that ends its turn.
+def render_judged(tokenizer: Tokenizer | None, entries: Sequence[Entry], row: Entry) -> str:
+    """A conversation up to the token that ends its last turn, the response that is judged; ``row`` may offer tools.
 
     Raises:
         UserError: its last turn is not the assistant's, the tokenizer has no template, or that refuses the messages.
     """
     messages = _checked(entries)
-    if messages[-1]["role"] != "assistant":
+    if messages[-1]["role"] != "assistant" or len(messages) < 2:
         raise UserError(
-            f"the last message has the role {messages[-1]['role']!r}, and what is judged is the assistant's",
-            cure="end the messages with the assistant's response",
+            f"the last message has the role {messages[-1]['role']!r}, and what is judged is the assistant's response",
+            cure="end the messages with a prompt and the assistant's response",
         )
+    prompt, response = render_turn(_templated(tokenizer), messages, read_tools(row))
     # White space after the end of a turn belongs to the next one, and a reward is read at the text's last token.
-    return _templated(tokenizer).render_chat(messages).rstrip()
+    return prompt + response.rstrip()
 
 
 def open_prompt_texts(path: str | Path, tokenizer: Tokenizer) -> Records[PromptText]:
@@ -57,7 +60,7 @@ def open_prompt_texts(path: str | Path, tokenizer: Tokenizer) -> Records[PromptT
         asked = prompt_of(row, recognised)
         if isinstance(asked, str):
             return PromptText(text=asked)
-        return PromptText(text=render_prompt(tokenizer, asked), rendered=True)
+        return PromptText(text=render_asked(tokenizer, asked, row), rendered=True)
 
     return RecordFile(path, read)
 
@@ -126,7 +129,10 @@ def _prompt(row: Entry, chosen: list[Entry]) -> list[Entry]:
 
 
 def _checked(entries: Sequence[Entry]) -> list[Message]:
-    return [{name: text_field(entry, name) for name in ("role", "content")} for entry in entries]
+    for entry in entries:
+        flags = {name: entry[name] for name in ("weight", "train") if name in entry}
+        refuse_unread(flags, read=(), cure="give the row without it")
+    return read_messages({"messages": list(entries)}, "messages")
 
 
 def _templated(tokenizer: Tokenizer | None) -> Tokenizer:

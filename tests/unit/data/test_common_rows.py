@@ -72,6 +72,9 @@ def test_alpaca_keeps_its_instruction():
 )
 @pytest.mark.parametrize("row", [PLAIN, {"prompt": "1+1", "completion": "2"}, {"text": "1+1"}])
 def test_keys_that_carry_meaning_are_refused(row, extra, key):
+    if key in ("weight", "train") and "text" not in row:
+        assert read({**row, **extra})  # the layout leaves such rows out
+        return
     if key == "instruction" and row is PLAIN:
         assert "Be kind." in str(read({**row, **extra})["input"])
         return

@@ -42,8 +42,33 @@ def test_conversations_given_as_prompt_and_answer_name_the_setting(jsonl, bpe):
     assert "model.data.chat=True" in caught.value.cure
     assert len(opened(jsonl(MESSAGES | {"input": "a", "output": "b"}), bpe)) == 1
     with pytest.raises(UserError, match="line 1: key 'conversations' is missing") as caught:
-        opened(jsonl({"input": "a", "output": "b"}), bpe, chat=True)
+        opened(jsonl({"txt": "a"}), bpe, chat=True)
     assert "model.data.chat=False" in caught.value.cure
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"input": "Hi", "output": "Hello"},
+        {"prompt": "Hi", "completion": "Hello", "weight": 1},
+        {"instruction": "Hi", "input": "", "output": "Hello"},
+        {"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello"}]},
+        {"prompt": [MESSAGES["messages"][0]], "completion": [MESSAGES["messages"][1]]},
+    ],
+)
+def test_common_rows_are_conversations_of_two_turns(jsonl, chatml, row, caplog):
+    with caplog.at_level("INFO"):
+        dataset = opened(jsonl(row), chatml, chat=True, chat_template="tokenizer")
+    assert dataset[0] == opened(jsonl(MESSAGES), chatml, chat=True, chat_template="tokenizer")[0]
+    assert "holds rows of {" in caplog.text
+
+
+def test_texts_given_to_a_model_with_a_template_get_a_hint(jsonl, chatml, bpe, caplog):
+    with caplog.at_level("INFO"):
+        opened(jsonl({"input": "Hi", "output": "Hello"}), bpe)
+        assert not caplog.records
+        opened(jsonl({"input": "Hi", "output": "Hello"}), chatml)
+    assert "set model.data.chat=True" in caplog.text
 
 
 def test_a_row_that_teaches_nothing_names_its_line(jsonl, bpe):
