@@ -13,7 +13,7 @@ import sys
 
 import torch
 
-__all__ = ["usable"]
+__all__ = ["has_flash_attn", "usable"]
 
 NAME = "transformer_engine"
 
@@ -34,6 +34,11 @@ def usable() -> bool:
             del sys.modules[name]
     sys.modules[NAME] = None  # type: ignore[assignment] - as if it were not installed
     return False
+
+
+def has_flash_attn() -> bool:
+    """Whether the flash-attn package, of any generation, is installed."""
+    return any(importlib.util.find_spec(name) for name in ("flash_attn", "flash_attn_interface"))
 
 
 def _import_problem() -> str | None:

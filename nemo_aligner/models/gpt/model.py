@@ -26,13 +26,9 @@ from nemo_aligner.parallel import cpu_shim, te, world
 from nemo_aligner.parallel.ranks import Layout
 from nemo_aligner.parallel.vocab import HeadOutput, HeadRequest, head_outputs
 
-__all__ = ["GPT", "InterleavedGPT", "VocabHead", "build_gpt"]
+__all__ = ["GPT", "InterleavedGPT", "VocabHead", "attention_backend", "build_gpt"]
 
 logger = logging.getLogger(__name__)
-
-
-# By model.use_flash_attention; torch's own attention chooses by itself.
-ATTENTION_BACKENDS = {None: AttnBackend.auto, True: AttnBackend.flash, False: AttnBackend.unfused}
 
 
 class VocabHead(tensor_parallel.ColumnParallelLinear):
@@ -190,6 +186,21 @@ class InterleavedGPT(MegatronModule):
         }
 
 
+def attention_backend(use_flash_attention: bool | None) -> AttnBackend:
+    """Of Transformer Engine; torch's own attention chooses by itself.
+
+    True is the flash-attn package or, where that is not installed, cuDNN's kernel of the same kind; False is neither;
+    None lets Transformer Engine choose.
+    """
+    match use_flash_attention:
+        case None:
+            return AttnBackend.auto
+        case False:
+            return AttnBackend.unfused
+        case True:
+            return AttnBackend.flash if te.has_flash_attn() else AttnBackend.fused
+
+
 def build_gpt(
     gpt: GPTConfig,
     layout: Layout,
@@ -203,7 +214,7 @@ def build_gpt(
 
     Args:
         head: of a reward model or a critic; None for a language model.
-        use_flash_attention: with Transformer Engine, True or False forces the backend; None lets it choose.
+        use_flash_attention: see :func:`attention_backend`.
         recompute: activations that the backward computes again.
 
     Raises:
@@ -214,7 +225,7 @@ def build_gpt(
     # Said of selective recompute on every rank; docs/training.md says it.
     warnings.filterwarnings("ignore", message="[\\s\\S]*core_attn is from transformer_engine")
     config = transformer_config(gpt, layout, dtype, recompute)
-    config.attention_backend = ATTENTION_BACKENDS[use_flash_attention]
+    config.attention_backend = attention_backend(use_flash_attention)
     cpu_shim.install()
     if world.is_logging_rank():
         kernels = f"Transformer Engine, {config.attention_backend.name}" if te.usable() else "torch SDPA"

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from nemo_aligner.models.gpt.model import attention_backend
 from nemo_aligner.parallel import te
 
 META = 'raise RuntimeError("Found empty `transformer-engine` meta package installed.")'
@@ -82,6 +83,17 @@ def test_where_there_is_none_nothing_is_said(
     with caplog.at_level(logging.INFO):
         assert not te.usable.__wrapped__()
     assert not caplog.messages
+
+
+@pytest.mark.parametrize("package", ["flash_attn", "flash_attn_interface"])
+def test_flash_attention_is_cudnns_where_its_package_is_missing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, package: str
+):
+    assert attention_backend(True).name == "fused"
+    (tmp_path / f"{package}.py").touch()
+    monkeypatch.syspath_prepend(tmp_path)
+    assert attention_backend(True).name == "flash"
+    assert [attention_backend(value).name for value in (None, False)] == ["auto", "unfused"]
 
 
 START = """
