@@ -11,11 +11,20 @@ from nemo_aligner.data.row_files import keys_of, shorten
 from nemo_aligner.data.tokenizer import Message, Tools
 from nemo_aligner.errors import UserError
 
-__all__ = ["Chat", "Message", "Turn", "is_trained", "read_chat", "read_messages", "read_tools"]
+__all__ = [
+    "LEARNED_KEYS",
+    "Chat",
+    "Message",
+    "Turn",
+    "is_trained",
+    "read_chat",
+    "read_messages",
+    "read_tools",
+]
 
 _ROLES = ("system", "developer", "user", "assistant", "tool", "function", "ipython")
 _SPEAKERS = {"user": "User", "assistant": "Assistant"}  # what NeMo calls them
-_NOT_RENDERED = ("weight", "train")  # say whether a message is learned
+LEARNED_KEYS = ("weight", "train")  # say whether a message is learned
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -94,7 +103,7 @@ def is_trained(entry: Mapping[str, object]) -> bool:
     Raises:
         UserError: one of them has another value.
     """
-    flags = {name: entry[name] for name in _NOT_RENDERED if entry.get(name) is not None}
+    flags = {name: entry[name] for name in LEARNED_KEYS if entry.get(name) is not None}
     for name, value in flags.items():
         if not isinstance(value, bool | int | float) or value not in (0, 1):
             raise UserError(
@@ -175,7 +184,7 @@ def _read_message(entry: Mapping[str, object]) -> Message:
     if role not in _ROLES:
         raise UserError(f"a message has the role {role!r}", cure=f"use one of {', '.join(_ROLES)}")
     message: Message = {
-        name: value for name, value in entry.items() if value is not None and name not in _NOT_RENDERED
+        name: value for name, value in entry.items() if value is not None and name not in LEARNED_KEYS
     }
     says_more = role == "assistant" and len(message) > 1 and "content" not in message
     if isinstance(entry.get("content"), list):
@@ -192,7 +201,7 @@ def _read_message(entry: Mapping[str, object]) -> Message:
 
 def _message_is_trained(entry: Mapping[str, object]) -> bool:
     trained = is_trained(entry)
-    asked = [name for name in _NOT_RENDERED if entry.get(name) is not None]
+    asked = [name for name in LEARNED_KEYS if entry.get(name) is not None]
     if trained and asked and entry["role"] != "assistant":
         raise UserError(
             f"key {asked[0]!r} of a message would have the role {entry['role']!r} learned, and only the "

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 from nemo_aligner.data.common_rows import Recognised, as_input_output
 from nemo_aligner.data.config import SFTSplitConfig, unescape
-from nemo_aligner.data.conversations import is_trained
+from nemo_aligner.data.conversations import LEARNED_KEYS, is_trained
 from nemo_aligner.data.records import PromptResponse, read_prompt_response
 from nemo_aligner.data.sample import Sample, finish, most_tokens, split_bos
 from nemo_aligner.data.tokenizer import Tokenizer, encode_after
@@ -54,9 +54,10 @@ class PromptResponseLayout:
 
     def read(self, row: Mapping[str, object]) -> PromptResponse:
         """The fields that the template needs; rows of other common forms are converted first."""
-        masked = not is_trained({key: value for key, value in row.items() if key not in self._keys})
+        flags = {key: row[key] for key in LEARNED_KEYS if key in row and key not in self._keys}
+        row = {key: value for key, value in row.items() if key not in flags}
         row = as_input_output(row, keys=self._keys, recognised=self._recognised)
-        return replace(read_prompt_response(row, keys=self._keys), masked=masked)
+        return replace(read_prompt_response(row, keys=self._keys), masked=not is_trained(flags))
 
     def surely_fits(self, record: PromptResponse) -> bool:
         """Whether the row makes one whole sample, told without tokenising it."""

@@ -1,10 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Data sets from files: which layout is chosen, and where errors are said to be."""
 
+import logging
+
 import pytest
 
 from nemo_aligner.data.config import ChatPromptTokens, SFTDataConfig, SFTSplitConfig
 from nemo_aligner.data.datasets import describe, open_sft
+from nemo_aligner.data.tokenizer import load_tokenizer
 from nemo_aligner.errors import UserError
 
 MESSAGES = {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]}
@@ -76,3 +79,72 @@ def test_a_row_that_teaches_nothing_names_its_line(jsonl, bpe):
     with pytest.raises(UserError, match="no token of this row is learned") as caught:
         opened(path, bpe, split={"add_eos": False})
     assert caught.value.problem.startswith(f"{path}, line 3: ")
+
+
+TURNS = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
+LONG = [{"role": "user", "content": "Hi there " * 30}, TURNS[1]]
+
+
+def test_a_chat_without_room_is_left_out_and_named(jsonl, chatml, caplog):
+    rows = [{"messages": TURNS}] * 3
+    rows[1:1] = [{"messages": LONG}, {"messages": TURNS, "weight": 0}]
+    path = jsonl(*rows)
+    with caplog.at_level(logging.INFO):
+        dataset = opened(path, chatml, chat=True, split={"max_seq_length": 64})
+    assert len(dataset) == 3
+    assert len({tuple(dataset[i].tokens) for i in range(3)}) == 1
+    assert (
+        "1 of 5 rows leave no room for a response within max_seq_length=64 and are left out: line 2"
+        in caplog.text
+    )
+    assert (
+        "1 of 5 rows say that they are not learned (weight or train) and are left out: line 3" in caplog.text
+    )
+    whole = opened(jsonl(rows[0], name="whole.jsonl"), chatml, chat=True)
+    assert whole.fingerprint.keys() == {"rows"}
+    assert dataset.fingerprint.keys() == {"rows", "samples"}
+    with pytest.raises(UserError, match="has nothing to learn: 1 of 1 rows leave no room"):
+        opened(jsonl({"messages": LONG}), chatml, chat=True, split={"max_seq_length": 64})
+
+
+def test_a_prompt_without_room_is_left_out(jsonl, bpe, caplog):
+    path = jsonl(
+        {"input": "a", "output": "b"}, {"input": "a " * 40, "output": "b"}, {"input": "c", "output": "d" * 40}
+    )
+    with caplog.at_level(logging.INFO):
+        dataset = opened(path, bpe, split={"max_seq_length": 20, "truncation_field": None})
+    assert [describe(dataset[i], bpe) for i in range(2)] == ["a⟦ b</s>⟧", f"c⟦ {'d' * 17}</s>⟧"]
+    assert "left out: line 2" in caplog.text
+    assert "1 of 2 samples are longer than max_seq_length=20 and are cut" in caplog.text
+
+
+@pytest.mark.parametrize("flag", [{"weight": 0}, {"train": False}])
+def test_a_row_that_is_not_learned_is_left_out(jsonl, bpe, flag):
+    dataset = opened(jsonl({"input": "a", "output": "b"}, {"input": "c", "output": "d"} | flag), bpe)
+    assert len(dataset) == 1
+
+
+def test_a_template_that_rewrites_history_is_counted(jsonl, make_hf, caplog):
+    template = (
+        "{% for m in messages %}<|im_start|>{{ m['role'] }}\n"
+        "{{ m['content'] | upper if m['role'] == 'assistant' and not loop.last else m['content'] }}<|im_end|>\n"
+        "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    tokenizer = load_tokenizer("huggingface", make_hf(chat_template=template))
+    path = jsonl({"messages": [*TURNS, *TURNS]}, {"messages": TURNS})
+    with caplog.at_level(logging.INFO):
+        dataset = opened(path, tokenizer, chat=True)
+    assert len(dataset) == 3
+    assert "the chat template rewrites earlier turns, so 2 rows make 3 samples" in caplog.text
+    assert len(opened(path, tokenizer, chat=True, learn="last")) == 2
+
+
+def test_settings_of_chats_are_checked():
+    split = SFTSplitConfig(file_path="rows.jsonl")
+    for settings, problem in (
+        ({"learn": "first"}, "model.data.learn='first'"),
+        ({"chat_date": "today"}, "model.data.chat_date='today' is no date"),
+        ({"chat_template": "mine"}, "model.data.chat_template='mine'"),
+    ):
+        with pytest.raises(UserError, match=problem):
+            SFTDataConfig(train_ds=split, **settings)

@@ -1,0 +1,68 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Prompt tokens, from training to the answer: generate.py and transformers ask as training did."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from nemo_aligner.checkpoint.convert import export_to_huggingface
+
+ROOT = Path(__file__).parents[2]
+MESSAGES = [{"role": "user", "content": "Which colour?"}]
+PROMPT = "\x00System\n\n\x11User\nWhich colour?\n\x11Assistant\n"
+
+
+@pytest.fixture
+def chats(tmp_path: Path) -> Path:
+    path = tmp_path / "chats.jsonl"
+    rows = [{"messages": [*MESSAGES, {"role": "assistant", "content": "red"}]}] * 4
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def test_markers_travel_with_the_model(
+    settings: dict[str, object], chats: Path, tmp_path: Path, run: Callable
+):
+    trained = tmp_path / "run"
+    job = run(
+        settings
+        | {
+            "model.data.chat": True,
+            "model.data.train_ds.file_path": chats,
+            "model.data.validation_ds.file_path": chats,
+            "model.data.train_ds.global_batch_size": 4,
+        }
+    )
+    assert job.process.returncode == 0, job.err[-3000:]
+    log = (trained / "log.txt").read_bytes()
+    assert b"\0" not in log
+    assert rb"\x11Assistant" in log
+    [result] = trained.rglob("*.nemo")
+    asked = tmp_path / "asked.jsonl"
+    asked.write_text(json.dumps({"messages": MESSAGES}) + "\n")
+    answers = tmp_path / "answers.jsonl"
+    job = run(
+        {
+            "model.restore_from_path": result,
+            "trainer.precision": 32,
+            "input_file": asked,
+            "output_file": answers,
+            "sampling.use_greedy": True,
+            "sampling.max_length": 8,
+        },
+        command=(ROOT / "examples/nlp/gpt/generate.py",),
+    )
+    assert job.process.returncode == 0, job.err[-3000:]
+    export_to_huggingface(result, tmp_path / "hf")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "hf")
+    assert tokenizer.apply_chat_template(MESSAGES, tokenize=False, add_generation_prompt=True) == PROMPT
+    ids = torch.tensor([tokenizer.encode(PROMPT, add_special_tokens=False)])
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "hf")
+    logp = model(ids).logits[0, -1].log_softmax(-1)
+    [row] = [json.loads(line) for line in answers.read_text().split("\n")[:-1]]
+    written = tokenizer.encode(row["answer"], add_special_tokens=False)
+    assert written[0] == int(logp.argmax())
