@@ -19,6 +19,7 @@ from nemo_aligner.checkpoint.training import (
 )
 from nemo_aligner.config.base import ModelConfig, ModelJob
 from nemo_aligner.config.reward import RMJob
+from nemo_aligner.data.reading import Reading
 from nemo_aligner.data.tokenizer import Tokenizer, check_fits
 from nemo_aligner.errors import UserError
 from nemo_aligner.models.gpt.config import GPTConfig, precision_name, unread_keys
@@ -106,6 +107,11 @@ def load_reward_model(job: RMJob, *, start: Checkpoint | None = None) -> Pretrai
             head_config(archive.config) == head
             and (job.model.reward_model_type == "binary_ranking" or job.model.regression.load_rm_head_weights)
         )
+        trained, asked = Reading.of(archive.config), Reading.of(config)
+        if own and trained not in (None, asked) and world.is_logging_rank():
+            logger.warning(
+                "model.data has texts read with %s, and this reward model was trained with %s", asked, trained
+            )
         with heartbeat("loading weights", enabled=world.is_logging_rank()):
             load_model(built, archive.weights, but=None if own else HEAD_NAME)
         if not own:

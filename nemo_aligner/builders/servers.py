@@ -2,6 +2,7 @@
 """From the settings of both servers to a reward model, a critic and what clients are told of them."""
 
 import hashlib
+import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -24,6 +25,7 @@ from nemo_aligner.checkpoint.sharded import load_model
 from nemo_aligner.checkpoint.training import Checkpoint, TrainingCheckpoints
 from nemo_aligner.config.base import ModelJob
 from nemo_aligner.config.serve import CriticJob, InferenceConfig, RewardServerJob, ServedModelConfig
+from nemo_aligner.data.reading import Reading
 from nemo_aligner.data.sample import TextEncoder
 from nemo_aligner.data.tokenizer import Tokenizer
 from nemo_aligner.errors import UserError
@@ -48,6 +50,8 @@ __all__ = [
     "served_limits",
     "tokenizer_probe",
 ]
+
+logger = logging.getLogger(__name__)
 
 PROBE = "The quick brown fox; naïve 12345 你好\n\tdef f(x): return x**2"
 
@@ -86,12 +90,32 @@ def load_served_reward_model(job: RewardServerJob) -> Pretrained[GPTCritic]:
         head = head_config(config)
         if head is None or "reward_model_type" not in archive.config:
             raise _no_reward_model(job)
+        _tell_reading(archive.config, config)
         built, gpt = unfilled(job, config, head=head)
         with heartbeat("loading weights", enabled=world.is_logging_rank()):
             load_model(built, archive.weights)
         tokenizer, files = load_tokenizer(archive, gpt.vocab_size), tokenizer_files(archive)
     model = GPTCritic(built, head=head, scale=reward_scale(config), seed=job.model.seed)
     return Pretrained(learner=model, tokenizer=tokenizer, config=config, files=files)
+
+
+def _tell_reading(saved: Mapping[str, Any], config: Mapping[str, Any]) -> None:
+    """Say how sentences become tokens, and where that is not as in the reward model's training."""
+    trained, asked = Reading.of(saved), Reading.of(config)
+    if not world.is_logging_rank():
+        return
+    if asked is None:
+        logger.info(
+            "the reward model does not say how its texts were read: sentences end as they are, and begin as the "
+            "tokenizer has it; set model.data.append_eod and model.data.add_bos as they were in its training"
+        )
+    elif trained is not None and asked != trained:
+        logger.warning(
+            "model.data has sentences read with %s, and the reward model was trained with %s: its rewards differ",
+            *(asked, trained),
+        )
+    else:
+        logger.info("sentences are read with %s", asked)
 
 
 def _no_reward_model(job: ModelJob) -> UserError:
@@ -127,6 +151,8 @@ def load_critic(job: CriticJob) -> Critic:
         config = job.model.over(config)
         head = head_config(config)
         assert head is not None
+        if is_reward_model:
+            _tell_reading(archive.config, config)
         config["share_embeddings_and_output_weights"] = False
         built, gpt = unfilled(job, config, head=head)
         with heartbeat("loading weights", enabled=world.is_logging_rank()):
@@ -276,7 +302,7 @@ def critic_server(job: CriticJob, critic: Critic) -> Callable[[], Server]:
             request_limits=config.request_limits,
         ),
         served_limits(job.model, critic),
-        critic.tokenizer,
+        critic,
     )
 
 
@@ -297,7 +323,7 @@ def reward_server(job: RewardServerJob, pretrained: Pretrained[GPTCritic]) -> Ca
             request_limits=config.request_limits,
         ),
         served_limits(job.model, pretrained),
-        pretrained.tokenizer,
+        pretrained,
     )
 
 
@@ -306,7 +332,10 @@ def num_rewards(learner: GPTCritic) -> int:
     return 1 if learner.scale.weights else learner.head.outputs
 
 
-def _opener(config: ServerConfig, limits: Limits, tokenizer: Tokenizer | None) -> Callable[[], Server]:
-    # As the texts that it was trained on, unless model.data.add_bos said otherwise there.
-    encode = TextEncoder(tokenizer=tokenizer, add_bos=None, append_eos=False) if tokenizer else None
+def _opener(config: ServerConfig, limits: Limits, served: Pretrained[GPTCritic]) -> Callable[[], Server]:
+    encode, reading = None, Reading.of(served.config) or Reading()
+    if served.tokenizer is not None:
+        encode = TextEncoder(
+            tokenizer=served.tokenizer, add_bos=reading.add_bos, append_eos=reading.append_eod
+        )
     return lambda: Server(config, limits, encode=encode)

@@ -15,6 +15,7 @@ from nemo_aligner.checkpoint.huggingface import (
 )
 from nemo_aligner.checkpoint.legacy import import_legacy
 from nemo_aligner.checkpoint.nemo_archive import check_output, open_nemo, write_nemo
+from nemo_aligner.checkpoint.reward_tokens import reward_tokens
 from nemo_aligner.checkpoint.stop_tokens import with_stops
 from nemo_aligner.checkpoint.tokenizer_files import archived_tokenizer_files, load_archived_tokenizer
 from nemo_aligner.checkpoint.weights import WeightReader, save_weights
@@ -73,8 +74,19 @@ def export_to_huggingface(source: Path, out: Path, *, overwrite: bool = False) -
     with open_nemo(source) as archive:
         reader, files = WeightReader(archive.weights), archived_tokenizer_files(archive)
         tokenizer = load_archived_tokenizer(archive) if files else None
-        config = with_stops(archive.config, tokenizer)
-        export_huggingface(config, reader, files, out, overwrite=overwrite)
+        if not archive.config.get("reward_model_type"):
+            config = with_stops(archive.config, tokenizer)
+            export_huggingface(config, reader, files, out, overwrite=overwrite)
+            return
+        tokens, kept = (
+            reward_tokens(archive.config, files, tokenizer),
+            archive.config.get("huggingface") or {},
+        )
+        kept = {**kept, "config": {**(kept.get("config") or {}), **tokens.settings}}
+        config = {**archive.config, "huggingface": kept}
+        export_huggingface(
+            config, reader, tokens.files, out, vocab_size=tokens.vocab_size, overwrite=overwrite
+        )
 
 
 def _write(model: ImportedModel, out: str, *, overwrite: bool) -> None:

@@ -35,8 +35,13 @@ from nemo_aligner.checkpoint.tensor_files import (
     shortened,
     write_safetensors,
 )
-from nemo_aligner.checkpoint.tokenizer_files import TOKENIZER_FOLDER, describe_tokenizer, find_tokenizer_files
-from nemo_aligner.checkpoint.weights import WeightReader, precision_of
+from nemo_aligner.checkpoint.tokenizer_files import (
+    TOKENIZER_FOLDER,
+    appends_eos,
+    describe_tokenizer,
+    find_tokenizer_files,
+)
+from nemo_aligner.checkpoint.weights import WeightReader, pad_rows, precision_of
 from nemo_aligner.errors import UserError, damage_told
 
 __all__ = ["ImportedModel", "export_huggingface", "import_huggingface", "import_model"]
@@ -113,7 +118,10 @@ def import_model(
     )
     embedding = tensors.read(next(iter(entries[0].sources)))
     config["precision"] = precision_of(embedding.dtype, where)
-    config["tokenizer"] = describe_tokenizer(tokenizer_files, where)
+    config["tokenizer"] = tokenizer = describe_tokenizer(tokenizer_files, where)
+    if family.rewards and tokenizer is not None and tokenizer["library"] == "huggingface":
+        # Texts are read as transformers' tokenizer writes them.
+        config["data"] = {"append_eod": appends_eos(tokenizer_files), "add_bos": None}
     config["huggingface"] = {
         "architecture": family.architecture,
         "config": extras(family, hf_config),
@@ -132,6 +140,7 @@ def export_huggingface(
     out: Path,
     *,
     max_shard_bytes: int = 5 * 10**9,
+    vocab_size: int | None = None,
     overwrite: bool = False,
 ) -> None:
     """Writes a folder that transformers loads: config, generation config, tokenizer and safetensors.
@@ -142,6 +151,7 @@ def export_huggingface(
         tokenizer_files: file name to file or content; empty where the model has no tokenizer.
         out: the folder to write; it appears when it is complete.
         max_shard_bytes: weights beyond this are split into shards.
+        vocab_size: rows of the exported embedding, zeros from the checkpoint's last one on; None: the model's.
         overwrite: whether an existing folder is replaced.
 
     Raises:
@@ -151,6 +161,9 @@ def export_huggingface(
     family, config = family_for_export(config)
     entries = _entries(family, config)
     _check_reader(entries, reader)
+    if vocab_size is not None:
+        config["vocab_size"] = vocab_size
+        entries = _entries(family, config)
     out.parent.mkdir(parents=True, exist_ok=True)
     staging = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
     try:
@@ -297,7 +310,7 @@ def _write_weights(
         if name not in parts:
             entry = entry_of[name]
             # The first rows: what follows pads the vocabulary.
-            tensor = reader.read(entry.nemo)[: entry.shape[0]]
+            tensor = pad_rows(reader.read(entry.nemo)[: entry.shape[0]], entry.shape[0])
             if not is_finite([tensor]):
                 raise UserError(
                     f"{entry.nemo} holds numbers that are infinite or NaN, and is not exported",

@@ -17,7 +17,9 @@ from nemo_aligner.errors import UserError
 __all__ = [
     "CHAT_DATE",
     "TOKENIZER_FOLDER",
+    "appends_eos",
     "archived_tokenizer_files",
+    "as_folder",
     "chat_template_file",
     "describe_tokenizer",
     "find_tokenizer_files",
@@ -117,7 +119,7 @@ def _load(archive: NemoArchive, section: Mapping[str, Any]) -> Tokenizer:
         case "huggingface" if section.get("type") and archive.has_folder(section["type"]):
             return load_tokenizer("huggingface", archive.file(section["type"]))
         case "megatron" if files := archived_tokenizer_files(archive):
-            with _as_folder(files) as folder:
+            with as_folder(files) as folder:
                 return load_tokenizer("huggingface", folder)
     named = {name: value for name, value in section.items() if value is not None}
     raise UserError(
@@ -163,11 +165,17 @@ def describe_tokenizer(files: Mapping[str, Path | bytes], where: str) -> dict[st
     return None
 
 
+def appends_eos(files: Mapping[str, Path | bytes]) -> bool:
+    """Whether the tokenizer of a Hugging Face folder, left to itself, ends a text with EOS."""
+    with as_folder(files) as folder:
+        return load_tokenizer("huggingface", folder).adds_eos
+
+
 def _loads_as_huggingface(files: Mapping[str, Path | bytes]) -> bool:
     """Tried on the tokenizer's files alone, as they will lie in the .nemo."""
     if not files:
         return False
-    with _as_folder(files) as folder:
+    with as_folder(files) as folder:
         try:
             load_tokenizer("huggingface", folder)
         except UserError as error:
@@ -180,13 +188,14 @@ def _gpt2_files(vocab: Path, merges: Path) -> dict[str, bytes]:
     """The same tokenizer as tokenizer.json, which loads whatever the model beside it is."""
     config = json.dumps({"tokenizer_class": "GPT2Tokenizer"}).encode()
     files = {"vocab.json": vocab, "merges.txt": merges, "tokenizer_config.json": config}
-    with _as_folder(files) as folder:
+    with as_folder(files) as folder:
         load_tokenizer("huggingface", folder).save(folder / "saved")
         return {name: path.read_bytes() for name, path in find_tokenizer_files(folder / "saved").items()}
 
 
 @contextlib.contextmanager
-def _as_folder(files: Mapping[str, Path | bytes]) -> Iterator[Path]:
+def as_folder(files: Mapping[str, Path | bytes]) -> Iterator[Path]:
+    """The files in a temporary folder."""
     with tempfile.TemporaryDirectory(prefix="nemo_aligner_") as folder:
         for name, content in files.items():
             target = Path(folder) / name

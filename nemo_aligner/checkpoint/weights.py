@@ -19,7 +19,7 @@ from nemo_aligner.checkpoint.finite import is_finite
 from nemo_aligner.checkpoint.torch_dist import FolderReader, FolderWriter, check_folder
 from nemo_aligner.errors import UserError
 
-__all__ = ["WeightReader", "check_folder", "precision_of", "save_weights"]
+__all__ = ["WeightReader", "check_folder", "pad_rows", "precision_of", "save_weights"]
 
 _PREFIX = "model."
 _LAYER_NAME = re.compile(r"(decoder\.layers)\.(\d+)\.(.+)")
@@ -58,7 +58,7 @@ def save_weights(
                     f"{name} holds numbers that are infinite or NaN", cure="convert an intact model"
                 )
             if name in _VOCABULARY_NAMES:
-                tensor = _pad_rows(tensor, vocab_multiple)
+                tensor = pad_rows(tensor, vocab_multiple)
             match = _LAYER_NAME.fullmatch(name)
             if match is None:
                 writer.add(_PREFIX + name, tensor, offsets=(0,) * tensor.ndim, shape=tuple(tensor.shape))
@@ -156,6 +156,7 @@ def precision_of(dtype: torch.dtype, where: str) -> str | int:
     raise UserError(f"{where}: weights in {dtype} are not supported", cure="convert them to bfloat16 first")
 
 
-def _pad_rows(tensor: Tensor, multiple: int) -> Tensor:
+def pad_rows(tensor: Tensor, multiple: int) -> Tensor:
+    """``tensor`` with zero rows up to a multiple of so many."""
     missing = -tensor.shape[0] % multiple
-    return torch.nn.functional.pad(tensor, (0, 0, 0, missing)) if missing else tensor
+    return torch.nn.functional.pad(tensor, (*(0, 0) * (tensor.ndim - 1), 0, missing)) if missing else tensor

@@ -70,6 +70,7 @@ class RMModelConfig(BatchedModelConfig):
             "output_sequence": self.output_sequence,
             "use_avg_pool": self.use_avg_pool,
             "force_head_dtype": self.force_head_dtype,
+            "data": {"append_eod": self.data.append_eod, "add_bos": self.data.add_bos},
         }
 
 

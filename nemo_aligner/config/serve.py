@@ -39,9 +39,18 @@ class ServedStandardizationConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ServedDataConfig:
+    """The ``model.data`` block of a server; null leaves the reward model's own value."""
+
+    append_eod: bool | None = None
+    add_bos: bool | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
 class ServedModelConfig(ModelConfig):
     """What the ``model`` blocks of both servers share."""
 
+    data: ServedDataConfig = field(default_factory=ServedDataConfig)
     forward_micro_batch_size: int | None = None
     reward_model_type: str | None = None
     regression: ServedRegressionConfig = field(default_factory=ServedRegressionConfig)
@@ -55,7 +64,7 @@ class ServedModelConfig(ModelConfig):
         for name in ("reward_model_type", "use_avg_pool", "force_head_dtype"):
             if (value := getattr(self, name)) is not None:
                 merged[name] = value
-        for name in ("regression", "reward_standardization"):
+        for name in ("regression", "reward_standardization", "data"):
             given = {key: value for key, value in asdict(getattr(self, name)).items() if value is not None}
             merged[name] = {**(saved.get(name) or {}), **given}
         return merged

@@ -41,7 +41,7 @@ class SentencePieceTokenizer:
         pad_id = optional_id(self._model.pad_id())
         self.pad_id = self.eos_id if pad_id is None else pad_id
         self.sep_id = self.token_id("<sep>")
-        self.adds_bos = False
+        self.adds_bos = self.adds_eos = False
         self.prefixes_space = prefixes_space(self.encode)
         self.added_ids = frozenset({self.eos_id})
         self.chat_template = self._unpinned = _template_beside(path)

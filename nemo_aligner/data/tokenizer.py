@@ -73,6 +73,11 @@ class Tokenizer(Protocol):
         ...
 
     @property
+    def adds_eos(self) -> bool:
+        """Whether the tokenizer, left to itself, ends a text with EOS."""
+        ...
+
+    @property
     def prefixes_space(self) -> bool:
         """Whether ``encode`` puts a space of its own before the text."""
         ...
@@ -209,6 +214,7 @@ class HuggingFaceTokenizer:
         self.pad_id = self.eos_id if pad_id is None else pad_id
         self.sep_id = optional_id(self._tokenizer.sep_token_id)
         self.adds_bos = self.bos_id is not None and self._tokenizer.encode("a")[:1] == [self.bos_id]
+        self.adds_eos = self._tokenizer.encode("a")[-1:] == [self.eos_id]
         self.prefixes_space = prefixes_space(self.encode)
         self.added_ids = frozenset(self._tokenizer.added_tokens_decoder)
         self._unpinned = self._tokenizer.chat_template

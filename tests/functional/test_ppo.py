@@ -5,9 +5,12 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
+from pytriton.client import ModelClient
 
 from nemo_aligner.checkpoint.nemo_archive import open_nemo
+from nemo_aligner.checkpoint.tokenizer_files import load_archived_tokenizer
 from nemo_aligner.launch.together import free_ports
 from tests.functional.ppo_pair import LONG, Pair, metrics
 
@@ -129,12 +132,27 @@ def test_a_reward_model_in_a_job_of_its_own(pairs: Callable[..., Pair]):
     assert metrics(pair.actor_folder) == metrics(together.actor_folder)
 
 
-def test_a_reward_server_of_several_ranks_ends_at_sigterm(pairs: Callable[..., Pair]):
-    pair = pairs("reward", critic={}, actor={})
-    job = pair.serve_reward_model(
-        free_ports(1)[0], **{"trainer.devices": 2, "model.tensor_model_parallel_size": 2}
-    )
+def test_a_reward_server_of_several_ranks_reads_texts_as_it_is_told_and_ends_at_sigterm(
+    pairs: Callable[..., Pair],
+):
+    pair, port = pairs("reward", critic={}, actor={}), free_ports(1)[0]
+    layout = {"trainer.devices": 2, "model.tensor_model_parallel_size": 2}
+    job = pair.serve_reward_model(port, **layout, **{"model.data.append_eod": True})
     job.wait_for("serving at 127.0.0.1")
+    assert (
+        "read with append_eod=True, add_bos=null, and the reward model was trained with append_eod=False"
+        in job.err
+    )
+    texts = ["thing 1?", "no"]
+    with open_nemo(pair.reward_nemo) as archive:
+        tokenizer = load_archived_tokenizer(archive)
+    rows = [[*tokenizer.encode(text), tokenizer.eos_id] for text in texts]
+    padded = np.array([row + [0] * (9 - len(row)) for row in rows])
+    with ModelClient(f"http://127.0.0.1:{port}", "reward_model", inference_timeout_s=60) as client:
+        by_text = client.infer_batch(sentences=np.char.encode([[text] for text in texts], "utf-8"))
+        lengths = np.array([[len(row)] for row in rows])
+        by_token = client.infer_batch(tokens=padded, sequence_lengths=lengths)
+    assert by_text["rewards"].tolist() == by_token["rewards"].tolist()
     job.process.terminate()
     assert job.wait(timeout=30) == 0, job.err
 

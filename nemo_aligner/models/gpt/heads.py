@@ -24,6 +24,7 @@ HEAD_KEYS = (
     "use_avg_pool",
     "force_head_dtype",
     "output_sequence",
+    "data",
 )
 # By model.force_head_dtype, in its spelling or in trainer.precision's.
 HEAD_DTYPES = {
