@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file
 from transformers import LlamaForCausalLM
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -16,6 +17,7 @@ import worker
 
 from nemo_aligner.checkpoint.convert import export_to_huggingface
 from nemo_aligner.checkpoint.sharded import save_model
+from nemo_aligner.checkpoint.weights import WeightReader
 from nemo_aligner.models.gpt.model import build_gpt
 from nemo_aligner.parallel import world
 from nemo_aligner.parallel.ranks import Layout
@@ -76,6 +78,32 @@ def test_weights_saved_at_tp2_pp2_give_the_same_logits_everywhere(folder: Path, 
             assert torch.equal(found, saved)
         torch.testing.assert_close(found, saved, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(saved, torch.load(folder / "logits-oracle.pt"), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("case", worker.AGAIN, ids=str)
+def test_weights_saved_at_a_layout_are_those_that_were_loaded(
+    folder: Path, case: worker.Case, tmp_path: Path
+):
+    before, after = (
+        WeightReader(path) for path in (folder / f"weights-tied-{case.tied}", folder / f"again-{case}/model_weights")
+    )
+    assert set(before.names()) == set(after.names())
+    for name in before.names():
+        # How many rows pad the vocabulary is the layout's.
+        rows = worker.VOCAB if "embedding" in name or "output_layer" in name else None
+        assert torch.equal(before.read(name)[:rows], after.read(name)[:rows]), name
+    if not case.tied:
+        return
+    exported = []
+    for saved in (folder / f"weights-tied-{case.tied}", folder / f"again-{case}/model_weights"):
+        archive = tmp_path / saved.parent.name
+        archive.mkdir()
+        (archive / "model_weights").symlink_to(saved)
+        (archive / "model_config.yaml").write_text(yaml.safe_dump(asdict(worker.config(tied=True))))
+        export_to_huggingface(archive, tmp_path / f"{archive.name}-hf")
+        exported.append(load_file(tmp_path / f"{archive.name}-hf/model.safetensors"))
+    assert exported[0].keys() == exported[1].keys()
+    assert all(torch.equal(exported[0][name], exported[1][name]) for name in exported[0])
 
 
 def test_weights_saved_at_tp2_pp2_give_the_same_logits_in_transformers(folder: Path, tmp_path: Path):

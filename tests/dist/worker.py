@@ -107,6 +107,13 @@ RELOADED = (
     Case(pp=2, vp=2),
     Case(tp=2, sp=True),
 )
+# Loaded and saved again as they are; of the untied one TP 4 is more than it has key/value heads.
+AGAIN = (
+    Case(tp=2, sp=True),
+    Case(pp=2),
+    Case(tp=4, sp=True, tied=False),
+    Case(tp=4, pp=2, sp=True, tied=False),
+)
 # Saved with the optimizer by 4 ranks; these go on, each with its number of ranks.
 # Its buckets are many, most with padding at their end.
 SAVED = Case(tp=2, pp=2, mbs=4, tied=False, overlap=True, bucket_cap_mb=0.002)
@@ -121,7 +128,9 @@ RESUMED = {
 
 
 def config(*, tied: bool) -> GPTConfig:
-    """A Llama with biases and a tied head; untied, every other norm, activation and bias that families have."""
+    """A Llama with biases and a tied head; untied, every other norm, activation and bias that families have, and
+    fewer key/value heads than some layouts have tensor parallel ranks.
+    """
     parts = (
         {"normalization": "rmsnorm", "activation": "swiglu", "bias": True}
         if tied
@@ -140,7 +149,7 @@ def config(*, tied: bool) -> GPTConfig:
         hidden_size=32,
         ffn_hidden_size=48,
         num_attention_heads=8,
-        num_query_groups=4,
+        num_query_groups=4 if tied else 1,  # fewer than tensor parallel ranks
         vocab_size=VOCAB,
         make_vocab_size_divisible_by=8,
         position_embedding_type="rope",
@@ -256,6 +265,15 @@ def reload_all(layout: Layout, out: Path) -> None:
                 torch.save(found, out / f"logits-{case}-dp{world.dp_rank()}.pt")
 
 
+def save_again(layout: Layout, out: Path) -> None:
+    """AGAIN of this layout."""
+    for case in AGAIN:
+        if case.layout == layout:
+            model = build_gpt(config(tied=case.tied), layout, torch.float32)
+            load_model(model, out / f"weights-tied-{case.tied}")
+            save_model(model, out / f"again-{case}/model_weights")
+
+
 def save_all(rank: int, out: Path) -> None:
     """What the others load: weights, and weights and optimizer after 2 steps of 5."""
     model = build_gpt(config(tied=True), SAVED.layout, torch.float32)
@@ -319,6 +337,7 @@ def run_rank(rank: int, size: int, out: Path) -> None:
                 if num_ranks == size:
                     train_all(layout, rank, out)
                     reload_all(layout, out)
+                    save_again(layout, out)
                 if (layout, num_ranks) == (SAVED.layout, size):
                     draw_all(rank, out)
 

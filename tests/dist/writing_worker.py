@@ -19,7 +19,7 @@ from nemo_aligner.models.sampling_config import SamplingConfig
 from nemo_aligner.parallel import world
 from nemo_aligner.parallel.ranks import Layout, Ranks
 
-EOS = {True: 38, False: 90}  # by whether the head is tied: tokens that the models like
+EOS = {True: 38, False: 32}  # by whether the head is tied: tokens that the models like
 SAMPLINGS = {
     "greedy": SamplingConfig(use_greedy=True, max_length=14),
     "plain": SamplingConfig(max_length=14),

@@ -229,8 +229,8 @@ class GPTConfig:
             ("num_query_groups", self.query_groups),
             ("ffn_hidden_size", self.ffn_hidden_size),
         ):
-            if size % layout.tensor:
-                fits = [n for n in range(1, size + 1) if self._fits_tensor_parallel(n)]
+            if name in self._uncut(layout.tensor):
+                fits = [n for n in range(1, self.num_attention_heads + 1) if not self._uncut(n)]
                 raise UserError(
                     f"model.tensor_model_parallel_size={layout.tensor} does not divide the model's {name}={size}",
                     cure=f"set model.tensor_model_parallel_size to one of {fits}",
@@ -250,10 +250,15 @@ class GPTConfig:
                 cure=f"set model.virtual_pipeline_model_parallel_size to one of {_divisors(layers)}",
             )
 
-    def _fits_tensor_parallel(self, n: int) -> bool:
-        return not any(
-            size % n for size in (self.num_attention_heads, self.query_groups, self.ffn_hidden_size)
-        )
+    def _uncut(self, ranks: int) -> set[str]:
+        """The sizes that ``ranks`` ranks cannot share; key/value heads that are fewer go to several ranks each."""
+        groups, fused = self.query_groups, (self.num_attention_heads + 2 * self.query_groups) * self.head_dim
+        wrong = {
+            "num_attention_heads": self.num_attention_heads % ranks,
+            "num_query_groups": (groups % ranks and ranks % groups) or fused % ranks,
+            "ffn_hidden_size": self.ffn_hidden_size % ranks,
+        }
+        return {name for name, rest in wrong.items() if rest}
 
 
 # What a configuration may say of the architecture: our fields, and NeMo's names for rope_scaling.

@@ -94,7 +94,7 @@ class _Layer:
         self.number = number
         self.groups, self.head_dim = attention.num_query_groups_per_partition, config.kv_channels
         self.norm = _input_norm(layer.input_layernorm, attention.linear_qkv, config)
-        self.qkv = _Linear(attention.linear_qkv.weight, attention.linear_qkv.bias, rows=rows)
+        self.qkv = _Linear(*_own_qkv(attention.linear_qkv, config), rows=rows)
         self.proj = _RowLinear(attention.linear_proj.weight, attention.linear_proj.bias, rows=rows)
         self.mlp_norm = _input_norm(layer.pre_mlp_layernorm, mlp.linear_fc1, config)
         self.fc1 = _Linear(mlp.linear_fc1.weight, mlp.linear_fc1.bias, rows=rows)
@@ -122,6 +122,27 @@ class _Layer:
         else:
             inner = self.activation(inner)
         return self.fc2(inner).add_(x)
+
+
+def _own_qkv(linear: Any, config: Any) -> tuple[Tensor, Tensor | None]:  # noqa: ANN401 - Megatron's
+    """Weight and bias of this rank's queries and of the key and value that they see.
+
+    Where there are fewer keys than ranks, Megatron cuts a group of heads without regard to its parts, and gathers
+    activations; here each rank gathers, once, the rows that are its own.
+    """
+    bias = None if linear.bias is None else linear.bias.detach()
+    weight, copies = linear.weight.detach(), world.tp_size() // config.num_query_groups
+    if copies <= 1:
+        return weight, bias
+    each = config.num_attention_heads // world.tp_size()
+    group, part = divmod(world.tp_rank(), copies)
+
+    def own(columns: Tensor) -> Tensor:
+        rows = collectives.gather_over_tensor_parallel(columns).t()
+        heads = rows.unflatten(0, (config.num_query_groups, -1, config.kv_channels))[group]
+        return torch.cat((heads[part * each : (part + 1) * each], heads[-2:])).flatten(0, 1)
+
+    return own(weight.t()), None if bias is None else own(bias[None])[:, 0]
 
 
 def _norm(module: Any, config: Any) -> _Norm:  # noqa: ANN401 - ours or Transformer Engine's
@@ -195,7 +216,7 @@ class Decoder:
         self.cache = KVCache(
             slots=slots,
             layers=count,
-            groups=gpt.query_groups // world.tp_size(),
+            groups=max(1, gpt.query_groups // world.tp_size()),
             head_dim=gpt.head_dim,
             scale=gpt.head_dim**-0.5,
             window=gpt.window_size,

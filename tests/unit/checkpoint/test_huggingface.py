@@ -11,7 +11,14 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
 
 from nemo_aligner.checkpoint.convert import export_to_huggingface, import_from_huggingface
 from nemo_aligner.checkpoint.huggingface import export_huggingface, import_huggingface
@@ -80,6 +87,18 @@ def test_qkv_rows_are_interleaved_by_group(hf_folder: Callable[..., Path]):
     q, k, v = (state(source)[f"model.layers.1.self_attn.{p}_proj.weight"].split(8) for p in "qkv")
     expected = torch.cat([q[0], q[1], k[0], v[0], q[2], q[3], k[1], v[1]])
     assert torch.equal(tensors["decoder.layers.1.self_attention.linear_qkv.weight"], expected)
+
+
+def test_odd_sizes_come_back_in_fp16(tmp_path: Path):
+    """A vocabulary of 7, three key/value heads, and heads that together are not as wide as the model."""
+    sizes = {"num_attention_heads": 6, "num_key_value_heads": 3, "head_dim": 10, "num_hidden_layers": 2}
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=7, hidden_size=24, intermediate_size=9, **sizes)).half()
+    model.save_pretrained(tmp_path / "hf")
+    import_from_huggingface(tmp_path / "hf", str(tmp_path / "x.nemo"))
+    export_to_huggingface(tmp_path / "x.nemo", tmp_path / "out")
+    assert_same(state(tmp_path / "hf"), state(tmp_path / "out"))
+    assert settings(tmp_path / "hf") == settings(tmp_path / "out")
 
 
 @pytest.mark.parametrize(("dtype", "precision"), [(torch.bfloat16, "bf16"), (torch.float16, 16)])
@@ -164,11 +183,13 @@ def test_pickled_weights_run_no_code(hf_folder: Callable[..., Path], hostile: ob
     assert not (tmp_path / "ran").exists()
 
 
-def test_older_rope_keys_are_read(hf_folder: Callable[..., Path], tmp_path: Path):
-    source = hf_folder("llama3")
+@pytest.mark.parametrize("name", ["llama3", "llama-linear", "qwen2-yarn", "llama-yarn"])
+@pytest.mark.parametrize("key", ["rope_type", "type"])
+def test_older_rope_keys_are_read(hf_folder: Callable[..., Path], tmp_path: Path, name: str, key: str):
+    source = hf_folder(name, tokenizer=False)
     expected = logits(source)
     rope = json.loads((source / "config.json").read_text())["rope_parameters"]
-    theta = rope.pop("rope_theta")
+    theta, rope[key] = rope.pop("rope_theta"), rope.pop("rope_type")
     edit_json(source / "config.json", rope_parameters=..., rope_theta=theta, rope_scaling=rope)
     import_from_huggingface(source, str(tmp_path / "x.nemo"))
     export_to_huggingface(tmp_path / "x.nemo", tmp_path / "out")

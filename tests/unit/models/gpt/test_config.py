@@ -138,3 +138,17 @@ def test_the_vocabulary_is_padded_to_equal_slices(tensor: int, rows: int):
 def test_keys_that_nothing_reads_are_known():
     config = {"num_layers": 2, "scale_factor": 8, "tokenizer": {}, "target": "x.y", "nsys_profile": {}}
     assert unread_keys(config) == ["nsys_profile", "target"]
+
+
+@pytest.mark.parametrize(
+    ("groups", "fits"), [(1, [1, 2, 4]), (2, [1, 2, 4]), (3, [1, 3, 6, 12]), (4, [1, 2, 4])]
+)
+def test_keys_may_be_fewer_than_ranks(groups: int, fits: list[int]):
+    config = GPTConfig.from_dict(SMALL | {"num_query_groups": groups})
+    for ranks in range(1, 13):
+        if ranks in fits:
+            config.check_layout(Layout(tensor=ranks))
+            continue
+        with pytest.raises(UserError, match=f"tensor_model_parallel_size={ranks} ") as refused:
+            config.check_layout(Layout(tensor=ranks))
+        assert refused.value.cure.endswith(f"one of {fits}")
