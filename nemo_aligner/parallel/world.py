@@ -37,6 +37,7 @@ __all__ = [
     "dp_rank",
     "dp_size",
     "ensure_single_process",
+    "free_memory",
     "is_first_stage",
     "is_last_stage",
     "is_logging_rank",
@@ -243,6 +244,14 @@ def device_memory() -> tuple[int, int] | None:
     if not torch.cuda.is_available():
         return None
     return torch.cuda.max_memory_allocated(), torch.cuda.get_device_properties(device()).total_memory
+
+
+def free_memory() -> tuple[int, int] | None:
+    """(free, total) bytes of the device's memory; what PyTorch keeps unused counts as free. None on a CPU."""
+    if not torch.cuda.is_available():
+        return None
+    free, total = torch.cuda.mem_get_info(device())
+    return free + torch.cuda.memory_reserved() - torch.cuda.memory_allocated(), total
 
 
 def synchronize() -> None:

@@ -2,10 +2,12 @@
 """A second set of weights for a model: the initial policy beside the actor, the reward model beside the critic."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor, nn
+
+from nemo_aligner.parallel import world
 
 __all__ = ["SpareWeights"]
 
@@ -17,22 +19,31 @@ class SpareWeights:
     def __init__(self, model: nn.Module) -> None:
         self._spare = {name: _host_copy(param) for name, param in model.named_parameters()}
         self._kept: dict[str, Tensor] = {}  # where a device's own weights wait meanwhile
+        self._kept_is_stale = True
 
     @contextlib.contextmanager
     @torch.no_grad()
-    def swapped(self, model: nn.Module) -> Iterator[None]:
+    def swapped(self, model: nn.Module, *, changed: bool = True) -> Iterator[None]:
         """Within it, ``model`` has these weights; its own are back afterwards, bit for bit.
 
-        In CPU memory both sets stay where they are. On a device there is room for one, so they are copied.
+        In CPU memory, and on a device that has room, both sets stay where they are. Else they are copied.
+
+        Args:
+            changed: whether the model's own weights may be others than when they were last swapped; if they are not,
+                their copy in CPU memory still holds.
         """
+        self._kept_is_stale |= changed
         moved: dict[str, Tensor] = {}
+        beside = _has_room(self._spare.values())
         for name, param in model.named_parameters():
-            if _exchangeable(param, self._spare[name]):
-                self._kept[name] = _host_copy(param, into=self._kept.get(name))
-                param.data.copy_(self._spare[name])
-            else:
+            if beside or not _exchangeable(param, self._spare[name]):
                 moved[name] = param.data
-                param.data = self._spare[name].to(param.device)
+                param.data = self._spare[name].to(param.device, non_blocking=True)
+            else:
+                if self._kept_is_stale:
+                    self._kept[name] = _host_copy(param, into=self._kept.get(name))
+                param.data.copy_(self._spare[name], non_blocking=True)
+        self._kept_is_stale &= beside
         try:
             yield
         finally:
@@ -40,7 +51,13 @@ class SpareWeights:
                 if name in moved:
                     param.data = moved[name]
                 else:
-                    param.data.copy_(self._kept[name])
+                    param.data.copy_(self._kept[name], non_blocking=True)
+
+
+def _has_room(weights: Iterable[Tensor]) -> bool:
+    """Whether the device holds these too and keeps a fifth of its memory free for what is computed with them."""
+    memory = world.free_memory()
+    return memory is not None and memory[0] - sum(x.nbytes for x in weights) > memory[1] / 5
 
 
 def _exchangeable(param: nn.Parameter, spare: Tensor) -> bool:

@@ -3,6 +3,7 @@
 
 from collections.abc import Iterator
 from concurrent.futures import Future
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from nemo_aligner.algorithms.ppo_config import RolloutConfig
 from nemo_aligner.algorithms.rollout import Rollouts
 from nemo_aligner.algorithms.scoring import Scorer
 from nemo_aligner.algorithms.skips import NotFinite
-from nemo_aligner.batch import Rollout
+from nemo_aligner.batch import Rollout, TokenBatch
 from nemo_aligner.models.sampling_config import SamplingConfig
 from nemo_aligner.parallel import world
 from nemo_aligner.serving.client import NoCritic
@@ -51,6 +52,24 @@ def rollout() -> Rollout:
         group=torch.arange(2),
         sampler_logprobs=torch.zeros(2, 6),
     )
+
+
+class _Asked(NoCritic):
+    """Notes how many rows each request has."""
+
+    def __init__(self) -> None:
+        self.rows: list[int] = []
+
+    def infer_rm_critic(self, batch: TokenBatch) -> Future[tuple[torch.Tensor, torch.Tensor]]:
+        self.rows.append(batch.num_rows)
+        return super().infer_rm_critic(batch)
+
+
+def test_a_rollout_is_one_request(scorer: Scorer):
+    """So the critic changes to the reward model's weights once for it, however few answers are written at a time."""
+    asked = _Asked()
+    replace(scorer, critic=SharedCritic(asked)).ask(rollout().filled(8)).result()
+    assert asked.rows == [8]
 
 
 def reply(rewards: list[float], values: torch.Tensor) -> Pending[tuple[torch.Tensor, torch.Tensor]]:

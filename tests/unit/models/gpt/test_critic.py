@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from megatron.core.transformer.transformer_layer import TransformerLayer
 from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification, LlamaConfig, PreTrainedConfig, Qwen2Config
 
@@ -15,9 +16,10 @@ from nemo_aligner.checkpoint.convert import export_to_huggingface, import_from_h
 from nemo_aligner.checkpoint.nemo_archive import open_nemo
 from nemo_aligner.checkpoint.sharded import load_model, save_model
 from nemo_aligner.models.gpt.config import GPTConfig
-from nemo_aligner.models.gpt.critic import GPTCritic, RewardScale
+from nemo_aligner.models.gpt.critic import GPTCritic, RewardScale, RewardWeights
 from nemo_aligner.models.gpt.heads import head_config
 from nemo_aligner.models.gpt.model import build_gpt
+from nemo_aligner.models.gpt.spare import SpareWeights
 from nemo_aligner.parallel.ranks import Layout
 
 PAD = 0
@@ -149,3 +151,30 @@ def test_saved_and_loaded(folder: Callable[[str], Path], tmp_path: Path):
     load_model(other.model, tmp_path / "weights")
     for name, value in critic.model.state_dict().items():
         assert value is None or torch.equal(value, other.model.state_dict()[name]), name
+
+
+def test_a_request_swaps_the_reward_model_in_once_and_out_once(
+    folder: Callable[[str], Path], tmp_path: Path, random_rows: Callable[..., TokenBatch]
+):
+    """All values come first. Where a layer finds its weights tells which set is in place at each forward pass."""
+    import_from_huggingface(folder("llama"), str(tmp_path / "rm.nemo"))
+    alone = critic_of(tmp_path / "rm.nemo")
+    reward = RewardWeights(spare=SpareWeights(alone.model), outputs=1)
+    critic = GPTCritic(alone.model, head=alone.head, reward=reward)
+    batch = random_rows([9, 3, 17, 5, 11, 8], pad_id=PAD)
+    expected = alone.infer(batch, micro_batch_size=2)
+    with torch.no_grad():
+        for weights in critic.model.parameters():
+            weights.mul_(1.25)
+    places: list[int] = []
+    layer = next(part for part in critic.model.modules() if isinstance(part, TransformerLayer))
+    layer.register_forward_pre_hook(lambda part, _: places.append(next(part.parameters()).data_ptr()))
+    for _ in range(2):
+        places.clear()
+        rewards, values = critic.infer_rm_critic(batch, micro_batch_size=2)
+        own, other = places[0], places[-1]
+        assert places == [own] * 3 + [other] * 3
+        assert own != other
+        assert next(layer.parameters()).data_ptr() == own
+        torch.testing.assert_close(rewards, expected)
+        torch.testing.assert_close(values, critic.values(batch))
