@@ -11,6 +11,8 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+import psutil
+
 from nemo_aligner.launch.children import (
     END_SIGNALS,
     STARTER_VARIABLE,
@@ -24,9 +26,11 @@ from nemo_aligner.launch.children import (
 )
 from nemo_aligner.launch.stacks import STACKS_SIGNAL, forward_stacks_request
 from nemo_aligner.run.stop import STOP_SIGNALS
+from nemo_aligner.serving.leftovers import OWNER, mark_owner, owner_lives
 
 __all__ = ["GRACE_SECONDS", "start_ranks"]
 
+FOLDER_PREFIX = "nemo_aligner_ranks_"
 GRACE_SECONDS = 4.0  # for ranks to end by themselves after one has failed, or after a signal
 
 
@@ -41,7 +45,9 @@ def start_ranks(count: int) -> int:
     Returns:
         0 if all ranks ended well, else the exit code of the first that did not; 128 + N after signal N.
     """
-    folder = Path(tempfile.mkdtemp(prefix="nemo_aligner_ranks_"))
+    _remove_abandoned()
+    folder = Path(tempfile.mkdtemp(prefix=FOLDER_PREFIX))
+    mark_owner(folder)
     ranks: list[subprocess.Popen] = []
     # Signals end the ranks below, in order; the defaults would leave them or the folder behind.
     handlers: dict[signal.Signals, Handler] = dict.fromkeys(END_SIGNALS, interrupt)
@@ -66,6 +72,28 @@ def start_ranks(count: int) -> int:
             # Asked first: a killed rank leaves behind what it was writing beside its output.
             end(ranks, first=signal.SIGTERM, seconds=GRACE_SECONDS)
             shutil.rmtree(folder, ignore_errors=True)
+
+
+def _remove_abandoned() -> None:
+    """Remove the folders that starters which were killed have left, once their ranks have ended too."""
+    folders = [path for path in Path(tempfile.gettempdir()).glob(f"{FOLDER_PREFIX}*") if _is_abandoned(path)]
+    if folders:
+        in_use = {_temporary_folder(process) for process in psutil.process_iter()}
+        for folder in folders:
+            if str(folder) not in in_use:
+                shutil.rmtree(folder, ignore_errors=True)
+
+
+def _is_abandoned(folder: Path) -> bool:
+    # One without a mark is another user's, or about to get it.
+    return os.access(folder / OWNER, os.R_OK | os.W_OK) and not owner_lives(folder)
+
+
+def _temporary_folder(process: psutil.Process) -> str:
+    try:
+        return process.environ().get("TMPDIR", "")
+    except psutil.Error:
+        return ""
 
 
 def _place(rank: int, count: int, folder: Path) -> dict[str, str]:

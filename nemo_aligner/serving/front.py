@@ -158,6 +158,10 @@ class Front:
         self._reason = reason
         self._upstream = None
 
+    def stop_listening(self) -> None:
+        """Take no new connections, so that whoever waits for the port to be free need not wait for the rest."""
+        self._run(self._site.stop())
+
     @property
     def trouble(self) -> str | None:
         """What shows that Triton works no more since it was opened, in words; None: nothing."""
@@ -195,7 +199,8 @@ class Front:
             auto_decompress=False,
             skip_auto_headers=("Accept-Encoding", "Content-Type", "User-Agent"),
         )
-        await web.SockSite(self._runner, self._socket).start()
+        self._site = web.SockSite(self._runner, self._socket)
+        await self._site.start()
         self._watching = asyncio.create_task(self._watch())
 
     async def _stop(self) -> None:

@@ -15,9 +15,19 @@ import psutil
 
 from nemo_aligner.errors import UserError
 
-__all__ = ["Remains", "end_abandoned", "kill", "own_folder", "remove_environments"]
+__all__ = [
+    "OWNER",
+    "Remains",
+    "end_abandoned",
+    "folder_of",
+    "kill",
+    "mark_owner",
+    "own_folder",
+    "owner_lives",
+    "remove_environments",
+]
 
-OWNER = "owner"  # in the folder: the process of its server
+OWNER = "owner"  # in a folder: the process that it belongs to
 ORPHAN_SECONDS = 2.0  # for the processes of a server that was killed to end by themselves
 KILL_SECONDS = 5.0  # for a killed process to be gone
 MAX_SOCKET_PATH = 107  # bytes, of Linux
@@ -85,14 +95,20 @@ def end_abandoned(name: str) -> bool:
     What a server that still runs has there is left alone.
     """
     folder = folder_of(name)
-    if not folder.exists() or folder.stat().st_uid != os.getuid() or _owner_lives(folder):
+    if not folder.exists() or folder.stat().st_uid != os.getuid() or owner_lives(folder):
         return False
     Remains.of(folder).end(wait_seconds=ORPHAN_SECONDS)
     shutil.rmtree(folder, ignore_errors=True)
     return True
 
 
-def _owner_lives(folder: Path) -> bool:
+def mark_owner(folder: Path) -> None:
+    """Note that the folder is this process's."""
+    (folder / OWNER).write_text(f"{os.getpid()} {psutil.Process().create_time()}")
+
+
+def owner_lives(folder: Path) -> bool:
+    """Whether the process that marked the folder as its own is still there."""
     try:
         pid, started = (folder / OWNER).read_text().split()
         return str(psutil.Process(int(pid)).create_time()) == started
@@ -146,7 +162,7 @@ def own_folder(name: str, *, longest_name: int) -> Iterator[Path]:
         raise UserError(
             f"{folder} belongs to another server", cure="end it, or choose another port or TMPDIR"
         ) from None
-    (folder / OWNER).write_text(f"{os.getpid()} {psutil.Process().create_time()}")
+    mark_owner(folder)
     try:
         yield folder
     finally:

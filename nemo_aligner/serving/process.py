@@ -82,6 +82,7 @@ class TritonProcess:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._front.close("the server stops")
+        self._front.stop_listening()
         self._within.close()
 
     def check_alive(self) -> None:

@@ -194,6 +194,18 @@ def test_ranks_do_not_outlive_their_starter(idle):
     assert gone(idle.ranks, seconds=SECONDS_TO_END)
 
 
+def test_the_next_start_removes_what_a_starter_that_was_killed_has_left(idle, start: Callable):
+    idle.process.send_signal(signal.SIGKILL)
+    idle.wait()
+    assert gone(idle.ranks, seconds=SECONDS_TO_END)
+    assert idle.temporary_files
+    job = start([], command=["idle.py"])
+    job.wait_for("up up up")
+    job.process.send_signal(signal.SIGINT)
+    assert job.wait(timeout=SECONDS_TO_END) == 130
+    assert job.temporary_files == []
+
+
 def test_the_rank_that_was_killed_is_named_even_if_another_ends_first(start: Callable, tmp_path: Path):
     (tmp_path / "killed.py").write_text(
         "import os, signal, sys, time\n"

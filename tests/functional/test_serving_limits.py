@@ -7,13 +7,14 @@ import socket
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import psutil
 import pytest
 from tritonclient.utils import InferenceServerException
 
-from tests.functional.serving_job import START_SECONDS, TOKEN_HEADER, Job, running
+from tests.functional.serving_job import START_SECONDS, STOP_SECONDS, TOKEN_HEADER, Job, running
 
 TOKEN = "secret"
 INFER = "/v2/models/critic_infer/infer"
@@ -226,3 +227,8 @@ def test_an_endpoint_that_dies_while_triton_starts_is_missed() -> None:
         assert job.ask("critic_infer", tokens=np.array([[1, 2]]))["rewards"].tolist() == [[3.125]]
         per_token = {name: np.ones((1, 1), np.float32) for name in ("returns", "prev_values", "mask")}
         assert "loss_mean" in job.ask("critic_train", None, tokens=np.ones((1, 2), np.int64), **per_token)
+        job.process.terminate()
+        assert job.process.wait(STOP_SECONDS) == 0
+        # Neither of the try that failed nor of the one that served.
+        assert not list(Path("/dev/shm").glob(f"pytrtion{job.process.pid}-*"))
+        assert not list((job.folder / "tmp").iterdir())
