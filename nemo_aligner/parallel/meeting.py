@@ -69,13 +69,16 @@ def at_own_pace(*, name: str = "main", timeout: timedelta) -> Iterator[None]:
     try:
         yield
     except BaseException:
-        with contextlib.suppress(RuntimeError, dist.DistError):  # the store may be gone, as its rank is
+        with contextlib.suppress(dist.DistError):  # the store may be gone, as its rank is
             store.set(meetings.key(f"{number}/lost"), f"rank {dist.get_rank()} failed")
         raise
     finally:
         done.set()
         signs.join()
-    _meet(meetings, number, store, timeout.total_seconds())
+    try:
+        _meet(meetings, number, store, timeout.total_seconds())
+    except dist.DistError as error:
+        raise RankLost("the rank that holds the store of all is gone") from error
 
 
 def _give_signs(
@@ -85,7 +88,7 @@ def _give_signs(
         meetings.signs += 1
         try:
             store.set(meetings.key(f"rank{dist.get_rank()}"), f"{number} {meetings.signs}")
-        except (RuntimeError, dist.DistError):
+        except dist.DistError:
             return  # the store's rank is gone; whoever waits next tells
         if done.wait(period):
             return
@@ -99,8 +102,8 @@ def _meet(meetings: _Meetings, number: int, store: dist.Store, timeout: float) -
         store.set(all_there, "")
     meetings.seen = "", time.monotonic()
     pause = 0.001
-    while not _check(store, all_there):
-        if _check(store, lost):
+    while not store.check([all_there]):
+        if store.check([lost]):
             time.sleep(LET_TELL_SECONDS)
             raise RankLost(store.get(lost).decode())
         if problem := _next_rank_is_lost(meetings, number, store, timeout):
@@ -114,18 +117,11 @@ def _meet(meetings: _Meetings, number: int, store: dist.Store, timeout: float) -
     meetings.ended = number
 
 
-def _check(store: dist.Store, key: str) -> bool:
-    try:
-        return store.check([key])
-    except dist.DistError as error:
-        raise RankLost("the rank that holds the store of all is gone") from error
-
-
 def _next_rank_is_lost(meetings: _Meetings, number: int, store: dist.Store, timeout: float) -> str | None:
     """Each rank that waits looks at the next one: of several that are missing, the first is told of."""
     neighbour = (dist.get_rank() + 1) % dist.get_world_size()
     key = meetings.key(f"rank{neighbour}")
-    sign = store.get(key).decode() if _check(store, key) else ""
+    sign = store.get(key).decode() if store.check([key]) else ""
     last, since = meetings.seen
     if sign != last:
         meetings.seen = sign, time.monotonic()
