@@ -119,7 +119,8 @@ class Front:
             self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             keep_alive(self._socket)  # what it accepts has the same options
             try:
-                return self._socket.bind((self._address, self._port))
+                self._socket.bind((self._address, self._port))
+                return self._socket.listen()
             except OSError as error:
                 self._socket.close()
                 reason = error
@@ -227,7 +228,7 @@ class Front:
 
     async def _answer(self, request: web.Request) -> web.Response:
         if self._token and not hmac.compare_digest(
-            request.headers.get(TOKEN_HEADER, "").encode(), self._token.encode()
+            request.headers.get(TOKEN_HEADER, "").encode(errors="surrogateescape"), self._token.encode()
         ):
             text = f"this server is restricted: it expects the header {TOKEN_HEADER} with its token"
             return web.json_response({"error": text}, status=403)
@@ -242,6 +243,8 @@ class Front:
         upstream = self._upstream
         if upstream is None:
             raise _refused(Trouble.STOPPING, self._reason)
+        if self._trouble:
+            raise _refused(Trouble.STOPPING, f"Triton is about to be started again: {self._trouble}")
         if model and model["name"] not in self._endpoints:
             raise _refused(
                 Trouble.REFUSED,
@@ -298,6 +301,9 @@ class Front:
                 body += chunk
                 if len(body) > limit:
                     raise self._too_large(name)
+        except TimeoutError:
+            text = f"{name}: no byte of the body came for {BODY_SECONDS:g} s\nCure: send it whole"
+            raise _refused(Trouble.REFUSED, text, status=408) from None
         except (HttpProcessingError, aiohttp.ClientPayloadError, web.RequestPayloadError) as error:
             raise _refused(
                 Trouble.REFUSED, f"{name}: the body cannot be read: {error}\nCure: send it whole"
@@ -314,8 +320,9 @@ class Front:
         )
 
     def _check_nesting(self, name: str, request: web.Request, body: bytearray) -> None:
-        size = request.headers.get("Inference-Header-Content-Length", "")
-        text = body[: int(size)] if size.isascii() and size.isdigit() else body
+        # The JSON comes first; where its size is told in no plain way, all of it is looked at.
+        told = re.fullmatch(r"[1-9][0-9]{0,17}", request.headers.get("Inference-Header-Content-Length", ""))
+        text = body[: int(told[0])] if told else body
         if nesting(text) > MAX_NESTING:
             raise _refused(
                 Trouble.REFUSED,

@@ -85,7 +85,7 @@ def test_the_token_opens_nothing_that_changes_triton(server: Job, method: str, p
 )
 def test_the_token_opens_health_and_metadata(server: Job, path: str) -> None:
     assert server.raw("GET", path, headers=shown())[0] == 200
-    for headers in ({}, {TOKEN_HEADER: "guess"}, {TOKEN_HEADER: "secret "[:-2]}):
+    for headers in ({}, {TOKEN_HEADER: "guess"}, {TOKEN_HEADER: "gu\xe9ss"}, {TOKEN_HEADER: "secret "[:-2]}):
         assert server.raw("GET", path, headers=headers)[0] == 403
 
 
@@ -96,6 +96,10 @@ def test_a_nested_body_is_refused_and_the_job_lives_on(server: Job) -> None:
         status, _, reply = server.raw("POST", INFER, body, shown())
         assert (status, "nested more than 64 deep" in json.loads(reply)["error"]) == (400, True)
     assert server.ask("critic_infer", TOKEN, tokens=np.array([[1, 2]]))["rewards"].tolist() == [[3.125]]
+    # Where the JSON ends is told in a way that Triton may read otherwise.
+    for size in ("0", "-1", "9" * 5000, "12abc"):
+        told = shown(**{"Inference-Header-Content-Length": size})
+        assert server.raw("POST", INFER, nested, told)[0] == 400
     assert triton == [child.pid for child in server.descendants if child.name() == "tritonserver"]
 
 
