@@ -17,12 +17,14 @@ from pathlib import Path
 __all__ = [
     "ALLOCATORS",
     "PEERS",
+    "PEERS_PYTHON",
     "ROOT",
     "THREADS",
     "Job",
     "Measured",
     "Side",
     "conditions",
+    "environment",
     "measure",
     "run_side",
     "started",
@@ -113,7 +115,7 @@ def measure(
         done = subprocess.run(
             [str(python or sys.executable), *command],
             cwd=folder,
-            env=_environment(folder, allocator, threads=THREADS, ours=python is None),
+            env=environment(folder, allocator, threads=THREADS, ours=python is None),
             capture_output=True,
             text=True,
             check=False,
@@ -123,7 +125,8 @@ def measure(
     return done.stdout
 
 
-def _environment(home: str, allocator: str, *, threads: int, ours: bool) -> dict[str, str]:
+def environment(home: str, allocator: str, *, threads: int, ours: bool) -> dict[str, str]:
+    """Of a side's process: as this one's, without what would favour a side; peers do not see our package."""
     env = {k: v for k, v in os.environ.items() if not k.startswith(("MALLOC_", "OMP_", "MKL_", "SLURM"))}
     return (
         env
@@ -173,7 +176,7 @@ def started(command: Sequence[str], folder: Path, *, allocator: str, threads: in
         process = subprocess.Popen(
             [sys.executable, *command],
             cwd=folder,
-            env=_environment(str(folder), allocator, threads=threads, ours=True),
+            env=environment(str(folder), allocator, threads=threads, ours=True),
             stdin=subprocess.DEVNULL,
             stdout=out,
             stderr=err,

@@ -11,7 +11,17 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from benchmarks import chunked_head, figures, generation, ppo, reward_accuracy, reward_model, serving, sft
+from benchmarks import (
+    chunked_head,
+    figures,
+    first_step,
+    generation,
+    ppo,
+    reward_accuracy,
+    reward_model,
+    serving,
+    sft,
+)
 from benchmarks.processes import wait_for_calm
 
 RESULTS = Path(__file__).parent / "results.json"
@@ -20,6 +30,7 @@ PAGE = Path(__file__).parents[1] / "docs/performance.md"
 # In the order of the page. A part measures in processes of its own and returns figures.
 PARTS: dict[str, Callable[[], figures.Part]] = {
     "sft": sft.part,
+    "first_step": first_step.part,
     "rm": reward_model.part,
     "head": chunked_head.part,
     "generate": generation.part,
