@@ -5,12 +5,11 @@ import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from rich.console import Console
 from rich.table import Table
 
 from examples.quickstart.judge import Judged
 from examples.quickstart.manners import Question
-from examples.quickstart.stages import metric
+from examples.quickstart.stages import metric, terminal
 
 __all__ = ["write"]
 
@@ -49,7 +48,7 @@ def write(folder: Path, questions: Sequence[Question], judged: Mapping[str, Judg
 
 
 def _show(questions: Sequence[Question], judged: Mapping[str, Judged]) -> None:
-    console = Console(width=110)
+    console = terminal()
     table = Table("question", "before PPO", "after PPO", show_lines=True)
     for row in range(NUM_SHOWN):
         table.add_row(

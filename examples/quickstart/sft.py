@@ -10,10 +10,9 @@ import json
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from rich.console import Console
 from rich.table import Table
 
-from examples.quickstart.stages import ROOT, Stages, metric, new_folder, run
+from examples.quickstart.stages import ROOT, Stages, metric, new_folder, run, terminal
 
 DATA = ROOT / "examples/quickstart/data"
 PROMPTS = (
@@ -86,7 +85,7 @@ def show(before: list[str], after: list[str]) -> None:
     table = Table("prompt", "before", "after", show_lines=True)
     for row in zip(PROMPTS, before, after, strict=True):
         table.add_row(*(text.strip() for text in row))
-    Console(width=110).print(table)
+    terminal().print(table)
 
 
 def main() -> None:

@@ -12,13 +12,16 @@ from collections.abc import Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 
-__all__ = ["ROOT", "Stages", "metric", "new_folder", "run"]
+from rich.console import Console
+
+__all__ = ["ROOT", "Stages", "metric", "new_folder", "run", "terminal"]
 
 ROOT = Path(__file__).resolve().parents[2]
 GPT = ROOT / "examples/nlp/gpt"
 END_SECONDS = 30.0  # for a script to end by itself once it is asked to
 PATIENCE_SECONDS = 900.0  # without a change in what a script writes; a busy machine's longest step takes less
 POLL_SECONDS = 0.5
+FILE_COLUMNS = 110  # of a table that is not printed to a terminal
 STACKS_SECONDS = 3.0  # for a script that is given up to show where it stands
 
 
@@ -30,6 +33,11 @@ def new_folder(results: Path) -> Path:
     latest.unlink(missing_ok=True)
     latest.symlink_to(folder.name)
     return folder
+
+
+def terminal() -> Console:
+    """Where tables are printed: as wide as the terminal, and readable in a file."""
+    return Console(width=None if sys.stdout.isatty() else FILE_COLUMNS)
 
 
 class Stages:

@@ -168,7 +168,8 @@ class SupervisedTrainer:
                 sums[metric] = sums.get(metric, 0.0) + weight * value
         whole = with_spread({metric: value / max(units, 1) for metric, value in sums.items()})
         if world.is_logging_rank():
-            logger.info("%s loss %.4f", name, whole["loss"])
+            accuracy = f"  accuracy {whole['acc']:.3f}" if "acc" in whole else ""
+            logger.info("%s loss %.4f%s", name, whole["loss"], accuracy)
         return {f"{name}/{metric}": value for metric, value in whole.items()} | {
             f"{name}/step_time": time.perf_counter() - started
         }

@@ -28,6 +28,7 @@ from nemo_aligner.launch.children import (
 )
 from nemo_aligner.launch.local import GRACE_SECONDS
 from nemo_aligner.launch.stacks import STACKS_SIGNAL, forward_stacks_request
+from nemo_aligner.run.progress import ProgressBar, read_line
 from nemo_aligner.run.stop import STOP_SIGNALS
 from nemo_aligner.serving.leftovers import Remains, folder_of
 
@@ -114,6 +115,7 @@ def run_together(leader: Program, servers: Sequence[Program]) -> int:
             for program in programs:
                 jobs.append(_Job(program, width=max(len(one.name) for one in programs)))
             signal.signal(STACKS_SIGNAL, forward_stacks_request([(job.name, job.process) for job in jobs]))
+            jobs[-1].leads = True
             return _run(jobs[-1], jobs[:-1], asked)
         except Interrupted as stop:
             _tell(f"{stop.signal.name}: the jobs are stopped")
@@ -132,6 +134,8 @@ class _Job:
     def __init__(self, program: Program, *, width: int) -> None:
         self.program, self.name = program, program.name
         self.was_asked = False
+        self.leads = False  # its progress is what a person waits for
+        self._bar: ProgressBar | None = None
         self._prefix, self._rest = f"{program.name:{width}} | ", b""
         program.log.parent.mkdir(parents=True, exist_ok=True)
         with program.log.open("ab") as out:
@@ -169,8 +173,21 @@ class _Job:
         if to_the_end and self._rest:
             lines, self._rest = [*lines, self._rest], b""
         for line in lines:
-            sys.stdout.write(f"{self._prefix}{line.decode(errors='replace')}\n")
+            text = line.decode(errors="replace")
+            progress = read_line(text)
+            if progress is not None and self.leads and sys.stderr.isatty():
+                self._show_bar(*progress)
+            elif progress is None or self.leads:
+                sys.stdout.write(f"{self._prefix}{text}\n")
+            # How far a server has come follows from its leader, and stands in its log.
         sys.stdout.flush()
+        if to_the_end and self._bar is not None:
+            self._bar.close()
+
+    def _show_bar(self, unit: str, step: int, total: int, text: str) -> None:
+        if self._bar is None:
+            self._bar = ProgressBar(total=total, start=step, enabled=True, name=self.name, unit=unit)
+        self._bar.show(step, text)
 
 
 def _environ(program: Program) -> dict[str, str]:
