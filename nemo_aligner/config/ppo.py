@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from nemo_aligner.algorithms.ppo_config import PPOConfig, RolloutConfig
 from nemo_aligner.config.base import BatchedModelConfig, PretrainedJob, TrainerConfig
 from nemo_aligner.data.config import PromptDataConfig
+from nemo_aligner.data.first_rows import check_prompt_rows
 from nemo_aligner.errors import UserError
 
 __all__ = ["ActorJob", "ActorModelConfig", "RemoteConfig"]
@@ -147,6 +148,11 @@ class ActorJob(PretrainedJob):
     def files(self) -> Mapping[str, Sequence[str]]:
         """See Job."""
         return {"model.data.data_prefix": self.model.data.splits.paths}
+
+    def check_rows(self) -> None:
+        """See Job."""
+        for path in self.model.data.splits.train.paths:
+            check_prompt_rows(path)
 
     @property
     def validates(self) -> bool:

@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 
 from nemo_aligner.config.base import BatchedModelConfig, PretrainedJob, TrainerConfig
 from nemo_aligner.data.config import PairDataConfig
+from nemo_aligner.data.first_rows import check_pair_rows
 from nemo_aligner.errors import UserError
 from nemo_aligner.objectives.config import RegressionConfig
 from nemo_aligner.run.schedule import SupervisedConfig
@@ -91,6 +92,13 @@ class RMJob(PretrainedJob):
     def files(self) -> Mapping[str, Sequence[str]]:
         """See Job."""
         return {"model.data.data_prefix": self.model.data.splits.paths}
+
+    def check_rows(self) -> None:
+        """See Job."""
+        splits = self.model.data.splits
+        if self.model.reward_model_type == "binary_ranking":
+            for path in (*splits.train.paths, *(splits.validation.paths if splits.validation else ())):
+                check_pair_rows(path)
 
     @property
     def validates(self) -> bool:

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 from nemo_aligner.config.base import Job, ModelConfig, TrainerConfig
 from nemo_aligner.data.config import SFTDataConfig
+from nemo_aligner.data.first_rows import check_sft_rows
 from nemo_aligner.errors import UserError
 from nemo_aligner.paths import PathText
 from nemo_aligner.run.schedule import SupervisedConfig
@@ -61,6 +62,11 @@ class SFTJob(Job):
         """See Job."""
         splits = {"train_ds": self.model.data.train_ds, **self.model.data.validation}
         return {f"model.data.{name}.file_path": (split.file_path,) for name, split in splits.items()}
+
+    def check_rows(self) -> None:
+        """See Job."""
+        for split in (self.model.data.train_ds, *self.model.data.validation.values()):
+            check_sft_rows(self.model.data, split)
 
     @property
     def validates(self) -> bool:

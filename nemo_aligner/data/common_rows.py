@@ -63,11 +63,12 @@ class Recognised:
     """Says once of a file in what form its rows are and how they are read."""
 
     path: str | Path
+    quiet: bool = False  # say nothing, as somebody else will
     _said: set[str] = field(default_factory=set)
 
     def say(self, form: str, how: str) -> None:
         """Log the form, unless it has been."""
-        if form not in self._said:
+        if form not in self._said and not self.quiet:
             self._said.add(form)
             _LOG.info("%s holds %s: read as %s", self.path, form, how)
 

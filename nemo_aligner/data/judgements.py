@@ -183,13 +183,27 @@ def open_judged_pairs(
     return Grouped(lines, size=2, join=_join_judged)
 
 
+def check_first_pairs(path: str | Path, *, most: int) -> None:
+    """Read the first rows of a file as ``open_pairs`` will; messages are left to it, as they need a tokenizer.
+
+    Raises:
+        UserError: the file or a row cannot be read.
+    """
+    reader = _PairReader(path, None, quiet=True)
+    RecordFile(path, lambda row: None if _has_messages(row) else reader(row), most=most)
+
+
+def _has_messages(row: Mapping[str, object]) -> bool:
+    return any(isinstance(row.get(key), list | dict) for key in ("prompt", "chosen", "rejected", *CHATS))
+
+
 class _PairReader:
     """Reads a line's pair, or one text of a pair that takes two lines; which, the first line decides."""
 
-    def __init__(self, path: str | Path, tokenizer: Tokenizer | None) -> None:
+    def __init__(self, path: str | Path, tokenizer: Tokenizer | None, *, quiet: bool = False) -> None:
         self.alternates: bool | None = None
         self._tokenizer = tokenizer
-        self._recognised = Recognised(path)
+        self._recognised = Recognised(path, quiet=quiet)
 
     def __call__(self, row: Mapping[str, object]) -> Pair | str:
         alternates = _alternates(row)
@@ -206,7 +220,7 @@ class _PairReader:
         if alternates:
             refuse_unread(row, read=(), cure="write it into the text")
             return text_field(row, "text")
-        if any(isinstance(row.get(key), list | dict) for key in ("prompt", "chosen", "rejected", *CHATS)):
+        if _has_messages(row):
             return self._of_messages(row)
         refuse_unread(
             row, read=("instruction",), cure="write it into the prompt, or write the row as messages"

@@ -14,7 +14,7 @@ from nemo_aligner.data.tokenizer import Tokenizer, encode_after
 from nemo_aligner.data.turns import continuation
 from nemo_aligner.errors import UserError
 
-__all__ = ["PromptResponseLayout"]
+__all__ = ["PromptResponseLayout", "read_row", "template_keys"]
 
 # Spaces before a placeholder belong to its value, since most tokenizers join a space to the word after it.
 _PLACEHOLDER = re.compile(r"( *)\{(\w+)\}")
@@ -46,7 +46,7 @@ class PromptResponseLayout:
         self._cfg = cfg
         self._answer_only_loss = answer_only_loss
         self._pieces = _split_template(cfg)
-        self._keys = tuple(dict.fromkeys(piece.key for piece in self._pieces if piece.key is not None))
+        self._keys = template_keys(cfg)
         self._truncation_keys = _truncation_keys(cfg, self._keys)
         self._sep = _separator(tokenizer, cfg)
         self._template_at_most = most_tokens("".join(piece.text for piece in self._pieces)) + len(self._sep)
@@ -54,10 +54,7 @@ class PromptResponseLayout:
 
     def read(self, row: Mapping[str, object]) -> PromptResponse:
         """The fields that the template needs; rows of other common forms are converted first."""
-        flags = {key: row[key] for key in LEARNED_KEYS if key in row and key not in self._keys}
-        row = {key: value for key, value in row.items() if key not in flags}
-        row = as_input_output(row, keys=self._keys, recognised=self._recognised)
-        return replace(read_prompt_response(row, keys=self._keys), masked=not is_trained(flags))
+        return read_row(row, self._keys, self._recognised)
 
     def surely_fits(self, record: PromptResponse) -> bool:
         """Whether the row makes one whole sample, told without tokenising it."""
@@ -150,6 +147,27 @@ def _shares(lengths: Sequence[int], excess: int) -> list[int]:
         cuts[i] = min(lengths[i], excess // (len(lengths) - done))
         excess -= cuts[i]
     return cuts
+
+
+def read_row(row: Mapping[str, object], keys: Sequence[str], recognised: Recognised) -> PromptResponse:
+    """The fields ``keys`` of a row; see :meth:`PromptResponseLayout.read`.
+
+    Raises:
+        UserError: one of them is missing or no string, or a key that carries meaning would be dropped.
+    """
+    flags = {key: row[key] for key in LEARNED_KEYS if key in row and key not in keys}
+    row = {key: value for key, value in row.items() if key not in flags}
+    row = as_input_output(row, keys=keys, recognised=recognised)
+    return replace(read_prompt_response(row, keys=keys), masked=not is_trained(flags))
+
+
+def template_keys(cfg: SFTSplitConfig) -> tuple[str, ...]:
+    """The fields that the prompt template names, in its order.
+
+    Raises:
+        UserError: it does not end with the answer.
+    """
+    return tuple(dict.fromkeys(piece.key for piece in _split_template(cfg) if piece.key is not None))
 
 
 def _split_template(cfg: SFTSplitConfig) -> list[_Piece]:

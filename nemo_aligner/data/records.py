@@ -6,6 +6,7 @@ then read from the mapped file when they are asked for.
 """
 
 import hashlib
+import itertools
 from array import array
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -82,17 +83,20 @@ class RecordFile(Generic[R]):
     Args:
         path: one JSON object per line, or one JSON array of objects; either may be gzipped.
         read: makes a record of a row; its UserError is reported with file and line.
+        most: rows that are read, the first ones; None: all.
 
     Raises:
         UserError: the file is missing, damaged or empty, or a row is bad.
     """
 
-    def __init__(self, path: str | Path, read: Callable[[Mapping[str, object]], R]) -> None:
+    def __init__(
+        self, path: str | Path, read: Callable[[Mapping[str, object]], R], *, most: int | None = None
+    ) -> None:
         self.path = Path(path)
         self._read = read
         self._bytes = map_file(self.path)
         self._starts, self._ends, self._lines = array("Q"), array("Q"), array("Q")
-        for place in self._places():
+        for place in itertools.islice(self._places(), most):
             self._starts.append(place.start)
             self._ends.append(place.end)
             self._lines.append(place.line)
@@ -102,7 +106,8 @@ class RecordFile(Generic[R]):
                 raise UserError(f"{self.where(-1)}: {error.problem}", cure=error.cure) from error
         if not self._starts:
             raise UserError(f"{self.path} has no rows", cure="give a file with one JSON object per line")
-        self.fingerprint = hashlib.sha256(self._bytes).hexdigest()[:16]  # of all bytes, 1 s per GB
+        content = self._bytes if most is None else self._bytes[: self._ends[-1]]
+        self.fingerprint = hashlib.sha256(content).hexdigest()[:16]  # of all bytes, 1 s per GB
 
     def __len__(self) -> int:
         return len(self._starts)

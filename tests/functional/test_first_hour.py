@@ -39,6 +39,15 @@ def refused_without_torch(script: str, settings: dict[str, object], folder: Path
     return done.stderr
 
 
+ROWS = {
+    "COLUMN": '{"question_": "a", "text_": "b"}\n',
+    "BROKEN": '{"input": "a", "output": "b"}\n{"input": \n',
+    "EMPTY": "\n",
+    "CHAT": '{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}\n',
+}
+DATA = "model.data.train_ds.file_path"
+
+
 @pytest.mark.parametrize(
     ("changed", "words"),
     [
@@ -58,6 +67,11 @@ def refused_without_torch(script: str, settings: dict[str, object], folder: Path
             },
             ["num_attention_heads=4"],
         ),
+        ({DATA: "COLUMN"}, ["COLUMN.jsonl, line 1: key 'input' is missing", "['question_', 'text_']"]),
+        ({DATA: "BROKEN"}, ["BROKEN.jsonl, line 2"]),
+        ({DATA: "EMPTY"}, ["EMPTY.jsonl has no rows"]),
+        ({DATA: "CHAT"}, ["CHAT.jsonl, line 1", "model.data.chat=True"]),
+        ({"model.data.chat": True}, ["line 1", "model.data.chat=False"]),
         (
             {"model.restore_from_path": "Qwen/Qwen3-0.6B"},
             ["hf download Qwen/Qwen3-0.6B", "import_hf.py --in-file"],
@@ -68,14 +82,20 @@ def refused_without_torch(script: str, settings: dict[str, object], folder: Path
         ),
         ({"model.restore_from_path": "GGUF"}, ["is a GGUF file", "import_hf.py --in-file", "toy.nemo"]),
     ],
-    ids=["no data", "layers", "heads", "a hub id", "a Hugging Face folder", "a GGUF file"],
+    ids=[
+        *("no data", "layers", "heads", "a wrong column", "a broken line", "no rows", "a chat", "no chat"),
+        *("a hub id", "a Hugging Face folder", "a GGUF file"),
+    ],
 )
 def test_told_before_torch(
     settings: dict[str, object], hf_folder: Path, tmp_path: Path, changed: dict[str, object], words: list[str]
 ):
     (tmp_path / "toy.gguf").write_bytes(b"GGUF\3\0\0\0")
     (tmp_path / "hf").symlink_to(hf_folder)
-    for name, path in (("HF", tmp_path / "hf"), ("GGUF", tmp_path / "toy.gguf")):
+    for name, text in ROWS.items():
+        (tmp_path / f"{name}.jsonl").write_text(text)
+    made = {name: tmp_path / f"{name}.jsonl" for name in ROWS}
+    for name, path in {**made, "HF": tmp_path / "hf", "GGUF": tmp_path / "toy.gguf"}.items():
         changed = {key: path if value == name else value for key, value in changed.items()}
     told = refused_without_torch("train_gpt_sft.py", settings | changed, tmp_path)
     assert [word for word in words if word not in told] == [], told
@@ -86,6 +106,24 @@ def test_an_output_that_is_there_is_told_before_torch(settings: dict[str, object
     result.parent.mkdir(parents=True)
     result.touch()
     assert f"{result} exists" in refused_without_torch("train_gpt_sft.py", settings, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("script", "word"),
+    [
+        ("train_reward_model.py", "is no pair and no text"),
+        ("train_gpt_ppo_actor.py", "key 'text' is missing"),
+    ],
+)
+def test_rows_of_other_scripts_are_told_before_torch(script: str, word: str, nemo: Path, tmp_path: Path):
+    (tmp_path / "rows.jsonl").write_text(ROWS["COLUMN"])
+    settings: dict[str, object] = {
+        "pretrained_checkpoint.restore_from_path": nemo,
+        "model.data.data_prefix": "{train: [rows.jsonl], validation: [rows.jsonl]}",
+    }
+    told = refused_without_torch(script, settings, tmp_path)
+    assert "rows.jsonl, line 1" in told
+    assert word in told
 
 
 def test_all_missing_settings_are_told_at_once(tmp_path: Path):

@@ -1,0 +1,52 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The first rows of data files, read before torch is loaded, so that a wrong field is told at once. Needs no tokenizer.
+
+What is not refused here is read in full, and refused where it has to be, when the model is loaded.
+"""
+
+from pathlib import Path
+
+from nemo_aligner.data.common_rows import Recognised, messages_row, prompt_of
+from nemo_aligner.data.config import SFTDataConfig, SFTSplitConfig
+from nemo_aligner.data.conversations import read_chat
+from nemo_aligner.data.judgements import check_first_pairs
+from nemo_aligner.data.prompt import read_row, template_keys
+from nemo_aligner.data.records import RecordFile
+
+__all__ = ["check_pair_rows", "check_prompt_rows", "check_sft_rows"]
+
+FIRST_ROWS = 20
+
+
+def check_sft_rows(data: SFTDataConfig, split: SFTSplitConfig) -> None:
+    """Of a file of prompts and responses, or of conversations.
+
+    Raises:
+        UserError: one of them cannot be read, or the prompt template does not end with the response.
+    """
+    if _is_packed(split.file_path):
+        return
+    recognised = Recognised(split.file_path, quiet=True)
+    if data.chat:
+        RecordFile(split.file_path, lambda row: read_chat(messages_row(row, recognised)), most=FIRST_ROWS)
+        return
+    keys = template_keys(split)
+    RecordFile(split.file_path, lambda row: read_row(row, keys, recognised), most=FIRST_ROWS)
+
+
+def check_pair_rows(path: str) -> None:
+    """Of a file of pairs of responses; UserError if one of them cannot be read."""
+    if not _is_packed(path):
+        check_first_pairs(path, most=FIRST_ROWS)
+
+
+def check_prompt_rows(path: str) -> None:
+    """Of a file of prompts; UserError if one of them cannot be read."""
+    recognised = Recognised(path, quiet=True)
+    if not _is_packed(path):
+        RecordFile(path, lambda row: prompt_of(row, recognised), most=FIRST_ROWS)
+
+
+def _is_packed(path: str) -> bool:
+    """Whether all of a file would have to be unpacked for its first rows."""
+    return Path(path).suffix == ".gz"
