@@ -29,6 +29,7 @@ logger = logging.getLogger(__name__)
 TICK_SECONDS = (
     10.0  # ranks that wait for a person hear so often from the one who listens, so no collective times out
 )
+PROMPT_SIGN = "> "
 HELP = "Type to the model; /new starts another conversation, /exit or Ctrl-D ends."
 
 
@@ -112,9 +113,11 @@ class Answerer:
             if self.tokenizer.chat_template is None:
                 sys.stdout.write("The tokenizer has no chat template: the model goes on with each line.\n")
         messages: list[Message] = []
+        _invite()
         for turn, line in enumerate(_lines()):
             if line == "/new":
                 messages = []
+                _invite()
                 continue
             try:
                 answer = self._reply(messages, line, turn)
@@ -123,6 +126,7 @@ class Answerer:
             if world.is_logging_rank():
                 sys.stdout.write(f"{answer}\n")
                 sys.stdout.flush()
+            _invite()
 
     def _reply(self, messages: list[Message], line: str, turn: int) -> str:
         """The answer to ``line``; it and the answer are added to ``messages``."""
@@ -133,6 +137,13 @@ class Answerer:
         answer = self.text(rollout.answer(0), finished=bool(rollout.finished[0]))
         messages[:] = [*asked, {"role": "assistant", "content": answer}]
         return answer.strip()
+
+
+def _invite() -> None:
+    """Show a person at a terminal that it is their turn."""
+    if world.is_logging_rank() and sys.stdin.isatty():
+        sys.stdout.write(PROMPT_SIGN)
+        sys.stdout.flush()
 
 
 def _lines() -> Iterator[str]:
