@@ -12,6 +12,7 @@ from nemo_aligner.builders.models import (
     needed_tokenizer,
     standardize,
 )
+from nemo_aligner.builders.next_steps import say_next
 from nemo_aligner.builders.runs import (
     open_experiment,
     resume_point,
@@ -30,6 +31,7 @@ __all__ = [
     "reward_loaders",
     "reward_objective",
     "save_result",
+    "say_next",
     "sft_loaders",
     "standardize",
     "training_checkpoints",

@@ -36,6 +36,7 @@ def main(job: ActorJob) -> None:
         with actor.open_critic(job, run, pretrained, start) as critic:
             trainer.fit(critic)
             builders.save_result(job, run, pretrained, checkpoints)
+            builders.say_next(job, run)
 
 
 if __name__ == "__main__":

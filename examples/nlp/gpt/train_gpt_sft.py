@@ -29,6 +29,7 @@ def main(job: SFTJob) -> None:
         )
         trainer.fit(start)
         builders.save_result(job, run, pretrained, checkpoints)
+        builders.say_next(job, run)
 
 
 if __name__ == "__main__":

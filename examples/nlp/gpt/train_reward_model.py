@@ -33,6 +33,7 @@ def main(job: RMJob) -> None:
         if job.model.reward_standardization.enable:
             builders.standardize(job, pretrained, trainer.validate())
         builders.save_result(job, run, pretrained, checkpoints)
+        builders.say_next(job, run)
 
 
 if __name__ == "__main__":
