@@ -11,10 +11,10 @@ from nemo_aligner.data.common_rows import Recognised, messages_row
 from nemo_aligner.data.config import ChatPromptTokens, SFTSplitConfig
 from nemo_aligner.data.conversations import Chat, Message, Turn, read_chat
 from nemo_aligner.data.markers import marker_template
-from nemo_aligner.data.rendering import render_turn
+from nemo_aligner.data.rendering import render_prompt, render_turn
 from nemo_aligner.data.sample import Sample, split_bos
 from nemo_aligner.data.tokenizer import Tokenizer, encode_after
-from nemo_aligner.data.turns import LearnedTurn, continuation, end_of_turn, lay_out
+from nemo_aligner.data.turns import GrowingText, LearnedTurn, continuation, end_of_turn, lay_out
 from nemo_aligner.errors import UserError
 
 __all__ = ["PromptTokensLayout", "TemplateLayout"]
@@ -77,7 +77,7 @@ class PromptTokensLayout:
         return lay_out(self._turns(chat), max_seq_length=self._cfg.max_seq_length)
 
     def _turns(self, chat: Chat) -> Iterator[LearnedTurn]:
-        tokens, chosen = self._tokens, _chosen(chat, self._learn)
+        tokens, chosen, encode = self._tokens, _chosen(chat, self._learn), GrowingText(self._tokenizer)
         text = (
             self._bos
             + f"{tokens.system_turn_start}System{tokens.end_of_name}{chat.system}{tokens.end_of_turn}"
@@ -89,12 +89,15 @@ class PromptTokensLayout:
             if index in chosen:
                 # A label that follows the text is all that is learned of a turn; its text leads to it.
                 context, learned = (body + tokens.label_start, after) if after else (before, body)
-                yield self._turn(text + name + context, learned + tokens.turn_start)
+                turn = self._turn(text + name + context, learned + tokens.turn_start, encode)
+                yield turn
+                if len(turn.prompt) >= self._cfg.max_seq_length:
+                    return  # every later prompt is longer
             text += name + before + body + (tokens.label_start + after if after else "")
 
-    def _turn(self, prompt: str, response: str) -> LearnedTurn:
-        ids = self._tokenizer.encode(prompt)
-        answer = continuation(self._tokenizer, prompt, ids, response)
+    def _turn(self, prompt: str, response: str, encode: GrowingText) -> LearnedTurn:
+        ids = encode(prompt)
+        answer = continuation(self._tokenizer, prompt, ids, response, encode=encode)
         eos = self._tokenizer.eos_id
         return LearnedTurn(
             prompt=ids,
@@ -171,14 +174,23 @@ class TemplateLayout:
     def _turns(self, chat: Chat) -> Iterator[LearnedTurn]:
         messages = chat.messages
         opening = len(messages) - len(chat.turns)
-        for index in _chosen(chat, self._learn):
-            yield self._turn(messages[: opening + index + 1], chat)
+        chosen, encode = _chosen(chat, self._learn), GrowingText(self._tokenizer)
+        for index in chosen:
+            through = messages[: opening + index + 1]
+            prompt, response = render_turn(self._tokenizer, through, chat.tools)
+            turn = self._turn(prompt, response, through, chat, encode)
+            yield turn
+            if len(turn.prompt) >= self._cfg.max_seq_length and index != chosen[-1]:
+                last = render_prompt(self._tokenizer, messages[: opening + chosen[-1]], chat.tools)
+                if last.startswith(prompt):
+                    return  # every later prompt is longer
 
-    def _turn(self, messages: list[Message], chat: Chat) -> LearnedTurn:
+    def _turn(
+        self, prompt: str, response: str, messages: list[Message], chat: Chat, encode: GrowingText
+    ) -> LearnedTurn:
         tokenizer = self._tokenizer
-        prompt, response = render_turn(tokenizer, messages, chat.tools)
-        ids = tokenizer.encode(prompt)
-        answer = continuation(tokenizer, prompt, ids, response)
+        ids = encode(prompt)
+        answer = continuation(tokenizer, prompt, ids, response, encode=encode)
         mask = [True] * len(answer)
         if marked := tokenizer.marked_chat(messages, tools=chat.tools):
             answer, mask = _as_marked(answer, *marked)

@@ -52,6 +52,10 @@ class SentencePieceTokenizer:
         text = text.removeprefix(self.bos_token or "")
         return self._model.encode(text, out_type=int, add_bos=written, add_eos=False)
 
+    def encode_anchored(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        """As ``encode``; the library tells no place where a text can be cut."""
+        return self.encode(text), []
+
     def decode(self, ids: Sequence[int]) -> str:
         """The text of ``ids``; control tokens such as BOS have no text here."""
         return self._model.decode(list(ids))

@@ -96,6 +96,10 @@ class Tokenizer(Protocol):
         """The ids of ``text`` alone, no special tokens added."""
         ...
 
+    def encode_anchored(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        """As ``encode``, and the characters and tokens at which the text can be cut without changing any token."""
+        ...
+
     def decode(self, ids: Sequence[int]) -> str:
         """The text of ``ids``, special tokens written out where the library can."""
         ...
@@ -218,10 +222,22 @@ class HuggingFaceTokenizer:
         self.prefixes_space = prefixes_space(self.encode)
         self.added_ids = frozenset(self._tokenizer.added_tokens_decoder)
         self._unpinned = self._tokenizer.chat_template
+        # Not where what stands before decides whether the token is found, or loses its white space to it.
+        self._cuts = frozenset(
+            index
+            for index, token in self._tokenizer.added_tokens_decoder.items()
+            if not (token.normalized or token.single_word or token.lstrip)
+        )
 
     def encode(self, text: str) -> list[int]:
         """The ids of ``text`` alone, no special tokens added."""
         return self._tokenizer.encode(text, add_special_tokens=False, verbose=False)
+
+    def encode_anchored(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        """As ``encode``, and where each special token begins: the library tokenises what lies between by itself."""
+        found = self._tokenizer.backend_tokenizer.encode(text, add_special_tokens=False)
+        offsets = found.offsets
+        return found.ids, [(offsets[i][0], i) for i, token in enumerate(found.ids) if token in self._cuts]
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of ``ids``, special tokens written out."""

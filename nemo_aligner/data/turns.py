@@ -5,14 +5,18 @@ Where the prompt of a turn goes on from the tokens of the turn before, one sampl
 a template rewrites what stands before, the turn begins a sample of its own.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 from nemo_aligner.data.sample import Sample, finish
 from nemo_aligner.data.tokenizer import Tokenizer, encode_after
 from nemo_aligner.errors import UserError
 
-__all__ = ["LearnedTurn", "continuation", "end_of_turn", "lay_out"]
+__all__ = ["GrowingText", "LearnedTurn", "continuation", "end_of_turn", "lay_out"]
+
+_LONGEST_SPECIAL = (
+    64  # characters; a longer special token could begin before a place that is taken for its start
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,13 +44,52 @@ class LearnedTurn:
         )
 
 
-def continuation(tokenizer: Tokenizer, prompt: str, ids: list[int], response: str) -> list[int]:
+class GrowingText:
+    """Tokenises texts that begin alike, as the prompts of one conversation do, without doing the beginning again.
+
+    Args:
+        tokenizer: where ids come from.
+    """
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._text, self._ids, self._anchors = "", list[int](), list[tuple[int, int]]()
+
+    def __call__(self, text: str) -> list[int]:
+        """The ids of ``text``, as the tokenizer's ``encode`` has them."""
+        kept = next(
+            (
+                i
+                for i in range(len(self._anchors) - 1, -1, -1)
+                if len(self._text) >= self._anchors[i][0] + _LONGEST_SPECIAL
+                and text.startswith(self._text[: self._anchors[i][0] + _LONGEST_SPECIAL])
+            ),
+            None,
+        )
+        start, token = (0, 0) if kept is None else self._anchors[kept]
+        ids, anchors = self._tokenizer.encode_anchored(text[start:])
+        self._ids = self._ids[:token] + ids
+        self._anchors = (self._anchors[:kept] if kept else []) + [
+            (start + at, token + index) for at, index in anchors
+        ]
+        self._text = text
+        return self._ids
+
+
+def continuation(
+    tokenizer: Tokenizer,
+    prompt: str,
+    ids: list[int],
+    response: str,
+    *,
+    encode: Callable[[str], list[int]] | None = None,
+) -> list[int]:
     """The tokens of ``response`` after ``prompt``, whose tokens are ``ids``: those of the whole text.
 
     Where the whole text has a token that crosses the border, which a model that is sent ``ids`` cannot write, they are
     the tokens of ``response`` alone.
     """
-    whole = tokenizer.encode(prompt + response)
+    whole = (encode or tokenizer.encode)(prompt + response)
     return whole[len(ids) :] if whole[: len(ids)] == ids else encode_after(tokenizer, response)
 
 
