@@ -5,6 +5,7 @@ are read.
 
 import logging
 from pathlib import Path
+from typing import Any
 
 from nemo_aligner.checkpoint.gguf import import_gguf
 from nemo_aligner.checkpoint.huggingface import (
@@ -78,14 +79,26 @@ def export_to_huggingface(source: Path, out: Path, *, overwrite: bool = False) -
             config = with_stops(archive.config, tokenizer)
             export_huggingface(config, reader, files, out, overwrite=overwrite)
             return
-        tokens, kept = (
-            reward_tokens(archive.config, files, tokenizer),
-            archive.config.get("huggingface") or {},
-        )
+        _tell_unscaled(archive.config)
+        tokens = reward_tokens(archive.config, files, tokenizer)
+        kept = archive.config.get("huggingface") or {}
         kept = {**kept, "config": {**(kept.get("config") or {}), **tokens.settings}}
         config = {**archive.config, "huggingface": kept}
         export_huggingface(
             config, reader, tokens.files, out, vocab_size=tokens.vocab_size, overwrite=overwrite
+        )
+
+
+def _tell_unscaled(config: dict[str, Any]) -> None:
+    """What a server makes of a reward model's numbers has no place in a Hugging Face folder."""
+    regression, standard = config.get("regression") or {}, config.get("reward_standardization") or {}
+    made = {
+        "reward_standardization": standard.get("enable"),
+        "regression.merge_attributes": regression.get("merge_attributes"),
+    }
+    if on := [name for name, value in made.items() if value]:
+        _log.warning(
+            "transformers gives the rewards as they are before %s of model_config.yaml", " and ".join(on)
         )
 
 

@@ -40,7 +40,7 @@ def scorer() -> Scorer:
     return Scorer(policy=None, critic=SharedCritic(NoCritic()), rollouts=rollouts, give_up=lambda: False)
 
 
-def rollout() -> Rollout:
+def rollout(*, finished: bool = True) -> Rollout:
     """Two rows of at most four tokens, in six columns."""
     lengths = torch.tensor([3, 4])
     return Rollout(
@@ -48,7 +48,7 @@ def rollout() -> Rollout:
         mask=torch.arange(6) < lengths[:, None],
         lengths=lengths,
         prompt_lengths=torch.ones(2, dtype=torch.int64),
-        finished=torch.ones(2, dtype=torch.bool),
+        finished=torch.full((2,), finished),
         group=torch.arange(2),
         sampler_logprobs=torch.zeros(2, 6),
     )
@@ -70,6 +70,20 @@ def test_a_rollout_is_one_request(scorer: Scorer):
     asked = _Asked()
     replace(scorer, critic=SharedCritic(asked)).ask(rollout().filled(8)).result()
     assert asked.rows == [8]
+
+
+def test_a_rollout_that_nothing_ended_is_told_with_what_would_end_it(
+    scorer: Scorer, caplog: pytest.LogCaptureFixture
+):
+    rollouts = replace(
+        scorer.rollouts, end_ids=(7,), sampling=SamplingConfig(max_length=9, end_strings=("User:",))
+    )
+    rollouts.warn_of_cut(rollout())
+    assert not caplog.text
+    rollouts.warn_of_cut(rollout(finished=False))
+    assert "none of the 2 answers" in caplog.text
+    assert "what ends an answer: '[7]', 'User:'" in caplog.text
+    assert "max_length, now 9" in caplog.text
 
 
 def reply(rewards: list[float], values: torch.Tensor) -> Pending[tuple[torch.Tensor, torch.Tensor]]:

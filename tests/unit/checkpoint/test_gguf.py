@@ -14,7 +14,7 @@ import torch
 from gguf.quants import dequantize, quantize
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from nemo_aligner.checkpoint.convert import export_to_huggingface, import_from_huggingface
 from nemo_aligner.checkpoint.gguf import import_gguf
@@ -102,6 +102,8 @@ def write_tokenizer(writer: gguf.GGUFWriter, source: Path, split: str) -> None:
     writer.add_token_merges([" ".join(merge) for merge in content["model"]["merges"]])
     writer.add_bos_token_id(1)
     writer.add_eos_token_id(2)
+    writer.add_eot_token_id(7)
+    writer.add_eom_token_id(2)
     writer.add_unk_token_id(0)
     writer.add_chat_template((source / "chat_template.jinja").read_text())
 
@@ -170,6 +172,8 @@ def test_the_tokenizer_is_rebuilt(hf_folder: Callable[..., Path], tmp_path: Path
     assert (found.bos_token, found.eos_token, found.unk_token) == ("<s>", "</s>", "<unk>")
     messages = [{"role": "user", "content": "hi"}]
     assert found.apply_chat_template(messages, tokenize=False) == "hi</s>"
+    # The end of a turn ends a text too; that of a message is EOS here.
+    assert GenerationConfig.from_pretrained(tmp_path / "out").eos_token_id == [2, 7]
 
 
 @pytest.mark.parametrize(
