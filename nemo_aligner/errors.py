@@ -39,9 +39,11 @@ class UserError(ValueError):
 
 def _writable(text: str) -> str:
     """Text that any terminal and log can hold, though it may quote what a damaged file says."""
-    if len(text) > _LONGEST_PROBLEM:
-        text = f"{text[:_LONGEST_PROBLEM]} ... ({len(text)} characters)"
-    return text.encode("utf-8", "backslashreplace").decode()
+    text = text.encode("utf-8", "backslashreplace").decode()
+    if len(text) <= _LONGEST_PROBLEM:
+        return text
+    end = f" ... ({len(text)} characters)"
+    return text[: _LONGEST_PROBLEM - len(end)] + end
 
 
 def _rebuild(problem: str, cure: str) -> UserError:
