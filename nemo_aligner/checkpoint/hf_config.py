@@ -13,6 +13,7 @@ from nemo_aligner.checkpoint.mappings.mistral import MISTRAL
 from nemo_aligner.checkpoint.mappings.nemotron import NEMOTRON
 from nemo_aligner.checkpoint.mappings.qwen import QWEN2, QWEN3
 from nemo_aligner.checkpoint.mappings.table import DERIVED, REQUIRED, Dims, Family, Key
+from nemo_aligner.checkpoint.nemo_config import block
 from nemo_aligner.errors import UserError
 from nemo_aligner.models.gpt.config import GPTConfig, precision_name, window_tokens
 from nemo_aligner.models.gpt.config_types import check_types, is_number, is_size
@@ -146,14 +147,14 @@ def _check_forms(hf_config: dict[str, Any], where: str) -> None:
     for name, (fits, wanted) in _FORMS.items():
         if (value := hf_config.get(name)) is not None and not fits(value):
             refuse(name, value, wanted)
-    for block in ("rope_parameters", "rope_scaling"):
-        for name, value in (hf_config.get(block) or {}).items():
+    for part in ("rope_parameters", "rope_scaling"):
+        for name, value in (hf_config.get(part) or {}).items():
             if name in _ROPE_NUMBERS and value is not None and not (is_number(value) and value > 0):
-                refuse(f"{block}.{name}", value, "a number above 0")
+                refuse(f"{part}.{name}", value, "a number above 0")
             if name in ("rope_type", "type") and not isinstance(value, str):
-                refuse(f"{block}.{name}", value, "text")
+                refuse(f"{part}.{name}", value, "text")
             if name == "truncate" and not isinstance(value, bool | None):
-                refuse(f"{block}.{name}", value, "true or false")
+                refuse(f"{part}.{name}", value, "true or false")
 
 
 def _read_rewards(hf_config: dict[str, Any]) -> dict[str, Any]:
@@ -245,7 +246,7 @@ def extras(family: Family, hf_config: dict[str, Any]) -> dict[str, Any]:
 
 def to_hf_config(family: Family, config: dict[str, Any]) -> dict[str, Any]:
     """The content of config.json for a model_config.yaml."""
-    hf_config = dict(_block(_block(config, "huggingface"), "config"))
+    hf_config = dict(block(block(config, "huggingface"), "config"))
     hf_config |= {"architectures": [family.architecture], "model_type": family.model_type}
     hf_config |= {name: value for name, value in family.must_be.items() if value is not None}
     hf_config |= {
@@ -275,7 +276,7 @@ def _value_for_export(key: Key, config: dict[str, Any]) -> Any:  # noqa: ANN401
 
 
 def _rope_for_export(family: Family, config: dict[str, Any]) -> dict[str, Any]:
-    scaling = {"rope_type": "default"} | _block(config, "rope_scaling")
+    scaling = {"rope_type": "default"} | block(config, "rope_scaling")
     # transformers 4 reads these beside rope_parameters and would silently take its defaults without them.
     older: dict[str, Any] = {"rope_theta": float(config.get("rotary_base", 10000.0))}
     if family.rotary_share is not None:
@@ -299,7 +300,7 @@ def family_for_export(config: dict[str, Any]) -> tuple[Family, dict[str, Any]]:
         where="model_config.yaml",
     )
     for name in ("huggingface", "rope_scaling", "regression"):
-        _block(config, name)
+        block(config, name)
     dims = dims_of(config)
     config |= {"kv_channels": dims.head_dim, "num_query_groups": dims.groups}
     config["window_size"] = window_tokens(config["window_size"])
@@ -312,7 +313,7 @@ def family_for_export(config: dict[str, Any]) -> tuple[Family, dict[str, Any]]:
     obstacles = {family.architecture: _obstacles(family, config) for family in families}
     fitting = [architecture for architecture, found in obstacles.items() if not found]
     nearest = min(obstacles, key=lambda architecture: len(obstacles[architecture]))
-    wanted = _block(config, "huggingface").get("architecture") or nearest
+    wanted = block(config, "huggingface").get("architecture") or nearest
     if not isinstance(wanted, str):
         raise UserError(
             f"model_config.yaml: huggingface.architecture={wanted!r} is not text",
@@ -352,17 +353,6 @@ def _same(value: object) -> object:
     return value.removeprefix("fast-") if isinstance(value, str) else value
 
 
-def _block(config: dict[str, Any], name: str) -> dict[str, Any]:
-    """A block of a model_config.yaml, empty where it is null or absent."""
-    block = config.get(name) or {}
-    if not isinstance(block, dict):
-        raise UserError(
-            f"model_config.yaml: {name}={str(block)[:60]} is not a block of keys",
-            cure=f"correct {name} there",
-        )
-    return block
-
-
 def dims_of(config: dict[str, Any]) -> Dims:
     """The sizes that a model_config.yaml names."""
     needed = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "vocab_size")
@@ -385,4 +375,10 @@ def dims_of(config: dict[str, Any]) -> Dims:
 def _labels(config: dict[str, Any]) -> int:
     if config.get("reward_model_type") != "regression":
         return 1
-    return int(_block(config, "regression").get("num_attributes", 1))
+    labels = block(config, "regression").get("num_attributes", 1)
+    if not is_size(labels):
+        raise UserError(
+            f"model_config.yaml: regression.num_attributes={str(labels)[:60]} is no whole number from 1",
+            cure="correct regression.num_attributes there",
+        )
+    return labels

@@ -2,6 +2,7 @@
 """The text of a model_config.yaml as plain containers. Knows YAML; knows no key."""
 
 import io
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from nemo_aligner.errors import UserError, damage_told
 
-__all__ = ["CONFIG_NAME", "parse_config"]
+__all__ = ["CONFIG_NAME", "block", "parse_config"]
 
 CONFIG_NAME = "model_config.yaml"
 
@@ -32,6 +33,16 @@ def parse_config(content: bytes, source: Path) -> dict[str, Any]:
         if not isinstance(config, DictConfig):
             raise UserError(f"{source}: {CONFIG_NAME} is not a mapping", cure=_GET_AGAIN)
         return _resolve(config)
+
+
+def block(config: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """A block of a model_config.yaml, empty where it is null or absent; UserError where it is something else."""
+    found = config.get(name) or {}
+    if not isinstance(found, dict):
+        raise UserError(
+            f"{CONFIG_NAME}: {name}={str(found)[:60]} is not a block of keys", cure=f"correct {name} there"
+        )
+    return found
 
 
 def _check_aliases(root: yaml.Node | None) -> None:

@@ -5,8 +5,11 @@ import logging
 from collections.abc import Mapping
 from typing import Any
 
+from nemo_aligner.checkpoint.nemo_config import block
 from nemo_aligner.data.tokenizer import Message, Tokenizer, encode_after
 from nemo_aligner.errors import UserError
+from nemo_aligner.models.gpt.config import GPTConfig
+from nemo_aligner.models.gpt.config_types import check_types
 
 __all__ = ["end_of_turn", "stop_ids", "with_stops"]
 
@@ -39,9 +42,9 @@ def stop_ids(config: Mapping[str, Any], tokenizer: Tokenizer | None) -> tuple[in
 
 
 def _stored_ids(config: Mapping[str, Any]) -> list[int]:
-    kept = config.get("huggingface") or {}
+    kept = block(config, "huggingface")
     for name in ("generation_config", "config"):
-        found = (kept.get(name) or {}).get("eos_token_id")
+        found = block(kept, name).get("eos_token_id")
         if found is None:
             continue
         ids = found if isinstance(found, list) else [found]
@@ -51,18 +54,17 @@ def _stored_ids(config: Mapping[str, Any]) -> list[int]:
                 cure="correct eos_token_id in generation_config.json, or in config.json, and import the model again",
             )
         # Some files have -1 where there is none; what is not in the vocabulary is never written.
+        check_types({"vocab_size": config.get("vocab_size")}, GPTConfig, where="model_config.yaml")
         return [i for i in ids if 0 <= i < config["vocab_size"]]
     return []
 
 
 def with_stops(config: Mapping[str, Any], tokenizer: Tokenizer | None) -> dict[str, Any]:
     """``config`` whose generation_config ends texts where we do; unchanged where it does already."""
-    ids, kept = stop_ids(config, tokenizer), config.get("huggingface") or {}
+    ids, kept = stop_ids(config, tokenizer), block(config, "huggingface")
     if set(ids) == set(_stored_ids(config)):
         return dict(config)
-    generation = (kept.get("generation_config") or {}) | {
-        "eos_token_id": ids[0] if len(ids) == 1 else list(ids)
-    }
+    generation = block(kept, "generation_config") | {"eos_token_id": ids[0] if len(ids) == 1 else list(ids)}
     return {**config, "huggingface": {**kept, "generation_config": generation}}
 
 

@@ -21,6 +21,7 @@ from nemo_aligner.errors import UserError
 
 __all__ = ["WeightReader", "check_folder", "pad_rows", "precision_of", "save_weights"]
 
+_MOST_LAYERS = 10_000
 _PREFIX = "model."
 _LAYER_NAME = re.compile(r"(decoder\.layers)\.(\d+)\.(.+)")
 _VOCABULARY_NAMES = ("embedding.word_embeddings.weight", "output_layer.weight")
@@ -112,6 +113,11 @@ class WeightReader:
                 self._places[name] = _Place(key, None)
                 continue
             rest = name.removeprefix("decoder.layers.")
+            if not entry.shape or entry.shape[0] > _MOST_LAYERS:
+                raise UserError(
+                    f"{folder}: {key} has shape {entry.shape}, whose first axis is to be layers",
+                    cure="get the checkpoint again from where it came",
+                )
             for layer in range(entry.shape[0]):
                 self._places[f"decoder.layers.{layer}.{rest}"] = _Place(key, layer)
 
