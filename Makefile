@@ -34,12 +34,12 @@ TE_SHA256 := 7dcfad943a1a55b2612db9a0e43697fe98c70f4c42ec391ba3a0f872f6ce2094
 RUN := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false ONEDNN_MAX_CPU_ISA=AVX512_CORE
 PYTEST := $(RUN) $(PY) -m pytest
 # Wherever the tests run, they run alike: on CPUs.
-CPU_PYTEST := CUDA_VISIBLE_DEVICES= $(PYTEST) -m "not gpu and not fuzz and not resume and not soak and not slurm"
+CPU_PYTEST := CUDA_VISIBLE_DEVICES= $(PYTEST) -m "not gpu and not fuzz and not kills and not resume and not soak and not slurm"
 # A worker runs a whole file, and starts the ranks and servers that its tests need.
 WORKERS ?= 2
 SHARED_OUT := -n $(WORKERS) --dist loadfile --no-loadscope-reorder -o console_output_style=classic
 
-.PHONY: help setup format lint types test-fast test-dist test-functional test test-fuzz test-mcore-next test-resume test-soak test-slurm test-gpu model quickstart quickstart-sft bench clean
+.PHONY: help setup format lint types test-fast test-dist test-functional test test-fuzz test-kills test-mcore-next test-resume test-soak test-slurm test-gpu model quickstart quickstart-sft bench clean
 
 help:  ## Print the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -113,6 +113,10 @@ test-resume: $(STAMP)  ## Runs killed at many moments and started again: minutes
 
 test-fuzz: $(STAMP)  ## 20,000 damaged inputs to every reader: minutes
 	CUDA_VISIBLE_DEVICES= $(PYTEST) tests/fuzz
+
+# No kill may be missed and nothing may seem to hang, so on an idle machine.
+test-kills: $(STAMP)  ## Jobs killed at 40 random moments: ten minutes
+	CUDA_VISIBLE_DEVICES= $(PYTEST) -m "not gpu" tests/functional/test_kills.py
 
 test-soak: $(STAMP)  ## 200 steps of PPO, whose memory must not grow: minutes
 	CUDA_VISIBLE_DEVICES= $(PYTEST) --log-cli-level=INFO -m soak tests/functional/test_ppo_soak.py
