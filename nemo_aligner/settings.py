@@ -8,6 +8,7 @@ import builtins
 import dataclasses
 import difflib
 import logging
+import math
 import re
 import types
 import typing
@@ -347,7 +348,7 @@ def _convert_union(value: Any, options: tuple[Any, ...], key: str) -> Any:  # no
         return None
     kinds = [option for option in options if option is not type(None)]
     if any(_is_exactly(value, kind) for kind in kinds):
-        return value
+        return _finite(value, key)
     # Of a list the kind that holds several, else the first.
     several = [kind for kind in kinds if typing.get_origin(kind) is builtins.tuple]
     return _convert(value, several[0] if isinstance(value, list) and several else kinds[0], key)
@@ -355,7 +356,7 @@ def _convert_union(value: Any, options: tuple[Any, ...], key: str) -> Any:  # no
 
 def _convert_plain(value: Any, hint: Any, key: str) -> Any:  # noqa: ANN401
     if _is_exactly(value, hint):
-        return value
+        return _finite(value, key)
     if hint == PathText:
         # A path that must be there is missing where it is null; another one then names nothing.
         return "" if value is None else expand_home(_convert_plain(value, str, key))
@@ -370,21 +371,25 @@ def _convert_plain(value: Any, hint: Any, key: str) -> Any:  # noqa: ANN401
 
 
 def _is_exactly(value: object, hint: object) -> bool:
-    return (
-        isinstance(hint, type)
-        and isinstance(value, hint)
-        and not (isinstance(value, bool) and hint is not bool)
-    )
+    is_one = isinstance(hint, type) and isinstance(value, hint)
+    return is_one and (hint is bool or not isinstance(value, bool))
 
 
 def _number(value: int | str, key: str) -> float:
     try:
         # YAML 1.1 reads 5e-6 as a string.
-        return float(value)
+        number = float(value)
     except (ValueError, OverflowError) as error:
         point = _decimal_point(value)
         cure = f"write a decimal point: {key}={point}" if point else f"set {key} to a number"
         raise UserError(f"{key}={value!r} is not a number", cure=cure) from error
+    return _finite(number, key)
+
+
+def _finite(value: Any, key: str) -> Any:  # noqa: ANN401
+    if isinstance(value, float) and not math.isfinite(value):
+        raise UserError(f"{key}={value} is not finite", cure=f"set {key} to a number, or remove it")
+    return value
 
 
 def _decimal_point(value: object) -> str | None:

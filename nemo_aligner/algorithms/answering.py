@@ -4,6 +4,7 @@
 import contextlib
 import json
 import logging
+import math
 import queue
 import sys
 import threading
@@ -11,6 +12,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from nemo_aligner.batch import Prompt, Rollout
 from nemo_aligner.data.records import RecordFile
@@ -50,7 +52,7 @@ class Answerer:
         over the answer's tokens, of the distribution that they were drawn from), num_tokens.
 
         Raises:
-            UserError: a prompt leaves no room for an answer; naming its line.
+            UserError: a prompt leaves no room for an answer, or its answer has no finite log-prob; naming its line.
         """
         mine = range(len(requests) * num_samples)[world.dp_rank() :: world.dp_size()]
         prompts = [self._prompt(requests, *divmod(i, num_samples)) for i in mine]
@@ -67,6 +69,9 @@ class Answerer:
             bar.close()
         rows = {i: row for i, row in zip(mine, self._rows(requests, rollout), strict=True)}
         gathered = collectives.over_data_parallel(rows)
+        for i, row in ((i, row) for part in gathered for i, row in part.items()):
+            if not math.isfinite(row["logprob"]):
+                raise _not_finite(requests.where(i // num_samples))
         if world.is_logging_rank():
             every = {i: row for part in gathered for i, row in part.items()}
             lines = [json.dumps(every[i], ensure_ascii=False) + "\n" for i in sorted(every)]
@@ -82,7 +87,7 @@ class Answerer:
             raise UserError(f"{requests.where(number)}: {error.problem}", cure=error.cure) from error
         return Prompt(tokens=tokens, number=number, sample=sample)
 
-    def _rows(self, requests: RecordFile[Request], rollout: Rollout) -> Iterator[Mapping[str, object]]:
+    def _rows(self, requests: RecordFile[Request], rollout: Rollout) -> Iterator[Mapping[str, Any]]:
         sums = rollout.per_sequence(rollout.sampler_logprobs.double())
         for row in range(rollout.num_rows):
             tokens = rollout.answer(row)
@@ -134,6 +139,8 @@ class Answerer:
         asked: list[Message] = [*messages, {"role": "user", "content": line}]
         prompt = Prompt(tokens=tokens_of(asked if chats else line, self.tokenizer), number=turn)
         rollout = self.policy.generate([prompt], self.sampling, slots=1)
+        if not rollout.sampler_logprobs.isfinite().all():
+            raise _not_finite("this turn")
         answer = self.text(rollout.answer(0), finished=bool(rollout.finished[0]))
         messages[:] = [*asked, {"role": "assistant", "content": answer}]
         return answer.strip()
@@ -144,6 +151,13 @@ def _invite() -> None:
     if world.is_logging_rank() and sys.stdin.isatty():
         sys.stdout.write(PROMPT_SIGN)
         sys.stdout.flush()
+
+
+def _not_finite(where: str) -> UserError:
+    return UserError(
+        f"{where}: the model's log-probs are infinite or NaN",
+        cure="take an earlier checkpoint; with trainer.precision=16 try bf16 or 32",
+    )
 
 
 def _lines() -> Iterator[str]:

@@ -3,6 +3,7 @@
 
 import contextlib
 import logging
+import math
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
@@ -225,12 +226,20 @@ def standardize(job: RMJob, pretrained: Pretrained[GPTCritic], validation: dict[
 
     Args:
         validation: the last validation's means, of which the rewards' are taken where the settings give none.
+
+    Raises:
+        UserError: the rewards have no mean, or do not differ.
     """
     asked = job.model.reward_standardization
     if not asked.enable:
         return
     mean = validation["validation/rewards_all_mean"] if asked.mean is None else asked.mean
     std = validation["validation/rewards_all_std"] if asked.std is None else asked.std
+    if not (math.isfinite(mean) and math.isfinite(std) and std > 0):
+        raise UserError(
+            f"rewards of mean {mean:g} and deviation {std:g} cannot be standardised",
+            cure="set model.reward_standardization.mean and .std, or model.reward_standardization.enable=False",
+        )
     pretrained.config["reward_standardization"] = {"enable": True, "mean": mean, "std": std}
     if world.is_logging_rank():
         logger.info("rewards will be served as (reward - %.4f) / %.4f", mean, std)

