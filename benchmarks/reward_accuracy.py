@@ -133,7 +133,7 @@ def _pairs(folder: Path) -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
     tokenizer = Tokenizer.from_file(str(folder / "base/tokenizer.json"))
 
     def short(name: str) -> list[tuple[str, str]]:
-        lines = (folder / f"{name}_comparisons.jsonl").read_text(encoding="utf-8").splitlines()
+        lines = (folder / f"{name}_comparisons.jsonl").read_bytes().splitlines()
         texts = [json.loads(line)["text"] for line in lines]
         lengths = [len(row.ids) + 1 for row in tokenizer.encode_batch(texts)]  # and EOS
         return [

@@ -35,7 +35,7 @@ def head(folder: str, out: str, seed: str) -> None:
 
 def rows(path: str) -> list[dict[str, str]]:
     """Pairs of whole texts, out of lines that alternate."""
-    texts = [json.loads(line)["text"] for line in Path(path).read_text(encoding="utf-8").splitlines()]
+    texts = [json.loads(line)["text"] for line in Path(path).read_bytes().splitlines()]
     return [
         {"chosen": chosen, "rejected": rejected}
         for chosen, rejected in zip(texts[::2], texts[1::2], strict=True)

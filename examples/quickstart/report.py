@@ -81,7 +81,7 @@ def _write_samples(path: Path, questions: Sequence[Question], judged: Mapping[st
 
 
 def _read(path: Path) -> Lines:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    return [json.loads(line) for line in path.read_bytes().split(b"\n") if line]
 
 
 def _plot(folder: Path, image: Path) -> None:

@@ -116,7 +116,7 @@ class Pipeline:
             "overwrite=True",
             *self.recipe.sampling,
         )
-        return [json.loads(line)["answer"] for line in output.read_text(encoding="utf-8").splitlines()]
+        return [json.loads(line)["answer"] for line in output.read_bytes().split(b"\n") if line]
 
     def judged(self, answers: Sequence[str]) -> Judged:
         """By the reward model, exported to ``reward_model_hf``, and by counts."""

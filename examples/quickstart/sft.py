@@ -68,7 +68,7 @@ def plot(metrics: Path, image: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    lines = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
+    lines = [json.loads(line) for line in metrics.read_bytes().split(b"\n") if line]
     figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
     for name, style in (("train/loss", "-"), ("validation/loss", "o--")):
         axes.plot(*metric(lines, name), style, label=name)

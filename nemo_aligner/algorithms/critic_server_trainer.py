@@ -14,7 +14,8 @@ from torch import Tensor
 from nemo_aligner.algorithms.served import judge, serve
 from nemo_aligner.algorithms.skips import Diverged, counted, too_many
 from nemo_aligner.batch import TokenBatch, ValueBatch
-from nemo_aligner.checkpoint.training import Checkpoint, TrainerState, TrainingCheckpoints, find_checkpoints
+from nemo_aligner.checkpoint.trainer_state import Checkpoint, TrainerState, find_checkpoints
+from nemo_aligner.checkpoint.training import TrainingCheckpoints
 from nemo_aligner.errors import UserError
 from nemo_aligner.models.alignable_interface import CriticModelInterface
 from nemo_aligner.objectives.protocol import Objective
@@ -107,6 +108,7 @@ class CriticServerTrainer:
         saved = "nothing is saved" if self.checkpoints is None else "the same command goes on from there"
         raise StoppedEarly(
             f"stopped after step {self.state.step}: {reason}; {saved}",
+            reason=reason,
             exit_code=0 if up and not number else SAVED_CODE if self.checkpoints else 1,
         )
 
@@ -228,8 +230,8 @@ class CriticServerTrainer:
         if self._start is not None:
             found.append(self._start)
         own = [one for one in found if one.state.algorithm.get("run_id") == ticket.run_id]
-        early = [one for one in own if one.state.algorithm["sequence"] <= ticket.sequence]
-        return max(early, key=lambda one: one.state.algorithm["sequence"], default=None)
+        early = [one for one in own if one.stored("sequence") <= ticket.sequence]
+        return max(early, key=lambda one: one.stored("sequence"), default=None)
 
     def health(self) -> Health:
         """See Worker."""

@@ -5,14 +5,16 @@ import logging
 import signal
 import time
 from collections.abc import Callable
+from dataclasses import replace
 
 from nemo_aligner.algorithms.skips import too_many
-from nemo_aligner.checkpoint.training import Checkpoint, TrainerState, TrainingCheckpoints
+from nemo_aligner.checkpoint.trainer_state import Checkpoint, TrainerState
+from nemo_aligner.checkpoint.training import TrainingCheckpoints
 from nemo_aligner.errors import UserError
 from nemo_aligner.parallel import collectives, world
 from nemo_aligner.run.experiment import Experiment
 from nemo_aligner.run.schedule import Plan
-from nemo_aligner.run.stop import SAVED_CODE, StoppedEarly, StopRequest, TimeLimit
+from nemo_aligner.run.stop import StoppedEarly, StopRequest, TimeLimit, saved_code
 
 __all__ = ["Milestones"]
 
@@ -39,6 +41,11 @@ class Milestones:
     ) -> None:
         self.plan, self.run, self.checkpoints, self._block, self._save = plan, run, checkpoints, block, save
         self.limit = TimeLimit(run.config.max_seconds)
+        if world.is_logging_rank():
+            passes = plan.max_steps / plan.steps_per_epoch
+            logger.info(
+                "the run has %d steps, %.4g passes over the data: %s", plan.max_steps, passes, plan.set_by
+            )
 
     def restore(self, start: Checkpoint, data: dict[str, object]) -> TrainerState:
         """Put what is trained where ``start`` has it; the loop's state there.
@@ -55,12 +62,7 @@ class Milestones:
             if value != data.get(name)
         }
         if changed:
-            told = ", ".join(f"{name} was {old} and is {new}" for name, (old, new) in changed.items())
-            raise UserError(
-                f"{start.path} was trained on other batches: {told}",
-                cure="give the run's own data and batch size, or start a new run in another "
-                "exp_manager.explicit_log_dir with model.restore_from_path set to this checkpoint",
-            )
+            self._refuse_other_batches(start, changed)
         step, last = start.state.step, self.plan.max_steps
         if step >= last and self.run.nemo_path.exists():
             raise UserError(
@@ -72,7 +74,29 @@ class Milestones:
         self.checkpoints.restore(start)
         if world.is_logging_rank():
             logger.info("resumed after step %d of %d", step, last)
-        return start.state
+        return replace(start.state, data=data)
+
+    def _refuse_other_batches(self, start: Checkpoint, changed: dict[str, tuple[object, object]]) -> None:
+        told = ", ".join(f"{name} was {old} and is {new}" for name, (old, new) in changed.items())
+        if not self.run.config.resume_with_changes:
+            raise UserError(
+                f"{start.path} was trained on other batches: {told}",
+                cure="give the run's own data and batch size; or set exp_manager.resume_with_changes=True to go on "
+                "with these; or start a new run in another exp_manager.explicit_log_dir, from this checkpoint",
+            )
+        if world.is_logging_rank():
+            logger.warning(
+                "exp_manager.resume_with_changes=True: the run goes on with other batches: %s", told
+            )
+
+    def check_room(self) -> None:
+        """Refuse to train where a checkpoint has no room.
+
+        Raises:
+            UserError: the disk has less than one takes.
+        """
+        if self.checkpoints is not None:
+            self.checkpoints.check_room()
 
     def after(self, step: int, request: StopRequest) -> None:
         """Once ``step`` steps are done: save where it is due; end where any rank was asked to, or time is up.
@@ -83,7 +107,10 @@ class Milestones:
         writing = self.checkpoints is not None and self.checkpoints.is_writing
         ends = step == self.plan.max_steps
         with world.phase(f"step {step}, whether to go on"):
-            number, up, writing = collectives.maxima([request.number, self.limit.is_up, writing])
+            lost = self.run.lost_to is not None
+            number, up, writing, lost = collectives.maxima([request.number, self.limit.is_up, writing, lost])
+        if lost:
+            raise self._folder_is_lost(step)
         if self.checkpoints is not None:
             self.checkpoints.poll(all_ranks_done=not writing)
             if ends or number or up or self.plan.saves_after(step):
@@ -105,6 +132,15 @@ class Milestones:
             raise UserError(f"{error.problem}; {broken.problem}", cure=error.cure) from broken
         raise error
 
+    def _folder_is_lost(self, step: int) -> UserError:
+        """This run was suspended for so long that another one took its folder for free."""
+        other = self.run.lost_to or "rank 0 knows which"
+        return UserError(
+            f"{self.run.folder} was taken over by another run ({other}); this one ends after step {step} and writes "
+            "nothing more",
+            cure="let the other run go on, or stop it and start this one again",
+        )
+
     def save(self, *, wait: bool) -> None:
         """Save now."""
         if self.checkpoints is None:
@@ -121,9 +157,14 @@ class Milestones:
         if self.checkpoints is None:
             return StoppedEarly(
                 f"stopped after step {step} by {reason}; nothing is saved: create_checkpoint_callback=False",
+                reason=reason,
                 exit_code=128 + number if number else 0,
             )
+        identity = self.run.identity
+        command = f": {identity.command}" if number == signal.SIGINT and identity else ""
         return StoppedEarly(
-            f"stopped after step {step} of {self.plan.max_steps} by {reason}; the same command goes on from there",
-            exit_code=SAVED_CODE if number else 0,
+            f"stopped after step {step} of {self.plan.max_steps} by {reason}; the same command goes on from there"
+            + command,
+            reason=reason,
+            exit_code=saved_code(number),
         )

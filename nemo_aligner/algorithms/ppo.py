@@ -2,6 +2,7 @@
 """Proximal Policy Optimization: generate, score, credit, update. Sees the model through its interface only."""
 
 import logging
+import signal
 import time
 from collections.abc import Iterator
 from dataclasses import fields, replace
@@ -16,13 +17,8 @@ from nemo_aligner.algorithms.rollout_metrics import learning_metrics, rollout_me
 from nemo_aligner.algorithms.scoring import Scorer
 from nemo_aligner.algorithms.skips import NotFinite, check_finite, counted, refuse_to_end
 from nemo_aligner.batch import Experience, Prompt, Rollout, Scored
-from nemo_aligner.checkpoint.training import (
-    Checkpoint,
-    TrainerState,
-    TrainingCheckpoints,
-    monitor_name,
-    read_extra,
-)
+from nemo_aligner.checkpoint.trainer_state import Checkpoint, TrainerState, read_extra
+from nemo_aligner.checkpoint.training import TrainingCheckpoints, monitor_name
 from nemo_aligner.models.alignable_interface import AlignableGenerativeInterface
 from nemo_aligner.objectives.adaptive import RewardScaling
 from nemo_aligner.objectives.credit import credit, kl_controller, observe, statistics, value_batch
@@ -93,8 +89,8 @@ class PPOTrainer:
             UserError: ``start`` is at the end of the plan, or its run had other prompts.
         """
         self.state = self.milestones.restore(start, self.state.data)
-        self.kl = self.kl.restored(self.state.algorithm["kl"])
-        self.scaling = self.scaling.restored(self.state.algorithm["reward_scaling"])
+        self.kl = self.kl.restored(start.stored("kl"))
+        self.scaling = self.scaling.restored(start.stored("reward_scaling"))
         self._critic_lacks_lessons = read_extra(start) is not None
 
     def fit(self, critic: SharedCritic) -> None:
@@ -107,12 +103,13 @@ class PPOTrainer:
         """
         self.critic = critic
         self.scorer = Scorer(self.policy, critic, self.rollouts, give_up=lambda: self._request.number != 0)
-        self.run.begin(self.state.step)
+        self.milestones.check_room()
+        self.run.begin(self.state.step, max_steps=self.plan.max_steps)
         bar = ProgressBar(
             total=self.plan.max_steps, start=self.state.step, enabled=world.is_logging_rank(), name="ppo"
         )
         try:
-            with StopRequest() as self._request:
+            with StopRequest(interrupts=True, tells=world.is_logging_rank()) as self._request:
                 try:
                     self._loop(bar)
                 except (CriticLost, NotFinite, WaitEnded) as error:
@@ -161,6 +158,7 @@ class PPOTrainer:
         if number:
             raise StoppedEarly(
                 f"stopped in round {round_ + 1} of {rounds} of the critic's warm-up; the same command begins anew",
+                reason=signal.Signals(int(number)).name,
                 exit_code=128 + int(number),
             )
 

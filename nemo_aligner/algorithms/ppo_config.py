@@ -18,7 +18,6 @@ class PPOConfig(LoopConfig, CreditConfig):
     """The ``trainer.ppo`` block of an actor."""
 
     block: ClassVar[str] = "trainer.ppo"
-    max_epochs: int = 1  # passes over the prompts
     val_check_interval: int | float = 10  # steps between validations; a float is a share of an epoch
     save_interval: int | float = 10  # steps between checkpoints; a float is a share of an epoch
     num_ppo_epochs: int = 1  # passes over each rollout

@@ -11,7 +11,7 @@ from dataclasses import replace
 
 from torch import Tensor
 
-from nemo_aligner.checkpoint.training import TrainerState
+from nemo_aligner.checkpoint.trainer_state import TrainerState
 from nemo_aligner.errors import UserError
 from nemo_aligner.parallel import world
 

@@ -3,7 +3,7 @@
 
 import logging
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Protocol
 
@@ -12,7 +12,8 @@ import torch
 from nemo_aligner.algorithms.milestones import Milestones
 from nemo_aligner.algorithms.skips import counted, refuse_to_end
 from nemo_aligner.batch import TokenBatch
-from nemo_aligner.checkpoint.training import Checkpoint, TrainerState, TrainingCheckpoints, monitor_name
+from nemo_aligner.checkpoint.trainer_state import Checkpoint, TrainerState
+from nemo_aligner.checkpoint.training import TrainingCheckpoints, monitor_name
 from nemo_aligner.models.alignable_interface import SupervisedInterface
 from nemo_aligner.objectives.protocol import Objective, with_spread
 from nemo_aligner.parallel import collectives, world
@@ -24,6 +25,8 @@ from nemo_aligner.run.stop import StopRequest
 __all__ = ["Batches", "SupervisedTrainer"]
 
 logger = logging.getLogger(__name__)
+
+UNVALIDATED = "unvalidated_step"  # in a state: the step whose validation a signal has ended
 
 
 class Batches(Protocol):
@@ -96,13 +99,16 @@ class SupervisedTrainer:
         """
         if start is not None:
             self.state = self.milestones.restore(start, self.state.data)
-        self.run.begin(self.state.step)
+        self.milestones.check_room()
+        self.run.begin(self.state.step, max_steps=self.plan.max_steps)
         bar = ProgressBar(total=self.plan.max_steps, start=self.state.step, enabled=world.is_logging_rank())
         try:
-            with StopRequest() as request:
+            with StopRequest(interrupts=True, tells=world.is_logging_rank()) as self._request:
+                if self.state.algorithm.get(UNVALIDATED) == self.state.step:
+                    self._catch_up()
                 for batches in self._training_batches():
                     self._advance(batches, bar)
-                    self.milestones.after(self.state.step, request)
+                    self.milestones.after(self.state.step, self._request)
                 if (checkpoints := self.milestones.checkpoints) is not None:
                     checkpoints.finish()
                 refuse_to_end(self.state)
@@ -124,16 +130,31 @@ class SupervisedTrainer:
         self.state = counted(self.state, metrics, step=step)
         self.milestones.stop_if_diverged(self.state, limit=self.config.max_skipped_steps)
         if self.plan.validates_after(step):
-            with world.phase(f"validation after step {step}"):
-                means = self.validate()
-            self.run.log(means, step=step)
-            self.milestones.limit.note(
-                "validation", sum(means[name] for name in means if name.endswith("/step_time"))
-            )
-            known = {
-                monitor_name(name): value for name, value in means.items() if name.startswith("validation/")
-            }
-            self.state = replace(self.state, metrics={k: v for k, v in known.items() if k != "val_step_time"})
+            self._validate_after(step)
+
+    def _catch_up(self) -> None:
+        """The validation that a signal has ended, before the next step; what it is after is saved."""
+        step = self.state.step
+        if self.plan.validates_after(step):
+            self._validate_after(step)
+        if self.state.algorithm.get(UNVALIDATED) == step:
+            (number,) = collectives.maxima([self._request.number])
+            raise self.milestones.stopped(step, int(number))
+
+    def _validate_after(self, step: int) -> None:
+        """Validate, and log what is found; a signal ends it, and it is due again."""
+        with world.phase(f"validation after step {step}"):
+            means = self._validate(lambda: self._request.number)
+        algorithm = {name: value for name, value in self.state.algorithm.items() if name != UNVALIDATED}
+        if means is None:
+            self.state = replace(self.state, algorithm=algorithm | {UNVALIDATED: step})
+            return
+        self.run.log(means, step=step)
+        seconds = sum(means[name] for name in means if name.endswith("/step_time"))
+        self.milestones.limit.note("validation", seconds)
+        known = {monitor_name(name): value for name, value in means.items() if name.startswith("validation/")}
+        metrics = {name: value for name, value in known.items() if name != "val_step_time"}
+        self.state = replace(self.state, metrics=metrics, algorithm=algorithm)
 
     def _save(self, checkpoints: TrainingCheckpoints) -> None:
         checkpoints.save(self.state, steps_per_epoch=self.plan.steps_per_epoch)
@@ -151,16 +172,28 @@ class SupervisedTrainer:
 
     def validate(self) -> dict[str, float]:
         """Means over every unit of the validation data: "validation/loss" and its kin, and of further sets."""
-        means: dict[str, float] = {}
-        for name, batches in self.validation.items():
-            means |= self._means_over(name, batches)
+        means = self._validate(lambda: 0)
+        assert means is not None
         return means
 
-    def _means_over(self, name: str, source: Batches) -> dict[str, float]:
+    def _validate(self, asked: Callable[[], int]) -> dict[str, float] | None:
+        """See :meth:`validate`; None where ``asked`` is not 0 on some rank before the end."""
+        means: dict[str, float] = {}
+        for name, batches in self.validation.items():
+            found = self._means_over(name, batches, asked)
+            if found is None:
+                return None
+            means |= found
+        return means
+
+    def _means_over(self, name: str, source: Batches, asked: Callable[[], int]) -> dict[str, float] | None:
         started, count = time.perf_counter(), limited(source.batches_per_epoch, self.config.limit_val_batches)
         sums: dict[str, float] = {}
         units = 0.0
         for batches in source.iterate(0, count):
+            (stops,) = collectives.maxima([asked()])
+            if stops:
+                return None
             metrics = self.model.get_loss_and_metrics(batches, self.objective, forward_only=True)
             weight = self._count(batches)["units"]
             units += weight

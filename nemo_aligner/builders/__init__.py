@@ -13,9 +13,9 @@ from nemo_aligner.builders.models import (
     standardize,
 )
 from nemo_aligner.builders.next_steps import say_next
+from nemo_aligner.builders.resume import resume_point
 from nemo_aligner.builders.runs import (
     open_experiment,
-    resume_point,
     save_result,
     training_checkpoints,
     warn_of_schedule,

@@ -15,7 +15,7 @@ from nemo_aligner.builders.models import Pretrained, load_policy, needed_tokeniz
 from nemo_aligner.builders.servers import tokenizer_probe
 from nemo_aligner.checkpoint.nemo_archive import WEIGHTS_NAME
 from nemo_aligner.checkpoint.sharded import load_model
-from nemo_aligner.checkpoint.training import Checkpoint, read_extra
+from nemo_aligner.checkpoint.trainer_state import Checkpoint, read_extra
 from nemo_aligner.config.ppo import ActorJob, CriticRemoteConfig, RewardRemoteConfig
 from nemo_aligner.data.collate import collate_prompts
 from nemo_aligner.data.datasets import open_prompts

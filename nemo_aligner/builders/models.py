@@ -14,10 +14,8 @@ from nemo_aligner.checkpoint.nemo_archive import CONFIG_NAME, WEIGHTS_NAME, Nemo
 from nemo_aligner.checkpoint.sharded import load_model
 from nemo_aligner.checkpoint.stop_tokens import stop_ids
 from nemo_aligner.checkpoint.tokenizer_files import CHAT_DATE, load_archived_tokenizer
-from nemo_aligner.checkpoint.training import (
-    TRAINING_NAMES,
-    Checkpoint,
-)
+from nemo_aligner.checkpoint.trainer_state import Checkpoint
+from nemo_aligner.checkpoint.training import TRAINING_NAMES
 from nemo_aligner.config.base import ModelConfig, ModelJob
 from nemo_aligner.config.reward import RMJob
 from nemo_aligner.data.reading import Reading
@@ -35,6 +33,7 @@ from nemo_aligner.run.progress import heartbeat
 
 __all__ = [
     "Pretrained",
+    "chosen_precision",
     "load_policy",
     "load_reward_model",
     "load_tokenizer",
@@ -125,7 +124,8 @@ def load_reward_model(job: RMJob, *, start: Checkpoint | None = None) -> Pretrai
 
 def opened(job: ModelJob, start: Checkpoint | None) -> contextlib.AbstractContextManager[NemoArchive]:
     """The checkpoint that the job starts from, or goes on with."""
-    return shared_nemo(start.path if start else job.pretrained[1])
+    # The files of a checkpoint to go on from have been checked.
+    return shared_nemo(start.path if start else job.pretrained[1], check=start is None)
 
 
 def merged_config(model: ModelConfig, archive: NemoArchive) -> dict[str, Any]:
@@ -155,18 +155,22 @@ def unfilled(
         recompute=job.model.recompute,
         head=head,
     )
-    config["precision"] = str(precision)
+    config["precision"] = precision
     return built, gpt
 
 
-def _precision(job: ModelJob) -> str | int:
-    """``trainer.precision``, by the device where it is not set; a choice that people may not expect is told."""
-    asked, on_cpu = job.trainer.precision, world.device().type == "cpu"
-    precision = asked or ("32" if on_cpu else "bf16")
-    if on_cpu and world.is_logging_rank():
+def chosen_precision(job: ModelJob) -> str:
+    """``trainer.precision`` as 32, bf16 or 16; by the device where it is not set."""
+    return precision_name(job.trainer.precision or ("32" if world.device().type == "cpu" else "bf16"))
+
+
+def _precision(job: ModelJob) -> str:
+    """See :func:`chosen_precision`; a choice that people may not expect is told."""
+    asked, precision = job.trainer.precision, chosen_precision(job)
+    if world.device().type == "cpu" and world.is_logging_rank():
         if asked is None:
             logger.info("trainer.precision=32, as there is no GPU")
-        elif precision_name(asked) != "32":
+        elif precision != "32":
             logger.info("trainer.precision=%s on a CPU: without AMX, 32 is two to three times as fast", asked)
     return precision
 

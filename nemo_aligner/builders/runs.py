@@ -3,81 +3,60 @@
 
 import contextlib
 import logging
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from nemo_aligner.builders.models import Pretrained
-from nemo_aligner.checkpoint.training import (
-    Checkpoint,
-    TrainingCheckpoints,
-    find_checkpoints,
-    read_checkpoint,
-    remove_unfinished,
-)
+from nemo_aligner.checkpoint.training import TrainingCheckpoints
 from nemo_aligner.config.base import Job
-from nemo_aligner.errors import UserError
 from nemo_aligner.models.gpt.learning_rate import OptimConfig
 from nemo_aligner.parallel import collectives, world
+from nemo_aligner.run.disk import told_if_full
 from nemo_aligner.run.experiment import Experiment, ExperimentConfig
+from nemo_aligner.run.lock import FolderLock
 
-__all__ = ["open_experiment", "resume_point", "save_result", "training_checkpoints", "warn_of_schedule"]
+__all__ = ["open_experiment", "save_result", "training_checkpoints", "warn_of_schedule"]
 
 logger = logging.getLogger(__name__)
 
 
 @contextlib.contextmanager
 def open_experiment(job: Job) -> Iterator[Experiment]:
-    """The run's folder, the same on every rank."""
+    """The run's folder, the same on every rank, and no other run's meanwhile.
+
+    Raises:
+        UserError: another run holds the folder, an earlier one's results are in it, or it cannot be written.
+    """
     config: ExperimentConfig = job.exp_manager
     folder = collectives.broadcast_object(config.folder())
     if world.is_logging_rank():
         logger.info("results go to %s", folder)
-    with Experiment(config, folder, writes=world.is_logging_rank()) as run:
+        config.check_folder()
+    with (
+        _held(config, folder) as lock,
+        Experiment(config, folder, writes=world.is_logging_rank(), lock=lock) as run,
+    ):
         yield run
 
 
-@world.phase("looking for a checkpoint")
-def resume_point(job: Job, run: Experiment) -> Checkpoint | None:
-    """The checkpoint that the run goes on from: its folder's newest, else the one that the settings name.
-
-    What interrupted saves have left in the folder is removed.
-
-    Raises:
-        UserError: there is none, and the settings ask for one.
-    """
-    found: Checkpoint | UserError | None = None
+@contextlib.contextmanager
+def _held(config: ExperimentConfig, folder: Path) -> Iterator[FolderLock | None]:
+    """Rank 0 holds the folder; it has it before any rank goes on."""
+    lock = None
     if world.is_logging_rank():
-        try:
-            found = _find(job, run)
-        except UserError as error:
-            found = error
-    found = collectives.broadcast_object(found)
-    if isinstance(found, UserError):
-        raise found
-    if found is not None and not job.exp_manager.create_checkpoint_callback:
-        raise UserError(
-            f"the run would go on from {found.path}, and exp_manager.create_checkpoint_callback=False",
-            cure="set it to True, or exp_manager.explicit_log_dir to a new folder",
-        )
-    return found
-
-
-def _find(job: Job, run: Experiment) -> Checkpoint | None:
-    config = job.exp_manager
-    remove_unfinished(run.checkpoints_folder)
-    named = config.resume_from_checkpoint or job.model.resume_from_checkpoint
-    if config.resume_if_exists and (own := find_checkpoints(run.checkpoints_folder)):
-        return own[-1]
-    if named:
-        return read_checkpoint(Path(named))
-    if config.resume_if_exists and not config.resume_ignore_no_checkpoint:
-        raise UserError(
-            f"there is no checkpoint in {run.checkpoints_folder}, and "
-            "exp_manager.resume_ignore_no_checkpoint=False",
-            cure="set exp_manager.resume_ignore_no_checkpoint=True to start anew",
-        )
-    return None
+        config.make_folder(folder)
+        lock = FolderLock(folder, setting=config.folder_setting)
+    # Each round is a collective, so that no rank waits in one for longer than it may.
+    with told_if_full(folder, "the lock"):
+        while not collectives.broadcast_object(lock.take() if lock else False):
+            time.sleep(1.0)
+    try:
+        yield lock
+    finally:
+        if lock is not None:
+            lock.give_back()
 
 
 def training_checkpoints(
@@ -93,6 +72,7 @@ def training_checkpoints(
         model_config=pretrained.config,
         files=pretrained.files,
         keep_newest=keep_newest,
+        identity=run.identity,
     )
 
 

@@ -20,9 +20,12 @@ from nemo_aligner.builders.models import (
     unfilled,
 )
 from nemo_aligner.builders.runs import training_checkpoints
+from nemo_aligner.checkpoint.digests import refuse_damage
+from nemo_aligner.checkpoint.model_nemo import damage_over_ranks
 from nemo_aligner.checkpoint.nemo_archive import WEIGHTS_NAME
 from nemo_aligner.checkpoint.sharded import load_model
-from nemo_aligner.checkpoint.training import Checkpoint, TrainingCheckpoints
+from nemo_aligner.checkpoint.trainer_state import Checkpoint
+from nemo_aligner.checkpoint.training import TrainingCheckpoints
 from nemo_aligner.config.base import ModelJob
 from nemo_aligner.config.serve import CriticJob, InferenceConfig, RewardServerJob, ServedModelConfig
 from nemo_aligner.data.reading import Reading
@@ -226,6 +229,7 @@ def critic_checkpoints(
             critic.start_again()
         else:
             assert checkpoints is not None
+            refuse_damage(checkpoint.path, damage_over_ranks(checkpoint.path))
             load_model(critic.learner.model, checkpoint.path / WEIGHTS_NAME)
             checkpoints.restore(checkpoint)
 

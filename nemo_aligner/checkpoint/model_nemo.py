@@ -8,19 +8,25 @@ from typing import Any
 
 from megatron.core.transformer.module import MegatronModule
 
+from nemo_aligner.checkpoint.digests import Digests, find_damage
 from nemo_aligner.checkpoint.finite import refuse_non_finite
-from nemo_aligner.checkpoint.nemo_archive import NemoArchive, open_nemo, write_nemo
-from nemo_aligner.checkpoint.sharded import save_model
+from nemo_aligner.checkpoint.nemo_archive import NemoArchive, open_nemo, refuse_damaged, write_nemo
+from nemo_aligner.checkpoint.room import check_room_for_all
+from nemo_aligner.checkpoint.sharded import model_state, save_state, stored_bytes
 from nemo_aligner.errors import UserError
 from nemo_aligner.parallel import collectives, world
+from nemo_aligner.run.disk import told_if_full
 from nemo_aligner.run.progress import heartbeat
 
-__all__ = ["save_nemo", "shared_nemo"]
+__all__ = ["damage_over_ranks", "save_nemo", "shared_nemo"]
 
 
 @contextlib.contextmanager
-def shared_nemo(path: Path | str) -> Iterator[NemoArchive]:
+def shared_nemo(path: Path | str, *, check: bool = True) -> Iterator[NemoArchive]:
     """The .nemo at ``path`` on every rank; one rank of each node unpacks it for its neighbours.
+
+    Args:
+        check: whether files are compared with their digests, each rank a part of them.
 
     Raises:
         UserError: on every rank, for whatever reason one node's rank could not open it.
@@ -31,16 +37,33 @@ def shared_nemo(path: Path | str) -> Iterator[NemoArchive]:
             if world.is_node_leader():
                 try:
                     with heartbeat(f"opening {path}", enabled=world.is_logging_rank()):
-                        opened = stack.enter_context(open_nemo(path))
+                        opened = stack.enter_context(open_nemo(path, check=False))
                 except UserError as error:
                     opened = error
         opened = collectives.from_node_leader(opened)
         if isinstance(opened, UserError):
             raise opened
         assert opened is not None
+        if check:
+            # Each node has unpacked its own copy; a folder is one for all.
+            place = (world.rank(), world.world_size()) if Path(path).is_dir() else world.place_on_node()
+            refuse_damaged(Path(path), damage_over_ranks(opened.folder, place))
         yield opened
         # The folder goes with its leader's context: nobody may still be reading.
         world.barrier()
+
+
+def damage_over_ranks(folder: Path, place: tuple[int, int] | None = None) -> list[str] | None:
+    """What :func:`find_damage` finds when each rank looks at its share of the files. Called by every rank.
+
+    Args:
+        place: (this rank's share, of how many); None: of all ranks.
+    """
+    share, of = place or (world.rank(), world.world_size())
+    with world.phase(f"checking the files of {folder}"), world.at_own_pace():
+        own = find_damage(folder, share=share, of=of)
+    found = collectives.of_all_ranks(own)
+    return None if found[0] is None else sorted({one for part in found for one in part or ()})
 
 
 def save_nemo(
@@ -67,12 +90,20 @@ def save_nemo(
         cure="set model.optim.lr lower, and go on from a checkpoint: they hold finite weights only",
     )
 
-    def weights(folder: Path) -> None:
-        save_model(model, collectives.broadcast_object(folder))
+    state = model_state(model)
+    own_bytes = stored_bytes(state)
+    # While it is packed, the largest of its files is there twice.
+    twice = max(collectives.of_all_ranks(own_bytes))
+    needed = check_room_for_all(path.parent, own_bytes, f"{path.name}", spare=twice)
+
+    def weights(folder: Path) -> Digests:
+        own = save_state(state, collectives.broadcast_object(folder)).result()
+        return {name: digest for part in collectives.of_all_ranks(own) for name, digest in part.items()}
 
     with (
         heartbeat(f"saving {path}", enabled=world.is_logging_rank()),
         world.phase(f"saving {path}"),
+        told_if_full(path.parent, path.name, needed=needed),
         world.at_own_pace(),
     ):
         if world.is_logging_rank():

@@ -21,6 +21,7 @@ from typing import Any
 
 import yaml
 
+from nemo_aligner.checkpoint.digests import Digests, find_damage, refuse_damage, write_digests
 from nemo_aligner.checkpoint.nemo_config import CONFIG_NAME, parse_config
 from nemo_aligner.checkpoint.progress import Progress
 from nemo_aligner.errors import UserError
@@ -32,6 +33,7 @@ __all__ = [
     "check_output",
     "open_nemo",
     "peek_config",
+    "refuse_damaged",
     "replace_folder",
     "write_contents",
     "write_nemo",
@@ -91,13 +93,14 @@ class NemoArchive:
 
 
 @contextlib.contextmanager
-def open_nemo(path: Path | str, *, old_layouts: bool = False) -> Iterator[NemoArchive]:
+def open_nemo(path: Path | str, *, old_layouts: bool = False, check: bool = True) -> Iterator[NemoArchive]:
     """Opens a .nemo file (extracted to a temporary folder, removed afterwards) or an extracted folder (used
     in place).
 
     Args:
         path: the file or folder.
         old_layouts: whether weights that are no distributed checkpoint are let through.
+        check: whether files are compared with their digests here.
 
     Raises:
         UserError: it is not there, damaged, hostile, or its weights are in an old layout.
@@ -119,6 +122,8 @@ def open_nemo(path: Path | str, *, old_layouts: bool = False) -> Iterator[NemoAr
         archive = NemoArchive(source=path, folder=folder, config=_read_config(folder, path))
         if not old_layouts:
             _check_weights_layout(archive)
+        if check:
+            refuse_damaged(path, find_damage(folder))
         yield archive
 
 
@@ -143,12 +148,24 @@ def peek_config(path: Path | str) -> dict[str, Any] | None:
     return None
 
 
+def refuse_damaged(path: Path, damage: list[str] | None) -> None:
+    """Refuse a .nemo with ``damage``; people edit the model_config.yaml of an extracted one, which is only told.
+
+    Raises:
+        UserError: a file is not what was written.
+    """
+    edited = [one for one in damage or () if path.is_dir() and one.startswith(f"{CONFIG_NAME} ")]
+    for one in edited:
+        _log.warning("%s: %s; it is taken as it is", path, one)
+    refuse_damage(path, None if damage is None else [one for one in damage if one not in edited])
+
+
 def write_nemo(
     path: Path | str,
     *,
     config: Mapping[str, Any],
     files: Mapping[str, Path | bytes],
-    weights: Callable[[Path], None],
+    weights: Callable[[Path], Digests | None],
     overwrite: bool = False,
 ) -> None:
     """Writes a .nemo; ``path`` is replaced in one step at the end, so that an interrupted run leaves
@@ -158,7 +175,8 @@ def write_nemo(
         path: where to; one that ends with "/" or is a folder gets the extracted layout.
         config: becomes model_config.yaml; plain dicts, lists, strings and numbers.
         files: name within the archive to a file or its content.
-        weights: writes the distributed checkpoint into the folder it is given.
+        weights: writes the distributed checkpoint into the folder it is given; it may give the digests of files
+            there.
         overwrite: whether an existing .nemo is replaced.
 
     Raises:
@@ -172,7 +190,8 @@ def write_nemo(
     finished = path.with_name(path.name + ".tmp")
     try:
         write_contents(staging, config=config, files=files)
-        weights(staging / WEIGHTS_NAME)
+        known = weights(staging / WEIGHTS_NAME) or {}
+        write_digests(staging, {f"{WEIGHTS_NAME}/{name}": digest for name, digest in known.items()})
         if as_folder:
             staging.chmod(0o755)
             replace_folder(staging, path)

@@ -17,7 +17,12 @@ from megatron.core.dist_checkpointing.dict_utils import (
     extract_matching_values,
     nested_values,
 )
-from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedStateDict, ShardedTensor
+from megatron.core.dist_checkpointing.mapping import (
+    ShardedObject,
+    ShardedStateDict,
+    ShardedTensor,
+    is_main_replica,
+)
 from megatron.core.dist_checkpointing.strategies.torch import (
     MCoreSavePlanner,
     TorchDistSaveShardedStrategy,
@@ -46,13 +51,14 @@ from torch.distributed.checkpoint.planner import (  # noqa: TID251 - as above
 )
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list  # noqa: TID251 - as above
 
+from nemo_aligner.checkpoint.digests import Digests, digests_of
 from nemo_aligner.checkpoint.finite import refuse_non_finite
 from nemo_aligner.checkpoint.torch_dist import FolderReader, check_folder
 from nemo_aligner.errors import UserError
 from nemo_aligner.parallel import cpu_shim, world
 from nemo_aligner.parallel.shards import Shards
 
-__all__ = ["load_model", "load_state", "save_model", "save_state"]
+__all__ = ["load_model", "load_state", "model_state", "save_model", "save_state", "stored_bytes"]
 
 PREFIX = "model."
 
@@ -66,7 +72,7 @@ class _SaveInProcess(TorchDistSaveShardedStrategy):
     def __init__(self, shards: Sequence[Shards], executor: Executor | None) -> None:
         super().__init__("torch_dist", 1)
         self._shards, self._executor = shards, executor
-        self.written: Future[Any] | None = None
+        self.written: Future[Digests] = Future()
 
     def save(self, sharded_state_dict: ShardedStateDict, checkpoint_dir: str | Path) -> None:
         shards = [one for one in self._shards if not one.is_replica]
@@ -81,7 +87,7 @@ class _SaveInProcess(TorchDistSaveShardedStrategy):
         # Of its own, so that a thread's collectives do not cross those of training.
         group = world.writers_group() if self._executor else None
 
-        def write() -> None:
+        def write() -> Digests:
             with _first_failure(checkpoint_dir):
                 torch_dist_checkpoint.save(
                     tensors,
@@ -91,9 +97,11 @@ class _SaveInProcess(TorchDistSaveShardedStrategy):
                     ),
                     process_group=group,
                 )
+            own = Path(checkpoint_dir).glob(f"__{world.rank()}_*")
+            return digests_of(Path(checkpoint_dir), sorted(path.name for path in own))
 
         if self._executor is None:
-            write()
+            self.written.set_result(write())
         else:
             self.written = self._executor.submit(write)
 
@@ -220,14 +228,28 @@ def _common_strategy(folder: Path) -> dict[str, Any]:
     return {"common_strategy": _CommonAmongTensors()}
 
 
-def save_state(
-    state: ShardedStateDict, folder: Path, *, executor: Executor | None = None
-) -> Future[Any] | None:
+def stored_bytes(state: ShardedStateDict) -> int:
+    """Bytes that this rank writes of ``state``; what all ranks hold alike, one of them writes."""
+    found = 0
+    for value in nested_values(state):
+        if isinstance(value, Shards) and not value.is_replica:
+            found += sum(piece.nbytes for piece in value.pieces.values())
+        elif (
+            isinstance(value, ShardedTensor) and value.data is not None and is_main_replica(value.replica_id)
+        ):
+            found += value.data.nbytes
+    return found
+
+
+def save_state(state: ShardedStateDict, folder: Path, *, executor: Executor | None = None) -> Future[Digests]:
     """Write ``state`` of all ranks into ``folder``, which rank 0 makes. Called by every rank.
 
     Args:
         state: Megatron's sharded tensors, :class:`Shards`, and plain values that are the same on every rank.
         executor: one thread that writes in the background; the future then tells this rank's end.
+
+    Returns:
+        The digests of the files that this rank alone has written.
     """
     if world.is_logging_rank():
         folder.mkdir(parents=True, exist_ok=False)
@@ -271,11 +293,14 @@ def load_state(state: ShardedStateDict, folder: Path, *, remedy: str) -> dict[st
     return loaded
 
 
-def save_model(
-    model: MegatronModule, folder: Path, *, executor: Executor | None = None
-) -> Future[Any] | None:
+def save_model(model: MegatronModule, folder: Path, *, executor: Executor | None = None) -> Future[Digests]:
     """Write the weights of all ranks; see :func:`save_state`."""
-    return save_state(model.sharded_state_dict(prefix=PREFIX), folder, executor=executor)
+    return save_state(model_state(model), folder, executor=executor)
+
+
+def model_state(model: MegatronModule) -> ShardedStateDict:
+    """What :func:`save_model` writes."""
+    return model.sharded_state_dict(prefix=PREFIX)
 
 
 def load_model(model: MegatronModule, folder: Path, *, but: str | None = None) -> None:

@@ -6,45 +6,53 @@ also a model; beside them lie ``training_state/`` (the optimizer, as a distribut
 ``trainer_state.json``. What a run goes on from stands in that file and never in a name.
 """
 
+import contextlib
+import itertools
 import json
 import logging
 import os
 import re
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
 from megatron.core.transformer.module import MegatronModule
 
+from nemo_aligner.checkpoint.digests import DIGESTS, Digests, write_digests
 from nemo_aligner.checkpoint.finite import refuse_non_finite
 from nemo_aligner.checkpoint.nemo_archive import WEIGHTS_NAME, write_contents, write_nemo
-from nemo_aligner.checkpoint.sharded import load_state, save_model, save_state
-from nemo_aligner.errors import UserError
+from nemo_aligner.checkpoint.room import check_room_for_all
+from nemo_aligner.checkpoint.sharded import load_state, model_state, save_state, stored_bytes
+from nemo_aligner.checkpoint.trainer_state import (
+    EXTRA,
+    UNFINISHED,
+    Checkpoint,
+    TrainerState,
+    find_checkpoints,
+)
 from nemo_aligner.parallel import collectives, world
+from nemo_aligner.run.disk import told_if_full
 from nemo_aligner.run.experiment import TRAINER_STATE, CheckpointCallbackConfig
+from nemo_aligner.run.identity import COMMAND, CONFIG, RunIdentity
 from nemo_aligner.run.progress import heartbeat
 
 __all__ = [
     "TRAINING_NAMES",
-    "Checkpoint",
-    "TrainerState",
     "TrainingCheckpoints",
     "checkpoint_name",
-    "find_checkpoints",
     "monitor_name",
-    "read_checkpoint",
-    "read_extra",
     "remove_unfinished",
+    "set_aside",
 ]
 
 STATE_FOLDER = "training_state"
-EXTRA = "algorithm.bin"  # what the loop goes on from beside trainer_state.json
-TRAINING_NAMES = (STATE_FOLDER, TRAINER_STATE, EXTRA)  # what a checkpoint holds beside a model
-UNFINISHED = ".saving-"
+# What a checkpoint holds beside a model.
+TRAINING_NAMES = (STATE_FOLDER, TRAINER_STATE, EXTRA, COMMAND, CONFIG, DIGESTS)
 LAST = "last"  # a link to the newest checkpoint
+DAMAGED = "damaged"  # below it lies what was set aside
 
 logger = logging.getLogger(__name__)
 
@@ -67,38 +75,14 @@ class Trained(Protocol):
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainerState:
-    """Where a run stands between two steps."""
-
-    step: int = 0  # optimizer steps done
-    consumed_samples: int = 0
-    metrics: dict[str, float] = field(
-        default_factory=dict
-    )  # of the last validation, by monitor name: val_loss
-    data: dict[str, Any] = field(
-        default_factory=dict
-    )  # what makes up the batches; another value, other batches
-    algorithm: dict[str, Any] = field(default_factory=dict)  # what else the loop goes on from
-    skipped_steps: int = 0  # optimizer steps in a row, up to now, whose loss or gradient was not finite
-    first_skipped: str = ""  # what was not finite in the first of them
-
-
-@dataclass(frozen=True, kw_only=True)
-class Checkpoint:
-    """A finished checkpoint."""
-
-    path: Path
-    state: TrainerState
-
-
-@dataclass(frozen=True, kw_only=True)
 class _Save:
     """A checkpoint that is not one yet."""
 
     path: Path
     state: TrainerState
-    written: list[Future[Any]]
+    written: Mapping[str, Future[Digests]]  # by the folder that is written
     also: Callable[[], None] | None
+    needed: int  # bytes
 
 
 def checkpoint_name(template: str, state: TrainerState, *, steps_per_epoch: int) -> str:
@@ -149,6 +133,7 @@ class TrainingCheckpoints:
         files: the other files of the .nemo, by name.
         keep_newest: how many of the newest are kept beside the best, not counting those that another job's
             checkpoint lacks (``is_half`` False in their state).
+        identity: of the run, on rank 0; each checkpoint keeps it.
     """
 
     def __init__(
@@ -160,9 +145,10 @@ class TrainingCheckpoints:
         model_config: dict[str, Any],
         files: Mapping[str, Path | bytes],
         keep_newest: int = 1,
+        identity: RunIdentity | None = None,
     ) -> None:
         self.folder, self.config, self._trained, self._keep_newest = folder, config, trained, keep_newest
-        self._model_config, self._files = model_config, files
+        self._model_config, self._files, self._identity = model_config, files, identity
         self._executor = ThreadPoolExecutor(1, "save") if config.async_save else None
         self._pending: _Save | None = None
 
@@ -202,34 +188,63 @@ class TrainingCheckpoints:
         name = checkpoint_name(self.config.filename, state, steps_per_epoch=steps_per_epoch)
         staging = self.folder / f"{UNFINISHED}{name}"
         writes = world.is_logging_rank()
+        if self._identity is not None:
+            state = replace(state, base_model=self._identity.base_model)
         with heartbeat(f"saving {self.folder / name}", enabled=writes), world.phase(f"saving {name}"):
-            if writes:
-                staging.mkdir(parents=True)
-                write_contents(staging, config=self._model_config, files=self._files)
-                if extra is not None:
-                    (staging / EXTRA).write_bytes(extra)
-            world.barrier()
-            written = (
-                save_model(self._trained.model, staging / WEIGHTS_NAME, executor=self._executor),
-                save_state(
-                    self._trained.training_state(),
-                    staging / STATE_FOLDER,
-                    executor=self._executor,
-                ),
-            )
-        self._pending = _Save(
-            path=self.folder / name,
-            state=state,
-            written=[future for future in written if future is not None],
-            also=also,
-        )
+            weights, training = model_state(self._trained.model), self._trained.training_state()
+            needed = self._check_room(weights, training, more=len(extra or b""))
+            with self._dropped_if_failed(staging, needed):
+                if writes:
+                    self._write_small_files(staging, extra)
+                world.barrier()
+                written = {
+                    WEIGHTS_NAME: save_state(weights, staging / WEIGHTS_NAME, executor=self._executor),
+                    STATE_FOLDER: save_state(training, staging / STATE_FOLDER, executor=self._executor),
+                }
+        self._pending = _Save(path=self.folder / name, state=state, written=written, also=also, needed=needed)
         if self._executor is None:
             self.finish()
+
+    def _write_small_files(self, staging: Path, extra: bytes | None) -> None:
+        staging.mkdir(parents=True)
+        write_contents(staging, config=self._model_config, files=self._files)
+        if self._identity is not None:
+            self._identity.write(staging)
+        if extra is not None:
+            (staging / EXTRA).write_bytes(extra)
+
+    def check_room(self) -> None:
+        """Refuse to train where a checkpoint has no room.
+
+        Raises:
+            UserError: on every rank.
+        """
+        self._check_room(model_state(self._trained.model), self._trained.training_state(), more=0)
+
+    def _check_room(self, weights: dict[str, Any], training: dict[str, Any], *, more: int) -> int:
+        """The bytes of a checkpoint of these; ``more``: of what rank 0 writes beside them."""
+        own, model = stored_bytes(training), stored_bytes(weights)
+        # Beside a checkpoint its .nemo is made, of a copy.
+        copies = 3 if self.config.always_save_nemo else 1
+        return check_room_for_all(self.folder, own + copies * model, "a checkpoint", spare=more)
+
+    @contextlib.contextmanager
+    def _dropped_if_failed(self, staging: Path, needed: int) -> Iterator[None]:
+        """Within it, a save that fails leaves its disk's room to the next try; a full disk is told as one."""
+        try:
+            with told_if_full(self.folder, "a checkpoint", needed=needed):
+                yield
+        except Exception:
+            if world.is_logging_rank():
+                shutil.rmtree(staging, ignore_errors=True)
+            raise
 
     @property
     def is_writing(self) -> bool:
         """Whether this rank still writes in the background."""
-        return self._pending is not None and not all(future.done() for future in self._pending.written)
+        return self._pending is not None and not all(
+            future.done() for future in self._pending.written.values()
+        )
 
     def poll(self, *, all_ranks_done: bool) -> None:
         """Finish a save in the background once no rank is writing any more."""
@@ -241,15 +256,20 @@ class TrainingCheckpoints:
         if self._pending is None:
             return
         save, self._pending = self._pending, None
-        with world.phase(f"saving {save.path.name}"):
+        staging = save.path.with_name(UNFINISHED + save.path.name)
+        with world.phase(f"saving {save.path.name}"), self._dropped_if_failed(staging, save.needed):
             with world.at_own_pace():
-                for future in save.written:
-                    future.result()
+                own = {
+                    f"{folder}/{name}": digest
+                    for folder, future in save.written.items()
+                    for name, digest in future.result().items()
+                }
+            digests = {name: one for part in collectives.of_all_ranks(own) for name, one in part.items()}
             if save.also is not None:
                 save.also()
             with world.at_own_pace():
                 if world.is_logging_rank():
-                    self._commit(save.path, save.state)
+                    self._commit(save.path, save.state, digests)
 
     def holds(self, step: int) -> bool:
         """Whether there is a checkpoint of ``step``. A collective."""
@@ -260,7 +280,7 @@ class TrainingCheckpoints:
         """Remove the checkpoints whose state ``is_over``, and what a save has left that did not become one."""
         if self._pending is not None:
             # A thread that still writes would find its folder gone; how its save ends is of no matter now.
-            wait(self._pending.written)
+            wait(self._pending.written.values())
             self._pending = None
         world.barrier()
         with world.at_own_pace():
@@ -271,12 +291,13 @@ class TrainingCheckpoints:
                         logger.info("removing %s: the run goes on from before it", checkpoint.path)
                         _remove(checkpoint.path)
 
-    def _commit(self, path: Path, state: TrainerState) -> None:
+    def _commit(self, path: Path, state: TrainerState, digests: Digests) -> None:
         staging = path.with_name(UNFINISHED + path.name)
         with (staging / TRAINER_STATE).open("w") as stream:
             json.dump(asdict(state), stream, indent=2)
             stream.flush()
             os.fsync(stream.fileno())
+        write_digests(staging, digests)
         staging.rename(path)
         _sync(self.folder)
         _link(self.folder / LAST, path.name)
@@ -308,31 +329,6 @@ class TrainingCheckpoints:
                 self._pack(best.path, path, overwrite=True)
 
 
-def find_checkpoints(folder: Path) -> list[Checkpoint]:
-    """The finished checkpoints in ``folder``, oldest first."""
-    found = []
-    for path in folder.glob(f"*/{TRAINER_STATE}"):
-        if not path.parent.name.startswith(UNFINISHED) and not path.parent.is_symlink():
-            found.append(read_checkpoint(path.parent))
-    return sorted(found, key=lambda checkpoint: checkpoint.state.step)
-
-
-def read_checkpoint(path: Path) -> Checkpoint:
-    """The checkpoint at ``path``.
-
-    Raises:
-        UserError: it is none.
-    """
-    try:
-        state = TrainerState(**json.loads((path / TRAINER_STATE).read_text()))
-    except (OSError, ValueError, TypeError) as error:
-        raise UserError(
-            f"{path} is not a training checkpoint: {TRAINER_STATE} in it cannot be read ({error})",
-            cure="name a folder below a run's checkpoints/; a .nemo is started from with model.restore_from_path",
-        ) from error
-    return Checkpoint(path=path.resolve(), state=state)
-
-
 def remove_unfinished(folder: Path) -> None:
     """Remove what saves that were interrupted have left."""
     for path in folder.glob(f"{UNFINISHED}*"):
@@ -341,6 +337,17 @@ def remove_unfinished(folder: Path) -> None:
             path.unlink()
         else:
             shutil.rmtree(path)
+
+
+def set_aside(path: Path, *, newest: Path) -> None:
+    """Move a damaged checkpoint to where no run looks for one; ``newest`` is then the newest."""
+    aside = path.parent / DAMAGED
+    aside.mkdir(exist_ok=True)
+    names = itertools.chain([path.name], (f"{path.name}.{number}" for number in itertools.count(2)))
+    target = next(aside / name for name in names if not (aside / name).exists())
+    path.rename(target)
+    logger.warning("%s is set aside as %s", path, target)
+    _link(path.parent / LAST, newest.name)
 
 
 def ranked(checkpoints: list[Checkpoint], config: CheckpointCallbackConfig) -> list[Checkpoint]:
@@ -368,12 +375,6 @@ def prunable(
     sound = [checkpoint for checkpoint in in_order if not checkpoint.state.skipped_steps]
     newest = [*pairs[-keep_newest:], *in_order[-1:], *sound[-1:]]
     return [c for c in ranked(checkpoints, config)[config.save_top_k :] if c not in newest]
-
-
-def read_extra(checkpoint: Checkpoint) -> bytes | None:
-    """What was saved as ``extra``."""
-    path = checkpoint.path / EXTRA
-    return path.read_bytes() if path.exists() else None
 
 
 def _remove(path: Path) -> None:

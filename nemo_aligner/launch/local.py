@@ -39,8 +39,8 @@ def start_ranks(count: int) -> int:
 
     The ranks meet in a file of a temporary folder, so no port is chosen; their own temporary files go there too.
 
-    SIGTERM and SIGUSR1 are handed on: a rank that trains saves first, so their end is waited for. SIGINT and SIGHUP,
-    and a SIGTERM after the first, end the ranks within seconds. SIGUSR2 has each rank write its stacks.
+    SIGTERM, SIGUSR1 and SIGINT are handed on: a rank that trains saves first, so their end is waited for. SIGHUP, and a
+    SIGTERM or SIGINT after another signal, end the ranks within seconds. SIGUSR2 has each rank write its stacks.
 
     Returns:
         0 if all ranks ended well, else the exit code of the first that did not; 128 + N after signal N.
@@ -51,13 +51,13 @@ def start_ranks(count: int) -> int:
     ranks: list[subprocess.Popen] = []
     # Signals end the ranks below, in order; the defaults would leave them or the folder behind.
     handlers: dict[signal.Signals, Handler] = dict.fromkeys(END_SIGNALS, interrupt)
-    handlers |= dict.fromkeys(STOP_SIGNALS, _hand_on(ranks))
+    handlers |= dict.fromkeys((signal.SIGINT, *STOP_SIGNALS), _hand_on(ranks))
     # Inherited until a rank has a handler of its own, before which the signal would end it.
     handlers[STACKS_SIGNAL] = signal.SIG_IGN
     with handled(handlers):
         try:
             for rank in range(count):
-                # A session of its own: Ctrl-C reaches this process alone, which then ends the ranks.
+                # A session of its own: Ctrl-C reaches this process alone, which then hands it on.
                 command = [sys.executable, *sys.orig_argv[1:]]
                 env = os.environ | _place(rank, count, folder)
                 ranks.append(subprocess.Popen(command, env=env, start_new_session=True))
@@ -113,10 +113,13 @@ def _hand_on(ranks: Sequence[subprocess.Popen]) -> Handler:
     asked: list[int] = []
 
     def handler(number: int, frame: object) -> None:
-        if asked and number == signal.SIGTERM:
+        if asked and number in (signal.SIGTERM, signal.SIGINT):
             interrupt(number, frame)
         asked.append(number)
-        sys.stderr.write(f"{signal.Signals(number).name}: the {len(ranks)} ranks are asked to save and end\n")
+        more = "; once more ends them at once" if number == signal.SIGINT else ""
+        sys.stderr.write(
+            f"{signal.Signals(number).name}: the {len(ranks)} ranks are asked to save and end{more}\n"
+        )
         for rank in ranks:
             rank.send_signal(number)
 

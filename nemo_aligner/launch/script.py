@@ -26,7 +26,7 @@ from nemo_aligner.launch.stacks import show_stacks_on_signal
 from nemo_aligner.launch.typed import as_hydra_reads
 from nemo_aligner.parallel.ranks import Layout, Ranks, discover
 from nemo_aligner.run.experiment import keep_early_records
-from nemo_aligner.run.stop import STOP_SIGNALS, StoppedEarly
+from nemo_aligner.run.stop import STOP_SIGNALS, StoppedEarly, Terminated
 
 __all__ = ["script"]
 
@@ -152,15 +152,8 @@ def _prepare_process(ranks: Ranks | None) -> None:
         logging.getLogger(noisy).setLevel(logging.WARNING if talks else logging.ERROR)
 
 
-class _Terminated(BaseException):
-    """SIGTERM or SIGUSR1 outside of training, unwound as Ctrl-C is, so that temporary files go."""
-
-    def __init__(self, number: int) -> None:
-        self.number = number
-
-
 def _terminate(number: int, _: object) -> None:
-    raise _Terminated(number)
+    raise Terminated(number)
 
 
 def _signals() -> tuple[signal.Signals, ...]:
@@ -171,8 +164,9 @@ def _signals() -> tuple[signal.Signals, ...]:
 
 def _run(config: DictConfig, kind: type[J], main: Callable[[J], None], ranks: Ranks | None) -> None:
     def leave(number: int, _: object) -> None:
-        if ranks is None:
-            os.write(sys.stderr.fileno(), b"stopped\n")
+        if _talks(ranks):
+            name = signal.Signals(number).name
+            os.write(sys.stderr.fileno(), f"stopped by {name}, before anything was done\n".encode())
         os._exit(128 + number)
 
     # Nothing has to be unwound so far, and some imports swallow every exception.
@@ -180,10 +174,11 @@ def _run(config: DictConfig, kind: type[J], main: Callable[[J], None], ranks: Ra
         signal.signal(number, leave)
     try:
         code = _start(config, kind, main, ranks)
-    except (KeyboardInterrupt, _Terminated) as stop:
-        code = INTERRUPTED_CODE if isinstance(stop, KeyboardInterrupt) else 128 + stop.number
-        if ranks is None:
-            sys.stderr.write("stopped\n")
+    except (KeyboardInterrupt, Terminated) as stop:
+        code = INTERRUPTED_CODE if isinstance(stop, KeyboardInterrupt) else 128 + stop.signal
+        if _talks(ranks):
+            name = "Ctrl-C" if isinstance(stop, KeyboardInterrupt) else stop.signal.name
+            sys.stderr.write(f"stopped by {name}; nothing was saved for it\n")
     if code:
         # Without the group's farewell, which would wait for ranks that may be gone.
         sys.stdout.flush()

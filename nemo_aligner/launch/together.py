@@ -90,9 +90,9 @@ def run_together(leader: Program, servers: Sequence[Program]) -> int:
     """Run all of them until the leader and the servers have ended; their output goes to this terminal too.
 
     A job that ends badly ends the others: the leader is asked first (SIGTERM, at which jobs save), the servers after
-    it. A server that the leader has left running when it ended well is asked too. SIGTERM and SIGUSR1 to this process
-    do the same; SIGINT and SIGHUP, and a SIGTERM after the first, end all of them within seconds. SIGUSR2 has each job
-    write the stacks of its ranks.
+    it. A server that the leader has left running when it ended well is asked too. SIGTERM, SIGUSR1 and SIGINT to this
+    process do the same; SIGHUP, and a SIGTERM or SIGINT after another signal, end all of them within seconds. SIGUSR2
+    has each job write the stacks of its ranks.
 
     Returns:
         The exit code of the first that ended badly, of those that nobody had asked to end; of the leader after SIGTERM;
@@ -103,12 +103,12 @@ def run_together(leader: Program, servers: Sequence[Program]) -> int:
     programs = (*servers, leader)
 
     def note(number: int, frame: object) -> None:
-        if asked and number == signal.SIGTERM:
+        if asked and number in (signal.SIGTERM, signal.SIGINT):
             interrupt(number, frame)
         asked.append(number)
 
     handlers: dict[signal.Signals, Handler] = dict.fromkeys(END_SIGNALS, interrupt)
-    handlers |= dict.fromkeys(STOP_SIGNALS, note)
+    handlers |= dict.fromkeys((signal.SIGINT, *STOP_SIGNALS), note)
     handlers[STACKS_SIGNAL] = signal.SIG_IGN  # inherited until a job has a handler of its own
     with handled(handlers):
         try:
@@ -116,7 +116,11 @@ def run_together(leader: Program, servers: Sequence[Program]) -> int:
                 jobs.append(_Job(program, width=max(len(one.name) for one in programs)))
             signal.signal(STACKS_SIGNAL, forward_stacks_request([(job.name, job.process) for job in jobs]))
             jobs[-1].leads = True
-            return _run(jobs[-1], jobs[:-1], asked)
+            code = _run(jobs[-1], jobs[:-1], asked)
+            if code and signal.SIGINT in asked:
+                _tell(f"the same command goes on: {shlex.join(sys.orig_argv)}")
+                return 128 + signal.SIGINT
+            return code
         except Interrupted as stop:
             _tell(f"{stop.signal.name}: the jobs are stopped")
             return 128 + stop.signal
@@ -201,7 +205,10 @@ def _run(leader: _Job, servers: Sequence[_Job], asked: Sequence[int]) -> int:
     _watch(jobs, lambda: bool(asked) or not leader.runs or any(job.failed for job in jobs))
     failed = next((job for job in jobs if job.failed), None)
     if asked:
-        _tell(f"{signal.Signals(asked[0]).name}: the jobs are asked to save and end, {leader.name} first")
+        more = "; once more ends them at once" if asked[0] == signal.SIGINT else ""
+        _tell(
+            f"{signal.Signals(asked[0]).name}: the jobs are asked to save and end, {leader.name} first{more}"
+        )
     elif failed:
         others = " and ".join(job.name for job in jobs if job.runs) or "nothing"
         _tell(

@@ -65,6 +65,7 @@ KEPT_MEMORY = ((-3, 64 << 20), (-1, 512 << 20))
 _phase = "start"
 _timeout = timedelta(minutes=10)
 _local_rank = 0
+_local_size = 1
 _device_index = 0
 _writers: Any = None
 
@@ -84,7 +85,7 @@ def start(
         seed: of random draws, which are alike over DP and apart over TP and PP where they must be.
         timeout: after which a collective that is not answered fails.
     """
-    global _local_rank, _device_index, _timeout
+    global _local_rank, _local_size, _device_index, _timeout
     _timeout = timeout
     cpu_shim.install()
     _know_megatron()
@@ -93,7 +94,7 @@ def start(
         os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     cuda = torch.cuda.is_available()
     if ranks is not None:
-        _local_rank = ranks.local_rank
+        _local_rank, _local_size = ranks.local_rank, ranks.local_size
     if cuda:
         _device_index = device_index(ranks, torch.cuda.device_count())
         torch.cuda.set_device(_device_index)
@@ -278,6 +279,11 @@ def is_logging_rank() -> bool:
 def is_node_leader() -> bool:
     """One rank per node: the one that unpacks archives for its neighbours."""
     return _local_rank == 0
+
+
+def place_on_node() -> tuple[int, int]:
+    """(this rank's number on its node, how many ranks the node has)."""
+    return _local_rank, _local_size
 
 
 def tp_rank() -> int:

@@ -3,22 +3,27 @@
 
 import contextlib
 import importlib.util
-import itertools
-import json
 import logging
 import logging.handlers
 import math
 import os
 import secrets
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from io import RawIOBase
 from pathlib import Path
 from types import TracebackType
-from typing import IO, TYPE_CHECKING, Literal, Self
+from typing import TYPE_CHECKING, Literal, Self
 
 from nemo_aligner.errors import UserError
 from nemo_aligner.paths import PathText
+from nemo_aligner.run.disk import told_if_full
+from nemo_aligner.run.identity import RunIdentity
+from nemo_aligner.run.lock import FolderLock
+from nemo_aligner.run.records import append, record, rewind
+from nemo_aligner.run.status import STATUS, RunStatus
 from nemo_aligner.run.stop import seconds_of
 
 if TYPE_CHECKING:
@@ -78,14 +83,40 @@ class ExperimentConfig:
     resume_if_exists: bool = True  # go on from the folder's newest checkpoint
     resume_ignore_no_checkpoint: bool = True  # start anew where there is none
     resume_from_checkpoint: PathText | None = None  # go on from this checkpoint where the folder has none
+    resume_from_older_if_damaged: bool = (
+        False  # set a damaged newest checkpoint aside, use an older whole one
+    )
+    resume_with_changes: bool = False  # go on although settings, model or data are others, with other numbers
     create_checkpoint_callback: bool = True  # save while training
     checkpoint_callback_params: CheckpointCallbackConfig = field(default_factory=CheckpointCallbackConfig)
 
     def folder(self) -> Path:
-        """The run's folder; without ``explicit_log_dir`` a new one each second."""
+        """The run's folder; without ``explicit_log_dir`` a new one."""
         if self.explicit_log_dir:
             return Path(self.explicit_log_dir)
-        return Path(self.exp_dir or "nemo_experiments") / self.name / time.strftime("%Y-%m-%d_%H-%M-%S")
+        now = time.strftime("%Y-%m-%d_%H-%M-%S")
+        names = (now, *(f"{now}_{number}" for number in range(2, 100)))
+        folders = [Path(self.exp_dir or "nemo_experiments") / self.name / name for name in names]
+        return next(folder for folder in folders if not folder.exists())
+
+    @property
+    def folder_setting(self) -> str:
+        """The key that names the run's folder."""
+        return "exp_manager.explicit_log_dir" if self.explicit_log_dir else "exp_manager.exp_dir"
+
+    def make_folder(self, folder: Path) -> None:
+        """Make the run's folder where it is not there.
+
+        Raises:
+            UserError: it cannot be made.
+        """
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(
+                f"the run's folder {folder} cannot be made: {error.strerror}",
+                cure="set exp_manager.explicit_log_dir to a folder that you may write to",
+            ) from error
 
     def nemo_path(self, folder: Path) -> Path:
         """Where the trained model goes, in the run's folder."""
@@ -119,9 +150,9 @@ class ExperimentConfig:
         Raises:
             UserError: an earlier run's results are there and not gone on from, or the folder cannot be written.
         """
-        folder = Path(self.explicit_log_dir or self.exp_dir or ".")
-        key = "exp_manager.explicit_log_dir" if self.explicit_log_dir else "exp_manager.exp_dir"
+        folder, key = Path(self.explicit_log_dir or self.exp_dir or "."), self.folder_setting
         if self.explicit_log_dir:
+            FolderLock(folder, setting=key).refuse_if_held()
             self._check_earlier_run(folder, key)
         there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
         if not (there.is_dir() and os.access(there, os.W_OK | os.X_OK)):
@@ -145,19 +176,46 @@ class ExperimentConfig:
             )
 
 
+class _LogFile(logging.FileHandler):
+    """log.txt; a disk that is full costs its lines, and is told once."""
+
+    _is_told = False
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        """Instead of a traceback for each line."""
+        error = sys.exc_info()[1]
+        if not isinstance(error, OSError):
+            super().handleError(record)
+        elif not self._is_told:
+            self._is_told = True
+            sys.stderr.write(f"{self.baseFilename} cannot be written: {error.strerror}\n")
+
+    def close(self) -> None:
+        """Lines that could not be written cannot be now."""
+        try:
+            super().close()
+        except OSError:
+            assert self._is_told
+
+
 class Experiment:
     """An open run folder. ``log`` is a no-op on all ranks but the writing one.
 
     Args:
         folder: as :meth:`ExperimentConfig.folder` gives it, the same on every rank.
         writes: whether this rank writes.
+        lock: of the folder, where this rank writes and other runs might.
     """
 
-    def __init__(self, config: ExperimentConfig, folder: Path, *, writes: bool) -> None:
-        self.config, self.folder, self.writes = config, folder, writes
+    def __init__(
+        self, config: ExperimentConfig, folder: Path, *, writes: bool, lock: FolderLock | None = None
+    ) -> None:
+        self.config, self.folder, self.writes, self._lock = config, folder, writes, lock
         self._open = contextlib.ExitStack()
         self._sinks = contextlib.ExitStack()  # of metrics
-        self._metrics: IO[str] | None = None
+        self.identity: RunIdentity | None = None
+        self._status = RunStatus(path=folder / STATUS)
+        self._metrics: RawIOBase | None = None
         self._tensorboard: SummaryWriter | None = None
         self._wandb: WandbRun | None = None
 
@@ -171,17 +229,15 @@ class Experiment:
         """Where checkpoints go."""
         return self.config.checkpoints_folder(self.folder)
 
+    @property
+    def lost_to(self) -> str | None:
+        """The run that has taken the folder over; None: it is still this one's."""
+        return self._lock.lost_to if self._lock else None
+
     def __enter__(self) -> Self:
         if self.writes:
-            self.config.check_folder()
-            try:
-                self.folder.mkdir(parents=True, exist_ok=True)
-            except OSError as error:
-                raise UserError(
-                    f"the run's folder {self.folder} cannot be made: {error.strerror}",
-                    cure="set exp_manager.explicit_log_dir to a folder that you may write to",
-                ) from error
-            handler = logging.FileHandler(self.folder / "log.txt", encoding="utf-8")
+            self.config.make_folder(self.folder)
+            handler = _LogFile(self.folder / "log.txt", encoding="utf-8")
             handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
             root = logging.getLogger()
             root.addHandler(handler)
@@ -195,22 +251,39 @@ class Experiment:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if self.writes and self.identity is not None:
+            self._status.end(error)
         self._sinks.close()
         self._open.close()
         self._metrics = self._tensorboard = self._wandb = None
 
-    def begin(self, step: int) -> None:
+    def start(self, identity: RunIdentity) -> None:
+        """The folder is this run's from here on: what it is, and how far, stands in it."""
+        self.identity = identity
+        if self.writes:
+            logger.info("command: %s", identity.command)
+            with told_if_full(self.folder, "what the run is"):
+                identity.write(self.folder)
+            self._status.write()
+
+    def begin(self, step: int, *, max_steps: int | None = None) -> None:
         """Open metrics.jsonl, tables, TensorBoard and wandb for what comes after ``step`` steps.
 
         What this or an earlier run in the folder has logged beyond that is taken back: those steps are done again.
+
+        Args:
+            max_steps: of the run; None: it is not known.
         """
         if not self.writes:
             return
+        self._status.begin(step, max_steps)
         self._sinks.close()
         metrics = self.folder / METRICS
-        for path in (metrics, *self.folder.glob("table_*.jsonl")):
-            _rewind(path, step)
-        self._metrics = self._sinks.enter_context(metrics.open("a", encoding="utf-8"))
+        with told_if_full(self.folder, METRICS):
+            for path in (metrics, *self.folder.glob("table_*.jsonl")):
+                rewind(path, step)
+            # Without a buffer, which would try again at the end what has failed before.
+            self._metrics = self._sinks.enter_context(metrics.open("ab", buffering=0))
         if self.config.create_tensorboard_logger:
             # Imported here: it takes a second, and only one rank writes.
             from torch.utils.tensorboard import SummaryWriter
@@ -241,11 +314,12 @@ class Experiment:
         if self._metrics is None:
             return
         values = {name: value if math.isfinite(value) else str(value) for name, value in metrics.items()}
-        self._metrics.write(json.dumps({"step": step, "time": round(time.time(), 3), **values}) + "\n")
-        self._metrics.flush()
-        if self._tensorboard is not None:
-            for name, value in metrics.items():
-                self._tensorboard.add_scalar(name, value, step)
+        with told_if_full(self.folder, f"the metrics of step {step}"):
+            append(self._metrics, record({"step": step, "time": round(time.time(), 3), **values}))
+            if self._tensorboard is not None:
+                for name, value in metrics.items():
+                    self._tensorboard.add_scalar(name, value, step)
+        self._status.advance(step)
         if self._wandb is not None:
             self._wandb.log(dict(metrics), step=step)
 
@@ -253,30 +327,12 @@ class Experiment:
         """Add rows to ``table_<table>.jsonl``, and to a table of that name at wandb."""
         if self._metrics is None or not rows:
             return
-        with (self.folder / f"table_{table}.jsonl").open("a", encoding="utf-8") as file:
-            for row in rows:
-                file.write(json.dumps({"step": step, **row}, ensure_ascii=False) + "\n")
+        path = self.folder / f"table_{table}.jsonl"
+        with told_if_full(self.folder, path.name), path.open("ab", buffering=0) as file:
+            append(file, "".join(record({"step": step, **row}) for row in rows))
         if self._wandb is not None:
             import wandb
 
             columns: list[str | int] = ["step", *rows[0]]
             content = [[step, *row.values()] for row in rows]
             self._wandb.log({f"table/{table}": wandb.Table(columns=columns, data=content)}, step=step)
-
-
-def _rewind(path: Path, step: int) -> None:
-    """Leave the whole lines of ``path`` up to ``step``; a file that would be left empty is moved aside."""
-    if not path.exists():
-        return
-    kept = []
-    for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
-        # A line that a killed process has begun is the last, and has no end.
-        if line.endswith("\n") and json.loads(line)["step"] <= step:
-            kept.append(line)
-    if not kept:
-        number = next(n for n in itertools.count(1) if not path.with_suffix(f".{n}.jsonl").exists())
-        path.rename(path.with_suffix(f".{number}.jsonl"))
-        return
-    fresh = path.with_suffix(".tmp")
-    fresh.write_text("".join(kept), encoding="utf-8")
-    fresh.replace(path)

@@ -15,8 +15,12 @@ class LoopConfig:
 
     block: ClassVar[str] = "trainer"  # where these settings stand
 
-    max_epochs: int = 1  # passes over the training data
-    max_steps: int = -1  # stop after this many steps; -1: no limit
+    max_epochs: int | None = (
+        None  # passes over the training data; null: one, or as many as max_steps asks for
+    )
+    max_steps: int = (
+        -1
+    )  # steps of the run, unless max_epochs is given and over before; -1: max_epochs decides
     val_check_interval: int | float = 100  # steps between validations; a float is a share of an epoch
     save_interval: int | float = (
         100  # steps between checkpoints; a float is a share of an epoch; 0: at the end only
@@ -29,8 +33,8 @@ class LoopConfig:
     def check(self, block: str) -> None:
         """Refuse a run that would do no step; ``block`` is where these settings stand, as in "trainer.sft"."""
         for name, value, wrong, cure in (
-            ("max_epochs", self.max_epochs, self.max_epochs < 1, "1 or more"),
-            ("max_steps", self.max_steps, self.max_steps == 0, "-1 (no limit), or 1 or more"),
+            ("max_epochs", self.max_epochs, self.max_epochs is not None and self.max_epochs < 1, "1 or more"),
+            ("max_steps", self.max_steps, self.max_steps == 0, "-1 (max_epochs decides), or 1 or more"),
             ("save_interval", self.save_interval, self.save_interval < 0, "0 (at the end only) or more"),
             ("val_check_interval", self.val_check_interval, self.val_check_interval < 0, "0 (never) or more"),
             ("gradient_clip_val", self.gradient_clip_val, self.gradient_clip_val < 0, "0 (never) or more"),
@@ -67,6 +71,7 @@ class Plan:
     save_interval: int  # steps between checkpoints; 0: only where the run ends
     val_check_interval: int  # steps between validations; 0: none
     val_batches: int  # global batches of one validation
+    set_by: str = ""  # the setting that makes the run as long as this
 
     def saves_after(self, step: int) -> bool:
         """Whether a checkpoint follows once ``step`` steps are done (from 1)."""
@@ -104,6 +109,20 @@ def _interval(value: int | float, steps_per_epoch: int) -> int:
     return max(0, _share(steps_per_epoch, value) if isinstance(value, float) else value)
 
 
+def _length(config: LoopConfig, steps_per_epoch: int) -> tuple[int, str]:
+    """(steps of the run, the setting that says so): the shorter of the two that are given, else one epoch."""
+    by_steps = config.max_steps, f"{config.block}.max_steps={config.max_steps}"
+    if config.max_epochs is None:
+        if config.max_steps >= 0 and steps_per_epoch:
+            return by_steps
+        return (
+            steps_per_epoch,
+            f"one pass over the data, as neither {config.block}.max_epochs nor max_steps is set",
+        )
+    by_epochs = steps_per_epoch * config.max_epochs, f"{config.block}.max_epochs={config.max_epochs}"
+    return min(by_steps, by_epochs) if config.max_steps >= 0 else by_epochs
+
+
 def make_plan(
     config: LoopConfig,
     *,
@@ -122,9 +141,7 @@ def make_plan(
         UserError: it would do no step.
     """
     steps_per_epoch = limited(batches_per_epoch, limit_train)
-    total = steps_per_epoch * config.max_epochs
-    if config.max_steps >= 0:
-        total = min(total, config.max_steps)
+    total, set_by = _length(config, steps_per_epoch)
     if total == 0:
         raise UserError(
             f"the run would do no step: max_epochs={config.max_epochs}, max_steps={config.max_steps}, "
@@ -134,6 +151,7 @@ def make_plan(
     return Plan(
         steps_per_epoch=steps_per_epoch,
         max_steps=total,
+        set_by=set_by,
         save_interval=_interval(config.save_interval, steps_per_epoch),
         val_check_interval=_interval(config.val_check_interval, steps_per_epoch),
         val_batches=limited(val_batches, limit_val),

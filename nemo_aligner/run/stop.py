@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Why a run may end before its plan does: somebody asks it to, or its time is up. Either way it saves first."""
 
+import os
 import re
 import signal
 import time
@@ -12,32 +13,69 @@ import psutil
 
 from nemo_aligner.errors import UserError
 
-__all__ = ["SAVED_CODE", "STOP_SIGNALS", "StopRequest", "StoppedEarly", "TimeLimit", "seconds_of"]
+__all__ = [
+    "SAVED_CODE",
+    "STOP_SIGNALS",
+    "StopRequest",
+    "StoppedEarly",
+    "Terminated",
+    "TimeLimit",
+    "saved_code",
+    "seconds_of",
+]
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+SAME_KEY_SECONDS = 1.0
 SAVED_CODE = 75  # EX_TEMPFAIL of sysexits.h: not done, and the same command goes on
+
+
+def saved_code(number: int) -> int:
+    """The exit code of a run that has been saved and ends by signal ``number``; 0: by its time limit."""
+    if number == signal.SIGINT:
+        return 128 + number  # as shells expect of what a person has stopped
+    return SAVED_CODE if number else 0
 
 
 class StoppedEarly(Exception):
     """The run has ended in order before its plan did.
 
     Attributes:
+        reason: a signal's name, or the setting that ended it.
         exit_code: of the process.
     """
 
-    def __init__(self, message: str, *, exit_code: int) -> None:
+    def __init__(self, message: str, *, reason: str, exit_code: int) -> None:
         super().__init__(message)
-        self.exit_code = exit_code
+        self.reason, self.exit_code = reason, exit_code
+
+
+class Terminated(BaseException):
+    """SIGTERM or SIGUSR1 outside of training, unwound as Ctrl-C is, so that temporary files go."""
+
+    def __init__(self, number: int) -> None:
+        self.signal = signal.Signals(number)
+        super().__init__(self.signal.name)
 
 
 class StopRequest:
-    """Within it, SIGTERM and SIGUSR1 are noted and acted upon between two steps."""
+    """Within it, SIGTERM, SIGUSR1 and the first Ctrl-C are noted and acted upon at the next occasion.
 
-    def __init__(self) -> None:
+    A second Ctrl-C ends the process as Ctrl-C does. Where a shell has Ctrl-C ignored, it stays ignored.
+
+    Args:
+        interrupts: whether Ctrl-C is noted.
+        tells: whether this process says that it has been.
+    """
+
+    def __init__(self, *, interrupts: bool = False, tells: bool = False) -> None:
         self.number = 0  # of the signal that came; 0: none
+        self._interrupts, self._tells = interrupts, tells
+        self._interrupted_at = float("-inf")
 
     def __enter__(self) -> Self:
         self._before = {number: signal.signal(number, self._note) for number in STOP_SIGNALS}
+        if self._interrupts and signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
+            self._before[signal.SIGINT] = signal.signal(signal.SIGINT, self._note_interrupt)
         return self
 
     def __exit__(
@@ -49,6 +87,18 @@ class StopRequest:
     def _note(self, number: int, frame: FrameType | None) -> None:  # noqa: ARG002 - Python's signature
         self.number = number
 
+    def _note_interrupt(self, number: int, frame: FrameType | None) -> None:
+        now = time.monotonic()
+        if self.number == signal.SIGINT:
+            # One key reaches a rank twice where its starter hands it on, too.
+            if now - self._interrupted_at > SAME_KEY_SECONDS:
+                raise KeyboardInterrupt
+            return
+        self._interrupted_at = now
+        self._note(number, frame)
+        if self._tells:
+            os.write(2, b"Ctrl-C: the run is saved and ends; once more ends it at once\n")
+
 
 class TimeLimit:
     """``exp_manager.max_time_per_run``, from the start of the process.
@@ -59,7 +109,8 @@ class TimeLimit:
 
     def __init__(self, seconds: float | None) -> None:
         self._seconds = seconds
-        self._started = psutil.Process().create_time()
+        # From here on a clock that nobody can set.
+        self._started = time.monotonic() - max(0.0, time.time() - psutil.Process().create_time())
         self._longest: dict[str, float] = defaultdict(float)
 
     def note(self, what: str, seconds: float) -> None:
@@ -72,7 +123,7 @@ class TimeLimit:
         if self._seconds is None:
             return False
         room = self._longest["step"] + self._longest["validation"] + 2 * self._longest["save"]
-        return time.time() - self._started + room >= self._seconds
+        return time.monotonic() - self._started + room >= self._seconds
 
 
 def seconds_of(duration: str | None, key: str) -> float | None:

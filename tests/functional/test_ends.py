@@ -47,14 +47,22 @@ def gone(processes: list[psutil.Process], *, seconds: float) -> bool:
     return False
 
 
-def test_ctrl_c_ends_every_rank(training: Callable, tmp_path: Path):
-    job = training()
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_the_first_ctrl_c_saves_and_says_how_to_go_on(training: Callable, tmp_path: Path, ranks: int):
+    job = training(**{"trainer.devices": ranks})
     job.process.send_signal(signal.SIGINT)
     assert job.wait(timeout=SECONDS_TO_END) == 130
     assert job.alive() == []
     assert job.temporary_files == []
     assert "Traceback" not in job.err
-    assert not (tmp_path / "run/checkpoints").exists()
+    assert "once more ends" in job.err
+    status = json.loads((tmp_path / "run/status.json").read_text())
+    assert (status["state"], status["ended_by"]) == ("stopped", "SIGINT")
+    saved = json.loads((tmp_path / "run/checkpoints/last/trainer_state.json").read_text())["step"]
+    assert saved == status["step"] > 0
+    line = next(line for line in job.err.splitlines() if line.startswith(f"stopped after step {saved} of "))
+    command = (tmp_path / "run/command.txt").read_text().splitlines()[-1]
+    assert line.endswith(f"by SIGINT; the same command goes on from there: {command}")
 
 
 @pytest.mark.parametrize(
@@ -66,6 +74,8 @@ def test_a_run_that_is_asked_to_end_saves_and_goes_on_later(
     job = training(**{"trainer.devices": ranks})
     job.process.send_signal(number)
     assert job.wait(timeout=SECONDS_TO_END) == 75
+    status = json.loads((tmp_path / "run/status.json").read_text())
+    assert (status["state"], status["ended_by"]) == ("stopped", signal.Signals(number).name)
     assert f"by {signal.Signals(number).name}; the same command goes on from there" in job.err
     assert job.alive() == []
     assert job.temporary_files == []
@@ -79,11 +89,37 @@ def test_a_run_that_is_asked_to_end_saves_and_goes_on_later(
     assert f"step {done + 1}/{done + 2}" in again.err
 
 
+def test_a_signal_in_a_validation_does_not_wait_for_its_end(
+    start: Callable, run: Callable, settings: dict[str, object], data: Path, tmp_path: Path
+):
+    rows = tmp_path / "many.jsonl"
+    rows.write_text(data.read_text() * 1000)
+    long = settings | {"trainer.sft.max_steps": 3, "trainer.sft.val_check_interval": 2}
+    job = start(long | {"model.data.validation_ds.file_path": rows})
+    job.wait_for("step 1/")
+    deadline = time.monotonic() + 60
+    while '"step": 2' not in (tmp_path / "run/metrics.jsonl").read_text():
+        assert time.monotonic() < deadline, job.err
+        time.sleep(0.02)
+    job.process.send_signal(signal.SIGTERM)
+    assert job.wait(timeout=SECONDS_TO_END) == 75, job.err
+    assert "stopped after step 2 of 3 by SIGTERM" in job.err
+    assert "validation/loss" not in (tmp_path / "run/metrics.jsonl").read_text()
+
+    again = run(long)
+    assert again.wait() == 0, again.err
+    lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    found = [(line["step"], "validation/loss" in line) for line in lines]
+    assert found == [(1, False), (2, False), (2, True), (3, False), (3, True)]
+
+
 def test_a_signal_before_training_ends_the_run(start: Callable, settings: dict[str, object]):
     job = start(settings)
     job.wait_for("world: ")
     job.process.send_signal(signal.SIGTERM)
-    assert job.wait(timeout=SECONDS_TO_END) in (75, 143)
+    code = job.wait(timeout=SECONDS_TO_END)
+    assert code in (75, 143)
+    assert "SIGTERM" in job.err
     assert job.temporary_files == []
     assert "Traceback" not in job.err
 
@@ -157,7 +193,7 @@ def test_the_starter_ends_its_ranks_on_a_signal(idle, number: signal.Signals):
     assert idle.wait(timeout=SECONDS_TO_END) == 128 + number
     assert idle.alive() == []
     assert idle.temporary_files == []
-    told = "asked to save and end" if number == signal.SIGTERM else "stopped"
+    told = "stopped" if number == signal.SIGHUP else "asked to save and end"
     assert f"{number.name}: the 3 ranks are {told}" in idle.err
 
 

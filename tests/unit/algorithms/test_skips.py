@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from nemo_aligner.algorithms.skips import NotFinite, check_finite, counted, refuse_to_end, too_many
-from nemo_aligner.checkpoint.training import TrainerState
+from nemo_aligner.checkpoint.trainer_state import TrainerState
 from nemo_aligner.errors import UserError
 from nemo_aligner.parallel import world
 

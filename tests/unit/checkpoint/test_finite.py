@@ -79,6 +79,7 @@ def test_weights_are_neither_loaded_nor_exported(model: GPT, tmp_path: Path):
     weights = tmp_path / "sound/model_weights"
     weights.rename(tmp_path / "set aside")
     save_model(model, weights)
+    (tmp_path / "sound/digests.json").unlink()
     spoil(model, 0.0)
     with pytest.raises(UserError, match=rf"the weights in {weights} are broken: {BROKEN} is not finite"):
         load_model(model, weights)

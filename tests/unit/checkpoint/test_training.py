@@ -7,15 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from nemo_aligner.checkpoint.training import (
-    Checkpoint,
-    TrainerState,
-    checkpoint_name,
-    find_checkpoints,
-    prunable,
-    read_checkpoint,
-    remove_unfinished,
-)
+from nemo_aligner.checkpoint.trainer_state import Checkpoint, TrainerState, find_checkpoints, read_checkpoint
+from nemo_aligner.checkpoint.training import checkpoint_name, prunable, remove_unfinished
 from nemo_aligner.errors import UserError
 from nemo_aligner.run.experiment import CheckpointCallbackConfig
 

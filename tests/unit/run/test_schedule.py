@@ -19,11 +19,34 @@ def plan(**settings: int | float | None) -> Plan:
 
 
 def test_shares_and_numbers():
-    expected = Plan(steps_per_epoch=5, max_steps=10, save_interval=2, val_check_interval=5, val_batches=4)
+    expected = Plan(
+        steps_per_epoch=5,
+        max_steps=10,
+        set_by="trainer.sft.max_epochs=2",
+        save_interval=2,
+        val_check_interval=5,
+        val_batches=4,
+    )
     assert plan(save_interval=2) == expected
     assert plan(save_interval=0.4) == expected
     assert plan(max_steps=3, limit_train_batches=2).max_steps == 3
     assert plan(limit_train_batches=0.4, limit_val_batches=3).max_steps == 4
+
+
+@pytest.mark.parametrize(
+    ("max_epochs", "max_steps", "steps", "set_by"),
+    [
+        (None, -1, 5, "one pass over the data, as neither trainer.sft.max_epochs nor max_steps is set"),
+        (None, 100, 100, "trainer.sft.max_steps=100"),
+        (None, 3, 3, "trainer.sft.max_steps=3"),
+        (1, 100, 5, "trainer.sft.max_epochs=1"),
+        (3, 7, 7, "trainer.sft.max_steps=7"),
+        (3, -1, 15, "trainer.sft.max_epochs=3"),
+    ],
+)
+def test_max_steps_alone_are_that_many(max_epochs: int | None, max_steps: int, steps: int, set_by: str):
+    found = plan(max_epochs=max_epochs, max_steps=max_steps)
+    assert (found.max_steps, found.set_by) == (steps, set_by)
 
 
 @pytest.mark.parametrize("small", [0.1, 1e-6])

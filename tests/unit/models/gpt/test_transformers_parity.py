@@ -202,7 +202,7 @@ def test_what_we_saved_gives_transformers_the_same_logits(
         f"{tmp_path}/y/",
         config=config,
         files={},
-        weights=lambda folder: save_model(ours, folder),
+        weights=lambda folder: save_model(ours, folder).result(),
         overwrite=False,
     )
     export_to_huggingface(tmp_path / "y", tmp_path / "out")
