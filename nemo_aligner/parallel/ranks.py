@@ -56,6 +56,16 @@ class Layout:
                 f"trainer.num_nodes={num_nodes} and trainer.devices={devices} make no world of ranks",
                 cure="set both to 1 or more",
             )
+        for name, size in (
+            ("tensor", self.tensor),
+            ("pipeline", self.pipeline),
+            ("virtual_pipeline", self.virtual_pipeline),
+        ):
+            if size < 1:
+                raise UserError(
+                    f"model.{name}_model_parallel_size={size} is not 1 or more",
+                    cure=f"set model.{name}_model_parallel_size=1",
+                )
         if world_size is not None and world_size != asked:
             raise UserError(
                 f"the starter made {world_size} rank{'s' * (world_size > 1)}, but trainer.num_nodes={num_nodes} x "
