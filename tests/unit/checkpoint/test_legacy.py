@@ -3,6 +3,7 @@
 model again.
 """
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -75,7 +76,9 @@ def old_names(hf: dict[str, Tensor], *, fused: bool = True) -> dict[str, Tensor]
 
 
 @pytest.fixture
-def write_old(hf_folder: Callable[..., Path], tmp_path: Path) -> Callable[..., Path]:
+def write_old(
+    hf_folder: Callable[..., Path], sentencepiece_model: Path, tmp_path: Path
+) -> Callable[..., Path]:
     """Writes the old folder of the model "llama2", its weights at ``file``; keywords change the config."""
 
     def write(file: str, state: dict[str, Any] | None = None, *, fused: bool = True, **config: Any) -> Path:
@@ -83,7 +86,7 @@ def write_old(hf_folder: Callable[..., Path], tmp_path: Path) -> Callable[..., P
         hf = load_file(hf_folder("llama2") / "model.safetensors")
         (folder / file).parent.mkdir(parents=True, exist_ok=True)
         (folder / "model_config.yaml").write_text(yaml.safe_dump(CONFIG | {"vocab_size": VOCAB} | config))
-        (folder / "abc_tokenizer.model").write_bytes(b"any bytes")
+        shutil.copyfile(sentencepiece_model, folder / "abc_tokenizer.model")
         torch.save(old_names(hf, fused=fused) if state is None else state, folder / file)
         return folder
 
@@ -104,17 +107,18 @@ def logits(folder: Path) -> Tensor:
     ],
 )
 def test_an_old_folder_becomes_the_same_model(
-    write_old: Callable[..., Path], tmp_path: Path, file: str, fused: bool
+    write_old: Callable[..., Path], sentencepiece_model: Path, tmp_path: Path, file: str, fused: bool
 ):
     old = write_old(file, fused=fused, activation="fast-swiglu" if fused else "swiglu")
     import_from_legacy(old, str(tmp_path / "new.nemo"))
     with open_nemo(tmp_path / "new.nemo") as archive:
         assert archive.config["precision"] == 32
-        assert archive.file(archive.config["tokenizer"]["model"]).read_bytes() == b"any bytes"
+        moved = archive.file(archive.config["tokenizer"]["model"])
+        assert moved.read_bytes() == sentencepiece_model.read_bytes()
         assert not WeightReader(archive.weights).read("output_layer.weight")[VOCAB:].any()
     export_to_huggingface(tmp_path / "new.nemo", tmp_path / "out")
     assert torch.equal(logits(tmp_path / "out"), logits(tmp_path / "hf"))
-    assert (tmp_path / "out" / "tokenizer.model").read_bytes() == b"any bytes"
+    assert (tmp_path / "out" / "tokenizer.model").read_bytes() == sentencepiece_model.read_bytes()
 
 
 def test_norms_and_biases_of_layernorm1p_are_copied(write_old: Callable[..., Path], tmp_path: Path):
