@@ -149,7 +149,7 @@ def test_the_data(settings: dict[str, object], tmp_path: Path, text: str, words:
     [
         (
             {"model.tensor_model_parallel_size": 3, "trainer.devices": 3},
-            ["=3", "num_attention_heads=4", "[1, 2]"],
+            ["=3", "num_attention_heads=4", "[1, 2, 4]"],
         ),
         ({"model.pipeline_model_parallel_size": 4, "trainer.devices": 4}, ["=4", "num_layers=2", "[1, 2]"]),
     ],

@@ -43,6 +43,7 @@ ROWS = {
     "COLUMN": '{"question_": "a", "text_": "b"}\n',
     "BROKEN": '{"input": "a", "output": "b"}\n{"input": \n',
     "EMPTY": "\n",
+    "TEXT": '{"text": "a"}\n',
     "CHAT": '{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}\n',
 }
 DATA = "model.data.train_ds.file_path"
@@ -71,7 +72,7 @@ DATA = "model.data.train_ds.file_path"
         ({DATA: "BROKEN"}, ["BROKEN.jsonl, line 2"]),
         ({DATA: "EMPTY"}, ["EMPTY.jsonl has no rows"]),
         ({DATA: "CHAT"}, ["CHAT.jsonl, line 1", "model.data.chat=True"]),
-        ({"model.data.chat": True}, ["line 1", "model.data.chat=False"]),
+        ({DATA: "TEXT", "model.data.chat": True}, ["TEXT.jsonl, line 1", "model.data.chat=False"]),
         (
             {"model.restore_from_path": "Qwen/Qwen3-0.6B"},
             ["hf download Qwen/Qwen3-0.6B", "import_hf.py --in-file"],

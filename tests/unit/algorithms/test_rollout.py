@@ -40,6 +40,8 @@ def test_a_rollout_is_padded_to_at_least_what_is_asked_for(caplog: pytest.LogCap
     config = GPTConfig(num_layers=1, hidden_size=8, num_attention_heads=2, ffn_hidden_size=8, vocab_size=11)
     with world.ensure_single_process():
         policy = GPTPolicy(build_gpt(config, Layout(), torch.float32))
+        for weight in policy.model.parameters():
+            torch.nn.init.normal_(weight, std=0.1)
         prompts, sampling = [Prompt(tokens=[1, 2, 3], number=0)], SamplingConfig(max_length=5)
         widths = [
             collect(policy, prompts, sampling, draw=0, slots=1, seq_length=asked).seq_length
