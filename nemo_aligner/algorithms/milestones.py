@@ -44,7 +44,8 @@ class Milestones:
         if world.is_logging_rank():
             passes = plan.max_steps / plan.steps_per_epoch
             logger.info(
-                "the run has %d steps, %.4g passes over the data: %s", plan.max_steps, passes, plan.set_by
+                "steps of the run: %d, passes over the data: %.4g (%s)",
+                *(plan.max_steps, passes, plan.set_by),
             )
 
     def restore(self, start: Checkpoint, data: dict[str, object]) -> TrainerState:

@@ -119,7 +119,7 @@ def test_a_run_says_what_it_is_and_is_no_other_when_it_goes_on(
     [
         (
             {"trainer.sft.max_steps": 100},
-            "the run has 100 steps, 25 passes over the data: trainer.sft.max_steps=100",
+            "steps of the run: 100, passes over the data: 25 (trainer.sft.max_steps=100)",
         ),
         ({"trainer.sft.max_steps": 100, "trainer.sft.max_epochs": 1}, "the run has 4 steps, 1 passes"),
     ],
