@@ -121,7 +121,10 @@ def test_a_run_says_what_it_is_and_is_no_other_when_it_goes_on(
             {"trainer.sft.max_steps": 100},
             "steps of the run: 100, passes over the data: 25 (trainer.sft.max_steps=100)",
         ),
-        ({"trainer.sft.max_steps": 100, "trainer.sft.max_epochs": 1}, "steps of the run: 4, passes over the data: 1 ("),
+        (
+            {"trainer.sft.max_steps": 100, "trainer.sft.max_epochs": 1},
+            "steps of the run: 4, passes over the data: 1 (",
+        ),
     ],
     ids=["alone", "under max_epochs"],
 )
