@@ -15,7 +15,7 @@ from datetime import timedelta
 
 import torch.distributed as dist
 
-__all__ = ["RankLost", "at_own_pace"]
+__all__ = ["RankLost", "at_own_pace", "leave"]
 
 SIGN_SECONDS = 5.0  # between two signs of life
 POLL_SECONDS = 0.5  # at most, between two looks of a rank that waits
@@ -41,6 +41,11 @@ class _Meetings:
 
 
 _meetings: dict[str, _Meetings] = {}
+
+
+def leave() -> None:
+    """Forget the world's meetings: the next world has a store of its own, and perhaps other ranks."""
+    _meetings.clear()
 
 
 @contextlib.contextmanager

@@ -187,6 +187,7 @@ def stop() -> None:
     global _writers
     if dist.is_initialized():
         _writers = None
+        meeting.leave()
         if parallel_state.model_parallel_is_initialized():
             parallel_state.destroy_model_parallel()
         dist.destroy_process_group()
