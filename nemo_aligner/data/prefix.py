@@ -4,6 +4,7 @@
 import difflib
 import math
 import re
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -108,7 +109,8 @@ def _by_share(split: Split, splits_string: str | None) -> DataPrefix:
         )
     words = [word.strip() for word in re.split("[,/]", splits_string)]
     shares = [float(word) for word in words if _NUMBER.fullmatch(word)]
-    if len(shares) != len(words) or len(words) not in (2, 3) or min(shares) < 0:
+    are_shares = len(shares) == len(words) and len(words) in (2, 3) and min(shares) >= 0
+    if not (are_shares and math.isfinite(sum(shares))):
         raise UserError(
             f"model.data.splits_string={splits_string!r} is not two or three numbers",
             cure='write the shares of train, validation and test, as in "98,1,1"',
@@ -150,13 +152,17 @@ def _weighted(items: Sequence[object], key: str) -> Split:
             f"{key} ends with the weight {items[-1]}", cure="name the file that it belongs to after it"
         )
     total = sum(weights)
+    if not math.isfinite(total):
+        raise UserError(f"the weights of {key} add up to more than any number", cure="give smaller weights")
     return Split(paths=tuple(paths), weights=tuple(weight / total for weight in weights))
 
 
 def _is_number(item: object) -> bool:
-    if isinstance(item, bool):
-        return False
-    return isinstance(item, int | float) or (isinstance(item, str) and bool(_NUMBER.fullmatch(item.strip())))
+    if isinstance(item, str):
+        return bool(_NUMBER.fullmatch(item.strip()))
+    # An int may be larger than any float.
+    is_plain = isinstance(item, int | float) and not isinstance(item, bool)
+    return is_plain and (isinstance(item, float) or abs(item) <= sys.float_info.max)
 
 
 def _weight(item: object, key: str, place: int) -> float:

@@ -137,7 +137,7 @@ def seconds_of(duration: str | None, key: str) -> float | None:
     """
     if duration is None:
         return None
-    if not re.fullmatch(r"\d+:\d+:\d+:\d+", duration):
+    if not re.fullmatch(r"\d{1,9}(:\d{1,9}){3}", duration):
         raise UserError(
             f"{key}={duration} is no duration",
             cure=f"write days:hours:minutes:seconds, as in {key}=00:03:45:00",
