@@ -28,7 +28,8 @@ def parse_config(content: bytes, source: Path) -> dict[str, Any]:
     """
     with damage_told(f"{source}: {CONFIG_NAME} is not YAML", cure=_GET_AGAIN):
         text = content.decode()
-        _check_aliases(yaml.compose(text, Loader=yaml.CSafeLoader))
+        # Not the C loader: brackets within brackets are frames of its stack, which has no bound but the process's end.
+        _check_aliases(yaml.compose(text, Loader=yaml.SafeLoader))
         config = OmegaConf.load(io.StringIO(text))
         if not isinstance(config, DictConfig):
             raise UserError(f"{source}: {CONFIG_NAME} is not a mapping", cure=_GET_AGAIN)

@@ -73,7 +73,7 @@ def _values(composed: dict[str, dict[str, Any]]) -> Callable[[random.Random, Pat
         for _ in range(draw.choice((1, 1, 3))):
             value = twist(draw, value) if "@@raw" not in json.dumps(value) else value
         try:
-            loaded = yaml.load(spell(draw, value), yaml.CSafeLoader)
+            loaded = yaml.load(spell(draw, value), yaml.SafeLoader)
             config = OmegaConf.create(loaded) if isinstance(loaded, dict) else OmegaConf.create({})
         except (yaml.YAMLError, OmegaConfBaseException, RecursionError, ValueError, TypeError):
             config = OmegaConf.create({})  # Hydra's to refuse
