@@ -160,9 +160,10 @@ def _weighted(items: Sequence[object], key: str) -> Split:
 def _is_number(item: object) -> bool:
     if isinstance(item, str):
         return bool(_NUMBER.fullmatch(item.strip()))
+    if isinstance(item, bool) or not isinstance(item, int | float):
+        return False
     # An int may be larger than any float.
-    is_plain = isinstance(item, int | float) and not isinstance(item, bool)
-    return is_plain and (isinstance(item, float) or abs(item) <= sys.float_info.max)
+    return isinstance(item, float) or abs(item) <= sys.float_info.max
 
 
 def _weight(item: object, key: str, place: int) -> float:
