@@ -29,7 +29,7 @@ def parse_config(content: bytes, source: Path) -> dict[str, Any]:
     with damage_told(f"{source}: {CONFIG_NAME} is not YAML", cure=_GET_AGAIN):
         text = content.decode()
         # Not the C loader: brackets within brackets are frames of its stack, which has no bound but the process's end.
-        _check_aliases(yaml.compose(text, Loader=yaml.SafeLoader))
+        _check_nodes(yaml.compose(text, Loader=yaml.SafeLoader))
         config = OmegaConf.load(io.StringIO(text))
         if not isinstance(config, DictConfig):
             raise UserError(f"{source}: {CONFIG_NAME} is not a mapping", cure=_GET_AGAIN)
@@ -46,14 +46,16 @@ def block(config: Mapping[str, Any], name: str) -> dict[str, Any]:
     return found
 
 
-def _check_aliases(root: yaml.Node | None) -> None:
-    """Raises ValueError where a few aliases of aliases stand for more values than memory holds."""
+def _check_nodes(root: yaml.Node | None) -> None:
+    """Raises ValueError where aliases of aliases stand for more values than memory holds, or a text is none."""
     sizes: dict[int, int] = {}
 
     def size(node: yaml.Node) -> int:
         if id(node) not in sizes:
             sizes[id(node)] = 1  # an alias within its own node counts once
             parts = node.value if isinstance(node, yaml.CollectionNode) else []
+            if isinstance(node, yaml.ScalarNode):
+                node.value.encode()  # half of a surrogate pair could be written nowhere
             flat = [part for pair in parts for part in (pair if isinstance(pair, tuple) else (pair,))]
             sizes[id(node)] += sum(map(size, flat))
         return sizes[id(node)]

@@ -197,6 +197,7 @@ def test_other_files_are_refused(tmp_path: Path):
         (lambda folder: (folder / "model_config.yaml").write_text("- a"), "not a mapping"),
         (lambda folder: (folder / "model_config.yaml").write_text("a: [1"), "not YAML"),
         (lambda folder: (folder / "model_config.yaml").write_text("a: " + "[" * 100_000), "not YAML"),
+        (lambda folder: (folder / "model_config.yaml").write_text('a: "\\udc00"'), "not YAML"),
         (lambda folder: (folder / "model_config.yaml").write_text("a: 1"), "no weights"),
     ],
 )
