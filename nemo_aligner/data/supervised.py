@@ -71,7 +71,7 @@ class SFTDataset(Generic[R]):
             if layout.surely_fits(record):
                 self._add(row, 1)
                 continue
-            samples = self._lay_out(row)
+            samples = self._lay_out(row, record)
             self.num_cut += sum(sample.truncated for sample in samples)
             self._add(row, len(samples))
             if not samples:
@@ -98,9 +98,10 @@ class SFTDataset(Generic[R]):
         self._rows.extend([row] * count)
         self._parts.extend(range(count))
 
-    def _lay_out(self, row: int) -> list[Sample]:
+    def _lay_out(self, row: int, record: R | None = None) -> list[Sample]:
+        """The samples of a row, whose record is read unless it is given."""
         try:
-            return self._layout(self.records[row])
+            return self._layout(self.records[row] if record is None else record)
         except UserError as error:
             raise UserError(f"{self.records.where(row)}: {error.problem}", cure=error.cure) from error
 
