@@ -24,7 +24,7 @@ from nemo_aligner.models.sampling_config import SamplingConfig
 from nemo_aligner.parallel import collectives, world
 from nemo_aligner.run.progress import ProgressBar
 
-__all__ = ["Answerer"]
+__all__ = ["Aloud", "Answerer"]
 
 logger = logging.getLogger(__name__)
 
@@ -57,10 +57,12 @@ class Answerer:
         mine = range(len(requests) * num_samples)[world.dp_rank() :: world.dp_size()]
         prompts = [self._prompt(requests, *divmod(i, num_samples)) for i in mine]
         bar = ProgressBar(total=len(prompts), enabled=world.is_logging_rank(), name="answer", unit="answer")
-        began = time.monotonic()
+        began, written = time.monotonic(), 0
 
-        def watch(ended: int, tokens: int) -> None:
-            bar.show(ended, f"{tokens / (time.monotonic() - began):.0f} tokens/s")
+        def watch(ended: int, tokens: Sequence[int]) -> None:
+            nonlocal written
+            written += len(tokens)
+            bar.show(ended, f"{written / (time.monotonic() - began):.0f} tokens/s")
 
         try:
             with world.phase("generation"), world.at_own_pace():
@@ -113,10 +115,9 @@ class Answerer:
 
         In the tokenizer's chat template; without one each line is a text of its own that the model goes on with.
         """
-        if world.is_logging_rank():
-            sys.stdout.write(f"{HELP}\n")
-            if self.tokenizer.chat_template is None:
-                sys.stdout.write("The tokenizer has no chat template: the model goes on with each line.\n")
+        _write(f"{HELP}\n")
+        if self.tokenizer.chat_template is None:
+            _write("The tokenizer has no chat template: the model goes on with each line.\n")
         messages: list[Message] = []
         _invite()
         for turn, line in enumerate(_lines()):
@@ -125,32 +126,72 @@ class Answerer:
                 _invite()
                 continue
             try:
-                answer = self._reply(messages, line, turn)
+                self._reply(messages, line, turn)
             except UserError as error:
-                answer, messages = f"{error}\nThis is a new conversation.", []
-            if world.is_logging_rank():
-                sys.stdout.write(f"{answer}\n")
-                sys.stdout.flush()
+                messages = []
+                _write(f"{error}\nThis is a new conversation.\n")
             _invite()
 
-    def _reply(self, messages: list[Message], line: str, turn: int) -> str:
-        """The answer to ``line``; it and the answer are added to ``messages``."""
+    def _reply(self, messages: list[Message], line: str, turn: int) -> None:
+        """Write the answer to ``line``, piece by piece; it and the answer are added to ``messages``."""
         chats = self.tokenizer.chat_template is not None
         asked: list[Message] = [*messages, {"role": "user", "content": line}]
         prompt = Prompt(tokens=tokens_of(asked if chats else line, self.tokenizer), number=turn)
-        rollout = self.policy.generate([prompt], self.sampling, slots=1)
+        aloud = Aloud(self.tokenizer, self.end_ids, self.sampling.end_strings)
+
+        def watch(_: int, tokens: Sequence[int]) -> None:
+            _write(aloud.more(tokens))
+
+        rollout = self.policy.generate([prompt], self.sampling, slots=1, watch=watch)
         if not rollout.sampler_logprobs.isfinite().all():
             raise _not_finite("this turn")
         answer = self.text(rollout.answer(0), finished=bool(rollout.finished[0]))
+        _write(f"{aloud.rest(answer)}\n")
         messages[:] = [*asked, {"role": "assistant", "content": answer}]
-        return answer.strip()
+
+
+class Aloud:
+    """An answer that is shown while it is written: as much of it as no later token can change."""
+
+    def __init__(self, tokenizer: Tokenizer, end_ids: Sequence[int], end_strings: Sequence[str]) -> None:
+        self._tokenizer, self._end_ids, self._end_strings = tokenizer, end_ids, end_strings
+        self._tokens: list[int] = []
+        self._shown = ""
+
+    def more(self, tokens: Sequence[int]) -> str:
+        """What ``tokens`` add to the text that is shown."""
+        self._tokens += [token for token in tokens if token not in self._end_ids]
+        # The rest of a character that takes several tokens may come, of an end string, or nothing after white space.
+        text = self._tokenizer.decode(self._tokens).rstrip("\ufffd")
+        for end in self._end_strings:
+            sure = text.find(end)
+            if sure < 0:
+                begun = (n for n in range(len(end) - 1, 0, -1) if text.endswith(end[:n]))
+                sure = len(text) - next(begun, 0)
+            text = text[:sure]
+        text = text.strip()
+        if not text.startswith(self._shown):
+            return ""
+        news, self._shown = text[len(self._shown) :], text
+        return news
+
+    def rest(self, answer: str) -> str:
+        """What is still to be shown of the whole ``answer``: all of it, on a new line, where it came out otherwise."""
+        answer = answer.strip()
+        return answer[len(self._shown) :] if answer.startswith(self._shown) else f"\n{answer}"
+
+
+def _write(text: str) -> None:
+    """Show a person ``text`` at once."""
+    if world.is_logging_rank():
+        sys.stdout.write(text)
+        sys.stdout.flush()
 
 
 def _invite() -> None:
     """Show a person at a terminal that it is their turn."""
-    if world.is_logging_rank() and sys.stdin.isatty():
-        sys.stdout.write(PROMPT_SIGN)
-        sys.stdout.flush()
+    if sys.stdin.isatty():
+        _write(PROMPT_SIGN)
 
 
 def _not_finite(where: str) -> UserError:

@@ -107,7 +107,7 @@ class AlignableGenerativeInterface(SupervisedInterface, Inferrable, Protocol):
         *,
         step: int = 0,
         slots: int = 64,
-        watch: Callable[[int, int], None] | None = None,
+        watch: Callable[[int, Sequence[int]], None] | None = None,
     ) -> Rollout:
         """One answer to each of this data parallel rank's prompts, the same on all ranks of its model.
 
@@ -116,7 +116,7 @@ class AlignableGenerativeInterface(SupervisedInterface, Inferrable, Protocol):
                 ``step`` and the place in the answer alone.
             slots: answers that are written at once, at most.
             step: of training.
-            watch: called with the answers that have ended and the tokens written, after each token.
+            watch: called after each step of all slots, with the answers that have ended and the tokens of the step.
 
         Raises:
             UserError: a prompt is empty, or leaves no room for an answer.

@@ -26,7 +26,7 @@ from nemo_aligner.parallel import collectives, world
 
 __all__ = ["Watch", "generate"]
 
-Watch = Callable[[int, int], None]  # after each step, with the answers that have ended and the tokens written
+Watch = Callable[[int, Sequence[int]], None]  # after each step: the answers that have ended, and its tokens
 
 WORTH_PACKING = 32  # steps; a decoder's copy of the weights costs the time that some twenty of them save
 PREFILL_TOKENS = 4096  # that are read at once, padding and all: what bounds the memory of activations
@@ -80,9 +80,9 @@ def generate(
         desk = _Desk(decoder, config, stops, step)
         while waiting or any(desk.alive):
             hidden = desk.refill(waiting, desk.advance())
-            desk.draw(hidden)
+            tokens = desk.draw(hidden)
             if watch is not None:
-                watch(len(answers) - len(waiting) - sum(desk.alive), desk.written)
+                watch(len(answers) - len(waiting) - sum(desk.alive), tokens)
             if not waiting:
                 desk.shrink()
     return _rollout(answers)
@@ -111,7 +111,6 @@ class _Desk:
         n, device = len(decoder.cache.lengths), world.device()
         self.answers: list[_Answer | None] = [None] * n
         self.alive = [False] * n
-        self.written = 0  # tokens, of all answers so far
         self.tokens = torch.zeros(n, dtype=torch.int64, device=device)  # the last of each slot
         draws = decoder.writes and not config.use_greedy
         self.uniforms = torch.zeros(n, config.max_length if draws else 0, dtype=torch.float64, device=device)
@@ -163,19 +162,19 @@ class _Desk:
                     slot, self.decoder.column(torch.tensor(answer.prompt.tokens, device=self.seen.device))
                 ] = True
 
-    def draw(self, hidden: Tensor | None) -> None:
+    def draw(self, hidden: Tensor | None) -> list[int]:
         """The next token of every answer, by the last stage; all stages learn it, and which answers have ended."""
-        news = None
+        news, drawn = None, []
         if hidden is not None:
             ids, logprobs = self._drawn(hidden)
             ended = self._ended(ids.tolist(), logprobs.tolist())
             news = torch.stack((ids, torch.tensor(ended, device=ids.device)))
         ids, ended = collectives.from_last_stage(news, (2, len(self.alive)), dtype=torch.int64)
         self.tokens = ids
-        self.written += sum(self.alive)
         for slot, (token, end) in enumerate(zip(ids.tolist(), ended.tolist(), strict=True)):
             answer = self.answers[slot]
             if answer is not None and self.alive[slot]:
+                drawn.append(token)
                 answer.tokens.append(token)
                 answer.finished = bool(end)
                 self.alive[slot] = answer.alive
@@ -183,6 +182,7 @@ class _Desk:
                     self.decoder.cache.free(slot)
         if self.seen.shape[1]:
             self.seen.scatter_(1, self.decoder.column(ids)[:, None], True)
+        return drawn
 
     def _drawn(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
         counts = [0 if answer is None else len(answer.tokens) for answer in self.answers]

@@ -273,10 +273,17 @@ def test_end_strings_end_answers(policy: GPTPolicy, prompts: list[Prompt]):
 
 
 def test_progress_is_told(policy: GPTPolicy, prompts: list[Prompt]):
-    seen: list[tuple[int, int]] = []
-    rollout = policy.generate(prompts, SAMPLED, slots=4, watch=lambda *news: seen.append(news))
-    assert seen == sorted(seen)
-    assert seen[-1] == (len(prompts), int(rollout.mask.sum()))
+    ended: list[int] = []
+    tokens: list[int] = []
+
+    def watch(answers: int, step: Sequence[int]) -> None:
+        ended.append(answers)
+        tokens.extend(step)
+
+    rollout = policy.generate(prompts, SAMPLED, slots=4, watch=watch)
+    assert ended == sorted(ended)
+    assert ended[-1] == len(prompts)
+    assert sorted(tokens) == rollout.tokens[rollout.mask].sort().values.tolist()
 
 
 def test_no_prompts_make_an_empty_rollout(policy: GPTPolicy):
