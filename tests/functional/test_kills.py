@@ -9,7 +9,7 @@ import random
 import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import psutil
@@ -21,7 +21,6 @@ from tests.functional.test_ppo_resume import assert_same, kill
 from tests.functional.test_resume import assert_same_run
 
 PATIENCE = 120.0  # seconds, on an idle machine; what takes longer hangs
-STARTING = 6.0  # seconds in which a job has not trained yet
 SFT_KILLS = PPO_KILLS = (3, 4, 4, 4, 5)  # of each run; its place is its seed
 SFT_STEPS, PPO_STEPS = 24, 5
 
@@ -36,6 +35,30 @@ def moments(draw: random.Random, seed: int, kills: int, *, steps: int) -> list[i
     # The last ones are left out: what comes after them may be over before the kill.
     found = sorted(draw.randint(1, max(steps - 6, steps // 2 + 1)) for _ in range(kills))
     return [0, *found[1:]] if seed % 2 else found
+
+
+@dataclass
+class Calm:
+    """A run that was never killed, and how fast this machine is at it."""
+
+    folder: Path
+    metric: str  # of each step
+    began: float = field(default_factory=time.time)
+
+    @property
+    def _times(self) -> list[float]:
+        lines = map(json.loads, (self.folder / "metrics.jsonl").read_text().splitlines())
+        return [line["time"] for line in lines if self.metric in line]
+
+    @property
+    def starting(self) -> float:
+        """Seconds to the first step."""
+        return self._times[0] - self.began
+
+    @property
+    def pace(self) -> float:
+        """Seconds of a step."""
+        return (self._times[-1] - self._times[0]) / (len(self._times) - 1)
 
 
 @dataclass
@@ -70,8 +93,8 @@ def assert_ended_by_name(job: Job) -> None:
 
 
 @pytest.fixture(scope="session")
-def never_killed() -> dict[str, Path]:
-    """Folders of whole runs, made when first asked for."""
+def never_killed() -> dict[str, Calm]:
+    """Whole runs, made when first asked for."""
     return {}
 
 
@@ -120,7 +143,7 @@ def test_sft_goes_on_after_every_kill(
     run: Callable,
     start: Callable,
     resumable: Callable,
-    never_killed: dict[str, Path],
+    never_killed: dict[str, Calm],
     hits: list[str],
     tmp_path: Path,
     tmp_path_factory: pytest.TempPathFactory,
@@ -128,17 +151,18 @@ def test_sft_goes_on_after_every_kill(
     kills: int,
 ):
     if "sft" not in never_killed:
-        never_killed["sft"] = tmp_path_factory.mktemp("sft")
-        whole = run(resumable(never_killed["sft"]))
+        never_killed["sft"] = Calm(tmp_path_factory.mktemp("sft"), "train/loss")
+        whole = run(resumable(never_killed["sft"].folder))
         assert whole.wait() == 0, whole.err
+    calm = never_killed["sft"]
     draw, folder = random.Random(seed), tmp_path / "run"
     for step in moments(draw, seed, kills, steps=SFT_STEPS):
-        job, wait = start(resumable(folder)), Wait(folder, "train/loss")
+        job, wait = start(resumable(folder)), Wait(folder, calm.metric)
         if step:
             until(
                 lambda w=wait, s=step, j=job: w.done(s) or j.process.poll() is not None, lambda j=job: j.err
             )
-        time.sleep(draw.random() * (0.1 if step else STARTING))
+        time.sleep(draw.random() * (2 * calm.pace if step else calm.starting))
         if job.process.poll() == 0:
             break
         family = [psutil.Process(job.process.pid), *psutil.Process(job.process.pid).children(recursive=True)]
@@ -150,7 +174,7 @@ def test_sft_goes_on_after_every_kill(
     else:
         job = start(resumable(folder))
     assert job.wait(timeout=PATIENCE) == 0, job.err
-    assert_same_run(folder, never_killed["sft"], steps=SFT_STEPS)
+    assert_same_run(folder, calm.folder, steps=SFT_STEPS)
 
 
 @dataclass
@@ -211,21 +235,17 @@ def kill_a_starting_endpoint(job: Job) -> None:
 @pytest.mark.timeout(3600)
 def test_a_pair_goes_on_after_every_kill(
     pair: Pair,
-    never_killed: dict[str, Path],
+    never_killed: dict[str, Calm],
     hits: list[str],
     tmp_path_factory: pytest.TempPathFactory,
     seed: int,
     kills: int,
 ):
     if "ppo" not in never_killed:
-        calm = Pair(
-            folder=tmp_path_factory.mktemp("ppo"),
-            start=pair.start,
-            nemo=pair.nemo,
-            reward_nemo=pair.reward_nemo,
-        )
-        calm.run()
-        never_killed["ppo"] = calm.folder
+        whole = replace(pair, folder=tmp_path_factory.mktemp("ppo"))
+        never_killed["ppo"] = Calm(whole.actor_folder, "train_optim/loss")
+        whole.run()
+    calm = never_killed["ppo"]
     draw, jobs = random.Random(seed), Jobs(pair)
     plan = moments(draw, seed, kills, steps=PPO_STEPS)
     if seed == 0:
@@ -235,7 +255,7 @@ def test_a_pair_goes_on_after_every_kill(
         plan = plan[1:]
     since = time.time()
     for step in plan:
-        wait = Wait(pair.actor_folder, "train_optim/loss", since=since)
+        wait = Wait(pair.actor_folder, calm.metric, since=since)
 
         def reached(wait: Wait = wait, step: int = step) -> bool:
             jobs.revive()
@@ -243,7 +263,9 @@ def test_a_pair_goes_on_after_every_kill(
 
         if step:
             until(reached, lambda: jobs.told)
-        time.sleep(draw.random() * (1.0 if step else STARTING))
+        time.sleep(draw.random() * (calm.pace if step else calm.starting))
+        if jobs.actor.process.poll() == 0:
+            break
         name = draw.choice(("actor", "critic"))
         doomed: Job = getattr(jobs, name)
         if doomed.process.poll() is None:
@@ -253,7 +275,7 @@ def test_a_pair_goes_on_after_every_kill(
             hits.append(f"{name} after step {step}")
             jobs.start_again(name)
     until(jobs.ended, lambda: jobs.told)
-    assert_same(pair, never_killed["ppo"])
+    assert_same(pair, calm.folder.parent)
 
 
 @pytest.mark.kills
