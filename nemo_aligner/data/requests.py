@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from nemo_aligner.data.common_rows import refuse_unread
 from nemo_aligner.data.conversations import read_messages, read_tools
 from nemo_aligner.data.records import RecordFile, text_field
 from nemo_aligner.data.rendering import render_prompt
@@ -33,13 +34,15 @@ def read_request(row: Mapping[str, object]) -> Request:
     """The request of a row; ``prompt`` may also hold the list that ``messages`` holds.
 
     Raises:
-        UserError: there is none of the three keys, or its value has the wrong type.
+        UserError: none of the three keys is there, its value has the wrong type, or a key beside a text carries
+            meaning.
     """
     for key in ("messages", "prompt", "text"):
         if key in row:
             is_chat = key == "messages" or isinstance(row[key], list)
             if is_chat:
                 return Request(prompt=read_messages(row, key), tools=read_tools(row))
+            refuse_unread(row, read=("weight", "train"), cure='write the request as "messages", with roles')
             return Request(prompt=text_field(row, key))
     raise UserError(
         f"the row asks for nothing: it has {keys_of(row)}", cure='give it "text", "prompt" or "messages"'

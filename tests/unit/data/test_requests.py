@@ -14,6 +14,7 @@ CHAT = [{"role": "user", "content": "hi"}]
     [
         ({"text": "a"}, "a"),
         ({"prompt": "a", "id": 3}, "a"),
+        ({"prompt": "a", "weight": 0, "tools": []}, "a"),
         ({"messages": [CHAT[0] | {"name": None}]}, CHAT),
         ({"prompt": CHAT}, CHAT),
         ({"messages": CHAT, "prompt": "hi"}, CHAT),
@@ -31,6 +32,8 @@ def test_prompts(row: dict, prompt: object):
         ({"messages": "hi"}, "key 'messages' holds no list"),
         ({"messages": []}, "key 'messages' holds no list"),
         ({"messages": [{"role": "user"}]}, "key 'content' is missing"),
+        ({"text": "a", "system": "Be brief."}, "key 'system' has the value 'Be brief.', which changes"),
+        ({"prompt": "a", "tools": [{"name": "f"}]}, "key 'tools' has the value"),
     ],
 )
 def test_bad_rows(row: dict, problem: str):
