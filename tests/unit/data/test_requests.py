@@ -32,7 +32,7 @@ def test_prompts(row: dict, prompt: object):
         ({"messages": "hi"}, "key 'messages' holds no list"),
         ({"messages": []}, "key 'messages' holds no list"),
         ({"messages": [{"role": "user"}]}, "key 'content' is missing"),
-        ({"text": "a", "system": "Be brief."}, "key 'system' has the value 'Be brief.', which changes"),
+        ({"text": "a", "system": "Be brief."}, "key .system. has the value Be brief., which changes"),
         ({"prompt": "a", "tools": [{"name": "f"}]}, "key 'tools' has the value"),
     ],
 )
