@@ -9,16 +9,23 @@ import os
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
+from pytriton.client import ModelClient
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
+from nemo_aligner.checkpoint.convert import export_to_huggingface, import_from_huggingface
 from nemo_aligner.data.judgements import open_pairs
+from nemo_aligner.launch.together import free_ports
 
 ROOT = Path(__file__).parents[2]
+GPT = ROOT / "examples/nlp/gpt"
 SCRIPT = ROOT / "examples/nlp/data/anthropic_hh/download_and_process.py"
 SUBSETS = ("harmless-base", "helpful-base", "helpful-online", "helpful-rejection-sampled")
 OUTPUTS = ["test_comparisons.jsonl", "test_prompts.jsonl", "train_comparisons.jsonl", "train_prompts.jsonl"]
@@ -192,21 +199,82 @@ def test_it_downloads_all_subsets(tmp_path):
     assert list((tmp_path / "none").iterdir()) == []
 
 
-def test_real_dialogues(tmp_path):
+@pytest.fixture(scope="module")
+def published(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the pairs and prompts of published dialogues."""
     data = os.environ.get("NEMO_ALIGNER_TEST_DATA")
     if data is None or not (Path(data) / "hh_harmless.jsonl.gz").is_file():
         pytest.skip(
             "NEMO_ALIGNER_TEST_DATA names no folder with hh_harmless.jsonl.gz, which is optional data"
         )
-    (tmp_path / "in").mkdir()
-    (tmp_path / "in/test.jsonl.gz").symlink_to(Path(data).resolve() / "hh_harmless.jsonl.gz")
-    done = process("--input-dir", tmp_path / "in", cwd=tmp_path)
+    folder = tmp_path_factory.mktemp("published")
+    (folder / "in").mkdir()
+    (folder / "in/test.jsonl.gz").symlink_to(Path(data).resolve() / "hh_harmless.jsonl.gz")
+    done = process("--input-dir", folder / "in", cwd=folder)
     assert done.returncode == 0, done.stderr
-    pairs = open_pairs(tmp_path / "test_comparisons.jsonl")
-    prompts = texts(tmp_path / "test_prompts.jsonl")
+    return folder
+
+
+def test_real_dialogues(published: Path):
+    pairs = open_pairs(published / "test_comparisons.jsonl")
+    prompts = texts(published / "test_prompts.jsonl")
     assert len(pairs) == len(prompts) > 1700
     for i, text in enumerate(prompts):
         assert text.startswith("User: ")
         assert text.endswith("\n\nAssistant:")
         assert all(answer.startswith(f"{text} ") for answer in pairs[i].texts)
         assert not any("\n\nHuman: " in answer for answer in pairs[i].texts)
+
+
+@pytest.mark.parametrize("append_eod", [True, False])
+def test_real_dialogues_have_the_same_rewards_everywhere(
+    published: Path, tmp_path: Path, short_tmp: Path, run: Callable, start: Callable, append_eod: bool
+):
+    """As texts and as tokens from the server, and from transformers, which scores the export in batches of 8."""
+    import_from_huggingface(
+        Path(os.environ["NEMO_ALIGNER_TEST_DATA"]) / "stories260k_hf", str(tmp_path / "base.nemo")
+    )
+    pairs = published / "test_comparisons.jsonl"
+    learning = {
+        "pretrained_checkpoint.restore_from_path": tmp_path / "base.nemo",
+        "model.data.data_prefix": f"{{train: [{pairs}], validation: [{pairs}], test: [{pairs}]}}",
+        "model.data.append_eod": append_eod,
+        "model.encoder_seq_length": 256,
+        "model.micro_batch_size": 4,
+        "model.global_batch_size": 16,
+        "model.optim.lr": 1e-3,
+        "model.optim.sched.warmup_steps": 1,
+        "trainer.precision": 32,
+        "trainer.rm.max_steps": 12,
+        "trainer.rm.limit_val_batches": 1,
+        "exp_manager.explicit_log_dir": tmp_path / "run",
+    }
+    job = run(learning, command=[GPT / "train_reward_model.py"])
+    assert job.process.returncode == 0, job.err
+    nemo = tmp_path / "run/checkpoints/megatron_gpt.nemo"
+    export_to_huggingface(nemo, tmp_path / "hf")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "hf")
+    asked = [text for text in texts(pairs)[:64] if len(tokenizer(text).input_ids) <= 256]
+    rows = [tokenizer(text).input_ids for text in asked]
+    assert len(rows) > 24
+    assert (rows[0][-1] == tokenizer.eos_token_id) == append_eod
+
+    port = free_ports(1)[0]
+    serving = {"rm_model_file": nemo, "trainer.precision": 32, "inference.port": port}
+    job = start(serving, command=[GPT / "serve_reward_model.py"], env={"TMPDIR": str(short_tmp)})
+    job.wait_for("serving at 127.0.0.1")
+    lengths = np.array([[len(row)] for row in rows])
+    padded = np.array([row + [0] * (lengths.max() - len(row)) for row in rows])
+    with ModelClient(f"http://127.0.0.1:{port}", "reward_model", inference_timeout_s=120) as client:
+        by_text = client.infer_batch(sentences=np.char.encode([[text] for text in asked], "utf-8"))["rewards"]
+        by_token = client.infer_batch(tokens=padded, sequence_lengths=lengths)["rewards"]
+    assert by_text.tolist() == by_token.tolist()
+    assert by_text.std() > 0.1
+
+    model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "hf").eval()
+    with torch.no_grad():
+        scores = [
+            model(**tokenizer(asked[i : i + 8], padding=True, return_tensors="pt")).logits
+            for i in range(0, len(asked), 8)
+        ]
+    np.testing.assert_allclose(by_text[:, 0], torch.cat(scores)[:, 0].numpy(), rtol=0, atol=2e-5)

@@ -42,9 +42,7 @@ def byte_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
         ("", (), ""),
     ],
 )
-def test_pieces_are_the_answer(
-    byte_tokenizer: Tokenizer, text: str, end_strings: Sequence[str], answer: str
-):
+def test_pieces_are_the_answer(byte_tokenizer: Tokenizer, text: str, end_strings: Sequence[str], answer: str):
     aloud = Aloud(byte_tokenizer, [0], end_strings)
     pieces = [aloud.more([token]) for token in [*byte_tokenizer.encode(text), 0]]
     shown = "".join(pieces)
