@@ -197,7 +197,8 @@ def writers_group() -> Any:  # noqa: ANN401 - torch's ProcessGroup, which only t
     """All ranks over gloo, for a thread that writes while training goes on; made at the first call, by every rank."""
     global _writers
     if _writers is None:
-        _writers = dist.new_group(backend="gloo")
+        # A rank that is gone is missed by the training beside it; a slow disk is no reason to fail.
+        _writers = dist.new_group(backend="gloo", timeout=timedelta(days=7))
     return _writers
 
 
