@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.functional.ppo_pair import LONG, Pair, metrics
 from tests.functional.run_folder import tensors
 
 
@@ -91,3 +92,31 @@ def test_a_disk_without_any_room_is_told_wherever_a_run_writes(
     assert problem.startswith(f"error: the disk of {disk}/run has no room")
     assert cure.startswith("Cure: make room there")
     assert "Traceback" not in job.err
+
+
+def test_a_critic_whose_disk_is_full_says_so_to_the_actor_and_both_go_on_with_room(
+    start: Callable, nemo: Path, reward_nemo: Path, small_disk: Callable, tmp_path: Path
+):
+    whole, pair = (
+        Pair(folder=tmp_path / name, start=start, nemo=nemo, reward_nemo=reward_nemo)
+        for name in ("whole", "pair")
+    )
+    whole.run()
+    one = size_of((whole.critic_folder / "checkpoints/last").resolve())
+
+    disk = small_disk(int(1.6 * one))
+    pair.critic_settings = {"exp_manager.explicit_log_dir": disk / "critic"}
+    critic, actor = pair.start_critic(), pair.start_actor()
+    assert actor.wait(timeout=LONG) == 2, actor.err[-3000:]
+    told = actor.err.splitlines()[-2:]
+    assert f"the disk of {disk}/critic/checkpoints has no room: a checkpoint needs " in "".join(told)
+    assert told[-1].startswith("Cure: ")
+    assert "Traceback" not in actor.err + critic.err
+    critic.process.terminate()
+    critic.wait()
+
+    small_disk(8 * one)
+    critic, actor = pair.start_critic(), pair.start_actor()
+    assert actor.wait(timeout=LONG) == 0, actor.err[-3000:] + critic.err[-3000:]
+    assert critic.wait() == 0, critic.err[-3000:]
+    assert metrics(pair.actor_folder) == metrics(whole.actor_folder)
