@@ -29,12 +29,14 @@ def compare(name: str, server: Health, actor: Actor) -> list[str]:
         UserError: results would be wrong, or requests refused.
     """
     settings = server.settings
-    if server.vocab_size != actor.vocab_size:
+    tokenizer = settings.get("tokenizer")
+    # With one tokenizer a server may know more, such as a token for padding.
+    knows = server.vocab_size > actor.vocab_size and tokenizer and actor.tokenizer
+    if not knows and server.vocab_size != actor.vocab_size:
         raise UserError(
             f"{name} serves a model of {server.vocab_size} tokens, and the actor's vocabulary has {actor.vocab_size}",
-            cure="serve a model with the actor's tokenizer",
+            cure="serve a model with the actor's tokenizer, and as many tokens or more",
         )
-    tokenizer = settings.get("tokenizer")
     if tokenizer and actor.tokenizer and tokenizer != actor.tokenizer:
         raise UserError(
             f"{name} serves a model with another tokenizer than the actor's: both cut one text differently",

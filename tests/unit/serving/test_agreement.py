@@ -44,6 +44,10 @@ def test_idle_ranks_are_told_with_both_numbers():
     assert "model.ppo.num_rollout_samples=6" in told
 
 
+def test_a_server_may_know_more_tokens_of_the_same_tokenizer():
+    assert compare("critic", SERVER, replace(ACTOR, vocab_size=99)) == []
+
+
 def test_a_server_that_tells_no_settings_is_taken_as_it_is():
     assert compare("critic", replace(SERVER, settings={}), ACTOR) == []
 
@@ -51,7 +55,8 @@ def test_a_server_that_tells_no_settings_is_taken_as_it_is():
 @pytest.mark.parametrize(
     ("changed", "words"),
     [
-        ({"vocab_size": 101}, "101"),
+        ({"vocab_size": 101}, "model of 100 tokens, and the actor's vocabulary has 101"),
+        ({"vocab_size": 99, "tokenizer": ""}, "model of 100 tokens, and the actor's vocabulary has 99"),
         ({"longest": 65}, "takes 64 tokens, and the actor may send 65"),
         ({"tokenizer": "xyz"}, "another tokenizer"),
         ({"request_rows": 65}, "max_request_rows=64 rows in a request, and the actor sends .*=65"),
