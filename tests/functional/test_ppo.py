@@ -3,15 +3,20 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from pytriton.client import ModelClient
+from transformers import LlamaForSequenceClassification
 
+from nemo_aligner.checkpoint.convert import import_from_huggingface
 from nemo_aligner.checkpoint.nemo_archive import open_nemo
 from nemo_aligner.checkpoint.tokenizer_files import load_archived_tokenizer
 from nemo_aligner.launch.together import free_ports
+from tests.functional.conftest import toy_config, write_toy_tokenizer
 from tests.functional.ppo_pair import LONG, Pair, metrics
 
 
@@ -178,6 +183,18 @@ def test_jobs_that_save_nothing_end_well(pairs: Callable[..., Pair]):
     assert [path.name for path in (pair.critic_folder / "checkpoints").iterdir()] == [
         "megatron_gpt_critic.nemo"
     ]
+
+
+def test_a_critic_with_a_token_more_than_its_actor(pairs: Callable[..., Pair], tmp_path: Path):
+    """As a reward model has that went to Hugging Face, where it was given one for padding."""
+    torch.manual_seed(1)
+    wide = LlamaForSequenceClassification(toy_config(num_labels=1, vocab_size=260, pad_token_id=259))
+    wide.save_pretrained(tmp_path / "hf")
+    write_toy_tokenizer(tmp_path / "hf")
+    import_from_huggingface(tmp_path / "hf", str(tmp_path / "wide.nemo"))
+    nothing = {"exp_manager.create_checkpoint_callback": False}
+    pair = pairs("wide", critic=nothing, actor=FEW | nothing | {"trainer.ppo.max_steps": 1})
+    replace(pair, reward_nemo=tmp_path / "wide.nemo").run()
 
 
 @pytest.mark.parametrize(
