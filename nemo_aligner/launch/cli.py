@@ -9,11 +9,17 @@ from typing import NoReturn
 from nemo_aligner.errors import UserError
 from nemo_aligner.launch.stacks import show_stacks_on_signal
 
-__all__ = ["INTERRUPTED_CODE", "OS_ERROR_CURE", "USER_ERROR_CODE", "run_cli"]
+__all__ = ["INTERRUPTED_CODE", "OS_ERROR_CURE", "USER_ERROR_CODE", "quiet_libraries", "run_cli"]
 
 USER_ERROR_CODE = 2
 INTERRUPTED_CODE = 130  # 128 + SIGINT, as shells count
 OS_ERROR_CURE = "check that the path is right, that it may be read or written, and that its disk has room"
+
+
+def quiet_libraries(level: int = logging.WARNING) -> None:
+    """Hear of the libraries what has ``level`` or more."""
+    for noisy in ("megatron", "torch", "transformers", "fsspec", "hydra"):
+        logging.getLogger(noisy).setLevel(level)
 
 
 def run_cli(main: Callable[[], None]) -> NoReturn:
@@ -26,6 +32,7 @@ def run_cli(main: Callable[[], None]) -> NoReturn:
     logging.basicConfig(
         level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stderr
     )
+    quiet_libraries()
     try:
         main()
     except UserError as error:

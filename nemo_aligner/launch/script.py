@@ -22,7 +22,7 @@ from omegaconf.errors import OmegaConfBaseException
 from nemo_aligner.errors import UserError
 from nemo_aligner.launch import amx, local
 from nemo_aligner.launch.children import STARTER_VARIABLE, follow_parent
-from nemo_aligner.launch.cli import INTERRUPTED_CODE, OS_ERROR_CURE, USER_ERROR_CODE
+from nemo_aligner.launch.cli import INTERRUPTED_CODE, OS_ERROR_CURE, USER_ERROR_CODE, quiet_libraries
 from nemo_aligner.launch.stacks import show_stacks_on_signal
 from nemo_aligner.launch.typed import as_hydra_reads
 from nemo_aligner.parallel.ranks import Layout, Ranks, discover
@@ -151,8 +151,7 @@ def _prepare_process(ranks: Ranks | None) -> None:
     )
     if talks:
         keep_early_records()
-    for noisy in ("megatron", "torch", "transformers", "fsspec", "hydra"):
-        logging.getLogger(noisy).setLevel(logging.WARNING if talks else logging.ERROR)
+    quiet_libraries(logging.WARNING if talks else logging.ERROR)
 
 
 def _terminate(number: int, _: object) -> None:
