@@ -35,7 +35,7 @@ def byte_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
     [
         ("two words", (), "two words"),
         ("  white space\n\n around \n", (), "white space\n\n around"),
-        ("caf\u00e9 \u65e5\u672c \U0001f600!", (), "caf\u00e9 \u65e5\u672c \U0001f600!"),
+        ("na\u00efve \u65e5\u672c \U0001f600!", (), "na\u00efve \u65e5\u672c \U0001f600!"),
         ("yes<end>", ("<end>",), "yes"),
         ("a < b <en> yes <end>", ("<end>", "\n\nHuman:"), "a < b <en> yes"),
         ("x\n\nHuma", ("<end>", "\n\nHuman:"), "x\n\nHuma"),
