@@ -4,7 +4,7 @@
 import logging
 import warnings
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from megatron.core import tensor_parallel
@@ -12,7 +12,7 @@ from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.transformer.enums import AttnBackend
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
-from torch import Tensor
+from torch import Tensor, nn
 
 from nemo_aligner.batch import TokenBatch
 from nemo_aligner.models.gpt.attention import RowParams
@@ -107,7 +107,7 @@ class GPT(GPTModel):
             self.rm_head = ScalarHead(head, config)
         elif self.post_process:
             # GPTModel names ColumnParallelLinear itself; the parameters and their marks stay as it made them.
-            self.output_layer.__class__ = VocabHead
+            cast(nn.Module, self.output_layer).__class__ = VocabHead
 
     @property
     def chunks(self) -> Sequence["GPT"]:
