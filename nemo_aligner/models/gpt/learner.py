@@ -16,9 +16,9 @@ from nemo_aligner.models.gpt.learning_rate import OptimConfig, learning_rate
 from nemo_aligner.models.gpt.model import GPT, InterleavedGPT
 from nemo_aligner.models.gpt.optim import (
     Taken,
-    apply_settings,
     build_optimizer,
     inner_optimizer,
+    load_optimizer,
     make_moments,
     optimizer_shards,
     take_step,
@@ -164,8 +164,7 @@ class GPTLearner:
     def load_training_state(self, state: dict[str, Any]) -> None:
         """Take over what was loaded into :meth:`training_state`; weights are loaded before."""
         assert self._optimizer is not None, "prepare_training comes first"
-        self._optimizer.load_state_dict(state["optimizer"])
-        apply_settings(self._optim, self._optimizer)
+        load_optimizer(self._optim, self._optimizer, state["optimizer"])
         self._optimizer_steps, self._backwards = state["optimizer_steps"], state["backwards"]
 
     @contextlib.contextmanager

@@ -29,9 +29,9 @@ from nemo_aligner.parallel.shards import Shards, boxes
 
 __all__ = [
     "Taken",
-    "apply_settings",
     "build_optimizer",
     "inner_optimizer",
+    "load_optimizer",
     "make_moments",
     "optimizer_shards",
     "take_step",
@@ -91,7 +91,7 @@ def build_optimizer(
         overlap_param_gather=optim.overlap_param_sync,
     )
     built = get_megatron_optimizer(config, list(chunks), use_gloo_process_groups=False)
-    apply_settings(optim, built)
+    _apply_settings(optim, built)
     return built
 
 
@@ -142,7 +142,17 @@ def take_step(optimizer: MegatronOptimizer) -> Taken:
     return Taken(done=False, grad_norm=math.nan, seeks_scale=scale > optimizer.config.min_loss_scale)
 
 
-def apply_settings(optim: OptimConfig, optimizer: MegatronOptimizer) -> None:
+def load_optimizer(optim: OptimConfig, optimizer: MegatronOptimizer, state: dict[str, Any]) -> None:
+    """Load what the optimizer's ``state_dict`` gave; ``optim`` counts, whatever the settings were then."""
+    # megatron-core 0.19 finds a group by its learning rates, which may have changed since.
+    rates = {name: value for name, value in optimizer.param_groups[0].items() if name in ("max_lr", "min_lr")}
+    for group in state["optimizer"]["param_groups"]:
+        group |= rates
+    optimizer.load_state_dict(state)
+    _apply_settings(optim, optimizer)
+
+
+def _apply_settings(optim: OptimConfig, optimizer: MegatronOptimizer) -> None:
     """Put the settings into the optimizer's groups: they count, not those that its state was saved with."""
     for group in optimizer.param_groups:
         # Megatron leaves it to its own scheduler to apply wd_mult, which is 0 for biases and norms.

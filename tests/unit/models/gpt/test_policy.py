@@ -14,7 +14,7 @@ from nemo_aligner.models.gpt import engine
 from nemo_aligner.models.gpt.config import GPTConfig
 from nemo_aligner.models.gpt.learning_rate import OptimConfig, SchedConfig
 from nemo_aligner.models.gpt.model import GPT
-from nemo_aligner.models.gpt.optim import apply_settings
+from nemo_aligner.models.gpt.optim import load_optimizer
 from nemo_aligner.models.gpt.policy import GPTPolicy
 from nemo_aligner.objectives.nll import NLL
 
@@ -144,8 +144,8 @@ def test_the_settings_count_and_not_those_that_were_saved(
     assert {group["weight_decay"] for group in groups} == {0.5, 0.0}
     assert {group["step"] for group in groups} == {1}
     other = GPTPolicy(random_model(CONFIG))
-    other.prepare_training(replace(OPTIM, weight_decay=0.25), clip_grad=1.0, max_steps=4)
+    changed = replace(OPTIM, weight_decay=0.25, lr=OPTIM.lr / 2)
+    other.prepare_training(changed, clip_grad=1.0, max_steps=4)
     assert other._optimizer is not None
-    other._optimizer.load_state_dict({"optimizer": state["optimizer"]["optimizer"]})
-    apply_settings(other._optim, other._optimizer)
+    load_optimizer(changed, other._optimizer, {"optimizer": state["optimizer"]["optimizer"]})
     assert {group["weight_decay"] for group in other._optimizer.param_groups} == {0.25, 0.0}
