@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """With several workers: a line for each file of tests as its worker ends it, in the place of the dots of all files."""
 
+import signal
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -63,6 +64,9 @@ def pytest_configure(config: pytest.Config) -> None:
 
     Who runs tests imports Megatron as the scripts do.
     """
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        # As in a shell's background; the scripts that tests start hear Ctrl-C all the same.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     terminal = config.pluginmanager.getplugin("terminalreporter")
     if config.getoption("numprocesses", None) and terminal is not None:
         config.pluginmanager.register(_FileLines(terminal))
