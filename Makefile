@@ -39,7 +39,7 @@ CPU_PYTEST := CUDA_VISIBLE_DEVICES= $(PYTEST) -m "not gpu and not fuzz and not k
 WORKERS ?= 2
 SHARED_OUT := -n $(WORKERS) --dist loadfile --no-loadscope-reorder -o console_output_style=classic
 
-.PHONY: help setup format lint types test-fast test-dist test-functional test test-fuzz test-kills test-mcore-next test-resume test-soak test-slurm test-gpu model quickstart quickstart-sft bench clean
+.PHONY: help setup format lint types test-fast test-dist test-functional test test-fuzz test-kills golden test-mcore-next test-resume test-soak test-slurm test-gpu model quickstart quickstart-sft bench clean
 
 help:  ## Print the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -117,6 +117,11 @@ test-fuzz: $(STAMP)  ## 20,000 damaged inputs to every reader: minutes
 # No kill may be missed and nothing may seem to hang, so on an idle machine.
 test-kills: $(STAMP)  ## Jobs killed at 40 random moments: ten minutes
 	CUDA_VISIBLE_DEVICES= $(PYTEST) -m "not gpu" tests/functional/test_kills.py
+
+# GOLDEN=write takes what the runs give now; without it they must give what was taken on this machine.
+GOLDEN ?= exact
+golden: $(STAMP)  ## Short runs of each kind, bit for bit as tests/golden has them
+	NEMO_ALIGNER_GOLDEN=$(GOLDEN) CUDA_VISIBLE_DEVICES= $(PYTEST) tests/functional/test_golden.py
 
 test-soak: $(STAMP)  ## 200 steps of PPO, whose memory must not grow: minutes
 	CUDA_VISIBLE_DEVICES= $(PYTEST) --log-cli-level=INFO -m soak tests/functional/test_ppo_soak.py
