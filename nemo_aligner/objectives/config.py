@@ -6,9 +6,20 @@ from typing import Literal
 
 from nemo_aligner.errors import UserError
 
-__all__ = ["CreditConfig", "PairLoss", "PolicyConfig", "RegressionConfig", "ValueConfig"]
+__all__ = [
+    "GROUPED",
+    "CreditConfig",
+    "Estimator",
+    "PairLoss",
+    "PolicyConfig",
+    "RegressionConfig",
+    "ValueConfig",
+]
 
 PairLoss = Literal["regression", "regular_bt", "margin_bt", "scaled_bt"]
+Estimator = Literal["gae", "group", "leave_one_out", "reinforce", "best_of_n"]
+# Estimators that compare the responses to one prompt.
+GROUPED: tuple[Estimator, ...] = ("group", "leave_one_out", "best_of_n")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,20 +115,26 @@ class ValueConfig:
 class CreditConfig:
     """The part of the ``trainer.ppo`` block that turns rewards into advantages."""
 
+    advantage_estimator: Estimator = (
+        "gae"  # gae asks a critic; group, leave_one_out and best_of_n compare responses
+    )
+    group_std: bool = True  # with group: divide by the group's standard deviation, as GRPO; False: Dr. GRPO
     initial_policy_kl_penalty: float = (
         0.01  # reward lost per nat of KL to the initial policy; 0: not computed
     )
     use_absolute_kl: bool = True  # with kl_estimator k1: the penalty is of |log p - log q|
     kl_estimator: Literal["k1", "k2", "k3"] = "k1"  # Schulman's names; see objectives/reduce.py
-    kl_placement: Literal["token", "last"] = "token"  # each token pays its own, or the last one pays for all
+    kl_placement: Literal["token", "last", "loss"] = (
+        "token"  # in each token's reward, the last one's, or in the loss
+    )
     adaptive_kl_target: float | None = (
         None  # nats per answer that the penalty is steered to; null: it is fixed
     )
     adaptive_kl_horizon: float = 10000.0  # answers; a smaller horizon steers faster
     discount_factor: float = 1.0  # gamma, per token
     gae_lambda: float = 0.95  # lambda of GAE
-    normalize_advantages: bool = (
-        True  # to mean 0 and variance 1 over the rollout's answer tokens on all ranks
+    normalize_advantages: bool | None = (
+        None  # to mean 0 and variance 1 over the rollout's answer tokens on all ranks; null: with gae and reinforce
     )
     reward_clip: float | None = (
         None  # an answer's reward is held within -+ this, before the penalty; null: it is not
@@ -125,6 +142,18 @@ class CreditConfig:
     scale_rewards: bool = False  # divide rewards by the running std of their discounted sums
     scaled_reward_clip: float | None = None  # with scale_rewards: each token's is held within -+ this
     mask_unfinished: bool = True  # the policy learns nothing from answers that the length limit cut
+
+    @property
+    def estimator_of_kl(self) -> Literal["k1", "abs", "k2", "k3"]:
+        """The estimate that the penalty is of."""
+        return "abs" if self.kl_estimator == "k1" and self.use_absolute_kl else self.kl_estimator
+
+    @property
+    def whitens(self) -> bool:
+        """Whether advantages get mean 0 and variance 1 over the rollout."""
+        if self.normalize_advantages is None:
+            return self.advantage_estimator not in GROUPED
+        return self.normalize_advantages
 
     def check(self, block: str) -> None:
         """Refuse values without a meaning. ``block`` is the block's name, as in ``trainer.ppo``."""
@@ -152,6 +181,11 @@ class CreditConfig:
                 raise UserError(
                     f"{block}.{name}={value} is out of range", cure=f"set {block}.{name} to {range_}"
                 )
+        if target is not None and self.kl_placement == "loss":
+            raise UserError(
+                f"{block}.adaptive_kl_target={target} steers a penalty in the reward, and {block}.kl_placement=loss",
+                cure=f"set {block}.adaptive_kl_target=null, or {block}.kl_placement=token",
+            )
         if target is not None and not penalty:
             raise UserError(
                 f"{block}.adaptive_kl_target={target} steers {block}.initial_policy_kl_penalty, which is 0",

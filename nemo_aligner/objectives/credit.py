@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From rewards of answers to advantages of tokens: KL penalty, clipping, scaling, GAE, whitening, masks.
+"""From rewards of responses to advantages of tokens: KL penalty, clipping, scaling, estimators, whitening, masks.
 
 Pure: what needs other ranks goes through a function that adds up a tensor over them.
 """
@@ -13,24 +13,27 @@ from nemo_aligner.objectives.config import CreditConfig
 from nemo_aligner.objectives.reduce import (
     Moments,
     SumOverRanks,
-    kl_abs,
+    estimate_kl,
     kl_k1,
-    kl_k2,
-    kl_k3,
     masked_mean,
     whiten,
 )
 
 __all__ = [
+    "best_of_n",
     "credit",
     "gae",
+    "group_advantages",
     "kl_controller",
+    "leave_one_out",
     "observe",
     "rolling_returns",
     "shape_rewards",
     "statistics",
     "value_batch",
 ]
+
+_GROUP_EPS = 1e-6  # as verl has it
 
 
 def kl_controller(config: CreditConfig) -> KLController:
@@ -50,20 +53,14 @@ def _penalised_kl(scored: Scored, config: CreditConfig) -> Tensor:
     # Where no answer is anything may stand; k3's exponent of it must not overflow.
     logprobs = torch.where(answers, scored.logprobs, 0)
     reference = torch.where(answers, scored.reference_logprobs, 0)
-    match config.kl_estimator:
-        case "k1":
-            return (kl_abs if config.use_absolute_kl else kl_k1)(logprobs, reference)
-        case "k2":
-            return kl_k2(logprobs, reference)
-        case "k3":
-            return kl_k3(logprobs, reference)
+    return estimate_kl(logprobs, reference, config.estimator_of_kl)
 
 
 def shape_rewards(scored: Scored, config: CreditConfig, *, kl_coefficient: float) -> Tensor:
     """The reward of each token: the answer's at its last one, less the KL penalty, ``1[t = T] R - beta kl_t``.
 
     The KL to the initial policy is a part of the reward (Ziegler 2019, arXiv 1909.08593, eq. 2), not of the loss.
-    ``config.kl_placement`` "last" moves all of the answer's penalty to its last token.
+    ``config.kl_placement`` "last" moves all of the answer's penalty to its last token, "loss" to the policy's loss.
 
     Args:
         kl_coefficient: beta; 0 leaves ``reference_logprobs`` unread.
@@ -78,7 +75,7 @@ def shape_rewards(scored: Scored, config: CreditConfig, *, kl_coefficient: float
     if limit is not None:
         rewards = rewards.clamp(-limit, limit)
     shaped = torch.where(last, rewards[:, None], 0)
-    if not kl_coefficient:
+    if not kl_coefficient or config.kl_placement == "loss":
         return shaped
     kl = _penalised_kl(scored, config)
     match config.kl_placement:
@@ -128,6 +125,85 @@ def gae(values: Tensor, rewards: Tensor, mask: Tensor, *, gamma: float, lam: flo
     return advantages.t().contiguous(), (advantages + value).t().contiguous()
 
 
+def group_advantages(rewards: Tensor, group: Tensor, *, divide_by_std: bool) -> Tensor:
+    """Return each response's reward less the mean of its group's, over their standard deviation: GRPO's advantage.
+
+    Shao 2024, arXiv 2402.03300, section 4.1.2, with the unbiased standard deviation that TRL, verl and OpenRLHF take.
+    Without the division it is Dr. GRPO's (Liu 2025, arXiv 2503.20783). Equal rewards give 0.
+
+    rewards: [B] float; group: [B] int64, alike for responses to one prompt. Returns [B] float.
+
+    >>> group_advantages(torch.tensor([1.0, 0.0, 3.0, 3.0]), torch.tensor([7, 7, 9, 9]), divide_by_std=True)
+    tensor([ 0.7071, -0.7071,  0.0000,  0.0000])
+    """
+    count, mean = _group_means(rewards, group)
+    centred = rewards.double() - mean[group]
+    if divide_by_std:
+        squares = torch.zeros_like(mean).index_add(0, group, centred.square())
+        std = (squares / (count - 1).clamp(min=1)).sqrt()
+        centred = centred / (std + _GROUP_EPS)[group]
+    return centred.to(rewards.dtype)
+
+
+def leave_one_out(rewards: Tensor, group: Tensor) -> Tensor:
+    """Return each response's reward less the mean of the others' to its prompt: RLOO (Ahmadian 2024, arXiv 2402.14740).
+
+    rewards: [B] float; group: [B] int64, each at least twice. Returns [B] float.
+
+    >>> leave_one_out(torch.tensor([1.0, 2.0, 6.0]), torch.tensor([0, 0, 0]))
+    tensor([-3.0000, -1.5000,  4.5000])
+    """
+    count, mean = _group_means(rewards, group)
+    return ((rewards.double() - mean[group]) * (count / (count - 1).clamp(min=1))[group]).to(rewards.dtype)
+
+
+def best_of_n(rewards: Tensor, group: Tensor) -> Tensor:
+    """Return True for the response of the highest reward of each group, the first of equal ones: [B], [B] -> [B] bool.
+
+    >>> best_of_n(torch.tensor([1.0, 2.0, 2.0, 0.0]), torch.tensor([3, 3, 3, 4]))
+    tensor([False,  True, False,  True])
+    """
+    count = torch.bincount(group)
+    rows, beyond = torch.arange(rewards.numel(), device=rewards.device), rewards.numel()
+    highest = torch.full_like(count, -torch.inf, dtype=rewards.dtype).scatter_reduce(
+        0, group, rewards, "amax"
+    )
+    best = torch.where(rewards == highest[group], rows, beyond)
+    return rows == torch.full_like(count, beyond).scatter_reduce(0, group, best, "amin")[group]
+
+
+def _group_means(rewards: Tensor, group: Tensor) -> tuple[Tensor, Tensor]:
+    """Return ([G] float64 the size of each group, [G] float64 its mean), by the group's number."""
+    count = torch.bincount(group).double()
+    total = torch.zeros_like(count).index_add(0, group, rewards.double())
+    return count, total / count.clamp(min=1)
+
+
+def _estimated(scored: Scored, rewards: Tensor, config: CreditConfig) -> tuple[Tensor, Tensor, Tensor]:
+    """Return (advantages, returns, the tokens that the policy learns from) by ``config.advantage_estimator``.
+
+    rewards: [B, S] float, those of :func:`shape_rewards`. Estimators that compare responses weigh a response by the sum
+    of its tokens' rewards and give each of its tokens the same advantage. All of [B, S].
+    """
+    answers, gamma = scored.learned(), config.discount_factor
+    whole = rewards.sum(1)
+    match config.advantage_estimator:
+        case "gae":
+            return *gae(scored.values, rewards, answers, gamma=gamma, lam=config.gae_lambda), answers
+        case "reinforce":
+            # The discounted sum of the rewards that follow (Williams 1992): GAE of no values, lambda 1.
+            return *gae(torch.zeros_like(rewards), rewards, answers, gamma=gamma, lam=1.0), answers
+        case "group":
+            each, kept = group_advantages(whole, scored.group, divide_by_std=config.group_std), answers
+        case "leave_one_out":
+            each, kept = leave_one_out(whole, scored.group), answers
+        case "best_of_n":
+            best = best_of_n(whole, scored.group)
+            each, kept = best.to(rewards.dtype), answers & best[:, None]
+    advantages = torch.where(answers, each[:, None], 0)
+    return advantages, advantages, kept
+
+
 def rolling_returns(rewards: Tensor, mask: Tensor, *, gamma: float) -> Tensor:
     """``R_t = gamma R_{t-1} + r_t`` along each answer, from 0 (arXiv 2005.12729, algorithm 1).
 
@@ -169,7 +245,7 @@ def credit(
     scaling: RewardScaling | None = None,
     sum_over_ranks: SumOverRanks = lambda sums: sums,
 ) -> Experience:
-    """What the policy learns of judged answers: :func:`shape_rewards`, scaling, :func:`gae`, whitening.
+    """What the policy learns of judged answers: :func:`shape_rewards`, scaling, the estimator, whitening.
 
     Args:
         kl_coefficient: what a nat of KL to the initial policy costs; :func:`kl_controller` has it.
@@ -187,14 +263,12 @@ def credit(
         rewards, limit = rewards / scaling.divisor, config.scaled_reward_clip
         if limit is not None:
             rewards = rewards.clamp(-limit, limit)
-    advantages, returns = gae(
-        scored.values, rewards, answers, gamma=config.discount_factor, lam=config.gae_lambda
-    )
-    if config.normalize_advantages:
+    advantages, returns, kept = _estimated(scored, rewards, config)
+    if config.whitens:
         advantages = whiten(advantages, answers, Moments.of(advantages, answers).over(sum_over_ranks))
     return Experience(
         tokens=scored.tokens,
-        mask=answers & scored.finished[:, None] if config.mask_unfinished else answers,
+        mask=kept & scored.finished[:, None] if config.mask_unfinished else kept,
         lengths=scored.lengths,
         logprobs=scored.logprobs,
         reference_logprobs=scored.reference_logprobs,

@@ -9,7 +9,7 @@ from torch import Tensor
 from nemo_aligner.batch import Experience, TokenBatch, Unit
 from nemo_aligner.objectives.config import PolicyConfig
 from nemo_aligner.objectives.protocol import Metrics, ModelOutput, Wants
-from nemo_aligner.objectives.reduce import kl_k3, likelihood_ratio
+from nemo_aligner.objectives.reduce import KLEstimator, estimate_kl, kl_k3, likelihood_ratio
 
 __all__ = ["PolicyGradient", "clipped_surrogate"]
 
@@ -40,17 +40,24 @@ def clipped_surrogate(ratio: Tensor, advantages: Tensor, config: PolicyConfig) -
 
 @dataclass(frozen=True)
 class PolicyGradient:
-    """The mean over learned tokens of :func:`clipped_surrogate`, less the entropy bonus.
+    """The mean over learned tokens of :func:`clipped_surrogate`, less the entropy bonus, plus a KL penalty.
 
     Every token of the global batch weighs the same, whatever answer it stands in: verl's ``token-mean``. A mean of the
     answers' means (verl's ``seq-mean-token-mean``) is another loss.
     """
 
     config: PolicyConfig = field(default_factory=PolicyConfig)
+    kl_coefficient: float = 0.0  # of the KL to the initial policy in the loss; 0: none
+    kl_estimator: KLEstimator = "k3"
 
     top_k = 0
     unit = Unit.TOKEN
-    metrics = ("loss", "ppo_ratio", "ppo_ratio_clamped", "clip_fraction", "approx_kl", "scaled_entropy")
+
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        """See Objective."""
+        names = ("loss", "ppo_ratio", "ppo_ratio_clamped", "clip_fraction", "approx_kl", "scaled_entropy")
+        return (*names, "scaled_kl") if self.kl_coefficient else names
 
     @property
     def wants(self) -> frozenset[Wants]:
@@ -67,7 +74,9 @@ class PolicyGradient:
         - "clip_fraction": how often the clip binds: the clipped side of the surrogate is the larger loss, as TRL, verl,
           OpenRLHF and torchtune count it; a ratio that is out of range on the side that costs more is not clipped;
         - "approx_kl": k3 of KL(old || new), nats;
-        - "scaled_entropy": the bonus.
+        - "scaled_entropy": the bonus;
+        - "scaled_kl", where it has a coefficient: the penalty, ``beta KL(p || p0)`` of tokens as the policy is now
+          (Shao 2024, arXiv 2402.03300, eq. 3).
         """
         assert isinstance(batch, Experience) and output.logprobs is not None
         learned, count = batch.learned(), batch.count(self.unit)
@@ -82,6 +91,11 @@ class PolicyGradient:
             assert output.entropy is not None
             bonus = self.config.entropy_bonus * torch.where(learned, output.entropy, 0).sum()
             loss = loss - bonus
+        penalty = torch.zeros_like(loss)
+        if self.kl_coefficient:
+            reference = torch.where(learned, batch.reference_logprobs, 0)
+            penalty = self.kl_coefficient * estimate_kl(logprobs, reference, self.kl_estimator).sum()
+            loss = loss + penalty
         with torch.no_grad():
             clamped = _clamp(ratio, self.config)
             sums = {
@@ -91,5 +105,6 @@ class PolicyGradient:
                 "clip_fraction": (-advantages * clamped > -advantages * ratio).sum(),
                 "approx_kl": kl_k3(old, logprobs).sum(),
                 "scaled_entropy": bonus.detach(),
+                "scaled_kl": penalty.detach(),
             }
-        return loss, {name: (total, count) for name, total in sums.items()}
+        return loss, {name: (sums[name], count) for name in self.metrics}

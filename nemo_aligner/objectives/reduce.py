@@ -6,13 +6,16 @@ Knows nothing of ranks: what must be summed over them is handed to the caller as
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 __all__ = [
+    "KLEstimator",
     "Moments",
     "SumOverRanks",
+    "estimate_kl",
     "kl_abs",
     "kl_k1",
     "kl_k2",
@@ -26,6 +29,7 @@ __all__ = [
 MAX_LOG_RATIO = 20.0  # nats
 MAX_K3 = 10.0  # nats
 
+KLEstimator = Literal["k1", "abs", "k2", "k3"]
 SumOverRanks = Callable[[Tensor], Tensor]
 """Adds up a tensor over the data parallel ranks; with one rank, ``lambda x: x``."""
 
@@ -137,3 +141,20 @@ def kl_k3(logprobs: Tensor, reference: Tensor) -> Tensor:
     towards = (reference - logprobs).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
     # expm1: for close policies e^x - 1 - x is a difference of nearly equal numbers.
     return (torch.expm1(towards) - towards).clamp(max=MAX_K3)
+
+
+def estimate_kl(logprobs: Tensor, reference: Tensor, estimator: KLEstimator) -> Tensor:
+    """Return each token's estimate of KL(p || q), nats, by the estimator of that name: two tensors of one shape, float.
+
+    >>> estimate_kl(torch.tensor([-1.0]), torch.tensor([-2.0]), "k2")
+    tensor([0.5000])
+    """
+    match estimator:
+        case "k1":
+            return kl_k1(logprobs, reference)
+        case "abs":
+            return kl_abs(logprobs, reference)
+        case "k2":
+            return kl_k2(logprobs, reference)
+        case "k3":
+            return kl_k3(logprobs, reference)

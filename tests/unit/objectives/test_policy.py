@@ -46,7 +46,7 @@ def batch(*, fill: float = 0.0) -> tuple[Experience, ModelOutput]:
 def means(made: Experience, output: ModelOutput, config: PolicyConfig) -> dict[str, float]:
     loss, metrics = PolicyGradient(config)(output, made)
     assert metrics["loss"][0] == loss
-    assert set(metrics) == set(PolicyGradient.metrics)
+    assert set(metrics) == set(PolicyGradient(config).metrics)
     return {name: total.item() / max(count.item(), 1) for name, (total, count) in metrics.items()}
 
 
@@ -146,7 +146,7 @@ def test_clip_fraction_counts_what_the_clip_binds_on(ratio: float, advantage: fl
 def by_loop(made: Experience, output: ModelOutput, config: PolicyConfig) -> dict[str, float]:
     """Python's floats, one token after another, from the published formulas."""
     low, high = 1 - config.ratio_eps, 1 + (config.ratio_eps_high or config.ratio_eps)
-    sums, tokens = dict.fromkeys(PolicyGradient.metrics, 0.0), 0
+    sums, tokens = dict.fromkeys(PolicyGradient().metrics, 0.0), 0
     for i, n in enumerate(LENGTHS):
         for t in range(2, n):
             new, old = float(output.logprobs[i, t]), float(made.logprobs[i, t])

@@ -1,0 +1,141 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Advantages without a critic against numpy's float64, and what must not change them."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import get_args
+
+import numpy as np
+import pytest
+import torch
+
+from nemo_aligner.batch import Experience, Scored
+from nemo_aligner.errors import UserError
+from nemo_aligner.objectives.config import GROUPED, CreditConfig, Estimator
+from nemo_aligner.objectives.credit import best_of_n, credit, group_advantages, leave_one_out
+from nemo_aligner.objectives.policy import PolicyGradient
+from nemo_aligner.objectives.protocol import ModelOutput
+
+REWARDS = torch.tensor([1.0, 4.0, 2.5, -3.0, 0.0, 7.0, 7.0, 7.0], dtype=torch.float64)
+GROUPS = torch.tensor([5, 2, 5, 2, 2, 9, 9, 9])  # of 2, 3 and 3; the last has equal rewards
+
+
+def by_hand(name: str, *, std: bool = True) -> np.ndarray:
+    rewards, found = REWARDS.numpy(), np.zeros(8)
+    for row, reward in enumerate(rewards):
+        others = [r for i, r in enumerate(rewards) if GROUPS[i] == GROUPS[row]]
+        if name == "leave_one_out":
+            rest = [r for i, r in enumerate(rewards) if GROUPS[i] == GROUPS[row] and i != row]
+            found[row] = reward - np.mean(rest)
+        else:
+            found[row] = (reward - np.mean(others)) / (np.std(others, ddof=1) + 1e-6 if std else 1.0)
+    return found
+
+
+def test_against_numpy():
+    for std in (True, False):
+        found = group_advantages(REWARDS, GROUPS, divide_by_std=std)
+        np.testing.assert_allclose(found, by_hand("group", std=std), rtol=1e-12, atol=1e-12)
+    np.testing.assert_allclose(leave_one_out(REWARDS, GROUPS), by_hand("leave_one_out"), rtol=1e-12)
+    assert best_of_n(REWARDS, GROUPS).tolist() == [False, True, True, False, False, True, False, False]
+
+
+@pytest.mark.parametrize("shift", [3.0, -100.0])
+def test_a_constant_more_for_every_response_changes_nothing(shift: float):
+    for std in (True, False):
+        found = group_advantages(REWARDS + shift, GROUPS, divide_by_std=std)
+        torch.testing.assert_close(found, group_advantages(REWARDS, GROUPS, divide_by_std=std))
+    torch.testing.assert_close(leave_one_out(REWARDS + shift, GROUPS), leave_one_out(REWARDS, GROUPS))
+    assert torch.equal(best_of_n(REWARDS + shift, GROUPS), best_of_n(REWARDS, GROUPS))
+
+
+def test_the_order_of_rows_does_not_matter():
+    order = torch.tensor([3, 1, 4, 0, 7, 2, 6, 5])
+    torch.testing.assert_close(
+        group_advantages(REWARDS[order], GROUPS[order], divide_by_std=True),
+        group_advantages(REWARDS, GROUPS, divide_by_std=True)[order],
+    )
+    torch.testing.assert_close(
+        leave_one_out(REWARDS[order], GROUPS[order]), leave_one_out(REWARDS, GROUPS)[order]
+    )
+
+
+def grouped(scored: Callable[..., Scored]) -> Scored:
+    return replace(scored(), group=torch.tensor([0, 0, 1, 1]), values=torch.zeros_like(scored().values))
+
+
+def credited(batch: Scored, name: Estimator, **changed: object) -> Experience:
+    config = CreditConfig(advantage_estimator=name, mask_unfinished=False, **changed)
+    return credit(batch, config, kl_coefficient=0.0)
+
+
+@pytest.mark.parametrize("name", GROUPED)
+def test_each_token_of_a_response_has_its_advantage(scored: Callable[..., Scored], name: Estimator):
+    batch = grouped(scored)
+    experience, answers = credited(batch, name), batch.learned()
+    match name:
+        case "group":
+            each = group_advantages(batch.rewards, batch.group, divide_by_std=True)
+        case "leave_one_out":
+            each = leave_one_out(batch.rewards, batch.group)
+        case _:
+            each = torch.ones(4)
+    assert torch.equal(
+        experience.advantages[answers & experience.mask],
+        each[:, None].expand(answers.shape)[answers & experience.mask].to(experience.advantages.dtype),
+    )
+    assert not experience.advantages[~answers].any()
+    learned = experience.learned().any(1).tolist()
+    assert learned == ([True, False, True, False] if name == "best_of_n" else [True] * 4)
+
+
+def test_reinforce_sums_what_follows(scored: Callable[..., Scored]):
+    batch = grouped(scored)
+    experience = credited(batch, "reinforce", discount_factor=0.5, normalize_advantages=False)
+    for row in range(4):
+        mine = experience.advantages[row][batch.mask[row]]
+        powers = 0.5 ** torch.arange(len(mine) - 1, -1, -1, dtype=mine.dtype)
+        torch.testing.assert_close(mine, batch.rewards[row] * powers)
+
+
+@pytest.mark.parametrize("name", get_args(Estimator))
+def test_whitening_follows_the_estimator_unless_it_is_set(name: Estimator):
+    assert CreditConfig(advantage_estimator=name).whitens == (name in ("gae", "reinforce"))
+    for asked in (True, False):
+        assert CreditConfig(advantage_estimator=name, normalize_advantages=asked).whitens == asked
+
+
+def test_a_kl_in_the_loss_is_no_part_of_the_reward(scored: Callable[..., Scored]):
+    batch = grouped(scored)
+    config = CreditConfig(advantage_estimator="group", kl_placement="loss", mask_unfinished=False)
+    assert torch.equal(
+        credit(batch, config, kl_coefficient=0.3).advantages, credited(batch, "group").advantages
+    )
+
+
+@pytest.mark.parametrize("estimator", ["k1", "abs", "k2", "k3"])
+def test_a_kl_in_the_loss_against_numpy(scored: Callable[..., Scored], estimator: str):
+    experience = credited(grouped(scored), "group")
+    now = (experience.logprobs + 0.1 * torch.sin(experience.logprobs)).requires_grad_()
+    plain, _ = PolicyGradient()(ModelOutput(logprobs=now), experience)
+    objective = PolicyGradient(kl_coefficient=0.3, kl_estimator=estimator)
+    loss, metrics = objective(ModelOutput(logprobs=now), experience)
+    learned = experience.learned()
+    p, q = (x.detach()[learned].numpy() for x in (now, experience.reference_logprobs))
+    each = {
+        "k1": p - q,
+        "abs": np.abs(p - q),
+        "k2": (p - q) ** 2 / 2,
+        "k3": np.exp(q - p) - 1 - (q - p),
+    }[estimator]
+    assert (loss - plain).item() == pytest.approx(0.3 * each.sum(), rel=1e-9)
+    assert metrics["scaled_kl"][0].item() == pytest.approx(0.3 * each.sum(), rel=1e-9)
+    assert set(metrics) == set(objective.metrics)
+    assert torch.autograd.gradcheck(
+        lambda x: objective(ModelOutput(logprobs=x), experience)[0], (now.detach().requires_grad_(),)
+    )
+
+
+def test_an_adaptive_kl_in_the_loss_is_refused():
+    with pytest.raises(UserError, match=r"adaptive_kl_target=0\.1 steers a penalty in the reward"):
+        CreditConfig(adaptive_kl_target=0.1, kl_placement="loss").check("trainer.ppo")
