@@ -5,6 +5,7 @@ Knows dataclasses, the architecture's keys and the keys that change nothing; kno
 """
 
 import builtins
+import collections.abc
 import dataclasses
 import difflib
 import logging
@@ -18,11 +19,12 @@ from typing import Any, TypeVar
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from nemo_aligner.compatibility import ACCEPTED, NO_EFFECT
 from nemo_aligner.errors import UserError
 from nemo_aligner.models.gpt.config import ARCHITECTURE_KEYS, GPTConfig
 from nemo_aligner.paths import PathText, expand_home
 
-__all__ = ["NO_EFFECT", "is_field", "log_no_effect", "parse"]
+__all__ = ["is_field", "log_no_effect", "parse"]
 
 logger = logging.getLogger(__name__)
 
@@ -32,119 +34,6 @@ NEAR = 0.75  # likeness, from 0 to 1, of a mistyped name and the one that was me
 MOST_SUGGESTED = 3
 # What stands for no value where a setting must have one, by its type; what is not there at all stands for all.
 _NOT_GIVEN = {str: (dataclasses.MISSING, None)}
-
-# Settings that are accepted and change nothing: (key, values that ask for nothing, what happens instead). No key that
-# changes numbers may stand here.
-NO_EFFECT: tuple[tuple[str, tuple[object, ...], str], ...] = (
-    ("trainer.accelerator", ("gpu",), "a GPU is used where there is one, else the CPU"),
-    ("trainer.logger", (False,), "exp_manager makes the loggers"),
-    ("trainer.enable_checkpointing", (False,), "exp_manager saves"),
-    ("trainer.use_distributed_sampler", (False,), "the loader deals batches out to ranks"),
-    ("trainer.max_epochs", (), "max_epochs of the algorithm's own block counts, as in trainer.sft"),
-    ("trainer.max_steps", (), "max_steps of the algorithm's own block counts, as in trainer.sft"),
-    ("model.global_batch_size", (), "model.data.train_ds.global_batch_size counts"),
-    ("model.micro_batch_size", (), "model.data.train_ds.micro_batch_size counts"),
-    ("model.mcore_gpt", (True,), "models always are megatron-core's"),
-    ("model.megatron_amp_O2", (False,), "weights are in trainer.precision, the optimizer keeps fp32 copies"),
-    (
-        "model.save_nemo_on_validation_end",
-        (False,),
-        "every checkpoint is a model; the .nemo is written at the end",
-    ),
-    ("model.steerlm2", ({},), "supervised fine-tuning reads none of it"),
-    *(
-        (f"model.data.{split}.{name}", idle, instead)
-        for split in ("train_ds", "validation_ds")
-        for name, idle, instead in (
-            ("memmap_workers", (), "one pass over the file finds its lines"),
-            ("min_seq_length", (0, 1), "a sample of any length is used"),
-            ("index_mapping_dir", (), "the index of lines is kept in memory"),
-            ("hf_dataset", (False,), "the file is read as JSONL either way"),
-            ("output_original_text", (True,), "samples carry tokens only"),
-            # Of the scripts whose files data_prefix names; train_gpt_sft.py's has an effect.
-            (
-                "shuffle",
-                (False,),
-                "the trainer's sampler orders rows, as trainer.rm.train_random_sampler says",
-            ),
-        )
-    ),
-    ("model.data.skip_warmup", (True,), "files are read when rows are asked for"),
-    ("model.data.index_mapping_dir", (), "the index of lines is kept in memory"),
-    ("model.data.eod_mask_loss", (False,), "what is learned goes by position, never by token"),
-    ("model.data.shuffle_documents", (False,), "a row is a document, and the trainer's sampler orders rows"),
-    ("model.overwrite_base_config", ({"data": {"data_prefix": True}},), "a checkpoint's data are not read"),
-    (
-        "trainer.ppo.batch_iterator",
-        ({"use_flask": False, "port": 5557},),
-        "each rank's slots refill, and rows are dealt out by length",
-    ),
-    ("trainer.ppo.flask_server", (), "each rank's slots refill, and rows are dealt out by length"),
-    (
-        "trainer.ppo.pad_sequence_length_to_multiple",
-        (),
-        "rows are padded to their longest, or as trainer.ppo.strip_sequence_length_to_multiple says",
-    ),
-    ("trainer.ppo.trt_model_dir", ("/tmp/trt_llm_model",), "answers are written by the model that learns"),
-    ("model.ppo.sampling_params.all_probs", (False,), "log-probs of the drawn tokens always come along"),
-    ("model.ppo.sampling_params.compute_logprob", (False,), "log-probs always come along"),
-    ("exp_manager.checkpoint_callback_params.model_parallel_size", (), "a checkpoint loads at any layout"),
-    *(
-        (f"model.{name}", (False,), "the kernels follow from what is installed")
-        for name in (
-            "transformer_engine",
-            "apply_rope_fusion",
-            "bias_dropout_add_fusion",
-            "masked_softmax_fusion",
-            "gradient_accumulation_fusion",
-            "persist_layer_norm",
-        )
-    ),
-    *(
-        (
-            f"model.{name}",
-            (False,),
-            "Megatron's schedules and its distributed optimizer decide how ranks exchange tensors",
-        )
-        for name in (
-            "sync_batch_comm",
-            "gradient_as_bucket_view",
-            "grad_div_ar_fusion",
-            "grad_allreduce_chunk_size_mb",
-            "async_grad_allreduce",
-            "overlap_p2p_comm",
-            "batch_p2p_comm",
-            "ub_tp_comm_overlap",
-            "ub_tp_comm_overlap_cfg",
-            "defer_embedding_wgrad_compute",
-        )
-    ),
-    *(
-        (
-            f"model.dist_ckpt_{name}",
-            (),
-            "checkpoints are written in parallel by all ranks, in the torch_dist format",
-        )
-        for name in (
-            "format",
-            "load_on_device",
-            "parallel_save",
-            "parallel_save_within_dp",
-            "parallel_load",
-            "parallel_dist_opt",
-            "torch_dist_multiproc",
-            "assume_constant_structure",
-        )
-    ),
-    ("model.dist_ckpt_load_strictness", ("log_all",), "what is stored must fit the model"),
-    ("model.optim.contiguous_grad_buffer", (True,), "Megatron's gradients always share buffers"),
-    ("model.offload_adam_states", (), "model.ppo.offload_adam_states counts"),
-    ("model.forward_mbs", (), "model.forward_micro_batch_size counts"),
-    ("model.enable_nge", (), "answers are written by one engine"),
-    ("model.use_cpu_initialization", (False,), "weights come from the checkpoint"),
-    ("model.nsys_profile", ({},), "there is no profiler within"),
-)
-ACCEPTED = frozenset(key for key, _, _ in NO_EFFECT)
 
 
 def log_no_effect(config: DictConfig, kind: type[object]) -> None:
@@ -171,7 +60,10 @@ def is_field(kind: Any, key: str) -> bool:  # noqa: ANN401
     name, _, rest = key.partition(".")
     if not dataclasses.is_dataclass(kind) or name not in {f.name for f in dataclasses.fields(kind)}:
         return False
-    return not rest or is_field(typing.get_type_hints(kind)[name], rest)
+    hint = typing.get_type_hints(kind)[name]
+    if typing.get_origin(hint) is collections.abc.Mapping:
+        rest = rest.partition(".")[2]  # without the user's name
+    return not rest or is_field(_block(hint), rest)
 
 
 def parse(config: DictConfig, kind: type[T]) -> T:
@@ -230,7 +122,8 @@ def _unknown(
         key = f"{path}{name}"
         block = _block(hints[name]) if name in hints else None
         if block and isinstance(value, dict):
-            yield from _unknown(value, block, f"{key}.")
+            for inner, path_of_block in _blocks(value, hints[name], key):
+                yield from _unknown(inner, block, path_of_block)
         elif name in hints or key in ACCEPTED:
             continue
         elif isinstance(value, dict) and any(other.startswith(f"{key}.") for other in ACCEPTED):
@@ -270,8 +163,9 @@ def _missing(values: Mapping[str, Any], kind: type[object], path: str) -> Iterat
         required = spec.default is dataclasses.MISSING and spec.default_factory is dataclasses.MISSING
         block = _block(hints[spec.name])
         if block and isinstance(value, dict):
-            yield from _missing(value, block, f"{key}.")
-        elif block and (required or value is None) and type(None) not in typing.get_args(hints[spec.name]):
+            for inner, path_of_block in _blocks(value, hints[spec.name], key):
+                yield from _missing(inner, block, path_of_block)
+        elif block and (required or value is None) and not _may_be_absent(hints[spec.name]):
             yield from _missing({}, block, f"{key}.")
         elif value == "???" or (
             required and value in _NOT_GIVEN.get(hints[spec.name], (dataclasses.MISSING,))
@@ -283,6 +177,18 @@ def _block(hint: Any) -> type[object] | None:  # noqa: ANN401
     """The dataclass of a hint, None beside it or not."""
     kinds = (hint, *typing.get_args(hint))
     return next((kind for kind in kinds if isinstance(kind, type) and dataclasses.is_dataclass(kind)), None)
+
+
+def _blocks(value: dict[str, Any], hint: Any, key: str) -> Iterator[tuple[dict[str, Any], str]]:  # noqa: ANN401
+    """(values, dotted prefix) of the block under ``key``, or of each block where names of the user's stand between."""
+    if typing.get_origin(hint) is not collections.abc.Mapping:
+        yield value, f"{key}."
+        return
+    yield from ((inner, f"{key}.{name}.") for name, inner in value.items() if isinstance(inner, dict))
+
+
+def _may_be_absent(hint: Any) -> bool:  # noqa: ANN401
+    return type(None) in typing.get_args(hint) or typing.get_origin(hint) is collections.abc.Mapping
 
 
 def _suggestion(key: str, known: list[str], everywhere: Sequence[str]) -> str:
@@ -332,6 +238,12 @@ def _convert(value: Any, hint: Any, key: str) -> Any:  # noqa: ANN401 - values o
             if value in args:
                 return value
             raise UserError(f"{key}={value!r} is not known", cure=f"use one of {', '.join(map(str, args))}")
+    return _convert_several(value, hint, key)
+
+
+def _convert_several(value: Any, hint: Any, key: str) -> Any:  # noqa: ANN401
+    args = typing.get_args(hint)
+    match typing.get_origin(hint):
         case builtins.tuple if isinstance(value, list) and args[1:] == (...,):
             return tuple(_convert(v, args[0], f"{key}[{i}]") for i, v in enumerate(value))
         case builtins.tuple if isinstance(value, list) and len(value) == len(args):
@@ -340,6 +252,8 @@ def _convert(value: Any, hint: Any, key: str) -> Any:  # noqa: ANN401 - values o
             )
         case builtins.dict if isinstance(value, dict):
             return value
+        case collections.abc.Mapping if isinstance(value, dict):
+            return {str(name): _convert(inner, args[1], f"{key}.{name}") for name, inner in value.items()}
     return _convert_plain(value, hint, key)
 
 

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The settings of PPO's loop and of its rollouts. Imports no torch, so that they are checked before it is loaded."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import ClassVar
 
@@ -10,7 +11,15 @@ from nemo_aligner.models.sampling_config import SamplingConfig
 from nemo_aligner.objectives.config import CreditConfig, PolicyConfig
 from nemo_aligner.run.schedule import LoopConfig
 
-__all__ = ["LengthConfig", "PPOConfig", "RolloutConfig", "SamplingParams"]
+__all__ = ["LengthConfig", "PPOConfig", "RewardConfig", "RolloutConfig", "SamplingParams"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RewardConfig:
+    """A block of ``trainer.ppo.rewards``."""
+
+    function: str | None = None  # a Python function, MODULE.NAME; null: the served reward model
+    weight: float = 1.0  # in the sum that responses are credited by; 0: the reward is only reported
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,6 +34,21 @@ class PPOConfig(LoopConfig, CreditConfig):
     rollout_batch_seq_length: int | None = (
         None  # tokens that rollouts are padded to at least; null: their longest
     )
+    rewards: Mapping[str, RewardConfig] = field(
+        default_factory=dict[str, RewardConfig]
+    )  # by name; none: the served reward model alone
+
+    @property
+    def asks_critic(self) -> bool:
+        """Whether values are estimated, and by a critic."""
+        return self.advantage_estimator == "gae"
+
+    @property
+    def served_reward(self) -> str | None:
+        """The name of the reward that a reward model in another job gives; None: none does."""
+        if not self.rewards:
+            return "reward_model"
+        return next((name for name, reward in self.rewards.items() if reward.function is None), None)
 
     def check(self, block: str) -> None:
         """Refuse what would be no run; ``block`` is where these settings stand."""
@@ -38,6 +62,19 @@ class PPOConfig(LoopConfig, CreditConfig):
                 raise UserError(
                     f"{block}.{name}={value} is less than {least}", cure=f"set {block}.{name}={least} or more"
                 )
+        if self.critic_warmup_steps and not self.asks_critic:
+            raise UserError(
+                f"{block}.critic_warmup_steps={self.critic_warmup_steps}, and "
+                f"{block}.advantage_estimator={self.advantage_estimator} asks no critic",
+                cure=f"set {block}.critic_warmup_steps=0, or {block}.advantage_estimator=gae",
+            )
+        served = [name for name, reward in self.rewards.items() if reward.function is None]
+        if len(served) > 1:
+            raise UserError(
+                f"{block}.rewards.{served[0]} and {block}.rewards.{served[1]} have no function, and one reward model "
+                "is served",
+                cure=f"set {block}.rewards.{served[1]}.function=MODULE.NAME, or leave the block out",
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,6 +105,7 @@ class RolloutConfig(PolicyConfig):
     """The ``model.ppo`` block."""
 
     num_rollout_samples: int = 512  # answers of one rollout over all ranks
+    num_responses_per_prompt: int = 1  # of these, to each prompt
     rollout_micro_batch_size: int = (
         8  # answers that a rank writes at once, and rows of a request to the critic
     )
@@ -85,6 +123,7 @@ class RolloutConfig(PolicyConfig):
         PolicyConfig.check(self, block)
         for name, value in (
             ("num_rollout_samples", self.num_rollout_samples),
+            ("num_responses_per_prompt", self.num_responses_per_prompt),
             ("rollout_micro_batch_size", self.rollout_micro_batch_size),
             ("forward_micro_batch_size", self.forward_micro_batch_size),
             ("num_val_samples", self.num_val_samples),
@@ -95,9 +134,20 @@ class RolloutConfig(PolicyConfig):
                 raise UserError(
                     f"{block}.{name}={value} is not 1 or more", cure=f"set {block}.{name}=1 or more"
                 )
+        size, each = self.num_rollout_samples, self.num_responses_per_prompt
+        if size % each:
+            raise UserError(
+                f"{block}.num_rollout_samples={size} is not a multiple of {block}.num_responses_per_prompt={each}",
+                cure=f"set {block}.num_rollout_samples={-(-size // each) * each}",
+            )
         self.sampling(max_length=self.length_params.max_length or 1 << 30, seed=0).check(
             f"{block}.sampling_params"
         )
+
+    @property
+    def num_prompts(self) -> int:
+        """Prompts of a rollout."""
+        return self.num_rollout_samples // self.num_responses_per_prompt
 
     @property
     def scoring_rows(self) -> int:

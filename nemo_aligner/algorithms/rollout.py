@@ -27,15 +27,6 @@ logger = logging.getLogger(__name__)
 B = TypeVar("B", bound=TokenBatch)
 
 
-class PromptText(Protocol):
-    """A prompt, in tokens."""
-
-    @property
-    def tokens(self) -> list[int]:
-        """Its token ids."""
-        ...
-
-
 class Prompts(Protocol):
     """A source of prompts, as this data parallel rank sees them."""
 
@@ -71,6 +62,11 @@ class Rollouts:
     seed: int  # of the order of answers within an update
     decode: Callable[[Sequence[int]], str]  # token ids to text
     end_ids: Sequence[int]  # tokens that end an answer
+
+    def response_text(self, rollout: Rollout, row: int) -> str:
+        """The text of a row's response, without the token that ends it."""
+        tokens = rollout.answer(row)
+        return self.decode(tokens[:-1] if tokens and tokens[-1] in self.end_ids else tokens)
 
     def warn_of_cut(self, rollout: Rollout) -> None:
         """Say so where no answer of ``rollout`` has ended by itself: with mask_unfinished nothing is learned of it."""

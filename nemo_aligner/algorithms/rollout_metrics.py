@@ -1,31 +1,50 @@
 # SPDX-License-Identifier: Apache-2.0
 """What is logged of a rollout."""
 
-from nemo_aligner.batch import Scored
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from nemo_aligner.algorithms.scoring import Scores
+from nemo_aligner.batch import Rollout, Scored
 from nemo_aligner.objectives.reduce import Moments, kl_k3
 
-__all__ = ["learning_metrics", "rollout_metrics", "summary"]
+__all__ = ["learning_metrics", "rollout_metrics", "summary", "table_rows"]
+
+TABLE_ROWS = 4
 
 
-def rollout_metrics(group: str, scored: Scored, *, trained: bool = True) -> dict[str, float]:
-    """What there is to say of answers.
-
-    Args:
-        trained: whether the trainer's log-probs are known beside the sampler's.
-    """
-    lengths = (scored.lengths - scored.prompt_lengths).double()
+def rollout_metrics(group: str, rollout: Rollout, scores: Scores) -> dict[str, float]:
+    """Return what there is to log of responses and their rewards; of scored ones the trainer's log-probs too."""
+    lengths = (rollout.lengths - rollout.prompt_lengths).double()
     metrics = {
-        "rollout_size": float(scored.num_rows),
+        "rollout_size": float(rollout.num_rows),
         "response_lengths": lengths.mean().item(),
-        "prompt_lengths": scored.prompt_lengths.double().mean().item(),
+        "prompt_lengths": rollout.prompt_lengths.double().mean().item(),
         "generation_length": lengths.max().item(),
-        "rewards": Moments.of(scored.rewards).mean.item(),
-        "rewards_std": Moments.of(scored.rewards).std.item(),
-        "fraction_of_samples_properly_ended": scored.finished.double().mean().item(),
+        "rewards": Moments.of(scores.rewards).mean.item(),
+        "rewards_std": Moments.of(scores.rewards).std.item(),
+        "fraction_of_samples_properly_ended": rollout.finished.double().mean().item(),
     }
-    if trained:
-        metrics |= _agreement(scored)
+    metrics |= {f"rewards/{name}": Moments.of(each).mean.item() for name, each in scores.by_name.items()}
+    if isinstance(rollout, Scored):
+        metrics |= _agreement(rollout)
     return {f"{group}/{name}": value for name, value in metrics.items()}
+
+
+def table_rows(
+    rollout: Rollout, rewards: Tensor, decode: Callable[[Sequence[int]], str]
+) -> list[dict[str, Any]]:
+    """Return the first responses of a rollout, for people to read."""
+    return [
+        {
+            "prompt": decode(rollout.prompt(i)),
+            "response": decode(rollout.answer(i)),
+            "reward": float(rewards[i]),
+        }
+        for i in range(min(TABLE_ROWS, rollout.num_rows))
+    ]
 
 
 def _agreement(scored: Scored) -> dict[str, float]:
@@ -40,16 +59,17 @@ def _agreement(scored: Scored) -> dict[str, float]:
     }
 
 
-def learning_metrics(moments: dict[str, Moments], coefficient: float) -> dict[str, float]:
+def learning_metrics(group: str, moments: dict[str, Moments], coefficient: float) -> dict[str, float]:
     """What there is to say of what is learned of them; ``moments`` are those of credit.statistics."""
     means = ("init_policy_kl", "rewards_with_kl", "answer_kl")
     spreads = ("advantages", "returns", "values")
-    return {
+    metrics = {
         **{name: moments[name].mean.item() for name in means},
         **{f"{name}_mean": moments[name].mean.item() for name in spreads},
         **{f"{name}_std": moments[name].std.item() for name in spreads},
         "kl_coefficient": coefficient,
     }
+    return {f"{group}/{name}": value for name, value in metrics.items()}
 
 
 def summary(metrics: dict[str, float]) -> str:

@@ -9,6 +9,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from nemo_aligner.algorithms.ppo import RewardSources
+from nemo_aligner.algorithms.rewards import load_function
 from nemo_aligner.algorithms.rollout import Rollouts
 from nemo_aligner.builders.loaders import longest_sequence
 from nemo_aligner.builders.models import Pretrained, load_policy, needed_tokenizer
@@ -16,7 +18,7 @@ from nemo_aligner.builders.servers import tokenizer_probe
 from nemo_aligner.checkpoint.nemo_archive import WEIGHTS_NAME
 from nemo_aligner.checkpoint.sharded import load_model
 from nemo_aligner.checkpoint.trainer_state import Checkpoint, read_extra
-from nemo_aligner.config.ppo import ActorJob, CriticRemoteConfig, RewardRemoteConfig
+from nemo_aligner.config.ppo import ActorJob, CriticRemoteConfig, RemoteConfig, RewardRemoteConfig
 from nemo_aligner.data.collate import collate_prompts
 from nemo_aligner.data.datasets import open_prompts
 from nemo_aligner.data.loader import BatchLoader
@@ -27,14 +29,15 @@ from nemo_aligner.data.tokenizer import Tokenizer
 from nemo_aligner.errors import UserError
 from nemo_aligner.models.gpt.policy import GPTPolicy
 from nemo_aligner.models.sampling_config import SamplingConfig
+from nemo_aligner.objectives.policy import PolicyGradient
 from nemo_aligner.parallel import world
 from nemo_aligner.run.experiment import Experiment
 from nemo_aligner.run.progress import heartbeat
 from nemo_aligner.serving.agreement import Actor, compare
 from nemo_aligner.serving.client import CriticNames, Remote, RemoteCritic, RemoteReward
-from nemo_aligner.serving.shared import CriticLost, Pending, SharedCritic
+from nemo_aligner.serving.shared import CriticLost, Pending, SharedCritic, SharedReward
 
-__all__ = ["actor_prompts", "actor_rollouts", "load_actor", "open_critic"]
+__all__ = ["actor_objective", "actor_prompts", "actor_rollouts", "load_actor", "open_sources"]
 
 logger = logging.getLogger(__name__)
 
@@ -59,7 +62,8 @@ def load_actor(job: ActorJob, start: Checkpoint | None) -> Pretrained[GPTPolicy]
 
 def _longest(job: ActorJob, pretrained: Pretrained[GPTPolicy]) -> int:
     """Positions of a prompt and its answer, at most."""
-    gpt, padded = pretrained.learner.model.gpt_config, job.remote_critic_rm.pad_to_length
+    gpt, remote = pretrained.learner.model.gpt_config, job.remote_critic_rm
+    padded = remote.pad_to_length if remote else None
     limits = {
         "model.encoder_seq_length": gpt.encoder_seq_length,
         "remote_critic_rm.pad_to_length": padded or gpt.encoder_seq_length,
@@ -88,6 +92,17 @@ def actor_rollouts(job: ActorJob, pretrained: Pretrained[GPTPolicy]) -> Rollouts
     )
 
 
+def actor_objective(job: ActorJob) -> PolicyGradient:
+    """The policy's loss; with trainer.ppo.kl_placement=loss the KL to the initial policy is a part of it."""
+    config = job.trainer.ppo
+    in_loss = config.kl_placement == "loss"
+    return PolicyGradient(
+        job.model.ppo,
+        kl_coefficient=config.initial_policy_kl_penalty if in_loss else 0.0,
+        kl_estimator=config.estimator_of_kl,
+    )
+
+
 @world.phase("reading data")
 def actor_prompts(job: ActorJob, pretrained: Pretrained[GPTPolicy]) -> tuple[Prompts, Prompts | None]:
     """Prompts of training and of validation.
@@ -97,19 +112,19 @@ def actor_prompts(job: ActorJob, pretrained: Pretrained[GPTPolicy]) -> tuple[Pro
     """
     tokenizer, config, splits = needed_tokenizer(job, pretrained), job.model.ppo, job.model.data.splits
     with heartbeat("reading data", enabled=world.is_logging_rank()):
-        train = _prompts(
-            job, splits.train, tokenizer, pretrained, size=config.num_rollout_samples, shuffle=True
-        )
+        train = _prompts(job, splits.train, tokenizer, pretrained, size=config.num_prompts, shuffle=True)
         validation = None
         if job.trainer.ppo.val_check_interval and splits.validation is not None:
             size = config.num_val_samples or config.num_rollout_samples
             validation = _prompts(job, splits.validation, tokenizer, pretrained, size=size, shuffle=False)
     found = len(train.dataset)
-    if found < config.num_rollout_samples:
+    if found < config.num_prompts:
+        each = config.num_responses_per_prompt
+        of = f" / model.ppo.num_responses_per_prompt={each}" if each > 1 else ""
         raise UserError(
             f"model.data.data_prefix has {found} prompts for training, fewer than "
-            f"model.ppo.num_rollout_samples={config.num_rollout_samples}",
-            cure=f"give more prompts, or set model.ppo.num_rollout_samples to at most {found}",
+            f"model.ppo.num_rollout_samples={config.num_rollout_samples}{of}",
+            cure=f"give more prompts, or set model.ppo.num_rollout_samples to at most {found * each}",
         )
     if world.is_logging_rank():
         others = f" and {len(validation.dataset)} validation" if validation else ""
@@ -160,32 +175,58 @@ def _prompts(
 
 
 @contextmanager
-def open_critic(
+def open_sources(
     job: ActorJob, run: Experiment, pretrained: Pretrained[GPTPolicy], start: Checkpoint | None
-) -> Iterator[SharedCritic]:
-    """The critic, once it is up and agrees with the settings; at the end of a run that went well it is told to stop.
+) -> Iterator[RewardSources]:
+    """Who judges responses, once servers are up and agree with the settings; after a good run they are told to stop.
 
     Raises:
-        UserError: it does not come up, or the two jobs do not fit each other.
+        UserError: a server does not come up, the jobs do not fit each other, or a function is not there.
     """
-    critic = _connect(job, run, start) if world.is_logging_rank() else None
+    config, remote = job.trainer.ppo, job.remote_critic_rm
+    functions = {
+        name: load_function(f"trainer.ppo.rewards.{name}.function", reward.function)
+        for name, reward in config.rewards.items()
+        if reward.function is not None
+    }
+    asks = remote is not None and (config.asks_critic or config.served_reward is not None)
+    if remote is None or not asks:
+        yield RewardSources(functions=functions)
+        return
+    server = _connect(job, remote, run, start) if world.is_logging_rank() else None
     try:
         agreed: Pending[None] = Pending(
-            critic.submit(lambda: _compare(job, pretrained, critic)) if critic else None
+            server.submit(lambda: _compare(job, remote, pretrained, server)) if server else None
         )
         try:
             agreed.result()
         except CriticLost as lost:
             raise lost.error from lost
-        yield SharedCritic(critic)
-        if critic is not None:
-            _stop(job, critic)
+        if config.asks_critic:
+            assert not isinstance(server, RemoteReward)
+            yield RewardSources(critic=SharedCritic(server), functions=functions)
+        else:
+            assert not isinstance(server, RemoteCritic)
+            yield RewardSources(reward=SharedReward(server), functions=functions)
+        if server is not None:
+            _stop(remote, server)
     finally:
-        if critic is not None:
-            critic.close()
+        if server is not None:
+            server.close()
 
 
-def _compare(job: ActorJob, pretrained: Pretrained[GPTPolicy], critic: RemoteCritic) -> None:
+def _servers(server: RemoteCritic | RemoteReward) -> list[RemoteCritic | RemoteReward]:
+    """All jobs that this one asks."""
+    apart = server.reward if isinstance(server, RemoteCritic) else None
+    return [server] if apart is None else [server, apart]
+
+
+def _compare(
+    job: ActorJob,
+    remote: RemoteConfig,
+    pretrained: Pretrained[GPTPolicy],
+    server: RemoteCritic | RemoteReward,
+) -> None:
     actor = Actor(
         vocab_size=pretrained.learner.model.gpt_config.vocab_size,
         longest=_longest(job, pretrained),
@@ -193,47 +234,49 @@ def _compare(job: ActorJob, pretrained: Pretrained[GPTPolicy], critic: RemoteCri
         request_rows=job.model.ppo.num_rollout_samples,
         request_rows_setting="model.ppo.num_rollout_samples",
         saves=job.exp_manager.create_checkpoint_callback,
-        needs_rewards=job.remote_critic_rm.combine_rm_and_critic_server,
+        needs_rewards=remote.combine_rm_and_critic_server and job.trainer.ppo.served_reward is not None,
     )
-    servers = [critic] if critic.reward is None else [critic, critic.reward]
-    for server in servers:
-        for slow in compare(server.name, server.health(), actor):
+    for one in _servers(server):
+        for slow in compare(one.name, one.health(), actor):
             logger.warning("%s", slow)
-        logger.info("%s is up", server.name)
+        logger.info("%s is up", one.name)
 
 
-def _stop(job: ActorJob, critic: RemoteCritic) -> None:
-    config = job.remote_critic_rm
-    asked: list[RemoteCritic | RemoteReward] = [critic] if config.critic.stop_at_end else []
-    if critic.reward is not None and config.reward_model.stop_at_end:
-        asked.append(critic.reward)
-    for server in asked:
+def _stop(config: RemoteConfig, server: RemoteCritic | RemoteReward) -> None:
+    for one in _servers(server):
+        block = config.critic if isinstance(one, RemoteCritic) else config.reward_model
+        if not block.stop_at_end:
+            continue
         try:
-            heard = server.stop()
+            heard = one.stop()
         except UserError as error:
             # The run is finished, whatever a server says.
-            logger.warning("%s was asked to end: %s", server.name, error)
+            logger.warning("%s was asked to end: %s", one.name, error)
         else:
             if not heard:
-                logger.warning("%s did not hear that it may end: end it by SIGTERM", server.name)
+                logger.warning("%s did not hear that it may end: end it by SIGTERM", one.name)
 
 
-def _connect(job: ActorJob, run: Experiment, start: Checkpoint | None) -> RemoteCritic:
-    config = job.remote_critic_rm
+def _connect(
+    job: ActorJob, config: RemoteConfig, run: Experiment, start: Checkpoint | None
+) -> RemoteCritic | RemoteReward:
     known: dict[str, Any] = start.state.algorithm if start else {}
-    run_id = known.get("run_id") or _run_id(run.folder)
-    names = config.critic.name
+    needs_rewards, asks_critic = job.trainer.ppo.served_reward is not None, job.trainer.ppo.asks_critic
     reward = None
-    if not config.combine_rm_and_critic_server:
+    if needs_rewards and not (asks_critic and config.combine_rm_and_critic_server):
         reward = RemoteReward(
-            _remote(job, "reward_model", config.reward_model, script="serve_reward_model.py"),
+            _remote(config, "reward_model", config.reward_model, script="serve_reward_model.py"),
             name=config.reward_model.name,
             pad_to_length=config.pad_to_length,
         )
+    if not asks_critic:
+        assert reward is not None, "whoever asks no critic asks a reward model"
+        return reward
+    names = config.critic.name
     critic = RemoteCritic(
-        _remote(job, "critic", config.critic, script="serve_ppo_critic.py"),
-        run_id=run_id,
-        names=CriticNames(infer=names.infer, train=names.train, save=names.save),
+        _remote(config, "critic", config.critic, script="serve_ppo_critic.py"),
+        run_id=known.get("run_id") or _run_id(run.folder),
+        names=CriticNames(infer=names.infer, train=names.train, save=names.save, gives_rewards=needs_rewards),
         reward=reward,
         pad_to_length=config.pad_to_length,
         sequence=known.get("critic_sequence", 0),
@@ -254,9 +297,8 @@ def _run_id(folder: Path) -> str:
 
 
 def _remote(
-    job: ActorJob, block: str, server: CriticRemoteConfig | RewardRemoteConfig, *, script: str
+    config: RemoteConfig, block: str, server: CriticRemoteConfig | RewardRemoteConfig, *, script: str
 ) -> Remote:
-    config = job.remote_critic_rm
     return Remote(
         setting=f"remote_critic_rm.{block}",
         job=script,

@@ -9,6 +9,7 @@ from nemo_aligner.config.base import BatchedModelConfig, PretrainedJob, TrainerC
 from nemo_aligner.data.config import PromptDataConfig
 from nemo_aligner.data.first_rows import check_prompt_rows
 from nemo_aligner.errors import UserError
+from nemo_aligner.objectives.config import GROUPED
 
 __all__ = ["ActorJob", "ActorModelConfig", "RemoteConfig"]
 
@@ -136,7 +137,7 @@ class ActorJob(PretrainedJob):
 
     model: ActorModelConfig
     trainer: ActorTrainerConfig = field(default_factory=ActorTrainerConfig)
-    remote_critic_rm: RemoteConfig = field(default_factory=RemoteConfig)
+    remote_critic_rm: RemoteConfig | None = field(default_factory=RemoteConfig)
     name: str = "megatron_gpt_ppo_actor"
 
     @property
@@ -164,7 +165,9 @@ class ActorJob(PretrainedJob):
         PretrainedJob.check(self, world_size)
         model, remote, rollout = self.model, self.remote_critic_rm, self.model.ppo
         rollout.check("model.ppo")
-        remote.check("remote_critic_rm")
+        if remote is not None:
+            remote.check("remote_critic_rm")
+        self._check_estimator()
         whole, step = rollout.num_rollout_samples, model.global_batch_size
         if whole % step:
             raise UserError(
@@ -174,6 +177,31 @@ class ActorJob(PretrainedJob):
                 "model.global_batch_size",
             )
         self._check_copies()
+
+    def _check_estimator(self) -> None:
+        """Refuse an advantage estimator that lacks what it compares or asks."""
+        config, responses = self.trainer.ppo, self.model.ppo.num_responses_per_prompt
+        named = f"trainer.ppo.advantage_estimator={config.advantage_estimator}"
+        if config.advantage_estimator in GROUPED and responses < 2:
+            raise UserError(
+                f"{named} compares responses to one prompt, and model.ppo.num_responses_per_prompt={responses}",
+                cure="set model.ppo.num_responses_per_prompt to 2 or more, for instance 8",
+            )
+        if self.remote_critic_rm is not None:
+            return
+        if config.asks_critic:
+            raise UserError(
+                f"{named} asks a critic, and remote_critic_rm is null",
+                cure=f"set trainer.ppo.advantage_estimator to one of {', '.join((*GROUPED, 'reinforce'))}, or "
+                "leave remote_critic_rm and start serve_ppo_critic.py",
+            )
+        if config.served_reward is not None:
+            raise UserError(
+                f"trainer.ppo.rewards has {'a served reward model' if config.rewards else 'no function'}, and "
+                "remote_critic_rm is null",
+                cure="name a Python function: trainer.ppo.rewards.NAME.function=MODULE.NAME; or leave remote_critic_rm "
+                "and start serve_reward_model.py",
+            )
 
     def _check_copies(self) -> None:
         """Settings that NeMo's files repeat under a second name mean one thing."""
@@ -185,7 +213,7 @@ class ActorJob(PretrainedJob):
                 "model.ppo.combine_rm_and_critic_server",
                 model.ppo.combine_rm_and_critic_server,
                 "remote_critic_rm.combine_rm_and_critic_server",
-                self.remote_critic_rm.combine_rm_and_critic_server,
+                self.remote_critic_rm.combine_rm_and_critic_server if self.remote_critic_rm else None,
             ),
             (
                 "model.ppo.trt_llm.enable",

@@ -62,6 +62,7 @@ RULES: tuple[tuple[str, Effect, str], ...] = (
     ("trainer.ppo.num_ppo_epochs", "fixed", _SCHEDULE),
     ("trainer.ppo.critic_warmup_steps", "free", "the warm-up is over"),
     ("trainer.ppo.rollout_batch_seq_length", "fixed", _SAMPLES),
+    ("trainer.ppo.advantage_estimator", "fixed", _DRAWS),
     ("trainer.ppo.*", "asked", _PPO),
     ("remote_critic_rm.pad_to_length", "fixed", _SAMPLES),
     ("remote_critic_rm.combine_rm_and_critic_server", "fixed", _DRAWS),
@@ -100,6 +101,7 @@ RULES: tuple[tuple[str, Effect, str], ...] = (
     ("model.ppo.combine_rm_and_critic_server", "free", _INERT),
     ("model.ppo.num_val_samples", "free", _VALIDATION),
     ("model.ppo.num_rollout_samples", "fixed", _DRAWS),
+    ("model.ppo.num_responses_per_prompt", "fixed", _DRAWS),
     ("model.ppo.*", "asked", _PPO),
     ("model.*", "fixed", _NETWORK),
 )

@@ -196,7 +196,7 @@ def open_prompts(
         split,
         lambda path: open_prompt_texts(path, tokenizer),
         encode=TextEncoder(tokenizer=tokenizer, add_bos=data.add_bos, append_eos=False),
-        build=lambda prompt, tokens: PromptSample(text=prompt.text, tokens=tokens[0]),
+        build=lambda prompt, tokens: PromptSample(text=prompt.text, tokens=tokens[0], row=prompt.row),
         lengths=range(1, max_length + 1),
         unit="prompts",
     )

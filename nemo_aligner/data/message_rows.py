@@ -59,8 +59,8 @@ def open_prompt_texts(path: str | Path, tokenizer: Tokenizer) -> Records[PromptT
     def read(row: Entry) -> PromptText:
         asked = prompt_of(row, recognised)
         if isinstance(asked, str):
-            return PromptText(text=asked)
-        return PromptText(text=render_asked(tokenizer, asked, row), rendered=True)
+            return PromptText(text=asked, row=row)
+        return PromptText(text=render_asked(tokenizer, asked, row), rendered=True, row=row)
 
     return RecordFile(path, read)
 

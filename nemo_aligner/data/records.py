@@ -9,7 +9,7 @@ import hashlib
 import itertools
 from array import array
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Generic, Protocol, TypeVar
 
@@ -57,6 +57,7 @@ class PromptText:
 
     text: str
     rendered: bool = False  # by a chat template, which writes BOS where the model wants it
+    row: Mapping[str, object] = field(default_factory=dict)  # the JSON object that it stands in
 
     @property
     def texts(self) -> tuple[str, ...]:

@@ -3,8 +3,8 @@
 
 import re
 import unicodedata
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from itertools import groupby
 
 from nemo_aligner.data.tokenizer import Tokenizer
@@ -94,6 +94,7 @@ class PromptSample:
 
     text: str
     tokens: list[int]
+    row: Mapping[str, object] = field(default_factory=dict)  # the JSON object that it stands in
     truncated: bool = False  # prompts are left out where they are too long
 
     @property

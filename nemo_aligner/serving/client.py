@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Asks a critic and a reward model in other jobs, or does without. Replies come as futures, so that an actor works on.
+"""Asks a critic and a reward model in other jobs. Replies come as futures, so that an actor works on.
 
 A critic that is started again has learned from fewer rollouts than its actor has sent. The client keeps those since
 the last pair of checkpoints and sends them once more, so that each reply is that of the undisturbed run.
@@ -27,7 +27,7 @@ from nemo_aligner.serving import wire
 from nemo_aligner.serving.line import Lane, Line, Remote
 from nemo_aligner.serving.protocol import Health, Refusal, Ticket
 
-__all__ = ["CriticNames", "NoCritic", "Remote", "RemoteCritic", "RemoteReward"]
+__all__ = ["CriticNames", "Remote", "RemoteCritic", "RemoteReward"]
 
 logger = logging.getLogger(__name__)
 
@@ -44,6 +44,7 @@ class CriticNames:
     infer: str = "critic_infer"
     train: str = "critic_train"
     save: str = "critic_save"
+    gives_rewards: bool = True  # whether infer's reply must have rewards; else they count as 0
 
 
 class _Client:
@@ -205,6 +206,8 @@ class RemoteCritic(_Client):
                 self._call(self._names.infer, arrays, needed=ticket.sequence), batch
             )
             found = rewards.result() if rewards else own
+            if not self._names.gives_rewards:
+                found = torch.zeros(batch.num_rows)
             if found is None or values is None:
                 missing = "rewards" if found is None else "values"
                 raise UserError(
@@ -316,37 +319,3 @@ def _read_lessons(content: bytes, run_id: str) -> dict[int, _Lesson]:
     for lesson in lessons.values():
         lesson.arrays["run_id"] = np.full((1,), run_id.encode(), dtype=np.object_)
     return lessons
-
-
-class NoCritic:
-    """In the place of a critic where the algorithm needs none: values are 0, and there is nothing to learn."""
-
-    run_id, sequence = "", 0
-
-    def infer_rm_critic(self, batch: TokenBatch) -> Future[tuple[Tensor, Tensor]]:
-        """(zeros [B], zeros [B, S])."""
-        return _done((torch.zeros(batch.num_rows), torch.zeros(batch.tokens.shape)))
-
-    def train(self, batch: ValueBatch, *, step: int) -> Future[float]:  # noqa: ARG002 - RemoteCritic's signature
-        """0."""
-        return _done(0.0)
-
-    def save(self) -> Future[None]:
-        """Nothing."""
-        return _done(None)
-
-    def committed(self, sequence: int) -> None:
-        """Nothing."""
-
-    def unsaved_lessons(self) -> bytes:
-        """None."""
-        return b""
-
-    def close(self) -> None:
-        """Nothing."""
-
-
-def _done(result: T) -> Future[T]:
-    future: Future[T] = Future()
-    future.set_result(result)
-    return future

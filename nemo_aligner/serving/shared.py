@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A critic that rank 0 talks to for all ranks of the actor: what it replies, or why it does not, every rank gets."""
+"""Servers that rank 0 talks to for all ranks of the actor: what they reply, or why not, every rank gets."""
 
 import threading
 import time
@@ -15,9 +15,10 @@ from nemo_aligner.batch import TokenBatch, ValueBatch
 from nemo_aligner.errors import UserError
 from nemo_aligner.parallel import collectives, world
 
-__all__ = ["Critic", "CriticLost", "Pending", "SharedCritic", "WaitEnded"]
+__all__ = ["Critic", "CriticLost", "Pending", "Reward", "SharedCritic", "SharedReward", "WaitEnded"]
 
 T = TypeVar("T")
+R = TypeVar("R")
 
 ANNOUNCE_SECONDS = 10.0  # between two signs of life to ranks that wait for rank 0's reply
 
@@ -69,6 +70,14 @@ class Critic(Protocol):
 
     def unsaved_lessons(self) -> bytes:
         """The train requests that no pair of checkpoints holds."""
+        ...
+
+
+class Reward(Protocol):
+    """What rank 0 has: a :class:`~nemo_aligner.serving.client.RemoteReward`."""
+
+    def infer(self, batch: TokenBatch) -> Future[Tensor]:
+        """Rewards [B]."""
         ...
 
 
@@ -149,8 +158,12 @@ class SharedCritic:
         """(rewards [B], values [B, S]) of a batch that every rank has, asked for so many rows at a time."""
         if self._critic is None:
             return Pending(None)
-        chunks = [batch.take(slice(i, i + rows)) for i in range(0, batch.num_rows, rows)]
-        return Pending(_together([self._critic.infer_rm_critic(chunk) for chunk in chunks]))
+        return Pending(
+            _together(
+                [self._critic.infer_rm_critic(chunk) for chunk in _chunks(batch, rows)],
+                lambda replies: (torch.cat([r for r, _ in replies]), torch.cat([v for _, v in replies])),
+            )
+        )
 
     def train(self, batch: ValueBatch, *, step: int) -> Pending[float]:
         """The critic's loss on a batch that every rank has."""
@@ -170,21 +183,43 @@ class SharedCritic:
         return self._critic.unsaved_lessons() if self._critic else None
 
 
-def _together(asked: Sequence[Future[tuple[Tensor, Tensor]]]) -> Future[tuple[Tensor, Tensor]]:
-    """One future of several replies, rows in order; the first error ends it."""
-    whole: Future[tuple[Tensor, Tensor]] = Future()
+class SharedReward:
+    """A reward model in another job. All ranks call its method alike.
+
+    Args:
+        reward: on rank 0.
+    """
+
+    def __init__(self, reward: Reward | None) -> None:
+        assert (reward is not None) == world.is_logging_rank()
+        self._reward = reward
+
+    def judge(self, batch: TokenBatch, *, rows: int) -> Pending[Tensor]:
+        """Rewards [B] of a batch that every rank has, asked for so many rows at a time."""
+        if self._reward is None:
+            return Pending(None)
+        asked = [self._reward.infer(chunk) for chunk in _chunks(batch, rows)]
+        return Pending(_together(asked, lambda replies: torch.cat(list(replies))))
+
+
+def _chunks(batch: TokenBatch, rows: int) -> list[TokenBatch]:
+    return [batch.take(slice(i, i + rows)) for i in range(0, batch.num_rows, rows)]
+
+
+def _together(asked: Sequence[Future[T]], join: Callable[[Sequence[T]], R]) -> Future[R]:
+    """One future of several replies, joined in their order; the first error ends it."""
+    whole: Future[R] = Future()
     one_at_a_time = threading.Lock()
 
-    def arrived(one: Future[tuple[Tensor, Tensor]]) -> None:
+    def arrived(one: Future[T]) -> None:
         with one_at_a_time:
             if whole.done():
                 return
             if error := one.exception():
                 whole.set_exception(error)
             elif all(future.done() for future in asked):
-                replies = [future.result() for future in asked]
                 try:
-                    joined = torch.cat([r for r, _ in replies]), torch.cat([v for _, v in replies])
+                    joined = join([future.result() for future in asked])
                 except RuntimeError as error:  # nobody else would hear of it
                     whole.set_exception(error)
                 else:

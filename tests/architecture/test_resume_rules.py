@@ -2,6 +2,7 @@
 """Every setting of every job that trains has a rule for resuming with another value, and every rule has a setting."""
 
 import dataclasses
+import types
 import typing
 from collections.abc import Iterator
 from fnmatch import fnmatchcase
@@ -21,8 +22,10 @@ JOBS = (SFTJob, RMJob, ActorJob, CriticJob)
 def keys(kind: type, prefix: str = "") -> Iterator[str]:
     hints = typing.get_type_hints(kind)
     for field in dataclasses.fields(kind):
-        if dataclasses.is_dataclass(hints[field.name]):
-            yield from keys(hints[field.name], f"{prefix}{field.name}.")
+        hint = hints[field.name]
+        optional = isinstance(hint, types.UnionType) and dataclasses.is_dataclass(typing.get_args(hint)[0])
+        if optional or dataclasses.is_dataclass(hint):
+            yield from keys(typing.get_args(hint)[0] if optional else hint, f"{prefix}{field.name}.")
         elif prefix + field.name == "model.architecture":
             yield from (f"model.{name}" for name in ARCHITECTURE_KEYS)
         else:

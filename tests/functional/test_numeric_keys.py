@@ -10,11 +10,12 @@ import pytest
 
 from nemo_aligner import builders
 from nemo_aligner.algorithms.supervised import SupervisedTrainer
+from nemo_aligner.compatibility import NO_EFFECT
 from nemo_aligner.config.sft import SFTJob
 from nemo_aligner.errors import UserError
 from nemo_aligner.objectives.nll import NLL
 from nemo_aligner.parallel import world
-from nemo_aligner.settings import NO_EFFECT, is_field, parse
+from nemo_aligner.settings import is_field, parse
 
 CONF = Path(__file__).parents[2] / "examples/nlp/gpt/conf"
 TRAIN, VALID = "model.data.train_ds", "model.data.validation_ds"

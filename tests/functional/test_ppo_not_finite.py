@@ -14,7 +14,7 @@ from torch import Tensor
 
 from nemo_aligner import builders
 from nemo_aligner.algorithms.critic_server_trainer import CriticServerTrainer
-from nemo_aligner.algorithms.ppo import PPOTrainer
+from nemo_aligner.algorithms.ppo import PPOTrainer, RewardSources
 from nemo_aligner.algorithms.skips import Diverged
 from nemo_aligner.batch import TokenBatch, ValueBatch
 from nemo_aligner.builders import actor, servers
@@ -26,10 +26,10 @@ from nemo_aligner.objectives.protocol import Metrics, ModelOutput
 from nemo_aligner.objectives.value import ValueLoss
 from nemo_aligner.parallel import world
 from nemo_aligner.run.experiment import Experiment
-from nemo_aligner.serving.client import NoCritic
 from nemo_aligner.serving.shared import SharedCritic
 from nemo_aligner.settings import parse
 from tests.functional.ppo_pair import Pair
+from tests.zero_critic import ZeroCritic
 
 CONF = Path(__file__).parents[2] / "examples/nlp/gpt/conf"
 
@@ -72,7 +72,7 @@ def spoiled(objective: type, doomed: range) -> type:
     return Spoiled
 
 
-class _OneReward(NoCritic):
+class _OneReward(ZeroCritic):
     """Critic and reward model: each answer has the reward ``first``, the next one 1 more, and so on."""
 
     def __init__(self, first: float) -> None:
@@ -110,9 +110,9 @@ def train_actor(
             builders.training_checkpoints(job, run, pretrained),
         )
         pretrained.learner.prepare_training(
-            job.model.optim, clip_grad=1.0, max_steps=3 * trainer.updates_per_step
+            job.model.optim, clip_grad=1.0, max_steps=3 * trainer.updates.per_rollout
         )
-        trainer.fit(SharedCritic(_OneReward(reward)))
+        trainer.fit(RewardSources(critic=SharedCritic(_OneReward(reward))))
     return [json.loads(line) for line in (pair.actor_folder / "metrics.jsonl").read_text().splitlines()]
 
 

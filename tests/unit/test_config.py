@@ -9,6 +9,7 @@ import hydra
 import pytest
 from omegaconf import DictConfig, OmegaConf
 
+from nemo_aligner.compatibility import NO_EFFECT
 from nemo_aligner.config.ppo import ActorJob
 from nemo_aligner.config.reward import RMJob
 from nemo_aligner.config.serve import CriticJob
@@ -16,7 +17,7 @@ from nemo_aligner.config.sft import SFTJob
 from nemo_aligner.data.config import PairDataConfig
 from nemo_aligner.data.prefix import Split
 from nemo_aligner.errors import UserError
-from nemo_aligner.settings import NO_EFFECT, is_field, log_no_effect, parse
+from nemo_aligner.settings import is_field, log_no_effect, parse
 
 CONF = Path(__file__).parents[2] / "examples/nlp/gpt/conf"
 # Blocks of _base, by where gpt_sft.yaml puts them.

@@ -15,7 +15,6 @@ def main(job: ActorJob) -> None:
     from nemo_aligner import builders
     from nemo_aligner.algorithms.ppo import PPOTrainer
     from nemo_aligner.builders import actor
-    from nemo_aligner.objectives.policy import PolicyGradient
 
     config = job.trainer.ppo
     with builders.open_experiment(job) as run:
@@ -24,17 +23,17 @@ def main(job: ActorJob) -> None:
         prompts = actor.actor_prompts(job, pretrained)
         checkpoints = builders.training_checkpoints(job, run, pretrained)
         rollouts = actor.actor_rollouts(job, pretrained)
-        objective = PolicyGradient(job.model.ppo)
+        objective = actor.actor_objective(job)
         trainer = PPOTrainer(config, rollouts, pretrained.learner, objective, prompts, run, checkpoints)
-        updates = trainer.plan.max_steps * trainer.updates_per_step
+        updates = trainer.plan.max_steps * trainer.updates.per_rollout
         builders.warn_of_schedule(job.model.optim, max_steps=updates)
         pretrained.learner.prepare_training(
             job.model.optim, clip_grad=config.gradient_clip_val, max_steps=updates
         )
         if start is not None:
             trainer.resume(start)
-        with actor.open_critic(job, run, pretrained, start) as critic:
-            trainer.fit(critic)
+        with actor.open_sources(job, run, pretrained, start) as sources:
+            trainer.fit(sources)
             builders.save_result(job, run, pretrained, checkpoints)
             builders.say_next(job, run)
 

@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from nemo_aligner.algorithms.critic_link import CriticLink
 from nemo_aligner.algorithms.ppo_config import RolloutConfig
 from nemo_aligner.algorithms.rollout import Rollouts
 from nemo_aligner.algorithms.scoring import Scorer
@@ -15,8 +16,9 @@ from nemo_aligner.algorithms.skips import NotFinite
 from nemo_aligner.batch import Rollout, TokenBatch
 from nemo_aligner.models.sampling_config import SamplingConfig
 from nemo_aligner.parallel import world
-from nemo_aligner.serving.client import NoCritic
+from nemo_aligner.run.stopwatch import Stopwatch
 from nemo_aligner.serving.shared import Pending, SharedCritic
+from tests.zero_critic import ZeroCritic
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -37,7 +39,11 @@ def scorer() -> Scorer:
         decode=str,
         end_ids=(),
     )
-    return Scorer(policy=None, critic=SharedCritic(NoCritic()), rollouts=rollouts, give_up=lambda: False)
+    return Scorer(policy=None, critic=link(ZeroCritic()), rollouts=rollouts)
+
+
+def link(critic: ZeroCritic) -> CriticLink:
+    return CriticLink(critic=SharedCritic(critic), give_up=lambda: False, steps_per_epoch=1)
 
 
 def rollout(*, finished: bool = True) -> Rollout:
@@ -54,7 +60,7 @@ def rollout(*, finished: bool = True) -> Rollout:
     )
 
 
-class _Asked(NoCritic):
+class _Asked(ZeroCritic):
     """Notes how many rows each request has."""
 
     def __init__(self) -> None:
@@ -68,7 +74,7 @@ class _Asked(NoCritic):
 def test_a_rollout_is_one_request(scorer: Scorer):
     """So the critic changes to the reward model's weights once for it, however few answers are written at a time."""
     asked = _Asked()
-    replace(scorer, critic=SharedCritic(asked)).ask(rollout().filled(8)).result()
+    replace(scorer, critic=link(asked)).ask(rollout().filled(8)).result()
     assert asked.rows == [8]
 
 
@@ -96,8 +102,9 @@ def test_only_columns_with_tokens_are_sent_and_values_come_back_as_wide_as_the_r
     rewards, values = scorer.ask(rollout()).result()
     assert rewards.shape == (2,)
     assert values.shape == (2, 4)
-    _, values = scorer.judgement(reply([1.0, 2.0], torch.ones(2, 4)), rollout())
-    assert values.tolist() == [[1, 1, 1, 1, 0, 0]] * 2
+    scores = scorer.scores(reply([1.0, 2.0], torch.ones(2, 4)), rollout(), {}, Stopwatch())
+    assert scores.values.tolist() == [[1, 1, 1, 1, 0, 0]] * 2
+    assert scores.rewards.tolist() == [1.0, 2.0]
 
 
 @pytest.mark.parametrize(
@@ -111,5 +118,5 @@ def test_a_reply_that_is_no_number_ends_the_step_before_it_spoils_the_weights(
     scorer: Scorer, rewards: list[float], values: torch.Tensor, words: str
 ):
     with pytest.raises(NotFinite) as found:
-        scorer.judgement(reply(rewards, values), rollout())
+        scorer.scores(reply(rewards, values), rollout(), {}, Stopwatch())
     assert words in found.value.error.problem

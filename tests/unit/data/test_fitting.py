@@ -180,7 +180,9 @@ def test_prompts_leave_room_for_an_answer(jsonl, llama_like, caplog):
     with caplog.at_level(logging.INFO):
         prompts = open_prompts(data, data.splits.train, llama_like, max_length=64)
     text = "User: camels?\n\nAssistant:"
-    assert prompts[0] == PromptSample(text=text, tokens=[llama_like.bos_id, *llama_like.encode(text)])
+    assert prompts[0] == PromptSample(
+        text=text, tokens=[llama_like.bos_id, *llama_like.encode(text)], row={"text": text, "source": 1}
+    )
     assert (len(prompts), prompts.num_dropped) == (2, 1)
     assert "1 of 3 prompts have more than 64 tokens" in caplog.text
 

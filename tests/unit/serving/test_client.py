@@ -8,8 +8,9 @@ import torch
 
 from nemo_aligner.batch import TokenBatch, ValueBatch
 from nemo_aligner.errors import UserError
-from nemo_aligner.serving.client import NoCritic, Remote, RemoteCritic, RemoteReward
+from nemo_aligner.serving.client import Remote, RemoteCritic, RemoteReward
 from nemo_aligner.serving.line import Lane
+from tests.zero_critic import ZeroCritic
 
 NOWHERE = Remote(setting="remote_critic_rm.critic", job="serve_ppo_critic.py", ip="127.0.0.1", port=9)
 
@@ -26,7 +27,7 @@ def batch() -> ValueBatch:
 
 
 def test_without_a_critic_values_are_zero_and_nothing_is_waited_for() -> None:
-    critic = NoCritic()
+    critic = ZeroCritic()
     rewards, values = critic.infer_rm_critic(batch()).result(0)
     assert torch.equal(rewards, torch.zeros(2))
     assert torch.equal(values, torch.zeros(2, 5))

@@ -11,8 +11,8 @@ import torch
 from nemo_aligner.batch import TokenBatch
 from nemo_aligner.errors import UserError
 from nemo_aligner.parallel import world
-from nemo_aligner.serving.client import NoCritic
 from nemo_aligner.serving.shared import CriticLost, Pending, SharedCritic, WaitEnded
+from tests.zero_critic import ZeroCritic
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -56,6 +56,6 @@ def test_rows_come_back_in_order_from_several_requests():
         mask=torch.ones(5, 2, dtype=torch.bool),
         lengths=torch.full((5,), 2),
     )
-    rewards, values = SharedCritic(NoCritic()).judge(batch, rows=2).result()
+    rewards, values = SharedCritic(ZeroCritic()).judge(batch, rows=2).result()
     assert rewards.shape == (5,)
     assert values.shape == (5, 2)

@@ -1,0 +1,58 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From prompts to responses: a rollout of the policy as it is now."""
+
+from dataclasses import dataclass
+
+from nemo_aligner.algorithms.rewards import PromptRow
+from nemo_aligner.algorithms.rollout import Prompts, Rollouts, collect
+from nemo_aligner.batch import Prompt, Rollout
+from nemo_aligner.models.alignable_interface import AlignableGenerativeInterface
+from nemo_aligner.parallel import world
+from nemo_aligner.run.stopwatch import Stopwatch
+
+__all__ = ["Sampler"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampler:
+    """Has ``policy`` write."""
+
+    policy: AlignableGenerativeInterface
+    rollouts: Rollouts
+    seq_length: int | None  # the least that rollouts are padded to; None: their longest
+
+    def sample(
+        self, source: Prompts, index: int, draw: int, *, responses: int, slots: int, watch: Stopwatch
+    ) -> tuple[Rollout, dict[int, PromptRow]]:
+        """Responses to batch ``index`` of the prompts, on every rank, and this data parallel rank's prompts by number.
+
+        Args:
+            draw: with it the responses' random numbers change.
+            responses: to each prompt.
+            slots: responses that a rank writes at once.
+
+        Raises:
+            NotFinite: a log-prob is infinite or NaN.
+        """
+        with watch("batch_iterator_init"):
+            texts = [text for texts in source.batch(index) for text in texts]
+        first = world.dp_rank() * -(-source.rows_per_batch // world.dp_size())
+        prompts = [
+            Prompt(tokens=text.tokens, number=first + i, sample=sample)
+            for i, text in enumerate(texts)
+            for sample in range(responses)
+        ]
+        with watch("prepare_for_inference"):
+            if self.rollouts.config.offload_adam_states:
+                self.policy.offload_optimizer()
+        with watch("generate"):
+            rollout = collect(
+                self.policy,
+                prompts,
+                self.rollouts.sampling,
+                draw=draw,
+                slots=slots,
+                seq_length=self.seq_length,
+            )
+        self.rollouts.warn_of_cut(rollout)
+        return rollout, {first + i: text for i, text in enumerate(texts)}

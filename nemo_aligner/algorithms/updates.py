@@ -1,0 +1,79 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Optimizer steps on a rollout: in which order its responses are learned from, and on which rank."""
+
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from nemo_aligner.algorithms.rollout import Rollouts, cut, deal, lengths_of
+from nemo_aligner.algorithms.skips import counted
+from nemo_aligner.batch import Experience
+from nemo_aligner.checkpoint.trainer_state import TrainerState
+from nemo_aligner.models.alignable_interface import AlignableGenerativeInterface
+from nemo_aligner.objectives.protocol import Objective
+from nemo_aligner.parallel import world
+
+__all__ = ["Updates"]
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Updates:
+    """Trains ``policy`` on ``objective``."""
+
+    policy: AlignableGenerativeInterface
+    objective: Objective
+    rollouts: Rollouts
+    num_epochs: int  # passes over each rollout
+
+    @property
+    def per_rollout(self) -> int:
+        """Optimizer steps on one rollout."""
+        return self.num_epochs * self.rollouts.config.num_rollout_samples // self.rollouts.global_batch_size
+
+    def learn(
+        self, experience: Experience, state: TrainerState, *, step: int
+    ) -> tuple[dict[str, float], TrainerState]:
+        """Means over the updates that were not skipped, the number of those that were, and the state after them."""
+        found: list[dict[str, float]] = []
+        empty: list[dict[str, float]] = []  # steps on nothing but responses that are left out
+        skipped: list[dict[str, float]] = []
+        done = state.algorithm["ppo_optimization_step"]
+        for number, rows in enumerate(self._global_batches(experience.num_rows, step), done + 1):
+            part = experience.take(rows)
+            metrics = self.policy.get_loss_and_metrics(
+                self._micro_batches(part), self.objective, forward_only=False, sampling=self.rollouts.sampling
+            )
+            metrics |= self.policy.optimizer_step()
+            state = counted(state, metrics, step=number)
+            kept = skipped if metrics["skipped_steps"] else found if part.learned().any() else empty
+            kept.append(metrics)
+        world.synchronize()
+        if empty and world.is_logging_rank():
+            logger.warning(
+                "nothing was learned in %d of %d updates: none of their answers ended within "
+                "model.ppo.length_params.max_length=%d tokens, and trainer.ppo.mask_unfinished=True",
+                *(len(empty), self.per_rollout, self.rollouts.sampling.max_length),
+            )
+        of = found or empty or skipped
+        means = {f"train_optim/{name}": sum(m[name] for m in of) / len(of) for name in of[0]}
+        return means | {"train_optim/skipped_steps": float(len(skipped))}, state
+
+    def _global_batches(self, num_rows: int, step: int) -> Iterator[list[int]]:
+        size = self.rollouts.global_batch_size
+        for epoch in range(self.num_epochs):
+            draw = np.random.default_rng([self.rollouts.seed, step, epoch])
+            order = [int(row) for row in draw.permutation(num_rows)]
+            yield from (order[i : i + size] for i in range(0, num_rows, size))
+
+    def _micro_batches(self, batch: Experience) -> list[Experience]:
+        """This rank's micro-batches of a global batch that every rank has."""
+        rollouts, multiple = self.rollouts, self.rollouts.length_multiple
+        lengths = lengths_of(batch)
+        shares = deal(lengths, rows=rollouts.micro_batch_size, ranks=world.dp_size())
+        # Pipeline stages exchange one shape.
+        longest = max(lengths) if world.pp_size() > 1 else None
+        return [cut(batch.take(rows), multiple=multiple, longest=longest) for rows in shares[world.dp_rank()]]
