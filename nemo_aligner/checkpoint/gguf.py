@@ -88,13 +88,17 @@ class _GgufTensors:
         """See TensorSource."""
         return self._shapes
 
-    def read(self, name: str) -> Tensor:
+    def dtype_of(self, name: str) -> torch.dtype:  # noqa: ARG002
+        """See TensorSource."""
+        return self._dtype
+
+    def read(self, name: str, block: tuple[slice, ...] = ()) -> Tensor:
         """See TensorSource."""
         with _damage_told(self._path):
             tensor = _dequantise(self._tensors[name]).reshape(self._shapes[name])
             if rotated := _ROTATED.fullmatch(name):
                 tensor = _unpermute(tensor, self._heads[rotated[1]])
-            return tensor.to(self._dtype)
+            return tensor[block].to(self._dtype)
 
     def _common_dtype(self) -> torch.dtype:
         kinds = {tensor.tensor_type.name for tensor in self._tensors.values() if len(tensor.shape) > 1}

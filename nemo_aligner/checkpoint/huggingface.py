@@ -9,7 +9,7 @@ import json
 import logging
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,14 +19,14 @@ from torch import Tensor
 
 from nemo_aligner.checkpoint.finite import is_finite
 from nemo_aligner.checkpoint.hf_config import (
-    dims_of,
     extras,
     family_for_export,
     family_of,
     to_hf_config,
     to_nemo_config,
 )
-from nemo_aligner.checkpoint.mappings.table import Copy, Dims, Family, Rule, Shape
+from nemo_aligner.checkpoint.mapped import HEAD_BIAS, HEAD_WEIGHT, MappedTensor, MappedWeights, mapped_tensors
+from nemo_aligner.checkpoint.mappings.table import Family
 from nemo_aligner.checkpoint.nemo_archive import replace_folder
 from nemo_aligner.checkpoint.progress import Progress
 from nemo_aligner.checkpoint.tensor_files import (
@@ -48,27 +48,14 @@ __all__ = ["ImportedModel", "export_huggingface", "import_huggingface", "import_
 
 _log = logging.getLogger(__name__)
 
-# NeMo's reward head has a bias, Hugging Face's has none.
-_HEAD_WEIGHT, _HEAD_BIAS = "rm_head.weight", "rm_head.bias"
-
 
 @dataclass(frozen=True, kw_only=True)
 class ImportedModel:
-    """What becomes a .nemo: ``weights`` yields (canonical name, full tensor) once, reading as it goes."""
+    """What becomes a .nemo: ``weights`` yields (canonical name, full tensor), reading as it goes."""
 
     config: dict[str, Any]
-    weights: Iterator[tuple[str, Tensor]]
+    weights: Iterable[tuple[str, Tensor]]
     files: dict[str, Path | bytes]
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Entry:
-    """A rule of one layer and one kind of parameter, with its final names and shapes."""
-
-    rule: Rule
-    nemo: str
-    shape: Shape
-    sources: dict[str, Shape]
 
 
 def import_huggingface(source: Path) -> ImportedModel:
@@ -112,12 +99,11 @@ def import_model(
     """
     family = family_of(hf_config, where)
     config = to_nemo_config(family, hf_config, where)
-    entries = _entries(family, config)
+    entries = mapped_tensors(family, config)
     _check_tensors(
         entries, tensors, tied=config["share_embeddings_and_output_weights"], family=family, where=where
     )
-    embedding = tensors.read(next(iter(entries[0].sources)))
-    config["precision"] = precision_of(embedding.dtype, where)
+    config["precision"] = precision_of(tensors.dtype_of(next(iter(entries[0].sources))), where)
     config["tokenizer"] = tokenizer = describe_tokenizer(tokenizer_files, where)
     if family.rewards and tokenizer is not None and tokenizer["library"] == "huggingface":
         # Texts are read as transformers' tokenizer writes them.
@@ -128,9 +114,7 @@ def import_model(
         "generation_config": generation_config,
     }
     files = {f"{TOKENIZER_FOLDER}/{name}": content for name, content in tokenizer_files.items()}
-    return ImportedModel(
-        config=config, weights=_read_all(entries, tensors, dims_of(config), where), files=files
-    )
+    return ImportedModel(config=config, weights=MappedWeights(config, tensors, where=where), files=files)
 
 
 def export_huggingface(
@@ -159,11 +143,11 @@ def export_huggingface(
     """
     check_export_folder(out, overwrite=overwrite)
     family, config = family_for_export(config)
-    entries = _entries(family, config)
+    entries = mapped_tensors(family, config)
     _check_reader(entries, reader)
     if vocab_size is not None:
         config["vocab_size"] = vocab_size
-        entries = _entries(family, config)
+        entries = mapped_tensors(family, config)
     out.parent.mkdir(parents=True, exist_ok=True)
     staging = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
     try:
@@ -174,7 +158,7 @@ def export_huggingface(
         for name, content in tokenizer_files.items():
             (staging / name).parent.mkdir(exist_ok=True)
             (staging / name).write_bytes(content if isinstance(content, bytes) else content.read_bytes())
-        _write_weights(staging, entries, reader, dims_of(config), max_shard_bytes)
+        _write_weights(staging, entries, reader, max_shard_bytes)
         staging.chmod(0o755)
         replace_folder(staging, out)
     finally:
@@ -195,38 +179,8 @@ def check_export_folder(out: Path, *, overwrite: bool) -> None:
         )
 
 
-def _entries(family: Family, config: dict[str, Any]) -> list[_Entry]:
-    """Every tensor of the model in order of layers; the embedding is the first."""
-    dims = dims_of(config)
-    entries = [_entry(rule, dims) for rule in family.outer]
-    for layer in range(dims.layers):
-        for rule in family.layer:
-            entries += [_entry(rule, dims, layer=layer, kind=kind) for kind in _kinds(rule, config)]
-    if family.rewards or not config["share_embeddings_and_output_weights"]:
-        entries.append(_entry(family.head, dims))
-    return entries
-
-
-def _kinds(rule: Rule, config: dict[str, Any]) -> tuple[str, ...]:
-    """What its name is followed by: a linear layer has a weight and may have a bias."""
-    if not rule.biased_by:
-        return ("",)
-    return ("weight", "bias") if any(config.get(key) for key in rule.biased_by) else ("weight",)
-
-
-def _entry(rule: Rule, dims: Dims, *, layer: int = 0, kind: str = "") -> _Entry:
-    def name(pattern: str) -> str:
-        return pattern.format(i=layer) + (f".{kind}" if kind else "")
-
-    def cut(shape: Shape) -> Shape:
-        return shape[:1] if kind == "bias" else shape
-
-    sources = {name(pattern): cut(shape) for pattern, shape in rule.sources(dims).items()}
-    return _Entry(rule=rule, nemo=name(rule.nemo), shape=cut(rule.shape(dims)), sources=sources)
-
-
 def _check_tensors(
-    entries: list[_Entry], tensors: TensorSource, *, tied: bool, family: Family, where: str
+    entries: list[MappedTensor], tensors: TensorSource, *, tied: bool, family: Family, where: str
 ) -> None:
     expected = {name: shape for entry in entries for name, shape in entry.sources.items()}
     if missing := expected.keys() - tensors.shapes.keys():
@@ -234,14 +188,14 @@ def _check_tensors(
             f"{where}: tensors are missing: {shortened(missing)}", cure="download the folder again, whole"
         )
     ignored = {name for name in tensors.shapes if name.endswith("rotary_emb.inv_freq")}
-    if tied and isinstance(family.head, Copy) and family.head.hf in tensors.shapes:
-        embedding = next(iter(expected))
-        if not torch.equal(tensors.read(family.head.hf), tensors.read(embedding)):
+    (head,), embedding = family.head.sources, next(iter(expected))
+    if tied and head in tensors.shapes:
+        if not torch.equal(tensors.read(head), tensors.read(embedding)):
             raise UserError(
-                f"{where}: tie_word_embeddings is true, but {family.head.hf} differs from {embedding}",
+                f"{where}: tie_word_embeddings is true, but {head} differs from {embedding}",
                 cure='set "tie_word_embeddings": false in its config.json',
             )
-        ignored.add(family.head.hf)
+        ignored.add(head)
     if extra := tensors.shapes.keys() - expected.keys() - ignored:
         raise UserError(
             f"{where}: tensors that a {family.architecture} does not have: {shortened(extra)}",
@@ -255,52 +209,34 @@ def _check_tensors(
             )
 
 
-def _read_all(
-    entries: list[_Entry], tensors: TensorSource, dims: Dims, where: str
-) -> Iterator[tuple[str, Tensor]]:
-    progress = Progress(f"reading {where}", total=len(entries), unit="tensors")
-    for entry in entries:
-        parts = [tensors.read(name) for name in entry.sources]
-        if len({part.dtype for part in parts}) > 1:
-            raise UserError(
-                f"{where}: {list(entry.sources)} differ in dtype", cure="convert the model to one dtype"
-            )
-        joined = entry.rule.join(parts, dims)
-        yield entry.nemo, joined
-        if entry.nemo == _HEAD_WEIGHT:
-            yield _HEAD_BIAS, joined.new_zeros(dims.labels)
-        progress.advance()
-
-
-def _check_reader(entries: list[_Entry], reader: WeightReader) -> None:
-    expected = {entry.nemo: entry.shape for entry in entries}
+def _check_reader(entries: list[MappedTensor], reader: WeightReader) -> None:
+    expected = {entry.name: entry.shape for entry in entries}
     names = set(reader.names())
     cure = "export a checkpoint that matches its model_config.yaml"
     if missing := expected.keys() - names:
         raise UserError(f"the checkpoint lacks tensors: {shortened(missing)}", cure=cure)
-    if _HEAD_BIAS in names and _HEAD_WEIGHT in expected:
-        names.remove(_HEAD_BIAS)
-        if reader.read(_HEAD_BIAS).any():
+    if HEAD_BIAS in names and HEAD_WEIGHT in expected:
+        names.remove(HEAD_BIAS)
+        if reader.read(HEAD_BIAS).any():
             raise UserError(
-                f"the reward head has a bias, {reader.read(_HEAD_BIAS).tolist()}, and Hugging Face's has none",
+                f"the reward head has a bias, {reader.read(HEAD_BIAS).tolist()}, and Hugging Face's has none",
                 cure="train with pairs, which leave the bias at 0, or serve the .nemo",
             )
     if extra := names - expected.keys():
         raise UserError(f"the checkpoint has tensors that cannot be exported: {shortened(extra)}", cure=cure)
     for entry in entries:
-        found, shape = reader.shape(entry.nemo), entry.shape
-        is_vocabulary = isinstance(entry.rule, Copy) and entry.rule.axes[0] == "vocab"
-        if found[1:] != shape[1:] or (found[0] < shape[0] if is_vocabulary else found[0] != shape[0]):
-            raise UserError(f"{entry.nemo} has shape {found}, model_config.yaml implies {shape}", cure=cure)
+        found, shape = reader.shape(entry.name), entry.shape
+        if found[1:] != shape[1:] or (found[0] < shape[0] if entry.is_vocabulary else found[0] != shape[0]):
+            raise UserError(f"{entry.name} has shape {found}, model_config.yaml implies {shape}", cure=cure)
 
 
 def _write_weights(
-    folder: Path, entries: list[_Entry], reader: WeightReader, dims: Dims, max_shard_bytes: int
+    folder: Path, entries: list[MappedTensor], reader: WeightReader, max_shard_bytes: int
 ) -> None:
     progress = Progress(f"writing {folder.parent}", total=len(entries), unit="tensors")
     entry_of = {name: entry for entry in entries for name in entry.sources}
     plan = {
-        name: torch.Size(shape).numel() * reader.dtype_of(entry.nemo).itemsize
+        name: torch.Size(shape).numel() * reader.dtype_of(entry.name).itemsize
         for entry in entries
         for name, shape in entry.sources.items()
     }
@@ -310,13 +246,13 @@ def _write_weights(
         if name not in parts:
             entry = entry_of[name]
             # The first rows: what follows pads the vocabulary.
-            tensor = pad_rows(reader.read(entry.nemo)[: entry.shape[0]], entry.shape[0])
+            tensor = pad_rows(reader.read(entry.name)[: entry.shape[0]], entry.shape[0])
             if not is_finite([tensor]):
                 raise UserError(
-                    f"{entry.nemo} holds numbers that are infinite or NaN, and is not exported",
+                    f"{entry.name} holds numbers that are infinite or NaN, and is not exported",
                     cure="export an earlier checkpoint of the run",
                 )
-            parts.update(zip(entry.sources, entry.rule.split(tensor, dims), strict=True))
+            parts.update(zip(entry.sources, entry.split(tensor), strict=True))
             progress.advance()
         # Shards must not share memory, and the other parts' rows are not to be kept alive.
         return parts.pop(name).clone()

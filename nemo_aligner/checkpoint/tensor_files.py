@@ -36,8 +36,12 @@ class TensorSource(Protocol):
         """Every tensor's name and shape."""
         ...
 
-    def read(self, name: str) -> Tensor:
-        """The tensor."""
+    def dtype_of(self, name: str) -> torch.dtype:
+        """The dtype that :meth:`read` gives."""
+        ...
+
+    def read(self, name: str, block: tuple[slice, ...] = ()) -> Tensor:
+        """The tensor, or the block of it that the slices of its axes cut out."""
         ...
 
 
@@ -75,14 +79,19 @@ class HuggingFaceTensors:
         """See TensorSource."""
         return self._shapes
 
-    def read(self, name: str) -> Tensor:
+    def dtype_of(self, name: str) -> torch.dtype:
+        """See TensorSource."""
+        # A block without rows has a dtype, too.
+        return self.read(name, (slice(0, 0),)).dtype
+
+    def read(self, name: str, block: tuple[slice, ...] = ()) -> Tensor:
         """See TensorSource."""
         file = self._file_of[name]
         if file.suffix == ".bin":
-            return self._load_pickled(file)[name]
+            return self._load_pickled(file)[name][block]
         try:
             with safe_open(file, framework="pt") as opened:
-                return opened.get_tensor(name)
+                return opened.get_slice(name)[block] if block else opened.get_tensor(name)
         except SafetensorError as error:
             raise UserError(f"{file}: {name} cannot be read: {error}", cure=_GET_AGAIN) from error
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Llama 2, 3 and 3.x, and the models that share their architecture (SmolLM2, ...)."""
 
-from nemo_aligner.checkpoint.mappings.table import DERIVED, QKV, Copy, Family, GatedMLP, Key
+from nemo_aligner.checkpoint.mappings.table import DERIVED, Family, Key, copy, gated_mlp, qkv
 
 __all__ = ["ATTENTION", "KEYS", "LAYER", "LLAMA", "MLP_OUTPUT", "NEMO", "OUTER", "OUTPUT"]
 
@@ -31,18 +31,18 @@ NEMO = {
 }
 
 OUTER = (
-    Copy("embedding.word_embeddings.weight", "model.embed_tokens.weight", ("vocab", "hidden")),
-    Copy("decoder.final_layernorm.weight", "model.norm.weight", ("hidden",)),
+    copy("embedding.word_embeddings.weight", "model.embed_tokens.weight", ("vocab", "hidden")),
+    copy("decoder.final_layernorm.weight", "model.norm.weight", ("hidden",)),
 )
 
 ATTENTION = (
-    QKV(
+    qkv(
         "decoder.layers.{i}.self_attention.linear_qkv",
         q="model.layers.{i}.self_attn.q_proj",
         k="model.layers.{i}.self_attn.k_proj",
         v="model.layers.{i}.self_attn.v_proj",
     ),
-    Copy(
+    copy(
         "decoder.layers.{i}.self_attention.linear_proj",
         "model.layers.{i}.self_attn.o_proj",
         ("hidden", "query"),
@@ -50,7 +50,7 @@ ATTENTION = (
     ),
 )
 
-MLP_OUTPUT = Copy(
+MLP_OUTPUT = copy(
     "decoder.layers.{i}.mlp.linear_fc2",
     "model.layers.{i}.mlp.down_proj",
     ("hidden", "ffn"),
@@ -58,18 +58,18 @@ MLP_OUTPUT = Copy(
 )
 
 LAYER = (
-    Copy(
+    copy(
         "decoder.layers.{i}.self_attention.linear_qkv.layer_norm_weight",
         "model.layers.{i}.input_layernorm.weight",
         ("hidden",),
     ),
     *ATTENTION,
-    Copy(
+    copy(
         "decoder.layers.{i}.mlp.linear_fc1.layer_norm_weight",
         "model.layers.{i}.post_attention_layernorm.weight",
         ("hidden",),
     ),
-    GatedMLP(
+    gated_mlp(
         "decoder.layers.{i}.mlp.linear_fc1",
         gate="model.layers.{i}.mlp.gate_proj",
         up="model.layers.{i}.mlp.up_proj",
@@ -77,7 +77,7 @@ LAYER = (
     MLP_OUTPUT,
 )
 
-OUTPUT = Copy("output_layer.weight", "lm_head.weight", ("vocab", "hidden"))
+OUTPUT = copy("output_layer.weight", "lm_head.weight", ("vocab", "hidden"))
 
 LLAMA = Family(
     architecture="LlamaForCausalLM",

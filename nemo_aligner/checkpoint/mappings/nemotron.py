@@ -4,7 +4,7 @@ and an MLP of squared ReLU without a gate.
 """
 
 from nemo_aligner.checkpoint.mappings.llama import ATTENTION, KEYS, MLP_OUTPUT, NEMO, OUTER, OUTPUT
-from nemo_aligner.checkpoint.mappings.table import Copy, Family, Key, with_own
+from nemo_aligner.checkpoint.mappings.table import Family, Key, copy, with_own
 
 __all__ = ["NEMOTRON"]
 
@@ -26,15 +26,15 @@ NEMOTRON = Family(
     bias_keys=("attention_bias", "mlp_bias"),
     rotary_share=0.5,
     nemo=NEMO | {"normalization": "layernorm1p", "activation": "squared-relu"},
-    outer=(*OUTER, Copy("decoder.final_layernorm.bias", "model.norm.bias", ("hidden",))),
+    outer=(*OUTER, copy("decoder.final_layernorm.bias", "model.norm.bias", ("hidden",))),
     layer=(
         *(
-            Copy(f"{nemo}_{kind}", f"{hf}.{kind}", ("hidden",))
+            copy(f"{nemo}_{kind}", f"{hf}.{kind}", ("hidden",))
             for nemo, hf in _NORMS.items()
             for kind in ("weight", "bias")
         ),
         *ATTENTION,
-        Copy(
+        copy(
             "decoder.layers.{i}.mlp.linear_fc1",
             "model.layers.{i}.mlp.up_proj",
             ("ffn", "hidden"),

@@ -4,7 +4,7 @@ norm on each query and key head.
 """
 
 from nemo_aligner.checkpoint.mappings.llama import KEYS, LAYER, NEMO, OUTER, OUTPUT
-from nemo_aligner.checkpoint.mappings.table import Copy, Family, Key, with_own
+from nemo_aligner.checkpoint.mappings.table import Family, Key, copy, with_own
 
 __all__ = ["QWEN2", "QWEN3"]
 
@@ -37,12 +37,12 @@ QWEN3 = Family(
     outer=OUTER,
     layer=(
         *LAYER,
-        Copy(
+        copy(
             "decoder.layers.{i}.self_attention.q_layernorm.weight",
             "model.layers.{i}.self_attn.q_norm.weight",
             ("head_dim",),
         ),
-        Copy(
+        copy(
             "decoder.layers.{i}.self_attention.k_layernorm.weight",
             "model.layers.{i}.self_attn.k_norm.weight",
             ("head_dim",),

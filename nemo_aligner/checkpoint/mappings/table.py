@@ -3,17 +3,14 @@
 to ours.
 
 A weight rule names one canonical tensor and the Hugging Face tensors it is made of; ``{i}`` stands for the
-layer. Every ``join`` has its ``split``, and one undoes the other bit for bit. Knows no file format.
+layer. Knows no file format, and no torch: settings are checked before that is loaded.
 """
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any
 
-import torch
-from torch import Tensor
-
-__all__ = ["DERIVED", "QKV", "REQUIRED", "Copy", "Dims", "Family", "GatedMLP", "Key", "Rule", "with_own"]
+__all__ = ["DERIVED", "REQUIRED", "Dims", "Family", "Key", "Rule", "copy", "gated_mlp", "qkv", "with_own"]
 
 REQUIRED = object()
 DERIVED = object()  # absent from config.json where it follows from the other sizes
@@ -43,120 +40,45 @@ class Dims:
         return self.groups * self.head_dim
 
 
-Shape = tuple[int, ...]
+@dataclass(frozen=True, kw_only=True)
+class Rule:
+    """One canonical tensor, and the Hugging Face tensors whose rows it is made of.
 
+    A linear layer's rule stands for its bias of as many rows too, where the model has one.
 
-class Rule(Protocol):
-    """One canonical weight; a linear layer's stands for its bias of as many rows too, where it has one."""
-
-    @property
-    def nemo(self) -> str:
-        """The canonical name; a linear layer's lacks ".weight"."""
-        ...
-
-    @property
-    def biased_by(self) -> tuple[str, ...]:
-        """The keys of model_config.yaml any of which gives it a bias; empty where it is no linear layer."""
-        ...
-
-    def sources(self, dims: Dims) -> dict[str, Shape]:
-        """The Hugging Face tensors, in order, with their shapes."""
-        ...
-
-    def shape(self, dims: Dims) -> Shape:
-        """The canonical tensor's shape."""
-        ...
-
-    def join(self, parts: list[Tensor], dims: Dims) -> Tensor:
-        """Hugging Face to canonical."""
-        ...
-
-    def split(self, tensor: Tensor, dims: Dims) -> list[Tensor]:
-        """Canonical to Hugging Face."""
-        ...
-
-
-@dataclass(frozen=True)
-class Copy:
-    """The same tensor under two names; ``axes`` names the sizes of Dims."""
+    Attributes:
+        nemo: the canonical name; a linear layer's lacks ".weight".
+        sources: the Hugging Face tensors in order, each with the sizes of Dims that are its axes.
+        by_group: whether each query group has its rows of every source together; else a source's rows stay together.
+        biased_by: the keys of model_config.yaml any of which gives it a bias; empty where it is no linear layer.
+    """
 
     nemo: str
-    hf: str
-    axes: tuple[str, ...]
+    sources: dict[str, tuple[str, ...]]
+    by_group: bool = False
     biased_by: tuple[str, ...] = ()
 
-    def sources(self, dims: Dims) -> dict[str, Shape]:
-        """See Rule."""
-        return {self.hf: self.shape(dims)}
-
-    def shape(self, dims: Dims) -> Shape:
-        """See Rule."""
-        return tuple(getattr(dims, axis) for axis in self.axes)
-
-    def join(self, parts: list[Tensor], dims: Dims) -> Tensor:  # noqa: ARG002
-        """See Rule."""
-        return parts[0]
-
-    def split(self, tensor: Tensor, dims: Dims) -> list[Tensor]:  # noqa: ARG002
-        """See Rule."""
-        return [tensor]
+    @property
+    def is_vocabulary(self) -> bool:
+        """Whether its rows are tokens."""
+        return next(iter(self.sources.values()))[0] == "vocab"
 
 
-@dataclass(frozen=True)
-class QKV:
+def copy(nemo: str, hf: str, axes: tuple[str, ...], biased_by: tuple[str, ...] = ()) -> Rule:
+    """The same tensor under two names."""
+    return Rule(nemo=nemo, sources={hf: axes}, biased_by=biased_by)
+
+
+def qkv(nemo: str, *, q: str, k: str, v: str) -> Rule:
     """The fused projection: for each query group its query heads, then its key head, then its value head."""
-
-    nemo: str
-    q: str
-    k: str
-    v: str
-    biased_by: tuple[str, ...] = ("bias", "attention_bias", "qkv_bias")
-
-    def sources(self, dims: Dims) -> dict[str, Shape]:
-        """See Rule."""
-        key = (dims.key, dims.hidden)
-        return {self.q: (dims.query, dims.hidden), self.k: key, self.v: key}
-
-    def shape(self, dims: Dims) -> Shape:
-        """See Rule."""
-        return (dims.query + 2 * dims.key, dims.hidden)
-
-    def join(self, parts: list[Tensor], dims: Dims) -> Tensor:
-        """See Rule."""
-        per_group = [part.reshape(dims.groups, -1, *part.shape[1:]) for part in parts]
-        return torch.cat(per_group, dim=1).flatten(0, 1)
-
-    def split(self, tensor: Tensor, dims: Dims) -> list[Tensor]:
-        """See Rule."""
-        per_group = tensor.reshape(dims.groups, -1, *tensor.shape[1:])
-        rows = [dims.query // dims.groups, dims.head_dim, dims.head_dim]
-        return [part.flatten(0, 1) for part in per_group.split(rows, dim=1)]
+    sources = {q: ("query", "hidden"), k: ("key", "hidden"), v: ("key", "hidden")}
+    return Rule(nemo=nemo, sources=sources, by_group=True, biased_by=("bias", "attention_bias", "qkv_bias"))
 
 
-@dataclass(frozen=True)
-class GatedMLP:
+def gated_mlp(nemo: str, *, gate: str, up: str) -> Rule:
     """The fused first layer of a gated MLP: the gate's rows, then the up projection's."""
-
-    nemo: str
-    gate: str
-    up: str
-    biased_by: tuple[str, ...] = ("bias", "mlp_bias")
-
-    def sources(self, dims: Dims) -> dict[str, Shape]:
-        """See Rule."""
-        return dict.fromkeys((self.gate, self.up), (dims.ffn, dims.hidden))
-
-    def shape(self, dims: Dims) -> Shape:
-        """See Rule."""
-        return (2 * dims.ffn, dims.hidden)
-
-    def join(self, parts: list[Tensor], dims: Dims) -> Tensor:  # noqa: ARG002
-        """See Rule."""
-        return torch.cat(parts)
-
-    def split(self, tensor: Tensor, dims: Dims) -> list[Tensor]:  # noqa: ARG002
-        """See Rule."""
-        return list(tensor.chunk(2))
+    sources = dict.fromkeys((gate, up), ("ffn", "hidden"))
+    return Rule(nemo=nemo, sources=sources, biased_by=("bias", "mlp_bias"))
 
 
 @dataclass(frozen=True)
@@ -210,7 +132,7 @@ class Family:
         return replace(
             self,
             architecture=self.architecture.replace("ForCausalLM", "ForSequenceClassification"),
-            head=Copy("rm_head.weight", "score.weight", ("labels", "hidden")),
+            head=copy("rm_head.weight", "score.weight", ("labels", "hidden")),
             rewards=True,
         )
 
