@@ -9,8 +9,9 @@ from datetime import date
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
-from nemo_aligner.checkpoint.model_nemo import save_nemo, shared_nemo
-from nemo_aligner.checkpoint.nemo_archive import CONFIG_NAME, WEIGHTS_NAME, NemoArchive
+from nemo_aligner.checkpoint.model_nemo import save_nemo, shared_model
+from nemo_aligner.checkpoint.nemo_archive import CONFIG_NAME, WEIGHTS_NAME, ModelArchive
+from nemo_aligner.checkpoint.open_model import OpenedModel
 from nemo_aligner.checkpoint.sharded import load_model
 from nemo_aligner.checkpoint.stop_tokens import stop_ids
 from nemo_aligner.checkpoint.tokenizer_files import CHAT_DATE, load_archived_tokenizer
@@ -122,13 +123,13 @@ def load_reward_model(job: RMJob, *, start: Checkpoint | None = None) -> Pretrai
     return Pretrained(learner=critic, tokenizer=tokenizer, config=config, files=files)
 
 
-def opened(job: ModelJob, start: Checkpoint | None) -> contextlib.AbstractContextManager[NemoArchive]:
+def opened(job: ModelJob, start: Checkpoint | None) -> contextlib.AbstractContextManager[OpenedModel]:
     """The checkpoint that the job starts from, or goes on with."""
     # The files of a checkpoint to go on from have been checked.
-    return shared_nemo(start.path if start else job.pretrained[1], check=start is None)
+    return shared_model(start.path if start else job.pretrained[1], check=start is None)
 
 
-def merged_config(model: ModelConfig, archive: NemoArchive) -> dict[str, Any]:
+def merged_config(model: ModelConfig, archive: ModelArchive) -> dict[str, Any]:
     """model_config.yaml as it is to be saved: the checkpoint's with the settings' own."""
     unread = [key for key in unread_keys(archive.config) if key not in HEAD_KEYS]
     if unread and world.is_logging_rank():
@@ -175,7 +176,7 @@ def _precision(job: ModelJob) -> str:
     return precision
 
 
-def load_tokenizer(archive: NemoArchive, vocab_size: int) -> Tokenizer | None:
+def load_tokenizer(archive: ModelArchive, vocab_size: int) -> Tokenizer | None:
     """The archive's tokenizer, if it has one."""
     tokenizer = load_archived_tokenizer(archive)
     if tokenizer is not None:
@@ -200,7 +201,7 @@ def pin_clock(tokenizer: Tokenizer | None, config: dict[str, Any], day: str | No
     config["tokenizer"] = {**section, CHAT_DATE: chosen}
 
 
-def tokenizer_files(archive: NemoArchive) -> dict[str, Path | bytes]:
+def tokenizer_files(archive: ModelArchive) -> dict[str, Path | bytes]:
     """All files of the archive but config, weights and training state, read while the archive is open."""
     names = {path: path.relative_to(archive.folder) for path in sorted(archive.folder.rglob("*"))}
     return {
@@ -220,7 +221,7 @@ def needed_tokenizer(job: ModelJob, pretrained: Pretrained[Any]) -> Tokenizer:
         key, path = job.pretrained
         raise UserError(
             f"{key}={path} holds no tokenizer, and text needs one",
-            cure="import the Hugging Face folder again with its tokenizer files in it",
+            cure="give a model with its tokenizer: a whole Hugging Face folder, or a .nemo made of one",
         )
     return pretrained.tokenizer
 

@@ -10,6 +10,7 @@ from nemo_aligner.builders.models import chosen_precision
 from nemo_aligner.checkpoint.digests import told
 from nemo_aligner.checkpoint.model_digest import model_digest
 from nemo_aligner.checkpoint.model_nemo import damage_over_ranks
+from nemo_aligner.checkpoint.sources import find_model
 from nemo_aligner.checkpoint.trainer_state import (
     Checkpoint,
     find_checkpoints,
@@ -50,11 +51,12 @@ def resume_point(job: Job, run: Experiment) -> Checkpoint | None:
 def _on_rank_0(work: Callable[[], T]) -> T:
     """What ``work`` gives on rank 0, or its UserError, on every rank."""
     found: T | UserError | None = None
-    if world.is_logging_rank():
-        try:
-            found = work()
-        except UserError as error:
-            found = error
+    with world.at_own_pace():
+        if world.is_logging_rank():
+            try:
+                found = work()
+            except UserError as error:
+                found = error
     found = collectives.broadcast_object(found)
     if isinstance(found, UserError):
         raise found
@@ -151,13 +153,20 @@ def _accept(job: Job, run: Experiment, start: Checkpoint | None) -> None:
             f"the run would go on from {start.path}, and exp_manager.create_checkpoint_callback=False",
             cure="set it to True, or exp_manager.explicit_log_dir to a new folder",
         )
-    base, settings = Path(job.pretrained[1]), plain(job)
+    settings = plain(job)
     settings["trainer"]["precision"] = chosen_precision(job)
-    # Where there is no model, its loader says so.
-    identity = RunIdentity(settings=settings, base_model=model_digest(base) if base.exists() else "")
+    identity = RunIdentity(settings=settings, base_model=_digest(job.pretrained[1]))
     if start is not None:
         _compare(job, start, identity)
     run.start(identity)
+
+
+def _digest(named: str) -> str:
+    try:
+        base = find_model(named)
+        return model_digest(base) if base.exists() else ""
+    except UserError:
+        return ""  # there is no model, as its loader will say
 
 
 def _compare(job: Job, start: Checkpoint, identity: RunIdentity) -> None:

@@ -7,16 +7,16 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from nemo_aligner.checkpoint.gguf import import_gguf
 from nemo_aligner.checkpoint.huggingface import (
     ImportedModel,
     check_export_folder,
     export_huggingface,
-    import_huggingface,
 )
 from nemo_aligner.checkpoint.legacy import import_legacy
 from nemo_aligner.checkpoint.nemo_archive import check_output, open_nemo, write_nemo
+from nemo_aligner.checkpoint.open_model import read_model
 from nemo_aligner.checkpoint.reward_tokens import reward_tokens
+from nemo_aligner.checkpoint.sources import find_model
 from nemo_aligner.checkpoint.stop_tokens import with_stops
 from nemo_aligner.checkpoint.tokenizer_files import archived_tokenizer_files, load_archived_tokenizer
 from nemo_aligner.checkpoint.weights import WeightReader, save_weights
@@ -30,10 +30,10 @@ _log = logging.getLogger(__name__)
 def import_from_huggingface(
     source: Path, out: str, *, overwrite: bool = False, architecture: str | None = None
 ) -> None:
-    """A Hugging Face folder or a .gguf file to a .nemo.
+    """A Hugging Face folder, a .gguf file or a model of the hub to a .nemo.
 
     Args:
-        source: the folder or file.
+        source: the folder, the file or the OWNER/NAME of the hub.
         out: the .nemo; with a "/" at its end, the extracted folder.
         overwrite: whether an existing output is replaced.
         architecture: refuse any other than this one.
@@ -43,7 +43,7 @@ def import_from_huggingface(
     """
     check_output(out, overwrite=overwrite)
     _log.info("reading %s", source)
-    model = import_gguf(source) if source.suffix == ".gguf" else import_huggingface(source)
+    model = read_model(find_model(str(source)))
     found = model.config["huggingface"]["architecture"]
     if architecture is not None and found != architecture:
         raise UserError(

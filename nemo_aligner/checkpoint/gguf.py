@@ -16,14 +16,15 @@ from torch import Tensor
 
 from nemo_aligner.checkpoint.gguf_tokenizer import build_tokenizer_files
 from nemo_aligner.checkpoint.huggingface import ImportedModel, import_model
+from nemo_aligner.checkpoint.tensor_files import TensorSource
 from nemo_aligner.errors import UserError, damage_told
 
 if TYPE_CHECKING:
     from gguf import GGUFReader, ReaderTensor
 
-__all__ = ["import_gguf"]
+__all__ = ["gguf_tensors", "import_gguf"]
 
-_USE_FOLDER = "import the model's Hugging Face folder instead"
+_USE_FOLDER = "use the model's Hugging Face folder instead"
 _OUTER_NAMES = {
     "token_embd.weight": "model.embed_tokens.weight",
     "output_norm.weight": "model.norm.weight",
@@ -62,7 +63,7 @@ def import_gguf(path: Path) -> ImportedModel:
     with _damage_told(path):
         hf_config = _hf_config(metadata, reader, path)
         generation_config = _generation_config(metadata)
-    heads = (hf_config["num_attention_heads"], hf_config["num_key_value_heads"])
+    heads = hf_config["num_attention_heads"], hf_config["num_key_value_heads"]
     return import_model(
         _GgufTensors(reader, heads=heads, path=path),
         hf_config=hf_config,
@@ -70,6 +71,12 @@ def import_gguf(path: Path) -> ImportedModel:
         tokenizer_files=_tokenizer_files(metadata, path),
         where=str(path),
     )
+
+
+def gguf_tensors(path: Path, config: dict[str, Any]) -> TensorSource:
+    """The weights of a file that was imported as ``config``, a model_config.yaml."""
+    heads = config["num_attention_heads"], config["num_query_groups"]
+    return _GgufTensors(_open(path), heads=heads, path=path)
 
 
 class _GgufTensors:

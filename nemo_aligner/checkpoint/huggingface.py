@@ -29,6 +29,7 @@ from nemo_aligner.checkpoint.mapped import HEAD_BIAS, HEAD_WEIGHT, MappedTensor,
 from nemo_aligner.checkpoint.mappings.table import Family
 from nemo_aligner.checkpoint.nemo_archive import replace_folder
 from nemo_aligner.checkpoint.progress import Progress
+from nemo_aligner.checkpoint.sources import read_hf_config, read_json
 from nemo_aligner.checkpoint.tensor_files import (
     HuggingFaceTensors,
     TensorSource,
@@ -42,7 +43,7 @@ from nemo_aligner.checkpoint.tokenizer_files import (
     find_tokenizer_files,
 )
 from nemo_aligner.checkpoint.weights import WeightReader, pad_rows, precision_of
-from nemo_aligner.errors import UserError, damage_told
+from nemo_aligner.errors import UserError
 
 __all__ = ["ImportedModel", "export_huggingface", "import_huggingface", "import_model"]
 
@@ -67,14 +68,12 @@ def import_huggingface(source: Path) -> ImportedModel:
     """
     if not source.is_dir():
         raise UserError(f"{source} is not a folder", cure="give a Hugging Face folder, or a .gguf file")
-    if not (source / "config.json").is_file():
-        _refuse_folder_without_config(source)
-    hf_config = _read_json(source / "config.json")
+    hf_config = read_hf_config(source)
     generation = source / "generation_config.json"
     return import_model(
         HuggingFaceTensors(source),
         hf_config=hf_config,
-        generation_config=_read_json(generation) if generation.is_file() else None,
+        generation_config=read_json(generation) if generation.is_file() else None,
         tokenizer_files=find_tokenizer_files(source),
         where=str(source),
     )
@@ -258,26 +257,6 @@ def _write_weights(
         return parts.pop(name).clone()
 
     write_safetensors(folder, plan, read, max_shard_bytes=max_shard_bytes)
-
-
-def _refuse_folder_without_config(folder: Path) -> None:
-    if any(folder.glob("consolidated.*.pth")):
-        raise UserError(
-            f"{folder} is in Meta's own layout (consolidated.*.pth)",
-            cure="download the model's -hf form, or convert it with "
-            "python -m transformers.models.llama.convert_llama_weights_to_hf --input_dir IN --output_dir OUT",
-        )
-    raise UserError(
-        f"{folder} has no config.json", cure="give a Hugging Face folder that was downloaded whole"
-    )
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    with damage_told(f"{path} is not JSON", cure="download the folder again"):
-        content = json.loads(path.read_text(encoding="utf-8"))
-    if not isinstance(content, dict):
-        raise UserError(f"{path} is not a JSON object", cure="download the folder again")
-    return content
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from nemo_aligner.checkpoint.nemo_archive import CONFIG_NAME, WEIGHTS_NAME
+from nemo_aligner.checkpoint.sources import is_huggingface, weight_files
 
 __all__ = ["model_digest"]
 
@@ -15,9 +16,10 @@ _SAMPLES = 16  # of each file
 
 
 def model_digest(path: Path) -> str:
-    """Equal for models of equal content, as a .nemo or its folder; reads at most a MiB of each file.
+    """Equal for models of equal content, as a .nemo or its folder, or both in another form; at most a MiB of each file is
+    read.
 
-    It covers model_config.yaml and the weights: training moves every number of a weight, so that a sample shows it.
+    It covers the config and the weights: training moves every number of a weight, so that a sample shows it.
     """
     digest = hashlib.blake2b(digest_size=16)
     for name, file, start, size in sorted(_parts(path)):
@@ -32,12 +34,19 @@ def model_digest(path: Path) -> str:
 
 def _parts(path: Path) -> Iterator[tuple[str, Path, int, int]]:
     """(name, the file that holds it, where it begins there, bytes) of what makes up the model."""
-    if path.is_dir():
+    if is_huggingface(path):
+        for file in (path / "config.json", *weight_files(path)[0]):
+            yield file.name, file, 0, file.stat().st_size
+    elif path.is_dir():
         for file in path.rglob("*"):
             name = file.relative_to(path).as_posix()
             if file.is_file() and _belongs(name):
                 yield name, file, 0, file.stat().st_size
-        return
+    else:
+        yield from _members(path)
+
+
+def _members(path: Path) -> Iterator[tuple[str, Path, int, int]]:
     try:
         with tarfile.open(path, "r:") as tar:
             for member in tar:
@@ -45,7 +54,7 @@ def _parts(path: Path) -> Iterator[tuple[str, Path, int, int]]:
                 if member.isfile() and _belongs(name):
                     yield name, path, member.offset_data, member.size
     except tarfile.TarError:
-        # Compressed: to find its members all of it would have to be read.
+        # Compressed, where all of it would have to be read to find its members; or a GGUF file.
         yield path.suffix, path, 0, path.stat().st_size
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A .nemo shared by all ranks of a job: unpacked once per node, written by all ranks together."""
+"""A model shared by all ranks of a job: opened once per node, written as a .nemo by all ranks together."""
 
 import contextlib
 from collections.abc import Iterator
@@ -10,7 +10,8 @@ from megatron.core.transformer.module import MegatronModule
 
 from nemo_aligner.checkpoint.digests import Digests, find_damage
 from nemo_aligner.checkpoint.finite import refuse_non_finite
-from nemo_aligner.checkpoint.nemo_archive import NemoArchive, open_nemo, refuse_damaged, write_nemo
+from nemo_aligner.checkpoint.nemo_archive import NemoArchive, refuse_damaged, write_nemo
+from nemo_aligner.checkpoint.open_model import OpenedModel, open_model
 from nemo_aligner.checkpoint.room import check_room_for_all
 from nemo_aligner.checkpoint.sharded import model_state, save_state, stored_bytes
 from nemo_aligner.errors import UserError
@@ -18,33 +19,33 @@ from nemo_aligner.parallel import collectives, world
 from nemo_aligner.run.disk import told_if_full
 from nemo_aligner.run.progress import heartbeat
 
-__all__ = ["damage_over_ranks", "save_nemo", "shared_nemo"]
+__all__ = ["damage_over_ranks", "save_nemo", "shared_model"]
 
 
 @contextlib.contextmanager
-def shared_nemo(path: Path | str, *, check: bool = True) -> Iterator[NemoArchive]:
-    """The .nemo at ``path`` on every rank; one rank of each node unpacks it for its neighbours.
+def shared_model(path: Path | str, *, check: bool = True) -> Iterator[OpenedModel]:
+    """The model at ``path`` on every rank; one rank of each node opens it for its neighbours, see :func:`open_model`.
 
     Args:
-        check: whether files are compared with their digests, each rank a part of them.
+        check: whether the files of a .nemo are compared with their digests, each rank a part of them.
 
     Raises:
         UserError: on every rank, for whatever reason one node's rank could not open it.
     """
     with contextlib.ExitStack() as stack:
-        opened: NemoArchive | UserError | None = None
+        opened: OpenedModel | UserError | None = None
         with world.phase(f"opening {path}"), world.at_own_pace():
             if world.is_node_leader():
                 try:
                     with heartbeat(f"opening {path}", enabled=world.is_logging_rank()):
-                        opened = stack.enter_context(open_nemo(path, check=False))
+                        opened = stack.enter_context(open_model(path, check=False))
                 except UserError as error:
                     opened = error
         opened = collectives.from_node_leader(opened)
         if isinstance(opened, UserError):
             raise opened
         assert opened is not None
-        if check:
+        if check and isinstance(opened, NemoArchive):
             # Each node has unpacked its own copy; a folder is one for all.
             place = (world.rank(), world.world_size()) if Path(path).is_dir() else world.place_on_node()
             refuse_damaged(Path(path), damage_over_ranks(opened.folder, place))

@@ -29,6 +29,7 @@ from nemo_aligner.errors import UserError
 __all__ = [
     "CONFIG_NAME",
     "WEIGHTS_NAME",
+    "ModelArchive",
     "NemoArchive",
     "check_output",
     "open_nemo",
@@ -49,17 +50,12 @@ _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
-class NemoArchive:
-    """An opened .nemo, valid while its context is."""
+class ModelArchive:
+    """An opened model, valid while its context is; how its weights are read depends on its form."""
 
     source: Path  # what was opened, for messages
     folder: Path  # where its files lie
     config: dict[str, Any]  # model_config.yaml
-
-    @property
-    def weights(self) -> Path:
-        """The distributed checkpoint of the weights."""
-        return self.folder / WEIGHTS_NAME
 
     def file(self, name: str) -> Path:
         """A file or folder of the archive by the name that the config gives it, with or without "nemo:".
@@ -90,6 +86,16 @@ class NemoArchive:
             return self.file(name).is_dir()
         except UserError:
             return False
+
+
+@dataclass(frozen=True, kw_only=True)
+class NemoArchive(ModelArchive):
+    """An opened .nemo."""
+
+    @property
+    def weights(self) -> Path:
+        """The distributed checkpoint of the weights."""
+        return self.folder / WEIGHTS_NAME
 
 
 @contextlib.contextmanager

@@ -17,11 +17,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from nemo_aligner.checkpoint.sources import GET_AGAIN, weight_files
 from nemo_aligner.errors import UserError, damage_told
 
 __all__ = ["HuggingFaceTensors", "Plan", "TensorSource", "load_pickled", "shortened", "write_safetensors"]
-
-_GET_AGAIN = "download the folder again, whole"
 
 _log = logging.getLogger(__name__)
 
@@ -56,7 +55,7 @@ class HuggingFaceTensors:
         self._pickled: tuple[Path, dict[str, Tensor]] | None = None
         self._file_of: dict[str, Path] = {}
         self._shapes: dict[str, tuple[int, ...]] = {}
-        files, place = _weight_files(folder)
+        files, place = weight_files(folder)
         for file in files:
             found = self._shapes_in(file)
             mine = (
@@ -71,7 +70,7 @@ class HuggingFaceTensors:
                 )
         if place is not None and (lost := sorted(place.keys() - self._shapes.keys())):
             raise UserError(
-                f"{place[lost[0]]} lacks tensors that its index names: {shortened(lost)}", cure=_GET_AGAIN
+                f"{place[lost[0]]} lacks tensors that its index names: {shortened(lost)}", cure=GET_AGAIN
             )
 
     @property
@@ -93,7 +92,7 @@ class HuggingFaceTensors:
             with safe_open(file, framework="pt") as opened:
                 return opened.get_slice(name)[block] if block else opened.get_tensor(name)
         except SafetensorError as error:
-            raise UserError(f"{file}: {name} cannot be read: {error}", cure=_GET_AGAIN) from error
+            raise UserError(f"{file}: {name} cannot be read: {error}", cure=GET_AGAIN) from error
 
     def _shapes_in(self, file: Path) -> dict[str, tuple[int, ...]]:
         if file.suffix == ".bin":
@@ -102,7 +101,7 @@ class HuggingFaceTensors:
             with safe_open(file, framework="pt") as opened:
                 return {name: tuple(opened.get_slice(name).get_shape()) for name in opened.keys()}  # noqa: SIM118
         except SafetensorError as error:
-            raise UserError(f"{file} is not a whole safetensors file: {error}", cure=_GET_AGAIN) from error
+            raise UserError(f"{file} is not a whole safetensors file: {error}", cure=GET_AGAIN) from error
 
     def _load_pickled(self, file: Path) -> dict[str, Tensor]:
         if self._pickled is None or self._pickled[0] != file:
@@ -117,10 +116,10 @@ def load_pickled(file: Path) -> dict[str, Tensor]:
     Raises:
         UserError: the file is damaged or would run code.
     """
-    with damage_told(f"{file} is damaged or holds more than tensors", cure=_GET_AGAIN):
+    with damage_told(f"{file} is damaged or holds more than tensors", cure=GET_AGAIN):
         loaded = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
     if not isinstance(loaded, dict):
-        raise UserError(f"{file} holds no state dict but {type(loaded).__name__}", cure=_GET_AGAIN)
+        raise UserError(f"{file} holds no state dict but {type(loaded).__name__}", cure=GET_AGAIN)
     return {
         name: value for name, value in loaded.items() if isinstance(name, str) and isinstance(value, Tensor)
     }
@@ -161,35 +160,6 @@ def _split(plan: Plan, max_shard_bytes: int) -> list[list[str]]:
         shards[-1].append(name)
         room -= num_bytes
     return shards
-
-
-def _weight_files(folder: Path) -> tuple[list[Path], dict[str, Path] | None]:
-    """The weight files, of one form, and where an index says which has which tensor; safetensors are preferred, as in
-    transformers.
-    """
-    for stem, suffix in (("model", ".safetensors"), ("pytorch_model", ".bin")):
-        if (folder / f"{stem}{suffix}").is_file():
-            return [folder / f"{stem}{suffix}"], None
-        index = folder / f"{stem}{suffix}.index.json"
-        if index.is_file():
-            place = _indexed_files(index)
-            return sorted(set(place.values())), place
-    raise UserError(
-        f"{folder} holds no weights: no model.safetensors, no pytorch_model.bin, and no index of either",
-        cure="give a folder that transformers' save_pretrained wrote, or that was downloaded whole",
-    )
-
-
-def _indexed_files(index: Path) -> dict[str, Path]:
-    """Tensor name to file."""
-    with damage_told(f"{index} is not a weight index", cure=_GET_AGAIN):
-        place: dict[str, str] = dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
-        names = sorted(set(place.values()))
-    there = {path.name for path in index.parent.iterdir() if path.is_file()}
-    for name in names:
-        if name not in there:
-            raise UserError(f"{index} names {name}, which is not in {index.parent}", cure=_GET_AGAIN)
-    return {tensor: index.parent / name for tensor, name in place.items()}
 
 
 def shortened(names: Iterable[str]) -> str:

@@ -10,7 +10,7 @@ from datetime import date
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from nemo_aligner.checkpoint.nemo_archive import NemoArchive
+from nemo_aligner.checkpoint.nemo_archive import ModelArchive
 from nemo_aligner.data.tokenizer import TEMPLATE_FILE, Tokenizer, load_tokenizer
 from nemo_aligner.errors import UserError
 
@@ -60,7 +60,7 @@ def find_tokenizer_files(folder: Path) -> dict[str, Path]:
     return {path.relative_to(folder).as_posix(): path for path in files if path.is_file()}
 
 
-def archived_tokenizer_files(archive: NemoArchive) -> dict[str, Path | bytes]:
+def archived_tokenizer_files(archive: ModelArchive) -> dict[str, Path | bytes]:
     """The tokenizer's files in a .nemo, by the names that they have in a Hugging Face folder.
 
     Raises:
@@ -92,12 +92,12 @@ def chat_template_file(section: Mapping[str, Any]) -> str:
     return (PurePosixPath(named.removeprefix("nemo:")).parent / TEMPLATE_FILE).as_posix()
 
 
-def _chat_template(archive: NemoArchive) -> dict[str, Path]:
+def _chat_template(archive: ModelArchive) -> dict[str, Path]:
     path = archive.folder / chat_template_file(_section(archive))
     return {TEMPLATE_FILE: path} if path.is_file() else {}
 
 
-def load_archived_tokenizer(archive: NemoArchive) -> Tokenizer | None:
+def load_archived_tokenizer(archive: ModelArchive) -> Tokenizer | None:
     """The tokenizer of a .nemo, its chat template on the day that the config names; None where it names no tokenizer.
 
     Raises:
@@ -112,7 +112,7 @@ def load_archived_tokenizer(archive: NemoArchive) -> Tokenizer | None:
     return tokenizer
 
 
-def _load(archive: NemoArchive, section: Mapping[str, Any]) -> Tokenizer:
+def _load(archive: ModelArchive, section: Mapping[str, Any]) -> Tokenizer:
     match section.get("library"):
         case "sentencepiece" if section.get("model"):
             return load_tokenizer("sentencepiece", archive.file(section["model"]))
@@ -129,7 +129,7 @@ def _load(archive: NemoArchive, section: Mapping[str, Any]) -> Tokenizer:
     )
 
 
-def _section(archive: NemoArchive) -> dict[str, Any]:
+def _section(archive: ModelArchive) -> dict[str, Any]:
     section = archive.config.get("tokenizer") or {}
     if not isinstance(section, dict):
         raise UserError(
@@ -199,6 +199,6 @@ def as_folder(files: Mapping[str, Path | bytes]) -> Iterator[Path]:
     with tempfile.TemporaryDirectory(prefix="nemo_aligner_") as folder:
         for name, content in files.items():
             target = Path(folder) / name
-            target.parent.mkdir(exist_ok=True)
+            target.parent.mkdir(parents=True, exist_ok=True)
             target.write_bytes(content if isinstance(content, bytes) else content.read_bytes())
         yield Path(folder)

@@ -6,8 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
-from nemo_aligner.checkpoint.foreign import refuse_foreign_model
-from nemo_aligner.checkpoint.nemo_archive import peek_config
+from nemo_aligner.checkpoint.sources import peek_model
 from nemo_aligner.errors import UserError
 from nemo_aligner.models.gpt.config import GPTConfig, precision_name
 from nemo_aligner.models.gpt.learning_rate import OptimConfig
@@ -105,7 +104,7 @@ class ModelConfig:
 class PretrainedConfig:
     """The ``pretrained_checkpoint`` block."""
 
-    restore_from_path: PathText  # a .nemo or its extracted folder
+    restore_from_path: PathText  # see open_model for the forms that it can have
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,14 +139,14 @@ class ModelJob:
     def check_paths(self) -> None:
         """Refuse files that are not there, and an output that is, before ranks start and weights are read."""
         key, value = self.pretrained
-        refuse_foreign_model(key, value)
-        for setting, paths in {key: (value,), **self.files}.items():
+        config = peek_model(key, value)
+        for setting, paths in self.files.items():
             for path in paths:
                 if not (path and Path(path).exists()):
                     raise UserError(
                         f"{setting}={path} does not exist", cure=f"set {setting} to a path that does"
                     )
-        if config := peek_config(value):
+        if config:
             GPTConfig.from_dict({**config, **self.model.architecture}).check_layout(self.model.layout)
         self.check_rows()
 

@@ -6,7 +6,7 @@ A weight rule names one canonical tensor and the Hugging Face tensors it is made
 layer. Knows no file format, and no torch: settings are checked before that is loaded.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -54,7 +54,7 @@ class Rule:
     """
 
     nemo: str
-    sources: dict[str, tuple[str, ...]]
+    sources: Mapping[str, tuple[str, ...]]
     by_group: bool = False
     biased_by: tuple[str, ...] = ()
 
