@@ -16,8 +16,7 @@ _SAMPLES = 16  # of each file
 
 
 def model_digest(path: Path) -> str:
-    """Equal for models of equal content, as a .nemo or its folder, or both in another form; at most a MiB of each file is
-    read.
+    """Equal for models of equal content in one form, or as a .nemo and its folder; reads at most a MiB of each file.
 
     It covers the config and the weights: training moves every number of a weight, so that a sample shows it.
     """
