@@ -6,7 +6,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from nemo_aligner.checkpoint.gguf import gguf_tensors, import_gguf
+from nemo_aligner.checkpoint.gguf import GgufTensors, import_gguf
+from nemo_aligner.checkpoint.gguf_file import read_gguf
 from nemo_aligner.checkpoint.huggingface import ImportedModel, import_huggingface
 from nemo_aligner.checkpoint.mapped import MappedWeights
 from nemo_aligner.checkpoint.nemo_archive import ModelArchive, NemoArchive, open_nemo
@@ -24,12 +25,9 @@ class HuggingFaceArchive(ModelArchive):
     @property
     def weights(self) -> MappedWeights:
         """The weights where they are, opened anew: an archive goes from rank to rank, open files do not."""
-        opened = (
-            gguf_tensors(self.source, self.config)
-            if is_gguf(self.source)
-            else HuggingFaceTensors(self.source)
-        )
-        return MappedWeights(self.config, opened, where=str(self.source))
+        path = self.source
+        opened = GgufTensors(read_gguf(path), path) if is_gguf(path) else HuggingFaceTensors(path)
+        return MappedWeights(self.config, opened, where=str(path))
 
 
 OpenedModel = NemoArchive | HuggingFaceArchive

@@ -3,10 +3,10 @@
 
 import json
 import re
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from nemo_aligner.checkpoint.gguf_file import read_gguf
 from nemo_aligner.checkpoint.hf_config import family_of, to_nemo_config
 from nemo_aligner.checkpoint.nemo_archive import CONFIG_NAME, peek_config
 from nemo_aligner.errors import UserError, damage_told
@@ -47,29 +47,29 @@ def peek_model(setting: str, named: str) -> dict[str, Any] | None:
     """model_config.yaml of the model that ``setting`` names, or what stands for it; of the hub only that is downloaded.
 
     Returns:
-        None where it cannot be had without unpacking, or needs torch.
+        None where it cannot be had without unpacking.
 
     Raises:
         UserError: there is no such model, it is of no known form or family, or a file is missing.
     """
     where, is_remote = f"{setting}={named}", _is_hub_id(named)
-    path = _download(named, _HF_CONFIG) if is_remote else Path(named)
+    path = _download(named, _HF_CONFIG, where=where) if is_remote else Path(named)
     if not (named and path.exists()):
         raise UserError(f"{where} does not exist", cure=f"set {setting} to a path that does")
-    if is_gguf(path):
-        if find_spec("gguf") is None:
-            raise UserError(f"{where} needs the package gguf", cure="pip install 'nemo-aligner[quickstart]'")
-        return None
     if path.is_file() and path.suffix in _PARTS:
         raise UserError(
             f"{where} holds weights alone", cure=f"give the folder that it is of: {path.absolute().parent}"
         )
-    if path.is_file() or (path / CONFIG_NAME).is_file():
+    if is_gguf(path):
+        hf_config = read_gguf(path).hf_config
+    elif path.is_file() or (path / CONFIG_NAME).is_file():
         return peek_config(path)
-    hf_config = read_hf_config(path)
-    if not is_remote:
+    else:
+        hf_config = read_hf_config(path)
+    config = to_nemo_config(family_of(hf_config, where), hf_config, where)
+    if path.is_dir() and not is_remote:
         weight_files(path)
-    return to_nemo_config(family_of(hf_config, where), hf_config, where)
+    return config
 
 
 def is_huggingface(path: Path) -> bool:
@@ -152,10 +152,10 @@ def _is_hub_id(named: str) -> bool:
     )
 
 
-def _download(name: str, *patterns: str) -> Path:
-    """The folder of the hub's cache with the files of a model that fit the patterns."""
+def _download(name: str, *patterns: str, where: str = "") -> Path:
+    """The folder of the hub's cache with the files of a model that fit the patterns; ``where`` names the model."""
     with damage_told(
-        f"{name} is no file or folder here, and cannot be downloaded from the Hugging Face hub",
+        f"{where or name} is no file or folder here, and cannot be downloaded from the Hugging Face hub",
         cure=f"give {_FORMS}; or the OWNER/NAME of a model of the hub, where the machine is online or has it in its "
         "cache, and log in (hf auth login) if its owner asks for that",
     ):

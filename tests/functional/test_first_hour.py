@@ -28,7 +28,7 @@ def refused_without_torch(script: str, settings: dict[str, object], folder: Path
     done = subprocess.run(
         [sys.executable, "-c", WITHOUT_TORCH, str(GPT / script), *words],
         cwd=folder,
-        env={"PATH": "", "PYTHONPATH": str(ROOT)},
+        env={"PATH": "", "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"},
         capture_output=True,
         text=True,
         check=False,
@@ -47,6 +47,24 @@ ROWS = {
     "CHAT": '{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}\n',
 }
 DATA = "model.data.train_ds.file_path"
+
+
+def write_sources(hf_folder: Path, folder: Path) -> dict[str, Path]:
+    """A model, and what is none."""
+    (folder / "toy.gguf").write_bytes(b"GGUF\3\0\0\0")
+    for name in ("empty", "bert", "shard"):
+        (folder / name).mkdir()
+    (folder / "bert/config.json").write_text('{"architectures": ["BertModel"]}')
+    (folder / "shard/model.safetensors.index.json").write_text('{"weight_map": {"x": "lost.safetensors"}}')
+    (folder / "shard/config.json").write_text((hf_folder / "config.json").read_text())
+    return {
+        "HF": hf_folder,
+        "EMPTY_FOLDER": folder / "empty",
+        "BERT": folder / "bert",
+        "SHARD": folder / "shard",
+        "WEIGHTS": hf_folder / "model.safetensors",
+        "GGUF": folder / "toy.gguf",
+    }
 
 
 @pytest.mark.parametrize(
@@ -75,28 +93,48 @@ DATA = "model.data.train_ds.file_path"
         ({DATA: "TEXT", "model.data.chat": True}, ["TEXT.jsonl, line 1", "model.data.chat=False"]),
         (
             {"model.restore_from_path": "Qwen/Qwen3-0.6B"},
-            ["hf download Qwen/Qwen3-0.6B", "import_hf.py --in-file"],
+            ["model.restore_from_path=Qwen/Qwen3-0.6B is no file", "downloaded", "a Hugging Face folder"],
         ),
         (
-            {"model.restore_from_path": "HF"},
-            ["is a Hugging Face folder", "import_hf.py --in-file", "hf.nemo"],
+            {
+                "model.restore_from_path": "HF",
+                "trainer.devices": 4,
+                "model.pipeline_model_parallel_size": 4,
+            },
+            ["num_layers=2", "[1, 2]"],
         ),
-        ({"model.restore_from_path": "GGUF"}, ["is a GGUF file", "import_hf.py --in-file", "toy.nemo"]),
+        (
+            {
+                "model.restore_from_path": "HF",
+                "trainer.devices": 3,
+                "model.tensor_model_parallel_size": 3,
+                "model.data.train_ds.global_batch_size": 12,
+            },
+            ["num_attention_heads=4"],
+        ),
+        ({"model.restore_from_path": "EMPTY_FOLDER"}, ["has no config.json", "model_config.yaml"]),
+        (
+            {"model.restore_from_path": "BERT"},
+            ["architecture BertModel is not supported", "LlamaForCausalLM"],
+        ),
+        ({"model.restore_from_path": "SHARD"}, ["names lost.safetensors, which is not in"]),
+        ({"model.restore_from_path": "WEIGHTS"}, ["holds weights alone", "give the folder that it is of"]),
+        ({"model.restore_from_path": "GGUF"}, ["toy.gguf is not a whole GGUF file"]),
     ],
     ids=[
         *("no data", "layers", "heads", "a wrong column", "a broken line", "no rows", "a chat", "no chat"),
-        *("a hub id", "a Hugging Face folder", "a GGUF file"),
+        *("a hub id", "layers of Hugging Face's", "heads of Hugging Face's", "no config", "another family"),
+        *("a lost shard", "weights alone", "a damaged GGUF file"),
     ],
 )
 def test_told_before_torch(
     settings: dict[str, object], hf_folder: Path, tmp_path: Path, changed: dict[str, object], words: list[str]
 ):
-    (tmp_path / "toy.gguf").write_bytes(b"GGUF\3\0\0\0")
-    (tmp_path / "hf").symlink_to(hf_folder)
+    sources = write_sources(hf_folder, tmp_path)
     for name, text in ROWS.items():
         (tmp_path / f"{name}.jsonl").write_text(text)
     made = {name: tmp_path / f"{name}.jsonl" for name in ROWS}
-    for name, path in {**made, "HF": tmp_path / "hf", "GGUF": tmp_path / "toy.gguf"}.items():
+    for name, path in {**made, **sources}.items():
         changed = {key: path if value == name else value for key, value in changed.items()}
     told = refused_without_torch("train_gpt_sft.py", settings | changed, tmp_path)
     assert [word for word in words if word not in told] == [], told
