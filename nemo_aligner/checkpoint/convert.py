@@ -21,6 +21,7 @@ from nemo_aligner.checkpoint.stop_tokens import with_stops
 from nemo_aligner.checkpoint.tokenizer_files import archived_tokenizer_files, load_archived_tokenizer
 from nemo_aligner.checkpoint.weights import WeightReader, save_weights
 from nemo_aligner.errors import UserError
+from nemo_aligner.run.progress import heartbeat
 
 __all__ = ["export_to_huggingface", "import_from_huggingface", "import_from_legacy"]
 
@@ -42,14 +43,14 @@ def import_from_huggingface(
         UserError: see the readers and ``write_nemo``.
     """
     check_output(out, overwrite=overwrite)
-    _log.info("reading %s", source)
-    model = read_model(find_model(str(source)))
-    found = model.config["huggingface"]["architecture"]
-    if architecture is not None and found != architecture:
-        raise UserError(
-            f"{source} is a {found}, not a {architecture}", cure="use examples/nlp/gpt/import_hf.py"
-        )
-    _write(model, out, overwrite=overwrite)
+    with heartbeat(f"importing {source}"):
+        model = read_model(find_model(str(source)))
+        found = model.config["huggingface"]["architecture"]
+        if architecture is not None and found != architecture:
+            raise UserError(
+                f"{source} is a {found}, not a {architecture}", cure="use examples/nlp/gpt/import_hf.py"
+            )
+        _write(model, out, overwrite=overwrite)
 
 
 def import_from_legacy(source: Path, out: str, *, overwrite: bool = False) -> None:
@@ -59,8 +60,7 @@ def import_from_legacy(source: Path, out: str, *, overwrite: bool = False) -> No
         UserError: see ``import_legacy`` and ``write_nemo``.
     """
     check_output(out, overwrite=overwrite)
-    _log.info("reading %s", source)
-    with open_nemo(source, old_layouts=True) as archive:
+    with heartbeat(f"converting {source}"), open_nemo(source, old_layouts=True) as archive:
         _write(import_legacy(archive), out, overwrite=overwrite)
 
 
@@ -71,8 +71,7 @@ def export_to_huggingface(source: Path, out: Path, *, overwrite: bool = False) -
         UserError: see ``open_nemo`` and ``export_huggingface``.
     """
     check_export_folder(out, overwrite=overwrite)
-    _log.info("reading %s", source)
-    with open_nemo(source) as archive:
+    with heartbeat(f"exporting {source}"), open_nemo(source) as archive:
         reader, files = WeightReader(archive.weights), archived_tokenizer_files(archive)
         tokenizer = load_archived_tokenizer(archive) if files else None
         if not archive.config.get("reward_model_type"):

@@ -28,7 +28,6 @@ from nemo_aligner.checkpoint.hf_config import (
 from nemo_aligner.checkpoint.mapped import HEAD_BIAS, HEAD_WEIGHT, MappedTensor, MappedWeights, mapped_tensors
 from nemo_aligner.checkpoint.mappings.table import Family
 from nemo_aligner.checkpoint.nemo_archive import replace_folder
-from nemo_aligner.checkpoint.progress import Progress
 from nemo_aligner.checkpoint.sources import read_hf_config, read_json
 from nemo_aligner.checkpoint.tensor_files import (
     HuggingFaceTensors,
@@ -232,7 +231,6 @@ def _check_reader(entries: list[MappedTensor], reader: WeightReader) -> None:
 def _write_weights(
     folder: Path, entries: list[MappedTensor], reader: WeightReader, max_shard_bytes: int
 ) -> None:
-    progress = Progress(f"writing {folder.parent}", total=len(entries), unit="tensors")
     entry_of = {name: entry for entry in entries for name in entry.sources}
     plan = {
         name: torch.Size(shape).numel() * reader.dtype_of(entry.name).itemsize
@@ -252,7 +250,6 @@ def _write_weights(
                     cure="export an earlier checkpoint of the run",
                 )
             parts.update(zip(entry.sources, entry.split(tensor), strict=True))
-            progress.advance()
         # Shards must not share memory, and the other parts' rows are not to be kept alive.
         return parts.pop(name).clone()
 

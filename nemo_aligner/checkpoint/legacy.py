@@ -16,7 +16,6 @@ from torch import Tensor
 
 from nemo_aligner.checkpoint.huggingface import ImportedModel
 from nemo_aligner.checkpoint.nemo_archive import NemoArchive
-from nemo_aligner.checkpoint.progress import Progress
 from nemo_aligner.checkpoint.tensor_files import load_pickled
 from nemo_aligner.checkpoint.tokenizer_files import (
     TOKENIZER_FOLDER,
@@ -213,8 +212,6 @@ def _vocab_size(archive: NemoArchive, num_rows: int) -> int:
 
 
 def _read_all(tensors: _Tensors, vocab_size: int) -> Iterator[tuple[str, Tensor]]:
-    progress = Progress("converting", total=len(tensors), unit="tensors")
     for name, read in tensors.items():
         is_vocabulary = name in ("embedding.word_embeddings.weight", "output_layer.weight")
         yield name, read()[:vocab_size] if is_vocabulary else read()
-        progress.advance()

@@ -13,7 +13,6 @@ from torch import Tensor
 
 from nemo_aligner.checkpoint.hf_config import dims_of, family_of
 from nemo_aligner.checkpoint.mappings.table import Dims, Family, Rule
-from nemo_aligner.checkpoint.progress import Progress
 from nemo_aligner.checkpoint.tensor_files import TensorSource
 from nemo_aligner.errors import UserError
 
@@ -133,7 +132,5 @@ class MappedWeights:
 
     def __iter__(self) -> Iterator[tuple[str, Tensor]]:
         """(canonical name, full tensor) of each, read one at a time."""
-        progress = Progress(f"reading {self.where}", total=len(self.shapes), unit="tensors")
         for name, shape in self.shapes.items():
             yield name, self.read(name, (0,) * len(shape), shape)
-            progress.advance()

@@ -6,7 +6,6 @@ Opening checks every member before anything is written; writing is atomic. Knows
 """
 
 import contextlib
-import io
 import logging
 import lzma
 import os
@@ -23,7 +22,6 @@ import yaml
 
 from nemo_aligner.checkpoint.digests import Digests, find_damage, refuse_damage, write_digests
 from nemo_aligner.checkpoint.nemo_config import CONFIG_NAME, parse_config
-from nemo_aligner.checkpoint.progress import Progress
 from nemo_aligner.errors import UserError
 
 __all__ = [
@@ -286,7 +284,6 @@ def _check_end(tar: tarfile.TarFile, path: Path) -> None:
 
 
 def _extract(tar: tarfile.TarFile, members: list[tarfile.TarInfo], folder: Path, path: Path) -> None:
-    progress = Progress(f"reading {path.name}", total=sum(member.size for member in members), unit="bytes")
     for member in members:
         # A link is followed within the archive and written as a file of its own.
         try:
@@ -304,9 +301,7 @@ def _extract(tar: tarfile.TarFile, members: list[tarfile.TarInfo], folder: Path,
                 f"{path}: member {member.name!r} cannot be written: {error}", cure=_GET_AGAIN
             ) from error
         with source, stream:
-            while block := source.read(_COPY_BYTES):
-                stream.write(block)
-                progress.advance(len(block))
+            shutil.copyfileobj(source, stream, _COPY_BYTES)
 
 
 def _read_config(folder: Path, source: Path) -> dict[str, Any]:
@@ -351,31 +346,16 @@ def _pack(staging: Path, target: Path) -> None:
     """
     paths = sorted(path for path in staging.rglob("*") if path.is_file())
     paths.sort(key=lambda path: path.name != CONFIG_NAME)
-    progress = Progress(
-        f"writing {target.stem}", total=sum(path.stat().st_size for path in paths), unit="bytes"
-    )
     with target.open("wb") as stream:
         with tarfile.open(fileobj=stream, mode="w") as tar:
             for path in paths:
                 info = tarfile.TarInfo(path.relative_to(staging).as_posix())
                 info.size, info.mtime = path.stat().st_size, int(path.stat().st_mtime)
                 with path.open("rb") as source:
-                    tar.addfile(info, _ReportingReader(source, progress))
+                    tar.addfile(info, source)
                 path.unlink()
         stream.flush()
         os.fsync(stream.fileno())
-
-
-class _ReportingReader(io.RawIOBase):
-    """A file being read, which tells ``progress`` of every block."""
-
-    def __init__(self, stream: io.BufferedReader, progress: Progress) -> None:
-        self._stream, self._progress = stream, progress
-
-    def read(self, size: int = -1) -> bytes:
-        block = self._stream.read(size)
-        self._progress.advance(len(block))
-        return block
 
 
 def replace_folder(new: Path, path: Path) -> None:

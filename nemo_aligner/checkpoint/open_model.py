@@ -56,4 +56,4 @@ def open_model(named: Path | str, *, check: bool = True) -> Iterator[OpenedModel
 
 def read_model(path: Path) -> ImportedModel:
     """What a Hugging Face folder or a GGUF file becomes as a .nemo."""
-    return import_gguf(path) if is_gguf(path) or path.suffix == ".gguf" else import_huggingface(path)
+    return import_gguf(path) if is_gguf(path) else import_huggingface(path)

@@ -79,10 +79,10 @@ def is_huggingface(path: Path) -> bool:
 
 def is_gguf(path: Path) -> bool:
     """Whether it is a GGUF file."""
-    if not path.is_file():
-        return False
+    if path.suffix == ".gguf" or not path.is_file():
+        return path.suffix == ".gguf" and not path.is_dir()
     with path.open("rb") as file:
-        return path.suffix == ".gguf" or file.read(4) == b"GGUF"
+        return file.read(4) == b"GGUF"
 
 
 def read_hf_config(folder: Path) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Protocol
 
 import torch
+from huggingface_hub import split_state_dict_into_shards_factory
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -136,30 +137,18 @@ def write_safetensors(
         read: gives a tensor; called once each, in order; one shard is in memory.
         max_shard_bytes: a tensor larger than this gets a shard of its own.
     """
-    shards = _split(plan, max_shard_bytes)
-    index: dict[str, str] = {}
-    for number, names in enumerate(shards, start=1):
-        file = (
-            "model.safetensors" if len(shards) == 1 else f"model-{number:05}-of-{len(shards):05}.safetensors"
-        )
-        index |= dict.fromkeys(names, file)
+    split = split_state_dict_into_shards_factory(
+        plan,
+        get_storage_size=lambda num_bytes: num_bytes,
+        filename_pattern="model{suffix}.safetensors",
+        max_shard_size=max_shard_bytes,
+    )
+    for file, names in split.filename_to_tensors.items():
         save_file({name: read(name).contiguous() for name in names}, folder / file, metadata={"format": "pt"})
         (folder / file).chmod(0o644)  # safetensors makes it private
-    if len(shards) > 1:
-        document = {"metadata": {"total_size": sum(plan.values())}, "weight_map": index}
+    if split.is_sharded:
+        document = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
         (folder / "model.safetensors.index.json").write_text(json.dumps(document, indent=2) + "\n")
-
-
-def _split(plan: Plan, max_shard_bytes: int) -> list[list[str]]:
-    shards: list[list[str]] = [[]]
-    room = max_shard_bytes
-    for name, num_bytes in plan.items():
-        if num_bytes > room and shards[-1]:
-            shards.append([])
-            room = max_shard_bytes
-        shards[-1].append(name)
-        room -= num_bytes
-    return shards
 
 
 def shortened(names: Iterable[str]) -> str:

@@ -125,11 +125,6 @@ class WeightReader:
         """Every tensor's canonical name."""
         return list(self._places)
 
-    @property
-    def dtype(self) -> torch.dtype:
-        """The dtype of the embedding, which is the model's."""
-        return self.dtype_of(_VOCABULARY_NAMES[0])
-
     def shape(self, name: str) -> tuple[int, ...]:
         """The tensor's shape; rows of the vocabulary include the padding."""
         place = self._places[name]
