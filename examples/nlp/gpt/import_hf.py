@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Make a .nemo of a Hugging Face folder (Llama, Mistral, Qwen2, Qwen3, Nemotron) or of a GGUF file.
+"""Make a .nemo of a Hugging Face folder (Llama, Mistral, Qwen2, Qwen3, Nemotron), a GGUF file or a model of the hub.
 
-python examples/nlp/gpt/import_hf.py --in-file HF_FOLDER_OR_GGUF --out-file model.nemo
+The other scripts take all of these as they are; a .nemo is one file, whose digests tell damage.
+
+python examples/nlp/gpt/import_hf.py --in-file MODEL --out-file model.nemo
 """
 
 import argparse
@@ -15,7 +17,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--in-file", type=Path, required=True, help="Hugging Face folder, or a .gguf file")
+    parser.add_argument(
+        "--in-file",
+        type=Path,
+        required=True,
+        help="a Hugging Face folder, a .gguf file or OWNER/NAME",
+    )
     parser.add_argument("--out-file", required=True, help="the .nemo to write; with / at its end, a folder")
     parser.add_argument("--overwrite", action="store_true", help="replace an output that exists")
     args = parser.parse_args()
