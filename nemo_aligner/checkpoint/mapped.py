@@ -116,7 +116,7 @@ class MappedWeights:
     """
 
     def __init__(self, config: dict[str, Any], tensors: TensorSource, *, where: str) -> None:
-        self.where, self.num_layers = where, config["num_layers"]
+        self.where = where
         family = family_of({"architectures": [config["huggingface"]["architecture"]]}, where)
         self._tensors = tensors
         self._mapped = {mapped.name: mapped for mapped in mapped_tensors(family, config)}

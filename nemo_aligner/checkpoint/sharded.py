@@ -54,8 +54,8 @@ from torch.distributed.checkpoint.planner_helpers import create_read_items_for_c
 
 from nemo_aligner.checkpoint.digests import Digests, digests_of
 from nemo_aligner.checkpoint.finite import refuse_non_finite
-from nemo_aligner.checkpoint.mapped import MappedWeights
 from nemo_aligner.checkpoint.torch_dist import FolderReader, check_folder
+from nemo_aligner.checkpoint.weights import BlockSource, WeightReader
 from nemo_aligner.errors import UserError
 from nemo_aligner.parallel import collectives, cpu_shim, world
 from nemo_aligner.parallel.shards import Shards
@@ -63,7 +63,6 @@ from nemo_aligner.parallel.shards import Shards
 __all__ = ["load_model", "load_state", "model_state", "save_model", "save_state", "stored_bytes"]
 
 PREFIX = "model."
-_REMEDY = "use the model_config.yaml that was saved with these weights, without architecture overrides"
 
 
 class _SaveInProcess(TorchDistSaveShardedStrategy):
@@ -306,28 +305,35 @@ def model_state(model: MegatronModule) -> ShardedStateDict:
     return model.sharded_state_dict(prefix=PREFIX)
 
 
-def load_model(model: MegatronModule, weights: Path | MappedWeights, *, but: str | None = None) -> None:
-    """Fill ``model`` on every rank, whatever layout its weights were saved at.
+def load_model(model: MegatronModule, weights: Path | BlockSource, *, but: str | None = None) -> None:
+    """Fill ``model`` on every rank, whatever layout its weights were saved at: each tensor in place, with its block.
 
     Args:
         weights: the folder of a distributed checkpoint, or weights of another form.
         but: the name of a module that keeps the weights it has.
 
     Raises:
-        UserError: a tensor is missing, has another shape or holds a number that is not finite, or the folder could run
-            code.
+        UserError: on every rank; a tensor is missing, damaged, of another shape, or holds a number that is not finite.
     """
-    wanted = {
-        name: value
-        for name, value in model.sharded_state_dict(prefix=PREFIX).items()
-        # Transformer Engine's FP8 state, of which there is none; what was saved without it lacks the entries.
-        if not name.endswith("_extra_state") and (but is None or f".{but}." not in name)
-    }
-    if isinstance(weights, Path):
-        _load_folder(model, weights, wanted, but=but)
-    else:
-        _read_blocks(weights, wanted)
     where = weights if isinstance(weights, Path) else weights.where
+    failure: UserError | None = None
+    with world.phase(f"loading {where}"), world.at_own_pace(), torch.no_grad():
+        wanted = {
+            name: value
+            for name, value in model_state(model).items()
+            # Transformer Engine's FP8 state, of which there is none; what was saved without it lacks the entries.
+            if not name.endswith("_extra_state") and (but is None or f".{but}." not in name)
+        }
+        apply_factories(wanted)
+        try:
+            source = WeightReader(weights) if isinstance(weights, Path) else weights
+            for tensor in nested_values(wanted):
+                _read_block(source, tensor)
+        except UserError as error:
+            failure = error
+    for error in collectives.of_all_ranks(failure):
+        if error is not None:
+            raise error
     refuse_non_finite(
         model,
         problem=f"the weights in {where} are broken",
@@ -336,52 +342,26 @@ def load_model(model: MegatronModule, weights: Path | MappedWeights, *, but: str
     )
 
 
-def _load_folder(model: MegatronModule, folder: Path, wanted: ShardedStateDict, *, but: str | None) -> None:
-    state = load_state(wanted, folder, remedy=_REMEDY)
-    # Not strict, for the model misses what was not asked for.
-    lacks = model.load_state_dict(
-        {name.removeprefix(PREFIX): value for name, value in state.items()}, strict=False
-    )
-    assert not lacks.unexpected_keys, lacks.unexpected_keys
-    kept = tuple(name for name in lacks.missing_keys if but is not None and f".{but}." in f".{name}")
-    assert all(name.endswith("_extra_state") or name in kept for name in lacks.missing_keys), (
-        lacks.missing_keys
-    )
-
-
-def _read_blocks(weights: MappedWeights, wanted: ShardedStateDict) -> None:
-    """Fill the tensors of ``wanted`` in place, each with its block; the UserError of one rank is every rank's."""
-    failure: UserError | None = None
-    with world.phase(f"loading {weights.where}"), world.at_own_pace(), torch.no_grad():
-        try:
-            apply_factories(wanted)
-            for tensor in nested_values(wanted):
-                assert isinstance(tensor, ShardedTensor) and tensor.data is not None, tensor
-                _read_block(weights, tensor)
-        except UserError as error:
-            failure = error
-    for error in collectives.of_all_ranks(failure):
-        if error is not None:
-            raise error
-
-
-def _read_block(weights: MappedWeights, tensor: ShardedTensor) -> None:
+def _read_block(source: BlockSource, tensor: ShardedTensor) -> None:
     assert tensor.data is not None
-    name, layers = tensor.key.removeprefix(PREFIX), tensor.prepend_axis_num
-    if layers:
-        name = name.replace("layers.", f"layers.{tensor.global_offset[0]}.", 1)
-    start, shape = tensor.global_offset[layers:], (*tensor.global_shape[layers:],)
-    found = weights.shapes.get(name)
-    fits = found == shape or (found is not None and tensor.allow_shape_mismatch and found[1:] == shape[1:])
-    if found is None or not fits or (layers and tensor.global_shape[0] != weights.num_layers):
-        there = "no such tensor" if found is None else f"shape {list(found)} in {weights.num_layers} layers"
+    stacked = tensor.prepend_axis_num  # 1 where layers are
+    start, shape = tensor.global_offset[stacked:], tensor.global_shape[stacked:]
+
+    def name(layer: int) -> str:
+        return tensor.key.removeprefix(PREFIX).replace(
+            "layers.", f"layers.{layer}." if stacked else "layers.", 1
+        )
+
+    found = source.shapes.get(name(tensor.global_offset[0]), ())
+    fits = found[1:] == shape[1:] if tensor.allow_shape_mismatch else found == shape
+    if not (found and fits) or (stacked and name(tensor.global_shape[0]) in source.shapes):
         raise UserError(
-            f"what is stored in {weights.where} does not fit the model: {name} has shape {list(shape)} in the model, "
-            f"and there is {there}",
-            cure=_REMEDY,
+            f"what is stored in {source.where} does not fit the model: {tensor.key} has shape "
+            f"{list(tensor.global_shape)} here, and there {f'a layer has {list(found)}' if found else 'is none'}",
+            cure="use the model_config.yaml that was saved with these weights, without architecture overrides",
         )
     # What follows the vocabulary are rows of zeros.
     rows = min(max(found[0] - start[0], 0), tensor.data.shape[0])
     tensor.data[rows:] = 0
     if rows:
-        tensor.data[:rows] = weights.read(name, (*start,), (rows, *tensor.data.shape[1:]))
+        tensor.data[:rows] = source.read(name(tensor.global_offset[0]), start, (rows, *tensor.data.shape[1:]))

@@ -8,9 +8,10 @@ is in memory.
 """
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -19,7 +20,7 @@ from nemo_aligner.checkpoint.finite import is_finite
 from nemo_aligner.checkpoint.torch_dist import FolderReader, FolderWriter, check_folder
 from nemo_aligner.errors import UserError
 
-__all__ = ["WeightReader", "check_folder", "pad_rows", "precision_of", "save_weights"]
+__all__ = ["BlockSource", "WeightReader", "check_folder", "pad_rows", "precision_of", "save_weights"]
 
 _MOST_LAYERS = 10_000
 _PREFIX = "model."
@@ -95,15 +96,36 @@ class _Place:
     layer: int | None
 
 
+Shape = tuple[int, ...]
+
+
+class BlockSource(Protocol):
+    """A model's tensors by canonical name, wherever they are stored."""
+
+    @property
+    def where(self) -> str:
+        """The source's name in messages."""
+        ...
+
+    @property
+    def shapes(self) -> Mapping[str, Shape]:
+        """Every tensor's name and shape."""
+        ...
+
+    def read(self, name: str, start: Shape, size: Shape) -> Tensor:
+        """The block of a tensor that begins at ``start``; start and size have one number per axis."""
+        ...
+
+
 class WeightReader:
-    """Reads a model's tensors by canonical name, one at a time.
+    """Reads the tensors of a distributed checkpoint by canonical name, one at a time.
 
     Raises:
         UserError: the folder is not a checkpoint, or is damaged or hostile.
     """
 
     def __init__(self, folder: Path) -> None:
-        self._reader = FolderReader(folder)
+        self._reader, self.where = FolderReader(folder), str(folder)
         self._places: dict[str, _Place] = {}
         for key, entry in self._reader.tensors.items():
             if not key.startswith(_PREFIX):
@@ -121,22 +143,26 @@ class WeightReader:
             for layer in range(entry.shape[0]):
                 self._places[f"decoder.layers.{layer}.{rest}"] = _Place(key, layer)
 
+        self.shapes: dict[str, Shape] = {
+            name: self._reader.tensors[place.key].shape[0 if place.layer is None else 1 :]
+            for name, place in self._places.items()
+        }
+
     def names(self) -> list[str]:
         """Every tensor's canonical name."""
         return list(self._places)
 
     def shape(self, name: str) -> tuple[int, ...]:
         """The tensor's shape; rows of the vocabulary include the padding."""
-        place = self._places[name]
-        shape = self._reader.tensors[place.key].shape
-        return shape if place.layer is None else shape[1:]
+        return self.shapes[name]
 
-    def read(self, name: str) -> Tensor:
-        """The tensor; rows of the vocabulary include the padding."""
-        place, shape = self._places[name], self.shape(name)
+    def read(self, name: str, start: Shape | None = None, size: Shape | None = None) -> Tensor:
+        """The tensor, or a block of it; rows of the vocabulary include the padding."""
+        place, size = self._places[name], size or self.shapes[name]
+        start = start or (0,) * len(size)
         if place.layer is None:
-            return self._reader.read(place.key, (0,) * len(shape), shape)
-        return self._reader.read(place.key, (place.layer,) + (0,) * len(shape), (1, *shape))[0]
+            return self._reader.read(place.key, start, size)
+        return self._reader.read(place.key, (place.layer, *start), (1, *size))[0]
 
     def dtype_of(self, name: str) -> torch.dtype:
         """The dtype that a tensor is stored in."""
