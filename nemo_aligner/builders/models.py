@@ -35,16 +35,14 @@ from nemo_aligner.run.progress import heartbeat
 __all__ = [
     "Pretrained",
     "chosen_precision",
+    "filled",
     "load_policy",
     "load_reward_model",
-    "load_tokenizer",
     "merged_config",
     "needed_tokenizer",
     "opened",
     "pin_clock",
     "standardize",
-    "tokenizer_files",
-    "unfilled",
 ]
 
 logger = logging.getLogger(__name__)
@@ -77,10 +75,7 @@ def load_policy(job: ModelJob, *, start: Checkpoint | None = None) -> Pretrained
     with opened(job, start) as archive:
         config = merged_config(job.model, archive)
         _refuse_reward_model(job, config)
-        built, gpt = unfilled(job, config, head=None)
-        with heartbeat("loading weights", enabled=world.is_logging_rank()):
-            load_model(built, archive.weights)
-        tokenizer, files = load_tokenizer(archive, gpt.vocab_size), tokenizer_files(archive)
+        built, tokenizer, files = filled(job, archive, config, head=None)
     pin_clock(tokenizer, config)
     policy = GPTPolicy(
         built,
@@ -103,7 +98,6 @@ def load_reward_model(job: RMJob, *, start: Checkpoint | None = None) -> Pretrai
         config = merged_config(job.model, archive)
         head = head_config(config)
         assert head is not None
-        built, gpt = unfilled(job, config, head=head)
         own = start is not None or (
             head_config(archive.config) == head
             and (job.model.reward_model_type == "binary_ranking" or job.model.regression.load_rm_head_weights)
@@ -113,11 +107,9 @@ def load_reward_model(job: RMJob, *, start: Checkpoint | None = None) -> Pretrai
             logger.warning(
                 "model.data has texts read with %s, and this reward model was trained with %s", asked, trained
             )
-        with heartbeat("loading weights", enabled=world.is_logging_rank()):
-            load_model(built, archive.weights, but=None if own else HEAD_NAME)
+        built, tokenizer, files = filled(job, archive, config, head=head, but=None if own else HEAD_NAME)
         if not own:
             draw_head(built, seed=job.model.seed)
-        tokenizer, files = load_tokenizer(archive, gpt.vocab_size), tokenizer_files(archive)
     pin_clock(tokenizer, config)
     critic = GPTCritic(built, head=head, seed=job.model.seed)
     return Pretrained(learner=critic, tokenizer=tokenizer, config=config, files=files)
@@ -143,10 +135,18 @@ def _refuse_reward_model(job: ModelJob, config: dict[str, Any]) -> None:
         raise UserError(f"{key}={path} is a reward model and writes no text", cure="give a language model")
 
 
-def unfilled(
-    job: ModelJob, config: dict[str, Any], *, head: HeadConfig | None
-) -> tuple[GPT | InterleavedGPT, GPTConfig]:
-    """The model that ``config`` describes, without weights; ``config`` is told the precision."""
+def filled(
+    job: ModelJob,
+    archive: OpenedModel,
+    config: dict[str, Any],
+    *,
+    head: HeadConfig | None,
+    but: str | None = None,
+) -> tuple[GPT | InterleavedGPT, Tokenizer | None, dict[str, Path | bytes]]:
+    """The model that ``config`` describes with the archive's weights, its tokenizer, if it has one, and their files.
+
+    ``config`` is told the precision. See :func:`load_model` for ``but``.
+    """
     gpt, precision = GPTConfig.from_dict(config), _precision(job)
     built = build_gpt(
         gpt,
@@ -157,7 +157,12 @@ def unfilled(
         head=head,
     )
     config["precision"] = precision
-    return built, gpt
+    with heartbeat("loading weights", enabled=world.is_logging_rank()):
+        load_model(built, archive.weights, but=but)
+    tokenizer = load_archived_tokenizer(archive)
+    if tokenizer is not None:
+        check_fits(tokenizer, gpt.vocab_size)
+    return built, tokenizer, _tokenizer_files(archive)
 
 
 def chosen_precision(job: ModelJob) -> str:
@@ -174,14 +179,6 @@ def _precision(job: ModelJob) -> str:
         elif precision != "32":
             logger.info("trainer.precision=%s on a CPU: without AMX, 32 is two to three times as fast", asked)
     return precision
-
-
-def load_tokenizer(archive: ModelArchive, vocab_size: int) -> Tokenizer | None:
-    """The archive's tokenizer, if it has one."""
-    tokenizer = load_archived_tokenizer(archive)
-    if tokenizer is not None:
-        check_fits(tokenizer, vocab_size)
-    return tokenizer
 
 
 def pin_clock(tokenizer: Tokenizer | None, config: dict[str, Any], day: str | None = None) -> None:
@@ -201,7 +198,7 @@ def pin_clock(tokenizer: Tokenizer | None, config: dict[str, Any], day: str | No
     config["tokenizer"] = {**section, CHAT_DATE: chosen}
 
 
-def tokenizer_files(archive: ModelArchive) -> dict[str, Path | bytes]:
+def _tokenizer_files(archive: ModelArchive) -> dict[str, Path | bytes]:
     """All files of the archive but config, weights and training state, read while the archive is open."""
     names = {path: path.relative_to(archive.folder) for path in sorted(archive.folder.rglob("*"))}
     return {

@@ -13,11 +13,9 @@ from nemo_aligner.algorithms.critic_server_trainer import CriticServerConfig
 from nemo_aligner.builders.loaders import longest_sequence
 from nemo_aligner.builders.models import (
     Pretrained,
-    load_tokenizer,
+    filled,
     merged_config,
     opened,
-    tokenizer_files,
-    unfilled,
 )
 from nemo_aligner.builders.runs import training_checkpoints
 from nemo_aligner.checkpoint.digests import refuse_damage
@@ -37,7 +35,6 @@ from nemo_aligner.models.gpt.heads import HEAD_NAME, draw_head, fold_head, head_
 from nemo_aligner.models.gpt.spare import SpareWeights
 from nemo_aligner.parallel import world
 from nemo_aligner.run.experiment import Experiment
-from nemo_aligner.run.progress import heartbeat
 from nemo_aligner.serving.protocol import Limits, Scalar
 from nemo_aligner.serving.server import Server, ServerConfig
 
@@ -94,10 +91,7 @@ def load_served_reward_model(job: RewardServerJob) -> Pretrained[GPTCritic]:
         if head is None or "reward_model_type" not in archive.config:
             raise _no_reward_model(job)
         _tell_reading(archive.config, config)
-        built, gpt = unfilled(job, config, head=head)
-        with heartbeat("loading weights", enabled=world.is_logging_rank()):
-            load_model(built, archive.weights)
-        tokenizer, files = load_tokenizer(archive, gpt.vocab_size), tokenizer_files(archive)
+        built, tokenizer, files = filled(job, archive, config, head=head)
     model = GPTCritic(built, head=head, scale=reward_scale(config), seed=job.model.seed)
     return Pretrained(learner=model, tokenizer=tokenizer, config=config, files=files)
 
@@ -157,10 +151,9 @@ def load_critic(job: CriticJob) -> Critic:
         if is_reward_model:
             _tell_reading(archive.config, config)
         config["share_embeddings_and_output_weights"] = False
-        built, gpt = unfilled(job, config, head=head)
-        with heartbeat("loading weights", enabled=world.is_logging_rank()):
-            load_model(built, archive.weights, but=None if is_reward_model else HEAD_NAME)
-        tokenizer, files = load_tokenizer(archive, gpt.vocab_size), tokenizer_files(archive)
+        built, tokenizer, files = filled(
+            job, archive, config, head=head, but=None if is_reward_model else HEAD_NAME
+        )
     scale = reward_scale(config)
     if not is_reward_model:
         draw_head(built, seed=job.model.seed)
