@@ -22,9 +22,7 @@ _SHORT_SCHEDULE = ("model.optim.sched.constant_steps=0", "model.optim.sched.warm
 class Recipe:
     """Data sizes and settings of every stage, beside the paths that the quick start fills in."""
 
-    pretrained: (
-        Path | None
-    )  # what import_hf.py reads; None: a model with random weights is made and pretrained
+    pretrained: Path | None  # a model in any form; None: a model with random weights is made and pretrained
     num_prose: int  # rows to pretrain on
     num_answers: int  # rows of supervised fine-tuning
     num_pairs: int  # preference pairs

@@ -57,12 +57,7 @@ class Pipeline:
         texts = [*prose, *(f"{q.prompt} {answer(draw, q)}" for q in training)]
         num_weights = write_base_model(texts, self.folder / "random")
         print(f"{num_weights / 1e6:.2f} M weights")
-        return self.import_model(self.folder / "random", "random")
-
-    def import_model(self, source: Path, name: str) -> Path:
-        """import_hf.py; returns the .nemo."""
-        run("import_hf.py", "--in-file", source, "--out-file", self.folder / f"{name}.nemo")
-        return self.folder / f"{name}.nemo"
+        return self.folder / "random"
 
     def fine_tune(self, start: Path, name: str, data: str, settings: Sequence[str]) -> Path:
         """train_gpt_sft.py on ``data``; returns its .nemo."""
@@ -129,7 +124,7 @@ class Pipeline:
     def constant_reward_model(self) -> Path:
         """A reward model that finds all answers alike."""
         silence(self.folder / "reward_model_hf", self.folder / "constant_hf")
-        return self.import_model(self.folder / "constant_hf", "constant")
+        return self.folder / "constant_hf"
 
     def _prefix(self, name: str) -> str:
         train, held_out = self.data / f"{name}.jsonl", self.data / f"{name}_held_out.jsonl"
@@ -170,9 +165,9 @@ def main() -> None:
         stages.next("Pretrain: the model learns to write")
         base = pipeline.fine_tune(start, "pretrained", "prose", recipe.pretrain)
     else:
-        stages.next("Write the data, import the model")
+        stages.next("Write the data")
         pipeline.write_data()
-        base = pipeline.import_model(recipe.pretrained, "base")
+        base = recipe.pretrained
     stages.next("Fine-tune: it learns to answer, in good moods and bad ones")
     policy = pipeline.fine_tune(base, "sft", "answers", recipe.sft)
     stages.next("Train a reward model: which answers do people prefer?")
