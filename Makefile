@@ -39,7 +39,7 @@ CPU_PYTEST := CUDA_VISIBLE_DEVICES= $(PYTEST) -m "not gpu and not fuzz and not k
 WORKERS ?= 2
 SHARED_OUT := -n $(WORKERS) --dist loadfile --no-loadscope-reorder -o console_output_style=classic
 
-.PHONY: help setup format lint types test-fast test-dist test-functional test test-fuzz test-kills golden test-mcore-next test-resume test-soak test-slurm test-gpu model quickstart quickstart-sft bench clean
+.PHONY: help setup format conf lint types test-fast test-dist test-functional test test-fuzz test-kills golden test-mcore-next test-resume test-soak test-slurm test-gpu model quickstart quickstart-sft bench clean
 
 help:  ## Print the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -65,6 +65,9 @@ format: $(STAMP)  ## Format and mend what ruff can mend
 	$(VENV)/bin/ruff check --fix .
 	$(VENV)/bin/ruff format .
 
+conf: $(STAMP)  ## Write the settings in conf and docs from the dataclasses
+	$(RUN) $(PY) -m tools.conf
+
 lint: $(STAMP)  ## Check style, formatting, import directions, spelling
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
@@ -75,7 +78,7 @@ types: $(STAMP)  ## Check types
 	$(VENV)/bin/pyright --pythonpath $(PY)
 
 test-fast: $(STAMP)  ## Unit tests, doctests, architecture: under two minutes
-	$(CPU_PYTEST) $(SHARED_OUT) tests/unit tests/architecture nemo_aligner
+	$(CPU_PYTEST) $(SHARED_OUT) tests/unit tests/architecture nemo_aligner tools
 
 test-dist: $(STAMP)  ## Tests that start several ranks on gloo
 	$(CPU_PYTEST) tests/dist

@@ -214,14 +214,19 @@ def _suggestion(key: str, known: list[str], everywhere: Sequence[str]) -> str:
     return f"known keys: {', '.join(prefix + k for k in sorted(known))}" if known else "leave it out"
 
 
-def _build(values: Mapping[str, Any], kind: type[T], path: str) -> T:
+def _build(values: Mapping[str, Any], kind: type[T], path: str, default: T | None = None) -> T:
+    """A ``kind`` of the values, and of ``default``'s where there are none."""
     _refuse_missing(values, kind, path)
     hints = typing.get_type_hints(kind, include_extras=True)
-    names = [spec.name for spec in dataclasses.fields(kind) if spec.name in values]  # type: ignore[arg-type]
-    return kind(**{name: _convert(values[name], hints[name], f"{path}{name}") for name in names})
+    given: dict[str, Any] = {}
+    for spec in dataclasses.fields(kind):  # type: ignore[arg-type]
+        if (name := spec.name) in values:
+            made = None if spec.default_factory is dataclasses.MISSING else spec.default_factory()
+            given[name] = _convert(values[name], hints[name], f"{path}{name}", getattr(default, name, made))
+    return kind(**given) if default is None else dataclasses.replace(default, **given)  # type: ignore[type-var]
 
 
-def _convert(value: Any, hint: Any, key: str) -> Any:  # noqa: ANN401 - values of a YAML file
+def _convert(value: Any, hint: Any, key: str, default: Any = None) -> Any:  # noqa: ANN401 - values of a YAML file
     if isinstance(hint, type) and dataclasses.is_dataclass(hint):
         if value is None:
             value = {}  # as NeMo's scripts leave a block out
@@ -229,11 +234,11 @@ def _convert(value: Any, hint: Any, key: str) -> Any:  # noqa: ANN401 - values o
             raise UserError(
                 f"{key}={value!r} is not a block of keys", cure=f"set keys below it, as in {key}.NAME=..."
             )
-        return _build(value, hint, f"{key}.")
+        return _build(value, hint, f"{key}.", default)
     args = typing.get_args(hint)
     match typing.get_origin(hint):
         case typing.Union | types.UnionType:
-            return _convert_union(value, args, key)
+            return _convert_union(value, args, key, default)
         case typing.Literal:
             if value in args:
                 return value
@@ -257,7 +262,7 @@ def _convert_several(value: Any, hint: Any, key: str) -> Any:  # noqa: ANN401
     return _convert_plain(value, hint, key)
 
 
-def _convert_union(value: Any, options: tuple[Any, ...], key: str) -> Any:  # noqa: ANN401
+def _convert_union(value: Any, options: tuple[Any, ...], key: str, default: Any) -> Any:  # noqa: ANN401
     if value is None and type(None) in options:
         return None
     kinds = [option for option in options if option is not type(None)]
@@ -265,7 +270,7 @@ def _convert_union(value: Any, options: tuple[Any, ...], key: str) -> Any:  # no
         return _finite(value, key)
     # Of a list the kind that holds several, else the first.
     several = [kind for kind in kinds if typing.get_origin(kind) is builtins.tuple]
-    return _convert(value, several[0] if isinstance(value, list) and several else kinds[0], key)
+    return _convert(value, several[0] if isinstance(value, list) and several else kinds[0], key, default)
 
 
 def _convert_plain(value: Any, hint: Any, key: str) -> Any:  # noqa: ANN401

@@ -2,16 +2,20 @@
 """The settings of PPO's loop and of its rollouts. Imports no torch, so that they are checked before it is loaded."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import ClassVar
 
+from nemo_aligner.bounds import bounded
 from nemo_aligner.data.config import unescape
 from nemo_aligner.errors import UserError
-from nemo_aligner.models.sampling_config import SamplingConfig
+from nemo_aligner.models.sampling_config import DrawConfig, SamplingConfig
 from nemo_aligner.objectives.config import CreditConfig, PolicyConfig
 from nemo_aligner.run.schedule import LoopConfig
 
 __all__ = ["LengthConfig", "PPOConfig", "RewardConfig", "RolloutConfig", "SamplingParams"]
+
+_TOO_FEW = ("{key}={value} is less than {range}", "set {key}={range} or more")
+_NOT_ONE = ("{key}={value} is not {range}", "set {key}={range}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,20 +27,19 @@ class RewardConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class PPOConfig(LoopConfig, CreditConfig):
+class PPOConfig(CreditConfig, LoopConfig):
     """The ``trainer.ppo`` block of an actor."""
 
     block: ClassVar[str] = "trainer.ppo"
-    val_check_interval: int | float = 10  # steps between validations; a float is a share of an epoch
-    save_interval: int | float = 10  # steps between checkpoints; a float is a share of an epoch
-    num_ppo_epochs: int = 1  # passes over each rollout
-    critic_warmup_steps: int = 0  # rollouts that only the critic learns from, before the first step
-    rollout_batch_seq_length: int | None = (
-        None  # tokens that rollouts are padded to at least; null: their longest
-    )
-    rewards: Mapping[str, RewardConfig] = field(
-        default_factory=dict[str, RewardConfig]
-    )  # by name; none: the served reward model alone
+    val_check_interval: int | float = 10
+    save_interval: int | float = 10  # steps between checkpoints of both jobs; 0: at the end only
+    num_ppo_epochs: int = bounded(1, at_least=1, to="1", told=_TOO_FEW)  # passes over each rollout
+    # rollouts that only the critic learns from, before the first step
+    critic_warmup_steps: int = bounded(0, at_least=0, to="0", told=_TOO_FEW)
+    # tokens that rollouts are padded to at least; null: their longest
+    rollout_batch_seq_length: int | None = None
+    # NAME: {function: MODULE.NAME, weight: 1.0}; without a function the served reward model's, as with {}
+    rewards: Mapping[str, RewardConfig] = field(default_factory=dict[str, RewardConfig])
 
     @property
     def asks_critic(self) -> bool:
@@ -54,14 +57,6 @@ class PPOConfig(LoopConfig, CreditConfig):
         """Refuse what would be no run; ``block`` is where these settings stand."""
         LoopConfig.check(self, block)
         CreditConfig.check(self, block)
-        for name, value, least in (
-            ("num_ppo_epochs", self.num_ppo_epochs, 1),
-            ("critic_warmup_steps", self.critic_warmup_steps, 0),
-        ):
-            if value < least:
-                raise UserError(
-                    f"{block}.{name}={value} is less than {least}", cure=f"set {block}.{name}={least} or more"
-                )
         if self.critic_warmup_steps and not self.asks_critic:
             raise UserError(
                 f"{block}.critic_warmup_steps={self.critic_warmup_steps}, and "
@@ -78,17 +73,11 @@ class PPOConfig(LoopConfig, CreditConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class SamplingParams:
+class SamplingParams(DrawConfig):
     """The ``model.ppo.sampling_params`` block."""
 
-    use_greedy: bool = False  # take the most likely token
-    temperature: float = 1.0  # logits are divided by it
-    top_k: int = 0  # only the k most likely tokens; 0: all
-    top_p: float = 1.0  # only the most likely tokens that together have this probability; 0 or 1: all
-    min_p: float = 0.0  # only tokens at least this likely as a share of the most likely one's; 0: all
-    repetition_penalty: float = 1.0  # tokens that were written before become less likely; 1: never
-    add_BOS: bool = False
-    # Texts that end an answer, as the model's own end tokens do; escapes are understood.
+    add_BOS: bool = False  # start prompts with BOS; False: as model.data.add_bos says
+    # texts that end an answer, as the model's own end tokens do; escapes are understood
     end_strings: tuple[str, ...] = ("<|endoftext|>", "<extra_id_1>")
 
 
@@ -96,44 +85,33 @@ class SamplingParams:
 class LengthConfig:
     """The ``model.ppo.length_params`` block."""
 
-    max_length: int | None = None  # tokens of an answer; null: half of what the model takes
-    min_length: int = 1  # no answer ends before it has this many tokens
+    # tokens of an answer, at most; null: half of what the model takes
+    max_length: int | None = bounded(None, at_least=1, told=_NOT_ONE)
+    min_length: int = 1  # tokens of an answer before its end token, at least
 
 
 @dataclass(frozen=True, kw_only=True)
 class RolloutConfig(PolicyConfig):
     """The ``model.ppo`` block."""
 
-    num_rollout_samples: int = 512  # answers of one rollout over all ranks
-    num_responses_per_prompt: int = 1  # of these, to each prompt
-    rollout_micro_batch_size: int = (
-        8  # answers that a rank writes at once, and rows of a request to the critic
-    )
-    forward_micro_batch_size: int | None = None  # rows of a forward pass for log-probs; null: as above
-    num_val_samples: int | None = None  # answers of a validation; null: as num_rollout_samples
-    val_rollout_micro_batch_size: int | None = (
-        None  # answers that a rank writes at once in validation; null: as above
-    )
-    offload_adam_states: bool = True  # to CPU memory while answers are written and judged
+    # answers of one rollout over all ranks
+    num_rollout_samples: int = bounded(512, at_least=1, told=_NOT_ONE)
+    num_responses_per_prompt: int = bounded(1, at_least=1, told=_NOT_ONE)  # of these, to each prompt
+    # answers that a rank writes at once, and rows of a request to the critic
+    rollout_micro_batch_size: int = bounded(8, at_least=1, told=_NOT_ONE)
+    # rows of a forward pass for log-probs; null: as rollout_micro_batch_size
+    forward_micro_batch_size: int | None = bounded(None, at_least=1, told=_NOT_ONE)
+    # answers of a validation, at most as many as there are prompts; null: as num_rollout_samples
+    num_val_samples: int | None = bounded(None, at_least=1, told=_NOT_ONE)
+    # answers that a rank writes at once in validation; null: as rollout_micro_batch_size
+    val_rollout_micro_batch_size: int | None = bounded(None, at_least=1, told=_NOT_ONE)
+    offload_adam_states: bool = True  # keep the optimizer's moments in CPU memory while answers are written
+    # how tokens are drawn; the trainer's log-probs are of the same distribution
     sampling_params: SamplingParams = field(default_factory=SamplingParams)
-    length_params: LengthConfig = field(default_factory=LengthConfig)
+    length_params: LengthConfig = field(default_factory=LengthConfig)  # when an answer ends
 
     def check(self, block: str) -> None:
         """Refuse values without a meaning; ``block`` is the block's name."""
-        PolicyConfig.check(self, block)
-        for name, value in (
-            ("num_rollout_samples", self.num_rollout_samples),
-            ("num_responses_per_prompt", self.num_responses_per_prompt),
-            ("rollout_micro_batch_size", self.rollout_micro_batch_size),
-            ("forward_micro_batch_size", self.forward_micro_batch_size),
-            ("num_val_samples", self.num_val_samples),
-            ("val_rollout_micro_batch_size", self.val_rollout_micro_batch_size),
-            ("length_params.max_length", self.length_params.max_length),
-        ):
-            if value is not None and value < 1:
-                raise UserError(
-                    f"{block}.{name}={value} is not 1 or more", cure=f"set {block}.{name}=1 or more"
-                )
         size, each = self.num_rollout_samples, self.num_responses_per_prompt
         if size % each:
             raise UserError(
@@ -161,16 +139,9 @@ class RolloutConfig(PolicyConfig):
             max_length: tokens of an answer, where ``length_params`` leaves it open.
             seed: of the draws.
         """
-        params, lengths = self.sampling_params, self.length_params
+        drawn, lengths = asdict(self.sampling_params), self.length_params
+        del drawn["add_BOS"]
+        drawn["end_strings"] = tuple(map(unescape, self.sampling_params.end_strings))
         return SamplingConfig(
-            use_greedy=params.use_greedy,
-            temperature=params.temperature,
-            top_k=params.top_k,
-            top_p=params.top_p,
-            min_p=params.min_p,
-            repetition_penalty=params.repetition_penalty,
-            end_strings=tuple(map(unescape, params.end_strings)),
-            max_length=lengths.max_length or max_length,
-            min_length=lengths.min_length,
-            seed=seed,
+            **drawn, max_length=lengths.max_length or max_length, min_length=lengths.min_length, seed=seed
         )

@@ -4,8 +4,9 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Protocol
+from typing import Any
 
+from nemo_aligner.bounds import check_bounds
 from nemo_aligner.checkpoint.sources import peek_model
 from nemo_aligner.errors import UserError
 from nemo_aligner.models.gpt.config import GPTConfig, precision_name
@@ -30,19 +31,22 @@ __all__ = [
 class TrainerConfig:
     """The ``trainer`` block, without the algorithm's own."""
 
-    num_nodes: int = 1
+    num_nodes: int = 1  # machines of the job
+    # ranks on each machine: its GPUs, or CPU processes; without torchrun or srun the script starts them
     devices: int = 1
-    precision: str | int | None = None  # null: bf16 on a GPU, 32 on a CPU
+    # dtype of weights and matmuls: bf16, 16 or 32; null: bf16 on a GPU, 32 on a CPU; the optimizer keeps fp32 copies
+    precision: str | int | None = None
+    # seconds until a collective that other ranks do not answer ends the job
     collective_timeout: float = 600.0
-    max_time: str | None = None
+    max_time: str | None = None  # as exp_manager.max_time_per_run: days:hours:minutes:seconds
 
 
 @dataclass(frozen=True, kw_only=True)
 class PeftConfig:
     """The ``model.peft`` block."""
 
-    peft_scheme: str = "none"
-    restore_from_path: PathText | None = None
+    peft_scheme: str = "none"  # only none: all weights are trained
+    restore_from_path: PathText | None = None  # only null
     lora_tuning: dict[str, Any] = field(default_factory=dict)
 
 
@@ -50,24 +54,30 @@ class PeftConfig:
 class ModelConfig:
     """What every ``model`` block has, without the architecture's own keys: those stand in ``architecture``."""
 
-    optim: OptimConfig = field(default_factory=OptimConfig)
-    peft: PeftConfig = field(default_factory=PeftConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)  # the optimizer
+    peft: PeftConfig = field(default_factory=PeftConfig)  # parameter-efficient tuning
     architecture: dict[str, Any] = field(default_factory=dict)
-    seed: int = 1234
-    tensor_model_parallel_size: int = 1
-    pipeline_model_parallel_size: int = 1
+    seed: int = 1234  # of all draws: the order of data, dropout, a new head, answers
+    tensor_model_parallel_size: int = 1  # ranks that share each layer
+    pipeline_model_parallel_size: int = 1  # ranks that share the stack of layers
+    # chunks of layers on each of them: a batch passes each rank so often
     virtual_pipeline_model_parallel_size: int | None = None
-    context_parallel_size: int = 1
-    expert_model_parallel_size: int = 1
+    context_parallel_size: int = 1  # ranks that share each sequence; only 1
+    expert_model_parallel_size: int = 1  # ranks that share the experts of a layer; only 1
+    # with tensor parallelism: norms and dropout on a slice of the sequence each
     sequence_parallel: bool = False
+    # logits above this many MiB are computed again in the backward (losses other than plain NLL)
     kept_logits_mib: int = 1024
+    # with Transformer Engine: True is flash-attn or else cuDNN's kernel, False neither
     use_flash_attention: bool | None = None
-    resume_from_checkpoint: PathText | None = None
+    resume_from_checkpoint: PathText | None = None  # as exp_manager.resume_from_checkpoint
+    # recompute in the backward: selective (attention) or full (whole layers); null: nothing
     activations_checkpoint_granularity: Granularity | None = None
+    # of full: uniform (all layers, in groups) or block (the first ones of a stage)
     activations_checkpoint_method: Method | None = None
-    activations_checkpoint_num_layers: int | None = None
-    activations_checkpoint_layers_per_pipeline: int | None = None
-    ffn_dropout: float = 0.0
+    activations_checkpoint_num_layers: int | None = None  # of full: layers of a group, or of the block
+    activations_checkpoint_layers_per_pipeline: int | None = None  # only null: stages recompute alike
+    ffn_dropout: float = 0.0  # only 0.0
 
     @property
     def layout(self) -> Layout:
@@ -104,15 +114,18 @@ class ModelConfig:
 class PretrainedConfig:
     """The ``pretrained_checkpoint`` block."""
 
-    restore_from_path: PathText  # see open_model for the forms that it can have
+    # a language model (of PPO's actor also the initial policy) or a reward model: a .nemo, a checkpoint, a Hugging Face
+    # folder, a GGUF file or OWNER/NAME of the hub
+    restore_from_path: PathText
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelJob:
     """All settings of a script that has a model."""
 
+    # what stands here overrides the checkpoint's model_config.yaml; null leaves its value in place
     model: ModelConfig
-    trainer: TrainerConfig
+    trainer: TrainerConfig  # ranks, precision and the loop
 
     @property
     def pretrained(self) -> tuple[str, str]:
@@ -130,6 +143,7 @@ class ModelJob:
         Args:
             world_size: ranks that an outer starter made; None where we start them.
         """
+        check_bounds(self)
         trainer, model = self.trainer, self.model
         if trainer.precision is not None:
             precision_name(trainer.precision)
@@ -154,27 +168,12 @@ class ModelJob:
         """Refuse data files whose first rows cannot be read."""
 
 
-class Checked(Protocol):
-    """A block of settings that knows what it cannot mean."""
-
-    block: ClassVar[str]
-
-    def check(self, block: str) -> None:
-        """Refuse it; ``block`` is where it stands."""
-        ...
-
-
 @dataclass(frozen=True, kw_only=True)
 class Job(ModelJob):
     """All settings of a script that trains."""
 
-    exp_manager: ExperimentConfig = field(default_factory=ExperimentConfig)
-    name: str
-
-    @property
-    def loop(self) -> Checked:
-        """The algorithm's block under ``trainer``."""
-        raise NotImplementedError
+    exp_manager: ExperimentConfig = field(default_factory=ExperimentConfig)  # what is written, and where
+    name: str  # the run's name
 
     @property
     def batches(self) -> dict[str, tuple[int, int]]:
@@ -198,7 +197,6 @@ class Job(ModelJob):
         model.optim.check()
         model.recompute.check()
         self.exp_manager.check()
-        self.loop.check(self.loop.block)
         ranks = model.layout.data_parallel_size(trainer.num_nodes * trainer.devices)
         for block, (whole, micro) in self.batches.items():
             unit = micro * ranks
@@ -219,8 +217,8 @@ class Job(ModelJob):
 class BatchedModelConfig(ModelConfig):
     """A ``model`` block with the sizes of batches in it."""
 
-    micro_batch_size: int = 1
-    global_batch_size: int = 64
+    micro_batch_size: int = 1  # samples of one forward and backward pass on one rank
+    global_batch_size: int = 64  # samples of one optimizer step over all ranks
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -228,7 +226,7 @@ class PretrainedJob(Job):
     """All settings of a script that names its checkpoint in ``pretrained_checkpoint``, and its batches in ``model``."""
 
     model: BatchedModelConfig
-    pretrained_checkpoint: PretrainedConfig
+    pretrained_checkpoint: PretrainedConfig  # where to start
 
     @property
     def pretrained(self) -> tuple[str, str]:

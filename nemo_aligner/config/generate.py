@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from nemo_aligner.bounds import bounded
 from nemo_aligner.config.base import ModelConfig, ModelJob, TrainerConfig
 from nemo_aligner.data.config import unescape
 from nemo_aligner.errors import UserError
@@ -14,11 +15,14 @@ from nemo_aligner.paths import PathText
 
 __all__ = ["GenerateJob"]
 
+_NOT_ONE = ("{key}={value} is not {range}", "set {key}=1")
+
 
 @dataclass(frozen=True, kw_only=True)
 class GenerateModelConfig(ModelConfig):
     """The ``model`` block of generate.py."""
 
+    # the model: a .nemo, a checkpoint, a Hugging Face folder, a GGUF file or OWNER/NAME of the hub
     restore_from_path: PathText
 
 
@@ -28,12 +32,16 @@ class GenerateJob(ModelJob):
 
     model: GenerateModelConfig
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    # how tokens are drawn, and when an answer ends
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    # JSONL of {"text"}, {"prompt"} or {"messages"}; null: a conversation at the terminal
     input_file: PathText | None = None
+    # JSONL of prompt, answer, finished, logprob and num_tokens, one line per answer
     output_file: PathText | None = None
-    overwrite: bool = False
-    num_samples: int = 1
-    batch_size: int = 64
+    overwrite: bool = False  # True: replace an output_file that exists
+    num_samples: int = bounded(1, at_least=1, told=_NOT_ONE)  # answers to each prompt
+    # answers that a data parallel rank writes at once; each takes its key/value cache's memory
+    batch_size: int = bounded(64, at_least=1, told=_NOT_ONE)
 
     @property
     def answers(self) -> SamplingConfig:
@@ -61,9 +69,6 @@ class GenerateJob(ModelJob):
             raise UserError(
                 f"{given} is set and {missing} is not", cure="set both, or neither for a conversation"
             )
-        for name, value in (("num_samples", self.num_samples), ("batch_size", self.batch_size)):
-            if value < 1:
-                raise UserError(f"{name}={value} is not 1 or more", cure=f"set {name}=1")
         if self.model.optim != OptimConfig():
             raise UserError("model.optim is set, and nothing is trained", cure="remove it")
 

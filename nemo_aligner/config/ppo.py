@@ -3,22 +3,28 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 from nemo_aligner.algorithms.ppo_config import PPOConfig, RolloutConfig
+from nemo_aligner.bounds import bounded
 from nemo_aligner.config.base import BatchedModelConfig, PretrainedJob, TrainerConfig
 from nemo_aligner.data.config import PromptDataConfig
 from nemo_aligner.data.first_rows import check_prompt_rows
 from nemo_aligner.errors import UserError
+from nemo_aligner.models.gpt.learning_rate import OptimConfig, SchedConfig
 from nemo_aligner.objectives.config import GROUPED
+from nemo_aligner.run.experiment import CheckpointCallbackConfig, ExperimentConfig
 
 __all__ = ["ActorJob", "ActorModelConfig", "RemoteConfig"]
+
+_NO_TIME = ("{key}={value} is no time to wait", "set {key} above 0 seconds")
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrtLlmConfig:
     """The ``trainer.ppo.trt_llm`` block: only off."""
 
-    enable: bool = False
+    enable: bool = False  # only False
     reshard: bool = False
     max_input_len: int | None = None
     seed: int | None = None
@@ -30,9 +36,9 @@ class TrtLlmConfig:
 class ActorConfig(PPOConfig):
     """The ``trainer.ppo`` block."""
 
-    trt_llm: TrtLlmConfig = field(default_factory=TrtLlmConfig)
-    model_gbs: int | None = None
-    model_mbs: int | None = None
+    trt_llm: TrtLlmConfig = field(default_factory=TrtLlmConfig)  # TensorRT-LLM
+    model_gbs: int | None = None  # only as model.global_batch_size
+    model_mbs: int | None = None  # only as model.micro_batch_size
 
     def check(self, block: str) -> None:
         """See PPOConfig."""
@@ -49,14 +55,15 @@ class ActorConfig(PPOConfig):
 class ActorTrainerConfig(TrainerConfig):
     """The ``trainer`` block."""
 
-    ppo: ActorConfig = field(default_factory=ActorConfig)
+    ppo: ActorConfig = field(default_factory=ActorConfig)  # the loop; docs/ppo_details.md has the formulas
 
 
 @dataclass(frozen=True, kw_only=True)
 class ActorRolloutConfig(RolloutConfig):
     """The ``model.ppo`` block."""
 
-    trt_llm: TrtLlmConfig = field(default_factory=TrtLlmConfig)
+    trt_llm: TrtLlmConfig = field(default_factory=TrtLlmConfig)  # only as trainer.ppo.trt_llm
+    # only as remote_critic_rm.combine_rm_and_critic_server
     combine_rm_and_critic_server: bool | None = None
 
 
@@ -64,62 +71,60 @@ class ActorRolloutConfig(RolloutConfig):
 class ActorModelConfig(BatchedModelConfig):
     """The ``model`` block."""
 
-    data: PromptDataConfig
-    ppo: ActorRolloutConfig = field(default_factory=ActorRolloutConfig)
+    optim: OptimConfig = field(
+        default_factory=partial(OptimConfig, lr=9e-7, weight_decay=0.1, sched=SchedConfig(min_lr=9e-8))
+    )
+    data: PromptDataConfig  # where prompts come from
+    ppo: ActorRolloutConfig = field(default_factory=ActorRolloutConfig)  # rollouts, and the policy's loss
 
 
 @dataclass(frozen=True, kw_only=True)
 class RewardRemoteConfig:
     """The ``remote_critic_rm.reward_model`` block."""
 
-    name: str = "reward_model"
-    ip: str = "localhost"
-    port: int = 5555
-    stop_at_end: bool = False
+    name: str = "reward_model"  # the endpoint's name
+    ip: str = "localhost"  # its host
+    port: int = 5555  # its port
+    stop_at_end: bool = False  # ask it to end when this run is finished
 
 
 @dataclass(frozen=True, kw_only=True)
 class CriticNamesConfig:
     """The ``remote_critic_rm.critic.name`` block."""
 
-    train: str = "critic_train"
-    infer: str = "critic_infer"
-    save: str = "critic_save"
+    train: str = "critic_train"  # learns from a rollout
+    infer: str = "critic_infer"  # gives values, and rewards
+    save: str = "critic_save"  # saves a checkpoint
 
 
 @dataclass(frozen=True, kw_only=True)
 class CriticRemoteConfig:
     """The ``remote_critic_rm.critic`` block."""
 
-    name: CriticNamesConfig = field(default_factory=CriticNamesConfig)
-    ip: str = "localhost"
-    port: int = 5556
-    stop_at_end: bool = True
+    name: CriticNamesConfig = field(default_factory=CriticNamesConfig)  # the endpoints' names
+    ip: str = "localhost"  # its host
+    port: int = 5556  # its port
+    stop_at_end: bool = True  # ask it to save and end when this run is finished
 
 
 @dataclass(frozen=True, kw_only=True)
 class RemoteConfig:
     """The ``remote_critic_rm`` block."""
 
+    # tokens that requests are padded to; no prompt and answer are longer; null: no padding
     pad_to_length: int | None = None
+    # both in the critic's job; False: serve_reward_model.py has the reward model
     combine_rm_and_critic_server: bool = True
-    start_timeout: float = 6000.0
-    return_timeout: float = 600.0
-    reply_timeout: float = 3600.0
+    start_timeout: float = bounded(6000.0, above=0, told=_NO_TIME)  # seconds to wait for a server to come up
+    # seconds to wait for one that was lost; then this job saves and ends
+    return_timeout: float = bounded(600.0, above=0, told=_NO_TIME)
+    reply_timeout: float = bounded(3600.0, above=0, told=_NO_TIME)  # seconds to wait for a reply
+    # where combine_rm_and_critic_server is False
     reward_model: RewardRemoteConfig = field(default_factory=RewardRemoteConfig)
-    critic: CriticRemoteConfig = field(default_factory=CriticRemoteConfig)
+    critic: CriticRemoteConfig = field(default_factory=CriticRemoteConfig)  # serve_ppo_critic.py
 
     def check(self, block: str) -> None:
-        """Refuse what cannot be waited for or connected to."""
-        for name, value in (
-            ("start_timeout", self.start_timeout),
-            ("return_timeout", self.return_timeout),
-            ("reply_timeout", self.reply_timeout),
-        ):
-            if value <= 0:
-                raise UserError(
-                    f"{block}.{name}={value} is no time to wait", cure=f"set {block}.{name} above 0 seconds"
-                )
+        """Refuse two servers at one address."""
         if not self.combine_rm_and_critic_server and (self.critic.ip, self.critic.port) == (
             self.reward_model.ip,
             self.reward_model.port,
@@ -137,13 +142,20 @@ class ActorJob(PretrainedJob):
 
     model: ActorModelConfig
     trainer: ActorTrainerConfig = field(default_factory=ActorTrainerConfig)
+    exp_manager: ExperimentConfig = field(
+        default_factory=partial(
+            ExperimentConfig,
+            checkpoint_callback_params=CheckpointCallbackConfig(
+                monitor="val_rewards",
+                save_top_k=1,
+                mode="max",
+                filename="megatron_gpt-{step}-{consumed_samples}-{ppo_optimization_step}-{epoch}-{val_rewards:.3f}",
+            ),
+        )
+    )
+    # where the critic and the reward model are; null: rewards are trainer.ppo.rewards' functions alone
     remote_critic_rm: RemoteConfig | None = field(default_factory=RemoteConfig)
     name: str = "megatron_gpt_ppo_actor"
-
-    @property
-    def loop(self) -> ActorConfig:
-        """See Job."""
-        return self.trainer.ppo
 
     @property
     def files(self) -> Mapping[str, Sequence[str]]:
@@ -164,6 +176,7 @@ class ActorJob(PretrainedJob):
         """See Job."""
         PretrainedJob.check(self, world_size)
         model, remote, rollout = self.model, self.remote_critic_rm, self.model.ppo
+        self.trainer.ppo.check("trainer.ppo")
         rollout.check("model.ppo")
         if remote is not None:
             remote.check("remote_critic_rm")

@@ -3,13 +3,16 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, ClassVar
 
 from nemo_aligner.config.base import BatchedModelConfig, PretrainedJob, TrainerConfig
 from nemo_aligner.data.config import PairDataConfig
 from nemo_aligner.data.first_rows import check_pair_rows
 from nemo_aligner.errors import UserError
+from nemo_aligner.models.gpt.learning_rate import OptimConfig
 from nemo_aligner.objectives.config import RegressionConfig
+from nemo_aligner.run.experiment import CheckpointCallbackConfig, ExperimentConfig
 from nemo_aligner.run.schedule import SupervisedConfig
 
 __all__ = ["RMConfig", "RMJob", "RMModelConfig", "RMTrainerConfig", "StandardizationConfig"]
@@ -20,38 +23,44 @@ class RMConfig(SupervisedConfig):
     """The ``trainer.rm`` block."""
 
     block: ClassVar[str] = "trainer.rm"
-    train_random_sampler: bool = True  # a new order of pairs each epoch
-    val_random_sampler: bool = False  # validation in random order
+    # a new order of pairs each epoch, a function of model.seed and the epoch alone
+    train_random_sampler: bool = True
+    val_random_sampler: bool = False  # True: validation in random order
 
 
 @dataclass(frozen=True, kw_only=True)
 class RMTrainerConfig(TrainerConfig):
     """The ``trainer`` block of train_reward_model.py."""
 
-    rm: RMConfig = field(default_factory=RMConfig)
+    rm: RMConfig = field(default_factory=RMConfig)  # the loop
 
 
 @dataclass(frozen=True, kw_only=True)
 class StandardizationConfig:
     """The ``model.reward_standardization`` block."""
 
-    enable: bool = False  # serve (reward - mean) / std
-    mean: float | None = None
-    std: float | None = None
+    enable: bool = False  # True: the saved model does
+    mean: float | None = None  # null: of the last pass over the validation data
+    std: float | None = None  # null: of the last pass over the validation data
 
 
 @dataclass(frozen=True, kw_only=True)
 class RMModelConfig(BatchedModelConfig):
     """The ``model`` block of train_reward_model.py."""
 
-    data: PairDataConfig
+    optim: OptimConfig = field(default_factory=partial(OptimConfig, lr=9e-6, weight_decay=0.1))
+    data: PairDataConfig  # where pairs come from
+    # binary_ranking: pairs of answers; regression: judged attributes
     reward_model_type: str = "binary_ranking"
-    regression: RegressionConfig = field(default_factory=RegressionConfig)
+    regression: RegressionConfig = field(default_factory=RegressionConfig)  # of reward_model_type regression
+    # rewards are served as (reward - mean) / std
     reward_standardization: StandardizationConfig = field(default_factory=StandardizationConfig)
+    # True: a critic, with a value for each token; the reward model's server wants False
     output_sequence: bool = False
-    use_avg_pool: bool = False
-    force_head_dtype: str = "float32"
-    micro_batch_size: int = 2
+    use_avg_pool: bool = False  # read the reward from the mean of the hidden states, not from the last one
+    force_head_dtype: str = "float32"  # of the head's product: float32, bfloat16 or float16
+    micro_batch_size: int = 2  # pairs (or judged answers) of one forward and backward pass on one rank
+    global_batch_size: int = 64  # pairs (or judged answers) of one optimizer step over all ranks
     forward_micro_batch_size: int | None = None
 
     @property
@@ -81,12 +90,12 @@ class RMJob(PretrainedJob):
 
     model: RMModelConfig
     trainer: RMTrainerConfig = field(default_factory=RMTrainerConfig)
+    exp_manager: ExperimentConfig = field(
+        default_factory=partial(
+            ExperimentConfig, checkpoint_callback_params=CheckpointCallbackConfig(save_top_k=3)
+        )
+    )
     name: str = "megatron_gpt"
-
-    @property
-    def loop(self) -> SupervisedConfig:
-        """See Job."""
-        return self.trainer.rm
 
     @property
     def files(self) -> Mapping[str, Sequence[str]]:
@@ -108,6 +117,7 @@ class RMJob(PretrainedJob):
     def check(self, world_size: int | None = None) -> None:
         """See Job."""
         PretrainedJob.check(self, world_size)
+        self.trainer.rm.check("trainer.rm")
         standard = self.model.reward_standardization
         if standard.enable and None in (standard.mean, standard.std) and not self.validates:
             raise UserError(

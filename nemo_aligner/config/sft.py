@@ -18,15 +18,17 @@ __all__ = ["SFTJob", "SFTModelConfig", "SFTTrainerConfig"]
 class SFTTrainerConfig(TrainerConfig):
     """The ``trainer`` block of train_gpt_sft.py."""
 
-    sft: SupervisedConfig = field(default_factory=SupervisedConfig)
+    sft: SupervisedConfig = field(default_factory=SupervisedConfig)  # the loop
 
 
 @dataclass(frozen=True, kw_only=True)
 class SFTModelConfig(ModelConfig):
     """The ``model`` block of train_gpt_sft.py."""
 
+    # the model to start from: a .nemo, a checkpoint, a Hugging Face folder, a GGUF file or OWNER/NAME of the hub
     restore_from_path: PathText
-    data: SFTDataConfig
+    data: SFTDataConfig  # where samples come from
+    # learn the answer only; False: the prompt too; in conversations the speakers decide
     answer_only_loss: bool = True
 
 
@@ -37,11 +39,6 @@ class SFTJob(Job):
     model: SFTModelConfig
     trainer: SFTTrainerConfig = field(default_factory=SFTTrainerConfig)
     name: str = "megatron_gpt_sft"
-
-    @property
-    def loop(self) -> SupervisedConfig:
-        """See Job."""
-        return self.trainer.sft
 
     @property
     def pretrained(self) -> tuple[str, str]:
@@ -76,6 +73,7 @@ class SFTJob(Job):
     def check(self, world_size: int | None = None) -> None:
         """See Job."""
         Job.check(self, world_size)
+        self.trainer.sft.check("trainer.sft")
         if self.model.data.sample:
             raise UserError(
                 "model.data.sample=True: drawing rows with replacement is not supported",

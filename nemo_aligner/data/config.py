@@ -5,6 +5,7 @@ import re
 from dataclasses import asdict, dataclass, field
 from datetime import date
 
+from nemo_aligner.bounds import bounded, check_bounds
 from nemo_aligner.data.prefix import DataPrefix, parse_data_prefix
 from nemo_aligner.errors import UserError
 from nemo_aligner.paths import PathText
@@ -19,6 +20,9 @@ __all__ = [
     "unescape",
 ]
 
+_SPLIT = "{key}={value} in model.data for {file_path} is"
+_NOT_POSITIVE = (f"{_SPLIT} not positive", "set {key} to {range}")
+_NEGATIVE = ("{key}={value} is negative", "set it to {range}")
 _ESCAPE = re.compile(r"\\(n|t|r|\\|x[0-9a-fA-F]{2})")
 _ESCAPED = {"n": "\n", "t": "\t", "r": "\r", "\\": "\\"}
 
@@ -51,36 +55,31 @@ class ChatPromptTokens:
 class SFTSplitConfig:
     """One data file and how its rows become samples: ``model.data.train_ds`` or ``validation_ds``."""
 
-    file_path: PathText  # JSONL, one JSON object per line
-    global_batch_size: int = 128  # rows per optimizer step over all data-parallel ranks
-    micro_batch_size: int = 1  # rows per forward pass on one rank
+    file_path: PathText  # JSONL, one object a line
+    # rows of one optimizer step, and of one batch of a validation, over all ranks
+    global_batch_size: int = bounded(128, at_least=1, told=_NOT_POSITIVE)
+    micro_batch_size: int = bounded(1, at_least=1, told=_NOT_POSITIVE)  # rows of one forward pass on one rank
     shuffle: bool = True  # a new order each epoch, a function of model.seed and the epoch alone
-    max_seq_length: int = 4096  # tokens; a longer sample is truncated and counted
+    # tokens; longer samples are cut and counted; never above model.encoder_seq_length
+    max_seq_length: int = bounded(
+        4096,
+        at_least=2,
+        to="2 or more, usually model.encoder_seq_length",
+        told=(f"{_SPLIT} too short", "set {key} to {range}"),
+    )
     drop_last: bool = True  # leave out an incomplete last batch, unless it would be the only one
     label_key: str = "output"  # the answer's field; the template ends with it
     add_eos: bool = True  # end each sample with EOS, learned
     add_sep: bool = False  # put the tokenizer's separator token before the answer
-    add_bos: bool | None = (
-        None  # start each sample with BOS; null: as the tokenizer or its chat template does
-    )
+    # start each sample with BOS, never twice; null: as the tokenizer or its chat template does
+    add_bos: bool | None = None
     truncation_field: str | None = "input"  # fields cut first when a sample is too long, separated by commas
-    prompt_template: str = (
-        "{input} {output}"  # prompt and answer; each {name} is a field; escapes are understood
-    )
+    # prompt and answer; each {name} is a field of the row; escapes are understood
+    prompt_template: str = "{input} {output}"
     truncation_method: str = "right"  # the end at which truncation_field loses tokens: right or left
 
     def __post_init__(self) -> None:
-        for name in ("global_batch_size", "micro_batch_size"):
-            if getattr(self, name) < 1:
-                raise UserError(
-                    f"{name}={getattr(self, name)} in model.data for {self.file_path} is not positive",
-                    cure=f"set {name} to 1 or more",
-                )
-        if self.max_seq_length < 2:
-            raise UserError(
-                f"max_seq_length={self.max_seq_length} in model.data for {self.file_path} is too short",
-                cure="set max_seq_length to 2 or more, usually model.encoder_seq_length",
-            )
+        check_bounds(self)
         if self.truncation_method not in ("left", "right"):
             raise UserError(
                 f"truncation_method={self.truncation_method!r} in model.data for {self.file_path} is unknown",
@@ -92,25 +91,29 @@ class SFTSplitConfig:
 class ValidationSplitConfig(SFTSplitConfig):
     """``validation_ds``, which may be left out."""
 
-    file_path: PathText = ""  # as above; empty or null: there is no validation
+    file_path: PathText = ""  # JSONL, one object a line; null: there is no validation
+    shuffle: bool = False  # every validation sees the same batches
+    drop_last: bool = False  # every sample is validated
 
 
 @dataclass(frozen=True, kw_only=True)
 class SFTDataConfig:
     """``model.data``: the two splits and what they share."""
 
-    train_ds: SFTSplitConfig
+    train_ds: SFTSplitConfig  # training data
+    # validation data; keys as in train_ds
     validation_ds: ValidationSplitConfig = field(default_factory=ValidationSplitConfig)
-    chat: bool = False  # rows are conversations; otherwise prompt and answer
-    # prompt_tokens: chat_prompt_tokens; tokenizer: the tokenizer's own template; null: that where there is one
+    chat: bool = False  # True: rows are conversations; False: prompt and answer
+    # of conversations: tokenizer (its own template), prompt_tokens (the block below); null: the first there is
     chat_template: str | None = None
-    learn: str = "all"  # of a conversation: all turns that are to be learned, or the last of them
-    chat_date: str | None = (
-        None  # YYYY-MM-DD that a template which reads the clock sees; null: the model's, else the run's first day
-    )
+    learn: str = "all"  # of conversations: all turns that are to be learned, or the last of them
+    # YYYY-MM-DD that a template which reads the clock sees; null: the model's, else the run's first day
+    chat_date: str | None = None
+    # text that marks turns; escapes such as \n are understood
     chat_prompt_tokens: ChatPromptTokens = field(default_factory=ChatPromptTokens)
     sample: bool = False  # only False: rows are drawn by shuffle, never with replacement
-    num_workers: int = 0  # threads that tokenise ahead of training; 0: in the training thread
+    # threads that tokenise ahead of training; 0: in the training thread
+    num_workers: int = bounded(0, at_least=0, told=_NEGATIVE)
 
     @property
     def validation(self) -> dict[str, SFTSplitConfig]:
@@ -133,22 +136,33 @@ class SFTDataConfig:
                     f"model.data.chat_date={self.chat_date!r} is no date",
                     cure="write it as YYYY-MM-DD, or null",
                 ) from error
-        _check_num_workers(self.num_workers)
+        check_bounds(self, "model.data")
 
 
 @dataclass(frozen=True, kw_only=True)
 class PrefixDataConfig:
     """``model.data`` of the scripts whose files ``data_prefix`` names."""
 
-    data_prefix: object  # files of each split: paths, weighted paths, or one list that splits_string cuts
-    data_impl: str = "jsonl"  # how files are written: jsonl or json, one JSON object per line either way
-    splits_string: str | None = None  # shares of train, validation and test, "98,1,1", of a plain data_prefix
-    seq_length: int | None = None  # tokens; what is longer is left out; null: model.encoder_seq_length
-    num_workers: int = 0  # threads that tokenise ahead; 0: in the training thread
+    # {train: [...], validation: [...], test: [...]}; several files may be weighted: [0.3, a, 0.7, b]
+    data_prefix: object
+    # jsonl or json: one JSON object a line, {"text"}; of pairs chosen and rejected in turn, or as {"prompt",
+    # "chosen", "rejected"}
+    data_impl: str = "jsonl"
+    # of a plain list of files: shares of training, validation and test, as in 98,1,1
+    splits_string: str | None = None
+    # tokens; a longer pair, or a prompt without room for an answer, is left out; null: what the model takes
+    seq_length: int | None = bounded(
+        None,
+        at_least=2,
+        to="2 or more, usually model.encoder_seq_length",
+        told=("{key}={value} is too short", "set it to {range}"),
+    )
+    # threads that tokenise ahead of training; 0: in the training thread
+    num_workers: int = bounded(0, at_least=0, told=_NEGATIVE)
     add_bos: bool | None = None  # start each text with BOS, never twice; null: as the tokenizer does
-    reset_position_ids: bool = False  # only False: a text has one sequence of positions, EOS within it or not
-    reset_attention_mask: bool = False  # only False: a token attends to all tokens before it
-    dataloader_type: str = "single"  # only single: the order is that of the trainer's sampler settings
+    reset_position_ids: bool = False  # only False: positions count from each text's start
+    reset_attention_mask: bool = False  # only False: a text sees all of itself
+    dataloader_type: str = "single"  # only single: the trainer's sampler orders rows
 
     def __post_init__(self) -> None:
         if self.data_impl not in ("json", "jsonl"):
@@ -165,12 +179,7 @@ class PrefixDataConfig:
                 raise UserError(
                     f"model.data.{name}={value} is not supported", cure=f"set model.data.{name}={only}"
                 )
-        if self.seq_length is not None and self.seq_length < 2:
-            raise UserError(
-                f"model.data.seq_length={self.seq_length} is too short",
-                cure="set it to 2 or more, usually model.encoder_seq_length",
-            )
-        _check_num_workers(self.num_workers)
+        check_bounds(self, "model.data")
         parse_data_prefix(self.data_prefix, self.splits_string)
 
     @property
@@ -183,14 +192,9 @@ class PrefixDataConfig:
 class PairDataConfig(PrefixDataConfig):
     """``model.data`` of a reward model: pairs of answers, or answers with labels."""
 
-    append_eod: bool = False  # end each text with EOS, where its reward is then read
+    append_eod: bool = False  # end each answer with EOS, where its reward is then read
 
 
 @dataclass(frozen=True, kw_only=True)
 class PromptDataConfig(PrefixDataConfig):
     """``model.data`` of an actor: prompts to be answered."""
-
-
-def _check_num_workers(num_workers: int) -> None:
-    if num_workers < 0:
-        raise UserError(f"model.data.num_workers={num_workers} is negative", cure="set it to 0 or more")

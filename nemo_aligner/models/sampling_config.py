@@ -3,31 +3,42 @@
 
 from dataclasses import dataclass
 
+from nemo_aligner.bounds import bounded, check_bounds
 from nemo_aligner.errors import UserError
 
-__all__ = ["SamplingConfig"]
+__all__ = ["DrawConfig", "SamplingConfig"]
+
+_MEANS_NOTHING = ("{key}={value} is not {range}", "set {key} to a value that is")
 
 
 @dataclass(frozen=True, kw_only=True)
-class SamplingConfig:
-    """How the next token is drawn, and when an answer ends. The defaults draw from the model's own distribution."""
+class DrawConfig:
+    """How the next token is drawn. The defaults draw from the model's own distribution."""
 
-    use_greedy: bool = (
-        False  # take the most likely token; temperature, top_k, top_p and min_p then do nothing
+    # take the most likely token; temperature, top_k, top_p and min_p then do nothing
+    use_greedy: bool = False
+    # logits are divided by it
+    temperature: float = bounded(
+        1.0, above=0, to="above 0; for the most likely token set use_greedy", told=_MEANS_NOTHING
     )
-    temperature: float = 1.0  # logits are divided by it
-    top_k: int = 0  # only the k most likely tokens; 0: all
-    top_p: float = 1.0  # only the most likely tokens that together have this probability; 0 or 1: all
-    min_p: float = (
-        0.0  # only tokens at least this likely as a share of the most likely one's probability; 0: all
-    )
-    repetition_penalty: float = (
-        1.0  # tokens that stand in the prompt or the answer become less likely; 1: never
-    )
-    max_length: int = 256  # tokens of an answer
-    min_length: int = 1  # no answer ends before it has this many tokens, its end token not counted
-    end_strings: tuple[str, ...] = ()  # text that ends an answer, as the model's own end tokens do
-    seed: int = 1234  # of the draws
+    top_k: int = bounded(0, at_least=0, told=_MEANS_NOTHING)  # only the k most likely tokens; 0: all
+    # only the most likely tokens that together have this probability; 0 or 1: all
+    top_p: float = bounded(1.0, at_least=0, at_most=1, to="from 0 to 1", told=_MEANS_NOTHING)
+    # only tokens at least this likely as a share of the most likely one's probability; 0: all
+    min_p: float = bounded(0.0, at_least=0, below=1, to="0 or more and below 1", told=_MEANS_NOTHING)
+    # above 1: tokens that stand in the prompt or the answer become less likely
+    repetition_penalty: float = bounded(1.0, above=0, to="above 0", told=_MEANS_NOTHING)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingConfig(DrawConfig):
+    """How the next token is drawn, and when an answer ends."""
+
+    max_length: int = bounded(256, at_least=1, told=_MEANS_NOTHING)  # tokens of an answer, at most
+    min_length: int = 1  # tokens of an answer before its end token, at least
+    # texts that end an answer, as the model's own end tokens do, e.g. ["<extra_id_1>"]; escapes are understood
+    end_strings: tuple[str, ...] = ()
+    seed: int = 1234  # of the draws: an answer is a function of it, the prompt's line and the weights
 
     @property
     def truncates(self) -> bool:
@@ -48,18 +59,8 @@ class SamplingConfig:
         Raises:
             UserError: naming the setting, its value and the values that go.
         """
+        check_bounds(self, block)
         for name, value, fits, allowed in (
-            (
-                "temperature",
-                self.temperature,
-                self.temperature > 0,
-                "above 0; for the most likely token set use_greedy",
-            ),
-            ("top_k", self.top_k, self.top_k >= 0, "0 or more"),
-            ("top_p", self.top_p, 0 <= self.top_p <= 1, "from 0 to 1"),
-            ("min_p", self.min_p, 0 <= self.min_p < 1, "0 or more and below 1"),
-            ("repetition_penalty", self.repetition_penalty, self.repetition_penalty > 0, "above 0"),
-            ("max_length", self.max_length, self.max_length > 0, "1 or more"),
             ("min_length", self.min_length, 0 <= self.min_length <= self.max_length, "from 0 to max_length"),
             ("end_strings", self.end_strings, all(self.end_strings), "of texts that are not empty"),
         ):

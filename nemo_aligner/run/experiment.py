@@ -60,34 +60,37 @@ class CheckpointCallbackConfig:
     """``exp_manager.checkpoint_callback_params``."""
 
     monitor: str = "val_loss"  # metric that ranks checkpoints; validation_loss means the same
-    save_top_k: int = 5  # how many of the best are kept beside the newest; -1: all
-    mode: Literal["min", "max"] = "min"  # whether less or more of the metric is better
+    save_top_k: int = 5  # how many of the best are kept, beside the newest; -1: all
+    mode: Literal["min", "max"] = "min"  # whether less (min) or more (max) of the metric is better
     always_save_nemo: bool = False  # write a .nemo beside each checkpoint
     save_nemo_on_train_end: bool = True  # write checkpoints/<name>.nemo when training ends
     filename: str = "model--{val_loss:.3f}-{step}-{consumed_samples}-{epoch}"  # template of checkpoint names
-    save_best_model: bool = False  # checkpoints/<name>.nemo is the best checkpoint, not the last
-    async_save: bool = False  # write while training goes on
+    # checkpoints/<name>.nemo is the best checkpoint by the monitor, not the last
+    save_best_model: bool = False
+    # write while training goes on; needs memory for a copy of the weights and the optimizer
+    async_save: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
 class ExperimentConfig:
     """The ``exp_manager`` block."""
 
-    explicit_log_dir: PathText | None = None  # the run's folder
-    exp_dir: PathText | None = None  # else the folder is <exp_dir>/<name>/<time>
-    name: str = "default"  # names the run and its .nemo
+    explicit_log_dir: PathText | None = None  # folder of the run; null: <exp_dir>/<name>/<time>
+    exp_dir: PathText | None = None  # null: ./nemo_experiments
+    name: str = "default"  # names the run and the .nemo it writes
     max_time_per_run: str | None = None  # days:hours:minutes:seconds; save and end before they are over
-    create_tensorboard_logger: bool = True  # write TensorBoard events
+    create_tensorboard_logger: bool = True  # write TensorBoard events beside metrics.jsonl
     create_wandb_logger: bool = False  # log to Weights & Biases
-    wandb_logger_kwargs: WandbConfig = field(default_factory=WandbConfig)
-    resume_if_exists: bool = True  # go on from the folder's newest checkpoint
-    resume_ignore_no_checkpoint: bool = True  # start anew where there is none
-    resume_from_checkpoint: PathText | None = None  # go on from this checkpoint where the folder has none
-    resume_from_older_if_damaged: bool = (
-        False  # set a damaged newest checkpoint aside, use an older whole one
-    )
-    resume_with_changes: bool = False  # go on although settings, model or data are others, with other numbers
-    create_checkpoint_callback: bool = True  # save while training
+    wandb_logger_kwargs: WandbConfig = field(default_factory=WandbConfig)  # given to wandb
+    resume_if_exists: bool = True  # go on from the newest checkpoint in the folder
+    resume_ignore_no_checkpoint: bool = True  # start anew where there is none; False: refuse
+    resume_from_checkpoint: PathText | None = None  # checkpoint to go on from where the folder has none
+    # True: set a damaged newest checkpoint aside, and go on from an older whole one
+    resume_from_older_if_damaged: bool = False
+    # True: go on although settings, model or data are others, with other numbers
+    resume_with_changes: bool = False
+    create_checkpoint_callback: bool = True  # save checkpoints while training
+    # which checkpoints are written and kept
     checkpoint_callback_params: CheckpointCallbackConfig = field(default_factory=CheckpointCallbackConfig)
 
     def folder(self) -> Path:

@@ -4,9 +4,12 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
+from nemo_aligner.bounds import bounded
 from nemo_aligner.errors import UserError
 
 __all__ = ["LoopConfig", "Plan", "SupervisedConfig", "limited", "make_plan"]
+
+_NO_RUN = ("{key}={value} makes no run", "set {key} to {range}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -15,33 +18,26 @@ class LoopConfig:
 
     block: ClassVar[str] = "trainer"  # where these settings stand
 
-    max_epochs: int | None = (
-        None  # passes over the training data; null: one, or as many as max_steps asks for
-    )
-    max_steps: int = (
-        -1
-    )  # steps of the run, unless max_epochs is given and over before; -1: max_epochs decides
-    val_check_interval: int | float = 100  # steps between validations; a float is a share of an epoch
-    save_interval: int | float = (
-        100  # steps between checkpoints; a float is a share of an epoch; 0: at the end only
-    )
-    gradient_clip_val: float = 1.0  # the gradient's norm is cut to this; 0: never
-    max_skipped_steps: int = (
-        10  # steps in a row whose loss or gradient is not finite, after which the run ends
-    )
+    # passes over the training data; null: one, or as many as max_steps asks for
+    max_epochs: int | None = bounded(None, at_least=1, told=_NO_RUN)
+    # steps of the run (of PPO: rollouts), unless max_epochs is given and over before; -1: max_epochs decides
+    max_steps: int = -1
+    # steps between validations; a float is a share of an epoch; 0: never
+    val_check_interval: int | float = bounded(100, at_least=0, to="0 (never) or more", told=_NO_RUN)
+    # steps between checkpoints; a float is a share of an epoch; 0: at the end only
+    save_interval: int | float = bounded(100, at_least=0, to="0 (at the end only) or more", told=_NO_RUN)
+    # the gradient's norm is cut to this; 0: never
+    gradient_clip_val: float = bounded(1.0, at_least=0, to="0 (never) or more", told=_NO_RUN)
+    # steps in a row whose loss or gradient is not finite, after which the run ends
+    max_skipped_steps: int = bounded(10, at_least=1, told=_NO_RUN)
 
     def check(self, block: str) -> None:
         """Refuse a run that would do no step; ``block`` is where these settings stand, as in "trainer.sft"."""
-        for name, value, wrong, cure in (
-            ("max_epochs", self.max_epochs, self.max_epochs is not None and self.max_epochs < 1, "1 or more"),
-            ("max_steps", self.max_steps, self.max_steps == 0, "-1 (max_epochs decides), or 1 or more"),
-            ("save_interval", self.save_interval, self.save_interval < 0, "0 (at the end only) or more"),
-            ("val_check_interval", self.val_check_interval, self.val_check_interval < 0, "0 (never) or more"),
-            ("gradient_clip_val", self.gradient_clip_val, self.gradient_clip_val < 0, "0 (never) or more"),
-            ("max_skipped_steps", self.max_skipped_steps, self.max_skipped_steps < 1, "1 or more"),
-        ):
-            if wrong:
-                raise UserError(f"{block}.{name}={value} makes no run", cure=f"set {block}.{name} to {cure}")
+        if self.max_steps == 0:
+            raise UserError(
+                f"{block}.max_steps=0 makes no run",
+                cure=f"set {block}.max_steps to -1 (max_epochs decides), or 1 or more",
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 SOURCES = sorted(
     path
-    for folder in ("nemo_aligner", "examples", "benchmarks", "tests")
+    for folder in ("nemo_aligner", "examples", "benchmarks", "tools", "tests")
     for path in (ROOT / folder).rglob("*.py")
     if not path.is_relative_to(ROOT / "benchmarks/peers")  # the other side's scripts, as they are
 )

@@ -1,10 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Configuration files explain themselves: each key has a comment, each file starts with a command."""
+"""Configuration files are written from the dataclasses: each key has a comment, each file starts with a command."""
 
 from pathlib import Path
 
 import pytest
 import yaml
+from omegaconf import OmegaConf
+
+from nemo_aligner.run.schedule import LoopConfig, SupervisedConfig
+from tools.conf import as_yaml, meaning, page, written
 
 ROOT = Path(__file__).parents[2]
 CONF = ROOT / "examples/nlp/gpt/conf"
@@ -57,3 +61,47 @@ def test_first_comment_is_a_command_whose_script_exists(path: Path):
     first = next(line for line in path.read_text().splitlines() if not line.startswith("# @package"))
     assert first.startswith("# python examples/")
     assert (ROOT / first.split()[2]).is_file()
+
+
+def test_files_are_what_the_dataclasses_give():
+    """Cure: make conf."""
+    told = written()
+    assert {path: path.read_text() for path in told} == told
+    assert set(FILES) - told.keys() == {CONF / "_base/hydra.yaml"}
+
+
+def test_a_fields_meaning_is_the_comment_beside_it_or_above_it_or_that_of_its_base():
+    assert (
+        meaning(SupervisedConfig, "limit_train_batches")
+        == "batches of an epoch: a number, or a share up to 1.0"
+    )
+    assert meaning(LoopConfig, "gradient_clip_val") == meaning(SupervisedConfig, "gradient_clip_val")
+    assert meaning(LoopConfig, "gradient_clip_val") == "the gradient's norm is cut to this; 0: never"
+    assert meaning(LoopConfig, "nothing") is None
+
+
+@pytest.mark.parametrize(
+    "value", [None, True, 9e-07, 1e16, -100.0, "1", "null", "a: b", "{x} y", "\x11\n", (0.9, 1), {}]
+)
+def test_a_default_is_read_as_it_was_written(value: object):
+    read = OmegaConf.create(f"key: {as_yaml(value)}  # comment").key
+    assert read == (list(value) if isinstance(value, tuple) else value)
+
+
+def test_defaults_in_docs_are_written_and_advice_stays():
+    table = """| key of the critic | default | advice |
+|---|---|---|
+| `trainer.ppo.port` | `1` | Leave `it`. |
+| `trainer.ppo.inference_micro_batch_size` | `2` | Rows. |
+
+| | key | default | here |
+|---|---|---|---|
+| 1 | `model.ppo.end` | unknown | As 2. |
+| 2 | `model.loss_clip_val` (critic) | as `x` | As 1. |
+| 3 | `model.ppo.num_val_samples` | `1` | |
+
+| `health` | `GET` | no table of defaults |
+"""
+    assert page(table) == table.replace("`1` | Leave", "`5556` | Leave").replace(
+        "`2` | Rows", "as `model.forward_micro_batch_size` | Rows"
+    ).replace("as `x`", "`0.2`").replace("`1` | |", "as `model.ppo.num_rollout_samples` | |")

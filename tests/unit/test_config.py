@@ -275,3 +275,16 @@ def test_files_are_named_on_a_command_line(word: str, train: Split):
         words = [*GIVEN["gpt_sft"], "++model.data.skip_warmup=True", f"++{word}"]
         config = OmegaConf.create({"data": hydra.compose("gpt_sft", words).data})
     assert parse(config, Data).data.splits.train == train
+
+
+@pytest.mark.parametrize("optim", [None, {}, {"eps": 1e-6}, {"sched": {"warmup_steps": 3}}])
+def test_what_a_file_of_ones_own_leaves_out_is_as_the_script_has_it(optim: dict[str, object] | None):
+    config = compose(*GIVEN["gpt_ppo_actor"], name="gpt_ppo_actor")
+    OmegaConf.set_struct(config, False)
+    config.model.pop("optim")
+    if optim is not None:
+        config.model.optim = optim
+    config.pop("exp_manager")
+    job = parse(config, ActorJob)
+    assert (job.model.optim.lr, job.model.optim.sched.min_lr) == (9e-7, 9e-8)
+    assert job.exp_manager.checkpoint_callback_params.monitor == "val_rewards"

@@ -72,19 +72,16 @@ class RopeScaling:
 
     rope_type: RopeType
     factor: float
-    low_freq_factor: float = (
-        1.0  # llama3: turns within the original context from which on frequencies are kept
-    )
+    # llama3: turns within the original context from which on frequencies are kept
+    low_freq_factor: float = 1.0
     high_freq_factor: float = 4.0  # llama3: turns up to which they are divided
     original_max_position_embeddings: int = 8192
     beta_fast: float = 32.0  # yarn: turns within the original context from which on frequencies are kept
     beta_slow: float = 1.0  # yarn: turns up to which they are divided
-    attention_factor: float | None = (
-        None  # yarn: multiplies cosines and sines; null: follows from what stands here
-    )
-    mscale: float | None = (
-        None  # yarn, as DeepSeek's: weights of the two factors that attention_factor is made of
-    )
+    # yarn: multiplies cosines and sines; null: follows from what stands here
+    attention_factor: float | None = None
+    # yarn, as DeepSeek's: weights of the two factors that attention_factor is made of
+    mscale: float | None = None
     mscale_all_dim: float | None = None
     truncate: bool = True  # yarn: the ramp begins and ends at whole numbers
 
@@ -100,7 +97,7 @@ class GPTConfig:
     vocab_size: int  # true vocabulary, without padding
     num_query_groups: int | None = None  # key/value heads; null: as many as attention heads
     kv_channels: int | None = None  # size of one head; null: hidden_size / num_attention_heads
-    encoder_seq_length: int = 4096  # longest sequence that training takes
+    encoder_seq_length: int = 4096  # longest sequence, prompt and answer together, in tokens
     max_position_embeddings: int = 4096  # longest sequence that the model was made for
     make_vocab_size_divisible_by: int = 128
     normalization: Normalization = "layernorm"
@@ -120,8 +117,8 @@ class GPTConfig:
     share_embeddings_and_output_weights: bool = True
     window_size: int | None = None  # a query sees itself and window_size - 1 tokens before it
     init_method_std: float = 0.02
-    hidden_dropout: float = 0.0
-    attention_dropout: float = 0.0
+    hidden_dropout: float = 0.0  # dropout of embeddings and residual branches
+    attention_dropout: float = 0.0  # dropout of attention weights
     precision: str = "bf16"  # dtype of the stored weights
     apply_query_key_layer_scaling: bool = False  # kept for fp16 by NeMo; the result is the same
 

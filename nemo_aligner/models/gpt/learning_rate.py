@@ -5,11 +5,13 @@ import math
 from dataclasses import dataclass, field
 from typing import Literal
 
+from nemo_aligner.bounds import bounded, check_bounds
 from nemo_aligner.errors import UserError
 
 __all__ = ["OptimConfig", "SchedConfig", "learning_rate"]
 
 
+_NOT_POSITIVE = "{key}={value} is not positive"
 MOST_HELD = 1000  # steps at min_lr where the settings give no number; NeMo's default
 
 
@@ -17,14 +19,16 @@ MOST_HELD = 1000  # steps at min_lr where the settings give no number; NeMo's de
 class SchedConfig:
     """The ``model.optim.sched`` block."""
 
+    # after the warm-up: CosineAnnealing, WarmupAnnealing (a line), WSD or constant
     name: Literal[
         "CosineAnnealing", "WarmupAnnealing", "WSD", "constant", "WarmupPolicy", "WarmupHoldPolicy"
     ] = "CosineAnnealing"
-    warmup_steps: int = 10  # steps of linear growth from lr / (warmup_steps + 1)
+    warmup_steps: int = 10  # steps of linear growth from lr / (warmup_steps + 1) to lr
     constant_steps: int | None = None  # last steps, held at min_lr; null: a tenth of the run, at most 1000
     min_lr: float = 9e-7  # where the decay ends
-    decay_steps: int | None = None  # WSD: steps of the decay, after the stable phase
-    decay_style: Literal["linear", "cosine", "minus_sqrt", "exponential"] = "linear"  # WSD: its form
+    decay_steps: int | None = None  # of WSD: steps of its decay; until then the rate stays at lr
+    # of WSD: linear, cosine, minus_sqrt or exponential
+    decay_style: Literal["linear", "cosine", "minus_sqrt", "exponential"] = "linear"
 
     @property
     def decays(self) -> bool:
@@ -44,31 +48,27 @@ class SchedConfig:
 class OptimConfig:
     """The ``model.optim`` block."""
 
+    # AdamW, its state dealt out over data parallel ranks; adam, adamw and fused_adam mean the same
     name: Literal["distributed_fused_adam", "fused_adam", "adam", "adamw"] = "distributed_fused_adam"
-    lr: float = 3e-5  # peak learning rate
-    weight_decay: float = 0.01  # decoupled, on matrices only
-    betas: tuple[float, float] = (0.9, 0.98)  # decay of Adam's two moments
+    # peak learning rate
+    lr: float = bounded(3e-5, above=0, told=(_NOT_POSITIVE, "set {key}, for instance to 5e-6"))
+    weight_decay: float = 0.01  # decoupled weight decay, on matrices only
+    betas: tuple[float, float] = (0.9, 0.98)  # decay of Adam's first and second moment
     eps: float = 1e-8  # added to Adam's denominator
     overlap_grad_sync: bool = False  # sum gradients over data parallel ranks while the backward goes on
-    overlap_param_sync: bool = False  # gather weights while the next forward goes on
-    bucket_cap_mb: float = 200.0  # with overlap: MiB of fp32 gradients that are summed together
+    overlap_param_sync: bool = False  # gather weights while the next forward goes on; needs overlap_grad_sync
+    # with overlap: MiB of fp32 gradients that are summed together
+    bucket_cap_mb: float = bounded(200.0, above=0, told=(_NOT_POSITIVE, "set {key}, for instance to 200"))
+    # learning rate over the optimizer steps
     sched: SchedConfig = field(default_factory=SchedConfig)
 
     def check(self) -> None:
         """Refuse what would train nothing or the wrong way."""
+        check_bounds(self, "model.optim")
         if self.overlap_param_sync and not self.overlap_grad_sync:
             raise UserError(
                 "model.optim.overlap_param_sync=True needs model.optim.overlap_grad_sync=True",
                 cure="set both to True, or both to False",
-            )
-        if self.bucket_cap_mb <= 0:
-            raise UserError(
-                f"model.optim.bucket_cap_mb={self.bucket_cap_mb} is not positive",
-                cure="set model.optim.bucket_cap_mb, for instance to 200",
-            )
-        if self.lr <= 0:
-            raise UserError(
-                f"model.optim.lr={self.lr} is not positive", cure="set model.optim.lr, for instance to 5e-6"
             )
         if self.sched.name == "WSD" and not self.sched.decay_steps:
             raise UserError(

@@ -18,9 +18,8 @@ _KEY = "model.activations_checkpoint"
 class Recompute:
     """NeMo's ``activations_checkpoint_*`` keys."""
 
-    granularity: Granularity | None = (
-        None  # selective: attention's products; full: whole layers; None: nothing
-    )
+    # selective: attention's products; full: whole layers; None: nothing
+    granularity: Granularity | None = None
     method: Method | None = None  # of full: uniform groups of layers, or a block of the first ones
     num_layers: int | None = None  # uniform: layers of a group; block: layers of a chunk that are recomputed
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from nemo_aligner.batch import Experience, Unit
+from nemo_aligner.bounds import check_bounds
 from nemo_aligner.errors import UserError
 from nemo_aligner.objectives.config import PolicyConfig
 from nemo_aligner.objectives.policy import PolicyGradient, clipped_surrogate
@@ -278,9 +279,9 @@ def test_what_it_asks_for():
 )
 def test_values_without_a_meaning_are_refused(config: PolicyConfig, says: str):
     with pytest.raises(UserError, match=f"model.ppo.{says} is out of range"):
-        config.check("model.ppo")
+        check_bounds(config, "model.ppo")
 
 
 @pytest.mark.parametrize("config", CONFIGS)
 def test_values_with_a_meaning_are_not(config: PolicyConfig):
-    config.check("model.ppo")
+    check_bounds(config, "model.ppo")

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from nemo_aligner.batch import Unit, ValueBatch
+from nemo_aligner.bounds import check_bounds
 from nemo_aligner.errors import UserError
 from nemo_aligner.objectives.config import ValueConfig
 from nemo_aligner.objectives.protocol import ModelOutput, Wants
@@ -145,6 +146,6 @@ def test_what_it_asks_for_and_refuses():
     assert (objective.wants, objective.unit) == ({Wants.VALUES}, Unit.TOKEN)
     assert objective.weights(batch()[0]) is None
     assert objective.config.loss_clip_val == 0.2
-    ValueConfig(loss_clip_val=0).check("model")
+    check_bounds(ValueConfig(loss_clip_val=0), "model")
     with pytest.raises(UserError, match=r"model.loss_clip_val=-0.1 is negative"):
-        ValueConfig(loss_clip_val=-0.1).check("model")
+        check_bounds(ValueConfig(loss_clip_val=-0.1), "model")
