@@ -91,8 +91,6 @@ def score_by_functions(
     Raises:
         NotFinite: a function failed, or its reward is no finite number.
     """
-    if not functions:
-        return {}
     with world.phase("scoring by functions"), world.at_own_pace():
         mine = (
             _score(functions, rollout, prompts, text)

@@ -112,8 +112,10 @@ class Scorer:
             NotFinite: a number is infinite or NaN, or a function failed.
             WaitEnded: the wait was given up.
         """
-        with watch("reward_functions"):
-            found = score_by_functions(self.functions, rollout, prompts, text=self.rollouts.response_text)
+        found: dict[str, Tensor] = {}
+        if self.functions:
+            with watch("reward_functions"):
+                found = score_by_functions(self.functions, rollout, prompts, text=self.rollouts.response_text)
         with watch("critic_wait"):
             replied = None if asked is None else asked.result(give_up=self.give_up)
         served, values = (
