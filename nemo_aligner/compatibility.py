@@ -3,8 +3,7 @@
 
 __all__ = ["ACCEPTED", "NO_EFFECT"]
 
-# (key, values that ask for nothing, what happens instead). No key that
-# changes numbers may stand here.
+# (key, values that ask for nothing, what happens instead). No key that changes numbers may stand here.
 NO_EFFECT: tuple[tuple[str, tuple[object, ...], str], ...] = (
     ("trainer.accelerator", ("gpu",), "a GPU is used where there is one, else the CPU"),
     ("trainer.logger", (False,), "exp_manager makes the loggers"),

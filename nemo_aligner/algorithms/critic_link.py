@@ -9,7 +9,6 @@ has yet to learn from.
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
 
 from torch import Tensor
 
@@ -51,7 +50,7 @@ class CriticLink:
         """
         loss = pending.result(give_up=self.give_up)
         if not saves:
-            self.critic.committed(self._state().get("critic_sequence", 0))
+            self.critic.committed(self.critic.state_dict().get("critic_sequence", 0))
         return loss
 
     def save_critic(self) -> None:
@@ -80,7 +79,4 @@ class CriticLink:
         return state
 
     def _with_critic(self, state: TrainerState) -> TrainerState:
-        return replace(state, algorithm=state.algorithm | self._state())
-
-    def _state(self) -> dict[str, Any]:
-        return self.critic.state_dict()
+        return replace(state, algorithm=state.algorithm | self.critic.state_dict())

@@ -21,7 +21,7 @@ from nemo_aligner.algorithms.sampler import Sampler
 from nemo_aligner.algorithms.scoring import Scorer, Scores
 from nemo_aligner.algorithms.skips import NotFinite, check_finite, refuse_to_end
 from nemo_aligner.algorithms.updates import Updates
-from nemo_aligner.batch import Experience, Rollout, Scored
+from nemo_aligner.batch import Experience, Scored
 from nemo_aligner.checkpoint.trainer_state import Checkpoint, TrainerState, read_extra
 from nemo_aligner.checkpoint.training import TrainingCheckpoints, monitor_name
 from nemo_aligner.models.alignable_interface import AlignableGenerativeInterface
@@ -117,9 +117,7 @@ class PPOTrainer:
         """
         if sources.critic is not None:
             self.critic = CriticLink(
-                critic=sources.critic,
-                give_up=self._is_asked_to_end,
-                steps_per_epoch=self.plan.steps_per_epoch,
+                critic=sources.critic, give_up=self._gives_up, steps_per_epoch=self.plan.steps_per_epoch
             )
         self.scorer = Scorer(
             policy=self.policy,
@@ -129,7 +127,7 @@ class PPOTrainer:
             served=self.config.served_reward,
             functions=sources.functions,
             rewards=self.config.rewards,
-            give_up=self._is_asked_to_end,
+            give_up=self._gives_up,
         )
         self.milestones.check_room()
         self.run.begin(self.state.step, max_steps=self.plan.max_steps)
@@ -149,7 +147,7 @@ class PPOTrainer:
         finally:
             bar.close()
 
-    def _is_asked_to_end(self) -> bool:
+    def _gives_up(self) -> bool:
         return self._request.number != 0
 
     def _loop(self, bar: ProgressBar) -> None:
@@ -225,7 +223,9 @@ class PPOTrainer:
         metrics["timers/samples_per_gpu_per_s"] = scored.num_rows / seconds / world.world_size()
         self.milestones.limit.note("step", seconds)
         self.run.log(metrics, step=step)
-        self._write_down("train_rollouts", scored, scores, step)
+        self.run.log_rows(
+            "train_rollouts", table_rows(scored, scores.rewards, self.rollouts.decode), step=step
+        )
         bar.show(step, summary(metrics))
 
     def _note_step(self, step: int, scored: Scored, metrics: dict[str, float]) -> None:
@@ -279,7 +279,9 @@ class PPOTrainer:
             scores = self.scorer.scores(self.scorer.ask(rollout), rollout, prompts, watch)
         metrics = rollout_metrics("val_rollouts", rollout, scores)
         self.run.log(metrics | {"timers/validation_time": watch.seconds["validation_time"]}, step=step)
-        self._write_down("val_rollouts", rollout, scores, step)
+        self.run.log_rows(
+            "val_rollouts", table_rows(rollout, scores.rewards, self.rollouts.decode), step=step
+        )
         self.milestones.limit.note("validation", watch.seconds["validation_time"])
         self.state = replace(
             self.state,
@@ -288,10 +290,6 @@ class PPOTrainer:
         )
         if world.is_logging_rank():
             logger.info("validation: reward %.4f", metrics["val_rollouts/rewards"])
-
-    def _write_down(self, table: str, rollout: Rollout, scores: Scores, step: int) -> None:
-        if world.is_logging_rank():
-            self.run.log_rows(table, table_rows(rollout, scores.rewards, self.rollouts.decode), step=step)
 
     def _save(self, checkpoints: TrainingCheckpoints) -> None:
         if self.critic is not None:
@@ -310,5 +308,5 @@ class PPOTrainer:
         if self.critic is not None:
             self.state = self.critic.save_alone(checkpoints, self.state)
         else:
-            checkpoints.save(self.state, steps_per_epoch=self.plan.steps_per_epoch)
+            self._save(checkpoints)
         checkpoints.finish()

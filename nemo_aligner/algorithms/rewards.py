@@ -78,7 +78,7 @@ def score_by_functions(
     rollout: Rollout,
     prompts: Mapping[int, PromptRow],
     *,
-    text: Callable[[Rollout, int], str],
+    text: Callable[[Sequence[int]], str],
 ) -> dict[str, Tensor]:
     """Return each function's [N] float32 rewards, on every rank. Called by all ranks.
 
@@ -86,7 +86,7 @@ def score_by_functions(
         functions: by the reward's name.
         rollout: the whole one.
         prompts: those of this data parallel rank, by number; it scores the responses to them.
-        text: of a row's response.
+        text: of a response's tokens.
 
     Raises:
         NotFinite: a function failed, or its reward is no finite number.
@@ -110,14 +110,14 @@ def _score(
     functions: Mapping[str, RewardFunction],
     rollout: Rollout,
     prompts: Mapping[int, PromptRow],
-    text: Callable[[Rollout, int], str],
+    text: Callable[[Sequence[int]], str],
 ) -> dict[int, list[float]] | _Failed:
     found: dict[int, list[float]] = {}
     for row, number in enumerate(map(int, rollout.group)):
         if number not in prompts:
             continue
-        prompt = prompts[number]
-        given = {"prompt": prompt.text, "response": text(rollout, row), "tokens": rollout.answer(row)}
+        prompt, tokens = prompts[number], rollout.answer(row)
+        given = {"prompt": prompt.text, "response": text(tokens), "tokens": tokens}
         found[row] = []
         for name, function in functions.items():
             try:

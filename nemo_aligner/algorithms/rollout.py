@@ -63,9 +63,8 @@ class Rollouts:
     decode: Callable[[Sequence[int]], str]  # token ids to text
     end_ids: Sequence[int]  # tokens that end an answer
 
-    def response_text(self, rollout: Rollout, row: int) -> str:
-        """The text of a row's response, without the token that ends it."""
-        tokens = rollout.answer(row)
+    def response_text(self, tokens: Sequence[int]) -> str:
+        """The text of a response, without the token that ends it."""
         return self.decode(tokens[:-1] if tokens and tokens[-1] in self.end_ids else tokens)
 
     def warn_of_cut(self, rollout: Rollout) -> None:

@@ -79,8 +79,10 @@ def is_huggingface(path: Path) -> bool:
 
 def is_gguf(path: Path) -> bool:
     """Whether it is a GGUF file."""
-    if path.suffix == ".gguf" or not path.is_file():
-        return path.suffix == ".gguf" and not path.is_dir()
+    if path.suffix == ".gguf":
+        return not path.is_dir()
+    if not path.is_file():
+        return False
     with path.open("rb") as file:
         return file.read(4) == b"GGUF"
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Rewards by Python functions: what they are called with, and how their failures are told."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -41,8 +41,8 @@ def rollout() -> Rollout:
     )
 
 
-def text(batch: Rollout, row: int) -> str:
-    return "".join(map(str, batch.answer(row)))
+def text(tokens: Sequence[int]) -> str:
+    return "".join(map(str, tokens))
 
 
 def exact(*, prompt: str, response: str, tokens: list[int], row: dict) -> float:
