@@ -4,6 +4,7 @@
 ``make test-kills`` runs all of them, on an idle machine; the other targets the first run of each kind, six kills.
 """
 
+import contextlib
 import json
 import random
 import signal
@@ -128,7 +129,10 @@ def hits() -> list[str]:
 
 def victims(job: Job, who: str) -> list[psutil.Process]:
     starter = psutil.Process(job.process.pid)
-    ranks = [child for child in starter.children() if "python" in child.name()]
+    ranks = []
+    for child in starter.children():
+        with contextlib.suppress(psutil.NoSuchProcess):
+            ranks += [child] if "python" in child.name() else []
     match who:
         case "starter":
             return [starter]
@@ -217,8 +221,9 @@ def kill_a_starting_endpoint(job: Job) -> None:
 
     def endpoints() -> Iterator[psutil.Process]:
         for process in psutil.Process(job.process.pid).children(recursive=True):
-            if process.name() == "triton_python_backend_stub":
-                yield process
+            with contextlib.suppress(psutil.NoSuchProcess):  # a helper of Triton's start that is over
+                if process.name() == "triton_python_backend_stub":
+                    yield process
 
     found: list[psutil.Process] = []
 
