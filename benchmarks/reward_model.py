@@ -17,8 +17,8 @@ from benchmarks.processes import ALLOCATORS, PEERS, THREADS, Side, conditions
 from benchmarks.sft import OPTIM, SHAPE, Shape, random_model
 from benchmarks.training_step import REPEATS, SPEED, Found, alternated, ratios, sides_figures, timed
 from nemo_aligner.batch import PreferenceBatch
-from nemo_aligner.data.collate import collate_comparisons
-from nemo_aligner.data.sample import ComparisonSample
+from nemo_aligner.data.collate import collate
+from nemo_aligner.data.row import Row, TokenSequence
 from nemo_aligner.models.gpt.critic import GPTCritic
 from nemo_aligner.models.gpt.heads import HeadConfig
 from nemo_aligner.models.gpt.learning_rate import OptimConfig
@@ -55,11 +55,12 @@ def pairs(shape: Shape) -> Iterator[PreferenceBatch]:
         words = torch.randint(
             shape.first_word, shape.model.vocab_size, (shape.rows, shape.length), generator=draw
         ).tolist()
-        samples = [
-            ComparisonSample(chosen=chosen, rejected=rejected)
-            for chosen, rejected in zip(words[::2], words[1::2], strict=True)
-        ]
-        yield collate_comparisons(samples, pad_id=0, seq_length=shape.length)
+        mask = [False] * (shape.length - 1) + [True]
+        texts = [TokenSequence(tokens=ids, loss_mask=mask) for ids in words]
+        rows = [Row(sequences=pair) for pair in zip(texts[::2], texts[1::2], strict=True)]
+        batch = collate(rows, pad_id=0, seq_length=shape.length)
+        assert isinstance(batch, PreferenceBatch)
+        yield batch
 
 
 def train(shape: Shape) -> str:

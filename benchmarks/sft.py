@@ -17,7 +17,7 @@ from benchmarks.processes import ALLOCATORS, PEERS, THREADS, Side, conditions
 from benchmarks.training_step import REPEATS, Found, alternated, ratios, sides_figures, timed
 from nemo_aligner.batch import TokenBatch
 from nemo_aligner.data.collate import collate
-from nemo_aligner.data.sample import Sample
+from nemo_aligner.data.row import Row, TokenSequence
 from nemo_aligner.models.gpt.config import GPTConfig
 from nemo_aligner.models.gpt.heads import HeadConfig
 from nemo_aligner.models.gpt.learning_rate import OptimConfig, SchedConfig
@@ -129,7 +129,7 @@ def rows(shape: Shape, *, learned: int) -> Iterator[TokenBatch]:
         words = torch.randint(
             shape.first_word, shape.model.vocab_size, (shape.rows, shape.length), generator=draw
         )
-        samples = [Sample(tokens=row, mask=mask, truncated=False) for row in words.tolist()]
+        samples = [Row(sequences=(TokenSequence(tokens=ids, loss_mask=mask),)) for ids in words.tolist()]
         yield collate(samples, pad_id=0, seq_length=shape.length)
 
 

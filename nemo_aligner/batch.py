@@ -214,6 +214,9 @@ class PreferenceBatch(TokenBatch):
 
     rows_per_sample: ClassVar[int] = 2
 
+    # [N] float: the reference's, of each sequence's loss tokens in sum; None where no loss needs it
+    reference_logprobs: Tensor | None = None
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ScoredBatch(TokenBatch):

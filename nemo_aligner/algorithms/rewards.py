@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -18,27 +18,14 @@ from torch import Tensor
 from nemo_aligner.algorithms.ppo_config import RewardConfig
 from nemo_aligner.algorithms.skips import NotFinite
 from nemo_aligner.batch import Rollout
+from nemo_aligner.data.row import Row
 from nemo_aligner.errors import UserError
 from nemo_aligner.parallel import collectives, world
 
-__all__ = ["PromptRow", "RewardFunction", "load_function", "score_by_functions", "weighted_sum"]
+__all__ = ["RewardFunction", "load_function", "score_by_functions", "weighted_sum"]
 
 RewardFunction = Callable[..., float]
 """``function(prompt=str, response=str, tokens=list[int], row=dict) -> float``; ``row`` is the prompt's JSON object."""
-
-
-class PromptRow(Protocol):
-    """A prompt and the JSON object that it stands in."""
-
-    @property
-    def text(self) -> str:
-        """The prompt's text."""
-        ...
-
-    @property
-    def row(self) -> Mapping[str, object]:
-        """The fields of its line."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -76,7 +63,7 @@ def load_function(setting: str, path: str) -> RewardFunction:
 def score_by_functions(
     functions: Mapping[str, RewardFunction],
     rollout: Rollout,
-    prompts: Mapping[int, PromptRow],
+    prompts: Mapping[int, Row],
     *,
     text: Callable[[Sequence[int]], str],
 ) -> dict[str, Tensor]:
@@ -109,7 +96,7 @@ def score_by_functions(
 def _score(
     functions: Mapping[str, RewardFunction],
     rollout: Rollout,
-    prompts: Mapping[int, PromptRow],
+    prompts: Mapping[int, Row],
     text: Callable[[Sequence[int]], str],
 ) -> dict[int, list[float]] | _Failed:
     found: dict[int, list[float]] = {}
@@ -121,13 +108,13 @@ def _score(
         found[row] = []
         for name, function in functions.items():
             try:
-                reward = float(function(**given, row=dict(prompt.row)))
+                reward = float(function(**given, row=dict(prompt.extras)))
             except Exception as error:  # a person's code, whose failure every rank must hear of
                 return _Failed(
-                    f"trainer.ppo.rewards.{name}: {type(error).__name__}: {error}; the row: {prompt.row}"
+                    f"trainer.ppo.rewards.{name}: {type(error).__name__}: {error}; the row: {prompt.extras}"
                 )
             if not math.isfinite(reward):
-                return _Failed(f"trainer.ppo.rewards.{name} gave {reward}; the row: {prompt.row}")
+                return _Failed(f"trainer.ppo.rewards.{name} gave {reward}; the row: {prompt.extras}")
             found[row].append(reward)
     return found
 

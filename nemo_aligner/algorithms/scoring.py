@@ -9,10 +9,11 @@ from torch import Tensor
 
 from nemo_aligner.algorithms.critic_link import CriticLink
 from nemo_aligner.algorithms.ppo_config import RewardConfig
-from nemo_aligner.algorithms.rewards import PromptRow, RewardFunction, score_by_functions, weighted_sum
+from nemo_aligner.algorithms.rewards import RewardFunction, score_by_functions, weighted_sum
 from nemo_aligner.algorithms.rollout import Rollouts, cut, per_token
 from nemo_aligner.algorithms.skips import check_finite
 from nemo_aligner.batch import Rollout, Scored
+from nemo_aligner.data.row import Row
 from nemo_aligner.models.alignable_interface import AlignableGenerativeInterface
 from nemo_aligner.run.stopwatch import Stopwatch
 from nemo_aligner.serving.shared import Pending, SharedReward
@@ -48,7 +49,7 @@ class Scorer:
     give_up: Callable[[], bool] = lambda: False  # asked on rank 0 while it waits for a server
 
     def score(
-        self, rollout: Rollout, prompts: Mapping[int, PromptRow], watch: Stopwatch, *, with_reference: bool
+        self, rollout: Rollout, prompts: Mapping[int, Row], watch: Stopwatch, *, with_reference: bool
     ) -> tuple[Scored, Scores]:
         """The rollout with all that is known of it; servers work while log-probs are computed.
 
@@ -102,9 +103,7 @@ class Scorer:
             return self.critic.judge(batch, rows=rows)
         return None if self.reward is None else self.reward.judge(batch, rows=rows)
 
-    def scores(
-        self, asked: Reply, rollout: Rollout, prompts: Mapping[int, PromptRow], watch: Stopwatch
-    ) -> Scores:
+    def scores(self, asked: Reply, rollout: Rollout, prompts: Mapping[int, Row], watch: Stopwatch) -> Scores:
         """What functions say, and servers that were ``asked``.
 
         Raises:

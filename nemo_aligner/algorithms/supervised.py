@@ -5,7 +5,6 @@ import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Protocol
 
 import torch
 
@@ -14,6 +13,7 @@ from nemo_aligner.algorithms.skips import counted, refuse_to_end
 from nemo_aligner.batch import TokenBatch
 from nemo_aligner.checkpoint.trainer_state import Checkpoint, TrainerState
 from nemo_aligner.checkpoint.training import TrainingCheckpoints, monitor_name
+from nemo_aligner.data.loader import BatchLoader
 from nemo_aligner.models.alignable_interface import SupervisedInterface
 from nemo_aligner.objectives.protocol import Objective, with_spread
 from nemo_aligner.parallel import collectives, world
@@ -29,32 +29,7 @@ logger = logging.getLogger(__name__)
 UNVALIDATED = "unvalidated_step"  # in a state: the step whose validation a signal has ended
 
 
-class Batches(Protocol):
-    """A source of global batches, as this data parallel rank sees them."""
-
-    @property
-    def batches_per_epoch(self) -> int:
-        """Global batches in one pass over the data."""
-        ...
-
-    @property
-    def fingerprint(self) -> dict[str, object]:
-        """What makes up the batches: equal fingerprints, equal batches."""
-        ...
-
-    @property
-    def num_seen(self) -> int:
-        """Samples that this rank has handed out so far."""
-        ...
-
-    @property
-    def num_truncated(self) -> int:
-        """Samples that this rank has cut so far."""
-        ...
-
-    def iterate(self, start: int, stop: int) -> Iterator[list[TokenBatch]]:
-        """Micro-batches of global batches ``start`` to ``stop - 1``, counted on from epoch to epoch."""
-        ...
+Batches = BatchLoader[TokenBatch]
 
 
 class SupervisedTrainer:
@@ -86,6 +61,7 @@ class SupervisedTrainer:
             limit_train=config.limit_train_batches,
             limit_val=config.limit_val_batches,
         )
+        self.checkpoints = checkpoints
         self.milestones = Milestones(self.plan, run, checkpoints, block=config.block, save=self._save)
         self.state = TrainerState(data=train.fingerprint | {"steps_per_epoch": self.plan.steps_per_epoch})
 
@@ -109,8 +85,8 @@ class SupervisedTrainer:
                 for batches in self._training_batches():
                     self._advance(batches, bar)
                     self.milestones.after(self.state.step, self._request)
-                if (checkpoints := self.milestones.checkpoints) is not None:
-                    checkpoints.finish()
+                if self.checkpoints is not None:
+                    self.checkpoints.finish()
                 refuse_to_end(self.state)
         finally:
             bar.close()

@@ -4,7 +4,7 @@
 What only jobs that serve or are served need stands in ``actor`` and ``servers``, which import a server's libraries.
 """
 
-from nemo_aligner.builders.loaders import reward_loaders, reward_objective, sft_loaders
+from nemo_aligner.builders.loaders import pair_loaders, reward_objective, sft_loaders
 from nemo_aligner.builders.models import (
     Pretrained,
     load_policy,
@@ -12,13 +12,13 @@ from nemo_aligner.builders.models import (
     needed_tokenizer,
     standardize,
 )
-from nemo_aligner.builders.next_steps import say_next
 from nemo_aligner.builders.resume import resume_point
 from nemo_aligner.builders.runs import (
     open_experiment,
+    prepare_training,
     save_result,
+    supervised_trainer,
     training_checkpoints,
-    warn_of_schedule,
 )
 
 __all__ = [
@@ -27,13 +27,13 @@ __all__ = [
     "load_reward_model",
     "needed_tokenizer",
     "open_experiment",
+    "pair_loaders",
+    "prepare_training",
     "resume_point",
-    "reward_loaders",
     "reward_objective",
     "save_result",
-    "say_next",
     "sft_loaders",
     "standardize",
+    "supervised_trainer",
     "training_checkpoints",
-    "warn_of_schedule",
 ]

@@ -11,7 +11,7 @@ from typing import Any
 
 from nemo_aligner.algorithms.ppo import RewardSources
 from nemo_aligner.algorithms.rewards import load_function
-from nemo_aligner.algorithms.rollout import Rollouts
+from nemo_aligner.algorithms.rollout import Prompts, Rollouts
 from nemo_aligner.builders.loaders import longest_sequence
 from nemo_aligner.builders.models import Pretrained, load_policy, needed_tokenizer
 from nemo_aligner.builders.servers import tokenizer_probe
@@ -19,11 +19,10 @@ from nemo_aligner.checkpoint.nemo_archive import WEIGHTS_NAME
 from nemo_aligner.checkpoint.sharded import load_model
 from nemo_aligner.checkpoint.trainer_state import Checkpoint, read_extra
 from nemo_aligner.config.ppo import ActorJob, CriticRemoteConfig, RemoteConfig, RewardRemoteConfig
-from nemo_aligner.data.collate import collate_prompts
-from nemo_aligner.data.datasets import open_prompts
+from nemo_aligner.data.collate import uncollated
+from nemo_aligner.data.datasets import open_prompt_rows
 from nemo_aligner.data.loader import BatchLoader
 from nemo_aligner.data.prefix import Split
-from nemo_aligner.data.sample import PromptSample
 from nemo_aligner.data.sampler import GlobalBatchSampler
 from nemo_aligner.data.tokenizer import Tokenizer
 from nemo_aligner.errors import UserError
@@ -40,8 +39,6 @@ from nemo_aligner.serving.shared import CriticLost, Pending, SharedCritic, Share
 __all__ = ["actor_objective", "actor_prompts", "actor_rollouts", "load_actor", "open_sources"]
 
 logger = logging.getLogger(__name__)
-
-Prompts = BatchLoader[PromptSample, list[PromptSample]]
 
 
 def load_actor(job: ActorJob, start: Checkpoint | None) -> Pretrained[GPTPolicy]:
@@ -151,7 +148,7 @@ def _prompts(
             f"{_longest(job, pretrained)} tokens",
             cure="set it lower, or model.encoder_seq_length (and remote_critic_rm.pad_to_length) higher",
         )
-    dataset = open_prompts(data, split, tokenizer, max_length=room)
+    dataset = open_prompt_rows(data, split, tokenizer, max_length=room)
     return BatchLoader(
         dataset,
         GlobalBatchSampler(
@@ -162,8 +159,8 @@ def _prompts(
             drop_last=True,
             blend=dataset.blend,
         ),
-        collate=collate_prompts,
-        filler=None,
+        collate=uncollated,
+        pads=False,
         dp_rank=world.dp_rank(),
         dp_size=world.dp_size(),
         micro_batch_size=1,

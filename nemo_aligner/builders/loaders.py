@@ -3,58 +3,45 @@
 
 import functools
 import logging
+from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
 
 from nemo_aligner.batch import TokenBatch
 from nemo_aligner.builders.models import Pretrained, needed_tokenizer, pin_clock
 from nemo_aligner.checkpoint.tokenizer_files import chat_template_file
-from nemo_aligner.config.reward import RMJob, RMModelConfig
+from nemo_aligner.config.pairs import PairJob, PairModelConfig
+from nemo_aligner.config.reward import RMModelConfig
 from nemo_aligner.config.sft import SFTJob, SFTModelConfig
-from nemo_aligner.data.collate import (
-    collate,
-    collate_comparisons,
-    collate_scored,
-    collate_scored_pairs,
-    empty_comparison,
-    empty_sample,
-    empty_scored,
-    empty_scored_pair,
-)
+from nemo_aligner.data.collate import collate
 from nemo_aligner.data.config import SFTDataConfig, SFTSplitConfig
-from nemo_aligner.data.datasets import (
-    describe,
-    open_comparisons,
-    open_regression,
-    open_regression_pairs,
-    open_sft,
-    uses_prompt_tokens,
-)
+from nemo_aligner.data.datasets import open_response_rows, open_sft, uses_prompt_tokens
 from nemo_aligner.data.loader import BatchLoader
 from nemo_aligner.data.markers import marker_template
 from nemo_aligner.data.prefix import Split
-from nemo_aligner.data.sample import Sample
+from nemo_aligner.data.records import Records, TextRow
+from nemo_aligner.data.row import describe
+from nemo_aligner.data.row_dataset import BlendedDataset, RowDataset
 from nemo_aligner.data.sampler import GlobalBatchSampler
+from nemo_aligner.data.text_rows import Labels, open_labeled, open_pairs
 from nemo_aligner.data.tokenizer import Tokenizer
 from nemo_aligner.errors import UserError
 from nemo_aligner.models.gpt.config import GPTConfig
-from nemo_aligner.models.gpt.critic import GPTCritic
 from nemo_aligner.models.gpt.policy import GPTPolicy
 from nemo_aligner.objectives.protocol import Objective
 from nemo_aligner.objectives.reward import AttributePairs, BradleyTerry, Regression
 from nemo_aligner.parallel import world
 from nemo_aligner.run.progress import heartbeat
 
-__all__ = ["longest_sequence", "reward_loaders", "reward_objective", "sft_loaders"]
+__all__ = ["longest_sequence", "pair_loaders", "reward_objective", "sft_loaders"]
 
 logger = logging.getLogger(__name__)
 
 
-SFTLoader = BatchLoader[Sample, TokenBatch]
+Loader = BatchLoader[TokenBatch]
 
 
 @world.phase("reading data")
-def sft_loaders(job: SFTJob, pretrained: Pretrained[GPTPolicy]) -> tuple[SFTLoader, dict[str, SFTLoader]]:
+def sft_loaders(job: SFTJob, pretrained: Pretrained[GPTPolicy]) -> tuple[Loader, dict[str, Loader]]:
     """Training batches, and those of validation by name; the first training sample is shown.
 
     Raises:
@@ -65,7 +52,7 @@ def sft_loaders(job: SFTJob, pretrained: Pretrained[GPTPolicy]) -> tuple[SFTLoad
     if data.chat:
         pin_clock(tokenizer, pretrained.config, data.chat_date)
     with heartbeat("reading data", enabled=world.is_logging_rank()):
-        loaders: dict[str, SFTLoader] = {}
+        loaders: dict[str, Loader] = {}
         for name, split in {"train_ds": data.train_ds, **data.validation}.items():
             setting = f"model.data.{name}.max_seq_length"
             longest = longest_sequence(setting, split.max_seq_length, gpt, multiple)
@@ -136,28 +123,49 @@ def _warn_of_positions(longest: int, setting: str, asked: int, positions: int) -
 
 def _loader(
     data: SFTDataConfig, split: SFTSplitConfig, tokenizer: Tokenizer, model: SFTModelConfig
-) -> SFTLoader:
-    dataset = open_sft(data, split, tokenizer, answer_only_loss=model.answer_only_loss)
-    sampler = GlobalBatchSampler(
-        len(dataset),
-        split.global_batch_size,
+) -> Loader:
+    return _batches(
+        open_sft(data, split, tokenizer, answer_only_loss=model.answer_only_loss),
+        tokenizer,
+        model,
+        sizes=split,
+        max_length=split.max_seq_length,
         shuffle=split.shuffle,
-        seed=model.seed,
         drop_last=split.drop_last,
     )
-    return SFTLoader(
+
+
+def _batches(
+    dataset: RowDataset | BlendedDataset,
+    tokenizer: Tokenizer,
+    model: SFTModelConfig | PairModelConfig,
+    *,
+    sizes: SFTSplitConfig | PairModelConfig,
+    max_length: int,
+    shuffle: bool,
+    drop_last: bool,
+) -> Loader:
+    """This data parallel rank's batches of a data set."""
+    sampler = GlobalBatchSampler(
+        len(dataset),
+        sizes.global_batch_size,
+        shuffle=shuffle,
+        seed=model.seed,
+        drop_last=drop_last,
+        blend=dataset.blend,
+    )
+    return BatchLoader(
         dataset,
         sampler,
         collate=collate,
-        filler=empty_sample(tokenizer.pad_id),
         dp_rank=world.dp_rank(),
         dp_size=world.dp_size(),
-        micro_batch_size=split.micro_batch_size,
+        micro_batch_size=sizes.micro_batch_size,
         pad_id=tokenizer.pad_id,
         multiple=model.length_multiple,
-        max_length=split.max_seq_length,
+        max_length=max_length,
         one_length=world.pp_size() > 1,
-        num_workers=data.num_workers,
+        num_workers=model.data.num_workers,
     )
 
 
@@ -172,82 +180,54 @@ def reward_objective(model: RMModelConfig) -> Objective:
             return BradleyTerry()
 
 
+def _reader(job: PairJob, tokenizer: Tokenizer) -> tuple[Callable[[str], Records[TextRow]], str]:
+    """(what opens a file of the job's kind, what its rows are called in messages)."""
+    regression = job.labels
+    if regression is None:
+        return lambda path: open_pairs(path, tokenizer), "pairs"
+    paired = regression.loss_func != "regression"
+    labels = Labels(num_attributes=regression.num_attributes, missing=regression.loss_mask_val, paired=paired)
+    return lambda path: open_labeled(path, labels, tokenizer), "pairs" if paired else "rows"
+
+
 @world.phase("reading data")
-def reward_loaders(
-    job: RMJob, pretrained: Pretrained[GPTCritic]
-) -> tuple[BatchLoader, dict[str, BatchLoader]]:
-    """Training batches of pairs, or of judged answers, and those of each validation set.
+def pair_loaders(
+    job: PairJob, pretrained: Pretrained, *, generates: bool = False
+) -> tuple[Loader, dict[str, Loader]]:
+    """Training batches of pairs of responses, or of labeled ones, and those of each validation set.
+
+    Args:
+        generates: the loss is of the responses' tokens; else of the reward of each whole text.
 
     Raises:
         UserError: there is no tokenizer, or a file cannot be used.
     """
-    tokenizer, config, gpt = (
-        needed_tokenizer(job, pretrained),
-        job.trainer.rm,
-        pretrained.learner.model.gpt_config,
+    model, data, splits = job.model, job.model.data, job.model.data.splits
+    tokenizer, gpt = needed_tokenizer(job, pretrained), pretrained.learner.model.gpt_config
+    longest = longest_sequence(
+        "model.data.seq_length", data.seq_length or gpt.encoder_seq_length, gpt, model.length_multiple
     )
-    splits = job.model.data.splits
-    sets = {"validation": splits.validation} if splits.validation else {}
-    sets |= splits.extra_validation
-    with heartbeat("reading data", enabled=world.is_logging_rank()):
-        train = _reward_loader(
-            job, splits.train, tokenizer, gpt, shuffle=config.train_random_sampler, drop_last=True
+    read, unit = _reader(job, tokenizer)
+
+    def load(split: Split, *, shuffle: bool, drop_last: bool) -> Loader:
+        rows = open_response_rows(
+            data, split, tokenizer, read=read, max_length=longest, unit=unit, generates=generates
         )
+        return _batches(
+            rows, tokenizer, model, sizes=model, max_length=longest, shuffle=shuffle, drop_last=drop_last
+        )
+
+    sets = {"validation": splits.validation} if splits.validation else {}
+    with heartbeat("reading data", enabled=world.is_logging_rank()):
+        train = load(splits.train, shuffle=job.loop.train_random_sampler, drop_last=True)
         validation = {
-            name: _reward_loader(
-                job, split, tokenizer, gpt, shuffle=config.val_random_sampler, drop_last=False
-            )
-            for name, split in sets.items()
+            name: load(split, shuffle=job.loop.val_random_sampler, drop_last=False)
+            for name, split in {**sets, **splits.extra_validation}.items()
         }
     if world.is_logging_rank():
         counts = ", ".join(f"{len(loader.dataset)} {name}" for name, loader in validation.items())
-        counts = counts or "no validation"
-        logger.info("%d training and %s samples", len(train.dataset), counts)
+        logger.info("%d training and %s samples", len(train.dataset), counts or "no validation")
+        if generates:
+            shown = describe(train.dataset[0], tokenizer)
+            logger.info("first chosen response, its loss tokens between ⟦ and ⟧:\n%s", shown)
     return train, validation
-
-
-def _reward_loader(
-    job: RMJob, split: Split, tokenizer: Tokenizer, gpt: GPTConfig, *, shuffle: bool, drop_last: bool
-) -> BatchLoader[Any, Any]:
-    model, regression = job.model, job.model.regression
-    longest = longest_sequence(
-        "model.data.seq_length", model.data.seq_length or gpt.encoder_seq_length, gpt, model.length_multiple
-    )
-    labels = {"num_attributes": regression.num_attributes, "missing": regression.loss_mask_val}
-    collated: Any
-    filler: Any
-    match reward_objective(model):
-        case Regression():
-            dataset = open_regression(model.data, split, tokenizer, max_length=longest, **labels)
-            collated, filler = collate_scored, empty_scored(tokenizer.pad_id, regression.num_attributes)
-        case AttributePairs():
-            dataset = open_regression_pairs(model.data, split, tokenizer, max_length=longest, **labels)
-            collated, filler = (
-                collate_scored_pairs,
-                empty_scored_pair(tokenizer.pad_id, regression.num_attributes),
-            )
-        case _:
-            dataset = open_comparisons(model.data, split, tokenizer, max_length=longest)
-            collated, filler = collate_comparisons, empty_comparison(tokenizer.pad_id)
-    sampler = GlobalBatchSampler(
-        len(dataset),
-        model.global_batch_size,
-        shuffle=shuffle,
-        seed=model.seed,
-        drop_last=drop_last,
-        blend=dataset.blend,
-    )
-    return BatchLoader(
-        dataset,
-        sampler,
-        collate=collated,
-        filler=filler,
-        dp_rank=world.dp_rank(),
-        dp_size=world.dp_size(),
-        micro_batch_size=model.micro_batch_size,
-        pad_id=tokenizer.pad_id,
-        multiple=model.length_multiple,
-        max_length=longest,
-        one_length=world.pp_size() > 1,
-        num_workers=model.data.num_workers,
-    )

@@ -7,7 +7,6 @@ import sys
 from pathlib import Path
 
 from nemo_aligner.config.base import Job
-from nemo_aligner.config.ppo import ActorJob
 from nemo_aligner.config.reward import RMJob
 from nemo_aligner.config.sft import SFTJob
 from nemo_aligner.parallel import world
@@ -28,7 +27,7 @@ def say_next(job: Job, run: Experiment) -> None:
 def _next(job: Job, nemo: Path) -> dict[str, str]:
     """{what for: command}."""
     found = {}
-    if isinstance(job, SFTJob | ActorJob):
+    if not isinstance(job, RMJob):
         found["ask it"] = _command("generate.py", f"model.restore_from_path={nemo}")
     if isinstance(job, RMJob):
         found["serve rewards"] = _command("serve_reward_model.py", f"rm_model_file={nemo}")

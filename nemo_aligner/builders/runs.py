@@ -8,16 +8,22 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from nemo_aligner.algorithms.supervised import Batches, SupervisedTrainer
 from nemo_aligner.builders.models import Pretrained
+from nemo_aligner.builders.next_steps import say_next
 from nemo_aligner.checkpoint.training import TrainingCheckpoints
 from nemo_aligner.config.base import Job
+from nemo_aligner.config.pairs import PairJob
+from nemo_aligner.config.ppo import ActorJob
+from nemo_aligner.config.sft import SFTJob
 from nemo_aligner.models.gpt.learning_rate import OptimConfig
+from nemo_aligner.objectives.protocol import Objective
 from nemo_aligner.parallel import collectives, world
 from nemo_aligner.run.disk import told_if_full
 from nemo_aligner.run.experiment import Experiment, ExperimentConfig
 from nemo_aligner.run.lock import FolderLock
 
-__all__ = ["open_experiment", "save_result", "training_checkpoints", "warn_of_schedule"]
+__all__ = ["open_experiment", "prepare_training", "save_result", "supervised_trainer", "training_checkpoints"]
 
 logger = logging.getLogger(__name__)
 
@@ -76,18 +82,47 @@ def training_checkpoints(
     )
 
 
+def supervised_trainer(
+    job: SFTJob | PairJob,
+    run: Experiment,
+    pretrained: Pretrained[Any],
+    objective: Objective,
+    batches: tuple[Batches, dict[str, Batches]],
+) -> SupervisedTrainer:
+    """Return a trainer that is ready to fit, its optimizer made."""
+    train, validation = batches
+    checkpoints = training_checkpoints(job, run, pretrained)
+    trainer = SupervisedTrainer(job.loop, pretrained.learner, objective, train, validation, run, checkpoints)
+    prepare_training(job, pretrained, max_steps=trainer.plan.max_steps)
+    return trainer
+
+
+def prepare_training(
+    job: SFTJob | PairJob | ActorJob, pretrained: Pretrained[Any], *, max_steps: int
+) -> None:
+    """Make the optimizer of a run of ``max_steps`` optimizer steps."""
+    _warn_of_schedule(job.model.optim, max_steps=max_steps)
+    pretrained.learner.prepare_training(
+        job.model.optim, clip_grad=job.loop.gradient_clip_val, max_steps=max_steps
+    )
+
+
 def save_result(
     job: Job, run: Experiment, pretrained: Pretrained[Any], checkpoints: TrainingCheckpoints | None
 ) -> None:
-    """Write the trained model, or the best one of the run, as a .nemo; an earlier end of the same run is replaced."""
+    """Write the trained model, or the best one of the run, as a .nemo, and say what can be done with it.
+
+    What an earlier end of the same run has written is replaced.
+    """
     params = job.exp_manager.checkpoint_callback_params
     if params.save_best_model and checkpoints is not None:
         checkpoints.save_best(run.nemo_path)
     elif params.save_nemo_on_train_end:
         pretrained.save(run.nemo_path, overwrite=True)
+    say_next(job, run)
 
 
-def warn_of_schedule(optim: OptimConfig, *, max_steps: int) -> None:
+def _warn_of_schedule(optim: OptimConfig, *, max_steps: int) -> None:
     """Say so where a short run leaves the warm-up or the cosine without their steps."""
     sched = optim.sched
     if not world.is_logging_rank():

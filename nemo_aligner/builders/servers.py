@@ -27,7 +27,7 @@ from nemo_aligner.checkpoint.training import TrainingCheckpoints
 from nemo_aligner.config.base import ModelJob
 from nemo_aligner.config.serve import CriticJob, InferenceConfig, RewardServerJob, ServedModelConfig
 from nemo_aligner.data.reading import Reading
-from nemo_aligner.data.sample import TextEncoder
+from nemo_aligner.data.row import TextEncoder
 from nemo_aligner.data.tokenizer import Tokenizer
 from nemo_aligner.errors import UserError
 from nemo_aligner.models.gpt.critic import GPTCritic, RewardScale, RewardWeights

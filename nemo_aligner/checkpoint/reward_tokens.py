@@ -14,7 +14,7 @@ from typing import Any
 from nemo_aligner.checkpoint.stop_tokens import stop_ids
 from nemo_aligner.checkpoint.tokenizer_files import as_folder, find_tokenizer_files
 from nemo_aligner.data.reading import Reading
-from nemo_aligner.data.sample import TextEncoder
+from nemo_aligner.data.row import TextEncoder
 from nemo_aligner.data.tokenizer import Tokenizer
 
 __all__ = ["RewardTokens", "reward_tokens"]

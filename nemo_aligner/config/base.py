@@ -15,6 +15,7 @@ from nemo_aligner.models.gpt.recompute import Granularity, Method, Recompute
 from nemo_aligner.parallel.ranks import Layout
 from nemo_aligner.paths import PathText
 from nemo_aligner.run.experiment import ExperimentConfig
+from nemo_aligner.run.schedule import LoopConfig
 
 __all__ = [
     "BatchedModelConfig",
@@ -176,6 +177,11 @@ class Job(ModelJob):
     name: str  # the run's name
 
     @property
+    def loop(self) -> LoopConfig | None:
+        """The algorithm's block under ``trainer``; None where another job decides how long the run is."""
+        return None
+
+    @property
     def batches(self) -> dict[str, tuple[int, int]]:
         """{block of settings: (global_batch_size, micro_batch_size)}."""
         raise NotImplementedError
@@ -194,6 +200,8 @@ class Job(ModelJob):
                 "exp_manager.checkpoint_callback_params.save_best_model=True needs validation data, and there is none",
                 cure="name validation data, or set save_best_model=False",
             )
+        if self.loop is not None:
+            self.loop.check(self.loop.block)
         model.optim.check()
         model.recompute.check()
         self.exp_manager.check()

@@ -158,6 +158,11 @@ class ActorJob(PretrainedJob):
     name: str = "megatron_gpt_ppo_actor"
 
     @property
+    def loop(self) -> ActorConfig:
+        """See Job."""
+        return self.trainer.ppo
+
+    @property
     def files(self) -> Mapping[str, Sequence[str]]:
         """See Job."""
         return {"model.data.data_prefix": self.model.data.splits.paths}
@@ -176,7 +181,6 @@ class ActorJob(PretrainedJob):
         """See Job."""
         PretrainedJob.check(self, world_size)
         model, remote, rollout = self.model, self.remote_critic_rm, self.model.ppo
-        self.trainer.ppo.check("trainer.ppo")
         rollout.check("model.ppo")
         if remote is not None:
             remote.check("remote_critic_rm")

@@ -1,31 +1,25 @@
 # SPDX-License-Identifier: Apache-2.0
 """The settings of train_reward_model.py."""
 
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, ClassVar
 
-from nemo_aligner.config.base import BatchedModelConfig, PretrainedJob, TrainerConfig
-from nemo_aligner.data.config import PairDataConfig
-from nemo_aligner.data.first_rows import check_pair_rows
+from nemo_aligner.config.base import TrainerConfig
+from nemo_aligner.config.pairs import PairJob, PairLoopConfig, PairModelConfig
 from nemo_aligner.errors import UserError
 from nemo_aligner.models.gpt.learning_rate import OptimConfig
 from nemo_aligner.objectives.config import RegressionConfig
 from nemo_aligner.run.experiment import CheckpointCallbackConfig, ExperimentConfig
-from nemo_aligner.run.schedule import SupervisedConfig
 
 __all__ = ["RMConfig", "RMJob", "RMModelConfig", "RMTrainerConfig", "StandardizationConfig"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class RMConfig(SupervisedConfig):
+class RMConfig(PairLoopConfig):
     """The ``trainer.rm`` block."""
 
     block: ClassVar[str] = "trainer.rm"
-    # a new order of pairs each epoch, a function of model.seed and the epoch alone
-    train_random_sampler: bool = True
-    val_random_sampler: bool = False  # True: validation in random order
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,11 +39,10 @@ class StandardizationConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class RMModelConfig(BatchedModelConfig):
+class RMModelConfig(PairModelConfig):
     """The ``model`` block of train_reward_model.py."""
 
     optim: OptimConfig = field(default_factory=partial(OptimConfig, lr=9e-6, weight_decay=0.1))
-    data: PairDataConfig  # where pairs come from
     # binary_ranking: pairs of answers; regression: judged attributes
     reward_model_type: str = "binary_ranking"
     regression: RegressionConfig = field(default_factory=RegressionConfig)  # of reward_model_type regression
@@ -59,8 +52,6 @@ class RMModelConfig(BatchedModelConfig):
     output_sequence: bool = False
     use_avg_pool: bool = False  # read the reward from the mean of the hidden states, not from the last one
     force_head_dtype: str = "float32"  # of the head's product: float32, bfloat16 or float16
-    micro_batch_size: int = 2  # pairs (or judged answers) of one forward and backward pass on one rank
-    global_batch_size: int = 64  # pairs (or judged answers) of one optimizer step over all ranks
     forward_micro_batch_size: int | None = None
 
     @property
@@ -85,7 +76,7 @@ class RMModelConfig(BatchedModelConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class RMJob(PretrainedJob):
+class RMJob(PairJob):
     """All settings of train_reward_model.py."""
 
     model: RMModelConfig
@@ -98,26 +89,18 @@ class RMJob(PretrainedJob):
     name: str = "megatron_gpt"
 
     @property
-    def files(self) -> Mapping[str, Sequence[str]]:
+    def loop(self) -> RMConfig:
         """See Job."""
-        return {"model.data.data_prefix": self.model.data.splits.paths}
-
-    def check_rows(self) -> None:
-        """See Job."""
-        splits = self.model.data.splits
-        if self.model.reward_model_type == "binary_ranking":
-            for path in (*splits.train.paths, *(splits.validation.paths if splits.validation else ())):
-                check_pair_rows(path)
+        return self.trainer.rm
 
     @property
-    def validates(self) -> bool:
-        """See Job."""
-        return self.model.data.splits.validation is not None
+    def labels(self) -> RegressionConfig | None:
+        """See PairJob."""
+        return self.model.regression if self.model.reward_model_type == "regression" else None
 
     def check(self, world_size: int | None = None) -> None:
         """See Job."""
-        PretrainedJob.check(self, world_size)
-        self.trainer.rm.check("trainer.rm")
+        PairJob.check(self, world_size)
         standard = self.model.reward_standardization
         if standard.enable and None in (standard.mean, standard.std) and not self.validates:
             raise UserError(

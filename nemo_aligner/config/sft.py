@@ -46,6 +46,11 @@ class SFTJob(Job):
         return "model.restore_from_path", self.model.restore_from_path
 
     @property
+    def loop(self) -> SupervisedConfig:
+        """See Job."""
+        return self.trainer.sft
+
+    @property
     def batches(self) -> dict[str, tuple[int, int]]:
         """See Job."""
         splits = {"train_ds": self.model.data.train_ds, **self.model.data.validation}
@@ -73,7 +78,6 @@ class SFTJob(Job):
     def check(self, world_size: int | None = None) -> None:
         """See Job."""
         Job.check(self, world_size)
-        self.trainer.sft.check("trainer.sft")
         if self.model.data.sample:
             raise UserError(
                 "model.data.sample=True: drawing rows with replacement is not supported",

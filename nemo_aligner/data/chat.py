@@ -12,7 +12,7 @@ from nemo_aligner.data.config import ChatPromptTokens, SFTSplitConfig
 from nemo_aligner.data.conversations import Chat, Message, Turn, read_chat
 from nemo_aligner.data.markers import marker_template
 from nemo_aligner.data.rendering import render_prompt, render_turn
-from nemo_aligner.data.sample import Sample, split_bos
+from nemo_aligner.data.row import Row, split_bos
 from nemo_aligner.data.tokenizer import Tokenizer, encode_after
 from nemo_aligner.data.turns import GrowingText, LearnedTurn, continuation, end_of_turn, lay_out
 from nemo_aligner.errors import UserError
@@ -67,12 +67,7 @@ class PromptTokensLayout:
                 raise _not_shown(f"key {more[0]!r} of turn {number}")
         return chat
 
-    def surely_fits(self, chat: Chat) -> bool:
-        """Never told: how many samples a conversation makes shows in its tokens."""
-        del chat
-        return False
-
-    def __call__(self, chat: Chat) -> list[Sample]:
+    def __call__(self, chat: Chat) -> list[Row]:
         """The samples; none where nothing of it has room. UserError if nothing of it is left to learn."""
         return lay_out(self._turns(chat), max_seq_length=self._cfg.max_seq_length)
 
@@ -162,12 +157,7 @@ class TemplateLayout:
             )
         return chat
 
-    def surely_fits(self, chat: Chat) -> bool:
-        """Never told: how many samples a conversation makes, and what its template drops, shows when it is rendered."""
-        del chat
-        return False
-
-    def __call__(self, chat: Chat) -> list[Sample]:
+    def __call__(self, chat: Chat) -> list[Row]:
         """The samples; none where nothing of it has room. UserError if the template drops or refuses something."""
         return lay_out(self._turns(chat), max_seq_length=self._cfg.max_seq_length)
 

@@ -2,8 +2,9 @@
 """Map-style data sets: a file of records and the layout that turns one record into a sample."""
 
 import logging
-from collections.abc import Callable, Sequence
-from typing import TypeVar
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Generic, TypeVar
 
 from nemo_aligner.data.chat import PromptTokensLayout, TemplateLayout
 from nemo_aligner.data.config import (
@@ -14,58 +15,57 @@ from nemo_aligner.data.config import (
     SFTSplitConfig,
 )
 from nemo_aligner.data.conversations import Chat
-from nemo_aligner.data.fitting import FittingDataset, JoinedDataset, Texts
-from nemo_aligner.data.judgements import (
-    Judged,
-    JudgedPair,
-    Pair,
-    open_judged,
-    open_judged_pairs,
-    open_pairs,
-)
 from nemo_aligner.data.markers import is_usual_template
-from nemo_aligner.data.message_rows import open_prompt_texts
 from nemo_aligner.data.prefix import Split
 from nemo_aligner.data.prompt import PromptResponseLayout
-from nemo_aligner.data.records import (
-    PromptResponse,
-    PromptText,
-    RecordFile,
-    Records,
-)
-from nemo_aligner.data.sample import (
-    ComparisonSample,
-    PromptSample,
-    Sample,
-    ScoredPairSample,
-    ScoredSample,
-    TextEncoder,
-    describe,
-)
-from nemo_aligner.data.supervised import SFTDataset
+from nemo_aligner.data.records import PromptResponse, RecordFile, Records, TextRow
+from nemo_aligner.data.row import Row, TextEncoder
+from nemo_aligner.data.row_dataset import BlendedDataset, RowDataset
+from nemo_aligner.data.text_layout import TextLayout
+from nemo_aligner.data.text_rows import open_prompts
 from nemo_aligner.data.tokenizer import Tokenizer
 from nemo_aligner.errors import UserError
 
-__all__ = [
-    "ComparisonDataset",
-    "PromptDataset",
-    "RegressionDataset",
-    "RegressionPairDataset",
-    "SFTDataset",
-    "Sample",
-    "describe",
-    "open_comparisons",
-    "open_prompts",
-    "open_regression",
-    "open_regression_pairs",
-    "open_sft",
-    "uses_prompt_tokens",
-]
+__all__ = ["open_prompt_rows", "open_response_rows", "open_sft", "uses_prompt_tokens"]
+
+_LOG = logging.getLogger(__name__)
+
+R = TypeVar("R", PromptResponse, Chat)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _CutLayout(Generic[R]):
+    """The layout of supervised rows, which are cut where they are too long, as a data set asks for it."""
+
+    lay_out: Callable[[R], list[Row]]
+    max_seq_length: int
+    fits: Callable[[R], bool] = lambda _: False
+    unit: str = "rows"
+
+    @property
+    def limit(self) -> str:
+        return f"max_seq_length={self.max_seq_length}"
+
+    @property
+    def too_long(self) -> tuple[str, str]:
+        return (
+            f"leave no room for a response within {self.limit}",
+            "raise max_seq_length, or give rows that are learned",
+        )
+
+    def left_out(self, record: R) -> str | None:
+        return "say that they are not learned (weight or train)" if record.masked else None
+
+    def surely_fits(self, record: R) -> bool:
+        return self.fits(record)
+
+    def __call__(self, record: R) -> list[Row]:
+        return self.lay_out(record)
 
 
 def open_sft(
     data: SFTDataConfig, split: SFTSplitConfig, tokenizer: Tokenizer, *, answer_only_loss: bool
-) -> SFTDataset[PromptResponse] | SFTDataset[Chat]:
+) -> RowDataset:
     """The data set of one split; every line of its file has been checked when this returns.
 
     Args:
@@ -80,13 +80,18 @@ def open_sft(
     longest = split.max_seq_length
     if not data.chat:
         _hint_at_template(split.file_path, tokenizer, "set model.data.chat=True")
-        layout = PromptResponseLayout(tokenizer, split, answer_only_loss=answer_only_loss)
-        return SFTDataset(RecordFile(split.file_path, layout.read), layout, max_seq_length=longest)
+        texts = PromptResponseLayout(tokenizer, split, answer_only_loss=answer_only_loss)
+        return RowDataset(
+            RecordFile(split.file_path, texts.read),
+            _CutLayout(lay_out=texts, fits=texts.surely_fits, max_seq_length=longest),
+        )
     if uses_prompt_tokens(data, tokenizer):
-        chat_layout = PromptTokensLayout(tokenizer, data.chat_prompt_tokens, split, learn=data.learn)
+        chats = PromptTokensLayout(tokenizer, data.chat_prompt_tokens, split, learn=data.learn)
     else:
-        chat_layout = TemplateLayout(tokenizer, split, learn=data.learn)
-    return SFTDataset(RecordFile(split.file_path, chat_layout.read), chat_layout, max_seq_length=longest)
+        chats = TemplateLayout(tokenizer, split, learn=data.learn)
+    return RowDataset(
+        RecordFile(split.file_path, chats.read), _CutLayout(lay_out=chats, max_seq_length=longest)
+    )
 
 
 def uses_prompt_tokens(data: SFTDataConfig, tokenizer: Tokenizer) -> bool:
@@ -101,117 +106,46 @@ def uses_prompt_tokens(data: SFTDataConfig, tokenizer: Tokenizer) -> bool:
     return template is None or data.chat_prompt_tokens != ChatPromptTokens() or is_usual_template(template)
 
 
-_LOG = logging.getLogger(__name__)
-
-T = TypeVar("T", bound=Texts)
-S = TypeVar("S")
-
-ComparisonDataset = JoinedDataset[Pair, ComparisonSample]
-RegressionDataset = JoinedDataset[Judged, ScoredSample]
-RegressionPairDataset = JoinedDataset[JudgedPair, ScoredPairSample]
-PromptDataset = JoinedDataset[PromptText, PromptSample]
-
-
-def open_comparisons(
-    data: PairDataConfig, split: Split, tokenizer: Tokenizer, *, max_length: int
-) -> ComparisonDataset:
-    """Pairs of answers; a pair is left out where either text has more than ``max_length`` tokens.
-
-    Raises:
-        UserError: a file or a line cannot be used, or no pair is left.
-    """
-    return _open(
-        split,
-        lambda path: open_pairs(path, tokenizer),
-        encode=_pair_encoder(data, tokenizer),
-        build=lambda _, tokens: ComparisonSample(chosen=tokens[0], rejected=tokens[1]),
-        lengths=range(2, max_length + 1),
-        unit="pairs",
-    )
-
-
-def open_regression(
+def open_response_rows(
     data: PairDataConfig,
     split: Split,
     tokenizer: Tokenizer,
     *,
+    read: Callable[[str], Records[TextRow]],
     max_length: int,
-    num_attributes: int,
-    missing: float,
-) -> RegressionDataset:
-    """Answers with labels; one is left out where it has more than ``max_length`` tokens.
+    unit: str,
+    generates: bool = False,
+) -> BlendedDataset:
+    """Pairs of responses, or labeled ones; a row is left out where a text of it has more than ``max_length`` tokens.
 
     Args:
         data: how texts become tokens.
         split: the files.
         tokenizer: where ids come from.
+        read: opens a file: ``open_pairs`` or ``open_labeled``.
         max_length: tokens.
-        num_attributes: numbers in each label.
-        missing: stands in a label for an attribute that nobody judged.
+        unit: what a row is called in messages, in the plural.
+        generates: the loss is of each response's tokens, not of the reward of the whole text.
 
     Raises:
         UserError: a file or a line cannot be used, or no row is left.
     """
-    return _open(
-        split,
-        lambda path: open_judged(path, num_attributes=num_attributes, missing=missing, tokenizer=tokenizer),
-        encode=_pair_encoder(data, tokenizer),
-        build=lambda judged, tokens: ScoredSample(tokens=tokens[0], attributes=judged.attributes),
-        lengths=range(2, max_length + 1),
-        unit="rows",
-    )
+    encode = TextEncoder(tokenizer=tokenizer, add_bos=data.add_bos, append_eos=data.append_eod)
+    lengths = range(2, max_length + 1)
+    return _open(split, read, TextLayout(encode=encode, lengths=lengths, unit=unit, generates=generates))
 
 
-def open_regression_pairs(
-    data: PairDataConfig,
-    split: Split,
-    tokenizer: Tokenizer,
-    *,
-    max_length: int,
-    num_attributes: int,
-    missing: float,
-) -> RegressionPairDataset:
-    """As ``open_regression``, two consecutive rows as one: the answers to one prompt."""
-    return _open(
-        split,
-        lambda path: open_judged_pairs(
-            path, num_attributes=num_attributes, missing=missing, tokenizer=tokenizer
-        ),
-        encode=_pair_encoder(data, tokenizer),
-        build=_build_scored_pair,
-        lengths=range(2, max_length + 1),
-        unit="pairs",
-    )
-
-
-def open_prompts(
+def open_prompt_rows(
     data: PromptDataConfig, split: Split, tokenizer: Tokenizer, *, max_length: int
-) -> PromptDataset:
+) -> BlendedDataset:
     """Prompts; one is left out where it has more than ``max_length`` tokens, so that an answer has room after it.
 
     Raises:
         UserError: a file or a line cannot be used, or no prompt is left.
     """
-    return _open(
-        split,
-        lambda path: open_prompt_texts(path, tokenizer),
-        encode=TextEncoder(tokenizer=tokenizer, add_bos=data.add_bos, append_eos=False),
-        build=lambda prompt, tokens: PromptSample(text=prompt.text, tokens=tokens[0], row=prompt.row),
-        lengths=range(1, max_length + 1),
-        unit="prompts",
-    )
-
-
-def _pair_encoder(data: PairDataConfig, tokenizer: Tokenizer) -> TextEncoder:
-    return TextEncoder(tokenizer=tokenizer, add_bos=data.add_bos, append_eos=data.append_eod)
-
-
-def _build_scored_pair(pair: JudgedPair, tokens: Sequence[list[int]]) -> ScoredPairSample:
-    first, second = (
-        ScoredSample(tokens=ids, attributes=judged.attributes)
-        for judged, ids in zip((pair.first, pair.second), tokens, strict=True)
-    )
-    return ScoredPairSample(first=first, second=second)
+    encode = TextEncoder(tokenizer=tokenizer, add_bos=data.add_bos, append_eos=False)
+    layout = TextLayout(encode=encode, lengths=range(1, max_length + 1), unit="prompts")
+    return _open(split, lambda path: open_prompts(path, tokenizer), layout)
 
 
 def _hint_at_template(path: str, tokenizer: Tokenizer, how: str) -> None:
@@ -223,26 +157,18 @@ def _hint_at_template(path: str, tokenizer: Tokenizer, how: str) -> None:
         )
 
 
-def _open(
-    split: Split,
-    open_file: Callable[[str], Records[T]],
-    *,
-    encode: TextEncoder,
-    build: Callable[[T, Sequence[list[int]]], S],
-    lengths: range,
-    unit: str,
-) -> JoinedDataset[T, S]:
-    assert lengths, lengths
+def _open(split: Split, read: Callable[[str], Records[TextRow]], layout: TextLayout) -> BlendedDataset:
+    assert layout.lengths, layout.lengths
     parts = []
     for path in split.paths:
-        records = open_file(path)
+        records = read(path)
         rows = split.rows(len(records))
         if not rows:
             raise UserError(
-                f"model.data.splits_string leaves none of the {len(records)} {unit} of {path} for a split",
+                f"model.data.splits_string leaves none of the {len(records)} {layout.unit} of {path} for a split",
                 cure="give the split a greater share, or name files for it under model.data.data_prefix",
             )
         if not records[rows[0]].rendered:
-            _hint_at_template(path, encode.tokenizer, "write them as messages")
-        parts.append(FittingDataset(records, rows, encode=encode, build=build, lengths=lengths, unit=unit))
-    return JoinedDataset(parts, split.weights)
+            _hint_at_template(path, layout.encode.tokenizer, "write them as messages")
+        parts.append(RowDataset(records, layout, within=rows))
+    return BlendedDataset(parts, split.weights)

@@ -9,9 +9,9 @@ from pathlib import Path
 from nemo_aligner.data.common_rows import Recognised, messages_row, prompt_of
 from nemo_aligner.data.config import SFTDataConfig, SFTSplitConfig
 from nemo_aligner.data.conversations import read_chat
-from nemo_aligner.data.judgements import check_first_pairs
 from nemo_aligner.data.prompt import read_row, template_keys
 from nemo_aligner.data.records import RecordFile
+from nemo_aligner.data.text_rows import check_first_pairs
 
 __all__ = ["check_pair_rows", "check_prompt_rows", "check_sft_rows"]
 

@@ -9,38 +9,22 @@ from itertools import islice
 from typing import Generic, Protocol, TypeVar
 
 from nemo_aligner.data.collate import padded_length
+from nemo_aligner.data.row import Row
 from nemo_aligner.data.sampler import GlobalBatchSampler, rank_rows
 
-__all__ = ["BatchLoader", "Collate", "Row", "Samples"]
+__all__ = ["BatchLoader", "Collate", "Rows"]
 
 
-class Row(Protocol):
-    """What a data set holds: one or more sequences of tokens that stay together, such as a pair."""
-
-    @property
-    def num_tokens(self) -> int:
-        """The length of its longest sequence."""
-        ...
-
-    @property
-    def truncated(self) -> bool:
-        """Whether something was cut to fit."""
-        ...
-
-
-S = TypeVar("S", bound=Row)
-S_co = TypeVar("S_co", bound=Row, covariant=True)
-S_contra = TypeVar("S_contra", bound=Row, contravariant=True)
 B = TypeVar("B")
 B_co = TypeVar("B_co", covariant=True)
 
 
-class Samples(Protocol[S_co]):
+class Rows(Protocol):
     """A map-style data set."""
 
     def __len__(self) -> int: ...
 
-    def __getitem__(self, index: int, /) -> S_co: ...
+    def __getitem__(self, index: int, /) -> Row: ...
 
     @property
     def fingerprint(self) -> dict[str, object]:
@@ -48,10 +32,10 @@ class Samples(Protocol[S_co]):
         ...
 
 
-class Collate(Protocol[S_contra, B_co]):
+class Collate(Protocol[B_co]):
     """Makes a micro-batch of rows."""
 
-    def __call__(self, rows: Sequence[S_contra], /, *, pad_id: int, seq_length: int) -> B_co:
+    def __call__(self, rows: Sequence[Row], /, *, pad_id: int, seq_length: int) -> B_co:
         """The micro-batch, padded to ``seq_length`` tokens; every row fits."""
         ...
 
@@ -64,18 +48,18 @@ class _Step(Generic[B]):
 
 
 @dataclass
-class BatchLoader(Generic[S, B]):
+class BatchLoader(Generic[B]):
     """Micro-batches of global batch ``index``, for one data-parallel rank.
 
-    All micro-batches of a step have ``micro_batch_size`` rows; ``filler`` stands for the missing ones. Every
+    All micro-batches of a step have ``micro_batch_size`` rows; padding rows stand for the missing ones. Every
     rank gets equally many micro-batches. A row may be a pair: then all sizes count pairs.
     """
 
-    dataset: Samples[S]
+    dataset: Rows
     sampler: GlobalBatchSampler
     _: KW_ONLY
-    collate: Collate[S, B]
-    filler: S | None  # None: a micro-batch may have fewer rows, or none
+    collate: Collate[B]
+    pads: bool = True  # False: a micro-batch may have fewer rows, or none
     dp_rank: int
     dp_size: int
     micro_batch_size: int  # rows
@@ -143,19 +127,21 @@ class BatchLoader(Generic[S, B]):
         lengths = [self._length(present if self.one_length else micro) for micro in samples]
         return _Step(
             micro_batches=[
-                self.collate(self._filled(micro), pad_id=self.pad_id, seq_length=length)
+                self.collate(self._padded(micro), pad_id=self.pad_id, seq_length=length)
                 for micro, length in zip(samples, lengths, strict=True)
             ],
             num_rows=len(present),
             num_truncated=sum(sample.truncated for sample in present),
         )
 
-    def _filled(self, samples: list[S]) -> list[S]:
-        if self.filler is None:
+    def _padded(self, samples: list[Row]) -> list[Row]:
+        missing = self.micro_batch_size - len(samples)
+        if not (self.pads and missing):
             return samples
-        return [*samples, *[self.filler] * (self.micro_batch_size - len(samples))]
+        like = samples[0] if samples else self.dataset[0]
+        return [*samples, *[like.padding(self.pad_id)] * missing]
 
-    def _length(self, samples: list[S]) -> int:
+    def _length(self, samples: list[Row]) -> int:
         longest = max((sample.num_tokens for sample in samples), default=1)
         return padded_length(longest, multiple=self.multiple, maximum=self.max_length)
 

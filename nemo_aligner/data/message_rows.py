@@ -2,16 +2,15 @@
 """Messages of pairs, labels and prompts as one text each, by the tokenizer's chat template."""
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
-from nemo_aligner.data.common_rows import CHATS, Recognised, entries_of, prompt_of, refuse_unread
+from nemo_aligner.data.common_rows import CHATS, entries_of, refuse_unread
 from nemo_aligner.data.conversations import read_messages, read_tools
-from nemo_aligner.data.records import PromptText, RecordFile, Records, text_field
+from nemo_aligner.data.records import text_field
 from nemo_aligner.data.rendering import render_prompt, render_turn
 from nemo_aligner.data.tokenizer import Message, Tokenizer
 from nemo_aligner.errors import UserError
 
-__all__ = ["open_prompt_texts", "render_asked", "render_judged", "split_pair"]
+__all__ = ["render_asked", "render_response", "split_pair"]
 
 Entry = Mapping[str, object]
 
@@ -31,8 +30,8 @@ def render_asked(tokenizer: Tokenizer | None, entries: Sequence[Entry], row: Ent
     return render_prompt(_templated(tokenizer), messages, read_tools(row))
 
 
-def render_judged(tokenizer: Tokenizer | None, entries: Sequence[Entry], row: Entry) -> str:
-    """A conversation up to the token that ends its last turn, the response that is judged; ``row`` may offer tools.
+def render_response(tokenizer: Tokenizer | None, entries: Sequence[Entry], row: Entry) -> tuple[str, str]:
+    """(prompt, response): the response ends with the token that ends its turn; ``row`` may offer tools.
 
     Raises:
         UserError: its last turn is not the assistant's, the tokenizer has no template, or that refuses the messages.
@@ -40,29 +39,12 @@ def render_judged(tokenizer: Tokenizer | None, entries: Sequence[Entry], row: En
     messages = _checked(entries)
     if messages[-1]["role"] != "assistant" or len(messages) < 2:
         raise UserError(
-            f"the last message has the role {messages[-1]['role']!r}, and what is judged is the assistant's response",
+            f"the last message has the role {messages[-1]['role']!r}, and a response is the assistant's",
             cure="end the messages with a prompt and the assistant's response",
         )
     prompt, response = render_turn(_templated(tokenizer), messages, read_tools(row))
     # White space after the end of a turn belongs to the next one, and a reward is read at the text's last token.
-    return prompt + response.rstrip()
-
-
-def open_prompt_texts(path: str | Path, tokenizer: Tokenizer) -> Records[PromptText]:
-    """The prompts of a file, of whichever form; messages are laid out by the chat template.
-
-    Raises:
-        UserError: the file or a line cannot be read.
-    """
-    recognised = Recognised(path)
-
-    def read(row: Entry) -> PromptText:
-        asked = prompt_of(row, recognised)
-        if isinstance(asked, str):
-            return PromptText(text=asked, row=row)
-        return PromptText(text=render_asked(tokenizer, asked, row), rendered=True, row=row)
-
-    return RecordFile(path, read)
+    return prompt, response.rstrip()
 
 
 def split_pair(row: Entry) -> tuple[list[Entry], list[Entry]]:

@@ -9,7 +9,7 @@ from nemo_aligner.data.common_rows import Recognised, as_input_output
 from nemo_aligner.data.config import SFTSplitConfig, unescape
 from nemo_aligner.data.conversations import LEARNED_KEYS, is_trained
 from nemo_aligner.data.records import PromptResponse, read_prompt_response
-from nemo_aligner.data.sample import Sample, finish, most_tokens, split_bos
+from nemo_aligner.data.row import Row, finish, most_tokens, split_bos
 from nemo_aligner.data.tokenizer import Tokenizer, encode_after
 from nemo_aligner.data.turns import continuation
 from nemo_aligner.errors import UserError
@@ -61,7 +61,7 @@ class PromptResponseLayout:
         longest = sum(most_tokens(value) for value in record.fields.values()) + self._template_at_most
         return longest <= self._cfg.max_seq_length and bool(record.fields[self._cfg.label_key].strip())
 
-    def __call__(self, record: PromptResponse) -> list[Sample]:
+    def __call__(self, record: PromptResponse) -> list[Row]:
         """The sample; none where the prompt leaves no room. UserError if nothing of the answer is left to learn."""
         cfg = self._cfg
         if (sample := self._whole(record.fields)) is not None:
@@ -81,7 +81,7 @@ class PromptResponseLayout:
             finish([*bos, *prompt, *answer], mask, truncated=truncated, max_seq_length=cfg.max_seq_length)
         ]
 
-    def _whole(self, values: Mapping[str, str]) -> Sample | None:
+    def _whole(self, values: Mapping[str, str]) -> Row | None:
         """The sample of a row that needs no cut; None for one that does."""
         texts = self._texts(values)
         prompt, response = "".join(texts[:-1]), texts[-1]

@@ -18,9 +18,9 @@ from nemo_aligner.errors import UserError
 
 __all__ = [
     "PromptResponse",
-    "PromptText",
     "RecordFile",
     "Records",
+    "TextRow",
     "read_prompt_response",
     "text_field",
 ]
@@ -52,22 +52,19 @@ class Records(Protocol[R_co]):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class PromptText:
-    """A prompt, to be answered by a model."""
+class TextRow:
+    """A prompt and the responses to it, as texts; of a pair the chosen response comes first."""
 
-    text: str
+    prompt: str  # empty where the row does not say where the responses begin
+    responses: tuple[str, ...] = ()  # none: the prompt is to be answered
+    labels: tuple[tuple[float, ...], ...] = ()  # of each response: its attributes, NaN where one is unlabeled
     rendered: bool = False  # by a chat template, which writes BOS where the model wants it
-    row: Mapping[str, object] = field(default_factory=dict)  # the JSON object that it stands in
+    extras: Mapping[str, object] = field(default_factory=dict)  # the JSON object that it stands in
 
     @property
     def texts(self) -> tuple[str, ...]:
-        """What is to be tokenised."""
-        return (self.text,)
-
-    @property
-    def is_idle(self) -> bool:
-        """Never."""
-        return False
+        """The prompt, alone or with each response after it."""
+        return tuple(self.prompt + response for response in self.responses) or (self.prompt,)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -9,8 +9,8 @@ from nemo_aligner.data.common_rows import refuse_unread
 from nemo_aligner.data.conversations import read_messages, read_tools
 from nemo_aligner.data.records import RecordFile, text_field
 from nemo_aligner.data.rendering import render_prompt
+from nemo_aligner.data.row import split_bos
 from nemo_aligner.data.row_files import keys_of
-from nemo_aligner.data.sample import split_bos
 from nemo_aligner.data.tokenizer import Message, Tokenizer, Tools
 from nemo_aligner.errors import UserError
 

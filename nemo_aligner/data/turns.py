@@ -8,7 +8,7 @@ a template rewrites what stands before, the turn begins a sample of its own.
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
-from nemo_aligner.data.sample import Sample, finish
+from nemo_aligner.data.row import Row, finish
 from nemo_aligner.data.tokenizer import Tokenizer, encode_after
 from nemo_aligner.errors import UserError
 
@@ -111,13 +111,13 @@ def end_of_turn(tokenizer: Tokenizer, response: list[int]) -> int | None:
     return stop
 
 
-def lay_out(turns: Iterable[LearnedTurn], *, max_seq_length: int) -> list[Sample]:
+def lay_out(turns: Iterable[LearnedTurn], *, max_seq_length: int) -> list[Row]:
     """Samples of at most ``max_seq_length`` tokens; none where no turn has room for a token of its response.
 
     A turn that is too long is cut, keeping its end; one whose prompt leaves no room is left out. Either way the sample
     before or of it counts as truncated.
     """
-    rows: list[_Row] = []
+    rows: list[_Sample] = []
     lost = False
     for turn in turns:
         fits = len(turn.prompt) + len(turn.response) + len(turn.eos) <= max_seq_length
@@ -126,7 +126,7 @@ def lay_out(turns: Iterable[LearnedTurn], *, max_seq_length: int) -> list[Sample
             lost = True
             continue
         if not (rows and rows[-1].takes(kept)):
-            rows.append(_Row())
+            rows.append(_Sample())
         rows[-1].add(kept, truncated=kept is not turn)
     if lost and rows:
         rows[-1].truncated = True
@@ -134,7 +134,7 @@ def lay_out(turns: Iterable[LearnedTurn], *, max_seq_length: int) -> list[Sample
 
 
 @dataclass(slots=True)
-class _Row:
+class _Sample:
     tokens: list[int] = field(default_factory=list)
     mask: list[bool] = field(default_factory=list)
     eos: list[int] = field(default_factory=list)
@@ -149,7 +149,7 @@ class _Row:
         self.mask += [*[False] * len(between), *turn.mask]
         self.eos, self.truncated = turn.eos, truncated
 
-    def sample(self, max_seq_length: int) -> Sample:
+    def sample(self, max_seq_length: int) -> Row:
         return finish(
             [*self.tokens, *self.eos],
             [*self.mask, *[True] * len(self.eos)],

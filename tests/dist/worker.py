@@ -17,8 +17,8 @@ from megatron.core import tensor_parallel
 
 from nemo_aligner.batch import TokenBatch
 from nemo_aligner.checkpoint.sharded import load_model, load_state, save_model, save_state
-from nemo_aligner.data.collate import collate, empty_sample
-from nemo_aligner.data.sample import Sample
+from nemo_aligner.data.collate import collate
+from nemo_aligner.data.row import Row, TokenSequence
 from nemo_aligner.data.sampler import rank_rows
 from nemo_aligner.models.gpt import engine
 from nemo_aligner.models.gpt.config import GPTConfig
@@ -159,7 +159,7 @@ def config(*, tied: bool) -> GPTConfig:
     )
 
 
-def samples(step: int) -> list[Sample]:
+def samples(step: int) -> list[Row]:
     """13 rows of uneven length, 10 to 90 % learned, one with nothing learned."""
     draw = torch.Generator().manual_seed(100 + step)
     rows = []
@@ -168,7 +168,7 @@ def samples(step: int) -> list[Sample]:
         share = 0.1 + 0.8 * row / 12
         mask = (torch.rand(length, generator=draw) < share).tolist() if row != 4 else [False] * length
         tokens = torch.randint(0, VOCAB, (length,), generator=draw).tolist()
-        rows.append(Sample(tokens=tokens, mask=[False, *mask[1:]], truncated=False))
+        rows.append(Row(sequences=(TokenSequence(tokens=tokens, loss_mask=[False, *mask[1:]]),)))
     return rows
 
 
@@ -176,7 +176,7 @@ def micro_batches(step: int, *, dp_rank: int, dp_size: int, mbs: int) -> list[To
     rows = samples(step)
     mine = rank_rows(range(len(rows)), dp_rank=dp_rank, dp_size=dp_size, micro_batch_size=mbs)
     return [
-        collate([*(rows[i] for i in micro), *[empty_sample(0)] * (mbs - len(micro))], pad_id=0, seq_length=32)
+        collate([*(rows[i] for i in micro), *[rows[0].padding(0)] * (mbs - len(micro))], pad_id=0, seq_length=32)
         for micro in mine
     ]
 

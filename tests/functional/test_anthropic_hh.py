@@ -21,7 +21,7 @@ from pytriton.client import ModelClient
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from nemo_aligner.checkpoint.convert import export_to_huggingface, import_from_huggingface
-from nemo_aligner.data.judgements import open_pairs
+from nemo_aligner.data.text_rows import open_pairs
 from nemo_aligner.launch.together import free_ports
 
 ROOT = Path(__file__).parents[2]
@@ -73,7 +73,7 @@ def test_named_splits_become_pairs_and_prompts(tmp_path):
     assert texts(tmp_path / "train_prompts.jsonl") == [prompt("a"), prompt("b")]
     assert texts(tmp_path / "test_prompts.jsonl") == [prompt("c")]
     pairs = open_pairs(tmp_path / "test_comparisons.jsonl")
-    assert (len(pairs), pairs[0].chosen, pairs[0].rejected) == (
+    assert (len(pairs), *pairs[0].texts) == (
         1,
         f"{prompt('c')} Yes, c.",
         f"{prompt('c')} No.",

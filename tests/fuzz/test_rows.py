@@ -10,14 +10,9 @@ from typing import Any
 import pytest
 
 from nemo_aligner.data.config import PairDataConfig, PromptDataConfig, SFTDataConfig, SFTSplitConfig
-from nemo_aligner.data.datasets import (
-    open_comparisons,
-    open_prompts,
-    open_regression,
-    open_regression_pairs,
-    open_sft,
-)
+from nemo_aligner.data.datasets import open_prompt_rows, open_response_rows, open_sft
 from nemo_aligner.data.requests import open_requests, tokens_of
+from nemo_aligner.data.text_rows import Labels, open_labeled, open_pairs
 from nemo_aligner.data.tokenizer import Tokenizer, load_tokenizer
 from tests.fuzz.guard import run
 from tests.fuzz.mutate import bend, spell, twist
@@ -102,16 +97,19 @@ def _opened(draw: random.Random, kind: str, file: str, tokenizer: Tokenizer) -> 
     prefix = {"train": file, "validation": file}
     pairs = PairDataConfig(data_prefix=prefix, append_eod=draw.random() < 0.5)
     prompts, train = PromptDataConfig(data_prefix=prefix), pairs.splits.train
-    labels = {"max_length": length, "num_attributes": 3, "missing": -100.0}
+    labels = Labels(num_attributes=3, missing=-100.0, paired=kind == "label_pairs")
+    sizes = {"max_length": length, "unit": "rows", "generates": draw.random() < 0.5}
     match kind:
         case "pairs":
-            return lambda: open_comparisons(pairs, train, tokenizer, max_length=length)
-        case "labels":
-            return lambda: open_regression(pairs, train, tokenizer, **labels)
-        case "label_pairs":
-            return lambda: open_regression_pairs(pairs, train, tokenizer, **labels)
+            return lambda: open_response_rows(
+                pairs, train, tokenizer, read=lambda path: open_pairs(path, tokenizer), **sizes
+            )
+        case "labels" | "label_pairs":
+            return lambda: open_response_rows(
+                pairs, train, tokenizer, read=lambda path: open_labeled(path, labels, tokenizer), **sizes
+            )
         case "prompts":
-            return lambda: open_prompts(prompts, train, tokenizer, max_length=length)
+            return lambda: open_prompt_rows(prompts, train, tokenizer, max_length=length)
         case "requests":
             return lambda: [tokens_of(request.prompt, tokenizer) for request in open_requests(file)]
     return lambda: open_sft(sft, split, tokenizer, answer_only_loss=True)

@@ -26,16 +26,12 @@ def main(job: ActorJob) -> None:
         objective = actor.actor_objective(job)
         trainer = PPOTrainer(config, rollouts, pretrained.learner, objective, prompts, run, checkpoints)
         updates = trainer.plan.max_steps * trainer.updates.per_rollout
-        builders.warn_of_schedule(job.model.optim, max_steps=updates)
-        pretrained.learner.prepare_training(
-            job.model.optim, clip_grad=config.gradient_clip_val, max_steps=updates
-        )
+        builders.prepare_training(job, pretrained, max_steps=updates)
         if start is not None:
             trainer.resume(start)
         with actor.open_sources(job, run, pretrained, start) as sources:
             trainer.fit(sources)
             builders.save_result(job, run, pretrained, checkpoints)
-            builders.say_next(job, run)
 
 
 if __name__ == "__main__":

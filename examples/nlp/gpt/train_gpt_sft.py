@@ -13,23 +13,15 @@ from nemo_aligner.launch.script import script
 def main(job: SFTJob) -> None:
     """Fine-tune a checkpoint on prompts and answers, or on conversations."""
     from nemo_aligner import builders
-    from nemo_aligner.algorithms.supervised import SupervisedTrainer
     from nemo_aligner.objectives.nll import NLL
 
-    config = job.trainer.sft
     with builders.open_experiment(job) as run:
         start = builders.resume_point(job, run)
         pretrained = builders.load_policy(job, start=start)
-        train, validation = builders.sft_loaders(job, pretrained)
-        checkpoints = builders.training_checkpoints(job, run, pretrained)
-        trainer = SupervisedTrainer(config, pretrained.learner, NLL(), train, validation, run, checkpoints)
-        builders.warn_of_schedule(job.model.optim, max_steps=trainer.plan.max_steps)
-        pretrained.learner.prepare_training(
-            job.model.optim, clip_grad=config.gradient_clip_val, max_steps=trainer.plan.max_steps
-        )
+        batches = builders.sft_loaders(job, pretrained)
+        trainer = builders.supervised_trainer(job, run, pretrained, NLL(), batches)
         trainer.fit(start)
-        builders.save_result(job, run, pretrained, checkpoints)
-        builders.say_next(job, run)
+        builders.save_result(job, run, pretrained, trainer.checkpoints)
 
 
 if __name__ == "__main__":

@@ -13,27 +13,17 @@ from nemo_aligner.launch.script import script
 def main(job: RMJob) -> None:
     """Give a language model a scalar head, and teach it which answers people prefer."""
     from nemo_aligner import builders
-    from nemo_aligner.algorithms.supervised import SupervisedTrainer
 
-    config = job.trainer.rm
     with builders.open_experiment(job) as run:
         start = builders.resume_point(job, run)
         pretrained = builders.load_reward_model(job, start=start)
-        train, validation = builders.reward_loaders(job, pretrained)
-        checkpoints = builders.training_checkpoints(job, run, pretrained)
+        batches = builders.pair_loaders(job, pretrained)
         objective = builders.reward_objective(job.model)
-        trainer = SupervisedTrainer(
-            config, pretrained.learner, objective, train, validation, run, checkpoints
-        )
-        builders.warn_of_schedule(job.model.optim, max_steps=trainer.plan.max_steps)
-        pretrained.learner.prepare_training(
-            job.model.optim, clip_grad=config.gradient_clip_val, max_steps=trainer.plan.max_steps
-        )
+        trainer = builders.supervised_trainer(job, run, pretrained, objective, batches)
         trainer.fit(start)
         if job.model.reward_standardization.enable:
             builders.standardize(job, pretrained, trainer.validate())
-        builders.save_result(job, run, pretrained, checkpoints)
-        builders.say_next(job, run)
+        builders.save_result(job, run, pretrained, trainer.checkpoints)
 
 
 if __name__ == "__main__":

@@ -10,13 +10,14 @@ import torch
 from nemo_aligner.algorithms.rewards import load_function, score_by_functions
 from nemo_aligner.algorithms.skips import NotFinite
 from nemo_aligner.batch import Rollout
-from nemo_aligner.data.sample import PromptSample
+from nemo_aligner.data.row import Row, TokenSequence
 from nemo_aligner.errors import UserError
 from nemo_aligner.parallel import world
 
+ONE = (TokenSequence(tokens=[1], loss_mask=[False]),)
 PROMPTS = {
-    4: PromptSample(text="2+3=", tokens=[1], row={"text": "2+3=", "expected": "5"}),
-    7: PromptSample(text="1+1=", tokens=[1], row={"text": "1+1=", "expected": "2"}),
+    4: Row(sequences=ONE, text="2+3=", extras={"text": "2+3=", "expected": "5"}),
+    7: Row(sequences=ONE, text="1+1=", extras={"text": "1+1=", "expected": "2"}),
 }
 
 
@@ -66,7 +67,7 @@ def test_a_function_cannot_change_a_row_for_the_next_one():
         return 0.0
 
     score_by_functions({"spoil": spoil}, rollout(), PROMPTS, text=text)
-    assert PROMPTS[4].row["expected"] == "5"
+    assert PROMPTS[4].extras["expected"] == "5"
 
 
 @pytest.mark.parametrize(

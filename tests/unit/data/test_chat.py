@@ -7,7 +7,7 @@ from transformers import AutoTokenizer
 from nemo_aligner.data.chat import PromptTokensLayout, TemplateLayout
 from nemo_aligner.data.config import ChatPromptTokens, SFTSplitConfig
 from nemo_aligner.data.conversations import Chat, Turn
-from nemo_aligner.data.sample import describe
+from nemo_aligner.data.row import describe
 from nemo_aligner.data.tokenizer import load_tokenizer
 from nemo_aligner.errors import UserError
 
@@ -99,7 +99,7 @@ def test_the_prompt_has_the_tokens_of_a_prompt_alone(request, name):
     )
     prompt = tokenizer.encode(SYSTEM + "<extra_id_1>User\nHi there\n<extra_id_1>Assistant\n")
     assert sample.tokens[: len(prompt)] == prompt
-    assert sample.mask.index(True) == len(prompt)
+    assert sample.sequences[0].loss_mask.index(True) == len(prompt)
     assert sample.tokens[-1] == tokenizer.eos_id
     assert sample.tokens[-2] == tokenizer.token_id("<extra_id_1>")
 
@@ -120,17 +120,17 @@ def test_long_conversations_end_with_a_learned_turn(request, name):
     tokenizer = request.getfixturevalue(name)
     chat = conversation("Hi", "Hello there", "Where?", "The humps", system="Be brief.")
     whole = with_prompt_tokens(tokenizer, chat)
-    first = whole.mask.index(True)
+    first = whole.sequences[0].loss_mask.index(True)
     for length in range(first + 3, len(whole.tokens)):
         sample = with_prompt_tokens(tokenizer, chat, max_seq_length=length)
         assert sample.truncated
         assert len(sample.tokens) <= length
         assert sample.tokens[-2:] == [tokenizer.token_id("<extra_id_1>"), tokenizer.eos_id]
         assert sample.tokens[-3] != tokenizer.token_id("<extra_id_1>")
-        assert sample.mask[-3:] == [True] * 3
+        assert sample.sequences[0].loss_mask[-3:] == [True] * 3
         kept = len(sample.tokens) - 2
         assert sample.tokens[:kept] == whole.tokens[:kept]
-        assert sample.mask[:kept] == whole.mask[:kept]
+        assert sample.sequences[0].loss_mask[:kept] == whole.sequences[0].loss_mask[:kept]
     for length in (first + 2, 2):
         assert PromptTokensLayout(tokenizer, EXTRA, cfg(max_seq_length=length))(chat) == []
 
@@ -219,7 +219,7 @@ def test_long_templated_conversations_end_with_eos(chatml, length):
     assert len(sample.tokens) <= length
     assert sample.tokens[-1] == chatml.eos_id
     assert sample.tokens[-2] != chatml.eos_id
-    assert sample.mask[-2:] == [True, True]
+    assert sample.sequences[0].loss_mask[-2:] == [True, True]
     assert sample.tokens[:-1] == whole.tokens[: len(sample.tokens) - 1]
 
 

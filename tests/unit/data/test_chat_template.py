@@ -9,7 +9,7 @@ from transformers import AutoTokenizer
 from nemo_aligner.data.chat import TemplateLayout
 from nemo_aligner.data.config import SFTSplitConfig
 from nemo_aligner.data.requests import tokens_of
-from nemo_aligner.data.sample import describe
+from nemo_aligner.data.row import describe
 from nemo_aligner.data.tokenizer import load_tokenizer
 from nemo_aligner.errors import UserError
 
@@ -60,7 +60,7 @@ def test_marks_of_the_template_are_used(make_hf):
     )
     stop = len(sample.tokens)
     assert sample.tokens == found["input_ids"][:stop]
-    assert sample.mask == [bool(mask) for mask in found["assistant_masks"][:stop]]
+    assert sample.sequences[0].loss_mask == [bool(mask) for mask in found["assistant_masks"][:stop]]
     assert not any(found["assistant_masks"][stop:])
     assert "⟦HelloEND⟧ .<|im_end|>" in describe(sample, tokenizer)
 

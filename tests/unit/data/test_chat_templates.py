@@ -289,11 +289,13 @@ def test_learned_is_what_inference_sees(folders: dict[str, Path], name: str, con
     for prompt, response in turns:
         start, stop = len(prompt), len(prompt) + len(response)
         holding = [sample for sample in samples if sample.tokens[:stop] == prompt + response]
-        learned = [sample for sample in holding if all(sample.mask[start:stop])]
+        learned = [sample for sample in holding if all(sample.sequences[0].loss_mask[start:stop])]
         assert len(learned) == 1, "learned once, after exactly the prompt"
         assert response.count(response[-1]) == 1, "its end once, and last"
-    assert sum(sum(sample.mask) for sample in samples) == sum(len(response) for _, response in turns)
-    assert all(sample.mask[-1] for sample in samples), "nothing stands after the last turn"
+    assert sum(sum(sample.sequences[0].loss_mask) for sample in samples) == sum(
+        len(response) for _, response in turns
+    )
+    assert all(sample.sequences[0].loss_mask[-1] for sample in samples), "nothing stands after the last turn"
     nests = [
         later[0][: len(prompt + response)] == prompt + response
         for (prompt, response), later in itertools.pairwise(turns)

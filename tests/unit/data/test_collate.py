@@ -7,25 +7,12 @@ import pytest
 import torch
 
 from nemo_aligner.batch import PreferenceBatch, ScoredBatch, Unit
-from nemo_aligner.data.collate import (
-    collate,
-    collate_comparisons,
-    collate_prompts,
-    collate_scored,
-    collate_scored_pairs,
-    empty_comparison,
-    empty_sample,
-    empty_scored,
-    empty_scored_pair,
-    padded_length,
-)
-from nemo_aligner.data.sample import (
-    ComparisonSample,
-    PromptSample,
-    Sample,
-    ScoredPairSample,
-    ScoredSample,
-)
+from nemo_aligner.data.collate import collate, padded_length, uncollated
+from nemo_aligner.data.row import Row, TokenSequence
+
+
+def sequence(tokens, mask=None):
+    return TokenSequence(tokens=tokens, loss_mask=mask or [False] * (len(tokens) - 1) + [True])
 
 
 @pytest.mark.parametrize(
@@ -45,8 +32,8 @@ def test_padded_length(longest, multiple, maximum, expected):
 
 def test_rows_are_right_padded_and_masked_by_position():
     # The answer holds the padding id, which must stay learned.
-    answer = Sample(tokens=[5, 9, 9], mask=[False, True, True], truncated=False)
-    batch = collate([answer, empty_sample(9)], pad_id=9, seq_length=5)
+    answer = Row(sequences=(sequence([5, 9, 9], [False, True, True]),))
+    batch = collate([answer, answer.padding(9)], pad_id=9, seq_length=5)
     assert batch.tokens.tolist() == [[5, 9, 9, 9, 9], [9] * 5]
     assert batch.mask.tolist() == [[False, True, True, False, False], [False] * 5]
     assert batch.lengths.tolist() == [3, 1]
@@ -57,8 +44,8 @@ def test_rows_are_right_padded_and_masked_by_position():
 
 def test_pairs_become_rows_and_are_read_at_their_last_tokens():
     # 9 is the padding id and stands within and at the end of texts.
-    pair = ComparisonSample(chosen=[5, 9, 6, 9], rejected=[5, 7])
-    batch = collate_comparisons([pair, empty_comparison(9)], pad_id=9, seq_length=5)
+    pair = Row(sequences=(sequence([5, 9, 6, 9]), sequence([5, 7])))
+    batch = collate([pair, pair.padding(9)], pad_id=9, seq_length=5)
     assert isinstance(batch, PreferenceBatch)
     assert batch.tokens.tolist() == [[5, 9, 6, 9, 9], [5, 7, 9, 9, 9], [9] * 5, [9] * 5]
     assert batch.lengths.tolist() == [4, 2, 1, 1]
@@ -70,21 +57,21 @@ def test_pairs_become_rows_and_are_read_at_their_last_tokens():
 def test_labels_stay_with_their_rows():
     nan = math.nan
     first, second = (
-        ScoredSample(tokens=ids, attributes=labels)
+        Row(sequences=(sequence(ids),), labels=(labels,))
         for ids, labels in (([1, 2, 3], (4.0, nan)), ([1, 2], (nan, 0.5)))
     )
-    flat = collate_scored([first, second, empty_scored(0, 2)], pad_id=0, seq_length=4)
+    flat = collate([first, second, first.padding(0)], pad_id=0, seq_length=4)
     assert isinstance(flat, ScoredBatch)
     assert flat.mask.nonzero().tolist() == [[0, 2], [1, 1]]
     expected = torch.tensor([[4.0, nan], [nan, 0.5], [nan, nan]])
     torch.testing.assert_close(flat.attributes, expected, equal_nan=True, rtol=0, atol=0)
-    pairs = [ScoredPairSample(first=first, second=second), empty_scored_pair(0, 2)]
-    paired = collate_scored_pairs(pairs, pad_id=0, seq_length=4)
+    pair = Row(sequences=(*first.sequences, *second.sequences), labels=(*first.labels, *second.labels))
+    paired = collate([pair, pair.padding(0)], pad_id=0, seq_length=4)
     assert paired.tokens.tolist() == [*flat.tokens.tolist(), [0] * 4]
     torch.testing.assert_close(paired.attributes[:3], expected, equal_nan=True, rtol=0, atol=0)
     assert paired.count(Unit.PAIR) == 1
 
 
 def test_prompts_stay_as_they_are():
-    prompts = [PromptSample(text="a", tokens=[1]), PromptSample(text="b", tokens=[2, 3])]
-    assert collate_prompts(prompts, pad_id=0, seq_length=8) == prompts
+    prompts = [Row(sequences=(sequence(ids),), text=text) for text, ids in (("a", [1]), ("b", [2, 3]))]
+    assert uncollated(prompts, pad_id=0, seq_length=8) == prompts

@@ -6,7 +6,8 @@ import logging
 import pytest
 
 from nemo_aligner.data.config import ChatPromptTokens, SFTDataConfig, SFTSplitConfig
-from nemo_aligner.data.datasets import describe, open_sft
+from nemo_aligner.data.datasets import open_sft
+from nemo_aligner.data.row import describe
 from nemo_aligner.data.tokenizer import load_tokenizer
 from nemo_aligner.errors import UserError
 
@@ -103,7 +104,7 @@ def test_a_chat_without_room_is_left_out_and_named(jsonl, chatml, caplog):
     whole = opened(jsonl(rows[0], name="whole.jsonl"), chatml, chat=True)
     assert whole.fingerprint.keys() == {"rows"}
     assert dataset.fingerprint.keys() == {"rows", "samples"}
-    with pytest.raises(UserError, match="has nothing to learn: 1 of 1 rows leave no room"):
+    with pytest.raises(UserError, match="has nothing to learn: of 1 rows 1 leave no room"):
         opened(jsonl({"messages": LONG}), chatml, chat=True, split={"max_seq_length": 64})
 
 

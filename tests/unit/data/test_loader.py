@@ -7,15 +7,9 @@ import pytest
 import torch
 
 from nemo_aligner.batch import Unit
-from nemo_aligner.data.collate import (
-    collate,
-    collate_comparisons,
-    collate_prompts,
-    empty_comparison,
-    empty_sample,
-)
+from nemo_aligner.data.collate import collate, uncollated
 from nemo_aligner.data.loader import BatchLoader
-from nemo_aligner.data.sample import ComparisonSample, PromptSample, Sample
+from nemo_aligner.data.row import Row, TokenSequence
 from nemo_aligner.data.sampler import GlobalBatchSampler, Share
 from nemo_aligner.errors import UserError
 
@@ -31,11 +25,18 @@ class Rows:
 
     def __getitem__(self, index):
         length = min(index % 17 + 2, 12)
-        return Sample(
-            tokens=[index] * length,
-            mask=[i >= length // 2 for i in range(length)],
-            truncated=index % 17 + 2 > 12,
+        mask = [i >= length // 2 for i in range(length)]
+        return Row(
+            sequences=(TokenSequence(tokens=[index] * length, loss_mask=mask),), truncated=index % 17 + 2 > 12
         )
+
+
+def row_of(*texts):
+    return Row(
+        sequences=tuple(
+            TokenSequence(tokens=ids, loss_mask=[False] * (len(ids) - 1) + [True]) for ids in texts
+        )
+    )
 
 
 def loader(
@@ -47,7 +48,6 @@ def loader(
         rows,
         sampler,
         collate=collate,
-        filler=empty_sample(999),
         dp_rank=dp_rank,
         dp_size=dp_size,
         micro_batch_size=micro_batch_size,
@@ -87,7 +87,7 @@ def test_every_row_of_a_batch_reaches_one_rank(dp_size, micro_batch_size):
         assert [row for row in rows if row != 999] == ranks[0].sampler.rows(step)
         learned = sum(int(b.count(Unit.TOKEN)) for b in flat)
         expected = [Rows(20)[row] for row in ranks[0].sampler.rows(step)]
-        assert learned == sum(sum(sample.mask[1:]) for sample in expected)
+        assert learned == sum(sum(sample.sequences[0].loss_mask[1:]) for sample in expected)
 
 
 @pytest.mark.parametrize("num_rows", [1, 3])
@@ -147,11 +147,10 @@ def test_neighbours_do_not_change_a_row():
 
 
 def test_without_pipeline_stages_each_micro_batch_is_as_long_as_it_must_be():
-    samples = [Sample(tokens=[1] * n, mask=[False] + [True] * (n - 1), truncated=False) for n in (3, 4, 9, 2)]
+    samples = [row_of([1] * n) for n in (3, 4, 9, 2)]
     sampler = GlobalBatchSampler(4, 4, shuffle=False, seed=0, drop_last=True)
     options = {
         "collate": collate,
-        "filler": empty_sample(0),
         "dp_rank": 0,
         "dp_size": 1,
         "micro_batch_size": 2,
@@ -164,8 +163,8 @@ def test_without_pipeline_stages_each_micro_batch_is_as_long_as_it_must_be():
         assert [batch.seq_length for batch in loader.batch(0)] == expected
 
 
-PAIRS = [ComparisonSample(chosen=[i] * (i % 7 + 2), rejected=[i] * (i % 5 + 3)) for i in range(20)]
-PROMPTS = [PromptSample(text=str(i), tokens=[i] * (i % 7 + 1)) for i in range(20)]
+PAIRS = [row_of([i] * (i % 7 + 2), [i] * (i % 5 + 3)) for i in range(20)]
+PROMPTS = [row_of([i] * (i % 7 + 1)) for i in range(20)]
 
 
 def pair_loader(*, dp_rank=0, dp_size=1, num_workers=0, micro_batch_size=2, blend=()):
@@ -173,8 +172,7 @@ def pair_loader(*, dp_rank=0, dp_size=1, num_workers=0, micro_batch_size=2, blen
     return BatchLoader(
         PAIRS,
         sampler,
-        collate=collate_comparisons,
-        filler=empty_comparison(999),
+        collate=collate,
         dp_rank=dp_rank,
         dp_size=dp_size,
         micro_batch_size=micro_batch_size,
@@ -201,7 +199,7 @@ def test_a_micro_batch_counts_pairs_and_keeps_them_together(dp_size, micro_batch
         ]
         rows = ranks[0].sampler.rows(step)
         assert [pair for pair in pairs if pair != ([999], [999])] == [
-            (PAIRS[row].chosen, PAIRS[row].rejected) for row in rows
+            tuple(sequence.tokens for sequence in PAIRS[row].sequences) for row in rows
         ]
         assert sum(int(b.count(Unit.PAIR)) for b in flat) == len(rows)
         for b in flat:
@@ -225,8 +223,8 @@ def test_prompts_are_dealt_out_without_fillers(dp_size):
         BatchLoader(
             PROMPTS,
             sampler,
-            collate=collate_prompts,
-            filler=None,
+            collate=uncollated,
+            pads=False,
             dp_rank=rank,
             dp_size=dp_size,
             micro_batch_size=2,

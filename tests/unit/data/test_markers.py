@@ -41,9 +41,11 @@ def test_transformers_asks_as_training_did(make_hf, adds_bos, prefix_space, mess
             continue
         asked = theirs.apply_chat_template(messages[:i], add_generation_prompt=True, return_dict=False)
         assert sample.tokens[: len(asked)] == asked == tokens_of(messages[:i], tokenizer)
-        assert not any(sample.mask[learned : len(asked)])
+        assert not any(sample.sequences[0].loss_mask[learned : len(asked)])
         learned = (
-            sample.mask.index(False, len(asked)) if False in sample.mask[len(asked) :] else len(sample.mask)
+            sample.sequences[0].loss_mask.index(False, len(asked))
+            if False in sample.sequences[0].loss_mask[len(asked) :]
+            else len(sample.sequences[0].loss_mask)
         )
         assert tokenizer.decode(sample.tokens[len(asked) : learned]).removesuffix("</s>").lstrip() == (
             f"{message['content']}\n<extra_id_1>".lstrip()
@@ -51,7 +53,7 @@ def test_transformers_asks_as_training_did(make_hf, adds_bos, prefix_space, mess
     again = TemplateLayout(tokenizer, SPLIT)
     [templated] = again(again.read({"messages": messages}))
     assert [*templated.tokens, tokenizer.eos_id] == sample.tokens
-    assert [*templated.mask, True] == sample.mask
+    assert [*templated.sequences[0].loss_mask, True] == sample.sequences[0].loss_mask
 
 
 @pytest.mark.parametrize("add_bos", [None, True])

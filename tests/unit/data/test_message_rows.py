@@ -9,10 +9,11 @@ import pytest
 from transformers import AutoTokenizer
 
 from nemo_aligner.data.config import PairDataConfig, PromptDataConfig
-from nemo_aligner.data.datasets import open_comparisons, open_prompts, open_regression
-from nemo_aligner.data.judgements import open_pairs
+from nemo_aligner.data.datasets import open_prompt_rows
+from nemo_aligner.data.text_rows import open_pairs
 from nemo_aligner.data.tokenizer import load_tokenizer
 from nemo_aligner.errors import UserError
+from tests.unit.data import test_row_dataset as row_tests
 from tests.unit.data.conftest import CHATML
 
 SYSTEM = {"role": "system", "content": "Be brief."}
@@ -62,16 +63,15 @@ def prefix(path):
 
 
 def comparisons(path, tokenizer):
-    data = PairDataConfig(data_prefix=prefix(path), append_eod=True)
-    return open_comparisons(data, data.splits.train, tokenizer, max_length=400)
+    return row_tests.comparisons(prefix(path), tokenizer, max_length=400, append_eod=True)
 
 
 @pytest.mark.parametrize("row", PAIRS)
 def test_pairs_are_rendered_as_whole_conversations(jsonl, tokenizer, render, row, caplog):
     with caplog.at_level(logging.INFO):
         pairs = comparisons(jsonl(row, row), tokenizer)
-    assert (pairs[1].chosen, pairs[1].rejected) == (render(ASK, GOOD), render(ASK, BAD))
-    assert pairs[1].chosen[-1] == tokenizer.eos_id  # the end of the turn is EOS, once
+    assert row_tests.tokens(pairs[1]) == [render(ASK, GOOD), render(ASK, BAD)]
+    assert row_tests.tokens(pairs[1])[0][-1] == tokenizer.eos_id  # the end of the turn is EOS, once
     assert [record.getMessage().split(": ")[-1] for record in caplog.records] == [
         "read as conversations, laid out by the chat template"
     ]
@@ -80,7 +80,7 @@ def test_pairs_are_rendered_as_whole_conversations(jsonl, tokenizer, render, row
 def test_what_chosen_and_rejected_begin_with_is_the_prompt(jsonl, tokenizer, render):
     before = [SYSTEM, ASK, GOOD, ASK]
     pairs = comparisons(jsonl({"chosen": [*before, GOOD], "rejected": [*before, BAD]}), tokenizer)
-    assert pairs[0].chosen == render(*before, GOOD)
+    assert row_tests.tokens(pairs[0])[0] == render(*before, GOOD)
 
 
 @pytest.mark.parametrize(
@@ -119,7 +119,7 @@ def test_identical_pairs_are_left_out_and_counted(jsonl, tokenizer, caplog):
         pairs = comparisons(jsonl(PAIRS[0], same, PAIRS[1], same), tokenizer)
     assert (len(pairs), pairs.num_dropped) == (2, 2)
     assert "2 of 4 pairs are of the same text twice, which teaches nothing, and are left out" in caplog.text
-    with pytest.raises(UserError, match=r"none of 1 pairs of .* has .* two different texts"):
+    with pytest.raises(UserError, match="of 1 pairs 1 are of the same text twice"):
         comparisons(jsonl(same), tokenizer)
 
 
@@ -133,20 +133,30 @@ def test_identical_pairs_are_left_out_and_counted(jsonl, tokenizer, caplog):
 )
 def test_prompts_end_with_the_generation_prompt(jsonl, tokenizer, render, row):
     data = PromptDataConfig(data_prefix=prefix(jsonl(row)))
-    prompts = open_prompts(data, data.splits.train, tokenizer, max_length=400)
+    prompts = open_prompt_rows(data, data.splits.train, tokenizer, max_length=400)
     assert prompts[0].tokens == render(SYSTEM, ASK, add_generation_prompt=True)
 
 
 def test_a_prompt_that_ends_with_the_response_is_refused(jsonl, tokenizer):
     data = PromptDataConfig(data_prefix=prefix(jsonl({"messages": [ASK, GOOD]})))
     with pytest.raises(UserError, match="line 1: the last message is the assistant's"):
-        open_prompts(data, data.splits.train, tokenizer, max_length=400)
+        open_prompt_rows(data, data.splits.train, tokenizer, max_length=400)
 
 
 def test_labels_of_messages(tmp_path, tokenizer, render):
     path = tmp_path / "rows.json.gz"
     path.write_bytes(gzip.compress(json.dumps([{"messages": [ASK, GOOD], "label": [1, 2]}] * 2).encode()))
     data = PairDataConfig(data_prefix=prefix(path), append_eod=True)
-    rows = open_regression(data, data.splits.train, tokenizer, max_length=400, num_attributes=2, missing=-100)
+    rows = row_tests.labeled_rows(data, tokenizer, max_length=400, num_attributes=2)
     assert (len(rows), rows[1].tokens) == (2, render(ASK, GOOD))
-    assert rows[1].attributes == (1.0, 2.0)
+    assert rows[1].labels == ((1.0, 2.0),)
+
+
+def test_a_generated_response_ends_with_its_turn(jsonl, tokenizer, render):
+    rows = row_tests.comparisons(
+        prefix(jsonl(PAIRS[0])), tokenizer, max_length=400, append_eod=True, generates=True
+    )
+    asked = render(ASK, add_generation_prompt=True)
+    for sequence, answer in zip(rows[0].sequences, (GOOD, BAD), strict=True):
+        assert sequence.tokens == render(ASK, answer)
+        assert sequence.loss_mask == [False] * len(asked) + [True] * (len(sequence.tokens) - len(asked))

@@ -20,7 +20,7 @@ def lay_out(tokenizer, fields, *, answer_only_loss=True, **settings):
 
 
 def learned(sample):
-    return [token for token, mask in zip(sample.tokens, sample.mask, strict=True) if mask]
+    return [token for token, mask in zip(sample.tokens, sample.sequences[0].loss_mask, strict=True) if mask]
 
 
 ROW = {"input": "  The capital of France is ", "output": " Paris "}
@@ -30,7 +30,7 @@ def test_pieces_are_tokenised_by_themselves(bpe):
     sample = lay_out(bpe, ROW)
     prompt, answer = bpe.encode("The capital of France is"), bpe.encode(" Paris")
     assert sample.tokens == [*prompt, *answer, bpe.eos_id]
-    assert sample.mask == [False] * len(prompt) + [True] * (len(answer) + 1)
+    assert sample.sequences[0].loss_mask == [False] * len(prompt) + [True] * (len(answer) + 1)
     assert not sample.truncated
 
 
@@ -47,7 +47,7 @@ def test_the_prompt_has_the_tokens_of_a_prompt_alone(request, name, template):
     text = template.replace(r"\n", "\n").replace("{input}", "letters, too")
     prompt = tokenizer.encode(text.removesuffix(" {output}").removesuffix("{output}"))
     assert sample.tokens[: len(prompt)] == prompt
-    assert sample.mask.index(True) == len(prompt)
+    assert sample.sequences[0].loss_mask.index(True) == len(prompt)
     assert tokenizer.decode(sample.tokens).removesuffix("</s>") == text.replace("{output}", "fat")
 
 
@@ -61,7 +61,7 @@ def test_dolly_row_as_transformers_would_tokenise_it(make_hf):
 def test_loss_on_all_but_the_first_token(bpe, llama_like):
     for tokenizer in (bpe, llama_like):
         sample = lay_out(tokenizer, ROW, answer_only_loss=False)
-        assert sample.mask == [False] + [True] * (len(sample.tokens) - 1)
+        assert sample.sequences[0].loss_mask == [False] + [True] * (len(sample.tokens) - 1)
 
 
 @pytest.mark.parametrize("add_bos", [None, True, False])
@@ -82,7 +82,7 @@ def test_at_most_one_bos_and_never_learned(make_hf, add_bos, text, template, add
     wanted = text != "Hi" or (adds_bos if add_bos is None else add_bos)
     assert sample.tokens.count(tokenizer.bos_id) == int(wanted)
     assert (sample.tokens[0] == tokenizer.bos_id) == wanted
-    assert not sample.mask[0]
+    assert not sample.sequences[0].loss_mask[0]
 
 
 def test_bos_that_the_tokenizer_lacks(make_hf):
@@ -113,7 +113,7 @@ def test_without_eos(bpe):
 def test_separator_before_the_answer(make_hf):
     tokenizer = load_tokenizer("huggingface", make_hf(sep_token="<extra_id_0>"))
     sample = lay_out(tokenizer, ROW, add_sep=True)
-    first = sample.mask.index(True)
+    first = sample.sequences[0].loss_mask.index(True)
     assert sample.tokens[first - 1] == tokenizer.sep_id
     assert learned(sample) == [*tokenizer.encode(" Paris"), tokenizer.eos_id]
 

@@ -27,7 +27,7 @@ from nemo_aligner.checkpoint.sharded import load_model
 from nemo_aligner.checkpoint.tokenizer_files import load_archived_tokenizer
 from nemo_aligner.checkpoint.weights import WeightReader, save_weights
 from nemo_aligner.data.reading import Reading
-from nemo_aligner.data.sample import TextEncoder
+from nemo_aligner.data.row import TextEncoder
 from nemo_aligner.models.gpt.config import GPTConfig
 from nemo_aligner.models.gpt.critic import GPTCritic
 from nemo_aligner.models.gpt.heads import head_config

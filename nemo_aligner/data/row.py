@@ -1,27 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tokenised rows, and how they are shown to people. Knows neither files nor templates."""
+"""Rows in tokens, and how they are shown to people. Knows neither files nor templates."""
 
+import math
 import re
 import unicodedata
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import groupby
 
 from nemo_aligner.data.tokenizer import Tokenizer
 from nemo_aligner.errors import UserError
 
-__all__ = [
-    "ComparisonSample",
-    "PromptSample",
-    "Sample",
-    "ScoredPairSample",
-    "ScoredSample",
-    "TextEncoder",
-    "describe",
-    "finish",
-    "most_tokens",
-    "split_bos",
-]
+__all__ = ["Row", "TextEncoder", "TokenSequence", "describe", "finish", "most_tokens", "split_bos"]
 
 # A NUL byte makes a log a binary file, an escape character colours the terminal.
 _CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f]")
@@ -30,77 +20,49 @@ _LONGEST_SHOWN = 1000  # characters of one run of tokens; the middle of a longer
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Sample:
-    """The tokens of one row."""
+class TokenSequence:
+    """The tokens of one text."""
 
-    tokens: list[int]  # prompt and answer, BOS and EOS included
-    mask: list[bool]  # as long as tokens: which of them are learned
-    truncated: bool  # whether something was cut to fit max_seq_length
+    tokens: list[int]  # prompt and response, BOS and EOS included
+    loss_mask: list[bool]  # as long as tokens: which of them the loss counts
 
     def __post_init__(self) -> None:
-        assert len(self.tokens) == len(self.mask), (len(self.tokens), len(self.mask))
-
-    @property
-    def num_tokens(self) -> int:
-        """The length of its sequence."""
-        return len(self.tokens)
+        assert len(self.tokens) == len(self.loss_mask), (len(self.tokens), len(self.loss_mask))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ComparisonSample:
-    """The tokens of a pair of answers, each with the prompt before it."""
+class Row:
+    """A row of data in tokens: one sequence, or several that stay together, of a pair the chosen one first."""
 
-    chosen: list[int]
-    rejected: list[int]
-    truncated: bool = False  # pairs are left out where they are too long
+    sequences: tuple[TokenSequence, ...]
+    labels: tuple[tuple[float, ...], ...] = ()  # of each sequence: its attributes, NaN where one is unlabeled
+    reference_logprobs: tuple[float, ...] = ()  # of each sequence, where they are computed before training
+    text: str = ""  # of a prompt
+    extras: Mapping[str, object] = field(default_factory=dict)  # the JSON object that it stands in
+    truncated: bool = False  # whether something was cut to fit max_seq_length
+
+    @property
+    def tokens(self) -> list[int]:
+        """Those of its only sequence."""
+        (sequence,) = self.sequences
+        return sequence.tokens
 
     @property
     def num_tokens(self) -> int:
-        """The length of the longer one."""
-        return max(len(self.chosen), len(self.rejected))
+        """The length of its longest sequence."""
+        return max(len(sequence.tokens) for sequence in self.sequences)
 
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ScoredSample:
-    """The tokens of a judged answer and its prompt."""
-
-    tokens: list[int]
-    attributes: tuple[float, ...]  # NaN where an attribute was not judged
-    truncated: bool = False  # rows are left out where they are too long
-
-    @property
-    def num_tokens(self) -> int:
-        """The length of its sequence."""
-        return len(self.tokens)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ScoredPairSample:
-    """Two judged answers to one prompt."""
-
-    first: ScoredSample
-    second: ScoredSample
-    truncated: bool = False  # pairs are left out where they are too long
-
-    @property
-    def num_tokens(self) -> int:
-        """The length of the longer one."""
-        return max(self.first.num_tokens, self.second.num_tokens)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PromptSample:
-    """A prompt to be answered."""
-
-    text: str
-    tokens: list[int]
-    row: Mapping[str, object] = field(default_factory=dict)  # the JSON object that it stands in
-    truncated: bool = False  # prompts are left out where they are too long
-
-    @property
-    def num_tokens(self) -> int:
-        """The length of the prompt."""
-        return len(self.tokens)
+    def padding(self, pad_id: int) -> "Row":
+        """A row of the same width that only fills a micro-batch: one token in each sequence, no loss, no label."""
+        empty = TokenSequence(tokens=[pad_id], loss_mask=[False])
+        return replace(
+            self,
+            sequences=(empty,) * len(self.sequences),
+            labels=tuple((math.nan,) * len(labels) for labels in self.labels),
+            text="",
+            extras={},
+            truncated=False,
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -125,10 +87,6 @@ class TextEncoder:
         eos = [self.tokenizer.eos_id] if wanted and ids[-1:] != [self.tokenizer.eos_id] else []
         return [*bos, *ids, *eos]
 
-    def at_most(self, text: str) -> int:
-        """As many tokens as ``text`` can have, told without tokenising it."""
-        return most_tokens(text)
-
 
 def most_tokens(text: str) -> int:
     """As many tokens as ``text`` can have, BOS, EOS and a space before it included."""
@@ -143,8 +101,8 @@ def _num_bytes(text: str) -> int:
     return len(text.encode())
 
 
-def finish(tokens: list[int], mask: list[bool], *, truncated: bool, max_seq_length: int) -> Sample:
-    """The sample, after the checks that every layout shares: it fits, and something in it is learned.
+def finish(tokens: list[int], mask: list[bool], *, truncated: bool, max_seq_length: int) -> Row:
+    """The row of one sequence, after the checks that every layout shares: it fits, and something in it is learned.
 
     The first token is never learned, since nothing predicts it.
 
@@ -161,7 +119,7 @@ def finish(tokens: list[int], mask: list[bool], *, truncated: bool, max_seq_leng
             if truncated
             else "give the row an answer, or remove it",
         )
-    return Sample(tokens=tokens, mask=mask, truncated=truncated)
+    return Row(sequences=(TokenSequence(tokens=tokens, loss_mask=mask),), truncated=truncated)
 
 
 def split_bos(pieces: list[list[int]], *, tokenizer: Tokenizer, add_bos: bool | None) -> list[int]:
@@ -193,13 +151,13 @@ def split_bos(pieces: list[list[int]], *, tokenizer: Tokenizer, add_bos: bool | 
     return [bos] if wanted or written else []
 
 
-def describe(sample: Sample, tokenizer: Tokenizer) -> str:
-    """The sample as text, what is learned between ⟦ and ⟧, and control characters as \\x00."""
-    text = ""
-    for learned, run in groupby(range(len(sample.tokens)), key=lambda i: sample.mask[i]):
+def describe(row: Row, tokenizer: Tokenizer) -> str:
+    """The row's first sequence as text, loss tokens between ⟦ and ⟧, and control characters as \\x00."""
+    text, sequence = "", row.sequences[0]
+    for counts, run in groupby(range(len(sequence.tokens)), key=lambda i: sequence.loss_mask[i]):
         indices = list(run)
-        piece = _decode_run(tokenizer, sample.tokens, indices[0], indices[-1] + 1)
-        text += f"⟦{piece}⟧" if learned else piece
+        piece = _decode_run(tokenizer, sequence.tokens, indices[0], indices[-1] + 1)
+        text += f"⟦{piece}⟧" if counts else piece
     return _CONTROL.sub(lambda match: f"\\x{ord(match[0]):02x}", text)
 
 

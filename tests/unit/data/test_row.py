@@ -4,7 +4,7 @@
 import pytest
 from sentencepiece import SentencePieceTrainer
 
-from nemo_aligner.data.sample import Sample, TextEncoder, describe
+from nemo_aligner.data.row import Row, TextEncoder, TokenSequence, describe, most_tokens
 from nemo_aligner.data.tokenizer import load_tokenizer
 from nemo_aligner.errors import UserError
 
@@ -14,15 +14,14 @@ def test_learned_tokens_are_marked(request, name):
     tokenizer = request.getfixturevalue(name)
     prompt, answer = tokenizer.encode("camels use"), tokenizer.encode("camels use fat")
     answer = answer[len(prompt) :]
-    sample = Sample(
-        tokens=prompt + answer, mask=[False] * len(prompt) + [True] * len(answer), truncated=False
-    )
-    assert describe(sample, tokenizer) == "camels use⟦ fat⟧"
+    mask = [False] * len(prompt) + [True] * len(answer)
+    row = Row(sequences=(TokenSequence(tokens=prompt + answer, loss_mask=mask),))
+    assert describe(row, tokenizer) == "camels use⟦ fat⟧"
 
 
 def test_long_runs_are_shortened(bpe):
     tokens = bpe.encode("1" * 5000)
-    shown = describe(Sample(tokens=tokens, mask=[False] * 5000, truncated=False), bpe)
+    shown = describe(Row(sequences=(TokenSequence(tokens=tokens, loss_mask=[False] * 5000),)), bpe)
     assert shown == "1" * 500 + " [... 4000 characters ...] " + "1" * 500
 
 
@@ -58,7 +57,7 @@ def test_bos_of_a_tokenizer_without_one_is_refused(make_hf):
 )
 def test_no_text_has_more_tokens_than_foretold(request, name, text):
     encode = TextEncoder(tokenizer=request.getfixturevalue(name), add_bos=None, append_eos=True)
-    assert len(encode(text)) <= encode.at_most(text)
+    assert len(encode(text)) <= most_tokens(text)
 
 
 def test_no_normalised_text_has_more_tokens_than_foretold(tmp_path):
@@ -77,4 +76,4 @@ def test_no_normalised_text_has_more_tokens_than_foretold(tmp_path):
         tokenizer=load_tokenizer("sentencepiece", tmp_path / "nfkc.model"), add_bos=None, append_eos=True
     )
     text = "\ufdfa" * 9
-    assert len(text.encode()) < len(encode(text)) <= encode.at_most(text)
+    assert len(text.encode()) < len(encode(text)) <= most_tokens(text)

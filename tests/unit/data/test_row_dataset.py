@@ -8,13 +8,9 @@ import math
 import pytest
 
 from nemo_aligner.data.config import PairDataConfig, PromptDataConfig
-from nemo_aligner.data.datasets import (
-    open_comparisons,
-    open_prompts,
-    open_regression,
-    open_regression_pairs,
-)
-from nemo_aligner.data.sample import ComparisonSample, PromptSample
+from nemo_aligner.data.datasets import open_prompt_rows, open_response_rows
+from nemo_aligner.data.row import Row, TokenSequence
+from nemo_aligner.data.text_rows import Labels, open_labeled, open_pairs
 from nemo_aligner.errors import UserError
 
 
@@ -22,9 +18,36 @@ def pair_rows(*texts):
     return [{"text": text} for pair in texts for text in pair]
 
 
-def comparisons(prefix, tokenizer, *, max_length=100, split="train", **settings):
+def comparisons(prefix, tokenizer, *, max_length=100, split="train", generates=False, **settings):
     data = PairDataConfig(data_prefix=prefix, **settings)
-    return open_comparisons(data, getattr(data.splits, split), tokenizer, max_length=max_length)
+    return open_response_rows(
+        data,
+        getattr(data.splits, split),
+        tokenizer,
+        read=lambda path: open_pairs(path, tokenizer),
+        max_length=max_length,
+        unit="pairs",
+        generates=generates,
+    )
+
+
+def labeled_rows(data, tokenizer, *, max_length, **labels):
+    return open_response_rows(
+        data,
+        data.splits.train,
+        tokenizer,
+        read=lambda path: open_labeled(path, Labels(missing=-100, **labels), tokenizer),
+        max_length=max_length,
+        unit="pairs" if labels.get("paired") else "rows",
+    )
+
+
+def tokens(row):
+    return [sequence.tokens for sequence in row.sequences]
+
+
+def judged_whole(ids):
+    return TokenSequence(tokens=ids, loss_mask=[False] * (len(ids) - 1) + [True])
 
 
 def by_name(path):
@@ -36,8 +59,8 @@ def test_texts_are_encoded_whole(jsonl, bpe, append_eod):
     pairs = comparisons(by_name(jsonl(*pair_rows(("camels use", "use camels")))), bpe, append_eod=append_eod)
     end = [bpe.eos_id] if append_eod else []
     assert len(pairs) == 1
-    assert pairs[0] == ComparisonSample(
-        chosen=[*bpe.encode("camels use"), *end], rejected=[*bpe.encode("use camels"), *end]
+    assert pairs[0].sequences == tuple(
+        judged_whole([*bpe.encode(text), *end]) for text in ("camels use", "use camels")
     )
 
 
@@ -51,11 +74,11 @@ def test_a_pair_is_left_out_whole_and_counted_once(jsonl, bpe, caplog, append_eo
     path = jsonl(*pair_rows(*texts))
     with caplog.at_level(logging.INFO):
         pairs = comparisons(by_name(path), bpe, max_length=limit, append_eod=append_eod)
-        lengths = [(len(pairs[i].chosen) - append_eod, len(pairs[i].rejected) - append_eod) for i in range(2)]
+        lengths = [tuple(len(ids) - append_eod for ids in tokens(pairs[i])) for i in range(2)]
     assert lengths == [(room, room), (5, 9)]
     assert (len(pairs), pairs.num_dropped) == (2, 3)
     assert [record.getMessage() for record in caplog.records] == [
-        f"{path}: 3 of 5 pairs have more than 70 tokens and are left out"
+        f"{path}: 3 of 5 pairs have more than 70 tokens and are left out: line 3, line 5, line 9"
     ]
 
 
@@ -71,14 +94,16 @@ def test_what_is_kept_is_what_a_look_at_each_row_keeps(request, jsonl, name):
         if max(len(tokenizer.encode(chosen)), len(tokenizer.encode(rejected))) <= 128 and chosen != rejected
     ]
     assert 5 < len(expected) < 55
-    assert [(pair.chosen, pair.rejected) for pair in (pairs[i] for i in range(len(pairs)))] == [
-        (tokenizer.encode(chosen), tokenizer.encode(rejected)) for chosen, rejected in expected
+    assert [tokens(pairs[i]) for i in range(len(pairs))] == [
+        [tokenizer.encode(chosen), tokenizer.encode(rejected)] for chosen, rejected in expected
     ]
 
 
 def test_a_file_of_which_nothing_fits(jsonl, bpe):
     path = jsonl(*pair_rows(("1" * 20, "2")), *pair_rows(("1", "2" * 30)))
-    with pytest.raises(UserError, match=r"none of 2 pairs of .* has at most 10 tokens") as caught:
+    with pytest.raises(
+        UserError, match="has nothing to learn: of 2 pairs 2 have more than 10 tokens"
+    ) as caught:
         comparisons(by_name(path), bpe, max_length=10, append_eod=True)
     assert "seq_length" in caught.value.cure
 
@@ -96,7 +121,7 @@ def test_files_without_weights_are_read_one_after_the_other(jsonl, bpe):
         for i, size in enumerate((3, 1, 2))
     ]
     pairs = comparisons({"train": files, "validation": files[0]}, bpe)
-    shown = [bpe.decode(pairs[i].chosen) for i in range(len(pairs))]
+    shown = [bpe.decode(tokens(pairs[i])[0]) for i in range(len(pairs))]
     assert shown == ["100", "101", "102", "110", "120", "121"]
     assert pairs.blend == ()
     with pytest.raises(IndexError):
@@ -119,7 +144,7 @@ def test_one_list_is_cut_by_pairs_before_any_is_left_out(jsonl, bpe):
     for split in ("train", "validation", "test"):
         for limit in (50, 99):
             pairs = comparisons(path, bpe, split=split, splits_string="8/1/1", max_length=limit)
-            names[split, limit] = [bpe.decode(pairs[i].rejected) for i in range(len(pairs))]
+            names[split, limit] = [bpe.decode(tokens(pairs[i])[1]) for i in range(len(pairs))]
     assert names["train", 99] == [f"{i:02}" for i in range(16)]
     assert names["validation", 99] == ["16", "17"]
     assert names["test", 99] == ["18", "19"]
@@ -148,20 +173,19 @@ def judged(jsonl, rows):
 def test_labels_follow_their_texts(jsonl, bpe):
     path = judged(jsonl, [("11", [1, -100]), ("2" * 80, [2, 2]), ("33", [-100, 3.5])])
     data = PairDataConfig(data_prefix=by_name(path), append_eod=True)
-    rows = open_regression(data, data.splits.train, bpe, max_length=50, num_attributes=2, missing=-100)
+    rows = labeled_rows(data, bpe, max_length=50, num_attributes=2)
     assert [bpe.decode(rows[i].tokens) for i in range(len(rows))] == ["11</s>", "33</s>"]
-    assert rows[0].attributes == pytest.approx((1.0, math.nan), nan_ok=True)
-    assert rows[1].attributes == pytest.approx((math.nan, 3.5), nan_ok=True)
+    assert rows[0].labels[0] == pytest.approx((1.0, math.nan), nan_ok=True)
+    assert rows[1].labels[0] == pytest.approx((math.nan, 3.5), nan_ok=True)
     assert rows.num_dropped == 1
 
 
 def test_judged_pairs_are_left_out_whole(jsonl, bpe):
     path = judged(jsonl, [("11", [-1]), ("22", [-1]), ("33", [2]), ("4" * 80, [2]), ("55", [3]), ("66", [3])])
     data = PairDataConfig(data_prefix=by_name(path))
-    pairs = open_regression_pairs(data, data.splits.train, bpe, max_length=50, num_attributes=1, missing=-100)
+    pairs = labeled_rows(data, bpe, max_length=50, num_attributes=1, paired=True)
     shown = [
-        (bpe.decode(pair.first.tokens), bpe.decode(pair.second.tokens), pair.first.attributes)
-        for pair in (pairs[i] for i in range(len(pairs)))
+        (*map(bpe.decode, tokens(pair)), pair.labels[0]) for pair in (pairs[i] for i in range(len(pairs)))
     ]
     assert shown == [("11", "22", (-1.0,)), ("55", "66", (3.0,))]
     assert pairs.num_dropped == 1
@@ -171,17 +195,20 @@ def test_a_pair_of_unlike_preferences_names_its_line(jsonl, bpe):
     path = judged(jsonl, [("11", [-1]), ("22", [-1]), ("33", [2]), ("44", [1])])
     data = PairDataConfig(data_prefix=by_name(path))
     with pytest.raises(UserError, match="line 3: the first numbers of the labels of a pair are 2 and 1"):
-        open_regression_pairs(data, data.splits.train, bpe, max_length=9, num_attributes=1, missing=-100)
+        labeled_rows(data, bpe, max_length=9, num_attributes=1, paired=True)
 
 
 def test_prompts_leave_room_for_an_answer(jsonl, llama_like, caplog):
     path = jsonl({"text": "User: camels?\n\nAssistant:", "source": 1}, {"text": "1" * 90}, {"text": "22"})
     data = PromptDataConfig(data_prefix=by_name(path))
     with caplog.at_level(logging.INFO):
-        prompts = open_prompts(data, data.splits.train, llama_like, max_length=64)
+        prompts = open_prompt_rows(data, data.splits.train, llama_like, max_length=64)
     text = "User: camels?\n\nAssistant:"
-    assert prompts[0] == PromptSample(
-        text=text, tokens=[llama_like.bos_id, *llama_like.encode(text)], row={"text": text, "source": 1}
+    ids = [llama_like.bos_id, *llama_like.encode(text)]
+    assert prompts[0] == Row(
+        sequences=(TokenSequence(tokens=ids, loss_mask=[False] * len(ids)),),
+        text=text,
+        extras={"text": text, "source": 1},
     )
     assert (len(prompts), prompts.num_dropped) == (2, 1)
     assert "1 of 3 prompts have more than 64 tokens" in caplog.text
@@ -194,10 +221,34 @@ def test_prompts_leave_room_for_an_answer(jsonl, llama_like, caplog):
 def test_bad_prompts_name_their_line(jsonl, bpe, row, problem):
     data = PromptDataConfig(data_prefix=by_name(jsonl(row)))
     with pytest.raises(UserError, match=problem):
-        open_prompts(data, data.splits.train, bpe, max_length=64)
+        open_prompt_rows(data, data.splits.train, bpe, max_length=64)
 
 
 def test_a_missing_file_is_named(bpe, tmp_path):
     with pytest.raises(UserError, match=r"there is no data file .*absent\.jsonl") as caught:
         comparisons(by_name(tmp_path / "absent.jsonl"), bpe)
     assert "under model.data" in caught.value.cure
+
+
+def test_generated_responses_stand_after_the_tokens_of_their_prompt(jsonl, llama_like):
+    prompt, good, bad = "camels use fat", " in their humps", "ter"
+    rows = comparisons(
+        by_name(jsonl({"prompt": prompt, "chosen": good, "rejected": bad})),
+        llama_like,
+        generates=True,
+        append_eod=True,
+    )
+    asked = [llama_like.bos_id, *llama_like.encode(prompt)]
+    for sequence, response in zip(rows[0].sequences, (good, bad), strict=True):
+        start = sequence.loss_mask.index(True)
+        assert sequence.tokens[:start] == asked  # also where the whole text has a token across the border
+        assert all(sequence.loss_mask[start:])
+        assert sequence.tokens[-1] == llama_like.eos_id
+        assert llama_like.decode(sequence.tokens[1:-1]) == prompt + response
+
+
+def test_responses_without_a_border_part_where_their_tokens_do(jsonl, bpe):
+    rows = comparisons(by_name(jsonl(*pair_rows(("1234", "1256"), ("12", "123")))), bpe, generates=True)
+    masks = [[sequence.loss_mask for sequence in rows[i].sequences] for i in range(2)]
+    assert masks[0] == [[False, False, True, True]] * 2
+    assert masks[1] == [[False, True], [False, True, True]]

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Files of judged answers: both layouts of pairs, labels, and what is said of bad lines."""
+"""Files of pairs and of labeled responses: both layouts of pairs, labels, and what is said of bad lines."""
 
 import math
 
 import pytest
 
-from nemo_aligner.data.judgements import JudgedPair, Pair, open_judged, open_judged_pairs, open_pairs
+from nemo_aligner.data.text_rows import Labels, open_labeled, open_pairs
 from nemo_aligner.errors import UserError
 
 TUTORIAL = [
@@ -23,10 +23,18 @@ ROWS = [
 @pytest.mark.parametrize("rows", [TUTORIAL, ROWS])
 def test_both_layouts_hold_the_same_pairs(jsonl, rows):
     pairs = open_pairs(jsonl(*rows))
-    assert [pairs[i] for i in range(len(pairs))] == [
-        Pair(chosen=TUTORIAL[i]["text"], rejected=TUTORIAL[i + 1]["text"]) for i in (0, 2)
+    assert [pairs[i].texts for i in range(len(pairs))] == [
+        (TUTORIAL[i]["text"], TUTORIAL[i + 1]["text"]) for i in (0, 2)
     ]
-    assert pairs[1].texts == (TUTORIAL[2]["text"], TUTORIAL[3]["text"])
+    assert pairs[0].prompt == ("" if rows is TUTORIAL else ROWS[0]["prompt"])
+    assert pairs[0].extras == rows[0]
+
+
+def test_the_names_of_nemo_s_preference_data_are_read(jsonl):
+    row = {"prompt": "Hi", "chosen_response": " Hello", "rejected_response": " Go", "chosen_reward": 2}
+    pairs = open_pairs(jsonl(row))
+    assert (pairs[0].prompt, pairs[0].responses) == ("Hi", (" Hello", " Go"))
+    assert pairs[0].extras["chosen_reward"] == 2
 
 
 def test_a_pair_is_found_by_the_number_of_its_line(jsonl):
@@ -60,10 +68,10 @@ def test_bad_pairs_name_their_line(jsonl, rows, line, problem, cure):
 
 def test_labels(jsonl):
     path = jsonl({"text": "a", "label": [4, -100, 0.5]}, {"text": "b", "label": [-100, -100, 1]})
-    judged = open_judged(path, num_attributes=3, missing=-100)
-    assert judged[0].text == "a"
+    labeled = open_labeled(path, Labels(num_attributes=3, missing=-100))
+    assert labeled[0].texts == ("a",)
     for row, expected in ((0, (4.0, math.nan, 0.5)), (1, (math.nan, math.nan, 1.0))):
-        assert judged[row].attributes == pytest.approx(expected, nan_ok=True)
+        assert labeled[row].labels[0] == pytest.approx(expected, nan_ok=True)
 
 
 @pytest.mark.parametrize(
@@ -84,24 +92,22 @@ def test_labels(jsonl):
 def test_bad_labels_name_their_line(jsonl, row, problem):
     path = jsonl({"text": "good", "label": [1, 2]}, row)
     with pytest.raises(UserError, match=problem) as caught:
-        open_judged(path, num_attributes=2, missing=-100)
+        open_labeled(path, Labels(num_attributes=2, missing=-100))
     assert caught.value.problem.startswith(f"{path}, line 2: ")
 
 
-def test_two_judged_answers_make_a_pair(jsonl):
+def test_two_labeled_responses_make_a_pair(jsonl):
     rows = [{"text": text, "label": [k, -100]} for text, k in (("a", -2), ("b", -2), ("c", 1), ("d", 1))]
-    pairs = open_judged_pairs(jsonl(*rows), num_attributes=2, missing=-100)
+    pairs = open_labeled(jsonl(*rows), Labels(num_attributes=2, missing=-100, paired=True))
     assert len(pairs) == 2
-    assert isinstance(pairs[1], JudgedPair)
     assert pairs[1].texts == ("c", "d")
-    assert [pair.first.attributes[0] for pair in (pairs[0], pairs[1])] == [-2, 1]
+    assert [pair.labels[0][0] for pair in (pairs[0], pairs[1])] == [-2, 1]
 
 
 @pytest.mark.parametrize("labels", [([-2, 0], [2, 0]), ([-100, 1], [-100, 1])])
 def test_a_pair_has_one_preference(jsonl, labels):
-    pairs = open_judged_pairs(
-        jsonl(*({"text": "a", "label": label} for label in labels)), num_attributes=2, missing=-100
-    )
+    rows = ({"text": "a", "label": label} for label in labels)
+    pairs = open_labeled(jsonl(*rows), Labels(num_attributes=2, missing=-100, paired=True))
     with pytest.raises(UserError, match="the first numbers of the labels of a pair are") as caught:
         pairs[0]
     assert "below 0 if the first is better" in caught.value.cure

@@ -1,0 +1,65 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the settings of scripts have in common whose data are pairs of responses, or labeled ones."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from nemo_aligner.config.base import BatchedModelConfig, PretrainedJob
+from nemo_aligner.data.config import PairDataConfig
+from nemo_aligner.data.first_rows import check_pair_rows
+from nemo_aligner.objectives.config import RegressionConfig
+from nemo_aligner.run.schedule import SupervisedConfig
+
+__all__ = ["PairJob", "PairLoopConfig", "PairModelConfig"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class PairLoopConfig(SupervisedConfig):
+    """The algorithm's block under ``trainer``."""
+
+    # a new order of pairs each epoch, a function of model.seed and the epoch alone
+    train_random_sampler: bool = True
+    val_random_sampler: bool = False  # True: validation in random order
+
+
+@dataclass(frozen=True, kw_only=True)
+class PairModelConfig(BatchedModelConfig):
+    """The ``model`` block."""
+
+    data: PairDataConfig  # where pairs come from
+    micro_batch_size: int = 2  # pairs (or judged answers) of one forward and backward pass on one rank
+    global_batch_size: int = 64  # pairs (or judged answers) of one optimizer step over all ranks
+
+
+@dataclass(frozen=True, kw_only=True)
+class PairJob(PretrainedJob):
+    """All settings of such a script."""
+
+    model: PairModelConfig
+
+    @property
+    def loop(self) -> PairLoopConfig:
+        """See Job."""
+        raise NotImplementedError
+
+    @property
+    def labels(self) -> RegressionConfig | None:
+        """How responses are labeled; None where the data are pairs."""
+        return None
+
+    @property
+    def files(self) -> Mapping[str, Sequence[str]]:
+        """See Job."""
+        return {"model.data.data_prefix": self.model.data.splits.paths}
+
+    def check_rows(self) -> None:
+        """See Job."""
+        splits = self.model.data.splits
+        if self.labels is None:
+            for path in (*splits.train.paths, *(splits.validation.paths if splits.validation else ())):
+                check_pair_rows(path)
+
+    @property
+    def validates(self) -> bool:
+        """See Job."""
+        return self.model.data.splits.validation is not None

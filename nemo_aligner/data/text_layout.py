@@ -1,0 +1,100 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Prompts, and responses after their prompts, to tokens. What is too long is left out whole."""
+
+from dataclasses import dataclass
+
+from nemo_aligner.data.records import TextRow
+from nemo_aligner.data.row import Row, TextEncoder, TokenSequence, most_tokens
+from nemo_aligner.data.turns import continuation, end_of_turn
+from nemo_aligner.errors import UserError
+
+__all__ = ["TextLayout"]
+
+_CERTAINLY_ENOUGH = 64  # bytes of a text that is taken to have enough tokens without a look
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TextLayout:
+    """Makes one row of a record: a sequence for each response, or of the prompt alone."""
+
+    encode: TextEncoder
+    lengths: range  # tokens that a sequence may have
+    unit: str  # what a record is called in messages, in the plural
+    # True: the loss is of the response's tokens, after exactly the tokens that the prompt alone has;
+    # False: it is read at the last token of the whole text
+    generates: bool = False
+
+    @property
+    def limit(self) -> str:
+        """See Layout."""
+        return f"{self.lengths[-1]} tokens"
+
+    @property
+    def too_long(self) -> tuple[str, str]:
+        """See Layout."""
+        return (
+            f"have more than {self.limit}",
+            "raise model.data.seq_length or model.encoder_seq_length, or give shorter and different texts",
+        )
+
+    def left_out(self, record: TextRow) -> str | None:
+        """See Layout."""
+        same = len(set(record.texts)) < len(record.texts)
+        return "are of the same text twice, which teaches nothing," if same else None
+
+    def surely_fits(self, record: TextRow) -> bool:
+        """See Layout."""
+        return all(_CERTAINLY_ENOUGH <= most_tokens(text) <= self.lengths[-1] for text in record.texts)
+
+    def __call__(self, record: TextRow) -> list[Row]:
+        """See Layout."""
+        if self.generates and record.responses:
+            sequences = self._after_prompt(record)
+        else:
+            sequences = [self._whole(text, record) for text in record.texts]
+        counts = [len(sequence.tokens) for sequence in sequences]
+        if min(counts) < self.lengths[0]:
+            raise UserError(
+                f"a text has {min(counts)} tokens, and {self.lengths[0]} are the fewest",
+                cure="write a longer text, or remove the row",
+            )
+        if max(counts) > self.lengths[-1]:
+            return []
+        prompt = "" if record.responses else record.prompt
+        return [Row(sequences=tuple(sequences), labels=record.labels, text=prompt, extras=record.extras)]
+
+    def _whole(self, text: str, record: TextRow) -> TokenSequence:
+        """The tokens of a text; of a response the last one counts, where its reward is read."""
+        ids = self.encode(text, rendered=record.rendered)
+        mask = [False] * len(ids)
+        if len(ids) > 1 and record.responses:
+            mask[-1] = True
+        return TokenSequence(tokens=ids, loss_mask=mask)
+
+    def _after_prompt(self, record: TextRow) -> list[TokenSequence]:
+        if not record.prompt:
+            return self._where_they_part(record)
+        tokenizer, prompt = self.encode.tokenizer, record.prompt
+        ids = self.encode(prompt, rendered=record.rendered, append_eos=False)
+        sequences = []
+        for response in record.responses:
+            own = continuation(tokenizer, prompt, tokenizer.encode(prompt), response)
+            if stop := end_of_turn(tokenizer, own):
+                own = own[:stop]
+            elif self.encode.append_eos:
+                own = [*own, tokenizer.eos_id]
+            mask = [False] * len(ids) + [True] * len(own)
+            sequences.append(TokenSequence(tokens=[*ids, *own], loss_mask=mask))
+        return sequences
+
+    def _where_they_part(self, record: TextRow) -> list[TokenSequence]:
+        """A row without a border: what all of its texts begin with counts as the prompt."""
+        texts = [self.encode(text, rendered=record.rendered) for text in record.texts]
+        shared = 0
+        while shared < min(map(len, texts)) - 1 and len({ids[shared] for ids in texts}) == 1:
+            shared += 1
+        shared = max(shared, 1)
+        return [
+            TokenSequence(tokens=ids, loss_mask=[False] * shared + [True] * (len(ids) - shared))
+            for ids in texts
+        ]
