@@ -111,17 +111,32 @@ class TokenBatch:
         """[B, S] bool: the positions that have a prediction and are learned from."""
         return self.mask & ~self.starts()
 
+    def learned_lengths(self) -> Tensor:
+        """[N] int64: the learned tokens of each sequence."""
+        return self.per_sequence(self.learned().long())
+
+    def real_pairs(self) -> Tensor:
+        """[N / 2] bool: of sequences 2i and 2i + 1, whether something is learned of both; padding rows are no pair."""
+        return (self.learned_lengths().view(-1, 2) > 0).all(1)
+
+    def token_weights(self, unit: Unit) -> Tensor:
+        """[B, S] float: what each learned token counts in a loss that is a mean of tokens, or of sequences' means."""
+        learned = self.learned().float()
+        if unit is Unit.TOKEN:
+            return learned
+        assert unit is Unit.SEQUENCE, unit
+        lengths = self.learned_lengths().clamp(min=1).float()
+        return learned / lengths[self.sequence_ids()]
+
     def count(self, unit: Unit) -> Tensor:
         """[] int64: the number of units in this batch, the loss's share of the global denominator."""
-        learned = self.learned()
         match unit:
             case Unit.TOKEN:
-                return learned.sum()
+                return self.learned().sum()
             case Unit.SEQUENCE:
-                return (self.per_sequence(learned.long()) > 0).sum()
+                return (self.learned_lengths() > 0).sum()
             case Unit.PAIR:
-                # Sequences 2i and 2i + 1; a pair that only fills up learns nothing.
-                return (self.per_sequence(learned.long()).view(-1, 2) > 0).all(1).sum()
+                return self.real_pairs().sum()
             case Unit.LABEL:
                 raise AssertionError(f"{type(self).__name__} has no labels")
 
@@ -226,7 +241,7 @@ class ScoredBatch(TokenBatch):
 
     def judged(self) -> Tensor:
         """[N, A] bool: attributes that people have judged, of sequences that do not only fill up."""
-        return ~self.attributes.isnan() & (self.per_sequence(self.learned().long()) > 0)[:, None]
+        return ~self.attributes.isnan() & (self.learned_lengths() > 0)[:, None]
 
     def count(self, unit: Unit) -> Tensor:
         """As for other batches; labels are the attributes that were judged."""

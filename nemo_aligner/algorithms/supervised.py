@@ -4,7 +4,7 @@
 import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -22,7 +22,7 @@ from nemo_aligner.run.progress import ProgressBar
 from nemo_aligner.run.schedule import SupervisedConfig, limited, make_plan
 from nemo_aligner.run.stop import StopRequest
 
-__all__ = ["Batches", "SupervisedTrainer"]
+__all__ = ["Batches", "SupervisedData", "SupervisedTrainer"]
 
 logger = logging.getLogger(__name__)
 
@@ -30,13 +30,23 @@ UNVALIDATED = "unvalidated_step"  # in a state: the step whose validation a sign
 
 
 Batches = BatchLoader[TokenBatch]
+Annotate = Callable[[Sequence[TokenBatch]], Sequence[TokenBatch]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SupervisedData:
+    """What a model learns from."""
+
+    train: Batches
+    # sets by the name that their metrics begin with; that of "validation" rank checkpoints
+    validation: Mapping[str, Batches]
+    annotate: Annotate = list  # puts on batches, without gradients, what the loss needs from another model
 
 
 class SupervisedTrainer:
     """Trains ``model`` on ``objective`` (SFT, reward models, SteerLM, distillation).
 
     Args:
-        validation: sets by the name that their metrics begin with; that of "validation" rank checkpoints.
         checkpoints: where to save while training; None: nowhere.
     """
 
@@ -45,25 +55,26 @@ class SupervisedTrainer:
         config: SupervisedConfig,
         model: SupervisedInterface,
         objective: Objective,
-        train: Batches,
-        validation: Mapping[str, Batches],
+        data: SupervisedData,
         run: Experiment,
         checkpoints: TrainingCheckpoints | None = None,
     ) -> None:
         self.config, self.model, self.objective = config, model, objective
-        self.train, self.validation, self.run = train, validation, run
+        self.data, self.run = data, run
         # The learning-rate schedule is as long as this says.
         self.plan = make_plan(
             config,
-            batches_per_epoch=train.batches_per_epoch,
+            batches_per_epoch=data.train.batches_per_epoch,
             # Whether anything is validated; each set has a count of its own.
-            val_batches=max((batches.batches_per_epoch for batches in validation.values()), default=0),
+            val_batches=max((batches.batches_per_epoch for batches in data.validation.values()), default=0),
             limit_train=config.limit_train_batches,
             limit_val=config.limit_val_batches,
         )
         self.checkpoints = checkpoints
         self.milestones = Milestones(self.plan, run, checkpoints, block=config.block, save=self._save)
-        self.state = TrainerState(data=train.fingerprint | {"steps_per_epoch": self.plan.steps_per_epoch})
+        self.state = TrainerState(
+            data=data.train.fingerprint | {"steps_per_epoch": self.plan.steps_per_epoch}
+        )
 
     def fit(self, start: Checkpoint | None = None) -> None:
         """Train to the end of the plan, from ``start`` where a run is gone on with.
@@ -136,7 +147,9 @@ class SupervisedTrainer:
         checkpoints.save(self.state, steps_per_epoch=self.plan.steps_per_epoch)
 
     def _report_truncated(self) -> None:
-        counts = torch.tensor([self.train.num_truncated, self.train.num_seen], device=world.device())
+        counts = torch.tensor(
+            [self.data.train.num_truncated, self.data.train.num_seen], device=world.device()
+        )
         truncated, seen = (int(count) for count in collectives.sum_over_data_parallel(counts))
         if truncated and world.is_logging_rank():
             logger.warning(
@@ -155,7 +168,7 @@ class SupervisedTrainer:
     def _validate(self, asked: Callable[[], int]) -> dict[str, float] | None:
         """See :meth:`validate`; None where ``asked`` is not 0 on some rank before the end."""
         means: dict[str, float] = {}
-        for name, batches in self.validation.items():
+        for name, batches in self.data.validation.items():
             found = self._means_over(name, batches, asked)
             if found is None:
                 return None
@@ -170,7 +183,9 @@ class SupervisedTrainer:
             (stops,) = collectives.maxima([asked()])
             if stops:
                 return None
-            metrics = self.model.get_loss_and_metrics(batches, self.objective, forward_only=True)
+            metrics = self.model.get_loss_and_metrics(
+                self.data.annotate(batches), self.objective, forward_only=True
+            )
             weight = self._count(batches)["units"]
             units += weight
             for metric, value in metrics.items():
@@ -185,7 +200,9 @@ class SupervisedTrainer:
 
     def _step(self, batches: Sequence[TokenBatch]) -> dict[str, float]:
         started = time.perf_counter()
-        metrics = self.model.get_loss_and_metrics(batches, self.objective, forward_only=False)
+        metrics = self.model.get_loss_and_metrics(
+            self.data.annotate(batches), self.objective, forward_only=False
+        )
         metrics |= self.model.optimizer_step()
         world.synchronize()
         counts = self._count(batches)
@@ -218,7 +235,7 @@ class SupervisedTrainer:
         done = self.state.step
         while done < plan.max_steps:
             epoch, within = divmod(done, plan.steps_per_epoch)
-            first = epoch * self.train.batches_per_epoch + within
+            first = epoch * self.data.train.batches_per_epoch + within
             steps = min(plan.steps_per_epoch - within, plan.max_steps - done)
-            yield from self.train.iterate(first, first + steps)
+            yield from self.data.train.iterate(first, first + steps)
             done += steps

@@ -12,6 +12,7 @@ from nemo_aligner.builders.models import (
     needed_tokenizer,
     standardize,
 )
+from nemo_aligner.builders.reference import beside_reference
 from nemo_aligner.builders.resume import resume_point
 from nemo_aligner.builders.runs import (
     open_experiment,
@@ -23,6 +24,7 @@ from nemo_aligner.builders.runs import (
 
 __all__ = [
     "Pretrained",
+    "beside_reference",
     "load_policy",
     "load_reward_model",
     "needed_tokenizer",

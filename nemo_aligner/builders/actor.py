@@ -13,10 +13,8 @@ from nemo_aligner.algorithms.ppo import RewardSources
 from nemo_aligner.algorithms.rewards import load_function
 from nemo_aligner.algorithms.rollout import Prompts, Rollouts
 from nemo_aligner.builders.loaders import longest_sequence
-from nemo_aligner.builders.models import Pretrained, load_policy, needed_tokenizer
+from nemo_aligner.builders.models import Pretrained, go_on_from, load_policy, needed_tokenizer
 from nemo_aligner.builders.servers import tokenizer_probe
-from nemo_aligner.checkpoint.nemo_archive import WEIGHTS_NAME
-from nemo_aligner.checkpoint.sharded import load_model
 from nemo_aligner.checkpoint.trainer_state import Checkpoint, read_extra
 from nemo_aligner.config.ppo import ActorJob, CriticRemoteConfig, RemoteConfig, RewardRemoteConfig
 from nemo_aligner.data.collate import uncollated
@@ -51,9 +49,7 @@ def load_actor(job: ActorJob, start: Checkpoint | None) -> Pretrained[GPTPolicy]
         return load_policy(job, start=start)
     pretrained = load_policy(job)
     pretrained.learner.keep_reference()
-    if start is not None:
-        with world.phase("loading the model"), heartbeat("loading weights", enabled=world.is_logging_rank()):
-            load_model(pretrained.learner.model, start.path / WEIGHTS_NAME)
+    go_on_from(pretrained, start)
     return pretrained
 
 

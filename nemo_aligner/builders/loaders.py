@@ -6,7 +6,7 @@ import logging
 from collections.abc import Callable
 from dataclasses import replace
 
-from nemo_aligner.batch import TokenBatch
+from nemo_aligner.algorithms.supervised import Batches, SupervisedData
 from nemo_aligner.builders.models import Pretrained, needed_tokenizer, pin_clock
 from nemo_aligner.checkpoint.tokenizer_files import chat_template_file
 from nemo_aligner.config.pairs import PairJob, PairModelConfig
@@ -37,11 +37,8 @@ __all__ = ["longest_sequence", "pair_loaders", "reward_objective", "sft_loaders"
 logger = logging.getLogger(__name__)
 
 
-Loader = BatchLoader[TokenBatch]
-
-
 @world.phase("reading data")
-def sft_loaders(job: SFTJob, pretrained: Pretrained[GPTPolicy]) -> tuple[Loader, dict[str, Loader]]:
+def sft_loaders(job: SFTJob, pretrained: Pretrained[GPTPolicy]) -> SupervisedData:
     """Training batches, and those of validation by name; the first training sample is shown.
 
     Raises:
@@ -52,7 +49,7 @@ def sft_loaders(job: SFTJob, pretrained: Pretrained[GPTPolicy]) -> tuple[Loader,
     if data.chat:
         pin_clock(tokenizer, pretrained.config, data.chat_date)
     with heartbeat("reading data", enabled=world.is_logging_rank()):
-        loaders: dict[str, Loader] = {}
+        loaders: dict[str, Batches] = {}
         for name, split in {"train_ds": data.train_ds, **data.validation}.items():
             setting = f"model.data.{name}.max_seq_length"
             longest = longest_sequence(setting, split.max_seq_length, gpt, multiple)
@@ -68,7 +65,7 @@ def sft_loaders(job: SFTJob, pretrained: Pretrained[GPTPolicy]) -> tuple[Loader,
             len(train.dataset),
             len(validation.dataset) if validation else "no",
         )
-    return train, {"validation": validation} if validation else {}
+    return SupervisedData(train=train, validation={"validation": validation} if validation else {})
 
 
 def _keep_markers(data: SFTDataConfig, tokenizer: Tokenizer, pretrained: Pretrained[GPTPolicy]) -> None:
@@ -123,7 +120,7 @@ def _warn_of_positions(longest: int, setting: str, asked: int, positions: int) -
 
 def _loader(
     data: SFTDataConfig, split: SFTSplitConfig, tokenizer: Tokenizer, model: SFTModelConfig
-) -> Loader:
+) -> Batches:
     return _batches(
         open_sft(data, split, tokenizer, answer_only_loss=model.answer_only_loss),
         tokenizer,
@@ -144,7 +141,7 @@ def _batches(
     max_length: int,
     shuffle: bool,
     drop_last: bool,
-) -> Loader:
+) -> Batches:
     """This data parallel rank's batches of a data set."""
     sampler = GlobalBatchSampler(
         len(dataset),
@@ -191,9 +188,7 @@ def _reader(job: PairJob, tokenizer: Tokenizer) -> tuple[Callable[[str], Records
 
 
 @world.phase("reading data")
-def pair_loaders(
-    job: PairJob, pretrained: Pretrained, *, generates: bool = False
-) -> tuple[Loader, dict[str, Loader]]:
+def pair_loaders(job: PairJob, pretrained: Pretrained, *, generates: bool = False) -> SupervisedData:
     """Training batches of pairs of responses, or of labeled ones, and those of each validation set.
 
     Args:
@@ -209,7 +204,7 @@ def pair_loaders(
     )
     read, unit = _reader(job, tokenizer)
 
-    def load(split: Split, *, shuffle: bool, drop_last: bool) -> Loader:
+    def load(split: Split, *, shuffle: bool, drop_last: bool) -> Batches:
         rows = open_response_rows(
             data, split, tokenizer, read=read, max_length=longest, unit=unit, generates=generates
         )
@@ -230,4 +225,4 @@ def pair_loaders(
         if generates:
             shown = describe(train.dataset[0], tokenizer)
             logger.info("first chosen response, its loss tokens between ⟦ and ⟧:\n%s", shown)
-    return train, validation
+    return SupervisedData(train=train, validation=validation)

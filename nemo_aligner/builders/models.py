@@ -36,6 +36,7 @@ __all__ = [
     "Pretrained",
     "chosen_precision",
     "filled",
+    "go_on_from",
     "load_policy",
     "load_reward_model",
     "merged_config",
@@ -85,6 +86,14 @@ def load_policy(job: ModelJob, *, start: Checkpoint | None = None) -> Pretrained
         seed=job.model.seed,
     )
     return Pretrained(learner=policy, tokenizer=tokenizer, config=config, files=files)
+
+
+@world.phase("loading the model")
+def go_on_from(pretrained: Pretrained[GPTPolicy], start: Checkpoint | None) -> None:
+    """Give a model that was loaded as its run began the weights of ``start``, where there is one."""
+    if start is not None:
+        with heartbeat("loading weights", enabled=world.is_logging_rank()):
+            load_model(pretrained.learner.model, start.path / WEIGHTS_NAME)
 
 
 @world.phase("loading the model")

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from nemo_aligner.algorithms.supervised import Batches, SupervisedTrainer
+from nemo_aligner.algorithms.supervised import SupervisedData, SupervisedTrainer
 from nemo_aligner.builders.models import Pretrained
 from nemo_aligner.builders.next_steps import say_next
 from nemo_aligner.checkpoint.training import TrainingCheckpoints
@@ -87,12 +87,11 @@ def supervised_trainer(
     run: Experiment,
     pretrained: Pretrained[Any],
     objective: Objective,
-    batches: tuple[Batches, dict[str, Batches]],
+    data: SupervisedData,
 ) -> SupervisedTrainer:
     """Return a trainer that is ready to fit, its optimizer made."""
-    train, validation = batches
     checkpoints = training_checkpoints(job, run, pretrained)
-    trainer = SupervisedTrainer(job.loop, pretrained.learner, objective, train, validation, run, checkpoints)
+    trainer = SupervisedTrainer(job.loop, pretrained.learner, objective, data, run, checkpoints)
     prepare_training(job, pretrained, max_steps=trainer.plan.max_steps)
     return trainer
 

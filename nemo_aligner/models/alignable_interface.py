@@ -84,10 +84,13 @@ class AlignableGenerativeInterface(SupervisedInterface, Inferrable, Protocol):
         """As every model's; with ``sampling`` the objective sees the distribution of :meth:`logprobs` with it."""
         ...
 
-    def logprobs(self, batch: TokenBatch, sampling: SamplingConfig | None = None) -> Tensor:
+    def logprobs(
+        self, batch: TokenBatch, sampling: SamplingConfig | None = None, *, learned_only: bool = False
+    ) -> Tensor:
         """[B, S] float: log p(token t | tokens before t), 0 where it is not asked for.
 
         Args:
+            learned_only: ask for the learned tokens only, also without ``sampling``.
             sampling: None asks for all tokens of the model's own distribution. Else the learned tokens, answers of
                 :meth:`generate`, get the log-probs by which these settings draw: equal to ``sampler_logprobs`` while
                 the weights are the same. A token that top_k, top_p, min_p or min_length leave out counts as kept

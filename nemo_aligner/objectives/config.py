@@ -70,6 +70,8 @@ class PolicyConfig:
     ratio_eps_high: float | None = bounded(None, above=0, to=_ABOVE_0_OR_NULL)
     # a token of negative advantage A costs at most this times |A|; null: no bound
     dual_clip: float | None = bounded(None, above=1, to="more than 1, for instance 3, or null")
+    # token: every token of a step weighs the same; sequence: every answer does, by the mean over its tokens
+    loss_mean: Literal["token", "sequence"] = "token"
     # weight of the entropy over the whole vocabulary, per token in nats; 0: not computed
     entropy_bonus: float = bounded(0.0, at_least=0, to="0 (none) or more")
 

@@ -42,8 +42,9 @@ def clipped_surrogate(ratio: Tensor, advantages: Tensor, config: PolicyConfig) -
 class PolicyGradient:
     """The mean over learned tokens of :func:`clipped_surrogate`, less the entropy bonus, plus a KL penalty.
 
-    Every token of the global batch weighs the same, whatever answer it stands in: verl's ``token-mean``. A mean of the
-    answers' means (verl's ``seq-mean-token-mean``) is another loss.
+    With ``config.loss_mean`` "token", every token of the global batch weighs the same, whatever response it stands in
+    (DAPO, Yu 2025, arXiv 2503.14476, eq. 8; verl's ``token-mean``). With "sequence", every response does: a mean of the
+    responses' means (GRPO, Shao 2024, arXiv 2402.03300, eq. 3; verl's ``seq-mean-token-mean``).
     """
 
     config: PolicyConfig = field(default_factory=PolicyConfig)
@@ -51,7 +52,11 @@ class PolicyGradient:
     kl_estimator: KLEstimator = "k3"
 
     top_k = 0
-    unit = Unit.TOKEN
+
+    @property
+    def unit(self) -> Unit:
+        """See Objective."""
+        return Unit(self.config.loss_mean)
 
     @property
     def metrics(self) -> tuple[str, ...]:
@@ -68,7 +73,7 @@ class PolicyGradient:
         """None: the gradient depends on the ratio."""
 
     def __call__(self, output: ModelOutput, batch: TokenBatch) -> tuple[Tensor, Metrics]:
-        """The summed loss, and per learned token:
+        """The summed loss, and per learned token (what is a part of the loss: per unit of the loss):
 
         - "ppo_ratio", "ppo_ratio_clamped": new to old probability, as it is and within its range;
         - "clip_fraction": how often the clip binds: the clipped side of the surrogate is the larger loss, as TRL, verl,
@@ -79,22 +84,24 @@ class PolicyGradient:
           (Shao 2024, arXiv 2402.03300, eq. 3).
         """
         assert isinstance(batch, Experience) and output.logprobs is not None
-        learned, count = batch.learned(), batch.count(self.unit)
+        learned, weights = batch.learned(), batch.token_weights(self.unit)
+        tokens, units = learned.sum(), batch.count(self.unit)
         # Where nothing is learned anything may stand, an exponent that overflows or NaN: kept out before arithmetic.
         logprobs = torch.where(learned, output.logprobs, 0)
         old = torch.where(learned, batch.logprobs, 0)
         advantages = torch.where(learned, batch.advantages, 0)
         ratio = likelihood_ratio(logprobs, old)
-        loss = clipped_surrogate(ratio, advantages, self.config).sum()
+        loss = (weights * clipped_surrogate(ratio, advantages, self.config)).sum()
         bonus = torch.zeros_like(loss)
         if self.config.entropy_bonus:
             assert output.entropy is not None
-            bonus = self.config.entropy_bonus * torch.where(learned, output.entropy, 0).sum()
+            bonus = self.config.entropy_bonus * (weights * torch.where(learned, output.entropy, 0)).sum()
             loss = loss - bonus
         penalty = torch.zeros_like(loss)
         if self.kl_coefficient:
             reference = torch.where(learned, batch.reference_logprobs, 0)
-            penalty = self.kl_coefficient * estimate_kl(logprobs, reference, self.kl_estimator).sum()
+            kl = estimate_kl(logprobs, reference, self.kl_estimator)
+            penalty = self.kl_coefficient * (weights * kl).sum()
             loss = loss + penalty
         with torch.no_grad():
             clamped = _clamp(ratio, self.config)
@@ -107,4 +114,5 @@ class PolicyGradient:
                 "scaled_entropy": bonus.detach(),
                 "scaled_kl": penalty.detach(),
             }
-        return loss, {name: (sums[name], count) for name in self.metrics}
+        shares = ("loss", "scaled_entropy", "scaled_kl")
+        return loss, {name: (sums[name], units if name in shares else tokens) for name in self.metrics}

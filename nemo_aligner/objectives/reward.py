@@ -6,6 +6,7 @@ from torch import Tensor
 
 from nemo_aligner.batch import PreferenceBatch, ScoredBatch, TokenBatch, Unit
 from nemo_aligner.objectives.config import PairLoss
+from nemo_aligner.objectives.pairs import PAIR_METRICS, compared
 from nemo_aligner.objectives.protocol import Metrics, ModelOutput, Wants
 
 __all__ = ["AttributePairs", "BradleyTerry", "Regression", "bradley_terry", "regression"]
@@ -45,14 +46,7 @@ class BradleyTerry:
     wants = frozenset({Wants.REWARDS})
     top_k = 0
     unit = Unit.PAIR
-    metrics = (
-        "loss",
-        "acc",
-        "rewards_chosen_mean",
-        "rewards_rejected_mean",
-        "rewards_all_mean",
-        "rewards_all_square",
-    )
+    metrics = PAIR_METRICS
 
     def weights(self, batch: TokenBatch) -> None:  # noqa: ARG002 - the protocol's
         """No log-probs are asked for."""
@@ -63,7 +57,7 @@ class BradleyTerry:
         assert isinstance(batch, PreferenceBatch)
         assert output.rewards is not None
         chosen, rejected = output.rewards[:, 0].view(-1, 2).unbind(1)
-        return _compared(chosen, rejected, bradley_terry(chosen, rejected), real=_real_pairs(batch))
+        return compared(chosen, rejected, bradley_terry(chosen, rejected), real=batch.real_pairs())
 
 
 class AttributePairs:
@@ -75,7 +69,7 @@ class AttributePairs:
     wants = frozenset({Wants.REWARDS})
     top_k = 0
     unit = Unit.PAIR
-    metrics = BradleyTerry.metrics
+    metrics = PAIR_METRICS
 
     def __init__(self, loss: PairLoss) -> None:
         self.loss = loss
@@ -100,7 +94,7 @@ class AttributePairs:
                 loss = label.abs() * bradley_terry(chosen, rejected)
             case _:
                 loss = bradley_terry(chosen, rejected)
-        return _compared(chosen, rejected, loss, real=_real_pairs(batch))
+        return compared(chosen, rejected, loss, real=batch.real_pairs())
 
 
 class Regression:
@@ -128,22 +122,3 @@ class Regression:
             "rewards_all_mean": (given.sum(), count),
             "rewards_all_square": (given.square().sum(), count),
         }
-
-
-def _real_pairs(batch: TokenBatch) -> Tensor:
-    """[P] bool: pairs that do not only fill up."""
-    return (batch.per_sequence(batch.learned().long()).view(-1, 2) > 0).all(1)
-
-
-def _compared(chosen: Tensor, rejected: Tensor, losses: Tensor, *, real: Tensor) -> tuple[Tensor, Metrics]:
-    loss = (losses * real).sum()
-    pairs = real.sum()
-    right, wrong = chosen.detach() * real, rejected.detach() * real
-    return loss, {
-        "loss": (loss.detach(), pairs),
-        "acc": (((chosen > rejected) & real).sum(), pairs),
-        "rewards_chosen_mean": (right.sum(), pairs),
-        "rewards_rejected_mean": (wrong.sum(), pairs),
-        "rewards_all_mean": (right.sum() + wrong.sum(), 2 * pairs),
-        "rewards_all_square": (right.square().sum() + wrong.square().sum(), 2 * pairs),
-    }

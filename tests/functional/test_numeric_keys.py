@@ -117,8 +117,8 @@ def numbers(
         config = job.trainer.sft
         with builders.open_experiment(job) as run:
             pretrained = builders.load_policy(job)
-            batches = builders.sft_loaders(job, pretrained)
-            trainer = SupervisedTrainer(config, pretrained.learner, NLL(), *batches, run)
+            data = builders.sft_loaders(job, pretrained)
+            trainer = SupervisedTrainer(config, pretrained.learner, NLL(), data, run)
             pretrained.learner.prepare_training(
                 job.model.optim, clip_grad=config.gradient_clip_val, max_steps=trainer.plan.max_steps
             )

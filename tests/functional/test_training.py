@@ -11,7 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from nemo_aligner.algorithms.supervised import SupervisedTrainer
-from nemo_aligner.builders import Pretrained, load_policy, sft_loaders, warn_of_schedule
+from nemo_aligner.builders import Pretrained, load_policy, prepare_training, sft_loaders
 from nemo_aligner.config.sft import SFTJob
 from nemo_aligner.objectives.nll import NLL
 from nemo_aligner.parallel import world
@@ -83,9 +83,9 @@ def test_validation_is_the_mean_over_every_learned_token(
             "model.data.validation_ds.micro_batch_size": micro_batch,
         }
     )
-    train, validation = sft_loaders(job, pretrained)
+    data = sft_loaders(job, pretrained)
     run = Experiment(job.exp_manager, Path("unused"), writes=False)
-    trainer = SupervisedTrainer(job.trainer.sft, pretrained.learner, NLL(), train, validation, run)
+    trainer = SupervisedTrainer(job.trainer.sft, pretrained.learner, NLL(), data, run)
     assert trainer.validate()["validation/loss"] == pytest.approx(reference_loss(hf_folder, data), rel=1e-5)
 
 
@@ -112,7 +112,7 @@ def test_with_sequence_parallelism_lengths_stay_multiples_where_they_are_capped(
         "model.data.train_ds.max_seq_length": 15,
     }
     job, pretrained = build(**sliced)
-    train, _ = sft_loaders(job, pretrained)
+    train = sft_loaders(job, pretrained).train
     lengths = {micro.seq_length for step in train.iterate(0, 4) for micro in step}
     assert lengths == {14}
     assert train.num_truncated > 0
@@ -132,7 +132,7 @@ def test_a_schedule_without_room_is_told(
 ):
     job, _ = build(**changed)
     caplog.clear()
-    warn_of_schedule(job.model.optim, max_steps=job.trainer.sft.max_steps)
+    prepare_training(job, pretrained, max_steps=job.trainer.sft.max_steps)
     told = [record.getMessage() for record in caplog.records if "learning rate" in record.getMessage()]
     assert len(told) == (warning is not None)
     assert all(f"model.optim.sched.{warning}" in message for message in told)

@@ -18,8 +18,8 @@ def main(job: SFTJob) -> None:
     with builders.open_experiment(job) as run:
         start = builders.resume_point(job, run)
         pretrained = builders.load_policy(job, start=start)
-        batches = builders.sft_loaders(job, pretrained)
-        trainer = builders.supervised_trainer(job, run, pretrained, NLL(), batches)
+        data = builders.sft_loaders(job, pretrained)
+        trainer = builders.supervised_trainer(job, run, pretrained, NLL(), data)
         trainer.fit(start)
         builders.save_result(job, run, pretrained, trainer.checkpoints)
 

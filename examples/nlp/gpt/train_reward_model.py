@@ -17,9 +17,9 @@ def main(job: RMJob) -> None:
     with builders.open_experiment(job) as run:
         start = builders.resume_point(job, run)
         pretrained = builders.load_reward_model(job, start=start)
-        batches = builders.pair_loaders(job, pretrained)
+        data = builders.pair_loaders(job, pretrained)
         objective = builders.reward_objective(job.model)
-        trainer = builders.supervised_trainer(job, run, pretrained, objective, batches)
+        trainer = builders.supervised_trainer(job, run, pretrained, objective, data)
         trainer.fit(start)
         if job.model.reward_standardization.enable:
             builders.standardize(job, pretrained, trainer.validate())

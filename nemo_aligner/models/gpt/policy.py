@@ -73,12 +73,14 @@ class GPTPolicy(GPTLearner):
         """See :class:`~nemo_aligner.models.alignable_interface.AlignableGenerativeInterface`."""
         return self._run(batches, objective, forward_only=forward_only, drawn=self._drawn(sampling))
 
-    def logprobs(self, batch: TokenBatch, sampling: SamplingConfig | None = None) -> Tensor:
+    def logprobs(
+        self, batch: TokenBatch, sampling: SamplingConfig | None = None, *, learned_only: bool = False
+    ) -> Tensor:
         """[B, S] float on the last pipeline stage's ranks, zeros elsewhere.
 
         See :class:`~nemo_aligner.models.alignable_interface.AlignableGenerativeInterface`.
         """
-        if sampling is None:
+        if sampling is None and not learned_only:
             ends = batch.lengths[:, None] if batch.cu_seqlens is None else batch.cu_seqlens[-1]
             batch = replace(batch, mask=torch.arange(batch.seq_length, device=ends.device)[None] < ends)
         outputs: list[ModelOutput] = []

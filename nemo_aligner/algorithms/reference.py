@@ -1,0 +1,111 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the reference, the policy as training began with it, believes of supervised batches.
+
+Either its weights are swapped in at each step, or its log-probs are computed once, before the first step, and stored.
+"""
+
+import json
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from nemo_aligner.batch import PreferenceBatch, TokenBatch
+from nemo_aligner.data.loader import BatchLoader, Rows
+from nemo_aligner.data.row import Row
+from nemo_aligner.data.sampler import GlobalBatchSampler, rank_rows
+from nemo_aligner.models.alignable_interface import AlignableGenerativeInterface
+from nemo_aligner.parallel import collectives, world
+
+__all__ = ["annotate_by_swap", "with_stored_reference"]
+
+logger = logging.getLogger(__name__)
+
+
+def annotate_by_swap(policy: AlignableGenerativeInterface, batches: Sequence[TokenBatch]) -> list[TokenBatch]:
+    """Return the batches of pairs with the reference's log-probs, by the policy with the reference's weights."""
+    with policy.as_reference():
+        return _annotated(policy, batches)
+
+
+def _annotated(policy: AlignableGenerativeInterface, batches: Sequence[TokenBatch]) -> list[TokenBatch]:
+    found: list[TokenBatch] = []
+    for batch in batches:
+        assert isinstance(batch, PreferenceBatch), type(batch)
+        batch = batch.to(world.device())
+        logprobs = policy.logprobs(batch, learned_only=True)
+        found.append(replace(batch, reference_logprobs=batch.per_sequence(logprobs)))
+    return found
+
+
+@dataclass(frozen=True)
+class _ReferencedRows:
+    """A data set whose rows carry the reference's log-probs."""
+
+    rows: Rows
+    logprobs: Tensor  # [rows, sequences of a row] float
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> Row:
+        return replace(self.rows[index], reference_logprobs=tuple(map(float, self.logprobs[index])))
+
+    @property
+    def fingerprint(self) -> dict[str, object]:
+        """As the rows'."""
+        return self.rows.fingerprint
+
+
+def with_stored_reference(
+    policy: AlignableGenerativeInterface, loader: BatchLoader[TokenBatch], path: Path
+) -> BatchLoader[TokenBatch]:
+    """Return the loader with rows that carry the log-probs of ``policy`` as it is now. Called by every rank.
+
+    Args:
+        policy: with the reference's weights.
+        path: where the log-probs are kept; a run that goes on takes them from there, if the rows are the same.
+    """
+    digest = json.dumps(loader.dataset.fingerprint, sort_keys=True)
+    known = collectives.broadcast_object(_read(path, digest) if world.is_logging_rank() else None)
+    if known is None:
+        known = _logprobs(policy, loader)
+        if world.is_logging_rank():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            fresh = path.with_suffix(".tmp")
+            torch.save({"rows": digest, "logprobs": known}, fresh)
+            fresh.replace(path)
+            logger.info("the reference's log-probs of %d rows are computed and kept in %s", len(known), path)
+    return replace(loader, dataset=_ReferencedRows(loader.dataset, known))
+
+
+def _read(path: Path, digest: str) -> Tensor | None:
+    if not path.exists():
+        return None
+    kept = torch.load(path, weights_only=True)
+    return kept["logprobs"] if kept["rows"] == digest else None
+
+
+@world.phase("computing the reference's log-probs")
+def _logprobs(policy: AlignableGenerativeInterface, loader: BatchLoader[TokenBatch]) -> Tensor:
+    """[rows, sequences of a row] float on every rank, in the order of the data set."""
+    size, total = loader.sampler.global_batch_size, len(loader.dataset)
+    sampler = GlobalBatchSampler(total, size, shuffle=False, seed=0, drop_last=False)
+    ordered = replace(loader, sampler=sampler)
+    table = torch.zeros(total, len(loader.dataset[0].sequences))
+    for index in range(sampler.batches_per_epoch):
+        places = rank_rows(
+            sampler.rows(index),
+            dp_rank=world.dp_rank(),
+            dp_size=world.dp_size(),
+            micro_batch_size=loader.micro_batch_size,
+        )
+        for rows, batch in zip(places, _annotated(policy, ordered.batch(index)), strict=True):
+            assert isinstance(batch, PreferenceBatch) and batch.reference_logprobs is not None
+            table[rows] = batch.reference_logprobs.view(-1, table.shape[1])[: len(rows)].cpu()
+    # Every row is one data parallel rank's, and 0 elsewhere.
+    whole = collectives.sum_over_data_parallel(table.to(world.device()))
+    return collectives.from_last_stage(whole, tuple(whole.shape)).cpu()

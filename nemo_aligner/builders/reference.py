@@ -1,0 +1,48 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From a model as its run began to batches that know what it believes of them."""
+
+from dataclasses import replace
+from functools import partial
+
+from nemo_aligner.algorithms.reference import annotate_by_swap, with_stored_reference
+from nemo_aligner.algorithms.supervised import SupervisedData
+from nemo_aligner.builders.models import Pretrained, go_on_from
+from nemo_aligner.checkpoint.trainer_state import Checkpoint
+from nemo_aligner.models.gpt.policy import GPTPolicy
+from nemo_aligner.run.experiment import Experiment
+
+__all__ = ["beside_reference"]
+
+
+def beside_reference(
+    run: Experiment,
+    pretrained: Pretrained[GPTPolicy],
+    start: Checkpoint | None,
+    data: SupervisedData,
+    *,
+    stored: bool,
+) -> SupervisedData:
+    """Keep the model as it is now as the reference, then go on from ``start``.
+
+    Args:
+        stored: compute the reference's log-probs of all batches now, and keep them in the run's folder; else keep its
+            weights beside the model's, and swap them in at each step.
+
+    Returns:
+        The data, whose batches come with the reference's log-probs.
+    """
+    policy = pretrained.learner
+    if stored:
+        folder = run.folder / "reference_logprobs"
+        data = SupervisedData(
+            train=with_stored_reference(policy, data.train, folder / "train.pt"),
+            validation={
+                name: with_stored_reference(policy, batches, folder / f"{name}.pt")
+                for name, batches in data.validation.items()
+            },
+        )
+    else:
+        policy.keep_reference()
+        data = replace(data, annotate=partial(annotate_by_swap, policy))
+    go_on_from(pretrained, start)
+    return data

@@ -1,0 +1,35 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What every loss of pairs reports: how often the chosen response is ahead, and the rewards of both."""
+
+from torch import Tensor
+
+from nemo_aligner.objectives.protocol import Metrics
+
+__all__ = ["PAIR_METRICS", "compared"]
+
+PAIR_METRICS = (
+    "loss",
+    "acc",
+    "rewards_chosen_mean",
+    "rewards_rejected_mean",
+    "rewards_all_mean",
+    "rewards_all_square",
+)
+
+
+def compared(chosen: Tensor, rejected: Tensor, losses: Tensor, *, real: Tensor) -> tuple[Tensor, Metrics]:
+    """Return the sum of the losses of real pairs, and :data:`PAIR_METRICS`.
+
+    chosen, rejected: [P] float, rewards; losses: [P] float; real: [P] bool, False for padding rows.
+    """
+    loss = (losses * real).sum()
+    pairs = real.sum()
+    right, wrong = chosen.detach() * real, rejected.detach() * real
+    return loss, {
+        "loss": (loss.detach(), pairs),
+        "acc": (((chosen > rejected) & real).sum(), pairs),
+        "rewards_chosen_mean": (right.sum(), pairs),
+        "rewards_rejected_mean": (wrong.sum(), pairs),
+        "rewards_all_mean": (right.sum() + wrong.sum(), 2 * pairs),
+        "rewards_all_square": (right.square().sum() + wrong.square().sum(), 2 * pairs),
+    }
