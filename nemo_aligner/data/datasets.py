@@ -77,16 +77,16 @@ def open_sft(
     Raises:
         UserError: settings, tokenizer and file do not go together, or a line is bad.
     """
-    longest = split.max_seq_length
+    read = {"max_seq_length": split.max_seq_length, "part": data.part(split)}
     if not data.chat:
         _hint_at_template(split.file_path, tokenizer, "set model.data.chat=True")
         layout = PromptResponseLayout(tokenizer, split, answer_only_loss=answer_only_loss)
-        return SFTDataset(RecordFile(split.file_path, layout.read), layout, max_seq_length=longest)
+        return SFTDataset(RecordFile(split.file_path, layout.read), layout, **read)
     if uses_prompt_tokens(data, tokenizer):
         chat_layout = PromptTokensLayout(tokenizer, data.chat_prompt_tokens, split, learn=data.learn)
     else:
         chat_layout = TemplateLayout(tokenizer, split, learn=data.learn)
-    return SFTDataset(RecordFile(split.file_path, chat_layout.read), chat_layout, max_seq_length=longest)
+    return SFTDataset(RecordFile(split.file_path, chat_layout.read), chat_layout, **read)
 
 
 def uses_prompt_tokens(data: SFTDataConfig, tokenizer: Tokenizer) -> bool:

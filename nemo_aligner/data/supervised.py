@@ -6,6 +6,7 @@ import logging
 from array import array
 from typing import Generic, Protocol, TypeVar
 
+from nemo_aligner.data.prefix import Split
 from nemo_aligner.data.records import RecordFile
 from nemo_aligner.data.sample import Sample
 from nemo_aligner.errors import UserError
@@ -51,19 +52,23 @@ class SFTDataset(Generic[R]):
         records: the file.
         layout: makes samples of a record.
         max_seq_length: tokens of the longest sample, for messages.
+        part: of the file's rows that are read.
 
     Raises:
         UserError: a row cannot be laid out, or none is left.
     """
 
-    def __init__(self, records: RecordFile[R], layout: Layout[R], *, max_seq_length: int) -> None:
+    def __init__(
+        self, records: RecordFile[R], layout: Layout[R], *, max_seq_length: int, part: Split | None = None
+    ) -> None:
         self.records = records
+        self._part = part.rows(len(records)) if part else range(len(records))
         self._layout = layout
         self._rows = array("Q")  # of each sample
         self._parts = array("L")  # which of its row's samples it is
         self.num_cut = 0
         too_long, masked = array("Q"), array("Q")
-        for row in range(len(records)):
+        for row in self._part:
             record = records[row]
             if record.masked:
                 masked.append(row)
@@ -106,7 +111,12 @@ class SFTDataset(Generic[R]):
             raise UserError(f"{self.records.where(row)}: {error.problem}", cure=error.cure) from error
 
     def _report(self, too_long: array, masked: array, max_seq_length: int) -> None:
-        path, total = self.records.path, len(self.records)
+        path, total = self.records.path, len(self._part)
+        if not self._part:
+            raise UserError(
+                f"model.data.validation_ds.file_path is a share of {path} that leaves one side without rows",
+                cure="give a share nearer to 0.5, a file, or null for no validation",
+            )
         if not self._rows:
             raise UserError(
                 f"{path} has nothing to learn: {len(too_long)} of {total} rows leave no room for a response within "
