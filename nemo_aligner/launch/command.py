@@ -91,14 +91,16 @@ def _prepare(words: Sequence[str]) -> Callable[[], object]:
     if {"-h", "--help"} & set(rest):
         return lambda: sys.stdout.write(_help(name, script))
     entry = load_script(script)
-    kind = getattr(entry, "kind", None)
     if shows:
         return _shown(name, entry, rest)
-    sys.argv = [str(script), *(_words_of_job(rest, kind) if kind else _words_of_tool(name, rest))]
-    if kind:
+    if kind := getattr(entry, "kind", None):
+        from nemo_aligner.launch.words import full_words
+
+        sys.argv = [str(script), *full_words(rest, kind)]
         return entry
     from nemo_aligner.launch.cli import run_cli
 
+    sys.argv = [str(script), *_words_of_tool(name, script, rest)]
     return lambda: run_cli(entry)
 
 
@@ -111,19 +113,12 @@ def load_script(path: Path) -> Any:  # noqa: ANN401 - a Script, or a tool's func
     return module.main
 
 
-def _words_of_job(words: Sequence[str], kind: type[object]) -> list[str]:
-    from nemo_aligner.launch.words import full_words, take_files
-
-    files, rest = take_files(words)
-    return full_words(files, rest, kind)
-
-
-def _words_of_tool(name: str, words: Sequence[str]) -> list[str]:
+def _words_of_tool(name: str, script: Path, words: Sequence[str]) -> list[str]:
     """Of a script with flags, or of one that starts jobs."""
     if name == "ppo":
         from nemo_aligner.launch.ppo_jobs import words_of_jobs
 
-        return words_of_jobs(words, load_script)
+        return words_of_jobs(words, lambda file: load_script(script.with_name(file)).kind)
     found = []
     for word in words:
         key, sign, value = word.partition("=")
@@ -139,12 +134,13 @@ def _words_of_tool(name: str, words: Sequence[str]) -> list[str]:
 def _shown(name: str, entry: Any, words: Sequence[str]) -> Callable[[], object]:  # noqa: ANN401
     from nemo_aligner.config.explained import explain
     from nemo_aligner.launch.script import Script, compose
+    from nemo_aligner.launch.words import full_words
 
     if not isinstance(entry, Script):
         raise UserError(
             f"{name} has no settings of its own", cure=f"nemo-aligner {name} --help says what it takes"
         )
-    config = compose(entry, _words_of_job(words, entry.kind))
+    config = compose(entry, full_words(words, entry.kind))
     return lambda: sys.stdout.write(explain(config, entry.kind))
 
 

@@ -14,7 +14,7 @@ from nemo_aligner.config.short_names import command_defaults, short_names
 from nemo_aligner.errors import UserError, damage_told
 from nemo_aligner.settings import is_field, refuse_unknown
 
-__all__ = ["full_words", "take_files"]
+__all__ = ["full_words"]
 
 _SHORT = re.compile(r"(?P<sign>\+{0,2})(?P<name>[A-Za-z_]\w*)=(?P<value>.*)", re.DOTALL)
 _OPTION = "--config"
@@ -22,33 +22,21 @@ _OPTION = "--config"
 _TYPED = re.compile(r"\[.*|'.*'|\".*\"|null|[+-]?(\d+\.?\d*|\.\d+)", re.DOTALL)
 
 
-def take_files(words: Sequence[str]) -> tuple[list[Path], list[str]]:
-    """The files that ``--config`` names, and the other words.
-
-    >>> take_files(["lr=1", "--config", "my.yaml"])
-    ([PosixPath('my.yaml')], ['lr=1'])
-    """
-    files, rest, given = [], [], iter(words)
-    for word in given:
-        if word == _OPTION:
-            files.append(Path(next(given, "")))
-        elif word.startswith(f"{_OPTION}="):
-            files.append(Path(word.partition("=")[2]))
-        else:
-            rest.append(word)
-    return files, rest
-
-
-def full_words(files: Sequence[Path], words: Sequence[str], kind: type[object]) -> list[str]:
-    """The command's defaults, the settings of the files and the words, in this order: the last one counts.
+def full_words(words: Sequence[str], kind: type[object]) -> list[str]:
+    """The command's defaults, the settings of the files that ``--config`` names, and the words: the last one counts.
 
     Raises:
         UserError: a file cannot be read or has unknown keys, or a short name is mistyped.
     """
-    defaults = [f"{key}={value}" for key, value in command_defaults(kind).items()]
-    given = [word for file in files for word in _words_of(file, kind)]
-    names = short_names(kind)
-    return [*defaults, *given, *(_full(word, names, kind) for word in words)]
+    names, given, typed, rest = short_names(kind), list[str](), list[str](), iter(words)
+    for word in rest:
+        if word == _OPTION:
+            given += _words_of(Path(next(rest, "")), kind)
+        elif word.startswith(f"{_OPTION}="):
+            given += _words_of(Path(word.removeprefix(f"{_OPTION}=")), kind)
+        else:
+            typed.append(_full(word, names, kind))
+    return [*(f"{key}={value}" for key, value in command_defaults(kind).items()), *given, *typed]
 
 
 def _full(word: str, names: Mapping[str, str], kind: type[object]) -> str:
