@@ -4,10 +4,11 @@
 No trainer and no configuration file: the loop is the caller's. ``import nemo_aligner`` has all of these names.
 """
 
+import atexit
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 from torch import Tensor
 
@@ -17,9 +18,9 @@ from nemo_aligner.batch import PreferenceBatch, Prompt, Rollout, TokenBatch, Uni
 from nemo_aligner.builders import servers
 from nemo_aligner.checkpoint.convert import export_to_huggingface
 from nemo_aligner.checkpoint.sources import peek_model
-from nemo_aligner.config.base import ModelConfig, ModelJob, PretrainedConfig, TrainerConfig
+from nemo_aligner.config.base import ModelJob, PretrainedConfig, TrainerConfig
 from nemo_aligner.config.generate import GenerateJob, GenerateModelConfig
-from nemo_aligner.config.reward import RMJob, RMModelConfig
+from nemo_aligner.config.reward import RMJob, RMModelConfig, RMTrainerConfig
 from nemo_aligner.config.serve import RewardServerJob, ServedModelConfig
 from nemo_aligner.data.config import PairDataConfig
 from nemo_aligner.data.reading import Reading
@@ -33,7 +34,7 @@ from nemo_aligner.models.gpt.learning_rate import OptimConfig, SchedConfig
 from nemo_aligner.models.gpt.policy import GPTPolicy
 from nemo_aligner.models.sampling_config import SamplingConfig
 from nemo_aligner.objectives.nll import NLL
-from nemo_aligner.objectives.protocol import Metrics, ModelOutput, Objective, Wants
+from nemo_aligner.objectives.protocol import Metrics, ModelOutput, Objective, Wants, with_spread
 from nemo_aligner.objectives.reward import BradleyTerry
 from nemo_aligner.parallel import collectives, world
 from nemo_aligner.parallel.ranks import discover
@@ -60,7 +61,6 @@ __all__ = [
 
 Text = str | Sequence[Message]  # a text, or a conversation that the tokenizer's chat template writes
 L = TypeVar("L", bound=GPTLearner)
-C = TypeVar("C", bound=ModelConfig)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,7 +79,7 @@ class _Loaded(Generic[L]):
         self, optim: OptimConfig | float, *, max_steps: int = 1, clip_grad: float = 1.0
     ) -> None:
         """Make gradients and AdamW's state. A number is a constant learning rate, for as many steps as you like."""
-        if isinstance(optim, float):
+        if not isinstance(optim, OptimConfig):
             optim = OptimConfig(lr=optim, sched=SchedConfig(name="constant", warmup_steps=0))
         optim.check()
         self.learner.prepare_training(optim, clip_grad=clip_grad, max_steps=max_steps)
@@ -89,7 +89,7 @@ class _Loaded(Generic[L]):
     ) -> dict[str, float]:
         """Forward and backward of this data parallel rank's micro-batches; means over all of them."""
         here = [batch.to(world.device()) for batch in batches]
-        return self.learner.get_loss_and_metrics(here, objective, forward_only=forward_only)
+        return with_spread(self.learner.get_loss_and_metrics(here, objective, forward_only=forward_only))
 
     def optimizer_step(self) -> dict[str, float]:
         """Learn from the gradients: "lr", "grad_norm", "skipped_steps"."""
@@ -203,9 +203,13 @@ def load(
     Raises:
         UserError: there is no such model, or it does not fit.
     """
-    layout = {"tensor_model_parallel_size": tp, "pipeline_model_parallel_size": pp, "seed": seed}
+    layout: dict[str, Any] = {
+        "tensor_model_parallel_size": tp,
+        "pipeline_model_parallel_size": pp,
+        "seed": seed,
+    }
     model = GenerateModelConfig(restore_from_path=str(path), **layout)
-    job = GenerateJob(model=model, trainer=_trainer(precision))
+    job = GenerateJob(model=model, trainer=TrainerConfig(precision=precision))
     _join(job)
     pretrained = builders.load_policy(job)
     return LanguageModel(pretrained=pretrained, tokenizer=builders.needed_tokenizer(job, pretrained))
@@ -215,17 +219,24 @@ def load_reward_model(
     path: Path | str, *, tp: int = 1, pp: int = 1, precision: str = "auto", seed: int = 1234
 ) -> RewardModel:
     """A reward model, or a language model with a new head that gives rewards. See :func:`load`."""
-    layout = {"tensor_model_parallel_size": tp, "pipeline_model_parallel_size": pp, "seed": seed}
-    trainer, config = _trainer(precision), peek_model("path", str(path)) or {}
-    job: ModelJob
-    if "reward_model_type" in config:
-        job = RewardServerJob(model=ServedModelConfig(**layout), rm_model_file=str(path), trainer=trainer)
+    layout: dict[str, Any] = {
+        "tensor_model_parallel_size": tp,
+        "pipeline_model_parallel_size": pp,
+        "seed": seed,
+    }
+    job: RewardServerJob | RMJob
+    if "reward_model_type" in (peek_model("path", str(path)) or {}):
+        model = ServedModelConfig(**layout)
+        job = RewardServerJob(
+            model=model, rm_model_file=str(path), trainer=TrainerConfig(precision=precision)
+        )
         _join(job)
         pretrained = servers.load_served_reward_model(job)
     else:
-        data = PairDataConfig(data_prefix={"train": ["none"]})  # read by no one
+        unread = PairDataConfig(data_prefix={"train": ["unread"]})
         job = RMJob(
-            model=RMModelConfig(data=data, **layout),
+            model=RMModelConfig(data=unread, **layout),
+            trainer=RMTrainerConfig(precision=precision),
             pretrained_checkpoint=PretrainedConfig(restore_from_path=str(path)),
         )
         _join(job)
@@ -233,21 +244,18 @@ def load_reward_model(
     return RewardModel(pretrained=pretrained, tokenizer=builders.needed_tokenizer(job, pretrained))
 
 
-def _trainer(precision: str) -> TrainerConfig:
-    ranks = discover()
-    return TrainerConfig(devices=ranks.world_size if ranks else 1, precision=precision)
-
-
 def _join(job: ModelJob) -> None:
-    """Make the world of this process or of torchrun's; a second model joins the one that stands."""
-    ranks = discover()
-    job.check(ranks.world_size if ranks else None)
-    peek_model(*job.pretrained)
+    """Make the world of this process or of torchrun's; a further model joins the one that stands."""
+    layout, ranks = job.model.layout, discover()
+    size = ranks.world_size if ranks else 1
+    layout.check_fits(num_nodes=1, devices=size, world_size=size)
+    peek_model("path", job.pretrained[1])
     if not world.stands():
-        world.start(ranks, layout=job.model.layout, seed=job.model.seed)
-    elif (world.tp_size(), world.pp_size()) != (job.model.layout.tensor, job.model.layout.pipeline):
+        world.start(ranks, layout=layout, seed=job.model.seed)
+        atexit.register(world.stop)
+    elif (world.tp_size(), world.pp_size()) != (layout.tensor, layout.pipeline):
         raise UserError(
-            f"tp={job.model.layout.tensor} pp={job.model.layout.pipeline}, and an earlier model of this process has "
-            f"tp={world.tp_size()} pp={world.pp_size()}",
+            f"tp={layout.tensor} pp={layout.pipeline}, and an earlier model of this process has tp={world.tp_size()} "
+            f"pp={world.pp_size()}",
             cure="load all models of a process at one layout",
         )
