@@ -18,7 +18,11 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     license_files=["LICENSE"],
-    packages=find_packages(include=["nemo_aligner", "nemo_aligner.*"]),
+    packages=[*find_packages(include=["nemo_aligner", "nemo_aligner.*"]), "nemo_aligner.scripts"],
+    # The command finds the scripts there where there is no source checkout.
+    package_dir={"nemo_aligner.scripts": "examples/nlp/gpt"},
+    package_data={"nemo_aligner.scripts": ["conf/*.yaml", "conf/_base/*.yaml"]},
+    entry_points={"console_scripts": ["nemo-aligner = nemo_aligner.__main__:main"]},
     # parallel/ is written against these two releases of megatron-core: 0.16.1 is the newest for Python 3.11.
     # Python 3.13 waits for an nvidia-pytriton that takes numpy 2: numpy 1 has no wheels for it.
     python_requires=">=3.11,<3.13",

@@ -24,7 +24,7 @@ from nemo_aligner.errors import UserError
 from nemo_aligner.models.gpt.config import ARCHITECTURE_KEYS, GPTConfig
 from nemo_aligner.paths import PathText, expand_home
 
-__all__ = ["is_field", "log_no_effect", "parse"]
+__all__ = ["all_keys", "is_field", "log_no_effect", "parse", "refuse_unknown"]
 
 logger = logging.getLogger(__name__)
 
@@ -93,16 +93,16 @@ def parse(config: DictConfig, kind: type[T]) -> T:
         values["model"] = {k: v for k, v in model.items() if k not in ARCHITECTURE_KEYS} | {
             "architecture": given
         }
-    _refuse_unknown(values, kind)
+    refuse_unknown(values, kind)
     return _build(values, kind, "")
 
 
-def _refuse_unknown(values: Mapping[str, Any], kind: type[object]) -> None:
+def refuse_unknown(values: Mapping[str, Any], kind: type[object]) -> None:
     """Raise UserError if ``values`` hold unknown keys, with all of them."""
     unknown = list(_unknown(values, kind, ""))
     if not unknown:
         return
-    everywhere = list(_keys(kind, ""))
+    everywhere = list(all_keys(kind))
     suggestions = [_suggestion(key, known, everywhere) for key, known in unknown]
     if len(unknown) == 1:
         raise UserError(f"unknown key {unknown[0][0]}", cure=suggestions[0])
@@ -124,7 +124,7 @@ def _unknown(
         if block and isinstance(value, dict):
             for inner, path_of_block in _blocks(value, hints[name], key):
                 yield from _unknown(inner, block, path_of_block)
-        elif name in hints or key in ACCEPTED:
+        elif name in known or key in ACCEPTED:
             continue
         elif isinstance(value, dict) and any(other.startswith(f"{key}.") for other in ACCEPTED):
             yield from _unknown(value, None, f"{key}.")
@@ -132,14 +132,14 @@ def _unknown(
             yield key, known
 
 
-def _keys(kind: type[object], path: str) -> Iterator[str]:
+def all_keys(kind: type[object], path: str = "") -> Iterator[str]:
     """All dotted keys of nested dataclasses."""
     if path == "model.":
         yield from (f"{path}{name}" for name in ARCHITECTURE_KEYS)
     hints = typing.get_type_hints(kind)
     for spec in dataclasses.fields(kind):  # type: ignore[arg-type]
         if block := _block(hints[spec.name]):
-            yield from _keys(block, f"{path}{spec.name}.")
+            yield from all_keys(block, f"{path}{spec.name}.")
         else:
             yield f"{path}{spec.name}"
 

@@ -5,27 +5,17 @@ A key, its default and its meaning are a field's: the meaning is the comment bes
 has stands in tools/conf_files.py. In docs, the cell behind a key is written; the advice beside it stays.
 """
 
-import ast
-import inspect
-import io
-import json
 import re
-import textwrap
-import tokenize
-import types
 import typing
-from collections.abc import Iterator
-from dataclasses import MISSING, Field, dataclass, field, fields, is_dataclass
+from dataclasses import MISSING, Field, fields
 from fnmatch import fnmatchcase
-from functools import cache
 from pathlib import Path
 from typing import Any
 
-from nemo_aligner.compatibility import NO_EFFECT
-from nemo_aligner.models.gpt.config import GPTConfig
-from tools.conf_files import FILES, HEAD, MEANINGS, TAIL, File
+from nemo_aligner.config.explained import REQUIRED, Key, as_yaml, block_of, comment
+from tools.conf_files import FILES, HEAD, TAIL, File
 
-__all__ = ["CONF", "meaning", "written"]
+__all__ = ["CONF", "written"]
 
 ROOT = Path(__file__).parents[1]
 CONF = ROOT / "examples/nlp/gpt/conf"
@@ -33,91 +23,6 @@ PAGES = (ROOT / "docs/RLHFTraining.md", ROOT / "docs/ppo_details.md")
 JOBS = {"actor": "gpt_ppo_actor", "critic": "gpt_ppo_critic"}
 # A row of a table in docs: what comes before the default, key and job in it, the default, what comes after.
 _ROW = re.compile(r"(\|(?:[^|`]*\|)* `([\w.]+)`(?: \((critic)\))? \| )(?:as )?`[^`]*`( \|.*)")
-REQUIRED = "???"
-# What OmegaConf reads as text without quotes: a word, or an interpolation in it.
-_PLAIN = re.compile(r"[A-Za-z_$/?][\w./?${}:-]*(?<!:)")
-_NOT_TEXT = {"null", "true", "false", "yes", "no", "on", "off", "nan", "inf"}
-
-
-@dataclass(frozen=True, kw_only=True)
-class Key:
-    """A line of a YAML file, and the lines below it."""
-
-    name: str
-    value: Any = None
-    comment: str
-    below: list["Key"] = field(default_factory=list)
-
-    def lines(self, indent: str = "") -> Iterator[str]:
-        """As the file has it."""
-        value = "" if self.below else f" {as_yaml(self.value)}"
-        yield f"{indent}{self.name}:{value}  # {self.comment}"
-        for key in self.below:
-            yield from key.lines(indent + "  ")
-
-    def values(self, block: str = "") -> Iterator[tuple[str, Any]]:
-        """(dotted key, default) of it, or of what is below it."""
-        if not self.below:
-            yield f"{block}{self.name}", self.value
-        for key in self.below:
-            yield from key.values(f"{block}{self.name}.")
-
-
-def as_yaml(value: object) -> str:
-    """A default on one line.
-
-    >>> as_yaml([True, None, 9e-07, 1.0, "jsonl", "{input}", {"a": "1"}])
-    '[True, null, 9e-7, 1.0, jsonl, "{input}", {a: "1"}]'
-    """
-    match value:
-        case None:
-            return "null"
-        case str():
-            plain = _PLAIN.fullmatch(value) and value.lower() not in _NOT_TEXT
-            return value if plain else re.sub(r"(?<!\\)\\u00", r"\\x", json.dumps(value))
-        case list() | tuple():
-            return f"[{', '.join(map(as_yaml, value))}]"
-        case dict():
-            return f"{{{', '.join(f'{name}: {as_yaml(one)}' for name, one in value.items())}}}"
-    return re.sub(r"e(-?)0(\d)", r"e\1\2", repr(value))
-
-
-@cache
-def comments(kind: type[object]) -> dict[str, str]:
-    """{field: its comment}, of the fields that stand in the class itself."""
-    source = textwrap.dedent(inspect.getsource(kind))
-    lines = source.splitlines()
-    found = {
-        token.start[0]: token.string.removeprefix("#").strip()
-        for token in tokenize.generate_tokens(io.StringIO(source).readline)
-        if token.type == tokenize.COMMENT
-    }
-    (tree,) = ast.parse(source).body
-    assert isinstance(tree, ast.ClassDef)
-    told: dict[str, str] = {}
-    for node in tree.body:
-        if not (isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name)):
-            continue
-        above, line = [], node.lineno - 1
-        while line in found and lines[line - 1].lstrip().startswith("#"):
-            above.insert(0, found[line])
-            line -= 1
-        if text := found.get(node.end_lineno or node.lineno) or " ".join(above):
-            told[node.target.id] = text
-    return told
-
-
-def meaning(kind: type[object], name: str) -> str | None:
-    """A field's comment, or that of the class it is inherited from."""
-    return next(
-        (told for base in kind.__mro__ if is_dataclass(base) and (told := comments(base).get(name))), None
-    )
-
-
-def block_of(hint: object) -> type[Any] | None:
-    """The dataclass that a field holds, or may hold; one that stands below a name of the user's is none."""
-    kinds = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
-    return next((kind for kind in kinds if isinstance(kind, type) and is_dataclass(kind)), None)
 
 
 def default_of(spec: Field[Any]) -> Any:  # noqa: ANN401
@@ -156,18 +61,6 @@ def keys(file: File, kind: type[Any], prefix: str, made: object, shared: type[An
         if key.startswith(prefix) and "." not in (name := key.removeprefix(prefix)) and name not in names:
             plain.append(Key(name=name, value=value, comment=comment(kind, key)))
     return plain + blocks
-
-
-def comment(kind: type[object], key: str) -> str:
-    """What a key of ``kind`` means."""
-    block, _, name = key.rpartition(".")
-    if told := meaning(kind, name) or (meaning(GPTConfig, name) if block == "model" else None):
-        return told
-    told = next(
-        (f"no effect: {instead}" for other, _, instead in NO_EFFECT if other == key), MEANINGS.get(key)
-    )
-    assert told, f"nobody says what {key} means: write it in a comment beside the field of {kind.__name__}"
-    return told
 
 
 def top(file: File) -> list[Key]:

@@ -15,14 +15,11 @@ from nemo_aligner.data.config import SFTSplitConfig
 from nemo_aligner.models.gpt.learning_rate import OptimConfig
 from nemo_aligner.run.experiment import ExperimentConfig
 
-__all__ = ["FILES", "HEAD", "MEANINGS", "TAIL", "File"]
+__all__ = ["FILES", "HEAD", "TAIL", "File"]
 
 # Hydra's list of groups, around those of a file.
 HEAD = ("defaults:  # blocks that all scripts share", "  - _base/hydra")
 TAIL = ("  - _self_", "  - override hydra/job_logging: none", "  - override hydra/hydra_logging: none")
-
-# Keys of the architecture that are not fields of GPTConfig.
-MEANINGS = {"model.seq_len_interpolation_factor": "stretch rotary positions linearly by this factor"}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -176,14 +176,15 @@ def filled(
 
 def chosen_precision(job: ModelJob) -> str:
     """``trainer.precision`` as 32, bf16 or 16; by the device where it is not set."""
-    return precision_name(job.trainer.precision or ("32" if world.device().type == "cpu" else "bf16"))
+    by_device = "32" if world.device().type == "cpu" else "bf16"
+    return precision_name(by_device if job.trainer.chooses_precision else job.trainer.precision or "")
 
 
 def _precision(job: ModelJob) -> str:
     """See :func:`chosen_precision`; a choice that people may not expect is told."""
     asked, precision = job.trainer.precision, chosen_precision(job)
     if world.device().type == "cpu" and world.is_logging_rank():
-        if asked is None:
+        if job.trainer.chooses_precision:
             logger.info("trainer.precision=32, as there is no GPU")
         elif precision != "32":
             logger.info("trainer.precision=%s on a CPU: without AMX, 32 is two to three times as fast", asked)

@@ -123,19 +123,19 @@ def save_result(
 
 def _warn_of_schedule(optim: OptimConfig, *, max_steps: int) -> None:
     """Say so where a short run leaves the warm-up or the cosine without their steps."""
-    sched = optim.sched
+    sched, (warmup, held, _) = optim.sched, optim.sched.in_steps(max_steps)
     if not world.is_logging_rank():
         return
-    if sched.warmup_steps >= max_steps:
+    if warmup >= max_steps:
         logger.warning(
             "the learning rate does not reach model.optim.lr=%g: the run has %d steps; "
             "set model.optim.sched.warmup_steps, now %d, below that",
-            *(optim.lr, max_steps, sched.warmup_steps),
+            *(optim.lr, max_steps, warmup),
         )
-    elif sched.decays and sched.warmup_steps + sched.held_steps(max_steps) >= max_steps:
+    elif sched.decays and warmup + held >= max_steps:
         logger.warning(
             "the learning rate goes to model.optim.sched.min_lr=%g right after the warm-up: "
             "warmup_steps=%d + constant_steps=%d leave none of the %d steps for the decay; "
             "set model.optim.sched.constant_steps=0",
-            *(sched.min_lr, sched.warmup_steps, sched.held_steps(max_steps), max_steps),
+            *(sched.min_lr, warmup, held, max_steps),
         )

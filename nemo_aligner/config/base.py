@@ -35,11 +35,16 @@ class TrainerConfig:
     num_nodes: int = 1  # machines of the job
     # ranks on each machine: its GPUs, or CPU processes; without torchrun or srun the script starts them
     devices: int = 1
-    # dtype of weights and matmuls: bf16, 16 or 32; null: bf16 on a GPU, 32 on a CPU; the optimizer keeps fp32 copies
-    precision: str | int | None = None
+    # dtype of weights and matmuls: bf16, 16, 32 or auto (bf16 on a GPU, 32 on a CPU); the optimizer keeps fp32 copies
+    precision: str | int | None = "auto"
     # seconds until a collective that other ranks do not answer ends the job
     collective_timeout: float = 600.0
     max_time: str | None = None  # as exp_manager.max_time_per_run: days:hours:minutes:seconds
+
+    @property
+    def chooses_precision(self) -> bool:
+        """Whether the device decides."""
+        return self.precision in (None, "auto")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -146,8 +151,8 @@ class ModelJob:
         """
         check_bounds(self)
         trainer, model = self.trainer, self.model
-        if trainer.precision is not None:
-            precision_name(trainer.precision)
+        if not trainer.chooses_precision:
+            precision_name(trainer.precision or "")
         model.layout.check_fits(num_nodes=trainer.num_nodes, devices=trainer.devices, world_size=world_size)
         _refuse_unsupported(model)
 

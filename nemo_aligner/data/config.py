@@ -2,11 +2,11 @@
 """The settings under ``model.data`` of each script. Defaults stand here and nowhere else."""
 
 import re
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from datetime import date
 
 from nemo_aligner.bounds import bounded, check_bounds
-from nemo_aligner.data.prefix import DataPrefix, parse_data_prefix
+from nemo_aligner.data.prefix import DataPrefix, Split, parse_data_prefix, share_of
 from nemo_aligner.errors import UserError
 from nemo_aligner.paths import PathText
 
@@ -91,7 +91,8 @@ class SFTSplitConfig:
 class ValidationSplitConfig(SFTSplitConfig):
     """``validation_ds``, which may be left out."""
 
-    file_path: PathText = ""  # JSONL, one object a line; null: there is no validation
+    # JSONL, one object a line; a share below 1: the last rows of the training file; null: there is no validation
+    file_path: PathText = ""
     shuffle: bool = False  # every validation sees the same batches
     drop_last: bool = False  # every sample is validated
 
@@ -118,7 +119,19 @@ class SFTDataConfig:
     @property
     def validation(self) -> dict[str, SFTSplitConfig]:
         """The validation split by its name, if there is one."""
-        return {"validation_ds": self.validation_ds} if self.validation_ds.file_path else {}
+        split = self.validation_ds
+        if share_of(split.file_path):
+            split = replace(split, file_path=self.train_ds.file_path)
+        return {"validation_ds": split} if split.file_path else {}
+
+    def part(self, split: SFTSplitConfig) -> Split:
+        """The rows of its file that a split has."""
+        border = 1 - share_of(self.validation_ds.file_path)
+        whole = Split(paths=(split.file_path,))
+        if border == 1:
+            return whole
+        is_validation = isinstance(split, ValidationSplitConfig)
+        return replace(whole, start=border) if is_validation else replace(whole, stop=border)
 
     def __post_init__(self) -> None:
         if self.chat_template not in (None, "prompt_tokens", "tokenizer"):

@@ -4,7 +4,7 @@
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 from nemo_aligner.data.chat import PromptTokensLayout, TemplateLayout
 from nemo_aligner.data.config import (
@@ -77,21 +77,21 @@ def open_sft(
     Raises:
         UserError: settings, tokenizer and file do not go together, or a line is bad.
     """
-    longest = split.max_seq_length
+    layout: _CutLayout[Any]
     if not data.chat:
         _hint_at_template(split.file_path, tokenizer, "set model.data.chat=True")
         texts = PromptResponseLayout(tokenizer, split, answer_only_loss=answer_only_loss)
-        return RowDataset(
-            RecordFile(split.file_path, texts.read),
-            _CutLayout(lay_out=texts, fits=texts.surely_fits, max_seq_length=longest),
-        )
-    if uses_prompt_tokens(data, tokenizer):
-        chats = PromptTokensLayout(tokenizer, data.chat_prompt_tokens, split, learn=data.learn)
+        read = texts.read
+        layout = _CutLayout(lay_out=texts, fits=texts.surely_fits, max_seq_length=split.max_seq_length)
     else:
-        chats = TemplateLayout(tokenizer, split, learn=data.learn)
-    return RowDataset(
-        RecordFile(split.file_path, chats.read), _CutLayout(lay_out=chats, max_seq_length=longest)
-    )
+        chats = (
+            PromptTokensLayout(tokenizer, data.chat_prompt_tokens, split, learn=data.learn)
+            if uses_prompt_tokens(data, tokenizer)
+            else TemplateLayout(tokenizer, split, learn=data.learn)
+        )
+        read, layout = chats.read, _CutLayout(lay_out=chats, max_seq_length=split.max_seq_length)
+    records = RecordFile(split.file_path, read)
+    return RowDataset(records, layout, within=data.part(split).rows(len(records)))
 
 
 def uses_prompt_tokens(data: SFTDataConfig, tokenizer: Tokenizer) -> bool:

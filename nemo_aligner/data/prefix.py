@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from nemo_aligner.errors import UserError
 from nemo_aligner.paths import expand_home
 
-__all__ = ["DataPrefix", "Split", "parse_data_prefix"]
+__all__ = ["DataPrefix", "Split", "parse_data_prefix", "share_of"]
 
 _KEY = "model.data.data_prefix"
 _EXAMPLE = f"{_KEY}={{train: [train.jsonl], validation: [validation.jsonl], test: [test.jsonl]}}"
@@ -34,7 +34,14 @@ class Split:
         >>> parts.train.rows(300), parts.test.rows(300)
         (range(0, 294), range(297, 300))
         """
-        return range(round(self.start * num_rows), round(self.stop * num_rows))
+        return range(_border(self.start, num_rows), _border(self.stop, num_rows))
+
+
+def _border(share: float, num_rows: int) -> int:
+    """Rows before it; of two rows or more, each side of a cut has one."""
+    if share in (0, 1) or num_rows < 2:
+        return round(share * num_rows)
+    return min(max(round(share * num_rows), 1), num_rows - 1)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,13 +60,24 @@ class DataPrefix:
         return tuple(dict.fromkeys(path for split in splits if split is not None for path in split.paths))
 
 
+def share_of(value: object) -> float:
+    """The share of the training rows that a validation set is; 0 where it is something else.
+
+    >>> share_of("0.1"), share_of("rows.jsonl"), share_of("1"), share_of(None)
+    (0.1, 0.0, 0.0, 0.0)
+    """
+    share = float(str(value)) if _NUMBER.fullmatch(str(value)) else 0.0
+    return share if 0 < share < 1 else 0.0
+
+
 def parse_data_prefix(value: object, splits_string: str | None) -> DataPrefix:
     """The splits that ``model.data.data_prefix`` and ``model.data.splits_string`` describe.
 
     Each split is a path, a list of paths, or weights before paths, ``[0.3, a.jsonl, 0.7, b.jsonl]``.
 
     Args:
-        value: ``{train, validation, test, validation*}``, a split each; or one split for all three.
+        value: ``{train, validation, test, validation*}``, a split each, of which validation may be a share below 1, the
+            last rows of each training file; or one split for all three.
         splits_string: in the second form the shares of train, validation and test, ``"98,1,1"``: each file is
             cut into them in its own order.
 
@@ -91,7 +109,15 @@ def _by_name(given: Mapping[str, object]) -> DataPrefix:
             )
     if given.get("train") is None:
         raise UserError(f"{_KEY} has no 'train'; it has {sorted(given)}", cure=f'write "{_EXAMPLE}"')
-    splits = {name: _split(split, f"{_KEY}.{name}") for name, split in given.items() if split is not None}
+    share = share_of(given.get("validation"))
+    splits = {
+        name: _split(split, f"{_KEY}.{name}")
+        for name, split in given.items()
+        if split is not None and not (share and name == "validation")
+    }
+    if share:
+        splits["validation"] = replace(splits["train"], start=1 - share)
+        splits["train"] = replace(splits["train"], stop=1 - share)
     extra = {name: split for name, split in splits.items() if name not in ("train", "validation", "test")}
     return DataPrefix(
         train=splits["train"],

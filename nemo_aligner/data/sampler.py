@@ -4,12 +4,15 @@
 Global batches never depend on the number of data-parallel ranks; ``rank_rows`` deals one out to them.
 """
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from nemo_aligner.errors import UserError
+
+_LOG = logging.getLogger(__name__)
 
 __all__ = ["GlobalBatchSampler", "Share", "rank_rows"]
 
@@ -52,6 +55,12 @@ class GlobalBatchSampler:
     ) -> None:
         assert num_samples > 0, num_samples
         assert global_batch_size > 0, global_batch_size
+        if num_samples < global_batch_size:
+            _LOG.info(
+                "global_batch_size=%d, and there are %d rows: a batch is all of them",
+                global_batch_size,
+                num_samples,
+            )
         self.num_samples = num_samples
         self.global_batch_size = global_batch_size
         self.shuffle = shuffle

@@ -3,17 +3,18 @@
 
 import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from nemo_aligner.errors import UserError
 from nemo_aligner.launch.together import LOCAL, Program, free_ports
 from nemo_aligner.launch.typed import is_quoted
+from nemo_aligner.launch.words import full_words
 from nemo_aligner.paths import expand_home
 from nemo_aligner.run.experiment import ExperimentConfig
 
-__all__ = ["plan_jobs"]
+__all__ = ["plan_jobs", "words_of_jobs"]
 
 SCRIPTS = {
     "actor": "train_gpt_ppo_actor.py",
@@ -78,6 +79,32 @@ def plan_jobs(words: Sequence[str], scripts: Path) -> tuple[Program, list[Progra
         for name, job in jobs.items()
     }
     return programs.pop("actor"), list(programs.values())
+
+
+def words_of_jobs(words: Sequence[str], kind_of: Callable[[str], type[object]]) -> list[str]:
+    """Words of full keys, each with its job, of short names and files; what names no job is the actor's.
+
+    Args:
+        words: ``reward_model=FILE`` is the reward model that the critic starts from, and serves.
+        kind_of: the settings of a script in the folder.
+
+    Raises:
+        UserError: a short name is mistyped.
+    """
+    given: dict[str, list[str]] = {name: [] for name in SCRIPTS}
+    for word in words:
+        found = _WORD.fullmatch(word)
+        if word.startswith("reward_model="):
+            given["critic"].append(word.removeprefix("reward_"))
+        elif found:
+            given[found["job"]].append(f"{found['sign'] or ''}{found['key']}{found['value'] or ''}")
+        else:
+            given["actor"].append(word)
+    return [
+        re.sub(r"^(\+{0,2}|~)", rf"\g<1>{name}.", word)
+        for name, own in given.items()
+        for word in full_words(own, kind_of(SCRIPTS[name]))
+    ]
 
 
 def _sort(word: str, jobs: Mapping[str, _Words]) -> None:

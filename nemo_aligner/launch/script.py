@@ -9,14 +9,15 @@ import os
 import signal
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Protocol, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 import hydra
 from hydra.errors import HydraException, OverrideParseException
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from nemo_aligner.errors import UserError
@@ -29,7 +30,7 @@ from nemo_aligner.parallel.ranks import Layout, Ranks, discover
 from nemo_aligner.run.experiment import keep_early_records
 from nemo_aligner.run.stop import STOP_SIGNALS, StoppedEarly, Terminated
 
-__all__ = ["script"]
+__all__ = ["Script", "compose", "script"]
 
 logger = logging.getLogger(__name__)
 
@@ -78,7 +79,47 @@ class Job(Protocol):
 J = TypeVar("J", bound=Job)
 
 
-def script(config_name: str, kind: type[J]) -> Callable[[Callable[[J], None]], Callable[[], None]]:
+@dataclass(frozen=True, kw_only=True)
+class Script(Generic[J]):
+    """A script's main; called, it runs the command line."""
+
+    main: Callable[[J], None]
+    config_name: str
+    kind: type[J]  # the job's dataclass
+
+    @property
+    def file(self) -> Path:
+        """The script."""
+        return Path(inspect.getfile(self.main)).resolve()
+
+    def __call__(self) -> None:
+        """Run as ``sys.argv`` says."""
+        # Imports make millions of objects that stay: looking for garbage among them takes a fifth of a start.
+        gc.disable()
+        ranks = discover()
+        _prepare_process(ranks)
+        try:
+            sys.argv[1:] = as_hydra_reads(sys.argv[1:], self.kind)
+        except UserError as error:
+            if _talks(ranks):
+                sys.stderr.write(f"error: {error}\n")
+            sys.exit(USER_ERROR_CODE)
+
+        def task(config: DictConfig) -> None:
+            _run(config, self, ranks)
+
+        # So set, Hydra raises what it finds wrong and does not print it its own way.
+        os.environ["HYDRA_FULL_ERROR"] = "1"
+        conf = str(self.file.parent / "conf")
+        try:
+            hydra.main(version_base="1.3", config_path=conf, config_name=self.config_name)(task)()
+        except (HydraException, OmegaConfBaseException) as error:
+            if _talks(ranks):
+                sys.stderr.write(f"error: {_hydra_problem(error)}\n")
+            sys.exit(USER_ERROR_CODE)
+
+
+def script(config_name: str, kind: type[J]) -> Callable[[Callable[[J], None]], Script[J]]:
     """Make a script's main out of a function of its job.
 
     The function runs on every rank, in a world that stands and is cut as the settings say. A :class:`UserError`
@@ -88,37 +129,25 @@ def script(config_name: str, kind: type[J]) -> Callable[[Callable[[J], None]], C
         config_name: the YAML in the conf folder beside the script.
         kind: the job's dataclass.
     """
+    return lambda main: Script(main=main, config_name=config_name, kind=kind)
 
-    def decorate(main: Callable[[J], None]) -> Callable[[], None]:
-        @functools.wraps(main)
-        def entry() -> None:
-            # Imports make millions of objects that stay: looking for garbage among them takes a fifth of a start.
-            gc.disable()
-            ranks = discover()
-            _prepare_process(ranks)
-            try:
-                sys.argv[1:] = as_hydra_reads(sys.argv[1:], kind)
-            except UserError as error:
-                if _talks(ranks):
-                    sys.stderr.write(f"error: {error}\n")
-                sys.exit(USER_ERROR_CODE)
-            conf = Path(inspect.getfile(main)).resolve().parent / "conf"
 
-            def task(config: DictConfig) -> None:
-                _run(config, kind, main, ranks)
+def compose(script: Script[Any], words: Sequence[str]) -> dict[str, Any]:
+    """The settings of a script as the words make them, interpolations as they are.
 
-            # So set, Hydra raises what it finds wrong and does not print it its own way.
-            os.environ["HYDRA_FULL_ERROR"] = "1"
-            try:
-                hydra.main(version_base="1.3", config_path=str(conf), config_name=config_name)(task)()
-            except (HydraException, OmegaConfBaseException) as error:
-                if _talks(ranks):
-                    sys.stderr.write(f"error: {_hydra_problem(error)}\n")
-                sys.exit(USER_ERROR_CODE)
+    Raises:
+        UserError: they cannot be composed, or have unknown keys.
+    """
+    from nemo_aligner.settings import refuse_unknown
 
-        return entry
-
-    return decorate
+    try:
+        with hydra.initialize_config_dir(str(script.file.parent / "conf"), version_base="1.3"):
+            config = hydra.compose(script.config_name, as_hydra_reads(words, script.kind))
+    except (HydraException, OmegaConfBaseException) as error:
+        raise _hydra_problem(error) from error
+    values: Any = OmegaConf.to_container(config)
+    refuse_unknown(values, script.kind)
+    return values
 
 
 def _talks(ranks: Ranks | None) -> bool:
@@ -164,7 +193,7 @@ def _signals() -> tuple[signal.Signals, ...]:
     return STOP_SIGNALS if ignored else (signal.SIGINT, *STOP_SIGNALS)
 
 
-def _run(config: DictConfig, kind: type[J], main: Callable[[J], None], ranks: Ranks | None) -> None:
+def _run(config: DictConfig, script: Script[J], ranks: Ranks | None) -> None:
     def leave(number: int, _: object) -> None:
         if _talks(ranks):
             name = signal.Signals(number).name
@@ -175,7 +204,7 @@ def _run(config: DictConfig, kind: type[J], main: Callable[[J], None], ranks: Ra
     for number in _signals():
         signal.signal(number, leave)
     try:
-        code = _start(config, kind, main, ranks)
+        code = _start(config, script, ranks)
     except (KeyboardInterrupt, Terminated) as stop:
         code = INTERRUPTED_CODE if isinstance(stop, KeyboardInterrupt) else 128 + stop.signal
         if _talks(ranks):
@@ -189,12 +218,12 @@ def _run(config: DictConfig, kind: type[J], main: Callable[[J], None], ranks: Ra
         os._exit(code)
 
 
-def _start(config: DictConfig, kind: type[J], main: Callable[[J], None], ranks: Ranks | None) -> int:
+def _start(config: DictConfig, script: Script[J], ranks: Ranks | None) -> int:
     """Settings first, before torch and Megatron are imported: a mistake there is told at once."""
     from nemo_aligner.settings import parse
 
     try:
-        job = parse(config, kind)
+        job = parse(config, script.kind)
         job.check(ranks.world_size if ranks else None)
         if ranks is None:
             job.check_paths()
@@ -215,10 +244,10 @@ def _start(config: DictConfig, kind: type[J], main: Callable[[J], None], ranks: 
     instructions = amx.decide()
     if _talks(ranks):
         # Torch takes seconds, and a person should not wait for a sign of life.
-        logger.info("%s: the settings are read; torch is loaded next", Path(inspect.getfile(main)).name)
+        logger.info("%s: the settings are read; torch is loaded next", script.file.name)
         if instructions:
             logger.info("%s", instructions)
-    return _told(functools.partial(_join, config, job, main, ranks))
+    return _told(functools.partial(_join, config, job, script.main, ranks))
 
 
 def _join(config: DictConfig, job: J, main: Callable[[J], None], ranks: Ranks | None) -> int:

@@ -15,6 +15,7 @@ from typing import Any
 from hydra.core.override_parser.types import Quote, QuotedString
 
 from nemo_aligner.errors import UserError
+from nemo_aligner.paths import PathText
 
 __all__ = ["as_hydra_reads", "is_quoted"]
 
@@ -78,18 +79,17 @@ def _type_of(kind: Any, key: str) -> Any:  # noqa: ANN401 - a type hint
     name, _, rest = key.partition(".")
     if not dataclasses.is_dataclass(kind):
         return None
-    hint = typing.get_type_hints(kind).get(name)
+    hint = typing.get_type_hints(kind, include_extras=True).get(name)
     return _type_of(hint, rest) if rest else hint
 
 
 def _is_text(value: str, hint: Any) -> bool:  # noqa: ANN401 - a type hint
     """Whether a typed value is text as it stands, and not an expression of Hydra's grammar."""
-    # Without include_extras, get_type_hints shows paths as the text that they are.
     union = typing.get_origin(hint) in (typing.Union, types.UnionType)
     options = set(typing.get_args(hint) if union else (hint,))
-    if value == "null" and type(None) in options:
+    if value == "null" and options & {type(None), PathText}:
         return False
-    options.discard(type(None))
+    options = {str if option == PathText else option for option in options - {type(None)}}
     holds_several = {option for option in options if typing.get_origin(option) in (tuple, list, dict)}
     if value[:1] in ("[", "{") and holds_several:
         return False

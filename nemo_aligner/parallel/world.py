@@ -48,6 +48,7 @@ __all__ = [
     "rank",
     "report_once",
     "seed_step",
+    "stands",
     "start",
     "stop",
     "synchronize",
@@ -261,6 +262,11 @@ def synchronize() -> None:
     """Wait for the device, so that a clock read next tells the truth."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
+
+
+def stands() -> bool:
+    """Whether :func:`start` has been called, and :func:`stop` has not."""
+    return dist.is_initialized()
 
 
 def rank() -> int:

@@ -83,9 +83,9 @@ def test_validation_is_the_mean_over_every_learned_token(
             "model.data.validation_ds.micro_batch_size": micro_batch,
         }
     )
-    data = sft_loaders(job, pretrained)
     run = Experiment(job.exp_manager, Path("unused"), writes=False)
-    trainer = SupervisedTrainer(job.trainer.sft, pretrained.learner, NLL(), data, run)
+    batches = sft_loaders(job, pretrained)
+    trainer = SupervisedTrainer(job.trainer.sft, pretrained.learner, NLL(), batches, run)
     assert trainer.validate()["validation/loss"] == pytest.approx(reference_loss(hf_folder, data), rel=1e-5)
 
 
@@ -130,7 +130,7 @@ def test_with_sequence_parallelism_lengths_stay_multiples_where_they_are_capped(
 def test_a_schedule_without_room_is_told(
     build: Callable, caplog: pytest.LogCaptureFixture, changed: dict[str, object], warning: str | None
 ):
-    job, _ = build(**changed)
+    job, pretrained = build(**changed)
     caplog.clear()
     prepare_training(job, pretrained, max_steps=job.trainer.sft.max_steps)
     told = [record.getMessage() for record in caplog.records if "learning rate" in record.getMessage()]

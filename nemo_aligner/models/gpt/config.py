@@ -62,7 +62,7 @@ def precision_name(precision: str | int) -> Precision:
         case "16" | "fp16":
             return "16"
     raise UserError(
-        f"precision={precision!r} is not a precision", cure="set trainer.precision to 32, bf16 or 16"
+        f"precision={precision!r} is not a precision", cure="set trainer.precision to 32, bf16, 16 or auto"
     )
 
 

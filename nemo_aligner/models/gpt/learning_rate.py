@@ -3,12 +3,12 @@
 
 import math
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from nemo_aligner.bounds import bounded, check_bounds
 from nemo_aligner.errors import UserError
 
-__all__ = ["OptimConfig", "SchedConfig", "learning_rate"]
+__all__ = ["OptimConfig", "SchedConfig", "SchedSteps", "learning_rate"]
 
 
 _NOT_POSITIVE = "{key}={value} is not positive"
@@ -23,10 +23,13 @@ class SchedConfig:
     name: Literal[
         "CosineAnnealing", "WarmupAnnealing", "WSD", "constant", "WarmupPolicy", "WarmupHoldPolicy"
     ] = "CosineAnnealing"
-    warmup_steps: int = 10  # steps of linear growth from lr / (warmup_steps + 1) to lr
-    constant_steps: int | None = None  # last steps, held at min_lr; null: a tenth of the run, at most 1000
+    # steps of linear growth from lr / (warmup_steps + 1) to lr; a float below 1 is a share of the run
+    warmup_steps: int | float = 10
+    # last steps, held at min_lr; a float below 1 is a share of the run; null: a tenth of it, at most 1000
+    constant_steps: int | float | None = None
     min_lr: float = 9e-7  # where the decay ends
-    decay_steps: int | None = None  # of WSD: steps of its decay; until then the rate stays at lr
+    # of WSD: steps of its decay, or a share of the run; until then the rate stays at lr
+    decay_steps: int | float | None = None
     # of WSD: linear, cosine, minus_sqrt or exponential
     decay_style: Literal["linear", "cosine", "minus_sqrt", "exponential"] = "linear"
 
@@ -35,13 +38,35 @@ class SchedConfig:
         """Whether the rate falls from lr to min_lr."""
         return self.name in ("CosineAnnealing", "WarmupAnnealing", "WSD")
 
-    def held_steps(self, max_steps: int) -> int:
-        """``constant_steps`` of a run of ``max_steps``.
+    def in_steps(self, max_steps: int) -> "SchedSteps":
+        """The parts of a run of ``max_steps``.
 
-        >>> SchedConfig().held_steps(50), SchedConfig().held_steps(10**6), SchedConfig(constant_steps=7).held_steps(50)
-        (5, 1000, 7)
+        >>> SchedConfig().in_steps(50)
+        SchedSteps(warmup=10, held=5, decay=0)
+        >>> SchedConfig(warmup_steps=0.1, constant_steps=0.0).in_steps(50)
+        SchedSteps(warmup=5, held=0, decay=0)
         """
-        return min(MOST_HELD, max_steps // 10) if self.constant_steps is None else self.constant_steps
+        held = min(MOST_HELD, max_steps // 10) if self.constant_steps is None else self.constant_steps
+        parts = self.warmup_steps, held, self.decay_steps or 0
+        return SchedSteps(*(int(part * max_steps) if isinstance(part, float) else part for part in parts))
+
+    def check(self, block: str) -> None:
+        """Refuse what is neither a number of steps nor a share of them."""
+        for name in ("warmup_steps", "constant_steps", "decay_steps"):
+            value = getattr(self, name)
+            if value is not None and (value < 0 or (isinstance(value, float) and value >= 1)):
+                raise UserError(
+                    f"{block}.{name}={value} is neither a number of steps nor a share of the run",
+                    cure=f"set {block}.{name} to a whole number, 0 or more, or to a share from 0.0 to below 1.0",
+                )
+
+
+class SchedSteps(NamedTuple):
+    """Steps of a run's parts."""
+
+    warmup: int
+    held: int  # the last ones
+    decay: int  # of WSD; 0: not given
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,6 +90,7 @@ class OptimConfig:
     def check(self) -> None:
         """Refuse what would train nothing or the wrong way."""
         check_bounds(self, "model.optim")
+        self.sched.check("model.optim.sched")
         if self.overlap_param_sync and not self.overlap_grad_sync:
             raise UserError(
                 "model.optim.overlap_param_sync=True needs model.optim.overlap_grad_sync=True",
@@ -100,21 +126,21 @@ def learning_rate(step: int, *, peak: float, sched: SchedConfig, max_steps: int)
     >>> [round(learning_rate(s, peak=1.0, sched=sched, max_steps=7), 3) for s in range(7)]
     [0.25, 0.5, 0.75, 1.0, 0.854, 0.5, 0.146]
     """
-    if step < sched.warmup_steps:
-        return peak * (step + 1) / (sched.warmup_steps + 1)
+    warmup, held, decay = sched.in_steps(max_steps)
+    if step < warmup:
+        return peak * (step + 1) / (warmup + 1)
     if not sched.decays:
         return peak
-    end = max_steps - sched.held_steps(max_steps)
+    end = max_steps - held
     if step >= end:
         return sched.min_lr
     match sched.name:
         case "CosineAnnealing":
-            steps, style = end - sched.warmup_steps, "cosine"
+            steps, style = end - warmup, "cosine"
         case "WarmupAnnealing":
-            steps, style = end - sched.warmup_steps, "linear"
+            steps, style = end - warmup, "linear"
         case _:
-            assert sched.decay_steps
-            steps, style = min(sched.decay_steps, end - sched.warmup_steps), sched.decay_style
+            steps, style = max(1, min(decay, end - warmup)), sched.decay_style
     share = max(0.0, 1 - (end - step) / steps)
     return sched.min_lr + (peak - sched.min_lr) * _remaining(share, style)
 

@@ -1,0 +1,171 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command ``nemo-aligner``: every script by a short name, its usual settings too. Imports no torch.
+
+A script ``train_gpt_NAME.py`` is the command NAME; what a script can do, and its settings, are the script's own.
+"""
+
+import ast
+import difflib
+import importlib.util
+import os
+import re
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import nemo_aligner
+from nemo_aligner.errors import UserError
+
+__all__ = ["find_commands", "main"]
+
+# What a script's file name does not say.
+IRREGULAR = {
+    "rm": "train_reward_model.py",
+    "ppo": "run_ppo.py",
+    "serve": "serve_reward_model.py",
+    "critic": "serve_ppo_critic.py",
+    "generate": "generate.py",
+    "chat": "generate.py",
+    "import": "import_hf.py",
+    "export": "export_hf.py",
+}
+OWN = {
+    "config": "config COMMAND [SETTING ...]: print all settings of a command as YAML, with their meanings.",
+    "env": "Versions and hardware, for a bug report.",
+    "chat": "A conversation at the terminal, or with what stdin says, line by line.",
+}
+_FLAGS = {"model": "--in-file", "out": "--out-file"}  # of the scripts that convert
+_USAGE = """Usage: nemo-aligner COMMAND [SETTING=VALUE ...] [--config FILE.yaml]
+       nemo-aligner COMMAND --help    (its settings by their short names)
+
+{commands}
+
+A first fine-tune:  nemo-aligner sft model=FOLDER_OR_HUB_ID data=rows.jsonl out=results
+"""
+
+
+def main() -> None:
+    """Run the command line."""
+    try:
+        run = _prepare(sys.argv[1:])
+    except UserError as error:
+        if int(os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or 0) == 0:
+            sys.stderr.write(f"error: {error}\n")
+        sys.exit(2)
+    run()
+
+
+def find_commands() -> dict[str, Path]:
+    """{command: its script}, in a source checkout and in an installed wheel."""
+    package = Path(nemo_aligner.__file__).parent
+    folders = (package / "scripts", package.parent / "examples/nlp/gpt")
+    folder = next(folder for folder in folders if folder.is_dir())
+    regular = {path.stem.removeprefix("train_gpt_"): path for path in sorted(folder.glob("train_gpt_*.py"))}
+    return regular | {name: folder / file for name, file in IRREGULAR.items()}
+
+
+def _prepare(words: Sequence[str]) -> Callable[[], object]:
+    """What the words ask for.
+
+    Raises:
+        UserError: there is no such command, or no such setting.
+    """
+    commands, (name, *rest) = find_commands(), words or ["--help"]
+    if name in ("-h", "--help", "help"):
+        return lambda: sys.stdout.write(_usage(commands))
+    if name == "--version":
+        return lambda: sys.stdout.write(f"nemo-aligner {nemo_aligner.__version__}\n")
+    if name == "env":
+        from nemo_aligner.launch.environment import report
+
+        return lambda: sys.stdout.write(report())
+    shows = name == "config"
+    if shows:
+        name, *rest = rest or [""]
+    if name not in commands:
+        near = difflib.get_close_matches(name, [*commands, *OWN], n=1)
+        known = f"use one of {', '.join(sorted({*commands, *OWN}))}"
+        raise UserError(f"there is no command {name!r}", cure=f"did you mean {near[0]}?" if near else known)
+    script = commands[name]
+    if {"-h", "--help"} & set(rest):
+        return lambda: sys.stdout.write(_help(name, script))
+    entry = load_script(script)
+    if shows:
+        return _shown(name, entry, rest)
+    if kind := getattr(entry, "kind", None):
+        from nemo_aligner.launch.words import full_words
+
+        sys.argv = [str(script), *full_words(rest, kind)]
+        return entry
+    from nemo_aligner.launch.cli import run_cli
+
+    sys.argv = [str(script), *_words_of_tool(name, script, rest)]
+    return lambda: run_cli(entry)
+
+
+def load_script(path: Path) -> Any:  # noqa: ANN401 - a Script, or a tool's function
+    """The main of a script."""
+    spec = importlib.util.spec_from_file_location(f"nemo_aligner_{path.stem}", path)
+    assert spec and spec.loader, path
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.main
+
+
+def _words_of_tool(name: str, script: Path, words: Sequence[str]) -> list[str]:
+    """Of a script with flags, or of one that starts jobs."""
+    if name == "ppo":
+        from nemo_aligner.launch.ppo_jobs import words_of_jobs
+
+        return words_of_jobs(words, lambda file: load_script(script.with_name(file)).kind)
+    found = []
+    for word in words:
+        key, sign, value = word.partition("=")
+        if sign and key in _FLAGS:
+            found += [_FLAGS[key], value]
+        elif key == "overwrite" and sign:
+            found += ["--overwrite"] * (value.lower() == "true")
+        else:
+            found.append(word)
+    return found
+
+
+def _shown(name: str, entry: Any, words: Sequence[str]) -> Callable[[], object]:  # noqa: ANN401
+    from nemo_aligner.config.explained import explain
+    from nemo_aligner.launch.script import Script, compose
+    from nemo_aligner.launch.words import full_words
+
+    if not isinstance(entry, Script):
+        raise UserError(
+            f"{name} has no settings of its own", cure=f"nemo-aligner {name} --help says what it takes"
+        )
+    config = compose(entry, full_words(words, entry.kind))
+    return lambda: sys.stdout.write(explain(config, entry.kind))
+
+
+def _usage(commands: dict[str, Path]) -> str:
+    told = {name: OWN.get(name) or _doc(path).partition("\n")[0] for name, path in commands.items()} | OWN
+    return _USAGE.format(commands="\n".join(f"  {name:<12} {text}" for name, text in told.items()))
+
+
+def _doc(script: Path) -> str:
+    return ast.get_docstring(ast.parse(script.read_text(encoding="utf-8"))) or ""
+
+
+def _help(name: str, script: Path) -> str:
+    """What a script does, and the short names of its settings."""
+    main = load_script(script)
+    if not (kind := getattr(main, "kind", None)):
+        return f"{_doc(script)}\n"
+    from nemo_aligner.config.explained import meaning_of
+    from nemo_aligner.config.short_names import command_defaults, short_names
+
+    names, lines = short_names(kind), [f"nemo-aligner {name}: {_doc(script)}", "", "Short names:"]
+    for short, key in names.items():
+        lines += [f"  {short:<17} {key}", f"{'':<20}{meaning_of(kind, key)}"]
+    if defaults := command_defaults(kind):
+        lines += ["", "Defaults of this command that the script alone does not have:"]
+        lines += [f"  {key}={value}" for key, value in defaults.items()]
+    more = f"All settings, with their meanings: nemo-aligner config {name}"
+    return "\n".join([*lines, "", re.sub(r"\s+$", "", more)]) + "\n"

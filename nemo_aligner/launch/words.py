@@ -1,0 +1,94 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From what a person writes, short names and a file of settings, to words of full keys. Knows no script."""
+
+import difflib
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from hydra.core.override_parser.types import Quote, QuotedString
+from omegaconf import DictConfig, OmegaConf
+
+from nemo_aligner.config.short_names import command_defaults, short_names
+from nemo_aligner.errors import UserError, damage_told
+from nemo_aligner.settings import is_field, refuse_unknown
+
+__all__ = ["full_words"]
+
+_SHORT = re.compile(r"(?P<sign>\+{0,2})(?P<name>[A-Za-z_]\w*)=(?P<value>.*)", re.DOTALL)
+_OPTION = "--config"
+# What stays as it is below a setting without a type: lists, numbers, null, and what is quoted already.
+_TYPED = re.compile(r"\[.*|'.*'|\".*\"|null|[+-]?(\d+\.?\d*|\.\d+)", re.DOTALL)
+
+
+def full_words(words: Sequence[str], kind: type[object]) -> list[str]:
+    """The command's defaults, the settings of the files that ``--config`` names, and the words: the last one counts.
+
+    Raises:
+        UserError: a file cannot be read or has unknown keys, or a short name is mistyped.
+    """
+    names, given, typed, rest = short_names(kind), list[str](), list[str](), iter(words)
+    for word in rest:
+        if word == _OPTION:
+            given += _words_of(Path(next(rest, "")), kind)
+        elif word.startswith(f"{_OPTION}="):
+            given += _words_of(Path(word.removeprefix(f"{_OPTION}=")), kind)
+        else:
+            typed.append(_full(word, names, kind))
+    return [*(f"{key}={value}" for key, value in command_defaults(kind).items()), *given, *typed]
+
+
+def _full(word: str, names: Mapping[str, str], kind: type[object]) -> str:
+    found = _SHORT.fullmatch(word)
+    if found is None:
+        return word
+    name, value = found["name"], found["value"]
+    if name not in names:
+        if not is_field(kind, name) and (near := difflib.get_close_matches(name, names, n=1)):
+            raise UserError(f"{word}: there is no setting {name}", cure=f"did you mean {near[0]}={value}?")
+        return word
+    key = names[name]
+    if not is_field(kind, key) and ".data_prefix." in key and not _TYPED.fullmatch(value):
+        value = _quoted(value)
+    return f"{found['sign']}{key}={value}"
+
+
+def _words_of(path: Path, kind: type[object]) -> list[str]:
+    if not path.is_file():
+        raise UserError(f"{_OPTION} {path}: there is no such file", cure="name a YAML file of settings")
+    with damage_told(f"{path} is not YAML", cure="correct it; nemo-aligner config COMMAND shows the form"):
+        config = OmegaConf.load(path)
+    if not isinstance(config, DictConfig):
+        raise UserError(f"{path} is a list", cure="write KEY: VALUE, blocks indented")
+    values: Any = OmegaConf.to_container(config)
+    try:
+        refuse_unknown(values, kind)
+    except UserError as error:
+        raise UserError(f"{path}: {error.problem}", cure=error.cure) from error
+    return [f"{key}={value}" for key, value in _leaves(values)]
+
+
+def _leaves(values: Mapping[Any, Any], block: str = "") -> Iterator[tuple[str, str]]:
+    for name, value in values.items():
+        if isinstance(value, dict) and value:
+            yield from _leaves(value, f"{block}{name}.")
+        else:
+            yield f"{block}{name}", _in_hydras_grammar(value)
+
+
+def _in_hydras_grammar(value: object) -> str:
+    match value:
+        case None:
+            return "null"
+        case str():
+            return _quoted(value)
+        case list():
+            return f"[{','.join(map(_in_hydras_grammar, value))}]"
+        case dict():
+            return f"{{{','.join(f'{key}:{_in_hydras_grammar(one)}' for key, one in value.items())}}}"
+    return str(value)
+
+
+def _quoted(text: str) -> str:
+    return QuotedString(text=text, quote=Quote.single).with_quotes()
