@@ -27,7 +27,7 @@ from nemo_aligner.models.gpt.optim import (
 )
 from nemo_aligner.models.gpt.sampling import Drawn
 from nemo_aligner.models.gpt.view import Projection
-from nemo_aligner.objectives.protocol import Objective
+from nemo_aligner.objectives.protocol import Objective, Sums
 from nemo_aligner.parallel import world
 
 __all__ = ["GPTLearner"]
@@ -83,13 +83,13 @@ class GPTLearner:
 
     def get_loss_and_metrics(
         self, batches: Sequence[TokenBatch], objective: Objective, *, forward_only: bool
-    ) -> dict[str, float]:
+    ) -> Sums:
         """See :class:`~nemo_aligner.models.alignable_interface.SupervisedInterface`."""
         return self._run(batches, objective, forward_only=forward_only, drawn=None)
 
     def _run(
         self, batches: Sequence[TokenBatch], objective: Objective, *, forward_only: bool, drawn: Drawn | None
-    ) -> dict[str, float]:
+    ) -> Sums:
         with self.inference() if forward_only else self._gradients():
             metrics = engine.run(
                 self._model,
@@ -100,7 +100,8 @@ class GPTLearner:
                 projection=Projection(kept_logits_bytes=self.kept_logits_bytes, drawn=drawn),
             )
         if not forward_only:
-            self._loss = metrics["loss"]
+            total, count = metrics["loss"]
+            self._loss = total / max(count, 1)
         return metrics
 
     @contextlib.contextmanager

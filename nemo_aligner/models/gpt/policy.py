@@ -18,7 +18,7 @@ from nemo_aligner.models.gpt.spare import SpareWeights
 from nemo_aligner.models.gpt.stops import Speller, Stops
 from nemo_aligner.models.gpt.view import Projection
 from nemo_aligner.models.sampling_config import SamplingConfig
-from nemo_aligner.objectives.protocol import Metrics, ModelOutput, Objective, Wants
+from nemo_aligner.objectives.protocol import Metrics, ModelOutput, Objective, Sums, Wants
 from nemo_aligner.parallel import world
 
 __all__ = ["GPTPolicy"]
@@ -69,7 +69,7 @@ class GPTPolicy(GPTLearner):
         *,
         forward_only: bool,
         sampling: SamplingConfig | None = None,
-    ) -> dict[str, float]:
+    ) -> Sums:
         """See :class:`~nemo_aligner.models.alignable_interface.AlignableGenerativeInterface`."""
         return self._run(batches, objective, forward_only=forward_only, drawn=self._drawn(sampling))
 
