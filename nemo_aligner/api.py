@@ -25,7 +25,7 @@ from nemo_aligner.config.serve import RewardServerJob, ServedModelConfig
 from nemo_aligner.data.config import PairDataConfig
 from nemo_aligner.data.reading import Reading
 from nemo_aligner.data.requests import tokens_of
-from nemo_aligner.data.sample import TextEncoder
+from nemo_aligner.data.row import TextEncoder
 from nemo_aligner.data.tokenizer import Message, Tokenizer, encode_after
 from nemo_aligner.errors import UserError
 from nemo_aligner.models.gpt.critic import GPTCritic
@@ -34,10 +34,11 @@ from nemo_aligner.models.gpt.learning_rate import OptimConfig, SchedConfig
 from nemo_aligner.models.gpt.policy import GPTPolicy
 from nemo_aligner.models.sampling_config import SamplingConfig
 from nemo_aligner.objectives.nll import NLL
-from nemo_aligner.objectives.protocol import Metrics, ModelOutput, Objective, Wants, with_spread
+from nemo_aligner.objectives.protocol import Metrics, ModelOutput, Objective, Wants
 from nemo_aligner.objectives.reward import BradleyTerry
 from nemo_aligner.parallel import collectives, world
 from nemo_aligner.parallel.ranks import discover
+from nemo_aligner.run.metrics import means
 
 __all__ = [
     "NLL",
@@ -89,7 +90,7 @@ class _Loaded(Generic[L]):
     ) -> dict[str, float]:
         """Forward and backward of this data parallel rank's micro-batches; means over all of them."""
         here = [batch.to(world.device()) for batch in batches]
-        return with_spread(self.learner.get_loss_and_metrics(here, objective, forward_only=forward_only))
+        return means(self.learner.get_loss_and_metrics(here, objective, forward_only=forward_only))
 
     def optimizer_step(self) -> dict[str, float]:
         """Learn from the gradients: "lr", "grad_norm", "skipped_steps"."""

@@ -28,9 +28,8 @@ __all__ = ["Aloud", "Answerer"]
 
 logger = logging.getLogger(__name__)
 
-TICK_SECONDS = (
-    10.0  # ranks that wait for a person hear so often from the one who listens, so no collective times out
-)
+# ranks that wait for a person hear so often from the one who listens, so no collective times out
+TICK_SECONDS = 10.0
 PROMPT_SIGN = "> "
 HELP = "Type to the model; /new starts another conversation, /exit or Ctrl-D ends."
 

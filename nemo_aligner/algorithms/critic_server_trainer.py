@@ -21,6 +21,7 @@ from nemo_aligner.models.alignable_interface import CriticModelInterface
 from nemo_aligner.objectives.protocol import Objective
 from nemo_aligner.parallel import collectives, world
 from nemo_aligner.run.experiment import Experiment
+from nemo_aligner.run.metrics import means
 from nemo_aligner.run.stop import SAVED_CODE, StoppedEarly, StopRequest, TimeLimit
 from nemo_aligner.run.stopwatch import Stopwatch
 from nemo_aligner.serving.inbox import Judged
@@ -161,8 +162,9 @@ class CriticServerTrainer:
             slice(world.dp_rank() * share, (world.dp_rank() + 1) * share)
         )
         with world.phase(f"step {step}"):
-            metrics = self.model.get_loss_and_metrics(
-                mine.split(self.config.micro_batch_size), self.objective, forward_only=False
+            micro_batches = mine.split(self.config.micro_batch_size)
+            metrics = means(
+                self.model.get_loss_and_metrics(micro_batches, self.objective, forward_only=False)
             )
             metrics |= self.model.optimizer_step()
         world.synchronize()

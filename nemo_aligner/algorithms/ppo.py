@@ -48,9 +48,8 @@ VALIDATION_DRAW = 1 << 30  # the same each time, and that of no step
 class RewardSources:
     """Who judges responses."""
 
-    critic: SharedCritic | None = (
-        None  # gives values, and rewards too where it has a reward model; None: no critic
-    )
+    # gives values, and rewards too where it has a reward model; None: no critic
+    critic: SharedCritic | None = None
     reward: SharedReward | None = None  # a reward model where there is no critic
     functions: Mapping[str, RewardFunction] = field(
         default_factory=dict[str, RewardFunction]

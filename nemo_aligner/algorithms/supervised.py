@@ -15,9 +15,10 @@ from nemo_aligner.checkpoint.trainer_state import Checkpoint, TrainerState
 from nemo_aligner.checkpoint.training import TrainingCheckpoints, monitor_name
 from nemo_aligner.data.loader import BatchLoader
 from nemo_aligner.models.alignable_interface import SupervisedInterface
-from nemo_aligner.objectives.protocol import Objective, with_spread
+from nemo_aligner.objectives.protocol import Objective, Sums
 from nemo_aligner.parallel import collectives, world
 from nemo_aligner.run.experiment import Experiment
+from nemo_aligner.run.metrics import added, means
 from nemo_aligner.run.progress import ProgressBar
 from nemo_aligner.run.schedule import SupervisedConfig, limited, make_plan
 from nemo_aligner.run.stop import StopRequest
@@ -177,20 +178,14 @@ class SupervisedTrainer:
 
     def _means_over(self, name: str, source: Batches, asked: Callable[[], int]) -> dict[str, float] | None:
         started, count = time.perf_counter(), limited(source.batches_per_epoch, self.config.limit_val_batches)
-        sums: dict[str, float] = {}
-        units = 0.0
+        sums: Sums = {}
         for batches in source.iterate(0, count):
             (stops,) = collectives.maxima([asked()])
             if stops:
                 return None
-            metrics = self.model.get_loss_and_metrics(
-                self.data.annotate(batches), self.objective, forward_only=True
-            )
-            weight = self._count(batches)["units"]
-            units += weight
-            for metric, value in metrics.items():
-                sums[metric] = sums.get(metric, 0.0) + weight * value
-        whole = with_spread({metric: value / max(units, 1) for metric, value in sums.items()})
+            batches = self.data.annotate(batches)
+            sums = added(sums, self.model.get_loss_and_metrics(batches, self.objective, forward_only=True))
+        whole = means(sums)
         if world.is_logging_rank():
             accuracy = f"  accuracy {whole['acc']:.3f}" if "acc" in whole else ""
             logger.info("%s loss %.4f%s", name, whole["loss"], accuracy)
@@ -200,15 +195,14 @@ class SupervisedTrainer:
 
     def _step(self, batches: Sequence[TokenBatch]) -> dict[str, float]:
         started = time.perf_counter()
-        metrics = self.model.get_loss_and_metrics(
-            self.data.annotate(batches), self.objective, forward_only=False
-        )
+        batches = self.data.annotate(batches)
+        metrics = means(self.model.get_loss_and_metrics(batches, self.objective, forward_only=False))
         metrics |= self.model.optimizer_step()
         world.synchronize()
         counts = self._count(batches)
         seconds = time.perf_counter() - started
         return {
-            **with_spread(metrics),
+            **metrics,
             "step_time": seconds,
             "tokens_per_s": counts["tokens"] / seconds,
             "learned_tokens": counts["units"],

@@ -14,6 +14,7 @@ from nemo_aligner.checkpoint.trainer_state import TrainerState
 from nemo_aligner.models.alignable_interface import AlignableGenerativeInterface
 from nemo_aligner.objectives.protocol import Objective
 from nemo_aligner.parallel import world
+from nemo_aligner.run.metrics import means
 
 __all__ = ["Updates"]
 
@@ -44,13 +45,13 @@ class Updates:
         done = state.algorithm["ppo_optimization_step"]
         for number, rows in enumerate(self._global_batches(experience.num_rows, step), done + 1):
             part = experience.take(rows)
-            metrics = self.policy.get_loss_and_metrics(
+            sums = self.policy.get_loss_and_metrics(
                 self._micro_batches(part), self.objective, forward_only=False, sampling=self.rollouts.sampling
             )
-            metrics |= self.policy.optimizer_step()
+            metrics = means(sums) | self.policy.optimizer_step()
             state = counted(state, metrics, step=number)
-            kept = skipped if metrics["skipped_steps"] else found if part.learned().any() else empty
-            kept.append(metrics)
+            of = skipped if metrics["skipped_steps"] else found if part.learned().any() else empty
+            of.append(metrics)
         world.synchronize()
         if empty and world.is_logging_rank():
             logger.warning(
@@ -59,8 +60,8 @@ class Updates:
                 *(len(empty), self.per_rollout, self.rollouts.sampling.max_length),
             )
         of = found or empty or skipped
-        means = {f"train_optim/{name}": sum(m[name] for m in of) / len(of) for name in of[0]}
-        return means | {"train_optim/skipped_steps": float(len(skipped))}, state
+        kept = {f"train_optim/{name}": sum(m[name] for m in of) / len(of) for name in of[0]}
+        return kept | {"train_optim/skipped_steps": float(len(skipped))}, state
 
     def _global_batches(self, num_rows: int, step: int) -> Iterator[list[int]]:
         size = self.rollouts.global_batch_size

@@ -21,9 +21,8 @@ __all__ = ["RewardTokens", "reward_tokens"]
 
 PAD = "<|pad|>"
 _UNUSED = re.compile(r"pad|reserved|unused", re.IGNORECASE)
-_STRANGE = (
-    "\ue000\u0378\U0010fffd"  # characters of no language: what does not know them writes its unknown token
-)
+# characters of no language: what does not know them writes its unknown token
+_STRANGE = "\ue000\u0378\U0010fffd"
 _PROBES = ("Is it lit?", " two  spaces\n", "naïve 你好 12")
 _OLD_FILES = ("special_tokens_map.json", "added_tokens.json")  # tokenizer_config.json says the same
 

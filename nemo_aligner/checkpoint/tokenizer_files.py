@@ -27,9 +27,8 @@ __all__ = [
 ]
 
 TOKENIZER_FOLDER = "tokenizer"
-CHAT_DATE = (
-    "chat_date"  # in the tokenizer's section: the day on which a chat template that reads the clock is read
-)
+# in the tokenizer's section: the day on which a chat template that reads the clock is read
+CHAT_DATE = "chat_date"
 
 _TOKENIZER_FILES = (
     "added_tokens.json",

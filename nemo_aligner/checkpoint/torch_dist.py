@@ -17,7 +17,6 @@ from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import IO, Any, ClassVar, Self
 
 import torch
@@ -253,9 +252,7 @@ class FolderWriter(AbstractContextManager["FolderWriter"]):
         self._folder.mkdir(parents=True, exist_ok=True)
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: object, *_: object) -> None:
         if self._stream is not None:
             self._stream.close()
         if kind is None:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from nemo_aligner.batch import Prompt, Rollout, TokenBatch
 from nemo_aligner.models.sampling_config import SamplingConfig
-from nemo_aligner.objectives.protocol import Objective
+from nemo_aligner.objectives.protocol import Objective, Sums
 
 __all__ = [
     "AlignableGenerativeInterface",
@@ -26,7 +26,7 @@ class SupervisedInterface(Protocol):
 
     def get_loss_and_metrics(
         self, batches: Sequence[TokenBatch], objective: Objective, *, forward_only: bool
-    ) -> dict[str, float]:
+    ) -> Sums:
         """Run this data parallel rank's micro-batches of one step.
 
         Args:
@@ -35,7 +35,7 @@ class SupervisedInterface(Protocol):
             forward_only: False leaves gradients behind for :meth:`optimizer_step`.
 
         Returns:
-            Means over the global batch, the same on every rank; "loss" among them.
+            {metric: (sum, count)} over the global batch, the same on every rank; "loss" among them.
         """
         ...
 
@@ -80,7 +80,7 @@ class AlignableGenerativeInterface(SupervisedInterface, Inferrable, Protocol):
         *,
         forward_only: bool,
         sampling: SamplingConfig | None = None,
-    ) -> dict[str, float]:
+    ) -> Sums:
         """As every model's; with ``sampling`` the objective sees the distribution of :meth:`logprobs` with it."""
         ...
 

@@ -2,8 +2,6 @@
 """What an objective asks of a model, and what it gives back."""
 
 import enum
-import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -11,10 +9,13 @@ from torch import Tensor
 
 from nemo_aligner.batch import TokenBatch, Unit
 
-__all__ = ["Metrics", "ModelOutput", "Objective", "Wants", "with_spread"]
+__all__ = ["Metrics", "ModelOutput", "Objective", "Sums", "Wants"]
 
 Metrics = dict[str, tuple[Tensor, Tensor]]
 """{name: (sum, count)}, both scalars: means are made once, when all ranks and micro-batches are summed."""
+
+Sums = dict[str, tuple[float, float]]
+"""{name: (sum, count)} over a global batch; run/metrics.py makes means of them."""
 
 
 class Wants(enum.Enum):
@@ -37,22 +38,6 @@ class ModelOutput:
     topk_ids: Tensor | None = None  # [B, S, K] int64
     rewards: Tensor | None = None  # [N, A] float: attributes of each sequence; A = 1 for a plain reward
     values: Tensor | None = None  # [B, S] float, of the state before token t
-
-
-def with_spread(means: Mapping[str, float]) -> dict[str, float]:
-    """Standard deviations in the place of mean squares, once all means are made.
-
-    >>> with_spread({"rewards_mean": 3.0, "rewards_square": 25.0})
-    {'rewards_mean': 3.0, 'rewards_std': 4.0}
-    """
-    found: dict[str, float] = {}
-    for name, value in means.items():
-        if name.endswith("_square"):
-            stem = name.removesuffix("_square")
-            found[f"{stem}_std"] = math.sqrt(max(value - means[f"{stem}_mean"] ** 2, 0.0))
-        else:
-            found[name] = value
-    return found
 
 
 class Objective(Protocol):

@@ -25,8 +25,9 @@ from nemo_aligner.parallel.collectives import (
     max_over_tensor_parallel,
     sum_over_tensor_parallel,
 )
+from nemo_aligner.parallel.cpu_speed import CPU_ROWS, product
 
-__all__ = ["ONEDNN_ROWS", "HeadOutput", "HeadRequest", "Transform", "head_outputs", "product"]
+__all__ = ["HeadOutput", "HeadRequest", "Transform", "head_outputs"]
 
 Context: TypeAlias = Any  # torch puts any attribute on an autograd context
 
@@ -34,12 +35,7 @@ Transform: TypeAlias = Callable[[Tensor, slice, Tensor], Tensor]
 """(logits [c, V_local] of this rank, which of the n rows they are, the targets' columns here [c], -1 where another rank
 owns them) to logits of the same shape, differentiably; what it drops gets a finite logit."""
 
-# Rows of one chunk on a CPU, whose caches then hold the logits of common vocabularies; elsewhere by the bytes of the
-# logits. Fewer rows would cost products their speed.
-CPU_ROWS, CHUNK_BYTES = 128, 512 << 20
-# oneDNN keeps 0.6 MB of code for each shape that it meets, so its products have multiples of so many rows: the first up
-# to a chunk's, the second beyond.
-ONEDNN_ROWS, ONEDNN_MANY_ROWS = 8, 1024
+CHUNK_BYTES = 512 << 20  # of logits, on a device
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,16 +70,6 @@ class _Chunk:
     lse: Tensor  # [c]
     local: Tensor  # [c] int64: the target's column here, 0 where another rank owns it
     owned: Tensor  # [c] bool: this rank owns the target
-
-
-def product(x: Tensor, weight: Tensor) -> Tensor:
-    """x @ weight.T: [n, k], [m, k] -> [n, m]."""
-    fp32_cpu = x.device.type == "cpu" and x.dtype == torch.float32
-    few_shapes = x.shape[0] % (ONEDNN_ROWS if x.shape[0] <= CPU_ROWS else ONEDNN_MANY_ROWS) == 0
-    if fp32_cpu and few_shapes and x.shape[0] > 0 and x.shape[1] > 0 and torch.backends.mkldnn.is_available():
-        # oneDNN; torch.mm goes to MKL, which on processors that are not Intel's is a tenth slower.
-        return torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
-    return x @ weight.t()
 
 
 class _Head:
@@ -180,15 +166,19 @@ class _Head:
         if dlogits.shape[1]:
             dlogits.scatter_add_(1, local[:, None], grad[:, None])
 
-    def new_grad_weight(self, weight: Tensor) -> Tensor:
-        """For :meth:`project_back`, whose first chunk overwrites all but the padding."""
+    def new_grad_weight(self, weight: Tensor, *, needed: bool) -> Tensor | None:
+        """For :meth:`project_back`, whose first chunk overwrites all but the padding; None of a frozen weight."""
+        if not needed:
+            return None
         if self.hidden.shape[0] == 0:
             return torch.zeros_like(weight)
         grad = torch.empty_like(weight)
         grad[self.weight.shape[0] :] = 0
         return grad
 
-    def project_back(self, dlogits: Tensor, rows: slice, grad_hidden: Tensor, grad_weight: Tensor) -> None:
+    def project_back(
+        self, dlogits: Tensor, rows: slice, grad_hidden: Tensor, grad_weight: Tensor | None
+    ) -> None:
         dlogits = dlogits.to(self.hidden.dtype)
         grad_hidden[rows] = product(dlogits, self.weight.t())
         self._add_to(grad_weight, dlogits, self.hidden[rows], first=rows.start == 0)
@@ -199,7 +189,7 @@ class _Head:
         scale: Tensor,
         rows: slice,
         grad_hidden: Tensor,
-        grad_weight: Tensor,
+        grad_weight: Tensor | None,
         *,
         adds: bool,
     ) -> None:
@@ -213,8 +203,9 @@ class _Head:
         grad_hidden[rows] = product(dlogits, self.weight.t()).mul_(scale)
         self._add_to(grad_weight, dlogits, self.hidden[rows] * scale, first=rows.start == 0 and not adds)
 
-    def _add_to(self, grad_weight: Tensor, dlogits: Tensor, hidden: Tensor, *, first: bool) -> None:
-        grad_weight[: self.weight.shape[0]].addmm_(dlogits.t(), hidden, beta=0 if first else 1)
+    def _add_to(self, grad_weight: Tensor | None, dlogits: Tensor, hidden: Tensor, *, first: bool) -> None:
+        if grad_weight is not None:
+            grad_weight[: self.weight.shape[0]].addmm_(dlogits.t(), hidden, beta=0 if first else 1)
 
 
 class _KnownWeights(torch.autograd.Function):
@@ -237,7 +228,8 @@ class _KnownWeights(torch.autograd.Function):
         head = _Head(hidden, weight, targets, request)
         logprobs = torch.empty(hidden.shape[0], dtype=head.dtype, device=hidden.device)
         grad_hidden = torch.empty_like(hidden)
-        grad_weight = head.new_grad_weight(weight) if gathered is None else gathered
+        needed = ctx.needs_input_grad[1]
+        grad_weight = head.new_grad_weight(weight, needed=needed) if gathered is None else gathered
         for rows in head.rows():
             z = head.project(rows)
             local, owned = head.target(rows)
@@ -250,7 +242,7 @@ class _KnownWeights(torch.autograd.Function):
             )
         ctx.save_for_backward(weights)
         # Buffers, not graph tensors: the backward hands them out, so nothing may hold them for a second backward.
-        ctx.grads = (grad_hidden, grad_weight if gathered is None else None)
+        ctx.grads, ctx.is_gathered = (grad_hidden, grad_weight), gathered is not None
         return logprobs
 
     @staticmethod
@@ -264,11 +256,12 @@ class _KnownWeights(torch.autograd.Function):
             raise RuntimeError("the objective's weights() is not its gradient with respect to the log-probs")
         grad_hidden, grad_weight = ctx.grads
         ctx.grads = None
-        if grad_weight is None:
+        if ctx.is_gathered:
             if (factor - 1).abs() > 1e-4 and size > 0:
                 raise RuntimeError(f"the loss is {factor.item():g} times what the head was told")
             return grad_hidden, *[None] * 5
-        return grad_hidden.mul_(factor.to(grad_hidden.dtype)), grad_weight.mul_(factor), *[None] * 4
+        grad_weight = None if grad_weight is None else grad_weight.mul_(factor)
+        return grad_hidden.mul_(factor.to(grad_hidden.dtype)), grad_weight, *[None] * 4
 
 
 class _Outputs(torch.autograd.Function):
@@ -305,7 +298,8 @@ class _Outputs(torch.autograd.Function):
     ) -> tuple[Tensor | None, ...]:
         hidden, weight, targets, lse, entropy, ids = ctx.saved_tensors
         head = _Head(hidden, weight, targets, ctx.request)
-        grad_hidden, grad_weight = torch.empty_like(hidden), head.new_grad_weight(weight)
+        grad_hidden = torch.empty_like(hidden)
+        grad_weight = head.new_grad_weight(weight, needed=ctx.needs_input_grad[1])
         scratch = head.scratch()
         for i, rows in enumerate(head.rows()):
             raw = ctx.kept[i] if ctx.kept else head.project(rows)

@@ -33,7 +33,6 @@ __all__ = [
     "describe_failure",
     "device",
     "device_index",
-    "device_memory",
     "dp_rank",
     "dp_size",
     "ensure_single_process",
@@ -42,7 +41,6 @@ __all__ = [
     "is_last_stage",
     "is_logging_rank",
     "is_node_leader",
-    "num_model_replicas",
     "phase",
     "pp_size",
     "rank",
@@ -243,13 +241,6 @@ def device() -> torch.device:
     return torch.device("cuda", _device_index) if torch.cuda.is_available() else torch.device("cpu")
 
 
-def device_memory() -> tuple[int, int] | None:
-    """(peak, total) bytes of the device's memory; None on a CPU."""
-    if not torch.cuda.is_available():
-        return None
-    return torch.cuda.max_memory_allocated(), torch.cuda.get_device_properties(device()).total_memory
-
-
 def free_memory() -> tuple[int, int] | None:
     """(free, total) bytes of the device's memory; what PyTorch keeps unused counts as free. None on a CPU."""
     if not torch.cuda.is_available():
@@ -317,11 +308,6 @@ def dp_rank() -> int:
 def dp_size() -> int:
     """Copies of the model."""
     return parallel_state.get_data_parallel_world_size()
-
-
-def num_model_replicas() -> int:
-    """DP x CP: what Megatron's DDP divides gradients by."""
-    return parallel_state.get_data_parallel_world_size(with_context_parallel=True)
 
 
 def is_first_stage() -> bool:

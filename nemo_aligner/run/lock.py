@@ -91,14 +91,12 @@ class FolderLock:
     def __init__(self, folder: Path, *, setting: str) -> None:
         self.path, self._folder, self._setting = folder / LOCK, folder, setting
         self._me = Holder.me()
-        self._waits_for: tuple[bytes, float] | None = (
-            None  # a lock's content and time, when it was first seen
-        )
+        # a lock's content and time, when it was first seen
+        self._waits_for: tuple[bytes, float] | None = None
         self._ended = threading.Event()
         self._beat: threading.Thread | None = None
-        self.lost_to: str | None = (
-            None  # who has taken the folder from this process, which it seemed not to have
-        )
+        # who has taken the folder from this process, which it seemed not to have
+        self.lost_to: str | None = None
 
     def refuse_if_held(self) -> None:
         """Look only, and only for a holder that can be seen from here.

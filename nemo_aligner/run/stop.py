@@ -6,7 +6,7 @@ import re
 import signal
 import time
 from collections import defaultdict
-from types import FrameType, TracebackType
+from types import FrameType
 from typing import Self
 
 import psutil
@@ -78,9 +78,7 @@ class StopRequest:
             self._before[signal.SIGINT] = signal.signal(signal.SIGINT, self._note_interrupt)
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
 

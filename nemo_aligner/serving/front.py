@@ -19,7 +19,6 @@ import time
 from collections.abc import Coroutine, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
-from types import TracebackType
 from typing import Any, Self
 
 import aiohttp
@@ -140,9 +139,7 @@ class Front:
         self._run(self._start())
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close("the server stops")
         self._run(self._stop())
         self._loop.call_soon_threadsafe(self._loop.stop)

@@ -9,7 +9,6 @@ import socket
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from types import TracebackType
 from typing import Self
 
 from nemo_aligner.errors import UserError
@@ -78,9 +77,7 @@ class TritonProcess:
             self._within = within.pop_all()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._front.close("the server stops")
         self._front.stop_listening()
         self._within.close()

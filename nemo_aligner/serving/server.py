@@ -9,7 +9,6 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from types import TracebackType
 from typing import Protocol, Self
 
 from nemo_aligner.batch import TokenBatch, ValueBatch
@@ -48,9 +47,8 @@ class ServerConfig:
     num_rewards: int  # A: numbers per row that a reward model gives; 0: there is none
     has_values: bool  # of a critic
     max_rows: int  # merged from several requests: the micro-batch of all data parallel ranks together
-    length_multiple: int | None = (
-        None  # cut rows to their longest, rounded up to this; None: keep the padding
-    )
+    # cut rows to their longest, rounded up to this; None: keep the padding
+    length_multiple: int | None = None
     request_limits: RequestLimits = field(default_factory=RequestLimits)
     linger_seconds: float = 0.002  # that a request waits for others to be merged with
     tick_seconds: float = 10.0  # idle time between two ticks
@@ -134,9 +132,7 @@ class Server:
         logger.info("serving at %s:%d%s", self.address, self._config.port, guard)
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         self._refuse_from_now()
         self._process.__exit__(kind, error, trace)
         if self._token and error is None:

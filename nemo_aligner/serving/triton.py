@@ -50,9 +50,8 @@ logger = logging.getLogger(__name__)
 LAST_LINES = 20
 MAX_BATCH_SIZE = 9_999_999
 POLL_SECONDS = 0.1
-PROBE = (
-    "probe"  # in the place of a call's number: the endpoint refuses it, which shows that requests reach it
-)
+# in the place of a call's number: the endpoint refuses it, which shows that requests reach it
+PROBE = "probe"
 
 
 # PyTriton's half inside Triton can fail a whole batch only, and fails it at an empty tensor. This goes to its end.

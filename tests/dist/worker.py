@@ -15,12 +15,12 @@ import torch
 from fork import fork_ranks
 from megatron.core import tensor_parallel
 
+import whole_logits
 from nemo_aligner.batch import TokenBatch
 from nemo_aligner.checkpoint.sharded import load_model, load_state, save_model, save_state
 from nemo_aligner.data.collate import collate
 from nemo_aligner.data.row import Row, TokenSequence
 from nemo_aligner.data.sampler import rank_rows
-from nemo_aligner.models.gpt import engine
 from nemo_aligner.models.gpt.config import GPTConfig
 from nemo_aligner.models.gpt.model import GPT, build_gpt
 from nemo_aligner.models.gpt.learning_rate import OptimConfig, SchedConfig
@@ -29,6 +29,7 @@ from nemo_aligner.models.gpt.recompute import Recompute
 from nemo_aligner.objectives.nll import NLL
 from nemo_aligner.parallel import collectives, world
 from nemo_aligner.parallel.ranks import Layout, Ranks
+from nemo_aligner.run.metrics import means
 
 VOCAB = 101  # odd, so that every tensor parallel size pads it
 TIMEOUT = timedelta(seconds=60)
@@ -212,8 +213,8 @@ def train(policy: GPTPolicy, case: Case, steps: Iterable[int]) -> dict[str, list
     for step in steps:
         batches = micro_batches(step, dp_rank=world.dp_rank(), dp_size=world.dp_size(), mbs=case.mbs)
         if step == 1 and case.overlap:
-            curve["validation"].append(policy.get_loss_and_metrics(batches, NLL(), forward_only=True)["loss"])
-        metrics = policy.get_loss_and_metrics(batches, NLL(), forward_only=False) | policy.optimizer_step()
+            curve["validation"].append(means(policy.get_loss_and_metrics(batches, NLL(), forward_only=True))["loss"])
+        metrics = means(policy.get_loss_and_metrics(batches, NLL(), forward_only=False)) | policy.optimizer_step()
         for name in ("loss", "grad_norm"):
             curve[name].append(metrics[name])
     return curve
@@ -237,7 +238,7 @@ def rows_for_logits() -> TokenBatch:
 def logits(case: Case, weights: Path) -> torch.Tensor | None:
     model = build_gpt(config(tied=case.tied), case.layout, torch.float32).eval()
     load_model(model, weights)
-    return engine.logits(model, rows_for_logits())
+    return whole_logits.logits(model, rows_for_logits())
 
 
 def train_all(layout: Layout, rank: int, out: Path) -> None:

@@ -116,10 +116,11 @@ def prepare(policy: Any) -> None:
 def train(policy: Any, steps: int) -> Tensor:
     """[steps, 2]: loss and gradient norm of each."""
     from nemo_aligner.objectives.nll import NLL
+    from nemo_aligner.run.metrics import means
 
     found = []
     for _ in range(steps):
-        metrics = policy.get_loss_and_metrics(rows().split(1), NLL(), forward_only=False)
+        metrics = means(policy.get_loss_and_metrics(rows().split(1), NLL(), forward_only=False))
         found.append((metrics["loss"], policy.optimizer_step()["grad_norm"]))
     return torch.tensor(found)
 

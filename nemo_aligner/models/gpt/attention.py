@@ -8,30 +8,22 @@ Shapes: S positions, B rows, H query heads and G key/value heads of this rank, D
 """
 
 import contextlib
-import functools
 import itertools
 from dataclasses import dataclass
-from typing import Any, TypeAlias
 
 import torch
 import torch.nn.functional as F
 from megatron.core import tensor_parallel
 from megatron.core.packed_seq_params import PackedSeqParams
-from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from nemo_aligner.models.gpt.layers import Rotation
+from nemo_aligner.parallel.cpu_speed import BLOCK, SHORT, in_blocks
 
 __all__ = ["RowParams", "SDPACoreAttention", "attend"]
-
-Context: TypeAlias = Any  # torch puts any attribute on an autograd context
-
-# Queries of a block; tokens up to which torch's kernel for CPUs computes whole squares.
-BLOCK, SHORT = 64, 512
 
 
 @dataclass
@@ -71,72 +63,8 @@ def attend(
         mask = _visible(torch.arange(total - new, total, device=query.device), total, None)
     exact = query.device.type == "cpu" and query.dtype in (torch.float32, torch.float64)
     if exact and mask is None and dropout == 0.0 and BLOCK < total <= SHORT:
-        return _InBlocks.apply(query, key, value, scale)
+        return in_blocks(query, key, value, scale)
     return _sdpa(query, key, value, mask=mask, scale=scale, dropout=dropout)
-
-
-class _InBlocks(torch.autograd.Function):
-    """Causal attention, each block of queries against the keys up to its end: little more than half of the square.
-
-    With a = softmax(scale * q k^T), o = a v and g = dL/do: dL/dv = a^T g, and with s = a * (g v^T - sum(a * g v^T)),
-    dL/dq = scale * s k and dL/dk = scale * s^T q.
-    """
-
-    @staticmethod
-    def forward(ctx: Context, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-        rows, heads, length, size = query.shape
-        each = heads // key.shape[1]  # query heads of a key's
-        keys, values = key.reshape(-1, length, size), value.reshape(-1, length, size)
-        # In the order in which the output projection reads it.
-        out = query.new_empty(length, rows, heads, size).permute(1, 2, 0, 3)
-        kept = []
-        for start, end in _blocks(length):
-            part = (query[:, :, start:end] * scale).reshape(len(keys), -1, size)
-            scores = torch.bmm(part, keys[:, :end].transpose(1, 2))
-            scores.view(len(keys), each, end - start, end)[..., start:] += _above_diagonal(query.dtype)[
-                : end - start, : end - start
-            ]
-            torch.softmax(scores, -1, out=scores)
-            out[:, :, start:end] = torch.bmm(scores, values[:, :end]).view(rows, heads, -1, size)
-            if any(ctx.needs_input_grad):
-                kept += [part, scores]
-        ctx.save_for_backward(keys, values, *kept)
-        ctx.scale = scale
-        return out
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Context, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
-        keys, values, *kept = ctx.saved_tensors
-        rows, heads, length, size = grad.shape
-        grad_query = torch.empty(grad.shape, dtype=grad.dtype)
-        grad_keys = grad_values = torch.empty(0)
-        # From the last block, which has all keys: what it gives is what the others are added to.
-        for block, (start, end) in reversed(list(enumerate(_blocks(length)))):
-            part, weights = kept[2 * block : 2 * block + 2]
-            towards = grad[:, :, start:end].reshape(len(keys), -1, size)
-            to_values = torch.bmm(weights.transpose(1, 2), towards)
-            scores = torch.bmm(towards, values[:, :end].transpose(1, 2))
-            torch.ops.aten._softmax_backward_data.out(scores, weights, -1, scores.dtype, grad_input=scores)
-            to_query = torch.bmm(scores, keys[:, :end]).view(rows, heads, -1, size)
-            torch.mul(to_query, ctx.scale, out=grad_query[:, :, start:end])
-            to_keys = torch.bmm(scores.transpose(1, 2), part)
-            if end == length:
-                grad_keys, grad_values = to_keys, to_values
-            else:
-                grad_keys[:, :end] += to_keys
-                grad_values[:, :end] += to_values
-        shape = (rows, -1, length, size)
-        return grad_query, grad_keys.view(shape), grad_values.view(shape), None
-
-
-def _blocks(length: int) -> list[tuple[int, int]]:
-    return [(start, min(start + BLOCK, length)) for start in range(0, length, BLOCK)]
-
-
-@functools.cache
-def _above_diagonal(dtype: torch.dtype) -> Tensor:
-    return torch.full((BLOCK, BLOCK), -torch.inf, dtype=dtype).triu_(1)
 
 
 def _visible(position: Tensor, total: int, window: int | None) -> Tensor:
@@ -163,31 +91,24 @@ def _sdpa(
 class SDPACoreAttention(MegatronModule):
     """Core attention for Megatron's SelfAttention: [S, B, H, D] queries to [S, B, H * D] context."""
 
-    def __init__(  # noqa: PLR0913 - Megatron's signature
+    def __init__(
         self,
         config: TransformerConfig,
         layer_number: int,
         attn_mask_type: AttnMaskType,
         attention_type: str,
-        attention_dropout: float | None = None,
         softmax_scale: float | None = None,
-        cp_comm_type: str | None = None,
-        pg_collection: ProcessGroupCollection | None = None,
+        **others: object,  # of Megatron: of context parallel ranks and their groups
     ) -> None:
         super().__init__(config=config)
-        assert attention_type == "self" and attn_mask_type == AttnMaskType.causal, (
-            attention_type,
-            attn_mask_type,
-        )
-        assert cp_comm_type is None or config.context_parallel_size == 1, (
-            "keys and values are not gathered over CP"
-        )
-        del pg_collection
+        assert (attention_type, attn_mask_type) == ("self", AttnMaskType.causal)
+        no_cp = others.get("cp_comm_type") is None or config.context_parallel_size == 1
+        assert no_cp, "keys and values are not gathered over CP"
         self.layer_number = layer_number
         assert config.kv_channels is not None
         self.scale = softmax_scale if softmax_scale is not None else config.kv_channels**-0.5
         self.window = config.window_size[0] + 1 if config.window_size is not None else None
-        self.dropout = config.attention_dropout if attention_dropout is None else attention_dropout
+        self.dropout = config.attention_dropout
 
     def forward(
         self,

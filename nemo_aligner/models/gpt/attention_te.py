@@ -2,11 +2,11 @@
 """Transformer Engine's attention. Imported only where TE is."""
 
 import itertools
+from typing import Any
 
 import torch
 from megatron.core.extensions.transformer_engine import TEDotProductAttention
 from megatron.core.packed_seq_params import PackedSeqParams
-from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
@@ -19,20 +19,16 @@ __all__ = ["TECoreAttention"]
 class TECoreAttention(SDPACoreAttention):
     """Transformer Engine's fused kernels on padded and packed rows."""
 
-    def __init__(  # noqa: PLR0913 - Megatron's signature
+    def __init__(
         self,
         config: TransformerConfig,
         layer_number: int,
         attn_mask_type: AttnMaskType,
         attention_type: str,
-        attention_dropout: float | None = None,
-        softmax_scale: float | None = None,
-        cp_comm_type: str | None = None,
-        pg_collection: ProcessGroupCollection | None = None,
+        **others: Any,  # noqa: ANN401 - Megatron's
     ) -> None:
-        options = (attention_dropout, softmax_scale, cp_comm_type, pg_collection)
-        super().__init__(config, layer_number, attn_mask_type, attention_type, *options)
-        self.fused = TEDotProductAttention(config, layer_number, attn_mask_type, attention_type, *options[:1])
+        super().__init__(config, layer_number, attn_mask_type, attention_type, **others)
+        self.fused = TEDotProductAttention(config, layer_number, attn_mask_type, attention_type)
 
     def forward(
         self,

@@ -8,33 +8,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nemo_aligner.batch import TokenBatch, Unit
-from nemo_aligner.models.gpt import engine
+from nemo_aligner.batch import TokenBatch
 from nemo_aligner.models.gpt.heads import HeadConfig
 from nemo_aligner.models.gpt.learner import GPTLearner
 from nemo_aligner.models.gpt.model import GPT, InterleavedGPT
 from nemo_aligner.models.gpt.spare import SpareWeights
-from nemo_aligner.objectives.protocol import Metrics, ModelOutput, Wants
-from nemo_aligner.parallel import collectives, world
+from nemo_aligner.objectives.protocol import Wants
+from nemo_aligner.parallel import collectives
 
 __all__ = ["GPTCritic", "RewardScale", "RewardWeights"]
-
-
-class _Ask:
-    """The objective of asking: it wants one thing of the head and has no loss."""
-
-    top_k = 0
-    unit = Unit.SEQUENCE
-    metrics: tuple[str, ...] = ()
-
-    def __init__(self, wants: Wants) -> None:
-        self.wants = frozenset({wants})
-
-    def weights(self, batch: TokenBatch) -> None:  # noqa: ARG002 - the protocol's
-        return None
-
-    def __call__(self, output: ModelOutput, batch: TokenBatch) -> tuple[Tensor, Metrics]:  # noqa: ARG002
-        return torch.zeros((), device=world.device()), {}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,7 +77,7 @@ class GPTCritic(GPTLearner):
             )
             self._changed = False
         with swapped:
-            found = self._ask(batch, Wants.REWARDS, micro_batch_size)
+            found = self._ask(_split(batch, micro_batch_size), Wants.REWARDS)
         rewards = torch.cat([_given(output.rewards) for output in found]) if found else None
         return self.scale(collectives.from_last_stage(rewards, (batch.lengths.numel(), outputs)))
 
@@ -116,7 +98,7 @@ class GPTCritic(GPTLearner):
 
     def values(self, batch: TokenBatch, *, micro_batch_size: int | None = None) -> Tensor:
         """[B, S] float on every rank of the model: of the state before each token of ``batch.mask``, else 0."""
-        found = self._ask(batch, Wants.VALUES, micro_batch_size)
+        found = self._ask(_split(batch, micro_batch_size), Wants.VALUES)
         values = torch.cat([_given(output.values) for output in found]) if found else None
         return collectives.from_last_stage(values, tuple(batch.tokens.shape))
 
@@ -127,12 +109,9 @@ class GPTCritic(GPTLearner):
         values = self.values(batch, micro_batch_size=micro_batch_size)
         return self.infer(batch, micro_batch_size=micro_batch_size), values
 
-    def _ask(self, batch: TokenBatch, wants: Wants, micro_batch_size: int | None) -> list[ModelOutput]:
-        batches = batch.split(micro_batch_size) if micro_batch_size else [batch]
-        outputs: list[ModelOutput] = []
-        with self.inference():
-            engine.run(self._model, batches, _Ask(wants), forward_only=True, outputs=outputs)
-        return outputs
+
+def _split(batch: TokenBatch, rows: int | None) -> list[TokenBatch]:
+    return batch.split(rows) if rows else [batch]
 
 
 def _given(x: Tensor | None) -> Tensor:

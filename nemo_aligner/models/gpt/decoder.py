@@ -13,52 +13,32 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from nemo_aligner.models.gpt.kv_cache import KVCache
-from nemo_aligner.models.gpt.model import GPT, InterleavedGPT
+from nemo_aligner.models.gpt.model import GPT, InterleavedGPT, weights_in_effect
 from nemo_aligner.models.gpt.sampling import DROPPED
 from nemo_aligner.parallel import collectives, world
-from nemo_aligner.parallel.vocab import ONEDNN_ROWS, product
+from nemo_aligner.parallel.cpu_speed import PackedLinear
 
 __all__ = ["Decoder"]
 
 Attend = Callable[[int, Tensor], Tensor]
-PACKED_DTYPES = (torch.float32, torch.bfloat16)
 
 
-class _Linear:
-    """x @ weight.T + bias, on a CPU with a copy of the weight in the order in which oneDNN reads it for few rows."""
-
-    def __init__(self, weight: Tensor, bias: Tensor | None, *, rows: int) -> None:
-        self.weight, self.bias = weight.detach(), _bias(bias)
-        self.rows = rows
-        packs = rows > 1 and weight.numel() > 0 and weight.dtype in PACKED_DTYPES
-        self.packed = None
-        if packs and weight.device.type == "cpu" and torch.backends.mkldnn.is_available():
-            self.packed = torch.ops.mkldnn._reorder_linear_weight(self.weight.contiguous(), rows)
-
-    def __call__(self, x: Tensor) -> Tensor:
-        if self.packed is not None and 0 < x.shape[0] <= self.rows:
-            padded = F.pad(x, (0, 0, 0, -x.shape[0] % ONEDNN_ROWS))
-            out = torch.ops.mkldnn._linear_pointwise(padded, self.packed, self.bias, "none", [], "")
-            return out[: x.shape[0]]
-        out = product(x, self.weight)
-        return out if self.bias is None else out.add_(self.bias)
-
-
-def _bias(bias: Tensor | None) -> Tensor | None:
-    """Transformer Engine's layers without a bias have an empty one."""
-    return None if bias is None or not bias.numel() else bias.detach()
+def _linear(module: nn.Module, *, rows: int) -> PackedLinear:
+    own = weights_in_effect(module)
+    return PackedLinear(own["weight"], own.get("bias"), rows=rows)
 
 
 class _RowLinear:
     """A linear layer whose input is cut over tensor parallel ranks: their parts are summed, then the bias is added."""
 
-    def __init__(self, weight: Tensor, bias: Tensor | None, *, rows: int) -> None:
-        shared = world.tp_size() > 1
-        self.linear = _Linear(weight, None if shared else bias, rows=rows)
-        self.bias = _bias(bias) if shared else None
+    def __init__(self, module: nn.Module, *, rows: int) -> None:
+        self.linear = _linear(module, rows=rows)
+        self.bias = None
+        if world.tp_size() > 1:
+            self.bias, self.linear.bias = self.linear.bias, None
 
     def __call__(self, x: Tensor) -> Tensor:
         out = collectives.sum_over_tensor_parallel(self.linear(x))
@@ -69,8 +49,8 @@ class _Norm:
     """RMSNorm or LayerNorm, of our modules' and of Transformer Engine's weights."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None, config: Any) -> None:  # noqa: ANN401 - Megatron's
-        self.weight = weight.detach() + 1 if config.layernorm_zero_centered_gamma else weight.detach()
-        self.bias = None if bias is None else bias.detach()
+        self.weight = weight + 1 if config.layernorm_zero_centered_gamma else weight
+        self.bias = bias
         self.rms, self.eps = config.normalization == "RMSNorm", config.layernorm_epsilon
         self.by_hand = self.rms and weight.device.type == "cpu"
         self.eps_tensor = torch.tensor(self.eps)
@@ -94,11 +74,11 @@ class _Layer:
         self.number = number
         self.groups, self.head_dim = attention.num_query_groups_per_partition, config.kv_channels
         self.norm = _input_norm(layer.input_layernorm, attention.linear_qkv, config)
-        self.qkv = _Linear(*_own_qkv(attention.linear_qkv, config), rows=rows)
-        self.proj = _RowLinear(attention.linear_proj.weight, attention.linear_proj.bias, rows=rows)
+        self.qkv = PackedLinear(*_own_qkv(attention.linear_qkv, config), rows=rows)
+        self.proj = _RowLinear(attention.linear_proj, rows=rows)
         self.mlp_norm = _input_norm(layer.pre_mlp_layernorm, mlp.linear_fc1, config)
-        self.fc1 = _Linear(mlp.linear_fc1.weight, mlp.linear_fc1.bias, rows=rows)
-        self.fc2 = _RowLinear(mlp.linear_fc2.weight, mlp.linear_fc2.bias, rows=rows)
+        self.fc1 = _linear(mlp.linear_fc1, rows=rows)
+        self.fc2 = _RowLinear(mlp.linear_fc2, rows=rows)
         self.head_norms = (
             tuple(_norm(norm, config) for norm in (attention.q_layernorm, attention.k_layernorm))
             if config.qk_layernorm
@@ -130,8 +110,8 @@ def _own_qkv(linear: Any, config: Any) -> tuple[Tensor, Tensor | None]:  # noqa:
     Where there are fewer keys than ranks, Megatron cuts a group of heads without regard to its parts, and gathers
     activations; here each rank gathers, once, the rows that are its own.
     """
-    bias = None if linear.bias is None else linear.bias.detach()
-    weight, copies = linear.weight.detach(), world.tp_size() // config.num_query_groups
+    fused = weights_in_effect(linear)
+    weight, bias, copies = fused["weight"], fused.get("bias"), world.tp_size() // config.num_query_groups
     if copies <= 1:
         return weight, bias
     each = config.num_attention_heads // world.tp_size()
@@ -146,13 +126,13 @@ def _own_qkv(linear: Any, config: Any) -> tuple[Tensor, Tensor | None]:  # noqa:
 
 
 def _norm(module: Any, config: Any) -> _Norm:  # noqa: ANN401 - ours or Transformer Engine's
-    parameters = dict(module.named_parameters())
-    return _Norm(parameters["weight"], parameters.get("bias"), config)
+    own = weights_in_effect(module)
+    return _Norm(own["weight"], own.get("bias"), config)
 
 
 def _input_norm(module: Any, linear: Any, config: Any) -> _Norm:  # noqa: ANN401 - Megatron's
     """The norm before a linear layer, of which Transformer Engine makes one module."""
-    fused = dict(linear.named_parameters())
+    fused = weights_in_effect(linear)
     if "layer_norm_weight" in fused:
         return _Norm(fused["layer_norm_weight"], fused.get("layer_norm_bias"), config)
     return _norm(module, config)
@@ -200,6 +180,8 @@ class Decoder:
                 [_Layer(layer, count + i, rows=rows) for i, layer in enumerate(chunk.decoder.layers)]
             )
             count += len(self.layers[-1])
+        if self.chunks[0].pre_process:
+            self.embedding = weights_in_effect(self.chunks[0].embedding)
         last = self.chunks[-1]
         self.writes = last.post_process
         if self.writes:
@@ -207,10 +189,8 @@ class Decoder:
             if last.share_embeddings_and_output_weights:
                 weight = last.shared_embedding_or_output_weight()
             assert weight is not None
-            self.head, self.final_norm = (
-                _Linear(weight, None, rows=rows),
-                _norm(last.decoder.final_layernorm, config),
-            )
+            self.head = PackedLinear(weight.detach(), None, rows=rows)
+            self.final_norm = _norm(last.decoder.final_layernorm, config)
             self.first_id = world.tp_rank() * weight.shape[0]
             self.real_ids = max(0, min(weight.shape[0], gpt.vocab_size - self.first_id))
         self.cache = KVCache(
@@ -218,7 +198,6 @@ class Decoder:
             layers=count,
             groups=max(1, gpt.query_groups // world.tp_size()),
             head_dim=gpt.head_dim,
-            scale=gpt.head_dim**-0.5,
             window=gpt.window_size,
             dtype=config.params_dtype,
             device=world.device(),
@@ -292,7 +271,7 @@ class Decoder:
         return None
 
     def _embed(self, chunk: GPT, tokens: Tensor, positions: Tensor) -> Tensor:
-        weight = chunk.embedding.word_embeddings.weight.detach()
+        weight = self.embedding["word_embeddings.weight"]
         local = tokens - world.tp_rank() * weight.shape[0]
         if world.tp_size() == 1:
             x = weight[local]
@@ -300,5 +279,5 @@ class Decoder:
             owned = (local >= 0) & (local < weight.shape[0])
             x = collectives.sum_over_tensor_parallel(weight[local.where(owned, 0)] * owned[:, None])
         if chunk.gpt_config.position_embedding_type == "learned_absolute":
-            x = x + chunk.embedding.position_embeddings.weight.detach()[positions]
+            x = x + self.embedding["position_embeddings.weight"][positions]
         return x

@@ -7,7 +7,6 @@ from functools import partial
 from typing import Any
 
 import torch
-from megatron.core import tensor_parallel
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
@@ -15,10 +14,10 @@ from torch import Tensor
 from nemo_aligner.batch import TokenBatch
 from nemo_aligner.models.gpt.model import GPT, InterleavedGPT
 from nemo_aligner.models.gpt.view import Projection, view, worth_picking
-from nemo_aligner.objectives.protocol import Metrics, ModelOutput, Objective
+from nemo_aligner.objectives.protocol import Metrics, ModelOutput, Objective, Sums
 from nemo_aligner.parallel import collectives, world
 
-__all__ = ["logits", "run"]
+__all__ = ["levelled", "run", "schedule"]
 
 
 def run(
@@ -30,7 +29,7 @@ def run(
     wrapped: Sequence[MegatronModule] | None = None,
     projection: Projection = Projection(),  # noqa: B008 - frozen
     outputs: list[ModelOutput] | None = None,
-) -> dict[str, float]:
+) -> Sums:
     """Forward, and unless ``forward_only`` backward, of one step's micro-batches through all pipeline stages.
 
     The loss of each micro-batch is a sum; it is divided by the count of the objective's unit over all micro-batches
@@ -43,15 +42,15 @@ def run(
         outputs: filled on the last stage with each micro-batch's model output.
 
     Returns:
-        {metric: mean over the global batch}, the same on every rank.
+        {metric: (sum, count) over the global batch}, the same on every rank.
     """
-    device, last, levelled = world.device(), model.chunks[-1], _levelled(model, batches)
+    device, last, level = world.device(), model.chunks[-1], levelled(model, batches)
     total = torch.stack([batch.count(objective.unit) for batch in batches]).sum().to(device)
     total = collectives.sum_over_data_parallel(total)
     # Megatron divides by the number of micro-batches, its DDP by the number of data parallel ranks.
-    scale = len(levelled) * world.dp_size() / total.clamp(min=1).item()
+    scale = len(level) * world.dp_size() / total.clamp(min=1).item()
     if not forward_only and last.config.grad_scale_func is None:
-        projection = replace(projection, loss_factor=scale / len(levelled))
+        projection = replace(projection, loss_factor=scale / len(level))
 
     def loss_func(batch: TokenBatch, read: Tensor | None, hidden: Tensor) -> tuple[Tensor, Metrics]:
         output = view(last, hidden, batch, objective, projection, picked=read is not None)
@@ -65,17 +64,17 @@ def run(
         read = worth_picking(last, batch, objective) if world.is_last_stage() else None
         return module(**last.inputs(batch, read)), partial(loss_func, batch, read)
 
-    collected = _schedule(wrapped or model.chunks, levelled, forward_step, forward_only=forward_only)
-    return _means(collected[: len(batches)], objective.metrics)
+    collected = schedule(wrapped or model.chunks, level, forward_step, forward_only=forward_only)
+    return _sums(collected[: len(batches)], objective.metrics)
 
 
-def _levelled(model: GPT | InterleavedGPT, batches: Sequence[TokenBatch]) -> list[TokenBatch]:
+def levelled(model: GPT | InterleavedGPT, batches: Sequence[TokenBatch]) -> list[TokenBatch]:
     """``batches`` and, for an interleaved schedule, which takes multiples of PP, as many with nothing learned."""
     missing = -len(batches) % world.pp_size() if len(model.chunks) > 1 else 0
     return [*batches, *[replace(batches[-1], mask=torch.zeros_like(batches[-1].mask))] * missing]
 
 
-def _schedule(
+def schedule(
     chunks: Sequence[MegatronModule],
     batches: Sequence[TokenBatch],
     forward_step: Callable,
@@ -97,40 +96,13 @@ def _schedule(
     )
 
 
-def _means(collected: list[Metrics], names: tuple[str, ...]) -> dict[str, float]:
+def _sums(collected: list[Metrics], names: tuple[str, ...]) -> Sums:
     sums = None
     if world.is_last_stage():
         sums = {
             name: torch.stack([torch.stack([x.double() for x in micro[name]]) for micro in collected]).sum(0)
             for name in names
         }
-    totals = collectives.totals(sums, names)
     return {
-        name: (value / max(count, 1)) for name, (value, count) in ((n, t.tolist()) for n, t in totals.items())
+        name: (total[0].item(), total[1].item()) for name, total in collectives.totals(sums, names).items()
     }
-
-
-@torch.no_grad()
-def logits(model: GPT | InterleavedGPT, batch: TokenBatch) -> Tensor | None:
-    """[B, S, V] float logits of every position on the last stage's ranks, None elsewhere. For looking at small models.
-
-    Position t holds the distribution of token t + 1, as transformers has it.
-    """
-    found: list[Tensor] = []
-    last = model.chunks[-1]
-
-    def loss_func(hidden: Tensor) -> tuple[Tensor, Metrics]:
-        if last.config.sequence_parallel:
-            hidden = tensor_parallel.gather_from_sequence_parallel_region(hidden)
-        local = last.head(hidden.reshape(-1, hidden.shape[-1]))
-        assert isinstance(local, Tensor)
-        whole = collectives.gather_over_tensor_parallel(local)[:, : last.gpt_config.vocab_size]
-        found.append(whole.reshape(*hidden.shape[:2], -1).transpose(0, 1).float())
-        return hidden.new_zeros(()), {}
-
-    def forward_step(iterator: Iterator[TokenBatch], module: MegatronModule) -> tuple[Tensor, Callable]:
-        return module(**last.inputs(next(iterator))), loss_func
-
-    batches = _levelled(model, [batch.to(world.device())])
-    _schedule(model.chunks, batches, forward_step, forward_only=True)
-    return found[0] if found else None

@@ -6,10 +6,6 @@ A slot is filled by a prompt, grows by a token a step, and is filled again by an
 Shapes: n slots, G key/value heads of this rank, R query heads to each, D head size, T tokens of the longest slot.
 """
 
-import contextlib
-import math
-import mmap
-import sys
 from collections.abc import Sequence
 
 import torch
@@ -17,30 +13,29 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nemo_aligner.models.gpt.attention import attend
+from nemo_aligner.parallel.cpu_speed import Bags, zeros
 
 __all__ = ["KVCache"]
 
 GROWTH = 64  # tokens; capacity is a multiple of it
-HUGE_BYTES = 4 << 20  # from here on a tensor lies on huge pages, of 2 MiB each
 
 
 class KVCache:
     """Two tensors per layer, [n, G, capacity, D] each. They grow as the longest slot does."""
 
-    def __init__(  # noqa: PLR0913 - sizes
+    def __init__(
         self,
         *,
         slots: int,
         layers: int,
         groups: int,
         head_dim: int,
-        scale: float,
         window: int | None,
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
         self.lengths = [0] * slots  # tokens of each slot that are in the cache
-        self.scale, self.window, self.device = scale, window, device
+        self.scale, self.window, self.device = head_dim**-0.5, window, device
         empty = torch.zeros(slots, groups, 0, head_dim, dtype=dtype, device=device)
         self._keys, self._values = [empty] * layers, [empty] * layers
 
@@ -84,7 +79,7 @@ class KVCache:
         if self.window is not None:
             hidden |= keys <= position[:, None] - self.window
         self._mask = self._keys[0].new_zeros(hidden.shape).masked_fill_(hidden, -torch.inf)[:, None, None]
-        self._bags = None
+        self._bags: Bags | None = None
         return position
 
     def step(self, layer: int, qkv: Tensor) -> Tensor:
@@ -96,29 +91,13 @@ class KVCache:
             cached.view(-1, qkv.shape[-1]).index_copy_(0, self._at, new.reshape(-1, qkv.shape[-1]))
         # The queries of a group as if they were positions: they see the same keys, which then need no copies.
         if keys.device.type == "cpu" and keys.dtype == torch.float32:
-            out = self._in_bags(query, keys, values)
+            if self._bags is None:
+                self._bags = Bags(keys, query.shape[2], self._mask)
+            out = self._bags.attend(query, keys, values, scale=self.scale)
         else:
             seen = (x[:, :, : self._mask.shape[-1]] for x in (keys, values))
             out = F.scaled_dot_product_attention(query, *seen, attn_mask=self._mask, scale=self.scale)
         return out.reshape(qkv.shape[0], -1)
-
-    def _in_bags(self, query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-        """Attention of a few queries on a CPU, in half the time of torch's kernel, which packs keys for many.
-
-        The weighted sum of values is that of a bag of embeddings, whose rows are read once and in order.
-        """
-        (slots, groups, capacity, size), each, longest = keys.shape, query.shape[2], self._mask.shape[-1]
-        if self._bags is None:
-            heads = torch.arange(slots * groups).repeat_interleave(each)
-            index = heads[:, None] * capacity + torch.arange(longest)
-            mask = self._mask[:, :, 0].expand(-1, groups, -1).reshape(-1, 1, longest)
-            self._bags = mask, index.view(-1), torch.arange(heads.numel()) * longest
-        mask, index, starts = self._bags
-        seen = keys.view(-1, capacity, size)[:, :longest].transpose(1, 2)
-        weights = torch.baddbmm(mask, query.reshape(-1, each, size), seen, alpha=self.scale).softmax(-1)
-        return torch.embedding_bag(values.view(-1, size), index, starts, per_sample_weights=weights.view(-1))[
-            0
-        ]
 
     def end_step(self, alive: Sequence[bool]) -> None:
         """The slots that are ``alive`` keep the token of the step."""
@@ -143,17 +122,6 @@ class KVCache:
         for tensors in (self._keys, self._values):
             for layer, x in enumerate(tensors):
                 # Zeros: what is masked must not be NaN.
-                grown = _zeros((*x.shape[:2], capacity, x.shape[3]), x.dtype, self.device)
+                grown = zeros((*x.shape[:2], capacity, x.shape[3]), x.dtype, self.device)
                 grown[:, :, : x.shape[2]] = x
                 tensors[layer] = grown
-
-
-def _zeros(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """A tensor of zeros, on Linux on huge pages where it is large: attention reads small ones a fifth slower."""
-    size = math.prod(shape) * dtype.itemsize
-    if device.type != "cpu" or sys.platform != "linux" or size < HUGE_BYTES:
-        return torch.zeros(*shape, dtype=dtype, device=device)
-    pages = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    with contextlib.suppress(OSError):  # a kernel that was built without them
-        pages.madvise(mmap.MADV_HUGEPAGE)
-    return torch.frombuffer(pages, dtype=dtype).view(*shape)

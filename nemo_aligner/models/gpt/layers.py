@@ -2,7 +2,6 @@
 """The modules that differ from Megatron's: norms that run without Transformer Engine, gated activations that keep
 only their input for the backward, and RoPE per row."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -19,7 +18,7 @@ from torch import Tensor, nn
 from nemo_aligner.models.gpt.config import GPTConfig
 from nemo_aligner.models.gpt.rope import inverse_frequencies, rotation_scale
 from nemo_aligner.parallel import world
-from nemo_aligner.parallel.vocab import product
+from nemo_aligner.parallel.cpu_speed import LocalProduct, embedded, gated, mark_added, rms_norm
 
 __all__ = [
     "ColumnLinear",
@@ -55,70 +54,15 @@ class Norm(nn.Module):
         weight = self.weight + 1 if self.zero_centered else self.weight
         if self.rms:
             # torch has a fused kernel for CUDA only.
-            return (
-                F.rms_norm(x, self.shape, weight, self.eps)
-                if x.is_cuda
-                else _RMSNorm.apply(x, weight, self.eps)
-            )
+            return F.rms_norm(x, self.shape, weight, self.eps) if x.is_cuda else rms_norm(x, weight, self.eps)
         return F.layer_norm(x, self.shape, weight, self.bias, self.eps)
 
 
-class _RMSNorm(torch.autograd.Function):
-    """x / rms(x) * weight (Zhang and Sennrich 2019), in fp32 at least; keeps x and 1 / rms(x) for the backward.
-
-    With n = x / rms(x) and g = grad * weight: dL/dx = (g - n * mean(g * n)) / rms(x), dL/dweight = sum(grad * n).
-    """
-
-    @staticmethod
-    def forward(ctx: Context, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        wide = x if x.dtype == torch.float64 else x.float()
-        mean_square = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square_().div_(x.shape[-1])
-        scale = mean_square.add_(eps).rsqrt_()
-        ctx.save_for_backward(x, weight, scale)
-        return (wide * scale).mul_(weight).to(x.dtype)
-
-    @staticmethod
-    def backward(ctx: Context, grad: Tensor) -> tuple[Tensor, Tensor, None]:
-        x, weight, scale = ctx.saved_tensors
-        normed = x * scale  # in scale's dtype, as all that follows
-        towards = grad * normed
-        grad_weight = towards.flatten(0, -2).sum(0)
-        mean = (towards @ weight.to(towards.dtype)).div_(x.shape[-1])
-        grad_x = (grad * weight).to(normed.dtype).sub_(normed.mul_(mean[..., None])).mul_(scale)
-        return grad_x.to(x.dtype), grad_weight.to(weight.dtype), None
-
-
-class _Product(torch.autograd.Function):
-    """x @ weight.T by :func:`~nemo_aligner.parallel.vocab.product`, where torch takes its one library for CPUs."""
-
-    @staticmethod
-    def forward(ctx: Context, x: Tensor, weight: Tensor) -> Tensor:
-        ctx.save_for_backward(x, weight)
-        return product(x.flatten(0, -2), weight).view(*x.shape[:-1], weight.shape[0])
-
-    @staticmethod
-    def backward(ctx: Context, grad: Tensor) -> tuple[Tensor, Tensor | None]:
-        x, weight = ctx.saved_tensors
-        grad = grad.flatten(0, -2)
-        grad_weight = grad.t() @ x.flatten(0, -2) if ctx.needs_input_grad[1] else None
-        return product(grad, weight.t()).view(x.shape), grad_weight
-
-
-class _LocalProduct:
-    """Of a linear layer that no other rank shares: nothing is sent."""
-
-    def _forward_impl(self, input: Tensor, weight: Tensor, **options: Any) -> Tensor:  # noqa: ANN401 - Megatron's
-        shared = options["allreduce_dgrad"] or options["sequence_parallel"]
-        if input.is_cuda or shared or options["bias"] is not None:
-            return super()._forward_impl(input, weight, **options)  # pyright: ignore[reportAttributeAccessIssue]
-        return _Product.apply(input, weight)
-
-
-class ColumnLinear(_LocalProduct, ColumnParallelLinear):
+class ColumnLinear(LocalProduct, ColumnParallelLinear):
     """Megatron's layer whose outputs are cut over tensor parallel ranks."""
 
 
-class RowLinear(_LocalProduct, RowParallelLinear):
+class RowLinear(LocalProduct, RowParallelLinear):
     """Megatron's layer whose inputs are cut over tensor parallel ranks."""
 
 
@@ -133,29 +77,8 @@ class InputEmbedding(VocabParallelEmbedding):
         alone = world.tp_size() == 1 and not self.reduce_scatter_embeddings
         trains = torch.is_grad_enabled() and hasattr(self.weight, "main_grad")
         if alone and trains and not input_.is_cuda:
-            return _Embedded.apply(input_, self.weight)
+            return embedded(input_, self.weight)
         return super().forward(input_)
-
-
-class _Embedded(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Context, tokens: Tensor, weight: Tensor) -> Tensor:
-        ctx.save_for_backward(tokens)
-        ctx.weight = weight
-        return F.embedding(tokens, weight)
-
-    @staticmethod
-    def backward(ctx: Context, grad: Tensor) -> tuple[None, Tensor]:
-        (tokens,) = ctx.saved_tensors
-        gathered = ctx.weight.main_grad
-        gathered.index_add_(0, tokens.flatten(), grad.flatten(0, -2).to(gathered.dtype))
-        return None, _added(ctx.weight)
-
-
-def _added(weight: Tensor) -> Tensor:
-    """As Megatron's own layers tell DDP that a gradient is in its buffer: its hook wants one, and adds none."""
-    setattr(weight, "grad_added_to_main_grad", True)  # noqa: B010 - torch types no such name
-    return torch.empty_like(weight)
 
 
 def may_be_added(weight: Tensor) -> Tensor:
@@ -172,7 +95,7 @@ class _MayBeAdded(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Context, grad: Tensor | None) -> Tensor:
-        return _added(ctx.weight) if grad is None else grad
+        return mark_added(ctx.weight) if grad is None else grad
 
 
 class GatedActivation(nn.Module):
@@ -184,44 +107,11 @@ class GatedActivation(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., 2 * ffn] -> [..., ffn]."""
-        return _Gated.apply(x, self.function)
+        return gated(x, self.function)
 
     def sharded_state_dict(self, *_: object, **__: object) -> dict[str, Any]:
         """No weights. Megatron-core 0.16 asks every part of an MLP for them, by this name."""
         return {}
-
-
-class _Gated(torch.autograd.Function):
-    """Keeps x alone for the backward, which computes the activation again: a small part of the layer's time.
-
-    x is the output of a linear layer, which nobody else reads: a backward may form its gradient in x's memory.
-    """
-
-    @staticmethod
-    def forward(ctx: Context, x: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
-        ctx.save_for_backward(x)
-        ctx.function = function
-        gate, up = x.chunk(2, dim=-1)
-        return function(gate).mul_(up)
-
-    @staticmethod
-    def backward(ctx: Context, grad: Tensor) -> tuple[Tensor, None]:
-        (x,) = ctx.saved_tensors
-        gate, up = x.chunk(2, dim=-1)
-        if ctx.function is F.silu:
-            # What is newly taken costs a CPU a page fault for every 4 KiB.
-            active = F.silu(gate).mul_(grad)
-            torch.ops.aten.silu_backward.grad_input(up.mul_(grad), gate, grad_input=gate)
-            up.copy_(active)
-            return x, None
-        grad_x = torch.empty_like(x)
-        grad_gate, grad_up = grad_x.chunk(2, dim=-1)
-        with torch.enable_grad():
-            gate = gate.detach().requires_grad_()
-            active = ctx.function(gate)
-        torch.mul(grad, active.detach(), out=grad_up)
-        grad_gate.copy_(torch.autograd.grad(active, gate, grad * up)[0])
-        return grad_x, None
 
 
 class RowRotary(nn.Module):

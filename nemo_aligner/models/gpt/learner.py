@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from megatron.core.distributed import DistributedDataParallel, finalize_model_grads
 from megatron.core.optimizer import MegatronOptimizer
+from torch import Tensor
 
-from nemo_aligner.batch import TokenBatch
+from nemo_aligner.batch import TokenBatch, Unit
 from nemo_aligner.models.gpt import engine
 from nemo_aligner.models.gpt.learning_rate import OptimConfig, learning_rate
 from nemo_aligner.models.gpt.model import GPT, InterleavedGPT
@@ -27,10 +28,27 @@ from nemo_aligner.models.gpt.optim import (
 )
 from nemo_aligner.models.gpt.sampling import Drawn
 from nemo_aligner.models.gpt.view import Projection
-from nemo_aligner.objectives.protocol import Objective
+from nemo_aligner.objectives.protocol import Metrics, ModelOutput, Objective, Sums, Wants
 from nemo_aligner.parallel import world
 
 __all__ = ["GPTLearner"]
+
+
+class _ForwardOnly:
+    """The objective of asking: it wants one thing of the head and has no loss."""
+
+    top_k = 0
+    unit = Unit.TOKEN
+    metrics: tuple[str, ...] = ()
+
+    def __init__(self, wants: Wants) -> None:
+        self.wants = frozenset({wants})
+
+    def weights(self, batch: TokenBatch) -> None:  # noqa: ARG002 - the protocol's
+        return None
+
+    def __call__(self, output: ModelOutput, batch: TokenBatch) -> tuple[Tensor, Metrics]:  # noqa: ARG002
+        return torch.zeros((), device=world.device()), {}
 
 
 class GPTLearner:
@@ -83,13 +101,13 @@ class GPTLearner:
 
     def get_loss_and_metrics(
         self, batches: Sequence[TokenBatch], objective: Objective, *, forward_only: bool
-    ) -> dict[str, float]:
+    ) -> Sums:
         """See :class:`~nemo_aligner.models.alignable_interface.SupervisedInterface`."""
         return self._run(batches, objective, forward_only=forward_only, drawn=None)
 
     def _run(
         self, batches: Sequence[TokenBatch], objective: Objective, *, forward_only: bool, drawn: Drawn | None
-    ) -> dict[str, float]:
+    ) -> Sums:
         with self.inference() if forward_only else self._gradients():
             metrics = engine.run(
                 self._model,
@@ -100,7 +118,8 @@ class GPTLearner:
                 projection=Projection(kept_logits_bytes=self.kept_logits_bytes, drawn=drawn),
             )
         if not forward_only:
-            self._loss = metrics["loss"]
+            total, count = metrics["loss"]
+            self._loss = total / max(count, 1)
         return metrics
 
     @contextlib.contextmanager
@@ -143,7 +162,7 @@ class GPTLearner:
         assert self._optimizer is not None, "prepare_training comes first"
         for moments in inner_optimizer(self._optimizer).state.values():
             for name, value in moments.items():
-                if isinstance(value, torch.Tensor) and value.ndim and value.device != device:
+                if isinstance(value, Tensor) and value.ndim and value.device != device:
                     moments[name] = value.to(device)
 
     def training_state(self) -> dict[str, Any]:
@@ -166,6 +185,17 @@ class GPTLearner:
         assert self._optimizer is not None, "prepare_training comes first"
         load_optimizer(self._optim, self._optimizer, state["optimizer"])
         self._optimizer_steps, self._backwards = state["optimizer_steps"], state["backwards"]
+
+    def _ask(
+        self, batches: Sequence[TokenBatch], wants: Wants, *, drawn: Drawn | None = None
+    ) -> list[ModelOutput]:
+        """What the head says of each micro-batch, on the last pipeline stage's ranks; [] elsewhere."""
+        outputs: list[ModelOutput] = []
+        with self.inference():
+            projection = Projection(drawn=drawn)
+            asks = _ForwardOnly(wants)
+            engine.run(self._model, batches, asks, forward_only=True, projection=projection, outputs=outputs)
+        return outputs
 
     @contextlib.contextmanager
     def inference(self) -> Iterator[None]:

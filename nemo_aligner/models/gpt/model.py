@@ -26,7 +26,7 @@ from nemo_aligner.parallel import cpu_shim, te, world
 from nemo_aligner.parallel.ranks import Layout
 from nemo_aligner.parallel.vocab import HeadOutput, HeadRequest, head_outputs
 
-__all__ = ["GPT", "InterleavedGPT", "VocabHead", "attention_backend", "build_gpt"]
+__all__ = ["GPT", "InterleavedGPT", "VocabHead", "attention_backend", "build_gpt", "weights_in_effect"]
 
 logger = logging.getLogger(__name__)
 
@@ -184,6 +184,14 @@ class InterleavedGPT(MegatronModule):
             for number, chunk in enumerate(self.chunks)
             for name, value in chunk.sharded_state_dict(prefix, sharded_offsets, metadata).items()
         }
+
+
+def weights_in_effect(module: nn.Module) -> dict[str, Tensor]:
+    """Return what a module computes with, by name; Transformer Engine's empty biases are left out.
+
+    Whoever reads a model's weights to compute or to write asks here: what is added to weights is merged in this place.
+    """
+    return {name: weight.detach() for name, weight in module.named_parameters() if weight.numel()}
 
 
 def attention_backend(use_flash_attention: bool | None) -> AttnBackend:

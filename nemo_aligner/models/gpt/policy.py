@@ -8,36 +8,18 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from nemo_aligner.batch import Prompt, Rollout, TokenBatch, Unit
-from nemo_aligner.models.gpt import engine
+from nemo_aligner.batch import Prompt, Rollout, TokenBatch
 from nemo_aligner.models.gpt.generate import Watch, generate
 from nemo_aligner.models.gpt.learner import GPTLearner
 from nemo_aligner.models.gpt.model import GPT, InterleavedGPT
 from nemo_aligner.models.gpt.sampling import Drawn
 from nemo_aligner.models.gpt.spare import SpareWeights
 from nemo_aligner.models.gpt.stops import Speller, Stops
-from nemo_aligner.models.gpt.view import Projection
 from nemo_aligner.models.sampling_config import SamplingConfig
-from nemo_aligner.objectives.protocol import Metrics, ModelOutput, Objective, Wants
+from nemo_aligner.objectives.protocol import Objective, Sums, Wants
 from nemo_aligner.parallel import world
 
 __all__ = ["GPTPolicy"]
-
-
-class _Score:
-    """The objective of scoring: it wants log-probs and has no loss."""
-
-    wants = frozenset({Wants.LOGPROBS})
-    top_k = 0
-    unit = Unit.TOKEN
-    metrics: tuple[str, ...] = ()
-
-    def weights(self, batch: TokenBatch) -> None:  # noqa: ARG002 - the protocol's
-        return None
-
-    def __call__(self, output: ModelOutput, batch: TokenBatch) -> tuple[Tensor, Metrics]:  # noqa: ARG002
-        assert output.logprobs is not None
-        return output.logprobs.sum(), {}
 
 
 class GPTPolicy(GPTLearner):
@@ -69,7 +51,7 @@ class GPTPolicy(GPTLearner):
         *,
         forward_only: bool,
         sampling: SamplingConfig | None = None,
-    ) -> dict[str, float]:
+    ) -> Sums:
         """See :class:`~nemo_aligner.models.alignable_interface.AlignableGenerativeInterface`."""
         return self._run(batches, objective, forward_only=forward_only, drawn=self._drawn(sampling))
 
@@ -83,12 +65,7 @@ class GPTPolicy(GPTLearner):
         if sampling is None and not learned_only:
             ends = batch.lengths[:, None] if batch.cu_seqlens is None else batch.cu_seqlens[-1]
             batch = replace(batch, mask=torch.arange(batch.seq_length, device=ends.device)[None] < ends)
-        outputs: list[ModelOutput] = []
-        with self.inference():
-            projection = Projection(drawn=self._drawn(sampling))
-            engine.run(
-                self._model, [batch], _Score(), forward_only=True, projection=projection, outputs=outputs
-            )
+        outputs = self._ask([batch], Wants.LOGPROBS, drawn=self._drawn(sampling))
         if not outputs:
             return torch.zeros(batch.tokens.shape, device=world.device())
         assert outputs[0].logprobs is not None

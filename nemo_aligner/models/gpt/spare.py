@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator
 import torch
 from torch import Tensor, nn
 
+from nemo_aligner.models.gpt.model import weights_in_effect
 from nemo_aligner.parallel import world
 
 __all__ = ["SpareWeights"]
@@ -17,7 +18,7 @@ class SpareWeights:
 
     @torch.no_grad()
     def __init__(self, model: nn.Module) -> None:
-        self._spare = {name: _host_copy(param) for name, param in model.named_parameters()}
+        self._spare = {name: _host_copy(weight) for name, weight in weights_in_effect(model).items()}
         self._kept: dict[str, Tensor] = {}  # where a device's own weights wait meanwhile
         self._kept_is_stale = True
 

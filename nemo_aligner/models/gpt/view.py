@@ -29,12 +29,10 @@ class Projection:
     """How hidden states become logits."""
 
     kept_logits_bytes: int = 1 << 30  # above this the backward recomputes them
-    loss_factor: float | None = (
-        None  # what the objective's sum is multiplied with before the backward, if known
-    )
-    drawn: Drawn | None = (
-        None  # how the learned tokens were drawn; what is wanted is then of that distribution
-    )
+    # what the objective's sum is multiplied with before the backward, if known
+    loss_factor: float | None = None
+    # how the learned tokens were drawn; what is wanted is then of that distribution
+    drawn: Drawn | None = None
 
 
 def worth_picking(model: GPT, batch: TokenBatch, objective: Objective) -> Tensor | None:

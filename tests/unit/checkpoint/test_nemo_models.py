@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import whole_logits
 import yaml
 from sentencepiece import SentencePieceProcessor
 from torch import Tensor
@@ -29,7 +30,6 @@ from nemo_aligner.checkpoint.nemo_archive import open_nemo
 from nemo_aligner.checkpoint.sharded import load_model
 from nemo_aligner.data.tokenizer import load_tokenizer
 from nemo_aligner.errors import UserError
-from nemo_aligner.models.gpt import engine
 from nemo_aligner.models.gpt.config import GPTConfig
 from nemo_aligner.models.gpt.model import build_gpt
 from nemo_aligner.parallel import world
@@ -198,7 +198,7 @@ def our_logits(nemo: Path) -> Tensor:
         model = build_gpt(GPTConfig.from_dict(archive.config), Layout(), torch.float32).eval()
         load_model(model, archive.weights)
     lengths = torch.full((TOKENS.shape[0],), TOKENS.shape[1])
-    found = engine.logits(
+    found = whole_logits.logits(
         model, TokenBatch(tokens=TOKENS, mask=torch.ones_like(TOKENS).bool(), lengths=lengths)
     )
     assert found is not None

@@ -11,8 +11,9 @@ from torch import Tensor
 from nemo_aligner.batch import PreferenceBatch, ScoredBatch, TokenBatch
 from nemo_aligner.errors import UserError
 from nemo_aligner.objectives.config import RegressionConfig
-from nemo_aligner.objectives.protocol import ModelOutput, Objective, with_spread
+from nemo_aligner.objectives.protocol import ModelOutput, Objective
 from nemo_aligner.objectives.reward import AttributePairs, BradleyTerry, Regression, bradley_terry
+from nemo_aligner.run.metrics import means as metrics_means
 
 NAN = math.nan
 
@@ -30,9 +31,7 @@ def means(objective: Objective, rewards: Tensor, batch: TokenBatch) -> dict[str,
     loss, metrics = objective(ModelOutput(rewards=rewards), batch)
     assert set(metrics) == set(objective.metrics)
     assert float(loss.detach()) == pytest.approx(float(metrics["loss"][0]))
-    return with_spread(
-        {name: float(total) / max(float(count), 1) for name, (total, count) in metrics.items()}
-    )
+    return metrics_means({name: (float(total), float(count)) for name, (total, count) in metrics.items()})
 
 
 def test_pairs_by_hand():

@@ -11,7 +11,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from nemo_aligner.parallel import world
-from nemo_aligner.parallel.vocab import HeadOutput, HeadRequest, head_outputs, product
+from nemo_aligner.parallel.cpu_speed import product
+from nemo_aligner.parallel.vocab import HeadOutput, HeadRequest, head_outputs
 
 N, HIDDEN, VOCAB, PADDED, K = 40, 6, 11, 16, 3
 POISON = 1e4  # in the padding rows of the weight: were they seen, they would win
@@ -310,3 +311,20 @@ def test_products_of_many_shapes_leave_no_memory_behind():
     for rows in range(1, 129):
         assert product(hidden[:rows], weight).unique().tolist() == [96.0]
     assert process.memory_info().rss - before < 32 << 20
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_a_frozen_head_computes_no_weight_gradient(known: bool):
+    hidden, weight, targets = inputs()
+    given = torch.linspace(-1, 1, N, dtype=torch.float64)
+    asked = request(rows=16, entropy=False, top_k=0)
+    grads, products = [], []
+    for trains in (True, False):
+        head = weight.detach().requires_grad_(trains)
+        with _Products() as found:
+            weights = given if known else None
+            out = head_outputs(hidden, head, targets, request=asked, weights=weights).logprobs
+            grads += torch.autograd.grad((out * given).sum(), hidden)
+        products.append(found.count)
+    assert torch.equal(*grads)
+    assert products == [3 * 3, 2 * 3]

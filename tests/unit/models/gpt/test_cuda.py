@@ -6,13 +6,13 @@ from pathlib import Path
 
 import pytest
 import torch
+import whole_logits
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from nemo_aligner.batch import TokenBatch
 from nemo_aligner.checkpoint.convert import import_from_huggingface
 from nemo_aligner.checkpoint.nemo_archive import open_nemo
 from nemo_aligner.checkpoint.sharded import load_model
-from nemo_aligner.models.gpt import engine
 from nemo_aligner.models.gpt.config import GPTConfig
 from nemo_aligner.models.gpt.learning_rate import OptimConfig
 from nemo_aligner.models.gpt.model import GPT, build_gpt
@@ -20,6 +20,7 @@ from nemo_aligner.models.gpt.policy import GPTPolicy
 from nemo_aligner.objectives.nll import NLL
 from nemo_aligner.parallel import world
 from nemo_aligner.parallel.ranks import Layout
+from nemo_aligner.run.metrics import means
 
 pytestmark = pytest.mark.gpu
 
@@ -53,7 +54,7 @@ def test_logits_are_those_of_transformers(
     theirs: tuple[LlamaForCausalLM, Path], random_rows: Callable[..., TokenBatch]
 ):
     batch = random_rows(LENGTHS)
-    found = engine.logits(ours(theirs[1], torch.float32).eval(), batch)
+    found = whole_logits.logits(ours(theirs[1], torch.float32).eval(), batch)
     assert found is not None
     with torch.no_grad():
         wanted = theirs[0](batch.tokens).logits
@@ -71,7 +72,7 @@ def test_a_step_has_the_loss_and_the_grad_norm_of_transformers(
     batch = random_rows(LENGTHS)
     policy = GPTPolicy(ours(theirs[1], dtype))
     policy.prepare_training(OptimConfig(), clip_grad=1.0, max_steps=10)
-    metrics = policy.get_loss_and_metrics(batch.split(2), NLL(), forward_only=False)
+    metrics = means(policy.get_loss_and_metrics(batch.split(2), NLL(), forward_only=False))
     metrics |= policy.optimizer_step()
     reference = theirs[0]
     reference.zero_grad()

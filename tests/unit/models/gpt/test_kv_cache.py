@@ -7,10 +7,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from nemo_aligner.models.gpt.kv_cache import HUGE_BYTES, KVCache
+from nemo_aligner.models.gpt.kv_cache import KVCache
+from nemo_aligner.parallel.cpu_speed import HUGE_BYTES
 
 CPU = torch.device("cpu")
-SCALE = 0.3
 
 
 def cache(slots: int, groups: int, size: int, *, window: int | None = None, dtype: torch.dtype) -> KVCache:
@@ -19,7 +19,6 @@ def cache(slots: int, groups: int, size: int, *, window: int | None = None, dtyp
         layers=2,
         groups=groups,
         head_dim=size,
-        scale=SCALE,
         window=window,
         dtype=dtype,
         device=CPU,
@@ -32,7 +31,7 @@ def expected(texts: Sequence[Tensor], queries: int, window: int | None) -> Tenso
     for text in texts:
         seen = text.double() if window is None else text[-window:].double()
         query, key, value = seen[-1, :, :queries], seen[:, :, queries], seen[:, :, queries + 1]
-        weights = (torch.einsum("grd,tgd->grt", query, key) * SCALE).softmax(-1)
+        weights = (torch.einsum("grd,tgd->grt", query, key) * text.shape[-1] ** -0.5).softmax(-1)
         rows.append(torch.einsum("grt,tgd->grd", weights, value).flatten())
     return torch.stack(rows)
 

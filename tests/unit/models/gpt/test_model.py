@@ -5,6 +5,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+import whole_logits
 from torch import Tensor
 from transformers import (
     GPT2Config,
@@ -24,6 +25,7 @@ from nemo_aligner.models.gpt.config import GPTConfig
 from nemo_aligner.models.gpt.model import GPT
 from nemo_aligner.models.gpt.policy import GPTPolicy
 from nemo_aligner.objectives.nll import NLL
+from nemo_aligner.run.metrics import means
 
 LAYERS, HIDDEN, FFN, HEADS, VOCAB, POSITIONS = 2, 32, 48, 4, 101, 64
 SIZES = {
@@ -242,7 +244,7 @@ def test_logits_are_transformers(
     with torch.no_grad():
         expected = theirs.eval()(batch.tokens).logits
     assert expected.std() > 0.3, "logits near zero would prove nothing"
-    torch.testing.assert_close(engine.logits(ours, batch), expected, rtol=0, atol=1e-4)
+    torch.testing.assert_close(whole_logits.logits(ours, batch), expected, rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("option", ["hidden_dropout", "attention_dropout"])
@@ -255,17 +257,17 @@ def test_dropout_is_on_in_training_alone(
     policy = GPTPolicy(model)
 
     def training_loss() -> float:
-        return engine.run(model.train(), [batch], NLL(), forward_only=True)["loss"]
+        return means(engine.run(model.train(), [batch], NLL(), forward_only=True))["loss"]
 
     # Scoring turns dropout off by itself, whatever mode the model is in, and leaves the mode as it was.
     model.train()
     assert torch.equal(policy.logprobs(batch), plain.logprobs(batch))
     assert model.training
-    without = engine.run(plain.model.eval(), [batch], NLL(), forward_only=True)["loss"]
+    without = means(engine.run(plain.model.eval(), [batch], NLL(), forward_only=True))["loss"]
     first, second = training_loss(), training_loss()
     assert len({without, first, second}) == 3
     model.eval()
-    assert engine.run(model, [batch], NLL(), forward_only=True)["loss"] == without
+    assert means(engine.run(model, [batch], NLL(), forward_only=True))["loss"] == without
 
 
 def test_the_view_is_the_plain_loss(random_model: Callable[..., GPT], random_rows: Callable[..., TokenBatch]):
@@ -286,7 +288,7 @@ def test_the_view_is_the_plain_loss(random_model: Callable[..., GPT], random_row
     gradients = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
     model.zero_grad()
 
-    found = engine.run(model, [batch], NLL(), forward_only=False)["loss"]
+    found = means(engine.run(model, [batch], NLL(), forward_only=False))["loss"]
     assert found == pytest.approx(expected.item(), rel=1e-6)
     for name, parameter in model.named_parameters():
         torch.testing.assert_close(parameter.grad, gradients[name], rtol=1e-4, atol=1e-6)

@@ -7,16 +7,17 @@ from pathlib import Path
 
 import pytest
 import torch
+import whole_logits
 
 from nemo_aligner.batch import TokenBatch
 from nemo_aligner.checkpoint.sharded import load_state, save_state
-from nemo_aligner.models.gpt import engine
 from nemo_aligner.models.gpt.config import GPTConfig
 from nemo_aligner.models.gpt.learning_rate import OptimConfig, SchedConfig
 from nemo_aligner.models.gpt.model import GPT
 from nemo_aligner.models.gpt.optim import load_optimizer
 from nemo_aligner.models.gpt.policy import GPTPolicy
 from nemo_aligner.objectives.nll import NLL
+from nemo_aligner.run.metrics import means
 
 CONFIG = GPTConfig(
     num_layers=2,
@@ -43,7 +44,7 @@ def trained(model: GPT, batches: list[TokenBatch], *, steps: int = 3) -> list[tu
     policy.prepare_training(OPTIM, clip_grad=1.0, max_steps=steps)
     curve = []
     for _ in range(steps):
-        loss = policy.get_loss_and_metrics(batches, NLL(), forward_only=False)["loss"]
+        loss = means(policy.get_loss_and_metrics(batches, NLL(), forward_only=False))["loss"]
         curve.append((loss, policy.optimizer_step()["grad_norm"]))
     return curve
 
@@ -61,9 +62,9 @@ def test_micro_batches_do_not_change_losses_and_grad_norms(
 def test_validation_changes_nothing(batch: TokenBatch, random_model: Callable[..., GPT]):
     policy = GPTPolicy(random_model(CONFIG))
     policy.prepare_training(OPTIM, clip_grad=1.0, max_steps=2)
-    training = policy.get_loss_and_metrics([batch], NLL(), forward_only=False)
+    training = means(policy.get_loss_and_metrics([batch], NLL(), forward_only=False))
     gradients = [p.main_grad.clone() for p in policy.model.parameters()]
-    validation = policy.get_loss_and_metrics(batch.split(2), NLL(), forward_only=True)
+    validation = means(policy.get_loss_and_metrics(batch.split(2), NLL(), forward_only=True))
     assert validation == pytest.approx(training, rel=1e-6)
     assert policy.model.training
     for before, parameter in zip(gradients, policy.model.parameters(), strict=True):
@@ -72,7 +73,7 @@ def test_validation_changes_nothing(batch: TokenBatch, random_model: Callable[..
 
 def test_scoring_takes_every_token_whatever_is_learned(batch: TokenBatch, random_model: Callable[..., GPT]):
     policy = GPTPolicy(random_model(CONFIG))
-    everywhere = engine.logits(policy.model, batch).log_softmax(-1)[:, :-1]
+    everywhere = whole_logits.logits(policy.model, batch).log_softmax(-1)[:, :-1]
     found = policy.logprobs(batch)
     for row, length in enumerate(batch.lengths.tolist()):
         tokens = batch.tokens[row, 1:length]
@@ -109,7 +110,7 @@ def test_a_stopped_run_goes_on_with_the_same_draws(
     batches = batch.split(2)
 
     def step(policy: GPTPolicy) -> tuple[float, float]:
-        loss = policy.get_loss_and_metrics(batches, NLL(), forward_only=False)["loss"]
+        loss = means(policy.get_loss_and_metrics(batches, NLL(), forward_only=False))["loss"]
         return loss, policy.optimizer_step()["grad_norm"]
 
     def fresh(seed: int = 7) -> GPTPolicy:

@@ -15,6 +15,7 @@ from nemo_aligner.models.gpt.policy import GPTPolicy
 from nemo_aligner.models.gpt.recompute import Recompute
 from nemo_aligner.objectives.nll import NLL
 from nemo_aligner.parallel.ranks import Layout
+from nemo_aligner.run.metrics import means
 
 CONFIG = GPTConfig(
     num_layers=4,
@@ -40,7 +41,7 @@ def gradients(
     twin.load_state_dict(model.state_dict())
     policy = GPTPolicy(twin)
     policy.prepare_training(OptimConfig(), clip_grad=1.0, max_steps=1)
-    loss = policy.get_loss_and_metrics(batches, NLL(), forward_only=False)["loss"]
+    loss = means(policy.get_loss_and_metrics(batches, NLL(), forward_only=False))["loss"]
     return loss, [p.main_grad.clone() for p in policy.model.parameters()]
 
 

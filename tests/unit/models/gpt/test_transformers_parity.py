@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import whole_logits
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -24,7 +25,6 @@ from nemo_aligner.batch import Prompt, TokenBatch
 from nemo_aligner.checkpoint.convert import export_to_huggingface
 from nemo_aligner.checkpoint.nemo_archive import open_nemo, write_nemo
 from nemo_aligner.checkpoint.sharded import save_model
-from nemo_aligner.models.gpt import engine
 from nemo_aligner.models.gpt.model import GPT
 from nemo_aligner.models.gpt.policy import GPTPolicy
 from nemo_aligner.models.sampling_config import SamplingConfig
@@ -134,7 +134,7 @@ def both(
 def test_logits(both: tuple[PreTrainedModel, GPT], random_rows: Callable[..., TokenBatch]):
     theirs, ours = both
     batch = random_rows(LENGTHS)
-    expected, found = logits_of(theirs, batch), engine.logits(ours, batch)
+    expected, found = logits_of(theirs, batch), whole_logits.logits(ours, batch)
     assert expected.std() > 0.5, "logits near zero would prove nothing"
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
 
@@ -218,7 +218,7 @@ def test_a_published_model_answers_as_published(tmp_path: Path, imported: Callab
     ours = imported(folder, tmp_path / "x.nemo")
     ids = expected["ids"]
     batch = TokenBatch.from_rows([(ids, [True] * len(ids))], pad_id=0, seq_length=len(ids))
-    last = engine.logits(ours, batch)[0, -1]
+    last = whole_logits.logits(ours, batch)[0, -1]
     top = last.topk(len(expected["last_logits_top5"]))
     assert top.indices.tolist() == expected["last_logits_top5_ids"]
     assert top.values.tolist() == pytest.approx(expected["last_logits_top5"], abs=1e-4)

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+import whole_logits
 from torch import Tensor
 
 from nemo_aligner.batch import TokenBatch, Unit
@@ -49,7 +50,7 @@ def test_every_wanted_field_is_that_of_the_plain_softmax(packed: bool):
         model = build_gpt(CONFIG, Layout(), torch.float32).eval()
         for parameter in model.parameters():
             parameter.data.copy_(torch.randn(parameter.shape, generator=draw) * 0.4)
-        plain = engine.logits(model, batch)
+        plain = whole_logits.logits(model, batch)
         given = batch
         if packed:
             cu_seqlens = torch.tensor([0, 9, 18], dtype=torch.int32)
