@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What no dataclass says of the files in examples/nlp/gpt/conf: commands, groups, repeats, and keys without a field."""
 
+import inspect
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
@@ -12,6 +14,8 @@ from nemo_aligner.config.reward import RMJob
 from nemo_aligner.config.serve import CriticJob, RewardServerJob
 from nemo_aligner.config.sft import SFTJob
 from nemo_aligner.data.config import SFTSplitConfig
+from nemo_aligner.launch.command import find_commands, load_script
+from nemo_aligner.launch.script import Script
 from nemo_aligner.models.gpt.learning_rate import OptimConfig
 from nemo_aligner.run.experiment import ExperimentConfig
 
@@ -201,3 +205,24 @@ FILES = {
         hidden=(*_IDLE_HIDDEN, "model.seed", "model.sequence_parallel", "model.activations_*"),
     ),
 }
+
+
+def _of_script(entry: Script[Any]) -> File:
+    """The file of a script that repeats nothing of NeMo's: its docstring has the command."""
+    told = (inspect.getdoc(inspect.getmodule(entry.main)) or "").replace("\\\n", "").splitlines()
+    return File(
+        kind=entry.kind,
+        command=re.sub(" +", " ", next(line for line in told if line.startswith("python "))),
+        groups=_GROUPS,
+        values={
+            "model.encoder_seq_length": None,
+            "model.hidden_dropout": None,
+            "model.attention_dropout": None,
+            "model.data.seq_length": "${model.encoder_seq_length}",
+        },
+        hidden=(*_HIDDEN, "*.trt_llm", "*.model_[gm]bs", "model.ppo.combine_rm_and_critic_server"),
+    )
+
+
+_SCRIPTS = (load_script(path) for name, path in find_commands().items() if path.name == f"train_gpt_{name}.py")
+FILES |= {entry.config_name: _of_script(entry) for entry in _SCRIPTS if entry.config_name not in FILES}

@@ -109,6 +109,7 @@ def load_script(path: Path) -> Any:  # noqa: ANN401 - a Script, or a tool's func
     spec = importlib.util.spec_from_file_location(f"nemo_aligner_{path.stem}", path)
     assert spec and spec.loader, path
     module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # where dataclasses and inspect look for it
     spec.loader.exec_module(module)
     return module.main
 
