@@ -224,5 +224,7 @@ def _of_script(entry: Script[Any]) -> File:
     )
 
 
-_SCRIPTS = (load_script(path) for name, path in find_commands().items() if path.name == f"train_gpt_{name}.py")
+_SCRIPTS = (
+    load_script(path) for name, path in find_commands().items() if path.name == f"train_gpt_{name}.py"
+)
 FILES |= {entry.config_name: _of_script(entry) for entry in _SCRIPTS if entry.config_name not in FILES}
