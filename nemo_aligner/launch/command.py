@@ -71,24 +71,26 @@ def _prepare(words: Sequence[str]) -> Callable[[], object]:
     Raises:
         UserError: there is no such command, or no such setting.
     """
-    commands, (name, *rest) = find_commands(), words or ["--help"]
-    if name in ("-h", "--help", "help"):
-        return lambda: sys.stdout.write(_usage(commands))
-    if name == "--version":
-        return lambda: sys.stdout.write(f"nemo-aligner {nemo_aligner.__version__}\n")
-    if name == "env":
-        from nemo_aligner.launch.environment import report
-
-        return lambda: sys.stdout.write(report())
+    commands, asks_help = find_commands(), bool({"-h", "--help"} & set(words))
+    name, *rest = words or ["--help"]
     shows = name == "config"
-    if shows:
+    if shows and not asks_help:
         name, *rest = rest or [""]
+    match name:
+        case "-h" | "--help" | "help" | "config":
+            return lambda: sys.stdout.write(_usage(commands))
+        case "--version":
+            return lambda: sys.stdout.write(f"nemo-aligner {nemo_aligner.__version__}\n")
+        case "env":
+            from nemo_aligner.launch.environment import report
+
+            return lambda: sys.stdout.write(report())
     if name not in commands:
         near = difflib.get_close_matches(name, [*commands, *OWN], n=1)
         known = f"use one of {', '.join(sorted({*commands, *OWN}))}"
         raise UserError(f"there is no command {name!r}", cure=f"did you mean {near[0]}?" if near else known)
     script = commands[name]
-    if {"-h", "--help"} & set(rest):
+    if asks_help:
         return lambda: sys.stdout.write(_help(name, script))
     entry = load_script(script)
     if shows:
