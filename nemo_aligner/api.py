@@ -149,6 +149,11 @@ class LanguageModel(_Loaded[GPTPolicy]):
         ``step`` is one more word of the random draws' seed: other responses each step.
         """
         sampling.check("sampling")
+        if not prompts or len(prompts) % world.dp_size():
+            raise UserError(
+                f"{len(prompts)} prompts cannot be shared by {world.dp_size()} data parallel ranks",
+                cure="give as many to each rank, and each at least one",
+            )
         mine = [
             Prompt(tokens=tokens_of(prompts[number], self.tokenizer), number=number, sample=sample)
             for number in range(world.dp_rank(), len(prompts), world.dp_size())

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from nemo_aligner.config.explained import REQUIRED, Key, as_yaml, block_of, comment
+from nemo_aligner.config.short_names import COMMAND_DEFAULTS, SHORT_NAMES
 from tools.conf_files import FILES, HEAD, TAIL, File
 
 __all__ = ["CONF", "written"]
@@ -20,6 +21,7 @@ __all__ = ["CONF", "written"]
 ROOT = Path(__file__).parents[1]
 CONF = ROOT / "examples/nlp/gpt/conf"
 PAGES = (ROOT / "docs/RLHFTraining.md", ROOT / "docs/ppo_details.md")
+COMMAND_PAGE = ROOT / "docs/command.md"
 JOBS = {"actor": "gpt_ppo_actor", "critic": "gpt_ppo_critic"}
 # A row of a table in docs: what comes before the default, key and job in it, the default, what comes after.
 _ROW = re.compile(r"(\|(?:[^|`]*\|)* `([\w.]+)`(?: \((critic)\))? \| )(?:as )?`[^`]*`( \|.*)")
@@ -111,9 +113,28 @@ def page(content: str) -> str:
     return "\n".join(lines) + "\n"
 
 
+def command_page(content: str) -> str:
+    """docs/command.md with its two tables."""
+    lines = ["", "| short name | stands for |", "|---|---|"]
+    lines += [
+        f"| `{name}` | {' or '.join(f'`{key}`' for key in keys)} |" for name, keys in SHORT_NAMES.items()
+    ]
+    content = _between(content, "short names", lines)
+    lines = ["", "| key | the command's default |", "|---|---|"]
+    lines += [f"| `{key}` | `{value}` |" for key, value in COMMAND_DEFAULTS.items()]
+    return _between(content, "defaults", lines)
+
+
+def _between(content: str, name: str, lines: list[str]) -> str:
+    start = f"<!-- {name}: written by make conf -->\n"
+    before, _, rest = content.partition(start)
+    return f"{before}{start}{chr(10).join(lines)}\n\n{rest[rest.index('<!-- end -->') :]}"
+
+
 def written() -> dict[Path, str]:
     """{path: what it is to hold}, of pages and each file but _base/hydra.yaml, which has no setting of ours."""
     files = {CONF / f"{name}.yaml": text(file) for name, file in FILES.items()}
+    files[COMMAND_PAGE] = command_page(COMMAND_PAGE.read_text())
     return files | {path: page(path.read_text()) for path in PAGES}
 
 

@@ -3,7 +3,6 @@
 
 import logging
 import shlex
-import sys
 from pathlib import Path
 
 from nemo_aligner.config.base import Job
@@ -26,33 +25,23 @@ def say_next(job: Job, run: Experiment) -> None:
 
 def _next(job: Job, nemo: Path) -> dict[str, str]:
     """{what for: command}."""
-    found = {}
-    if not isinstance(job, RMJob):
-        found["ask it"] = _command("generate.py", f"model.restore_from_path={nemo}")
-    if isinstance(job, RMJob):
-        found["serve rewards"] = _command("serve_reward_model.py", f"rm_model_file={nemo}")
-    found["have it for transformers"] = _command(
-        "export_hf.py", "--in-file", str(nemo), "--out-file", f"{nemo.with_suffix('')}_hf"
-    )
+    model = f"model={nemo}"
+    found = {"have it for transformers": _command("export", model, f"out={nemo.with_suffix('')}_hf")}
     match job:
-        case SFTJob():
-            found["make a reward model of it"] = _command(
-                "train_reward_model.py",
-                f"pretrained_checkpoint.restore_from_path={nemo}",
-                "model.data.data_prefix={train: [PAIRS.jsonl], validation: [MORE_PAIRS.jsonl]}",
-            )
         case RMJob():
+            found["serve rewards"] = _command("serve", model)
             found["have a fine-tuned model learn from it"] = _command(
-                "run_ppo.py",
-                f"critic.pretrained_checkpoint.restore_from_path={nemo}",
-                "actor.pretrained_checkpoint.restore_from_path=SFT.nemo",
-                "actor.model.data.data_prefix={train: [PROMPTS.jsonl], validation: [MORE_PROMPTS.jsonl]}",
+                "ppo",
+                f"reward_{model}",
+                "model=SFT.nemo",
+                "data=PROMPTS.jsonl",
+                "validation=MORE_PROMPTS.jsonl",
             )
-    return found
+            return found
+        case SFTJob():
+            found["make a reward model of it"] = _command("rm", model, "data=PAIRS.jsonl", "validation=0.1")
+    return {"ask it": _command("chat", model)} | found
 
 
-def _command(script: str, *words: str) -> str:
-    path = Path(sys.argv[0]).resolve().parent / script
-    return shlex.join(
-        ["python", str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path), *words]
-    )
+def _command(*words: str) -> str:
+    return shlex.join(["nemo-aligner", *words])

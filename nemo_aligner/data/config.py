@@ -126,12 +126,8 @@ class SFTDataConfig:
 
     def part(self, split: SFTSplitConfig) -> Split:
         """The rows of its file that a split has."""
-        border = 1 - share_of(self.validation_ds.file_path)
-        whole = Split(paths=(split.file_path,))
-        if border == 1:
-            return whole
-        is_validation = isinstance(split, ValidationSplitConfig)
-        return replace(whole, start=border) if is_validation else replace(whole, stop=border)
+        whole, share = Split(paths=(split.file_path,)), share_of(self.validation_ds.file_path)
+        return whole.cut(share)[isinstance(split, ValidationSplitConfig)] if share else whole
 
     def __post_init__(self) -> None:
         if self.chat_template not in (None, "prompt_tokens", "tokenizer"):

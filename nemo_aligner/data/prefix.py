@@ -26,6 +26,7 @@ class Split:
     weights: tuple[float, ...] = ()  # each path's share of an epoch's rows, sum 1; empty: every row once
     start: float = 0.0  # the part of each file that is read, as shares of its rows
     stop: float = 1.0
+    in_two: bool = False  # each part of a cut has a row where there are two
 
     def rows(self, num_rows: int) -> range:
         """Which of a file's ``num_rows`` rows belong to this split.
@@ -34,14 +35,15 @@ class Split:
         >>> parts.train.rows(300), parts.test.rows(300)
         (range(0, 294), range(297, 300))
         """
-        return range(_border(self.start, num_rows), _border(self.stop, num_rows))
+        return range(self._border(self.start, num_rows), self._border(self.stop, num_rows))
 
+    def cut(self, share: float) -> tuple["Split", "Split"]:
+        """All but the last ``share`` of its rows, and those; each has a row where there are two."""
+        return replace(self, stop=1 - share, in_two=True), replace(self, start=1 - share, in_two=True)
 
-def _border(share: float, num_rows: int) -> int:
-    """Rows before it; of two rows or more, each side of a cut has one."""
-    if share in (0, 1) or num_rows < 2:
-        return round(share * num_rows)
-    return min(max(round(share * num_rows), 1), num_rows - 1)
+    def _border(self, share: float, num_rows: int) -> int:
+        border = round(share * num_rows)
+        return min(max(border, 1), num_rows - 1) if self.in_two and 0 < share < 1 < num_rows else border
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -116,8 +118,7 @@ def _by_name(given: Mapping[str, object]) -> DataPrefix:
         if split is not None and not (share and name == "validation")
     }
     if share:
-        splits["validation"] = replace(splits["train"], start=1 - share)
-        splits["train"] = replace(splits["train"], stop=1 - share)
+        splits["train"], splits["validation"] = splits["train"].cut(share)
     extra = {name: split for name, split in splits.items() if name not in ("train", "validation", "test")}
     return DataPrefix(
         train=splits["train"],

@@ -1,15 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """How a command line tool ends: with a user's mistake told plainly, or with a clean stop. Knows no tool."""
 
+import argparse
 import logging
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import NoReturn
 
 from nemo_aligner.errors import UserError
 from nemo_aligner.launch.stacks import show_stacks_on_signal
 
-__all__ = ["INTERRUPTED_CODE", "OS_ERROR_CURE", "USER_ERROR_CODE", "quiet_libraries", "run_cli"]
+__all__ = ["INTERRUPTED_CODE", "OS_ERROR_CURE", "USER_ERROR_CODE", "conversion", "quiet_libraries", "run_cli"]
 
 USER_ERROR_CODE = 2
 INTERRUPTED_CODE = 130  # 128 + SIGINT, as shells count
@@ -20,6 +22,40 @@ def quiet_libraries(level: int = logging.WARNING) -> None:
     """Hear of the libraries what has ``level`` or more."""
     for noisy in ("megatron", "torch", "transformers", "fsspec", "hydra"):
         logging.getLogger(noisy).setLevel(level)
+
+
+def conversion(
+    doc: str | None, *, source: str = "--in-file", takes: str
+) -> Callable[[Callable[[Path, str, bool], None]], Callable[[], None]]:
+    """Make a tool's main out of a function of what is read, what is written, and whether that may be replaced.
+
+    Args:
+        doc: the tool's, for --help.
+        source: the flag that names what is read; ``model=`` does too, and ``out=`` and ``overwrite=True`` are flags.
+        takes: what may be read.
+    """
+
+    def decorate(convert: Callable[[Path, str, bool], None]) -> Callable[[], None]:
+        def main() -> None:
+            form = argparse.RawDescriptionHelpFormatter
+            parser = argparse.ArgumentParser(description=doc, formatter_class=form)
+            parser.add_argument(source, dest="source", type=Path, required=True, help=takes)
+            parser.add_argument(
+                "--out-file", required=True, help="what to write; a .nemo with / at its end: a folder"
+            )
+            parser.add_argument("--overwrite", action="store_true", help="replace an output that exists")
+            short = {"model": source, "out": "--out-file"}
+            words: list[str] = []
+            for word in sys.argv[1:]:
+                name, _, value = word.partition("=")
+                words += [short[name], value] if name in short else [word]
+            flags = {"overwrite=true": ["--overwrite"], "overwrite=false": []}
+            args = parser.parse_args([flag for word in words for flag in flags.get(word.lower(), [word])])
+            convert(args.source, args.out_file, args.overwrite)
+
+        return main
+
+    return decorate
 
 
 def run_cli(main: Callable[[], None]) -> NoReturn:

@@ -8,7 +8,6 @@ import ast
 import difflib
 import importlib.util
 import os
-import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -35,7 +34,6 @@ OWN = {
     "env": "Versions and hardware, for a bug report.",
     "chat": "A conversation at the terminal, or with what stdin says, line by line.",
 }
-_FLAGS = {"model": "--in-file", "out": "--out-file"}  # of the scripts that convert
 _USAGE = """Usage: nemo-aligner COMMAND [SETTING=VALUE ...] [--config FILE.yaml]
        nemo-aligner COMMAND --help    (its settings by their short names)
 
@@ -71,24 +69,26 @@ def _prepare(words: Sequence[str]) -> Callable[[], object]:
     Raises:
         UserError: there is no such command, or no such setting.
     """
-    commands, (name, *rest) = find_commands(), words or ["--help"]
-    if name in ("-h", "--help", "help"):
-        return lambda: sys.stdout.write(_usage(commands))
-    if name == "--version":
-        return lambda: sys.stdout.write(f"nemo-aligner {nemo_aligner.__version__}\n")
-    if name == "env":
-        from nemo_aligner.launch.environment import report
-
-        return lambda: sys.stdout.write(report())
+    commands, asks_help = find_commands(), bool({"-h", "--help"} & set(words))
+    name, *rest = words or ["--help"]
     shows = name == "config"
-    if shows:
+    if shows and not asks_help:
         name, *rest = rest or [""]
+    match name:
+        case "-h" | "--help" | "help" | "config":
+            return lambda: sys.stdout.write(_usage(commands))
+        case "--version":
+            return lambda: sys.stdout.write(f"nemo-aligner {nemo_aligner.__version__}\n")
+        case "env":
+            from nemo_aligner.launch.environment import report
+
+            return lambda: sys.stdout.write(report())
     if name not in commands:
         near = difflib.get_close_matches(name, [*commands, *OWN], n=1)
         known = f"use one of {', '.join(sorted({*commands, *OWN}))}"
         raise UserError(f"there is no command {name!r}", cure=f"did you mean {near[0]}?" if near else known)
     script = commands[name]
-    if {"-h", "--help"} & set(rest):
+    if asks_help:
         return lambda: sys.stdout.write(_help(name, script))
     entry = load_script(script)
     if shows:
@@ -100,7 +100,11 @@ def _prepare(words: Sequence[str]) -> Callable[[], object]:
         return entry
     from nemo_aligner.launch.cli import run_cli
 
-    sys.argv = [str(script), *_words_of_tool(name, script, rest)]
+    if name == "ppo":
+        from nemo_aligner.launch.ppo_jobs import words_of_jobs
+
+        rest = words_of_jobs(rest, lambda file: load_script(script.with_name(file)).kind)
+    sys.argv = [str(script), *rest]
     return lambda: run_cli(entry)
 
 
@@ -112,24 +116,6 @@ def load_script(path: Path) -> Any:  # noqa: ANN401 - a Script, or a tool's func
     sys.modules[spec.name] = module  # where dataclasses and inspect look for it
     spec.loader.exec_module(module)
     return module.main
-
-
-def _words_of_tool(name: str, script: Path, words: Sequence[str]) -> list[str]:
-    """Of a script with flags, or of one that starts jobs."""
-    if name == "ppo":
-        from nemo_aligner.launch.ppo_jobs import words_of_jobs
-
-        return words_of_jobs(words, lambda file: load_script(script.with_name(file)).kind)
-    found = []
-    for word in words:
-        key, sign, value = word.partition("=")
-        if sign and key in _FLAGS:
-            found += [_FLAGS[key], value]
-        elif key == "overwrite" and sign:
-            found += ["--overwrite"] * (value.lower() == "true")
-        else:
-            found.append(word)
-    return found
 
 
 def _shown(name: str, entry: Any, words: Sequence[str]) -> Callable[[], object]:  # noqa: ANN401
@@ -162,11 +148,17 @@ def _help(name: str, script: Path) -> str:
     from nemo_aligner.config.explained import meaning_of
     from nemo_aligner.config.short_names import command_defaults, short_names
 
-    names, lines = short_names(kind), [f"nemo-aligner {name}: {_doc(script)}", "", "Short names:"]
+    names, (what, *_) = short_names(kind), _doc(script).split("\n\n")
+    lines = [
+        f"nemo-aligner {name} SETTING=VALUE ...",
+        "",
+        what,
+        "",
+        "Short names, and the keys that they stand for:",
+    ]
     for short, key in names.items():
         lines += [f"  {short:<17} {key}", f"{'':<20}{meaning_of(kind, key)}"]
     if defaults := command_defaults(kind):
         lines += ["", "Defaults of this command that the script alone does not have:"]
         lines += [f"  {key}={value}" for key, value in defaults.items()]
-    more = f"All settings, with their meanings: nemo-aligner config {name}"
-    return "\n".join([*lines, "", re.sub(r"\s+$", "", more)]) + "\n"
+    return "\n".join([*lines, "", f"All settings, with their meanings: nemo-aligner config {name}", ""])

@@ -13,20 +13,21 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, Generic, TypeVar
 
 import hydra
 from hydra.errors import HydraException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from nemo_aligner.config.base import ModelJob
 from nemo_aligner.errors import UserError
 from nemo_aligner.launch import amx, local
 from nemo_aligner.launch.children import STARTER_VARIABLE, follow_parent
 from nemo_aligner.launch.cli import INTERRUPTED_CODE, OS_ERROR_CURE, USER_ERROR_CODE, quiet_libraries
 from nemo_aligner.launch.stacks import show_stacks_on_signal
 from nemo_aligner.launch.typed import as_hydra_reads
-from nemo_aligner.parallel.ranks import Layout, Ranks, discover
+from nemo_aligner.parallel.ranks import Ranks, discover
 from nemo_aligner.run.experiment import keep_early_records
 from nemo_aligner.run.stop import STOP_SIGNALS, StoppedEarly, Terminated
 
@@ -35,48 +36,7 @@ __all__ = ["Script", "compose", "script"]
 logger = logging.getLogger(__name__)
 
 
-class _Trainer(Protocol):
-    @property
-    def num_nodes(self) -> int: ...
-
-    @property
-    def devices(self) -> int: ...
-
-    @property
-    def collective_timeout(self) -> float: ...
-
-
-class _Model(Protocol):
-    @property
-    def seed(self) -> int: ...
-
-    @property
-    def layout(self) -> Layout: ...
-
-
-class Job(Protocol):
-    """The settings that starting ranks needs."""
-
-    @property
-    def trainer(self) -> _Trainer:
-        """The ``trainer`` block."""
-        ...
-
-    @property
-    def model(self) -> _Model:
-        """The ``model`` block."""
-        ...
-
-    def check(self, world_size: int | None = None) -> None:
-        """Refuse what needs neither file nor rank to be seen as wrong."""
-        ...
-
-    def check_paths(self) -> None:
-        """Refuse files that are not there, before ranks are started."""
-        ...
-
-
-J = TypeVar("J", bound=Job)
+J = TypeVar("J", bound=ModelJob)
 
 
 @dataclass(frozen=True, kw_only=True)

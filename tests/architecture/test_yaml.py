@@ -7,8 +7,9 @@ import pytest
 import yaml
 from omegaconf import OmegaConf
 
+from nemo_aligner.config.explained import as_yaml, meaning
 from nemo_aligner.run.schedule import LoopConfig, SupervisedConfig
-from tools.conf import as_yaml, meaning, page, written
+from tools.conf import page, written
 
 ROOT = Path(__file__).parents[2]
 CONF = ROOT / "examples/nlp/gpt/conf"

@@ -4,26 +4,17 @@
 python examples/nlp/gpt/convert_hf_llama_to_nemo.py --in-file HF_FOLDER --out-file mcore_gpt.nemo
 """
 
-import argparse
 from pathlib import Path
 
-from nemo_aligner.launch.cli import run_cli
+from nemo_aligner.launch.cli import conversion, run_cli
 
 
-def main() -> None:
+@conversion(__doc__, takes="Hugging Face folder, or a .gguf file")
+def main(source: Path, out: str, overwrite: bool) -> None:
     """Converts as the command line says."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--in-file", type=Path, required=True, help="Hugging Face folder, or a .gguf file")
-    parser.add_argument("--out-file", required=True, help="the .nemo to write; with / at its end, a folder")
-    parser.add_argument("--overwrite", action="store_true", help="replace an output that exists")
-    args = parser.parse_args()
     from nemo_aligner.checkpoint.convert import import_from_huggingface
 
-    import_from_huggingface(
-        args.in_file, args.out_file, overwrite=args.overwrite, architecture="LlamaForCausalLM"
-    )
+    import_from_huggingface(source, out, overwrite=overwrite, architecture="LlamaForCausalLM")
 
 
 if __name__ == "__main__":

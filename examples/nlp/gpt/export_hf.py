@@ -4,26 +4,17 @@
 python examples/nlp/gpt/export_hf.py --in-file model.nemo --out-file HF_FOLDER
 """
 
-import argparse
 from pathlib import Path
 
-from nemo_aligner.launch.cli import run_cli
+from nemo_aligner.launch.cli import conversion, run_cli
 
 
-def main() -> None:
+@conversion(__doc__, takes="a .nemo, or the folder it was extracted to")
+def main(source: Path, out: str, overwrite: bool) -> None:
     """Converts as the command line says."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "--in-file", type=Path, required=True, help="a .nemo, or the folder it was extracted to"
-    )
-    parser.add_argument("--out-file", type=Path, required=True, help="the folder to write")
-    parser.add_argument("--overwrite", action="store_true", help="replace an output that exists")
-    args = parser.parse_args()
     from nemo_aligner.checkpoint.convert import export_to_huggingface
 
-    export_to_huggingface(args.in_file, args.out_file, overwrite=args.overwrite)
+    export_to_huggingface(source, Path(out), overwrite=overwrite)
 
 
 if __name__ == "__main__":
