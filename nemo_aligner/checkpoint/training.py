@@ -56,6 +56,8 @@ DAMAGED = "damaged"  # below it lies what was set aside
 
 logger = logging.getLogger(__name__)
 
+Newest = Callable[[list[Checkpoint]], list[Checkpoint]]
+
 
 class Trained(Protocol):
     """What a checkpoint holds tensors of."""
@@ -131,8 +133,7 @@ class TrainingCheckpoints:
         trained: whose tensors are saved.
         model_config: model_config.yaml's content.
         files: the other files of the .nemo, by name.
-        keep_newest: how many of the newest are kept beside the best, not counting those that another job's
-            checkpoint lacks (``is_half`` False in their state).
+        spare: of all checkpoints, oldest first, those that are kept beside the best and the newest.
         identity: of the run, on rank 0; each checkpoint keeps it.
     """
 
@@ -144,10 +145,10 @@ class TrainingCheckpoints:
         *,
         model_config: dict[str, Any],
         files: Mapping[str, Path | bytes],
-        keep_newest: int = 1,
+        spare: Newest = lambda _: [],
         identity: RunIdentity | None = None,
     ) -> None:
-        self.folder, self.config, self._trained, self._keep_newest = folder, config, trained, keep_newest
+        self.folder, self.config, self._trained, self._spare = folder, config, trained, spare
         self._model_config, self._files, self._identity = model_config, files, identity
         self._executor = ThreadPoolExecutor(1, "save") if config.async_save else None
         self._pending: _Save | None = None
@@ -276,8 +277,8 @@ class TrainingCheckpoints:
         found = world.is_logging_rank() and step in (c.state.step for c in find_checkpoints(self.folder))
         return collectives.broadcast_object(found)
 
-    def discard(self, is_over: Callable[[TrainerState], bool]) -> None:
-        """Remove the checkpoints whose state ``is_over``, and what a save has left that did not become one."""
+    def discard(self, is_over: Callable[[Checkpoint], bool]) -> None:
+        """Remove the checkpoints that are over, and what a save has left that did not become one."""
         if self._pending is not None:
             # A thread that still writes would find its folder gone; how its save ends is of no matter now.
             wait(self._pending.written.values())
@@ -287,7 +288,7 @@ class TrainingCheckpoints:
             if world.is_logging_rank():
                 remove_unfinished(self.folder)
                 for checkpoint in find_checkpoints(self.folder):
-                    if is_over(checkpoint.state):
+                    if is_over(checkpoint):
                         logger.info("removing %s: the run goes on from before it", checkpoint.path)
                         _remove(checkpoint.path)
 
@@ -308,7 +309,7 @@ class TrainingCheckpoints:
 
     def _prune(self) -> None:
         found = find_checkpoints(self.folder)
-        for checkpoint in prunable(found, self.config, keep_newest=self._keep_newest):
+        for checkpoint in prunable(found, self.config, spare=self._spare):
             _remove(checkpoint.path)
 
     def _pack(self, checkpoint: Path, path: Path, *, overwrite: bool) -> None:
@@ -362,18 +363,17 @@ def ranked(checkpoints: list[Checkpoint], config: CheckpointCallbackConfig) -> l
 
 
 def prunable(
-    checkpoints: list[Checkpoint], config: CheckpointCallbackConfig, *, keep_newest: int = 1
+    checkpoints: list[Checkpoint], config: CheckpointCallbackConfig, *, spare: Newest = lambda _: []
 ) -> list[Checkpoint]:
-    """Those that are neither among the best ``save_top_k`` nor among the newest, with or without their other half.
+    """Those that are neither among the best ``save_top_k`` nor the newest, nor among those that ``spare`` names.
 
     Of those whose last step was not skipped the newest stays as well: beyond it nothing may be worth going on from.
     """
     if config.save_top_k < 0:
         return []
     in_order = sorted(checkpoints, key=lambda checkpoint: checkpoint.state.step)
-    pairs = [checkpoint for checkpoint in in_order if checkpoint.state.algorithm.get("is_half", True)]
     sound = [checkpoint for checkpoint in in_order if not checkpoint.state.skipped_steps]
-    newest = [*pairs[-keep_newest:], *in_order[-1:], *sound[-1:]]
+    newest = [*spare(in_order), *in_order[-1:], *sound[-1:]]
     return [c for c in ranked(checkpoints, config)[config.save_top_k :] if c not in newest]
 
 

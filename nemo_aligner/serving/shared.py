@@ -148,11 +148,15 @@ class SharedCritic:
         assert (critic is not None) == world.is_logging_rank()
         self._critic = critic
 
-    def state_dict(self) -> dict[str, Any]:
-        """What the actor's checkpoint holds of it; on rank 0, elsewhere nothing."""
-        if self._critic is None:
-            return {}
-        return {"run_id": self._critic.run_id, "critic_sequence": self._critic.sequence}
+    @property
+    def run_id(self) -> str:
+        """Under which the critic knows the actor's run; on rank 0."""
+        return self._critic.run_id if self._critic else ""
+
+    @property
+    def sequence(self) -> int:
+        """Train requests so far; on rank 0."""
+        return self._critic.sequence if self._critic else 0
 
     def judge(self, batch: TokenBatch, *, rows: int) -> Pending[tuple[Tensor, Tensor]]:
         """(rewards [B], values [B, S]) of a batch that every rank has, asked for so many rows at a time."""
