@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -18,27 +18,14 @@ from torch import Tensor
 from nemo_aligner.algorithms.ppo_config import RewardConfig
 from nemo_aligner.algorithms.skips import NotFinite
 from nemo_aligner.batch import Rollout
+from nemo_aligner.data.sample import PromptSample
 from nemo_aligner.errors import UserError
 from nemo_aligner.parallel import collectives, world
 
-__all__ = ["PromptRow", "RewardFunction", "load_function", "score_by_functions", "weighted_sum"]
+__all__ = ["RewardFunction", "load_function", "score_by_functions", "weighted_sum"]
 
 RewardFunction = Callable[..., float]
 """``function(prompt=str, response=str, tokens=list[int], row=dict) -> float``; ``row`` is the prompt's JSON object."""
-
-
-class PromptRow(Protocol):
-    """A prompt and the JSON object that it stands in."""
-
-    @property
-    def text(self) -> str:
-        """The prompt's text."""
-        ...
-
-    @property
-    def row(self) -> Mapping[str, object]:
-        """The fields of its line."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -76,7 +63,7 @@ def load_function(setting: str, path: str) -> RewardFunction:
 def score_by_functions(
     functions: Mapping[str, RewardFunction],
     rollout: Rollout,
-    prompts: Mapping[int, PromptRow],
+    prompts: Mapping[int, PromptSample],
     *,
     text: Callable[[Sequence[int]], str],
 ) -> dict[str, Tensor]:
@@ -109,7 +96,7 @@ def score_by_functions(
 def _score(
     functions: Mapping[str, RewardFunction],
     rollout: Rollout,
-    prompts: Mapping[int, PromptRow],
+    prompts: Mapping[int, PromptSample],
     text: Callable[[Sequence[int]], str],
 ) -> dict[int, list[float]] | _Failed:
     found: dict[int, list[float]] = {}

@@ -8,7 +8,7 @@ Shapes: N answers of all ranks, S positions.
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -16,6 +16,8 @@ from torch import Tensor
 from nemo_aligner.algorithms.ppo_config import RolloutConfig
 from nemo_aligner.algorithms.skips import check_finite
 from nemo_aligner.batch import Prompt, Rollout, TokenBatch, concatenated
+from nemo_aligner.data.loader import BatchLoader
+from nemo_aligner.data.sample import PromptSample
 from nemo_aligner.models.alignable_interface import AlignableGenerativeInterface
 from nemo_aligner.models.sampling_config import SamplingConfig
 from nemo_aligner.parallel import collectives, world
@@ -25,29 +27,7 @@ __all__ = ["Prompts", "Rollouts", "collect", "cut", "deal", "lengths_of", "per_t
 logger = logging.getLogger(__name__)
 
 B = TypeVar("B", bound=TokenBatch)
-
-
-class Prompts(Protocol):
-    """A source of prompts, as this data parallel rank sees them."""
-
-    @property
-    def batches_per_epoch(self) -> int:
-        """Rollouts in one pass over the prompts."""
-        ...
-
-    @property
-    def rows_per_batch(self) -> int:
-        """Prompts of a rollout over all ranks."""
-        ...
-
-    @property
-    def fingerprint(self) -> dict[str, object]:
-        """What makes up the batches: equal fingerprints, equal batches."""
-        ...
-
-    def batch(self, index: int) -> list[list[Any]]:
-        """This rank's prompts of rollout ``index``, one to a list, in runs: the first rank has the first ones."""
-        ...
+Prompts = BatchLoader[PromptSample, list[PromptSample]]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,9 +3,9 @@
 
 from dataclasses import dataclass
 
-from nemo_aligner.algorithms.rewards import PromptRow
 from nemo_aligner.algorithms.rollout import Prompts, Rollouts, collect
 from nemo_aligner.batch import Prompt, Rollout
+from nemo_aligner.data.sample import PromptSample
 from nemo_aligner.models.alignable_interface import AlignableGenerativeInterface
 from nemo_aligner.parallel import world
 from nemo_aligner.run.stopwatch import Stopwatch
@@ -23,7 +23,7 @@ class Sampler:
 
     def sample(
         self, source: Prompts, index: int, draw: int, *, responses: int, slots: int, watch: Stopwatch
-    ) -> tuple[Rollout, dict[int, PromptRow]]:
+    ) -> tuple[Rollout, dict[int, PromptSample]]:
         """Responses to batch ``index`` of the prompts, on every rank, and this data parallel rank's prompts by number.
 
         Args:

@@ -8,10 +8,11 @@ import torch
 from torch import Tensor
 
 from nemo_aligner.algorithms.ppo_config import RewardConfig
-from nemo_aligner.algorithms.rewards import PromptRow, RewardFunction, score_by_functions, weighted_sum
+from nemo_aligner.algorithms.rewards import RewardFunction, score_by_functions, weighted_sum
 from nemo_aligner.algorithms.rollout import Rollouts, cut, per_token
 from nemo_aligner.algorithms.skips import check_finite
 from nemo_aligner.batch import Rollout, Scored
+from nemo_aligner.data.sample import PromptSample
 from nemo_aligner.models.alignable_interface import AlignableGenerativeInterface
 from nemo_aligner.run.stopwatch import Stopwatch
 from nemo_aligner.serving.shared import Pending, SharedCritic, SharedReward
@@ -57,7 +58,7 @@ class Scorer:
     give_up: Callable[[], bool] = lambda: False  # asked on rank 0 while it waits for a server
 
     def score(
-        self, rollout: Rollout, prompts: Mapping[int, PromptRow], watch: Stopwatch, *, with_reference: bool
+        self, rollout: Rollout, prompts: Mapping[int, PromptSample], watch: Stopwatch, *, with_reference: bool
     ) -> tuple[Scored, Scores]:
         """The rollout with all that is known of it; servers work while log-probs are computed.
 
@@ -111,7 +112,7 @@ class Scorer:
         return None if server is None else server.judge(batch, rows=rows)
 
     def scores(
-        self, asked: Reply, rollout: Rollout, prompts: Mapping[int, PromptRow], watch: Stopwatch
+        self, asked: Reply, rollout: Rollout, prompts: Mapping[int, PromptSample], watch: Stopwatch
     ) -> Scores:
         """What functions say, and servers that were ``asked``.
 

@@ -5,7 +5,7 @@ import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Protocol
+from typing import Any
 
 import torch
 
@@ -14,6 +14,7 @@ from nemo_aligner.algorithms.skips import counted, refuse_to_end
 from nemo_aligner.batch import TokenBatch
 from nemo_aligner.checkpoint.trainer_state import Checkpoint, TrainerState
 from nemo_aligner.checkpoint.training import TrainingCheckpoints, monitor_name
+from nemo_aligner.data.loader import BatchLoader
 from nemo_aligner.models.alignable_interface import SupervisedInterface
 from nemo_aligner.objectives.protocol import Objective, Sums
 from nemo_aligner.parallel import collectives, world
@@ -23,9 +24,11 @@ from nemo_aligner.run.progress import ProgressBar
 from nemo_aligner.run.schedule import SupervisedConfig, limited, make_plan
 from nemo_aligner.run.stop import StopRequest
 
-__all__ = ["Batches", "SupervisedState", "SupervisedTrainer"]
+__all__ = ["SupervisedState", "SupervisedTrainer"]
 
 logger = logging.getLogger(__name__)
+
+Batches = BatchLoader[Any, Any]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,34 +36,6 @@ class SupervisedState:
     """What a supervised loop goes on from beside its weights."""
 
     unvalidated_step: int | None = None  # whose validation a signal has ended
-
-
-class Batches(Protocol):
-    """A source of global batches, as this data parallel rank sees them."""
-
-    @property
-    def batches_per_epoch(self) -> int:
-        """Global batches in one pass over the data."""
-        ...
-
-    @property
-    def fingerprint(self) -> dict[str, object]:
-        """What makes up the batches: equal fingerprints, equal batches."""
-        ...
-
-    @property
-    def num_seen(self) -> int:
-        """Samples that this rank has handed out so far."""
-        ...
-
-    @property
-    def num_truncated(self) -> int:
-        """Samples that this rank has cut so far."""
-        ...
-
-    def iterate(self, start: int, stop: int) -> Iterator[list[TokenBatch]]:
-        """Micro-batches of global batches ``start`` to ``stop - 1``, counted on from epoch to epoch."""
-        ...
 
 
 class SupervisedTrainer:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from nemo_aligner.algorithms.critic_link import PPOState
 from nemo_aligner.algorithms.rewards import load_function
-from nemo_aligner.algorithms.rollout import Rollouts
+from nemo_aligner.algorithms.rollout import Prompts, Rollouts
 from nemo_aligner.algorithms.scoring import RewardSources
 from nemo_aligner.builders.loaders import longest_sequence
 from nemo_aligner.builders.models import Pretrained, load_policy, needed_tokenizer
@@ -23,7 +23,6 @@ from nemo_aligner.data.collate import collate_prompts
 from nemo_aligner.data.datasets import open_prompts
 from nemo_aligner.data.loader import BatchLoader
 from nemo_aligner.data.prefix import Split
-from nemo_aligner.data.sample import PromptSample
 from nemo_aligner.data.sampler import GlobalBatchSampler
 from nemo_aligner.data.tokenizer import Tokenizer
 from nemo_aligner.errors import UserError
@@ -40,8 +39,6 @@ from nemo_aligner.serving.shared import CriticLost, Pending, SharedCritic, Share
 __all__ = ["actor_objective", "actor_prompts", "actor_rollouts", "load_actor", "open_sources"]
 
 logger = logging.getLogger(__name__)
-
-Prompts = BatchLoader[PromptSample, list[PromptSample]]
 
 
 def load_actor(job: ActorJob, start: Checkpoint | None) -> Pretrained[GPTPolicy]:

@@ -17,9 +17,7 @@ from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
-
-from megatron.core.transformer.module import MegatronModule
+from typing import Any
 
 from nemo_aligner.checkpoint.digests import DIGESTS, Digests, write_digests
 from nemo_aligner.checkpoint.finite import refuse_non_finite
@@ -33,6 +31,7 @@ from nemo_aligner.checkpoint.trainer_state import (
     TrainerState,
     find_checkpoints,
 )
+from nemo_aligner.models.gpt.learner import GPTLearner
 from nemo_aligner.parallel import collectives, world
 from nemo_aligner.run.disk import told_if_full
 from nemo_aligner.run.experiment import TRAINER_STATE, CheckpointCallbackConfig
@@ -57,23 +56,6 @@ DAMAGED = "damaged"  # below it lies what was set aside
 logger = logging.getLogger(__name__)
 
 Newest = Callable[[list[Checkpoint]], list[Checkpoint]]
-
-
-class Trained(Protocol):
-    """What a checkpoint holds tensors of."""
-
-    @property
-    def model(self) -> MegatronModule:
-        """The weights."""
-        ...
-
-    def training_state(self) -> dict[str, Any]:
-        """Everything else that the next step needs."""
-        ...
-
-    def load_training_state(self, state: dict[str, Any]) -> None:
-        """Take over what was loaded into :meth:`training_state`."""
-        ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -141,7 +123,7 @@ class TrainingCheckpoints:
         self,
         folder: Path,
         config: CheckpointCallbackConfig,
-        trained: Trained,
+        trained: GPTLearner,
         *,
         model_config: dict[str, Any],
         files: Mapping[str, Path | bytes],
