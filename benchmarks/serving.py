@@ -118,7 +118,7 @@ class Watched(RewardModelServer):
     computing: dict[str, list[float]] = field(default_factory=dict)  # ms of each request, by its size
 
     def infer(self, batch: TokenBatch) -> Judged:
-        """See Worker."""
+        """See Handler."""
         began = time.perf_counter()
         judged = super().infer(batch)
         size = f"{batch.num_rows} x {batch.seq_length}"

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Generator
 
-__all__ = ["UserError", "damage_told"]
+__all__ = ["Unwound", "UserError", "damage_told"]
 
 _LONGEST_PROBLEM = 3000  # characters
 _LONGEST_SHOWN = 200  # characters of a library's message
@@ -35,6 +35,18 @@ class UserError(ValueError):
     def __reduce__(self) -> tuple[Callable[[str, str], UserError], tuple[str, str]]:
         # Exceptions cross process borders when a rank reports to its starter; keyword-only arguments need this.
         return (_rebuild, (self.problem, self.cure))
+
+
+class Unwound(Exception):
+    """Carries a :class:`UserError` past whoever would tell it too early.
+
+    Attributes:
+        error: for people.
+    """
+
+    def __init__(self, error: UserError) -> None:
+        self.error = error
+        super().__init__(str(error))
 
 
 def _writable(text: str) -> str:

@@ -8,18 +8,28 @@ has yet to learn from.
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 
-from torch import Tensor
-
-from nemo_aligner.batch import TokenBatch, ValueBatch
+from nemo_aligner.batch import ValueBatch
 from nemo_aligner.checkpoint.trainer_state import TrainerState
 from nemo_aligner.checkpoint.training import TrainingCheckpoints
 from nemo_aligner.serving.shared import Pending, SharedCritic
 
-__all__ = ["CriticLink"]
+__all__ = ["CriticLink", "PPOState"]
 
 SIGNAL_SECONDS = 15.0  # that a critic has to save after a signal
+
+
+@dataclass(frozen=True, kw_only=True)
+class PPOState:
+    """What an actor goes on from beside its weights."""
+
+    kl: dict[str, float]  # of the KL controller
+    reward_scaling: dict[str, float]
+    ppo_optimization_step: int = 0  # optimizer steps done
+    validated_step: int | None = None  # the step of the last validation
+    run_id: str = ""  # under which the critic knows the run
+    critic_sequence: int = 0  # train requests that the critic was sent
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,10 +39,6 @@ class CriticLink:
     critic: SharedCritic
     give_up: Callable[[], bool]  # asked on rank 0 while it waits
     steps_per_epoch: int
-
-    def judge(self, batch: TokenBatch, *, rows: int) -> Pending[tuple[Tensor, Tensor]]:
-        """(rewards [B], values [B, S]) of a batch that every rank has, asked for so many rows at a time."""
-        return self.critic.judge(batch, rows=rows)
 
     def train(self, batch: ValueBatch, *, step: int) -> Pending[float]:
         """The critic's loss on the rollout of ``step``."""
@@ -50,33 +56,30 @@ class CriticLink:
         """
         loss = pending.result(give_up=self.give_up)
         if not saves:
-            self.critic.committed(self.critic.state_dict().get("critic_sequence", 0))
+            self.critic.committed(self.critic.sequence)
         return loss
 
     def save_critic(self) -> None:
         """Have the critic saved, with all that it was sent before."""
         self.critic.save().result(give_up=self.give_up)
 
-    def save(self, checkpoints: TrainingCheckpoints, state: TrainerState) -> TrainerState:
-        """Save both jobs; the actor's half becomes a checkpoint when the critic's is one. Returns the state saved."""
-        pending, began = self.critic.save(), time.monotonic()
-        state = self._with_critic(state)
+    def save(self, checkpoints: TrainingCheckpoints, state: TrainerState, own: PPOState) -> None:
+        """Save both jobs; the actor's half becomes a checkpoint when the critic's is one."""
         # Of this moment: with async_save the pair may be complete some steps later.
-        sequence = state.algorithm.get("critic_sequence", 0)
+        pending, began, sequence = self.critic.save(), time.monotonic(), self.critic.sequence
 
         def both_saved() -> None:
             # A signal leaves it some time; then this half is saved with what the critic lacks.
             pending.result(give_up=lambda: self.give_up() and time.monotonic() - began > SIGNAL_SECONDS)
             self.critic.committed(sequence)
 
-        checkpoints.save(state, steps_per_epoch=self.steps_per_epoch, also=both_saved)
-        return state
+        checkpoints.save(self._whole(state, own), steps_per_epoch=self.steps_per_epoch, also=both_saved)
 
-    def save_alone(self, checkpoints: TrainingCheckpoints, state: TrainerState) -> TrainerState:
+    def save_alone(self, checkpoints: TrainingCheckpoints, state: TrainerState, own: PPOState) -> None:
         """Save without the critic: with the train requests that it is to be sent when it comes back."""
-        state = self._with_critic(state)
-        checkpoints.save(state, steps_per_epoch=self.steps_per_epoch, extra=self.critic.unsaved_lessons())
-        return state
+        lessons = self.critic.unsaved_lessons()
+        checkpoints.save(self._whole(state, own), steps_per_epoch=self.steps_per_epoch, extra=lessons)
 
-    def _with_critic(self, state: TrainerState) -> TrainerState:
-        return replace(state, algorithm=state.algorithm | self.critic.state_dict())
+    def _whole(self, state: TrainerState, own: PPOState) -> TrainerState:
+        own = replace(own, run_id=self.critic.run_id, critic_sequence=self.critic.sequence)
+        return replace(state, algorithm=asdict(own))

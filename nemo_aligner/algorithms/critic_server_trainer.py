@@ -7,7 +7,7 @@ import signal
 import time
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 
 from torch import Tensor
 
@@ -28,7 +28,7 @@ from nemo_aligner.serving.inbox import Judged
 from nemo_aligner.serving.protocol import Health, Limits, Scalar, Ticket
 from nemo_aligner.serving.server import Server
 
-__all__ = ["CriticServerConfig", "CriticServerTrainer"]
+__all__ = ["CriticServerConfig", "CriticServerTrainer", "CriticState", "newest_halves"]
 
 logger = logging.getLogger(__name__)
 
@@ -48,6 +48,21 @@ class CriticServerConfig:
     max_skipped_steps: int  # optimizer steps in a row, not finite, after which the job ends
     actor_timeout: float | None  # seconds without a word from the actor after which the job saves and ends
     settings: Mapping[str, Scalar]  # for the actor to compare with its own
+
+
+@dataclass(frozen=True, kw_only=True)
+class CriticState:
+    """What a critic goes on from beside its weights."""
+
+    run_id: str = ""  # of the actor that it learns from
+    sequence: int = 0  # train requests of that run that it has learned from
+    last_loss: float | None = None  # the reply to the last of them
+    is_half: bool = True  # whether the actor has a checkpoint of the same moment, or is about to
+
+
+def newest_halves(found: list[Checkpoint]) -> list[Checkpoint]:
+    """Return what is kept for the actor: until it has saved too, its pair is the one before the newest."""
+    return [one for one in found if one.algorithm(CriticState).is_half][-2:]
 
 
 class CriticServerTrainer:
@@ -72,7 +87,7 @@ class CriticServerTrainer:
     ) -> None:
         self.config, self.model, self.objective, self.run = config, model, objective, run
         self.checkpoints, self._load = checkpoints, load
-        self.state = start.state if start else TrainerState()
+        self._go_to(start)
         self._saved_step = self.state.step
         self._start, self._is_back = start, False
         self._limit = TimeLimit(run.config.max_seconds)
@@ -90,7 +105,7 @@ class CriticServerTrainer:
 
         def should_stop(server: Server) -> bool:
             nonlocal silence, up
-            silence = server.silent_seconds if self.state.algorithm else 0.0
+            silence = server.silent_seconds if self.own.last_loss is not None else 0.0
             timeout, up = self.config.actor_timeout, self._limit.is_up
             return request.number != 0 or up or (timeout is not None and silence > timeout)
 
@@ -114,7 +129,7 @@ class CriticServerTrainer:
         )
 
     def infer(self, batch: TokenBatch) -> Judged:
-        """See Worker."""
+        """See Handler."""
 
         def ask(mine: TokenBatch, micro: int) -> tuple[Tensor | None, Tensor | None]:
             if self.config.gives_rewards:
@@ -127,7 +142,7 @@ class CriticServerTrainer:
             return judge(batch, ask, rows=self.config.inference_rows, multiple=self.config.length_multiple)
 
     def train(self, batch: ValueBatch, ticket: Ticket | None) -> float:
-        """Learn from a rollout, a global batch at a time; the mean loss of the steps that were not skipped. See Worker.
+        """See Learner: a global batch at a time; the mean loss of the steps that were not skipped.
 
         Raises:
             Diverged: too many steps in a row were skipped.
@@ -136,15 +151,13 @@ class CriticServerTrainer:
         size, began = self.config.global_batch_size, time.perf_counter()
         parts = batch.filled(-(-batch.num_rows // size) * size).split(size)
         losses = [self._step(part) for part in parts]
-        known = {"run_id": ticket.run_id, "sequence": ticket.sequence} if ticket else {}
         finite = [loss for loss in losses if math.isfinite(loss)]
         mean = sum(finite) / len(finite) if finite else math.nan
         self._limit.note("step", time.perf_counter() - began)
-        self.state = replace(
-            self.state,
-            consumed_samples=self.state.consumed_samples + batch.num_rows,
-            algorithm=self.state.algorithm | known | {"last_loss": mean},
-        )
+        self.state = replace(self.state, consumed_samples=self.state.consumed_samples + batch.num_rows)
+        self.own = replace(self.own, last_loss=mean)
+        if ticket is not None:
+            self.own = replace(self.own, run_id=ticket.run_id, sequence=ticket.sequence)
         if world.is_logging_rank():
             told = f" of the actor's step {ticket.step}" if ticket else ""
             logger.info(
@@ -180,44 +193,48 @@ class CriticServerTrainer:
         return metrics["loss"]
 
     def save(self, ticket: Ticket | None) -> None:
-        """See Worker."""
+        """See Handler."""
         if self.checkpoints is None:
             raise UserError(
                 "this critic saves nothing: exp_manager.create_checkpoint_callback=False",
                 cure="set it to True in the critic's job, or to False in the actor's",
             )
-        began, half = time.perf_counter(), {"is_half": ticket is not None}
+        began = time.perf_counter()
         self._forget_what_is_over()
         if ticket is not None:
             # What was saved of this step for no actor may be pruned any time; it makes room for the half of a pair.
             step = self.state.step
             self.checkpoints.discard(
-                lambda state: state.step == step and not state.algorithm.get("is_half", True)
+                lambda one: one.state.step == step and not one.algorithm(CriticState).is_half
             )
         if not self.checkpoints.holds(self.state.step):
-            state = replace(self.state, algorithm=self.state.algorithm | half)
-            self.checkpoints.save(state, steps_per_epoch=1)
+            own = replace(self.own, is_half=ticket is not None)
+            self.checkpoints.save(replace(self.state, algorithm=asdict(own)), steps_per_epoch=1)
             self.checkpoints.finish()
         self._saved_step = self.state.step
         self._limit.note("save", time.perf_counter() - began)
 
     def rewind(self, ticket: Ticket) -> None:
-        """See Worker."""
+        """See Handler."""
         checkpoint = self._saved_at(ticket)
         try:
             self._load(checkpoint)
         except UserError as error:
             # Half of it may be loaded: nothing may be computed with that.
             raise RuntimeError(f"going back failed: {error}") from error
-        self.state = checkpoint.state if checkpoint else TrainerState()
+        self._go_to(checkpoint)
         self._saved_step = self.state.step
         self._is_back = True
         self.run.begin(self.state.step)
 
+    def _go_to(self, checkpoint: Checkpoint | None) -> None:
+        self.state = checkpoint.state if checkpoint else TrainerState()
+        self.own = checkpoint.algorithm(CriticState) if checkpoint else CriticState()
+
     def _forget_what_is_over(self) -> None:
         """Once the run goes on from where it went back to: remove the checkpoints of what it does again."""
         if self._is_back and self.checkpoints is not None:
-            self.checkpoints.discard(lambda state: state.step > self._saved_step)
+            self.checkpoints.discard(lambda one: one.state.step > self._saved_step)
         self._is_back = False
 
     def _saved_at(self, ticket: Ticket) -> Checkpoint | None:
@@ -231,20 +248,24 @@ class CriticServerTrainer:
         found = collectives.broadcast_object(found)
         if self._start is not None:
             found.append(self._start)
-        own = [one for one in found if one.state.algorithm.get("run_id") == ticket.run_id]
-        early = [one for one in own if one.stored("sequence") <= ticket.sequence]
-        return max(early, key=lambda one: one.stored("sequence"), default=None)
+        states = [(one.algorithm(CriticState), one) for one in found]
+        early = [
+            (state.sequence, one)
+            for state, one in states
+            if state.run_id == ticket.run_id and state.sequence <= ticket.sequence
+        ]
+        return max(early, key=lambda pair: pair[0], default=(0, None))[1]
 
     def health(self) -> Health:
-        """See Worker."""
-        known, limits = self.state.algorithm, self.config.limits
+        """See Handler."""
+        limits = self.config.limits
         return Health(
             model=self.config.name,
             step=self.state.step,
             vocab_size=limits.vocab_size,
             seq_length=limits.seq_length,
             settings=self.config.settings,
-            run_id=known.get("run_id", ""),
-            sequence=known.get("sequence", 0),
-            last_loss=known.get("last_loss"),
+            run_id=self.own.run_id,
+            sequence=self.own.sequence,
+            last_loss=self.own.last_loss,
         )

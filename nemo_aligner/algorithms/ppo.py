@@ -8,17 +8,15 @@ is none.
 import logging
 import signal
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, replace
 
-from nemo_aligner.algorithms.critic_link import CriticLink
+from nemo_aligner.algorithms.critic_link import CriticLink, PPOState
 from nemo_aligner.algorithms.milestones import Milestones
 from nemo_aligner.algorithms.ppo_config import PPOConfig
-from nemo_aligner.algorithms.rewards import RewardFunction
 from nemo_aligner.algorithms.rollout import Prompts, Rollouts
 from nemo_aligner.algorithms.rollout_metrics import learning_metrics, rollout_metrics, summary, table_rows
 from nemo_aligner.algorithms.sampler import Sampler
-from nemo_aligner.algorithms.scoring import Scorer, Scores
+from nemo_aligner.algorithms.scoring import RewardSources, Scorer, Scores
 from nemo_aligner.algorithms.skips import NotFinite, check_finite, refuse_to_end
 from nemo_aligner.algorithms.updates import Updates
 from nemo_aligner.batch import Experience, Scored
@@ -35,25 +33,13 @@ from nemo_aligner.run.progress import ProgressBar
 from nemo_aligner.run.schedule import make_plan
 from nemo_aligner.run.stop import StoppedEarly, StopRequest
 from nemo_aligner.run.stopwatch import Stopwatch
-from nemo_aligner.serving.shared import CriticLost, SharedCritic, SharedReward, WaitEnded
+from nemo_aligner.serving.shared import CriticLost, WaitEnded
 
-__all__ = ["PPOTrainer", "RewardSources"]
+__all__ = ["PPOTrainer"]
 
 logger = logging.getLogger(__name__)
 
 VALIDATION_DRAW = 1 << 30  # the same each time, and that of no step
-
-
-@dataclass(frozen=True, kw_only=True)
-class RewardSources:
-    """Who judges responses."""
-
-    # gives values, and rewards too where it has a reward model; None: no critic
-    critic: SharedCritic | None = None
-    reward: SharedReward | None = None  # a reward model where there is no critic
-    functions: Mapping[str, RewardFunction] = field(
-        default_factory=dict[str, RewardFunction]
-    )  # by name in trainer.ppo.rewards
 
 
 class PPOTrainer:
@@ -91,9 +77,9 @@ class PPOTrainer:
         self.critic: CriticLink | None = None
         self._critic_lacks_lessons = False
         self.state = TrainerState(
-            data=self.train.fingerprint | {"steps_per_epoch": self.plan.steps_per_epoch},
-            algorithm={"ppo_optimization_step": 0},
+            data=self.train.fingerprint | {"steps_per_epoch": self.plan.steps_per_epoch}
         )
+        self.own = PPOState(kl=self.kl.state_dict(), reward_scaling=self.scaling.state_dict())
 
     def resume(self, start: Checkpoint) -> None:
         """Go on from ``start``, whose weights the policy has.
@@ -102,8 +88,9 @@ class PPOTrainer:
             UserError: ``start`` is at the end of the plan, or its run had other prompts.
         """
         self.state = self.milestones.restore(start, self.state.data)
-        self.kl = self.kl.restored(start.stored("kl"))
-        self.scaling = self.scaling.restored(start.stored("reward_scaling"))
+        self.own = start.algorithm(PPOState)
+        self.kl = self.kl.restored(self.own.kl)
+        self.scaling = self.scaling.restored(self.own.reward_scaling)
         self._critic_lacks_lessons = read_extra(start) is not None
 
     def fit(self, sources: RewardSources) -> None:
@@ -121,10 +108,8 @@ class PPOTrainer:
         self.scorer = Scorer(
             policy=self.policy,
             rollouts=self.rollouts,
-            critic=self.critic,
-            reward=sources.reward,
+            sources=sources,
             served=self.config.served_reward,
-            functions=sources.functions,
             rewards=self.config.rewards,
             give_up=self._gives_up,
         )
@@ -156,8 +141,8 @@ class PPOTrainer:
         elif self.critic is not None and self._critic_lacks_lessons:
             # The last step was saved without the critic: it is saved now, and a validation that was due is done.
             self.critic.save_critic()
-            step, validated = self.state.step, self.state.algorithm.get("validated_step")
-            if self.plan.validates_after(step) and validated != step:
+            step = self.state.step
+            if self.plan.validates_after(step) and self.own.validated_step != step:
                 self._validate()
         while self.state.step < self.plan.max_steps:
             with world.phase(f"step {self.state.step + 1}"):
@@ -199,7 +184,8 @@ class PPOTrainer:
         metrics = rollout_metrics("train_rollouts", scored, scores)
         metrics |= learning_metrics("train_rollouts", moments, self.kl.coefficient)
         with watch("train_time"):
-            means, self.state = self.updates.learn(experience, self.state, step=step)
+            done = self.own.ppo_optimization_step
+            means, self.state = self.updates.learn(experience, self.state, step=step, done=done)
             metrics |= means
         self._note_step(step, scored, metrics)
         try:
@@ -231,14 +217,10 @@ class PPOTrainer:
         """The policy has learned from a step's rollout; the critic is about to."""
         consumed = self.state.consumed_samples + scored.num_rows
         self.kl = self.kl.update(metrics["train_rollouts/answer_kl"], scored.num_rows)
-        done = self.state.algorithm["ppo_optimization_step"] + self.updates.per_rollout
-        now = {"kl": self.kl.state_dict(), "reward_scaling": self.scaling.state_dict()}
-        self.state = replace(
-            self.state,
-            step=step,
-            consumed_samples=consumed,
-            algorithm=self.state.algorithm | now | {"ppo_optimization_step": done},
-        )
+        done = self.own.ppo_optimization_step + self.updates.per_rollout
+        self.state = replace(self.state, step=step, consumed_samples=consumed)
+        kl, scaling = self.kl.state_dict(), self.scaling.state_dict()
+        self.own = replace(self.own, kl=kl, reward_scaling=scaling, ppo_optimization_step=done)
         metrics |= {
             "train_rollouts/consumed_samples": consumed,
             "train_rollouts/epoch": 1 + (step - 1) // self.plan.steps_per_epoch,
@@ -282,19 +264,18 @@ class PPOTrainer:
             "val_rollouts", table_rows(rollout, scores.rewards, self.rollouts.decode), step=step
         )
         self.milestones.limit.note("validation", watch.seconds["validation_time"])
-        self.state = replace(
-            self.state,
-            metrics={monitor_name(name): value for name, value in metrics.items()},
-            algorithm=self.state.algorithm | {"validated_step": step},
-        )
+        monitored = {monitor_name(name): value for name, value in metrics.items()}
+        self.state = replace(self.state, metrics=monitored)
+        self.own = replace(self.own, validated_step=step)
         if world.is_logging_rank():
             logger.info("validation: reward %.4f", metrics["val_rollouts/rewards"])
 
     def _save(self, checkpoints: TrainingCheckpoints) -> None:
         if self.critic is not None:
-            self.state = self.critic.save(checkpoints, self.state)
+            self.critic.save(checkpoints, self.state, self.own)
         else:
-            checkpoints.save(self.state, steps_per_epoch=self.plan.steps_per_epoch)
+            state = replace(self.state, algorithm=asdict(self.own))
+            checkpoints.save(state, steps_per_epoch=self.plan.steps_per_epoch)
 
     def _save_alone(self) -> None:
         """Where a server is lost or a rollout is no use: as the run was at its last step."""
@@ -305,7 +286,7 @@ class PPOTrainer:
         if checkpoints.holds(self.state.step):
             return
         if self.critic is not None:
-            self.state = self.critic.save_alone(checkpoints, self.state)
+            self.critic.save_alone(checkpoints, self.state, self.own)
         else:
             self._save(checkpoints)
         checkpoints.finish()

@@ -42,7 +42,7 @@ class RewardModelServer:
             serve(self, open_server, should_stop=lambda _: request.number != 0)
 
     def infer(self, batch: TokenBatch) -> Judged:
-        """See Worker."""
+        """See Handler."""
 
         def ask(mine: TokenBatch, micro: int) -> tuple[Tensor | None, Tensor | None]:
             return self.model.infer(mine, micro_batch_size=micro), None
@@ -50,7 +50,7 @@ class RewardModelServer:
         return judge(batch, ask, rows=self.rows, multiple=self.multiple)
 
     def health(self) -> Health:
-        """See Worker."""
+        """See Handler."""
         return Health(
             model=self.name,
             step=0,

@@ -7,7 +7,6 @@ from dataclasses import dataclass, field, fields
 import torch
 from torch import Tensor
 
-from nemo_aligner.algorithms.critic_link import CriticLink
 from nemo_aligner.algorithms.ppo_config import RewardConfig
 from nemo_aligner.algorithms.rewards import RewardFunction, score_by_functions, weighted_sum
 from nemo_aligner.algorithms.rollout import Rollouts, cut, per_token
@@ -16,11 +15,23 @@ from nemo_aligner.batch import Rollout, Scored
 from nemo_aligner.data.row import Row
 from nemo_aligner.models.alignable_interface import AlignableGenerativeInterface
 from nemo_aligner.run.stopwatch import Stopwatch
-from nemo_aligner.serving.shared import Pending, SharedReward
+from nemo_aligner.serving.shared import Pending, SharedCritic, SharedReward
 
-__all__ = ["Scorer", "Scores"]
+__all__ = ["RewardSources", "Scorer", "Scores"]
 
 Reply = Pending[tuple[Tensor, Tensor]] | Pending[Tensor] | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class RewardSources:
+    """Who judges responses."""
+
+    # gives values, and rewards too where it has a reward model; None: no critic
+    critic: SharedCritic | None = None
+    reward: SharedReward | None = None  # a reward model where there is no critic
+    functions: Mapping[str, RewardFunction] = field(
+        default_factory=dict[str, RewardFunction]
+    )  # by name in trainer.ppo.rewards
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,10 +52,8 @@ class Scorer:
 
     policy: AlignableGenerativeInterface
     rollouts: Rollouts
-    critic: CriticLink | None  # gives values, and the served reward if there is one
-    reward: SharedReward | None = None  # gives the served reward where there is no critic
+    sources: RewardSources
     served: str | None = "reward_model"  # the served reward's name; None: there is none
-    functions: Mapping[str, RewardFunction] = field(default_factory=dict[str, RewardFunction])
     rewards: Mapping[str, RewardConfig] = field(default_factory=dict[str, RewardConfig])
     give_up: Callable[[], bool] = lambda: False  # asked on rank 0 while it waits for a server
 
@@ -99,9 +108,8 @@ class Scorer:
         """
         # Without what rollout_batch_seq_length pads, which remote_critic_rm.pad_to_length may not hold.
         batch, rows = cut(rollout, multiple=1), self.rollouts.config.num_rollout_samples
-        if self.critic is not None:
-            return self.critic.judge(batch, rows=rows)
-        return None if self.reward is None else self.reward.judge(batch, rows=rows)
+        server = self.sources.critic or self.sources.reward
+        return None if server is None else server.judge(batch, rows=rows)
 
     def scores(self, asked: Reply, rollout: Rollout, prompts: Mapping[int, Row], watch: Stopwatch) -> Scores:
         """What functions say, and servers that were ``asked``.
@@ -112,9 +120,9 @@ class Scorer:
             WaitEnded: the wait was given up.
         """
         found: dict[str, Tensor] = {}
-        if self.functions:
+        if functions := self.sources.functions:
             with watch("reward_functions"):
-                found = score_by_functions(self.functions, rollout, prompts, text=self.rollouts.response_text)
+                found = score_by_functions(functions, rollout, prompts, text=self.rollouts.response_text)
         with watch("critic_wait"):
             replied = None if asked is None else asked.result(give_up=self.give_up)
         served, values = (

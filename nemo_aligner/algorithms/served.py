@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """A model of several ranks behind a server: rank 0 is asked, and every rank computes. Knows no algorithm."""
 
+import contextlib
+import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,150 +13,86 @@ from torch import Tensor
 from nemo_aligner.batch import TokenBatch, ValueBatch
 from nemo_aligner.errors import UserError
 from nemo_aligner.parallel import collectives, world
+from nemo_aligner.serving.computing import Handler
 from nemo_aligner.serving.inbox import Judged
-from nemo_aligner.serving.protocol import Health, Ticket
+from nemo_aligner.serving.protocol import Ticket
 from nemo_aligner.serving.server import Server
 
-__all__ = ["Worker", "judge", "serve"]
+__all__ = ["judge", "serve"]
 
-
-class Worker(Protocol):
-    """What each rank does for clients."""
-
-    def infer(self, batch: TokenBatch) -> Judged:
-        """Rewards and values of B rows. Called on all ranks alike, and gives all of them all rows' results."""
-        ...
-
-    def health(self) -> Health:
-        """What the server tells of itself; called on rank 0 alone."""
-        ...
-
-
-@runtime_checkable
-class Student(Worker, Protocol):
-    """A worker that learns. Every method but health is called on all ranks alike."""
-
-    def train(self, batch: ValueBatch, ticket: Ticket | None) -> float:
-        """Learn; the loss."""
-        ...
-
-    def save(self, ticket: Ticket | None) -> None:
-        """Save a checkpoint."""
-        ...
-
-    def rewind(self, ticket: Ticket) -> None:
-        """Go back to a checkpoint that has learned from at most ``ticket.sequence`` train requests."""
-        ...
-
-
-@dataclass(frozen=True)
-class _Infer:
-    batch: TokenBatch
-
-
-@dataclass(frozen=True)
-class _Train:
-    batch: ValueBatch
-    ticket: Ticket | None
-
-
-@dataclass(frozen=True)
-class _Save:
-    ticket: Ticket | None
-
-
-@dataclass(frozen=True)
-class _Rewind:
-    ticket: Ticket
-
-
-@dataclass(frozen=True)
-class _Tick:
-    pass
-
-
-@dataclass(frozen=True)
-class _Stop:
-    pass
-
-
-_Command = _Infer | _Train | _Save | _Rewind | _Tick | _Stop
+TICK_SECONDS = 10.0  # without a request, after which the other ranks hear that rank 0 lives
+TICK, STOP = "tick", "stop"  # in the place of a handler's method: nothing, and the end
 
 
 def serve(
-    worker: Worker,
+    handler: Handler,
     open_server: Callable[[], AbstractContextManager[Server]],
     *,
     should_stop: Callable[[Server], bool],
 ) -> bool:
     """Answer clients with all ranks until one of them, or ``should_stop`` on rank 0, ends it; whether a client did.
 
-    Every rank calls it and gets the same. What a client got wrong is told to it; any other error ends all ranks.
+    Every rank calls it and gets the same. Every method of ``handler`` but health is called on all ranks alike, and
+    gives all of them the same. What a client got wrong is told to it; any other error ends all ranks.
     """
     if not world.is_logging_rank():
-        _follow(worker)
+        _follow(handler)
         return collectives.broadcast_object(False)
-    leader = _Leader(worker)
+    leader = _Leader(handler)
+
+    def ends() -> bool:
+        leader.keep_waiting()
+        return should_stop(server)
+
     with open_server() as server:
-        asked = server.serve(leader, should_stop=lambda: should_stop(server))
-        leader.stop()
+        asked = server.serve(leader, should_stop=ends)
+        leader.everywhere(STOP)
     return collectives.broadcast_object(asked)
 
 
 class _Leader:
-    """Rank 0's part: it tells the others what it is about to do."""
+    """Rank 0's handler, which has the others do what it is about to do."""
 
-    def __init__(self, worker: Worker) -> None:
-        self._worker = worker
-        self.health = worker.health
+    def __init__(self, handler: Handler) -> None:
+        self._handler, self.health, self._called_at = handler, handler.health, time.monotonic()
 
     def infer(self, batch: TokenBatch) -> Judged:
-        return self._everywhere(_Infer(batch))
+        return self.everywhere("infer", batch)
 
     def train(self, batch: ValueBatch, ticket: Ticket | None) -> float:
-        return self._everywhere(_Train(batch, ticket))
+        return self.everywhere("train", batch, ticket)
 
     def save(self, ticket: Ticket | None) -> None:
-        self._everywhere(_Save(ticket))
+        self.everywhere("save", ticket)
 
     def rewind(self, ticket: Ticket) -> None:
-        self._everywhere(_Rewind(ticket))
+        self.everywhere("rewind", ticket)
 
-    def tick(self) -> None:
-        self._everywhere(_Tick())
+    def keep_waiting(self) -> None:
+        """Keep the other ranks from giving up where nothing has been asked for a while."""
+        if time.monotonic() - self._called_at >= TICK_SECONDS:
+            self.everywhere(TICK)
 
-    def stop(self) -> None:
-        self._everywhere(_Stop())
+    def everywhere(self, *command: Any) -> Any:  # noqa: ANN401 - what the method takes and gives
+        collectives.broadcast_object(command)
+        try:
+            return _do(self._handler, *command)
+        finally:
+            self._called_at = time.monotonic()
 
-    def _everywhere(self, command: _Command) -> Any:  # noqa: ANN401 - what the command gives
-        return _do(self._worker, collectives.broadcast_object(command))
 
-
-def _follow(worker: Worker) -> None:
-    command: _Command = _Tick()
-    while not isinstance(command, _Stop):
+def _follow(handler: Handler) -> None:
+    command: tuple[Any, ...] = ()
+    while command != (STOP,):
         with world.phase("waiting for rank 0, which serves"):
             command = collectives.broadcast_object(command)
-        try:
-            _do(worker, command)
-        except UserError:
-            # Every rank has met it, and rank 0 tells the client.
-            continue
+        # Every rank has met it, and rank 0 tells the client.
+        with contextlib.suppress(UserError):
+            _do(handler, *command)
 
 
-def _do(worker: Worker, command: _Command) -> Any:  # noqa: ANN401
-    if isinstance(command, _Tick | _Stop):
-        return None
-    if isinstance(command, _Infer):
-        return worker.infer(command.batch)
-    assert isinstance(worker, Student), command
-    match command:
-        case _Train(batch, ticket):
-            return worker.train(batch, ticket)
-        case _Save(ticket):
-            return worker.save(ticket)
-        case _Rewind(ticket):
-            return worker.rewind(ticket)
+def _do(handler: Handler, name: str, *arguments: Any) -> Any:  # noqa: ANN401
+    return None if name in (TICK, STOP) else getattr(handler, name)(*arguments)
 
 
 def judge(

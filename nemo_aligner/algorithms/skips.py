@@ -12,7 +12,7 @@ from dataclasses import replace
 from torch import Tensor
 
 from nemo_aligner.checkpoint.trainer_state import TrainerState
-from nemo_aligner.errors import UserError
+from nemo_aligner.errors import Unwound, UserError
 from nemo_aligner.parallel import world
 
 __all__ = ["Diverged", "NotFinite", "check_finite", "counted", "refuse_to_end", "too_many"]
@@ -26,28 +26,12 @@ CURE = (
 )
 
 
-class Diverged(Exception):
-    """A server's model can't learn any more; it ends the server, where a UserError would be told to the client.
-
-    Attributes:
-        error: for people.
-    """
-
-    def __init__(self, error: UserError) -> None:
-        self.error = error
-        super().__init__(str(error))
+class Diverged(Unwound):
+    """A server's model can't learn any more; it ends the server, where a UserError would be told to the client."""
 
 
-class NotFinite(Exception):
-    """Nothing can be learned from a rollout: what is known of it is infinite or NaN. Raised on every rank alike.
-
-    Attributes:
-        error: for people.
-    """
-
-    def __init__(self, error: UserError) -> None:
-        self.error = error
-        super().__init__(str(error))
+class NotFinite(Unwound):
+    """Nothing can be learned from a rollout: what is known of it is infinite or NaN. Raised on every rank alike."""
 
 
 def check_finite(found: Mapping[str, Tensor], *, most: float = math.inf, cure: str) -> None:

@@ -4,7 +4,7 @@
 import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 
 import torch
 
@@ -23,12 +23,9 @@ from nemo_aligner.run.progress import ProgressBar
 from nemo_aligner.run.schedule import SupervisedConfig, limited, make_plan
 from nemo_aligner.run.stop import StopRequest
 
-__all__ = ["Batches", "SupervisedData", "SupervisedTrainer"]
+__all__ = ["Batches", "SupervisedData", "SupervisedState", "SupervisedTrainer"]
 
 logger = logging.getLogger(__name__)
-
-UNVALIDATED = "unvalidated_step"  # in a state: the step whose validation a signal has ended
-
 
 Batches = BatchLoader[TokenBatch]
 Annotate = Callable[[Sequence[TokenBatch]], Sequence[TokenBatch]]
@@ -42,6 +39,13 @@ class SupervisedData:
     # sets by the name that their metrics begin with; that of "validation" rank checkpoints
     validation: Mapping[str, Batches]
     annotate: Annotate = list  # puts on batches, without gradients, what the loss needs from another model
+
+
+@dataclass(frozen=True, kw_only=True)
+class SupervisedState:
+    """What a supervised loop goes on from beside its weights."""
+
+    unvalidated_step: int | None = None  # whose validation a signal has ended
 
 
 class SupervisedTrainer:
@@ -76,6 +80,7 @@ class SupervisedTrainer:
         self.state = TrainerState(
             data=data.train.fingerprint | {"steps_per_epoch": self.plan.steps_per_epoch}
         )
+        self.own = SupervisedState()
 
     def fit(self, start: Checkpoint | None = None) -> None:
         """Train to the end of the plan, from ``start`` where a run is gone on with.
@@ -87,12 +92,13 @@ class SupervisedTrainer:
         """
         if start is not None:
             self.state = self.milestones.restore(start, self.state.data)
+            self.own = start.algorithm(SupervisedState)
         self.milestones.check_room()
         self.run.begin(self.state.step, max_steps=self.plan.max_steps)
         bar = ProgressBar(total=self.plan.max_steps, start=self.state.step, enabled=world.is_logging_rank())
         try:
             with StopRequest(interrupts=True, tells=world.is_logging_rank()) as self._request:
-                if self.state.algorithm.get(UNVALIDATED) == self.state.step:
+                if self.own.unvalidated_step == self.state.step:
                     self._catch_up()
                 for batches in self._training_batches():
                     self._advance(batches, bar)
@@ -125,7 +131,7 @@ class SupervisedTrainer:
         step = self.state.step
         if self.plan.validates_after(step):
             self._validate_after(step)
-        if self.state.algorithm.get(UNVALIDATED) == step:
+        if self.own.unvalidated_step == step:
             (number,) = collectives.maxima([self._request.number])
             raise self.milestones.stopped(step, int(number))
 
@@ -133,19 +139,19 @@ class SupervisedTrainer:
         """Validate, and log what is found; a signal ends it, and it is due again."""
         with world.phase(f"validation after step {step}"):
             means = self._validate(lambda: self._request.number)
-        algorithm = {name: value for name, value in self.state.algorithm.items() if name != UNVALIDATED}
+        self.own = SupervisedState(unvalidated_step=step if means is None else None)
         if means is None:
-            self.state = replace(self.state, algorithm=algorithm | {UNVALIDATED: step})
             return
         self.run.log(means, step=step)
         seconds = sum(means[name] for name in means if name.endswith("/step_time"))
         self.milestones.limit.note("validation", seconds)
         known = {monitor_name(name): value for name, value in means.items() if name.startswith("validation/")}
         metrics = {name: value for name, value in known.items() if name != "val_step_time"}
-        self.state = replace(self.state, metrics=metrics, algorithm=algorithm)
+        self.state = replace(self.state, metrics=metrics)
 
     def _save(self, checkpoints: TrainingCheckpoints) -> None:
-        checkpoints.save(self.state, steps_per_epoch=self.plan.steps_per_epoch)
+        state = replace(self.state, algorithm=asdict(self.own))
+        checkpoints.save(state, steps_per_epoch=self.plan.steps_per_epoch)
 
     def _report_truncated(self) -> None:
         counts = torch.tensor(

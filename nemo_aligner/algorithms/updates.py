@@ -36,13 +36,15 @@ class Updates:
         return self.num_epochs * self.rollouts.config.num_rollout_samples // self.rollouts.global_batch_size
 
     def learn(
-        self, experience: Experience, state: TrainerState, *, step: int
+        self, experience: Experience, state: TrainerState, *, step: int, done: int
     ) -> tuple[dict[str, float], TrainerState]:
-        """Means over the updates that were not skipped, the number of those that were, and the state after them."""
+        """Means over the updates that were not skipped, the number of those that were, and the state after them.
+
+        ``done`` optimizer steps are done before.
+        """
         found: list[dict[str, float]] = []
         empty: list[dict[str, float]] = []  # steps on nothing but responses that are left out
         skipped: list[dict[str, float]] = []
-        done = state.algorithm["ppo_optimization_step"]
         for number, rows in enumerate(self._global_batches(experience.num_rows, step), done + 1):
             part = experience.take(rows)
             sums = self.policy.get_loss_and_metrics(

@@ -7,11 +7,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
-from nemo_aligner.algorithms.ppo import RewardSources
+from nemo_aligner.algorithms.critic_link import PPOState
 from nemo_aligner.algorithms.rewards import load_function
 from nemo_aligner.algorithms.rollout import Prompts, Rollouts
+from nemo_aligner.algorithms.scoring import RewardSources
 from nemo_aligner.builders.loaders import longest_sequence
 from nemo_aligner.builders.models import Pretrained, go_on_from, load_policy, needed_tokenizer
 from nemo_aligner.builders.servers import tokenizer_probe
@@ -253,7 +253,7 @@ def _stop(config: RemoteConfig, server: RemoteCritic | RemoteReward) -> None:
 def _connect(
     job: ActorJob, config: RemoteConfig, run: Experiment, start: Checkpoint | None
 ) -> RemoteCritic | RemoteReward:
-    known: dict[str, Any] = start.state.algorithm if start else {}
+    known = start.algorithm(PPOState) if start else None
     needs_rewards, asks_critic = job.trainer.ppo.served_reward is not None, job.trainer.ppo.asks_critic
     reward = None
     if needs_rewards and not (asks_critic and config.combine_rm_and_critic_server):
@@ -268,11 +268,11 @@ def _connect(
     names = config.critic.name
     critic = RemoteCritic(
         _remote(config, "critic", config.critic, script="serve_ppo_critic.py"),
-        run_id=known.get("run_id") or _run_id(run.folder),
+        run_id=(known and known.run_id) or _run_id(run.folder),
         names=CriticNames(infer=names.infer, train=names.train, save=names.save, gives_rewards=needs_rewards),
         reward=reward,
         pad_to_length=config.pad_to_length,
-        sequence=known.get("critic_sequence", 0),
+        sequence=known.critic_sequence if known else 0,
     )
     if start is not None and (lessons := read_extra(start)):
         critic.restore(lessons)

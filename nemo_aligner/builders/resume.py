@@ -2,9 +2,7 @@
 """From a run's folder and settings to the checkpoint that it goes on from, whole and of the same run."""
 
 import logging
-from collections.abc import Callable
 from pathlib import Path
-from typing import TypeVar
 
 from nemo_aligner.builders.models import chosen_precision
 from nemo_aligner.checkpoint.digests import told
@@ -30,8 +28,6 @@ __all__ = ["resume_point"]
 
 logger = logging.getLogger(__name__)
 
-T = TypeVar("T")
-
 
 @world.phase("looking for a checkpoint")
 def resume_point(job: Job, run: Experiment) -> Checkpoint | None:
@@ -44,33 +40,18 @@ def resume_point(job: Job, run: Experiment) -> Checkpoint | None:
         UserError: there is none, and the settings ask for one; it is damaged; or it is another run's.
     """
     start = _whole(job, run)
-    _on_rank_0(lambda: _accept(job, run, start))
+    collectives.from_rank_0(lambda: _accept(job, run, start))
     return start
-
-
-def _on_rank_0(work: Callable[[], T]) -> T:
-    """What ``work`` gives on rank 0, or its UserError, on every rank."""
-    found: T | UserError | None = None
-    with world.at_own_pace():
-        if world.is_logging_rank():
-            try:
-                found = work()
-            except UserError as error:
-                found = error
-    found = collectives.broadcast_object(found)
-    if isinstance(found, UserError):
-        raise found
-    return found  # type: ignore[return-value] - rank 0's
 
 
 def _whole(job: Job, run: Experiment) -> Checkpoint | None:
     """The checkpoint to go on from, once its files are known to be as they were written."""
-    start = _on_rank_0(lambda: _find(job, run))
+    start = collectives.from_rank_0(lambda: _find(job, run))
     if start is None or not (damage := _damage(start)):
         return start
-    before = _on_rank_0(lambda: _before(start))
+    before = collectives.from_rank_0(lambda: _before(start))
     older = next((one for one in before if not _damage(one)), None)
-    _on_rank_0(lambda: _go_back(job, run, start, damage, older))
+    collectives.from_rank_0(lambda: _go_back(job, run, start, damage, older))
     return older
 
 

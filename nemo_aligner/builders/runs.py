@@ -11,7 +11,7 @@ from typing import Any
 from nemo_aligner.algorithms.supervised import SupervisedData, SupervisedTrainer
 from nemo_aligner.builders.models import Pretrained
 from nemo_aligner.builders.next_steps import say_next
-from nemo_aligner.checkpoint.training import TrainingCheckpoints
+from nemo_aligner.checkpoint.training import Newest, TrainingCheckpoints
 from nemo_aligner.config.base import Job
 from nemo_aligner.config.pairs import PairJob
 from nemo_aligner.config.ppo import ActorJob
@@ -66,9 +66,9 @@ def _held(config: ExperimentConfig, folder: Path) -> Iterator[FolderLock | None]
 
 
 def training_checkpoints(
-    job: Job, run: Experiment, pretrained: Pretrained[Any], *, keep_newest: int = 1
+    job: Job, run: Experiment, pretrained: Pretrained[Any], *, spare: Newest = lambda _: []
 ) -> TrainingCheckpoints | None:
-    """Where the run saves, and how many of the newest stay beside the best; None where it is not to."""
+    """Where the run saves, and what it keeps beside the best and the newest; None where it is not to save."""
     if not job.exp_manager.create_checkpoint_callback:
         return None
     return TrainingCheckpoints(
@@ -77,7 +77,7 @@ def training_checkpoints(
         pretrained.learner,
         model_config=pretrained.config,
         files=pretrained.files,
-        keep_newest=keep_newest,
+        spare=spare,
         identity=run.identity,
     )
 

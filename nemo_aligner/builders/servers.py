@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from nemo_aligner.algorithms.critic_server_trainer import CriticServerConfig
+from nemo_aligner.algorithms.critic_server_trainer import CriticServerConfig, newest_halves
 from nemo_aligner.builders.loaders import longest_sequence
 from nemo_aligner.builders.models import (
     Pretrained,
@@ -214,8 +214,7 @@ def critic_checkpoints(
     job: CriticJob, run: Experiment, critic: Critic
 ) -> tuple[TrainingCheckpoints | None, Callable[[Checkpoint | None], None]]:
     """Where the critic saves, and what puts it where a checkpoint (None: the beginning) has it."""
-    # Two: until the actor has saved too, its pair is the one before.
-    checkpoints = training_checkpoints(job, run, critic, keep_newest=2)
+    checkpoints = training_checkpoints(job, run, critic, spare=newest_halves)
 
     def load(checkpoint: Checkpoint | None) -> None:
         if checkpoint is None:

@@ -209,7 +209,7 @@ def _check_tensors(
 
 def _check_reader(entries: list[MappedTensor], reader: WeightReader) -> None:
     expected = {entry.name: entry.shape for entry in entries}
-    names = set(reader.names())
+    names = set(reader.shapes)
     cure = "export a checkpoint that matches its model_config.yaml"
     if missing := expected.keys() - names:
         raise UserError(f"the checkpoint lacks tensors: {shortened(missing)}", cure=cure)
@@ -223,7 +223,7 @@ def _check_reader(entries: list[MappedTensor], reader: WeightReader) -> None:
     if extra := names - expected.keys():
         raise UserError(f"the checkpoint has tensors that cannot be exported: {shortened(extra)}", cure=cure)
     for entry in entries:
-        found, shape = reader.shape(entry.name), entry.shape
+        found, shape = reader.shapes[entry.name], entry.shape
         if found[1:] != shape[1:] or (found[0] < shape[0] if entry.is_vocabulary else found[0] != shape[0]):
             raise UserError(f"{entry.name} has shape {found}, model_config.yaml implies {shape}", cure=cure)
 

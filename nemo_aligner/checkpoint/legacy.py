@@ -51,18 +51,7 @@ _LAYER_NAMES = {
     "mlp.dense_4h_to_h.weight": "mlp.linear_fc2.weight",
     "mlp.dense_4h_to_h.bias": "mlp.linear_fc2.bias",
 }
-_NEEDED = frozenset(
-    {
-        "embedding.word_embeddings.weight",
-        "decoder.final_layernorm.weight",
-        "self_attention.linear_qkv.layer_norm_weight",
-        "self_attention.linear_qkv.weight",
-        "self_attention.linear_proj.weight",
-        "mlp.linear_fc1.layer_norm_weight",
-        "mlp.linear_fc1.weight",
-        "mlp.linear_fc2.weight",
-    }
-)
+_OPTIONAL = ("embedding.position_embeddings.weight", "output_layer.weight")
 _LAYER_TENSOR = re.compile(r"language_model\.encoder\.layers\.(\d+)\.(.+)")
 _CANONICAL = re.compile(r"(embedding|decoder|output_layer)\..+")
 _SECOND_GATE = ".dense_h_to_4h_2."  # the up projection of an unfused gated MLP
@@ -110,7 +99,7 @@ def _is_distributed(archive: NemoArchive) -> bool:
 
 def _distributed_tensors(archive: NemoArchive) -> _Tensors:
     reader = WeightReader(archive.weights)
-    names = [name for name in reader.names() if not name.endswith("_extra_state")]
+    names = [name for name in reader.shapes if not name.endswith("_extra_state")]
     return {_canonical_name(name, str(archive.source)): partial(reader.read, name) for name in names}
 
 
@@ -172,9 +161,11 @@ def _check_complete(tensors: _Tensors, archive: NemoArchive) -> None:
         raise UserError(
             f"{archive.source}: num_layers={num_layers} in its config", cure="convert a GPT model"
         )
-    needed = {name for name in _OUTER_NAMES.values() if name in _NEEDED}
+    needed = {name for name in _OUTER_NAMES.values() if name.endswith("weight")} - {*_OPTIONAL}
     for layer in range(num_layers):
-        needed |= {f"decoder.layers.{layer}.{name}" for name in _LAYER_NAMES.values() if name in _NEEDED}
+        needed |= {
+            f"decoder.layers.{layer}.{name}" for name in _LAYER_NAMES.values() if name.endswith("weight")
+        }
     if missing := sorted(needed - tensors.keys()):
         raise UserError(
             f"{archive.source}: {len(missing)} tensors are missing, the first is {missing[0]}",

@@ -3,8 +3,7 @@
 
 from pathlib import Path
 
-from nemo_aligner.errors import UserError
-from nemo_aligner.parallel import collectives, world
+from nemo_aligner.parallel import collectives
 from nemo_aligner.run.disk import check_room
 
 __all__ = ["check_room_for_all"]
@@ -23,13 +22,5 @@ def check_room_for_all(folder: Path, own: int, what: str, *, spare: int = 0) -> 
         UserError: on every rank.
     """
     needed = sum(collectives.of_all_ranks(own)) + spare + _MORE
-    refusal: UserError | None = None
-    if world.is_logging_rank():
-        try:
-            check_room(folder, needed, what)
-        except UserError as error:
-            refusal = error
-    refusal = collectives.broadcast_object(refusal)
-    if refusal is not None:
-        raise refusal
+    collectives.from_rank_0(lambda: check_room(folder, needed, what))
     return needed

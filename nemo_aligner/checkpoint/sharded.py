@@ -54,8 +54,9 @@ from torch.distributed.checkpoint.planner_helpers import create_read_items_for_c
 
 from nemo_aligner.checkpoint.digests import Digests, digests_of
 from nemo_aligner.checkpoint.finite import refuse_non_finite
+from nemo_aligner.checkpoint.mapped import MappedWeights
 from nemo_aligner.checkpoint.torch_dist import FolderReader, check_folder
-from nemo_aligner.checkpoint.weights import BlockSource, WeightReader
+from nemo_aligner.checkpoint.weights import WeightReader
 from nemo_aligner.errors import UserError
 from nemo_aligner.parallel import collectives, cpu_shim, world
 from nemo_aligner.parallel.shards import Shards
@@ -305,7 +306,9 @@ def model_state(model: MegatronModule) -> ShardedStateDict:
     return model.sharded_state_dict(prefix=PREFIX)
 
 
-def load_model(model: MegatronModule, weights: Path | BlockSource, *, but: str | None = None) -> None:
+def load_model(
+    model: MegatronModule, weights: Path | WeightReader | MappedWeights, *, but: str | None = None
+) -> None:
     """Fill ``model`` on every rank, whatever layout its weights were saved at: each tensor in place, with its block.
 
     Args:
@@ -342,7 +345,7 @@ def load_model(model: MegatronModule, weights: Path | BlockSource, *, but: str |
     )
 
 
-def _read_block(source: BlockSource, tensor: ShardedTensor) -> None:
+def _read_block(source: WeightReader | MappedWeights, tensor: ShardedTensor) -> None:
     assert tensor.data is not None
     stacked = tensor.prepend_axis_num  # 1 where layers are
     start, shape = tensor.global_offset[stacked:], tensor.global_shape[stacked:]

@@ -43,42 +43,21 @@ _DOWNLOAD_AGAIN = (
     "get the checkpoint again from where it came; it is damaged or was not made by a training job"
 )
 
-_FORMAT_MODULE = "torch.distributed.checkpoint"
-_ALLOWED_GLOBALS = frozenset(
-    [
-        (f"{_FORMAT_MODULE}.metadata", name)
-        for name in (
-            "BytesStorageMetadata",
-            "ChunkStorageMetadata",
-            "Metadata",
-            "MetadataIndex",
-            "StorageMeta",
-            "TensorProperties",
-            "TensorStorageMetadata",
-            "_MEM_FORMAT_ENCODING",
-        )
-    ]
-    + [(f"{_FORMAT_MODULE}.filesystem", name) for name in ("_StorageInfo", "_StoragePrefix")]
-    + [
-        (f"{_FORMAT_MODULE}.planner", name)
-        for name in ("SavePlan", "TensorWriteData", "WriteItem", "WriteItemType", "BytesIOWriteData")
-    ]
-    + [
-        ("torch.distributed._shard.sharded_tensor.metadata", name)
-        for name in ("TensorProperties", "MEM_FORMAT_ENCODING")
-    ]
-    + [
-        ("megatron.core.dist_checkpointing.strategies.torch", name)
-        for name in ("MCoreMetadata", "MCoreSavePlan")
-    ]
-    + [("torch", "Size"), ("torch.serialization", "_get_layout")]
-    + [
-        ("torch", str(dtype).removeprefix("torch."))
-        for dtype in vars(torch).values()
-        if isinstance(dtype, torch.dtype)
-    ]
-    + [("collections", "OrderedDict"), ("pathlib", "PosixPath"), ("pathlib", "Path"), ("builtins", "set")]
-)
+_FORMAT = "torch.distributed.checkpoint"
+_ALLOWED = {
+    f"{_FORMAT}.metadata": "BytesStorageMetadata ChunkStorageMetadata Metadata MetadataIndex StorageMeta "
+    "TensorProperties TensorStorageMetadata _MEM_FORMAT_ENCODING",
+    f"{_FORMAT}.filesystem": "_StorageInfo _StoragePrefix",
+    f"{_FORMAT}.planner": "SavePlan TensorWriteData WriteItem WriteItemType BytesIOWriteData",
+    "torch.distributed._shard.sharded_tensor.metadata": "TensorProperties MEM_FORMAT_ENCODING",
+    "megatron.core.dist_checkpointing.strategies.torch": "MCoreMetadata MCoreSavePlan",
+    "torch.serialization": "_get_layout",
+    "torch": " ".join(["Size", *(str(x)[6:] for x in vars(torch).values() if isinstance(x, torch.dtype))]),
+    "collections": "OrderedDict",
+    "pathlib": "PosixPath Path",
+    "builtins": "set",
+}
+_ALLOWED_GLOBALS = frozenset((module, name) for module, names in _ALLOWED.items() for name in names.split())
 
 
 class _MetadataUnpickler(pickle._Unpickler):

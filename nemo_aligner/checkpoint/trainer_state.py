@@ -2,10 +2,11 @@
 """Where a run stood when a checkpoint was written: trainer_state.json, and the checkpoints that a folder has."""
 
 import json
-from collections.abc import Callable
-from dataclasses import dataclass, field, fields
+import typing
+from collections.abc import Callable, Collection
+from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from nemo_aligner.errors import UserError
 from nemo_aligner.run.experiment import TRAINER_STATE
@@ -23,6 +24,9 @@ __all__ = [
 
 EXTRA = "algorithm.bin"  # what the loop goes on from beside trainer_state.json
 UNFINISHED = ".saving-"
+_NEEDED = ("step", "consumed_samples", "metrics", "data", "algorithm")
+
+A = TypeVar("A")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,7 +41,7 @@ class TrainerState:
     data: dict[str, Any] = field(
         default_factory=dict
     )  # what makes up the batches; another value, other batches
-    algorithm: dict[str, Any] = field(default_factory=dict)  # what else the loop goes on from
+    algorithm: dict[str, Any] = field(default_factory=dict)  # the loop's own dataclass, by its fields
     skipped_steps: int = 0  # optimizer steps in a row, up to now, whose loss or gradient was not finite
     first_skipped: str = ""  # what was not finite in the first of them
     base_model: str = ""  # digest of the model that the run began with; "": not known
@@ -50,15 +54,13 @@ class Checkpoint:
     path: Path
     state: TrainerState
 
-    def stored(self, key: str) -> Any:  # noqa: ANN401 - of the kind that _ALGORITHM has for it
-        """What the loop has put into ``algorithm`` under this key.
+    def algorithm(self, kind: type[A]) -> A:
+        """What the loop has put into its state's ``algorithm``, as the dataclass that it had there.
 
         Raises:
-            UserError: it is not there.
+            UserError: a key is missing, or has a value of another type.
         """
-        if key not in self.state.algorithm:
-            raise _damaged(self.path / TRAINER_STATE, f'"algorithm.{key}" is missing')
-        return self.state.algorithm[key]
+        return _read(self.state.algorithm, kind, self.path / TRAINER_STATE, "algorithm.")
 
 
 def find_checkpoints(folder: Path) -> list[Checkpoint]:
@@ -100,67 +102,49 @@ def read_checkpoint(path: Path) -> Checkpoint:
             f"{path} is not a training checkpoint: {TRAINER_STATE} in it cannot be read ({error})",
             cure="name a folder below a run's checkpoints/; a .nemo is started from with model.restore_from_path",
         ) from error
-    return Checkpoint(path=path.resolve(), state=_checked(stored, file))
+    state = _read(stored, TrainerState, file, needed=_NEEDED)
+    if unknown := sorted(set(stored) - {one.name for one in fields(TrainerState)}):
+        raise _damaged(file, f'"{unknown[0]}" is unknown')
+    return Checkpoint(path=path.resolve(), state=state)
 
 
 def _is_count(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+    return type(value) is int and value >= 0
 
 
-def _is_table(value: object) -> bool:
-    return isinstance(value, dict)
+def _is_number(value: object) -> bool:
+    return type(value) in (int, float)
 
 
-def _is_metrics(value: object) -> bool:
-    return isinstance(value, dict) and all(
-        isinstance(one, int | float) and not isinstance(one, bool) for one in value.values()
-    )
-
-
-_Kind = tuple[Callable[[object], bool], str]
-
-_COUNT: _Kind = (_is_count, "a whole number, 0 or more")
-_NUMBERS: _Kind = (_is_metrics, "an object of numbers")
-_STATE: dict[str, _Kind] = {
-    "step": _COUNT,
-    "consumed_samples": _COUNT,
-    "metrics": _NUMBERS,
-    "data": (_is_table, "an object"),
-    "algorithm": (_is_table, "an object"),
-}
-_TEXT: _Kind = (lambda value: isinstance(value, str), "a text")
-_OPTIONAL: dict[str, _Kind] = {"base_model": _TEXT, "skipped_steps": _COUNT, "first_skipped": _TEXT}
-_ALGORITHM: dict[str, _Kind] = {
-    "ppo_optimization_step": _COUNT,
-    "validated_step": _COUNT,
-    "unvalidated_step": _COUNT,
-    "kl": _NUMBERS,
-    "reward_scaling": _NUMBERS,
-    "critic_sequence": _COUNT,
-    "sequence": _COUNT,
-    "run_id": _TEXT,
-    "is_half": (lambda value: isinstance(value, bool), "true or false"),
+_Kind = tuple[Callable[[Any], bool], str]
+_KINDS: dict[object, _Kind] = {
+    int: (_is_count, "a whole number, 0 or more"),
+    int | None: (lambda value: value is None or _is_count(value), "a whole number, 0 or more, or null"),
+    float | None: (lambda value: value is None or _is_number(value), "a number or null"),
+    bool: (lambda value: isinstance(value, bool), "true or false"),
+    str: (lambda value: isinstance(value, str), "a text"),
+    dict[str, Any]: (lambda value: isinstance(value, dict), "an object"),
+    dict[str, float]: (
+        lambda value: isinstance(value, dict) and all(map(_is_number, value.values())),
+        "an object of numbers",
+    ),
 }
 
 
-def _checked(stored: object, file: Path) -> TrainerState:
-    """``stored`` as a state, if it is one that a run has written."""
+def _read(stored: object, kind: type[A], file: Path, prefix: str = "", *, needed: Collection[str] = ()) -> A:
+    """``stored`` as a ``kind``, if it is one that a run has written; without what a ``kind`` does not have."""
     if not isinstance(stored, dict):
         raise _damaged(file, f"it holds {_shown(stored)}, not an object")
-    if missing := [key for key in _STATE if key not in stored]:
-        raise _damaged(file, f'"{missing[0]}" is missing')
-    _check_kinds(stored, _STATE | _OPTIONAL, file, "")
-    _check_kinds(stored["algorithm"], _ALGORITHM, file, "algorithm.")
-    known = {one.name for one in fields(TrainerState)}
-    if unknown := sorted(set(stored) - known):
-        raise _damaged(file, f'"{unknown[0]}" is unknown')
-    return TrainerState(**stored)
-
-
-def _check_kinds(values: dict[str, Any], kinds: dict[str, _Kind], file: Path, prefix: str) -> None:
-    for key, (fits, kind) in kinds.items():
-        if key in values and not fits(values[key]):
-            raise _damaged(file, f'"{prefix}{key}" is {_shown(values[key])}, not {kind}')
+    hints, given = typing.get_type_hints(kind), {}
+    for spec in fields(kind):  # type: ignore[arg-type]
+        name, (fits, wanted) = spec.name, _KINDS[hints[spec.name]]
+        if name in stored:
+            if not fits(value := stored[name]):
+                raise _damaged(file, f'"{prefix}{name}" is {_shown(value)}, not {wanted}')
+            given[name] = value
+        elif name in needed or (spec.default is MISSING and spec.default_factory is MISSING):
+            raise _damaged(file, f'"{prefix}{name}" is missing')
+    return kind(**given)
 
 
 def _damaged(file: Path, what: str) -> UserError:

@@ -17,9 +17,7 @@ from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
-
-from megatron.core.transformer.module import MegatronModule
+from typing import Any
 
 from nemo_aligner.checkpoint.digests import DIGESTS, Digests, write_digests
 from nemo_aligner.checkpoint.finite import refuse_non_finite
@@ -33,6 +31,7 @@ from nemo_aligner.checkpoint.trainer_state import (
     TrainerState,
     find_checkpoints,
 )
+from nemo_aligner.models.gpt.learner import GPTLearner
 from nemo_aligner.parallel import collectives, world
 from nemo_aligner.run.disk import told_if_full
 from nemo_aligner.run.experiment import TRAINER_STATE, CheckpointCallbackConfig
@@ -56,22 +55,7 @@ DAMAGED = "damaged"  # below it lies what was set aside
 
 logger = logging.getLogger(__name__)
 
-
-class Trained(Protocol):
-    """What a checkpoint holds tensors of."""
-
-    @property
-    def model(self) -> MegatronModule:
-        """The weights."""
-        ...
-
-    def training_state(self) -> dict[str, Any]:
-        """Everything else that the next step needs."""
-        ...
-
-    def load_training_state(self, state: dict[str, Any]) -> None:
-        """Take over what was loaded into :meth:`training_state`."""
-        ...
+Newest = Callable[[list[Checkpoint]], list[Checkpoint]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,8 +115,7 @@ class TrainingCheckpoints:
         trained: whose tensors are saved.
         model_config: model_config.yaml's content.
         files: the other files of the .nemo, by name.
-        keep_newest: how many of the newest are kept beside the best, not counting those that another job's
-            checkpoint lacks (``is_half`` False in their state).
+        spare: of all checkpoints, oldest first, those that are kept beside the best and the newest.
         identity: of the run, on rank 0; each checkpoint keeps it.
     """
 
@@ -140,14 +123,14 @@ class TrainingCheckpoints:
         self,
         folder: Path,
         config: CheckpointCallbackConfig,
-        trained: Trained,
+        trained: GPTLearner,
         *,
         model_config: dict[str, Any],
         files: Mapping[str, Path | bytes],
-        keep_newest: int = 1,
+        spare: Newest = lambda _: [],
         identity: RunIdentity | None = None,
     ) -> None:
-        self.folder, self.config, self._trained, self._keep_newest = folder, config, trained, keep_newest
+        self.folder, self.config, self._trained, self._spare = folder, config, trained, spare
         self._model_config, self._files, self._identity = model_config, files, identity
         self._executor = ThreadPoolExecutor(1, "save") if config.async_save else None
         self._pending: _Save | None = None
@@ -276,8 +259,8 @@ class TrainingCheckpoints:
         found = world.is_logging_rank() and step in (c.state.step for c in find_checkpoints(self.folder))
         return collectives.broadcast_object(found)
 
-    def discard(self, is_over: Callable[[TrainerState], bool]) -> None:
-        """Remove the checkpoints whose state ``is_over``, and what a save has left that did not become one."""
+    def discard(self, is_over: Callable[[Checkpoint], bool]) -> None:
+        """Remove the checkpoints that are over, and what a save has left that did not become one."""
         if self._pending is not None:
             # A thread that still writes would find its folder gone; how its save ends is of no matter now.
             wait(self._pending.written.values())
@@ -287,7 +270,7 @@ class TrainingCheckpoints:
             if world.is_logging_rank():
                 remove_unfinished(self.folder)
                 for checkpoint in find_checkpoints(self.folder):
-                    if is_over(checkpoint.state):
+                    if is_over(checkpoint):
                         logger.info("removing %s: the run goes on from before it", checkpoint.path)
                         _remove(checkpoint.path)
 
@@ -308,7 +291,7 @@ class TrainingCheckpoints:
 
     def _prune(self) -> None:
         found = find_checkpoints(self.folder)
-        for checkpoint in prunable(found, self.config, keep_newest=self._keep_newest):
+        for checkpoint in prunable(found, self.config, spare=self._spare):
             _remove(checkpoint.path)
 
     def _pack(self, checkpoint: Path, path: Path, *, overwrite: bool) -> None:
@@ -362,18 +345,17 @@ def ranked(checkpoints: list[Checkpoint], config: CheckpointCallbackConfig) -> l
 
 
 def prunable(
-    checkpoints: list[Checkpoint], config: CheckpointCallbackConfig, *, keep_newest: int = 1
+    checkpoints: list[Checkpoint], config: CheckpointCallbackConfig, *, spare: Newest = lambda _: []
 ) -> list[Checkpoint]:
-    """Those that are neither among the best ``save_top_k`` nor among the newest, with or without their other half.
+    """Those that are neither among the best ``save_top_k`` nor the newest, nor among those that ``spare`` names.
 
     Of those whose last step was not skipped the newest stays as well: beyond it nothing may be worth going on from.
     """
     if config.save_top_k < 0:
         return []
     in_order = sorted(checkpoints, key=lambda checkpoint: checkpoint.state.step)
-    pairs = [checkpoint for checkpoint in in_order if checkpoint.state.algorithm.get("is_half", True)]
     sound = [checkpoint for checkpoint in in_order if not checkpoint.state.skipped_steps]
-    newest = [*pairs[-keep_newest:], *in_order[-1:], *sound[-1:]]
+    newest = [*spare(in_order), *in_order[-1:], *sound[-1:]]
     return [c for c in ranked(checkpoints, config)[config.save_top_k :] if c not in newest]
 
 

@@ -8,10 +8,8 @@ is in memory.
 """
 
 import re
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -20,7 +18,7 @@ from nemo_aligner.checkpoint.finite import is_finite
 from nemo_aligner.checkpoint.torch_dist import FolderReader, FolderWriter, check_folder
 from nemo_aligner.errors import UserError
 
-__all__ = ["BlockSource", "WeightReader", "check_folder", "pad_rows", "precision_of", "save_weights"]
+__all__ = ["WeightReader", "check_folder", "pad_rows", "precision_of", "save_weights"]
 
 _MOST_LAYERS = 10_000
 _PREFIX = "model."
@@ -88,33 +86,7 @@ def save_weights(
         writer.add_object(f"{_PREFIX}decoder.final_layernorm._extra_state/shard_0_1", [None])
 
 
-@dataclass(frozen=True)
-class _Place:
-    """Where a canonical tensor lies: all of ``key``, or its layer ``layer``."""
-
-    key: str
-    layer: int | None
-
-
 Shape = tuple[int, ...]
-
-
-class BlockSource(Protocol):
-    """A model's tensors by canonical name, wherever they are stored."""
-
-    @property
-    def where(self) -> str:
-        """The source's name in messages."""
-        ...
-
-    @property
-    def shapes(self) -> Mapping[str, Shape]:
-        """Every tensor's name and shape."""
-        ...
-
-    def read(self, name: str, start: Shape, size: Shape) -> Tensor:
-        """The block of a tensor that begins at ``start``; start and size have one number per axis."""
-        ...
 
 
 class WeightReader:
@@ -126,13 +98,14 @@ class WeightReader:
 
     def __init__(self, folder: Path) -> None:
         self._reader, self.where = FolderReader(folder), str(folder)
-        self._places: dict[str, _Place] = {}
+        # Where each tensor lies: all of a key, or its layer of that number.
+        self._places: dict[str, tuple[str, int | None]] = {}
         for key, entry in self._reader.tensors.items():
             if not key.startswith(_PREFIX):
                 continue
             name = key.removeprefix(_PREFIX)
             if not name.startswith("decoder.layers.") or _LAYER_NAME.fullmatch(name):
-                self._places[name] = _Place(key, None)
+                self._places[name] = key, None
                 continue
             rest = name.removeprefix("decoder.layers.")
             if not entry.shape or entry.shape[0] > _MOST_LAYERS:
@@ -141,34 +114,25 @@ class WeightReader:
                     cure="get the checkpoint again from where it came",
                 )
             for layer in range(entry.shape[0]):
-                self._places[f"decoder.layers.{layer}.{rest}"] = _Place(key, layer)
+                self._places[f"decoder.layers.{layer}.{rest}"] = key, layer
 
+        # By canonical name; rows of the vocabulary include the padding.
         self.shapes: dict[str, Shape] = {
-            name: self._reader.tensors[place.key].shape[0 if place.layer is None else 1 :]
-            for name, place in self._places.items()
+            name: self._reader.tensors[key].shape[0 if layer is None else 1 :]
+            for name, (key, layer) in self._places.items()
         }
-
-    def names(self) -> list[str]:
-        """Every tensor's canonical name."""
-        return list(self._places)
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        """The tensor's shape; rows of the vocabulary include the padding."""
-        return self.shapes[name]
 
     def read(self, name: str, start: Shape | None = None, size: Shape | None = None) -> Tensor:
         """The tensor, or a block of it; rows of the vocabulary include the padding."""
-        place, size = self._places[name], size or self.shapes[name]
+        (key, layer), size = self._places[name], size or self.shapes[name]
         start = start or (0,) * len(size)
-        if place.layer is None:
-            return self._reader.read(place.key, start, size)
-        return self._reader.read(place.key, (place.layer, *start), (1, *size))[0]
+        if layer is None:
+            return self._reader.read(key, start, size)
+        return self._reader.read(key, (layer, *start), (1, *size))[0]
 
     def dtype_of(self, name: str) -> torch.dtype:
         """The dtype that a tensor is stored in."""
-        if name not in self._places:
-            raise UserError(f"the checkpoint has no {name}", cure="use the checkpoint of a GPT model")
-        return self._reader.tensors[self._places[name].key].dtype
+        return self._reader.tensors[self._places[name][0]].dtype
 
 
 def precision_of(dtype: torch.dtype, where: str) -> str | int:

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
+from nemo_aligner.launch.stacks import STACKS_SIGNAL
 from nemo_aligner.run.stop import STOP_SIGNALS
 
 __all__ = [
@@ -22,6 +23,7 @@ __all__ = [
     "handled",
     "interrupt",
     "settle",
+    "stop_signals_handled",
 ]
 
 END_SIGNALS = (signal.SIGINT, signal.SIGHUP)
@@ -57,6 +59,28 @@ def handled(handlers: Mapping[signal.Signals, Handler]) -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+@contextmanager
+def stop_signals_handled(act: Callable[[int], None]) -> Iterator[list[int]]:
+    """Within it, SIGTERM, SIGUSR1 and SIGINT are acted upon, and kept in the list that it gives.
+
+    SIGHUP, and a SIGTERM or SIGINT after another signal, raise :class:`Interrupted`.
+    """
+    asked: list[int] = []
+
+    def note(number: int, frame: object) -> None:
+        if asked and number in (signal.SIGTERM, signal.SIGINT):
+            interrupt(number, frame)
+        asked.append(number)
+        act(number)
+
+    handlers: dict[signal.Signals, Handler] = dict.fromkeys(END_SIGNALS, interrupt)
+    handlers |= dict.fromkeys((signal.SIGINT, *STOP_SIGNALS), note)
+    # Inherited until a child has a handler of its own, before which the signal would end it.
+    handlers[STACKS_SIGNAL] = signal.SIG_IGN
+    with handled(handlers):
+        yield asked
 
 
 def follow_parent(number: signal.Signals) -> None:

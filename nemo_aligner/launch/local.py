@@ -9,23 +9,20 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import psutil
 
 from nemo_aligner.launch.children import (
-    END_SIGNALS,
     STARTER_VARIABLE,
-    Handler,
     Interrupted,
     end,
     exit_code,
-    handled,
-    interrupt,
     settle,
+    stop_signals_handled,
 )
 from nemo_aligner.launch.stacks import STACKS_SIGNAL, forward_stacks_request
-from nemo_aligner.run.stop import STOP_SIGNALS
 from nemo_aligner.serving.leftovers import OWNER, mark_owner, owner_lives
 
 __all__ = ["GRACE_SECONDS", "start_ranks"]
@@ -50,11 +47,7 @@ def start_ranks(count: int) -> int:
     mark_owner(folder)
     ranks: list[subprocess.Popen] = []
     # Signals end the ranks below, in order; the defaults would leave them or the folder behind.
-    handlers: dict[signal.Signals, Handler] = dict.fromkeys(END_SIGNALS, interrupt)
-    handlers |= dict.fromkeys((signal.SIGINT, *STOP_SIGNALS), _hand_on(ranks))
-    # Inherited until a rank has a handler of its own, before which the signal would end it.
-    handlers[STACKS_SIGNAL] = signal.SIG_IGN
-    with handled(handlers):
+    with stop_signals_handled(partial(_hand_on, ranks)):
         try:
             for rank in range(count):
                 # A session of its own: Ctrl-C reaches this process alone, which then hands it on.
@@ -109,21 +102,13 @@ def _place(rank: int, count: int, folder: Path) -> dict[str, str]:
     }
 
 
-def _hand_on(ranks: Sequence[subprocess.Popen]) -> Handler:
-    asked: list[int] = []
-
-    def handler(number: int, frame: object) -> None:
-        if asked and number in (signal.SIGTERM, signal.SIGINT):
-            interrupt(number, frame)
-        asked.append(number)
-        more = "; once more ends them at once" if number == signal.SIGINT else ""
-        sys.stderr.write(
-            f"{signal.Signals(number).name}: the {len(ranks)} ranks are asked to save and end{more}\n"
-        )
-        for rank in ranks:
-            rank.send_signal(number)
-
-    return handler
+def _hand_on(ranks: Sequence[subprocess.Popen], number: int) -> None:
+    more = "; once more ends them at once" if number == signal.SIGINT else ""
+    sys.stderr.write(
+        f"{signal.Signals(number).name}: the {len(ranks)} ranks are asked to save and end{more}\n"
+    )
+    for rank in ranks:
+        rank.send_signal(number)
 
 
 def _wait(ranks: Sequence[subprocess.Popen]) -> int:

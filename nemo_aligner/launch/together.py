@@ -17,19 +17,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from nemo_aligner.launch.children import (
-    END_SIGNALS,
     STARTER_VARIABLE,
-    Handler,
     Interrupted,
     end,
     exit_code,
-    handled,
-    interrupt,
+    stop_signals_handled,
 )
 from nemo_aligner.launch.local import GRACE_SECONDS
 from nemo_aligner.launch.stacks import STACKS_SIGNAL, forward_stacks_request
 from nemo_aligner.run.progress import ProgressBar, read_line
-from nemo_aligner.run.stop import STOP_SIGNALS
 from nemo_aligner.serving.leftovers import Remains, folder_of
 
 __all__ = ["Program", "free_ports", "run_together"]
@@ -98,19 +94,9 @@ def run_together(leader: Program, servers: Sequence[Program]) -> int:
         The exit code of the first that ended badly, of those that nobody had asked to end; of the leader after SIGTERM;
         128 + N after another signal N.
     """
-    asked: list[int] = []
     jobs: list[_Job] = []
     programs = (*servers, leader)
-
-    def note(number: int, frame: object) -> None:
-        if asked and number in (signal.SIGTERM, signal.SIGINT):
-            interrupt(number, frame)
-        asked.append(number)
-
-    handlers: dict[signal.Signals, Handler] = dict.fromkeys(END_SIGNALS, interrupt)
-    handlers |= dict.fromkeys((signal.SIGINT, *STOP_SIGNALS), note)
-    handlers[STACKS_SIGNAL] = signal.SIG_IGN  # inherited until a job has a handler of its own
-    with handled(handlers):
+    with stop_signals_handled(lambda _: None) as asked:
         try:
             for program in programs:
                 jobs.append(_Job(program, width=max(len(one.name) for one in programs)))

@@ -2,7 +2,7 @@
 """Sums and broadcasts that trainers and the engine need, by what they are for; each is a no-op on one rank."""
 
 import socket
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -10,6 +10,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from torch import Tensor
 
+from nemo_aligner.errors import UserError
 from nemo_aligner.parallel import world
 
 __all__ = [
@@ -17,6 +18,7 @@ __all__ = [
     "from_last_stage",
     "from_node_leader",
     "from_previous_stage",
+    "from_rank_0",
     "gather_over_tensor_parallel",
     "max_over_tensor_parallel",
     "maxima",
@@ -142,6 +144,21 @@ def broadcast_object(value: T) -> T:
     box = [value]
     dist.broadcast_object_list(box, src=0, device=world.device())
     return box[0]
+
+
+def from_rank_0(work: Callable[[], T]) -> T:
+    """What ``work`` gives on rank 0, or its UserError, on every rank; the others wait for as long as it takes."""
+    found: T | UserError | None = None
+    with world.at_own_pace():
+        if world.is_logging_rank():
+            try:
+                found = work()
+            except UserError as error:
+                found = error
+    found = broadcast_object(found)
+    if isinstance(found, UserError):
+        raise found
+    return found  # type: ignore[return-value] - rank 0's
 
 
 def over_data_parallel(value: T) -> list[T]:

@@ -128,60 +128,28 @@ def _scale(_: int, __: torch.Tensor, tensors: Sequence[Sequence[torch.Tensor]], 
 
 
 # Modules of megatron-core that are empty where triton is missing: (module, names asked of it, series, reason).
+_STASH = ("GLOBAL_BLOCK_SIZE", "paged_stash_copy_kernel", "paged_stash_pop_kernel")
+_EXPERTS = "triton kernels for experts, which the pipeline's schedules import for every model"
 MODULES: tuple[tuple[str, tuple[str, ...], tuple[str, ...], str], ...] = (
-    (
-        "megatron.core.transformer.moe.ops.paged_stash",
-        ("GLOBAL_BLOCK_SIZE", "paged_stash_copy_kernel", "paged_stash_pop_kernel"),
-        (NEW,),
-        "triton kernels for experts, which the pipeline's schedules import for every model",
-    ),
+    ("megatron.core.transformer.moe.ops.paged_stash", _STASH, (NEW,), _EXPERTS),
 )
 
 # Functions of megatron-core that reach below torch.cuda's surface, or that waste a CPU's time at every step:
 # (module, name, replacement, series, reason).
+_RANDOM = "megatron.core.tensor_parallel.random"
+_BUFFER = "megatron.core.distributed.param_and_grad_buffer"
+_CLIP = "megatron.core.optimizer.clip_grads"
+_GENERATOR = "calls into the CUDA generator"
+_ALONE = "gloo copies what a group of one rank has onto itself; NCCL does not"
+_WAITS = "torch's cannot be waited for when nothing was called within it"
+_COPIES = "without Transformer Engine and apex, clipping makes a copy of every gradient"
 SYMBOLS: tuple[tuple[str, str, Callable, tuple[str, ...], str], ...] = (
-    (
-        "megatron.core.tensor_parallel.random",
-        "_get_cuda_rng_state",
-        _get_rng_state,
-        BOTH,
-        "calls into the CUDA generator",
-    ),
-    (
-        "megatron.core.tensor_parallel.random",
-        "_set_cuda_rng_state",
-        _set_rng_state,
-        BOTH,
-        "calls into the CUDA generator",
-    ),
-    (
-        "megatron.core.distributed.param_and_grad_buffer",
-        "dist_all_gather_func",
-        _all_gather,
-        BOTH,
-        "gloo copies the weights of a group of one rank onto themselves; NCCL does not",
-    ),
-    (
-        "megatron.core.distributed.param_and_grad_buffer",
-        "dist_reduce_scatter_func",
-        _reduce_scatter,
-        BOTH,
-        "gloo copies the gradients of a group of one rank onto themselves; NCCL does not",
-    ),
-    (
-        "megatron.core.distributed.param_and_grad_buffer",
-        "_coalescing_manager",
-        _coalescing_manager,
-        BOTH,
-        "torch's cannot be waited for when nothing was called within it",
-    ),
-    (
-        "megatron.core.optimizer.clip_grads",
-        "multi_tensor_scale_impl",
-        _scale,
-        BOTH,
-        "without Transformer Engine and apex, clipping makes a copy of every gradient",
-    ),
+    (_RANDOM, "_get_cuda_rng_state", _get_rng_state, BOTH, _GENERATOR),
+    (_RANDOM, "_set_cuda_rng_state", _set_rng_state, BOTH, _GENERATOR),
+    (_BUFFER, "dist_all_gather_func", _all_gather, BOTH, _ALONE),
+    (_BUFFER, "dist_reduce_scatter_func", _reduce_scatter, BOTH, _ALONE),
+    (_BUFFER, "_coalescing_manager", _coalescing_manager, BOTH, _WAITS),
+    (_CLIP, "multi_tensor_scale_impl", _scale, BOTH, _COPIES),
 )
 
 
@@ -209,12 +177,7 @@ def _type(self: torch.Tensor, *args: Any, **kwargs: Any) -> object:  # noqa: ANN
 
 # Methods replaced on torch's own classes: (class, name, replacement, reason).
 METHODS: tuple[tuple[type, str, Callable, str], ...] = (
-    (
-        torch.Tensor,
-        "cuda",
-        lambda self, *_, **__: self,
-        "layers, optimizer and checkpoint move tensors with it",
-    ),
+    (torch.Tensor, "cuda", lambda self, *_, **__: self, "layers, optimizer and checkpoint move with it"),
     (torch.nn.Module, "cuda", lambda self, *_, **__: self, "model builders"),
     (torch.Tensor, "type", _type, "the optimizers compare it with 'torch.cuda.FloatTensor'"),
 )

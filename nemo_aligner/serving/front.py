@@ -23,11 +23,10 @@ from typing import Any, Self
 
 import aiohttp
 from aiohttp import web
-from aiohttp.http_exceptions import HttpProcessingError
 
 from nemo_aligner.errors import UserError
 from nemo_aligner.serving.address import keep_alive
-from nemo_aligner.serving.nesting import MAX_NESTING, nesting
+from nemo_aligner.serving.body import Refused, read_body, refused
 from nemo_aligner.serving.protocol import (
     CALL_HEADER,
     TOKEN_HEADER,
@@ -41,7 +40,6 @@ __all__ = ["Front", "Upstream"]
 
 logger = logging.getLogger(__name__)
 
-BODY_SECONDS = 60.0  # without a byte of a request's body
 STALL_SECONDS = 30  # that Triton may take to hand on a request while the endpoint has no other
 CLOSE_SECONDS = 1.0  # for replies that are under way at the end
 STALLED = "Stub process"  # in what Triton says when a process of its own has died or gets no time
@@ -50,7 +48,6 @@ SENT = ("Content-Type", "Accept-Encoding", "Inference-Header-Content-Length")
 RECEIVED = ("Content-Type", "Content-Encoding", "Inference-Header-Content-Length")
 OPEN = re.compile(r"/v2/?|/v2/health/(?:live|ready)")
 MODEL = re.compile(r"/v2/models/(?!stats$)(?P<name>[^/]+)(?:/versions/1)?(?P<rest>|/ready|/config|/infer)")
-STATUS = {Trouble.REFUSED: 400, Trouble.FAILED: 500, Trouble.BUSY: 503, Trouble.STOPPING: 503}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,11 +66,6 @@ class _Call:
     arrived: bool = False  # at the endpoint's function
     waited: int = 0  # seconds to arrive there while the endpoint had no other
     gone: bool = False  # nobody waits for the reply
-
-
-class _Refused(Exception):
-    def __init__(self, status: int, refusal: Refusal) -> None:
-        self.status, self.refusal = status, refusal
 
 
 class Front:
@@ -220,8 +212,8 @@ class Front:
     async def _handle(self, request: web.Request) -> web.Response:
         try:
             return await self._answer(request)
-        except _Refused as refused:
-            return web.json_response({"error": str(refused.refusal)}, status=refused.status)
+        except Refused as no:
+            return web.json_response({"error": str(no.refusal)}, status=no.status)
 
     async def _answer(self, request: web.Request) -> web.Response:
         if self._token and not hmac.compare_digest(
@@ -239,11 +231,11 @@ class Front:
             return web.json_response({"error": text}, status=405)
         upstream = self._upstream
         if upstream is None:
-            raise _refused(Trouble.STOPPING, self._reason)
+            raise refused(Trouble.STOPPING, self._reason)
         if self._trouble:
-            raise _refused(Trouble.STOPPING, f"Triton is about to be started again: {self._trouble}")
+            raise refused(Trouble.STOPPING, f"Triton is about to be started again: {self._trouble}")
         if model and model["name"] not in self._endpoints:
-            raise _refused(
+            raise refused(
                 Trouble.REFUSED,
                 f"the server has no endpoint {model['name']}\nCure: ask one of {', '.join(self._endpoints)}",
                 status=404,
@@ -255,7 +247,7 @@ class Front:
                 return await self._infer(upstream, model["name"], request)
         except TimeoutError:
             key = f"{self._setting}.request_timeout"
-            raise _refused(
+            raise refused(
                 Trouble.REFUSED,
                 f"{model['name']}: no reply within {key}={self._limits.seconds:g} s\n"
                 f"Cure: send fewer rows, or set {key} higher",
@@ -263,13 +255,12 @@ class Front:
             ) from None
 
     async def _infer(self, upstream: Upstream, name: str, request: web.Request) -> web.Response:
-        body = await self._body(name, request)
-        self._check_nesting(name, request, body)
+        body = await read_body(name, request, limit=self._limits.bytes, setting=self._setting)
         counted = name not in self._unlimited
         waiting = sum(call.endpoint not in self._unlimited for call in self._calls.values())
         if counted and waiting >= self._limits.waiting:
             key = f"{self._setting}.max_waiting_requests"
-            raise _refused(Trouble.BUSY, f"{name}: {key}={self._limits.waiting} requests wait already")
+            raise refused(Trouble.BUSY, f"{name}: {key}={self._limits.waiting} requests wait already")
         number = str(next(self._numbers))
         call = self._calls[number] = _Call(endpoint=name)
         asked = asyncio.create_task(
@@ -288,44 +279,6 @@ class Front:
         if not task.cancelled():
             task.exception()  # a caller who is gone does not ask for it
 
-    async def _body(self, name: str, request: web.Request) -> bytearray:
-        """The body, unpacked."""
-        limit, body = self._limits.bytes, bytearray()
-        if (request.content_length or 0) > limit:
-            raise self._too_large(name)
-        try:
-            while chunk := await asyncio.wait_for(request.content.readany(), BODY_SECONDS):
-                body += chunk
-                if len(body) > limit:
-                    raise self._too_large(name)
-        except TimeoutError:
-            text = f"{name}: no byte of the body came for {BODY_SECONDS:g} s\nCure: send it whole"
-            raise _refused(Trouble.REFUSED, text, status=408) from None
-        except (HttpProcessingError, aiohttp.ClientPayloadError, web.RequestPayloadError) as error:
-            raise _refused(
-                Trouble.REFUSED, f"{name}: the body cannot be read: {error}\nCure: send it whole"
-            ) from None
-        return body
-
-    def _too_large(self, name: str) -> _Refused:
-        key = f"{self._setting}.max_request_bytes"
-        return _refused(
-            Trouble.REFUSED,
-            f"{name}: the request has more than {key}={self._limits.bytes} bytes\n"
-            f"Cure: send fewer rows in a request, or set {key} higher",
-            status=413,
-        )
-
-    def _check_nesting(self, name: str, request: web.Request, body: bytearray) -> None:
-        # The JSON comes first; where its size is told in no plain way, all of it is looked at.
-        told = re.fullmatch(r"[1-9][0-9]{0,17}", request.headers.get("Inference-Header-Content-Length", ""))
-        text = body[: int(told[0])] if told else body
-        if nesting(text) > MAX_NESTING:
-            raise _refused(
-                Trouble.REFUSED,
-                f"{name}: the request's JSON is nested more than {MAX_NESTING} deep\nCure: send tensors as flat lists",
-            )
-
     async def _hand_on(
         self,
         upstream: Upstream,
@@ -343,9 +296,9 @@ class Front:
                 payload = await reply.read()
         except aiohttp.ClientConnectorError as error:
             self._note(upstream, f"it does not listen: {error}")
-            raise _refused(Trouble.STOPPING, "Triton does not listen; ask again") from None
+            raise refused(Trouble.STOPPING, "Triton does not listen; ask again") from None
         except (aiohttp.ClientError, OSError) as error:
-            raise _refused(Trouble.STOPPING, f"Triton ended under the request ({error}); ask again") from None
+            raise refused(Trouble.STOPPING, f"Triton ended under the request ({error}); ask again") from None
         if reply.status >= 400:
             self._check_ending(upstream, payload)
         kept = {name: reply.headers[name] for name in RECEIVED if name in reply.headers}
@@ -360,12 +313,8 @@ class Front:
             self._note(upstream, text)
         elif self._upstream is upstream and not any(sign in text for sign in ENDING):
             return
-        raise _refused(Trouble.STOPPING, f"Triton ends: {text}; ask again")
+        raise refused(Trouble.STOPPING, f"Triton ends: {text}; ask again")
 
     def _note(self, upstream: Upstream, trouble: str) -> None:
         if self._upstream is upstream and not self._trouble:
             self._trouble = trouble
-
-
-def _refused(trouble: Trouble, message: str, *, status: int | None = None) -> _Refused:
-    return _Refused(status or STATUS[trouble], Refusal(trouble, message))

@@ -2,27 +2,26 @@
 """Serves a critic, a reward model or both. Threads of PyTriton check requests and enqueue them; the main thread alone
 runs the model, so that collectives and the device have one user."""
 
-import dataclasses
 import logging
 import os
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol, Self
+from typing import Self
 
-from nemo_aligner.batch import TokenBatch, ValueBatch
 from nemo_aligner.errors import UserError
 from nemo_aligner.serving import wire
 from nemo_aligner.serving.address import listening_host, resolve
 from nemo_aligner.serving.checks import refuse
+from nemo_aligner.serving.computing import Computing, Handler
 from nemo_aligner.serving.endpoint import Answer, Call, Endpoint
-from nemo_aligner.serving.inbox import Inbox, Job, Judged, Request, SaveRequest, merge, share
+from nemo_aligner.serving.inbox import Inbox, Job, Request, SaveRequest
 from nemo_aligner.serving.process import TritonEnded, TritonProcess
-from nemo_aligner.serving.protocol import Health, Limits, Refusal, RequestLimits, Ticket, Trouble
+from nemo_aligner.serving.protocol import Limits, Refusal, RequestLimits, Trouble
 from nemo_aligner.serving.token import find_token
 
-__all__ = ["Handler", "Server", "ServerConfig"]
+__all__ = ["Server", "ServerConfig"]
 
 logger = logging.getLogger(__name__)
 
@@ -51,39 +50,6 @@ class ServerConfig:
     length_multiple: int | None = None
     request_limits: RequestLimits = field(default_factory=RequestLimits)
     linger_seconds: float = 0.002  # that a request waits for others to be merged with
-    tick_seconds: float = 10.0  # idle time between two ticks
-
-
-class Handler(Protocol):
-    """The model behind a server. All its methods are called in the thread that called :meth:`Server.serve`.
-
-    A :class:`UserError` is told to the client, and the server goes on. Any other error is told too, and then ends
-    the server: the ranks may no longer be in step.
-    """
-
-    def infer(self, batch: TokenBatch) -> Judged:
-        """Rewards and values of B rows, of any B."""
-        ...
-
-    def train(self, batch: ValueBatch, ticket: Ticket | None) -> float:
-        """Learn from a rollout; the loss. The ticket is part of :meth:`health` from then on, and of checkpoints."""
-        ...
-
-    def save(self, ticket: Ticket | None) -> None:
-        """Save a checkpoint that belongs to the actor's of the same step."""
-        ...
-
-    def rewind(self, ticket: Ticket) -> None:
-        """Go back to a checkpoint that has learned from at most ``ticket.sequence`` train requests."""
-        ...
-
-    def health(self) -> Health:
-        """What the server tells of itself: asked after each call, answered without any work."""
-        ...
-
-    def tick(self) -> None:
-        """Nothing was asked for a while: keep the other ranks from giving up."""
-        ...
 
 
 class Server:
@@ -110,7 +76,7 @@ class Server:
         self.address = resolve(host, setting=f"{config.setting}.ip")
         self._token = find_token(self.address, config.port, environ)
         self._inbox = Inbox(max_rows=config.max_rows)
-        self._told: Health | None = None
+        self._computing: Computing | None = None
         self._began = threading.Event()
         self._stop_asked = threading.Event()
         self._heard_at = time.monotonic()
@@ -153,18 +119,16 @@ class Server:
             Exception: what the handler raised, unless it was a UserError; the end of a Triton that was started again
                 just before. The clients have been told.
         """
-        self._publish(handler)
+        config = self._config
+        self._computing = Computing(
+            handler, learns=bool(config.train), length_multiple=config.length_multiple
+        )
         self._began.set()
-        last_call = last_look = time.monotonic()
+        last_look = time.monotonic()
         try:
             while not (self._stop_asked.is_set() or should_stop()):
-                if jobs := self._inbox.take(POLL_SECONDS):
-                    if jobs := _awaited(jobs):
-                        self._run(jobs, handler)
-                    last_call = time.monotonic()
-                elif time.monotonic() - last_call >= self._config.tick_seconds:
-                    handler.tick()
-                    last_call = time.monotonic()
+                if jobs := _awaited(self._inbox.take(POLL_SECONDS)):
+                    self._run(jobs, self._computing)
                 if time.monotonic() - last_look >= POLL_SECONDS and not should_stop():
                     # A signal to the whole job, as Slurm sends it, ends Triton too.
                     self._keep_alive()
@@ -199,14 +163,14 @@ class Server:
     def _stopping(self) -> Refusal:
         return Refusal(Trouble.STOPPING, f"the server at {self.address}:{self._config.port} stops")
 
-    def _run(self, jobs: list[Job], handler: Handler) -> None:
+    def _run(self, jobs: list[Job], computing: Computing) -> None:
         try:
-            outcome = self._replies(jobs, handler)
+            outcome = computing.replies(jobs)
         except (UserError, Refusal) as error:
             if len(jobs) > 1:
                 # Only the one that the model will not judge is refused.
                 for job in jobs:
-                    self._run([job], handler)
+                    self._run([job], computing)
                 return
             outcome = error if isinstance(error, Refusal) else Refusal(Trouble.REFUSED, str(error))
             logger.warning("refused: %s", outcome.message)
@@ -215,83 +179,12 @@ class Server:
             for job in jobs:
                 job.reply.set_exception(failed if isinstance(error, Exception) else self._stopping())
             raise
-        self._publish(handler)
+        computing.publish()
         for index, job in enumerate(jobs):
             if isinstance(outcome, Refusal):
                 job.reply.set_exception(outcome)
             else:
                 job.reply.set_result(outcome[index])
-
-    def _replies(self, jobs: list[Job], handler: Handler) -> list[wire.Arrays]:
-        match jobs[0].request:
-            case wire.InferRequest():
-                return self._infer(jobs, handler)
-            case wire.TrainRequest(batch=batch, ticket=ticket):
-                return [wire.loss_reply(self._train(batch, ticket, handler))]
-            case SaveRequest(ticket=ticket):
-                if ticket:
-                    self._bring_to(ticket, ticket.sequence, handler)
-                self._note("save")
-                handler.save(ticket)
-                return [wire.save_reply()]
-
-    def _infer(self, jobs: list[Job], handler: Handler) -> list[wire.Arrays]:
-        requests = [job.request for job in jobs if isinstance(job.request, wire.InferRequest)]
-        if self._config.train and (ticket := requests[0].ticket):
-            self._bring_to(ticket, ticket.sequence, handler)
-        self._note("infer")
-        batches = [request.batch for request in requests]
-        merged = merge(batches, length_multiple=self._config.length_multiple)
-        if len(jobs) > 1:
-            logger.info("%d requests merged into one batch %s", len(jobs), list(merged.tokens.shape))
-        parts = share(handler.infer(merged), batches)
-        return [
-            wire.infer_reply(request, part.rewards, part.values)
-            for request, part in zip(requests, parts, strict=True)
-        ]
-
-    def _train(self, batch: ValueBatch, ticket: Ticket | None, handler: Handler) -> float:
-        if ticket:
-            told = handler.health()
-            if (told.run_id, told.sequence) == (
-                ticket.run_id,
-                ticket.sequence,
-            ) and told.last_loss is not None:
-                return told.last_loss
-            self._bring_to(ticket, ticket.sequence - 1, handler)
-        self._note("train")
-        return handler.train(batch, ticket)
-
-    def _bring_to(self, ticket: Ticket, sequence: int, handler: Handler) -> None:
-        """See to it that the weights have learned from ``sequence`` requests of the ticket's run, no more, no fewer.
-
-        Raises:
-            Refusal: they have learned from fewer; the client sends those that are missing.
-            UserError: they learn from another run.
-        """
-        told = handler.health()
-        if told.run_id and told.run_id != ticket.run_id:
-            raise UserError(
-                f"{told.model} learns from run {told.run_id}, and this request is of run {ticket.run_id}",
-                cure="start the server again for the new run, or let the actor go on from its checkpoint",
-            )
-        if told.sequence > sequence:
-            logger.info("back from train request %d to %d, where the actor goes on", told.sequence, sequence)
-            handler.rewind(dataclasses.replace(ticket, sequence=sequence))
-            told = handler.health()
-            assert told.sequence <= sequence, (told, ticket)
-        if told.sequence < sequence:
-            raise Refusal(
-                Trouble.BEHIND,
-                f"the weights have learned from {told.sequence} train requests, not {sequence}",
-            )
-
-    def _publish(self, handler: Handler) -> None:
-        self._told = handler.health()
-
-    def _note(self, busy: str) -> None:
-        assert self._told is not None
-        self._told = dataclasses.replace(self._told, busy=busy)
 
     def _endpoints(self) -> list[Endpoint]:
         config = self._config
@@ -362,10 +255,9 @@ class Server:
     def _tell_health(self, requests: Sequence[Call]) -> list[wire.Arrays | Refusal]:
         self._heard_at = time.monotonic()
         self._began.wait(READY_SECONDS)
-        told = self._told
-        if told is None:
+        if self._computing is None:
             return [Refusal(Trouble.STOPPING, "the model is not ready yet")] * len(requests)
-        return [wire.health_reply(told)] * len(requests)
+        return [wire.health_reply(self._computing.told)] * len(requests)
 
     def _begin_to_stop(self, requests: Sequence[Call]) -> list[wire.Arrays | Refusal]:
         logger.info("a client asks the server to stop")

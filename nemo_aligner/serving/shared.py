@@ -6,16 +6,19 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, wait
 from dataclasses import dataclass, field
-from typing import Any, Generic, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
 
 from nemo_aligner.batch import TokenBatch, ValueBatch
-from nemo_aligner.errors import UserError
+from nemo_aligner.errors import Unwound, UserError
 from nemo_aligner.parallel import collectives, world
 
-__all__ = ["Critic", "CriticLost", "Pending", "Reward", "SharedCritic", "SharedReward", "WaitEnded"]
+if TYPE_CHECKING:
+    from nemo_aligner.serving.client import RemoteCritic, RemoteReward
+
+__all__ = ["CriticLost", "Pending", "SharedCritic", "SharedReward", "WaitEnded"]
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -23,62 +26,12 @@ R = TypeVar("R")
 ANNOUNCE_SECONDS = 10.0  # between two signs of life to ranks that wait for rank 0's reply
 
 
-class CriticLost(Exception):
-    """The critic did not do what it was asked; no reply will come.
-
-    Attributes:
-        error: for people.
-    """
-
-    def __init__(self, error: UserError) -> None:
-        self.error = error
-        super().__init__(str(error))
+class CriticLost(Unwound):
+    """The critic did not do what it was asked; no reply will come."""
 
 
 class WaitEnded(Exception):
     """The wait for the critic was given up because this job is to end."""
-
-
-class Critic(Protocol):
-    """What rank 0 has: a :class:`~nemo_aligner.serving.client.RemoteCritic`, or none."""
-
-    @property
-    def run_id(self) -> str:
-        """Under which the critic knows the actor's run."""
-        ...
-
-    @property
-    def sequence(self) -> int:
-        """Train requests so far."""
-        ...
-
-    def infer_rm_critic(self, batch: TokenBatch) -> Future[tuple[Tensor, Tensor]]:
-        """(rewards [B], values [B, S])."""
-        ...
-
-    def train(self, batch: ValueBatch, *, step: int) -> Future[float]:
-        """The critic's loss."""
-        ...
-
-    def save(self) -> Future[None]:
-        """Have the critic saved."""
-        ...
-
-    def committed(self, sequence: int) -> None:
-        """A pair of checkpoints is complete."""
-        ...
-
-    def unsaved_lessons(self) -> bytes:
-        """The train requests that no pair of checkpoints holds."""
-        ...
-
-
-class Reward(Protocol):
-    """What rank 0 has: a :class:`~nemo_aligner.serving.client.RemoteReward`."""
-
-    def infer(self, batch: TokenBatch) -> Future[Tensor]:
-        """Rewards [B]."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -141,18 +94,22 @@ class SharedCritic:
     """All ranks call every method alike.
 
     Args:
-        critic: on rank 0.
+        critic: on rank 0, elsewhere None.
     """
 
-    def __init__(self, critic: Critic | None) -> None:
+    def __init__(self, critic: "RemoteCritic | None") -> None:
         assert (critic is not None) == world.is_logging_rank()
         self._critic = critic
 
-    def state_dict(self) -> dict[str, Any]:
-        """What the actor's checkpoint holds of it; on rank 0, elsewhere nothing."""
-        if self._critic is None:
-            return {}
-        return {"run_id": self._critic.run_id, "critic_sequence": self._critic.sequence}
+    @property
+    def run_id(self) -> str:
+        """Under which the critic knows the actor's run; on rank 0."""
+        return self._critic.run_id if self._critic else ""
+
+    @property
+    def sequence(self) -> int:
+        """Train requests so far; on rank 0."""
+        return self._critic.sequence if self._critic else 0
 
     def judge(self, batch: TokenBatch, *, rows: int) -> Pending[tuple[Tensor, Tensor]]:
         """(rewards [B], values [B, S]) of a batch that every rank has, asked for so many rows at a time."""
@@ -187,10 +144,10 @@ class SharedReward:
     """A reward model in another job. All ranks call its method alike.
 
     Args:
-        reward: on rank 0.
+        reward: on rank 0, elsewhere None.
     """
 
-    def __init__(self, reward: Reward | None) -> None:
+    def __init__(self, reward: "RemoteReward | None") -> None:
         assert (reward is not None) == world.is_logging_rank()
         self._reward = reward
 

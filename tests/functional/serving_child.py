@@ -5,7 +5,6 @@ Usage: serving_child.py IP PORT FOLDER [LIMIT=VALUE ...]
 """
 
 import json
-import logging
 import sys
 import time
 from dataclasses import dataclass
@@ -88,9 +87,6 @@ class Critic:
             last_loss=self.loss,
         )
 
-    def tick(self) -> None:
-        logging.info("tick")
-
 
 def encode(text: str, *, append_eos: bool | None = None) -> list[int]:
     return [ord(letter) % VOCAB_SIZE for letter in text] + [EOS] * bool(append_eos)
@@ -110,7 +106,6 @@ def main() -> None:
         num_rewards=1,
         has_values=True,
         max_rows=64,
-        tick_seconds=1.0,
         request_limits=RequestLimits(**requests),
     )
     limits = Limits(vocab_size=VOCAB_SIZE, seq_length=SEQ_LENGTH)

@@ -62,7 +62,7 @@ def content(nemo: Path) -> dict[str, Any]:
         return {
             "config": archive.config,
             "files": files,
-            "weights": {name: reader.read(name) for name in reader.names()},
+            "weights": {name: reader.read(name) for name in list(reader.shapes)},
         }
 
 

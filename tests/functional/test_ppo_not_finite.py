@@ -14,7 +14,8 @@ from torch import Tensor
 
 from nemo_aligner import builders
 from nemo_aligner.algorithms.critic_server_trainer import CriticServerTrainer
-from nemo_aligner.algorithms.ppo import PPOTrainer, RewardSources
+from nemo_aligner.algorithms.ppo import PPOTrainer
+from nemo_aligner.algorithms.scoring import RewardSources
 from nemo_aligner.algorithms.skips import Diverged
 from nemo_aligner.batch import TokenBatch, ValueBatch
 from nemo_aligner.builders import actor, servers

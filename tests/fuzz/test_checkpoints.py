@@ -59,7 +59,7 @@ def samples(tmp_path_factory: pytest.TempPathFactory, sentencepiece_model: Path)
 
 def _make_legacy(folder: Path) -> None:
     reader = WeightReader(folder / "model_weights")
-    torch.save({name: reader.read(name) for name in reader.names()}, folder / "model_weights.ckpt")
+    torch.save({name: reader.read(name) for name in list(reader.shapes)}, folder / "model_weights.ckpt")
     shutil.rmtree(folder / "model_weights")
 
 
@@ -205,7 +205,7 @@ def _torch_dist(samples: Path) -> Target:
         def read() -> None:
             check_folder(copy)
             reader = WeightReader(copy)
-            for name in reader.names():
+            for name in list(reader.shapes):
                 reader.read(name)
 
         return read
@@ -292,7 +292,7 @@ def _nemo(samples: Path) -> Target:
         def read() -> None:
             with open_nemo(path) as archive:
                 reader = WeightReader(archive.weights)
-                for name in reader.names():
+                for name in list(reader.shapes):
                     reader.read(name)
 
         return read

@@ -8,10 +8,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from nemo_aligner.algorithms.critic_link import CriticLink
 from nemo_aligner.algorithms.ppo_config import RolloutConfig
 from nemo_aligner.algorithms.rollout import Rollouts
-from nemo_aligner.algorithms.scoring import Scorer
+from nemo_aligner.algorithms.scoring import RewardSources, Scorer
 from nemo_aligner.algorithms.skips import NotFinite
 from nemo_aligner.batch import Rollout, TokenBatch
 from nemo_aligner.models.sampling_config import SamplingConfig
@@ -39,11 +38,7 @@ def scorer() -> Scorer:
         decode=str,
         end_ids=(),
     )
-    return Scorer(policy=None, critic=link(ZeroCritic()), rollouts=rollouts)
-
-
-def link(critic: ZeroCritic) -> CriticLink:
-    return CriticLink(critic=SharedCritic(critic), give_up=lambda: False, steps_per_epoch=1)
+    return Scorer(policy=None, sources=RewardSources(critic=SharedCritic(ZeroCritic())), rollouts=rollouts)
 
 
 def rollout(*, finished: bool = True) -> Rollout:
@@ -74,7 +69,7 @@ class _Asked(ZeroCritic):
 def test_a_rollout_is_one_request(scorer: Scorer):
     """So the critic changes to the reward model's weights once for it, however few answers are written at a time."""
     asked = _Asked()
-    replace(scorer, critic=link(asked)).ask(rollout().filled(8)).result()
+    replace(scorer, sources=RewardSources(critic=SharedCritic(asked))).ask(rollout().filled(8)).result()
     assert asked.rows == [8]
 
 

@@ -98,7 +98,7 @@ def test_an_export_ends_where_we_end(hf_folder: Callable[..., Path], tmp_path: P
                 path.relative_to(archive.folder).as_posix(): path
                 for path in archive.folder.glob("tokenizer/*")
             },
-            weights=lambda out: save_weights(out, ((n, reader.read(n)) for n in reader.names()), 3),
+            weights=lambda out: save_weights(out, ((n, reader.read(n)) for n in list(reader.shapes)), 3),
         )
     export_to_huggingface(tmp_path / "y.nemo", tmp_path / "out")
     assert GenerationConfig.from_pretrained(tmp_path / "out").eos_token_id == 2

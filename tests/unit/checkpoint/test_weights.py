@@ -72,13 +72,13 @@ def test_round_trip(tmp_path: Path, dtype: torch.dtype):
     weights = make_weights(dtype)
     save_weights(tmp_path / "w", iter(weights.items()), LAYERS, vocab_multiple=64)
     reader = WeightReader(tmp_path / "w")
-    assert set(reader.names()) == set(weights)
+    assert set(list(reader.shapes)) == set(weights)
     assert reader.dtype_of(EMBEDDING) == dtype
     for name, tensor in weights.items():
         stored = reader.read(name)
-        assert reader.shape(name) == tuple(stored.shape)
+        assert reader.shapes[name] == tuple(stored.shape)
         assert torch.equal(stored[: len(tensor)], tensor)
-    assert reader.shape(EMBEDDING) == (64, HIDDEN)
+    assert reader.shapes[EMBEDDING] == (64, HIDDEN)
     assert not reader.read(EMBEDDING)[VOCAB:].any()
 
 

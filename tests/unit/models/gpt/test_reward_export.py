@@ -119,7 +119,7 @@ def trained(tmp_path: Path) -> Callable[..., Path]:
                 tmp_path / "rm.nemo",
                 config=archive.config | {"data": data},
                 files=files,
-                weights=lambda out: save_weights(out, ((n, reader.read(n)) for n in reader.names()), 2),
+                weights=lambda out: save_weights(out, ((n, reader.read(n)) for n in list(reader.shapes)), 2),
             )
         return tmp_path / "rm.nemo"
 

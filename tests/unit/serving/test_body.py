@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from nemo_aligner.serving.nesting import nesting
+from nemo_aligner.serving.body import nesting
 
 
 def made(draw: random.Random, depth: int) -> Any:
