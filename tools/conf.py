@@ -50,7 +50,7 @@ def keys(file: File, kind: type[Any], prefix: str, made: object, shared: type[An
         if any(fnmatchcase(key, pattern) for pattern in file.hidden):
             continue
         value = default_of(spec) if made is None else getattr(made, spec.name)
-        if inner:
+        if inner and value is not None:
             group = file.groups.get(key)
             part = FILES[group].kind if group else inner if spec.name in in_group else None
             below = keys(file, inner, f"{key}.", None if value == REQUIRED else value, part)

@@ -9,11 +9,14 @@ from dataclasses import replace
 from pathlib import Path
 
 from nemo_aligner.algorithms.critic_link import PPOState
+from nemo_aligner.algorithms.ppo import PPOTrainer
 from nemo_aligner.algorithms.rewards import load_function
 from nemo_aligner.algorithms.rollout import Prompts, Rollouts
 from nemo_aligner.algorithms.scoring import RewardSources
 from nemo_aligner.builders.loaders import longest_sequence
 from nemo_aligner.builders.models import Pretrained, go_on_from, load_policy, needed_tokenizer
+from nemo_aligner.builders.resume import resume_point
+from nemo_aligner.builders.runs import open_experiment, prepare_training, save_result, training_checkpoints
 from nemo_aligner.builders.servers import tokenizer_probe
 from nemo_aligner.checkpoint.trainer_state import Checkpoint, read_extra
 from nemo_aligner.config.ppo import ActorJob, CriticRemoteConfig, RemoteConfig, RewardRemoteConfig
@@ -34,9 +37,33 @@ from nemo_aligner.serving.agreement import Actor, compare
 from nemo_aligner.serving.client import CriticNames, Remote, RemoteCritic, RemoteReward
 from nemo_aligner.serving.shared import CriticLost, Pending, SharedCritic, SharedReward
 
-__all__ = ["actor_objective", "actor_prompts", "actor_rollouts", "load_actor", "open_sources"]
+__all__ = ["load_actor", "open_sources", "train_actor"]
 
 logger = logging.getLogger(__name__)
+
+
+def train_actor(job: ActorJob) -> None:
+    """Run the job: a policy that learns from rewards of its responses."""
+    with open_experiment(job) as run:
+        start = resume_point(job, run)
+        pretrained = load_actor(job, start)
+        prompts = actor_prompts(job, pretrained)
+        checkpoints = training_checkpoints(job, run, pretrained)
+        trainer = PPOTrainer(
+            job.trainer.ppo,
+            actor_rollouts(job, pretrained),
+            pretrained.learner,
+            actor_objective(job),
+            prompts,
+            run,
+            checkpoints,
+        )
+        prepare_training(job, pretrained, max_steps=trainer.plan.max_steps * trainer.updates.per_rollout)
+        if start is not None:
+            trainer.resume(start)
+        with open_sources(job, run, pretrained, start) as sources:
+            trainer.fit(sources)
+            save_result(job, run, pretrained, checkpoints)
 
 
 def load_actor(job: ActorJob, start: Checkpoint | None) -> Pretrained[GPTPolicy]:
