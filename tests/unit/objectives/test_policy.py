@@ -4,6 +4,7 @@
 import math
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
@@ -285,3 +286,32 @@ def test_values_without_a_meaning_are_refused(config: PolicyConfig, says: str):
 @pytest.mark.parametrize("config", CONFIGS)
 def test_values_with_a_meaning_are_not(config: PolicyConfig):
     check_bounds(config, "model.ppo")
+
+
+def test_with_a_mean_of_sequences_each_response_weighs_the_same():
+    config = PolicyConfig(loss_mean="sequence", entropy_bonus=0.0)
+    mask = torch.tensor([[False, True, True, True, True], [False, False, True, False, False], [False] * 5])
+    draw = torch.Generator().manual_seed(0)
+    given = {name: torch.randn(3, 5, generator=draw, dtype=torch.float64) for name in ("new", "old", "gain")}
+    zeros = torch.zeros(3, 5, dtype=torch.float64)
+    rows = Experience(
+        tokens=torch.zeros(3, 5, dtype=torch.int64),
+        mask=mask,
+        lengths=torch.tensor([5, 3, 1]),
+        logprobs=given["old"],
+        reference_logprobs=given["old"] - 0.5,
+        sampler_logprobs=zeros,
+        advantages=given["gain"],
+        returns=zeros,
+        values=zeros,
+    )
+    objective = PolicyGradient(config, kl_coefficient=0.1, kl_estimator="k2")
+    loss, metrics = objective(ModelOutput(logprobs=given["new"]), rows)
+    new, old, gain = (given[name].numpy() for name in ("new", "old", "gain"))
+    ratio = np.exp(new - old)
+    each = np.maximum(-gain * ratio, -gain * ratio.clip(0.8, 1.2)) + 0.1 * 0.5 * (new - old + 0.5) ** 2
+    expected = [each[row][mask[row].numpy()].mean() for row in (0, 1)]
+    assert loss.item() == pytest.approx(sum(expected), rel=1e-6)
+    assert objective.unit is Unit.SEQUENCE
+    assert metrics["loss"][1].item() == 2, "a row without learned tokens is no sequence"
+    assert metrics["ppo_ratio"][1].item() == 5
