@@ -41,24 +41,10 @@ from nemo_aligner.parallel.ranks import discover
 from nemo_aligner.run.metrics import means
 
 __all__ = [
-    "NLL",
-    "BradleyTerry",
-    "LanguageModel",
-    "Metrics",
-    "ModelOutput",
-    "Objective",
-    "OptimConfig",
-    "PreferenceBatch",
-    "RewardModel",
-    "Rollout",
-    "SamplingConfig",
-    "SchedConfig",
-    "TokenBatch",
-    "Unit",
-    "Wants",
-    "load",
-    "load_reward_model",
-]
+    "NLL", "BradleyTerry", "LanguageModel", "Metrics", "ModelOutput", "Objective", "OptimConfig", "PreferenceBatch",
+    "RewardModel", "Rollout", "SamplingConfig", "SchedConfig", "TokenBatch", "Unit", "Wants",
+    "load", "load_reward_model",
+]  # fmt: skip
 
 Text = str | Sequence[Message]  # a text, or a conversation that the tokenizer's chat template writes
 L = TypeVar("L", bound=GPTLearner)
@@ -163,13 +149,9 @@ class LanguageModel(_Loaded[GPTPolicy]):
 
     def texts(self, rollout: Rollout, *, end_strings: tuple[str, ...] = ()) -> list[str]:
         """The responses, without what ended them."""
-        writer = Answerer(
-            policy=self.learner,
-            tokenizer=self.tokenizer,
-            sampling=SamplingConfig(end_strings=end_strings),
-            end_ids=self.learner.end_ids,
-            slots=1,
-        )
+        sampling, policy = SamplingConfig(end_strings=end_strings), self.learner
+        ends = {"end_ids": policy.end_ids, "sampling": sampling}
+        writer = Answerer(policy=policy, tokenizer=self.tokenizer, slots=1, **ends)
         rows = range(rollout.num_rows)
         return [writer.text(rollout.answer(row), finished=bool(rollout.finished[row])) for row in rows]
 
@@ -209,12 +191,7 @@ def load(
     Raises:
         UserError: there is no such model, or it does not fit.
     """
-    layout: dict[str, Any] = {
-        "tensor_model_parallel_size": tp,
-        "pipeline_model_parallel_size": pp,
-        "seed": seed,
-    }
-    model = GenerateModelConfig(restore_from_path=str(path), **layout)
+    model = GenerateModelConfig(restore_from_path=str(path), **_layout(tp, pp, seed))
     job = GenerateJob(model=model, trainer=TrainerConfig(precision=precision))
     _join(job)
     pretrained = builders.load_policy(job)
@@ -225,29 +202,27 @@ def load_reward_model(
     path: Path | str, *, tp: int = 1, pp: int = 1, precision: str = "auto", seed: int = 1234
 ) -> RewardModel:
     """A reward model, or a language model with a new head that gives rewards. See :func:`load`."""
-    layout: dict[str, Any] = {
-        "tensor_model_parallel_size": tp,
-        "pipeline_model_parallel_size": pp,
-        "seed": seed,
-    }
     job: RewardServerJob | RMJob
     if "reward_model_type" in (peek_model("path", str(path)) or {}):
-        model = ServedModelConfig(**layout)
-        job = RewardServerJob(
-            model=model, rm_model_file=str(path), trainer=TrainerConfig(precision=precision)
-        )
+        model = ServedModelConfig(**_layout(tp, pp, seed))
+        trainer = TrainerConfig(precision=precision)
+        job = RewardServerJob(model=model, rm_model_file=str(path), trainer=trainer)
         _join(job)
         pretrained = servers.load_served_reward_model(job)
     else:
         unread = PairDataConfig(data_prefix={"train": ["unread"]})
         job = RMJob(
-            model=RMModelConfig(data=unread, **layout),
+            model=RMModelConfig(data=unread, **_layout(tp, pp, seed)),
             trainer=RMTrainerConfig(precision=precision),
             pretrained_checkpoint=PretrainedConfig(restore_from_path=str(path)),
         )
         _join(job)
         pretrained = builders.load_reward_model(job)
     return RewardModel(pretrained=pretrained, tokenizer=builders.needed_tokenizer(job, pretrained))
+
+
+def _layout(tp: int, pp: int, seed: int) -> dict[str, Any]:
+    return {"tensor_model_parallel_size": tp, "pipeline_model_parallel_size": pp, "seed": seed}
 
 
 def _join(job: ModelJob) -> None:

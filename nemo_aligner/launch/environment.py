@@ -5,7 +5,6 @@ import os
 import platform
 import re
 import subprocess
-import sys
 from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -26,46 +25,36 @@ INSTRUCTIONS = ("amx_bf16", "avx512_bf16", "avx512f", "avx2", "asimd")
 
 
 def report() -> str:
-    """Lines of NAME: VALUE."""
+    """Lines of NAME and VALUE."""
     return "".join(f"{name:<20} {value}\n" for name, value in _facts())
 
 
 def _facts() -> Iterator[tuple[str, str]]:
     yield "nemo-aligner", nemo_aligner.__version__
-    yield "python", sys.version.split()[0]
+    yield "python", platform.python_version()
     for package in PACKAGES:
         try:
             yield package, version(package)
         except PackageNotFoundError:
             yield package, "not installed"
     yield "system", f"{platform.system()} {platform.release()} {platform.machine()}"
-    yield "cpu", _cpu()
-    memory = psutil.virtual_memory()
+    told = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+    name = re.search(r"^model name\s*:\s*(.*)$", told, re.MULTILINE)
+    widest = next(
+        (one for one in INSTRUCTIONS if re.search(rf"\b{one}\b", told)), "no vector instructions known"
+    )
+    yield "cpu", f"{name[1] if name else platform.processor()}, {widest}"
     yield "cores", f"{len(os.sched_getaffinity(0))} of {os.cpu_count()}"
+    memory = psutil.virtual_memory()
     yield "memory", f"{memory.available / 2**30:.1f} of {memory.total / 2**30:.1f} GiB free"
-    for number, gpu in enumerate(_gpus()):
-        yield f"gpu {number}", gpu
-    for name in VARIABLES:
-        if name in os.environ:
-            yield name, os.environ[name]
+    yield "gpus", _gpus()
+    yield from ((name, os.environ[name]) for name in VARIABLES if name in os.environ)
 
 
-def _cpu() -> str:
-    try:
-        text = Path("/proc/cpuinfo").read_text()
-    except OSError:
-        return platform.processor() or "unknown"
-    name = re.search(r"^model name\s*:\s*(.*)$", text, re.MULTILINE)
-    flags = re.search(r"^(?:flags|Features)\s*:(.*)$", text, re.MULTILINE)
-    has = set(flags[1].split()) if flags else set()
-    widest = next((one for one in INSTRUCTIONS if one in has), "no known vector instructions")
-    return f"{name[1] if name else platform.processor()}, {widest}"
-
-
-def _gpus() -> list[str]:
+def _gpus() -> str:
     query = ["nvidia-smi", "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader"]
     try:
-        done = subprocess.run(query, capture_output=True, text=True, timeout=20, check=False)
-    except (OSError, subprocess.TimeoutExpired):
-        return ["none that nvidia-smi shows"]
-    return done.stdout.splitlines() if done.returncode == 0 else ["none that nvidia-smi shows"]
+        done = subprocess.run(query, capture_output=True, text=True, timeout=20, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return "none that nvidia-smi shows"
+    return "; ".join(done.stdout.splitlines())

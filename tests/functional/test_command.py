@@ -101,7 +101,7 @@ def test_a_file_with_an_unknown_key_is_named(tmp_path: Path):
     ("words", "told"),
     [
         (["stf"], "did you mean sft?"),
-        (["sft", "modle=x"], "did you mean model=x?"),
+        (["sft", "modek=x"], "did you mean model=x?"),
         (["config"], "use one of"),
         (["config", "ppo"], "nemo-aligner ppo --help says what it takes"),
         (["sft", "model=none", "data=none"], "model.restore_from_path=none does not exist"),

@@ -112,3 +112,20 @@ def test_other_forms_are_refused_by_place_and_value(value, shares, problem, cure
     with pytest.raises(UserError, match=problem) as caught:
         parse_data_prefix(value, shares)
     assert cure in caught.value.cure
+
+
+@pytest.mark.parametrize(
+    ("rows", "share", "expected"), [(100, 0.1, 90), (3, 0.1, 2), (3, "0.9", 1), (2, 0.5, 1)]
+)
+def test_validation_may_be_a_share_of_the_training_rows(rows: int, share: object, expected: int):
+    found = parse_data_prefix({"train": ["a", "b"], "validation": share}, None)
+    assert found.validation
+    assert found.train.rows(rows) == range(expected)
+    assert found.validation.rows(rows) == range(expected, rows)
+    assert found.train.paths == found.validation.paths == ("a", "b")
+
+
+def test_a_share_of_one_row_leaves_nothing_to_validate():
+    found = parse_data_prefix({"train": "a", "validation": 0.1}, None)
+    assert found.validation
+    assert (len(found.train.rows(1)), len(found.validation.rows(1))) == (1, 0)

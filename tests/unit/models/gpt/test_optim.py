@@ -103,6 +103,22 @@ def test_wsd_of_a_run_that_is_shorter_than_its_decay():
     assert found == [1.0, 0.75, 0.5, 0.25]
 
 
+@pytest.mark.parametrize("name", ["CosineAnnealing", "WarmupAnnealing", "WSD"])
+def test_shares_of_the_run_are_its_steps(name: str):
+    decay = {"decay_steps": 0.3} if name == "WSD" else {}
+    shares = curve(20, name=name, warmup_steps=0.1, constant_steps=0.25, min_lr=0.1, **decay)
+    decay = {"decay_steps": 6} if name == "WSD" else {}
+    assert shares == curve(20, name=name, warmup_steps=2, constant_steps=5, min_lr=0.1, **decay)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("warmup_steps", 1.5), ("constant_steps", -1), ("warmup_steps", -0.1)]
+)
+def test_neither_steps_nor_a_share_is_refused(name: str, value: float):
+    with pytest.raises(UserError, match=rf"model\.optim\.sched\.{name}={value} is neither"):
+        OptimConfig(sched=SchedConfig(**{name: value})).check()
+
+
 @pytest.mark.parametrize(
     ("optim", "setting"),
     [
