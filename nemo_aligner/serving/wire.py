@@ -108,12 +108,8 @@ HEALTH_TEXT = TensorSpec(name="health", dtype=np.bytes_, shape=(1,))
 
 def _ticket_specs(*rows: str) -> tuple[TensorSpec, ...]:
     # Triton gives every input of a batching endpoint the batch's dimension, so there each row repeats the ticket.
-    kinds: tuple[tuple[str, type[np.generic]], ...] = (
-        ("run_id", np.bytes_),
-        ("step", np.int64),
-        ("sequence", np.int64),
-    )
-    return tuple(TensorSpec(name=name, dtype=kind, shape=(*rows, 1), optional=True) for name, kind in kinds)
+    kinds = {"run_id": np.bytes_, "step": np.int64, "sequence": np.int64}
+    return tuple(TensorSpec(name=n, dtype=kind, shape=(*rows, 1), optional=True) for n, kind in kinds.items())
 
 
 # Of critic_infer and reward_model: texts, or tokens with or without lengths. N is the batch's dimension.
