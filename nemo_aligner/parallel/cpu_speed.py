@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What is there only for speed on a CPU. Everything else computes the same by torch's or Megatron's own means.
 
-Times are of one AVX-512 core in fp32, forward and backward of a 360M model's sizes, torch's beside ours; `make bench`
-shows what all of it together gives.
+The gain is torch's time over ours on one AVX-512 core, in fp32 and at the sizes of a model of 360M parameters; `make
+bench` shows what all of it together gives.
 
 =============== ================================================================ ==========
 what            why                                                              gain
