@@ -75,7 +75,11 @@ def load_policy(job: ModelJob, *, start: Checkpoint | None = None) -> Pretrained
     """
     with opened(job, start) as archive:
         config = merged_config(job.model, archive)
-        _refuse_reward_model(job, config)
+        if config.get("reward_model_type"):
+            key, path = job.pretrained
+            raise UserError(
+                f"{key}={path} is a reward model and writes no text", cure="give a language model"
+            )
         built, tokenizer, files = filled(job, archive, config, head=None)
     pin_clock(tokenizer, config)
     policy = GPTPolicy(
@@ -136,12 +140,6 @@ def merged_config(model: ModelConfig, archive: ModelArchive) -> dict[str, Any]:
     if unread and world.is_logging_rank():
         logger.info("keys of model_config.yaml that are kept and not read: %s", ", ".join(unread))
     return {**archive.config, **model.architecture, **model.own_keys}
-
-
-def _refuse_reward_model(job: ModelJob, config: dict[str, Any]) -> None:
-    if config.get("reward_model_type"):
-        key, path = job.pretrained
-        raise UserError(f"{key}={path} is a reward model and writes no text", cure="give a language model")
 
 
 def filled(

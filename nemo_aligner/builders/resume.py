@@ -49,7 +49,8 @@ def _whole(job: Job, run: Experiment) -> Checkpoint | None:
     start = collectives.from_rank_0(lambda: _find(job, run))
     if start is None or not (damage := _damage(start)):
         return start
-    before = collectives.from_rank_0(lambda: _before(start))
+    beside = collectives.from_rank_0(lambda: find_checkpoints(start.path.parent))
+    before = (one for one in reversed(beside) if one.state.step < start.state.step)
     older = next((one for one in before if not _damage(one)), None)
     collectives.from_rank_0(lambda: _go_back(job, run, start, damage, older))
     return older
@@ -61,12 +62,6 @@ def _damage(checkpoint: Checkpoint) -> list[str] | None:
     if damage is None and world.is_logging_rank():
         logger.info("%s was written without digests: its files are not checked", checkpoint.path)
     return damage
-
-
-def _before(start: Checkpoint) -> list[Checkpoint]:
-    """The checkpoints beside ``start`` that are older, the newest first."""
-    beside = find_checkpoints(start.path.parent)
-    return [one for one in reversed(beside) if one.state.step < start.state.step]
 
 
 def _go_back(

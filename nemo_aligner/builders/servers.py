@@ -25,7 +25,7 @@ from nemo_aligner.checkpoint.sharded import load_model
 from nemo_aligner.checkpoint.trainer_state import Checkpoint
 from nemo_aligner.checkpoint.training import TrainingCheckpoints
 from nemo_aligner.config.base import ModelJob
-from nemo_aligner.config.serve import CriticJob, InferenceConfig, RewardServerJob, ServedModelConfig
+from nemo_aligner.config.serve import CriticJob, RewardServerJob, ServedModelConfig, ServingConfig
 from nemo_aligner.data.reading import Reading
 from nemo_aligner.data.row import TextEncoder
 from nemo_aligner.data.tokenizer import Tokenizer
@@ -283,43 +283,22 @@ def critic_server(job: CriticJob, critic: Critic) -> Callable[[], Server]:
     """What opens the critic's server, on rank 0."""
     config = job.trainer.ppo
     return _opener(
-        ServerConfig(
-            setting="trainer.ppo",
-            port=config.port,
-            ip=config.ip,
-            infer="critic_infer",
-            train="critic_train",
-            save="critic_save",
-            num_rewards=1 if config.combine_rm_and_critic_server else 0,
-            has_values=True,
-            max_rows=job.rows * world.dp_size(),
-            length_multiple=config.strip_sequence_length_to_multiple,
-            linger_seconds=config.max_queue_delay_microseconds / 1e6,
-            request_limits=config.request_limits,
-        ),
-        served_limits(job.model, critic),
-        critic,
+        *(job, config, "trainer.ppo", critic),
+        infer="critic_infer",
+        train="critic_train",
+        save="critic_save",
+        num_rewards=1 if config.combine_rm_and_critic_server else 0,
+        has_values=True,
     )
 
 
 def reward_server(job: RewardServerJob, pretrained: Pretrained[GPTCritic]) -> Callable[[], Server]:
     """What opens the reward model's server, on rank 0."""
-    config: InferenceConfig = job.inference
     return _opener(
-        ServerConfig(
-            setting="inference",
-            port=config.port,
-            ip=config.ip,
-            infer=config.model_name,
-            num_rewards=num_rewards(pretrained.learner),
-            has_values=False,
-            max_rows=job.rows * world.dp_size(),
-            length_multiple=config.strip_sequence_length_to_multiple,
-            linger_seconds=config.max_queue_delay_microseconds / 1e6,
-            request_limits=config.request_limits,
-        ),
-        served_limits(job.model, pretrained),
-        pretrained,
+        *(job, job.inference, "inference", pretrained),
+        infer=job.inference.model_name,
+        num_rewards=num_rewards(pretrained.learner),
+        has_values=False,
     )
 
 
@@ -328,10 +307,27 @@ def num_rewards(learner: GPTCritic) -> int:
     return 1 if learner.scale.weights else learner.head.outputs
 
 
-def _opener(config: ServerConfig, limits: Limits, served: Pretrained[GPTCritic]) -> Callable[[], Server]:
+def _opener(
+    job: CriticJob | RewardServerJob,
+    config: ServingConfig,
+    setting: str,
+    served: Pretrained[GPTCritic],
+    **endpoints: Any,  # noqa: ANN401 - ServerConfig's
+) -> Callable[[], Server]:
     encode, reading = None, Reading.of(served.config) or Reading()
     if served.tokenizer is not None:
         encode = TextEncoder(
             tokenizer=served.tokenizer, add_bos=reading.add_bos, append_eos=reading.append_eod
         )
-    return lambda: Server(config, limits, encode=encode)
+    server = ServerConfig(
+        setting=setting,
+        port=config.port,
+        ip=config.ip,
+        max_rows=job.rows * world.dp_size(),
+        length_multiple=config.strip_sequence_length_to_multiple,
+        linger_seconds=config.max_queue_delay_microseconds / 1e6,
+        request_limits=config.request_limits,
+        **endpoints,
+    )
+    limits = served_limits(job.model, served)
+    return lambda: Server(server, limits, encode=encode)

@@ -27,7 +27,7 @@ from nemo_aligner.checkpoint.hf_config import (
 )
 from nemo_aligner.checkpoint.mapped import HEAD_BIAS, HEAD_WEIGHT, MappedTensor, MappedWeights, mapped_tensors
 from nemo_aligner.checkpoint.mappings.table import Family
-from nemo_aligner.checkpoint.nemo_archive import replace_folder
+from nemo_aligner.checkpoint.nemo_archive import is_taken, replace_folder
 from nemo_aligner.checkpoint.sources import read_hf_config, read_json
 from nemo_aligner.checkpoint.tensor_files import (
     HuggingFaceTensors,
@@ -166,11 +166,7 @@ def export_huggingface(
 
 def check_export_folder(out: Path, *, overwrite: bool) -> None:
     """Raises UserError where ``export_huggingface`` would refuse to write."""
-    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
-        return
-    if not overwrite:
-        raise UserError(f"{out} exists", cure="give another output folder, or add --overwrite")
-    if not (out / "config.json").is_file():
+    if is_taken(out, overwrite=overwrite) and not (out / "config.json").is_file():
         raise UserError(
             f"{out} is not a Hugging Face folder (it has no config.json), so it is not overwritten",
             cure="give another output folder",

@@ -12,8 +12,7 @@ from nemo_aligner.checkpoint.digests import Digests, find_damage
 from nemo_aligner.checkpoint.finite import refuse_non_finite
 from nemo_aligner.checkpoint.nemo_archive import NemoArchive, refuse_damaged, write_nemo
 from nemo_aligner.checkpoint.open_model import OpenedModel, open_model
-from nemo_aligner.checkpoint.room import check_room_for_all
-from nemo_aligner.checkpoint.sharded import model_state, save_state, stored_bytes
+from nemo_aligner.checkpoint.sharded import check_room_for_all, model_state, save_state, stored_bytes
 from nemo_aligner.errors import UserError
 from nemo_aligner.parallel import collectives, world
 from nemo_aligner.run.disk import told_if_full

@@ -30,6 +30,7 @@ __all__ = [
     "ModelArchive",
     "NemoArchive",
     "check_output",
+    "is_taken",
     "open_nemo",
     "peek_config",
     "refuse_damaged",
@@ -225,15 +226,19 @@ def check_output(path: Path | str, *, overwrite: bool) -> None:
     it.
     """
     as_folder, path = _is_folder(path), Path(path)
-    if not path.exists() or (path.is_dir() and not any(path.iterdir())):
-        return
-    if not overwrite:
-        raise UserError(f"{path} exists", cure="give another output, or add --overwrite")
-    if as_folder and not (path / CONFIG_NAME).is_file():
+    if is_taken(path, overwrite=overwrite) and as_folder and not (path / CONFIG_NAME).is_file():
         raise UserError(
             f"{path} is a folder that is not an extracted .nemo, so it is not overwritten",
             cure="give a file name that ends with .nemo, or a new folder",
         )
+
+
+def is_taken(path: Path, *, overwrite: bool) -> bool:
+    """Whether ``path`` is there and no empty folder; UserError where that must not be."""
+    taken = path.exists() and not (path.is_dir() and not any(path.iterdir()))
+    if taken and not overwrite:
+        raise UserError(f"{path} exists", cure="give another output, or add --overwrite")
+    return taken
 
 
 def _is_folder(path: Path | str) -> bool:

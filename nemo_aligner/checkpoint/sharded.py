@@ -60,10 +60,20 @@ from nemo_aligner.checkpoint.weights import WeightReader
 from nemo_aligner.errors import UserError
 from nemo_aligner.parallel import collectives, cpu_shim, world
 from nemo_aligner.parallel.shards import Shards
+from nemo_aligner.run.disk import check_room
 
-__all__ = ["load_model", "load_state", "model_state", "save_model", "save_state", "stored_bytes"]
+__all__ = [
+    "check_room_for_all",
+    "load_model",
+    "load_state",
+    "model_state",
+    "save_model",
+    "save_state",
+    "stored_bytes",
+]
 
 PREFIX = "model."
+_MORE = 1 << 20  # bytes of small files and of the formats themselves
 
 
 class _SaveInProcess(TorchDistSaveShardedStrategy):
@@ -242,6 +252,21 @@ def stored_bytes(state: ShardedStateDict) -> int:
         ):
             found += value.data.nbytes
     return found
+
+
+def check_room_for_all(folder: Path, own: int, what: str, *, spare: int = 0) -> int:
+    """Refuse ``what`` on every rank where the disk of ``folder`` has no room for it; else the bytes that it takes.
+
+    Args:
+        own: bytes that this rank writes.
+        spare: bytes that rank 0 needs beside them for a while.
+
+    Raises:
+        UserError: on every rank.
+    """
+    needed = sum(collectives.of_all_ranks(own)) + spare + _MORE
+    collectives.from_rank_0(lambda: check_room(folder, needed, what))
+    return needed
 
 
 def save_state(state: ShardedStateDict, folder: Path, *, executor: Executor | None = None) -> Future[Digests]:

@@ -118,8 +118,7 @@ def _load(archive: ModelArchive, section: Mapping[str, Any]) -> Tokenizer:
         case "huggingface" if section.get("type") and archive.has_folder(section["type"]):
             return load_tokenizer("huggingface", archive.file(section["type"]))
         case "megatron" if files := archived_tokenizer_files(archive):
-            with as_folder(files) as folder:
-                return load_tokenizer("huggingface", folder)
+            return _load_files(files)
     named = {name: value for name, value in section.items() if value is not None}
     raise UserError(
         f"{archive.source}: its tokenizer is not in it, or is of a kind that is not supported: {named}",
@@ -166,21 +165,24 @@ def describe_tokenizer(files: Mapping[str, Path | bytes], where: str) -> dict[st
 
 def appends_eos(files: Mapping[str, Path | bytes]) -> bool:
     """Whether the tokenizer of a Hugging Face folder, left to itself, ends a text with EOS."""
-    with as_folder(files) as folder:
-        return load_tokenizer("huggingface", folder).adds_eos
+    return _load_files(files).adds_eos
 
 
 def _loads_as_huggingface(files: Mapping[str, Path | bytes]) -> bool:
     """Tried on the tokenizer's files alone, as they will lie in the .nemo."""
     if not files:
         return False
-    with as_folder(files) as folder:
-        try:
-            load_tokenizer("huggingface", folder)
-        except UserError as error:
-            _log.info("the tokenizer does not load: %s", error.problem)
-            return False
+    try:
+        _load_files(files)
+    except UserError as error:
+        _log.info("the tokenizer does not load: %s", error.problem)
+        return False
     return True
+
+
+def _load_files(files: Mapping[str, Path | bytes]) -> Tokenizer:
+    with as_folder(files) as folder:
+        return load_tokenizer("huggingface", folder)
 
 
 def _gpt2_files(vocab: Path, merges: Path) -> dict[str, bytes]:

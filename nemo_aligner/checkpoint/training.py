@@ -22,8 +22,13 @@ from typing import Any
 from nemo_aligner.checkpoint.digests import DIGESTS, Digests, write_digests
 from nemo_aligner.checkpoint.finite import refuse_non_finite
 from nemo_aligner.checkpoint.nemo_archive import WEIGHTS_NAME, write_contents, write_nemo
-from nemo_aligner.checkpoint.room import check_room_for_all
-from nemo_aligner.checkpoint.sharded import load_state, model_state, save_state, stored_bytes
+from nemo_aligner.checkpoint.sharded import (
+    check_room_for_all,
+    load_state,
+    model_state,
+    save_state,
+    stored_bytes,
+)
 from nemo_aligner.checkpoint.trainer_state import (
     EXTRA,
     UNFINISHED,

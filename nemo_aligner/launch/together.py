@@ -5,7 +5,6 @@ import errno
 import os
 import random
 import shlex
-import shutil
 import signal
 import socket
 import subprocess
@@ -26,7 +25,7 @@ from nemo_aligner.launch.children import (
 from nemo_aligner.launch.local import GRACE_SECONDS
 from nemo_aligner.launch.stacks import STACKS_SIGNAL, forward_stacks_request
 from nemo_aligner.run.progress import ProgressBar, read_line
-from nemo_aligner.serving.leftovers import Remains, folder_of
+from nemo_aligner.serving.leftovers import end_abandoned
 
 __all__ = ["Program", "free_ports", "run_together"]
 
@@ -115,7 +114,8 @@ def run_together(leader: Program, servers: Sequence[Program]) -> int:
             for job in jobs:
                 job.show_output(to_the_end=True)
                 if job.process.returncode < 0 and job.program.address is not None:
-                    _clear(job.program.address)
+                    # Its Triton would end after half a minute, its files stay.
+                    end_abandoned("{}-{}".format(*job.program.address))
 
 
 class _Job:
@@ -234,14 +234,6 @@ def _listens(address: tuple[str, int] | None) -> bool:
             return True
     except OSError:
         return False
-
-
-def _clear(address: tuple[str, int]) -> None:
-    """Remove what a server that was killed has left: its Triton would end after half a minute, its files stay."""
-    folder = folder_of("{}-{}".format(*address))
-    if folder.exists():
-        Remains.of(folder).end(wait_seconds=0.0)
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _tell(text: str) -> None:

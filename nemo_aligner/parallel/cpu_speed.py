@@ -1,21 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
 """What is there only for speed on a CPU. Everything else computes the same by torch's or Megatron's own means.
 
-Times are of one AVX-512 core in fp32, forward and backward of a 360M model's sizes, torch's beside ours; `make bench`
-shows what all of it together gives.
+The gain is torch's time over ours on one AVX-512 core, in fp32 and at the sizes of a model of 360M parameters; `make
+bench` shows what all of it together gives.
 
-=============== ================================================================ ==========
-what            why                                                              gain
-=============== ================================================================ ==========
-product         oneDNN, where torch takes MKL, which is slow beside Intel's CPUs 1.6 to 2.2
-rms_norm        torch has a fused kernel for CUDA only                           1.8
-gated           keeps x alone, and forms the gradient in its memory              memory
-embedded        adds a few rows where DDP gathers them; torch adds a whole [V, H] 60
-in_blocks       torch's kernel computes the upper half of short squares too      1.7
-Bags            torch's kernel packs keys for many queries, here there are few   1.3 to 2
-PackedLinear    a weight's copy in oneDNN's order for a few rows                 2.5
-zeros           huge pages: attention on a cache reads small ones slower         1.2
-=============== ================================================================ ==========
+============ ======================================================================= ==========
+what         why                                                                     gain
+============ ======================================================================= ==========
+product      oneDNN, where torch takes MKL, which is slow on CPUs other than Intel's 1.6 to 2.2
+rms_norm     torch has a fused kernel for CUDA only                                  1.8
+gated        keeps x alone, and forms the gradient in its memory                     memory
+embedded     adds a few rows where DDP gathers them; torch adds all of [V, H]        60
+in_blocks    torch's kernel computes the upper half of short squares too             1.7
+Bags         torch's kernel packs keys for many queries; here there are few          1.3 to 2
+PackedLinear a copy of a weight in oneDNN's order for a few rows                     2.5
+zeros        huge pages: attention reads a cache on small ones slower                1.2
+============ ======================================================================= ==========
 
 Knows no layer and no model.
 """

@@ -35,7 +35,7 @@ class Calls(Protocol):
 Answer = Callable[[Sequence[Call]], Sequence[Arrays | Refusal]]
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Endpoint:
     """A name under which requests are answered.
 

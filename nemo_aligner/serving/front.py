@@ -92,7 +92,7 @@ class Front:
         unlimited: Sequence[str],
         limits: RequestLimits,
     ) -> None:
-        self._address, self._port, self._setting = address, port, setting
+        self._address, self._port, self._setting, self.name = address, port, setting, f"{address}-{port}"
         self._token, self._endpoints, self._unlimited = token, endpoints, unlimited
         self._limits = limits
         self._upstream: Upstream | None = None

@@ -15,7 +15,6 @@ from nemo_aligner.errors import UserError
 from nemo_aligner.serving.endpoint import Endpoint
 from nemo_aligner.serving.front import Front, Upstream
 from nemo_aligner.serving.leftovers import Remains, end_abandoned, kill, own_folder
-from nemo_aligner.serving.protocol import RequestLimits
 from nemo_aligner.serving.triton import PrivateTriton
 
 __all__ = ["TritonEnded", "TritonProcess"]
@@ -32,39 +31,14 @@ class TritonEnded(Exception):
 
 
 class TritonProcess:
-    """Within it, the endpoints can be reached at ``address:port``.
-
-    Args:
-        setting: the section of .port, to name in errors, as in trainer.ppo.
-        token: what callers must show; None asks for nothing.
-        unlimited: endpoints that need no model; see :class:`Front`.
+    """Within it, the endpoints can be reached where the front listens.
 
     Raises:
         UserError: on entering, if the port is taken, or Triton does not start.
     """
 
-    def __init__(
-        self,
-        endpoints: Sequence[Endpoint],
-        *,
-        address: str,
-        port: int,
-        setting: str,
-        token: str | None,
-        limits: RequestLimits,
-        unlimited: Sequence[str] = (),
-    ) -> None:
-        self._endpoints = endpoints
-        self._name = f"{address}-{port}"
-        self._front = Front(
-            address,
-            port,
-            setting=setting,
-            token=token,
-            endpoints=[endpoint.name for endpoint in endpoints],
-            unlimited=unlimited,
-            limits=limits,
-        )
+    def __init__(self, endpoints: Sequence[Endpoint], front: Front) -> None:
+        self._endpoints, self._front, self._name = endpoints, front, front.name
         self._within, self._triton_within = ExitStack(), ExitStack()
 
     def __enter__(self) -> Self:

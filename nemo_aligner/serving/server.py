@@ -16,6 +16,7 @@ from nemo_aligner.serving.address import listening_host, resolve
 from nemo_aligner.serving.checks import refuse
 from nemo_aligner.serving.computing import Computing, Handler
 from nemo_aligner.serving.endpoint import Answer, Call, Endpoint
+from nemo_aligner.serving.front import Front
 from nemo_aligner.serving.inbox import Inbox, Job, Request, SaveRequest
 from nemo_aligner.serving.process import TritonEnded, TritonProcess
 from nemo_aligner.serving.protocol import Limits, Refusal, RequestLimits, Trouble
@@ -82,15 +83,17 @@ class Server:
         self._heard_at = time.monotonic()
         self._ended = False
         self._restarts: list[float] = []  # when Triton was started again
-        self._process = TritonProcess(
-            self._endpoints(),
-            address=self.address,
-            port=config.port,
+        endpoints = self._endpoints()
+        front = Front(
+            self.address,
+            config.port,
             setting=config.setting,
             token=self._token.text if self._token else None,
-            limits=config.request_limits,
+            endpoints=[endpoint.name for endpoint in endpoints],
             unlimited=(wire.HEALTH, wire.STOP),
+            limits=config.request_limits,
         )
+        self._process = TritonProcess(endpoints, front)
 
     def __enter__(self) -> Self:
         self._process.__enter__()
@@ -187,37 +190,24 @@ class Server:
                 job.reply.set_result(outcome[index])
 
     def _endpoints(self) -> list[Endpoint]:
-        config = self._config
-        endpoints = [
-            Endpoint(
-                name=config.infer,
-                inputs=wire.infer_inputs(),
-                outputs=wire.infer_outputs(num_rewards=config.num_rewards, has_values=config.has_values),
-                answer=self._ask(
-                    config.infer,
-                    lambda arrays: wire.read_infer(config.infer, arrays, self._limits, self._encode),
-                ),
-                linger_seconds=config.linger_seconds,
-            ),
-            Endpoint(name=wire.STOP, inputs=[wire.DUMMY], outputs=[wire.STATUS], answer=self._begin_to_stop),
-        ]
-        if train := config.train:
-            answer = self._ask(train, lambda arrays: wire.read_train(train, arrays, self._limits))
-            endpoints.append(
-                Endpoint(name=train, inputs=wire.train_inputs(), outputs=[wire.LOSS], answer=answer)
+        config, limits, encode = self._config, self._limits, self._encode
+        outputs = wire.infer_outputs(num_rewards=config.num_rewards, has_values=config.has_values)
+        infer = self._ask(config.infer, lambda name, arrays: wire.read_infer(name, arrays, limits, encode))
+        infer = Endpoint(config.infer, wire.INFER_INPUTS, outputs, infer, config.linger_seconds)
+        endpoints = [infer, Endpoint(wire.STOP, [wire.DUMMY], [wire.STATUS], self._begin_to_stop)]
+        if config.train:
+            train = self._ask(config.train, lambda name, arrays: wire.read_train(name, arrays, limits))
+            endpoints.append(Endpoint(config.train, wire.TRAIN_INPUTS, [wire.LOSS], train))
+        if config.save:
+            save = self._ask(
+                config.save, lambda name, arrays: SaveRequest(ticket=wire.read_save(name, arrays))
             )
-        if save := config.save:
-            answer = self._ask(save, lambda arrays: SaveRequest(ticket=wire.read_save(save, arrays)))
-            endpoints.append(
-                Endpoint(name=save, inputs=wire.save_inputs(), outputs=[wire.STATUS], answer=answer)
-            )
+            endpoints.append(Endpoint(config.save, wire.SAVE_INPUTS, [wire.STATUS], save))
         # The last to come up: whom it answers can reach all.
-        health = Endpoint(
-            name=wire.HEALTH, inputs=[wire.DUMMY], outputs=[wire.HEALTH_TEXT], answer=self._tell_health
-        )
+        health = Endpoint(wire.HEALTH, [wire.DUMMY], [wire.HEALTH_TEXT], self._tell_health)
         return [*endpoints, health]
 
-    def _ask(self, endpoint: str, read: Callable[[wire.Arrays], Request]) -> Answer:
+    def _ask(self, endpoint: str, read: Callable[[str, wire.Arrays], Request]) -> Answer:
         """Has requests checked, hands the good ones to the main thread together, and waits for the replies."""
 
         def answer(requests: Sequence[Call]) -> list[wire.Arrays | Refusal]:
@@ -231,10 +221,10 @@ class Server:
 
         return answer
 
-    def _read(self, endpoint: str, read: Callable[[wire.Arrays], Request], call: Call) -> Job | Refusal:
+    def _read(self, endpoint: str, read: Callable[[str, wire.Arrays], Request], call: Call) -> Job | Refusal:
         try:
             self._check_rows(endpoint, call.arrays)
-            return Job(request=read(call.arrays), is_gone=call.is_gone)
+            return Job(request=read(endpoint, call.arrays), is_gone=call.is_gone)
         except UserError as error:
             return Refusal(Trouble.REFUSED, str(error))
         except Exception as error:

@@ -9,7 +9,7 @@ Shapes: N rows, S positions, A attributes of a reward.
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -44,7 +44,6 @@ __all__ = [
     "TrainRequest",
     "health_reply",
     "infer_arrays",
-    "infer_inputs",
     "infer_outputs",
     "infer_reply",
     "loss_reply",
@@ -55,10 +54,8 @@ __all__ = [
     "read_save",
     "read_train",
     "save_arrays",
-    "save_inputs",
     "save_reply",
     "train_arrays",
-    "train_inputs",
 ]
 
 HEALTH = "health"
@@ -111,34 +108,21 @@ HEALTH_TEXT = TensorSpec(name="health", dtype=np.bytes_, shape=(1,))
 
 def _ticket_specs(*rows: str) -> tuple[TensorSpec, ...]:
     # Triton gives every input of a batching endpoint the batch's dimension, so there each row repeats the ticket.
-    kinds: tuple[tuple[str, type[np.generic]], ...] = (
-        ("run_id", np.bytes_),
-        ("step", np.int64),
-        ("sequence", np.int64),
-    )
-    return tuple(TensorSpec(name=name, dtype=kind, shape=(*rows, 1), optional=True) for name, kind in kinds)
+    kinds = {"run_id": np.bytes_, "step": np.int64, "sequence": np.int64}
+    return tuple(TensorSpec(name=n, dtype=kind, shape=(*rows, 1), optional=True) for n, kind in kinds.items())
 
 
-def infer_inputs() -> tuple[TensorSpec, ...]:
-    """Of critic_infer and reward_model: texts, or tokens with or without lengths. N is the batch's dimension."""
-    tokens = TensorSpec(name=TOKENS.name, dtype=TOKENS.dtype, shape=TOKENS.shape, optional=True)
-    return (TEXTS, ADD_EOS, tokens, LENGTHS, *_ticket_specs("N"))
+# Of critic_infer and reward_model: texts, or tokens with or without lengths. N is the batch's dimension.
+INFER_INPUTS = (TEXTS, ADD_EOS, replace(TOKENS, optional=True), LENGTHS, *_ticket_specs("N"))
+# Of critic_train and critic_save, which do not batch.
+TRAIN_INPUTS = (TOKENS, RETURNS, OLD_VALUES, MASK, LENGTHS, *_ticket_specs())
+SAVE_INPUTS = (DUMMY, *_ticket_specs())
 
 
 def infer_outputs(*, num_rewards: int, has_values: bool) -> tuple[TensorSpec, ...]:
     """Values [N, S] of a critic and rewards [N, A] of a reward model; of both where they share a job."""
     rewards = TensorSpec(name="rewards", dtype=np.float32, shape=("N", num_rewards))
     return (*([VALUES] if has_values else []), *([rewards] if num_rewards else []), EXCEEDED)
-
-
-def train_inputs() -> tuple[TensorSpec, ...]:
-    """Of critic_train, which does not batch."""
-    return (TOKENS, RETURNS, OLD_VALUES, MASK, LENGTHS, *_ticket_specs())
-
-
-def save_inputs() -> tuple[TensorSpec, ...]:
-    """Of critic_save, which does not batch."""
-    return (DUMMY, *_ticket_specs())
 
 
 def _ticket_arrays(ticket: Ticket | None, *rows: int) -> dict[str, NDArray[Any]]:
@@ -227,7 +211,7 @@ def read_infer(endpoint: str, arrays: Arrays, limits: Limits, encode: Encode | N
     Raises:
         UserError: what is wrong with the request, and where.
     """
-    check_shapes(endpoint, arrays, infer_inputs())
+    check_shapes(endpoint, arrays, INFER_INPUTS)
     match TEXTS.name in arrays, TOKENS.name in arrays:
         case True, False:
             tokens, lengths, exceeded = _encode(endpoint, arrays, limits, encode)
@@ -313,7 +297,7 @@ def read_train(endpoint: str, arrays: Arrays, limits: Limits) -> TrainRequest:
     Raises:
         UserError: what is wrong with the request, and where.
     """
-    check_shapes(endpoint, arrays, train_inputs())
+    check_shapes(endpoint, arrays, TRAIN_INPUTS)
     tokens, mask = arrays[TOKENS.name], arrays[MASK.name]
     for spec in (RETURNS, OLD_VALUES, MASK):
         check_finite(endpoint, spec.name, arrays[spec.name], most=MAX_RETURN)
@@ -358,7 +342,7 @@ def read_save(endpoint: str, arrays: Arrays) -> Ticket | None:
     Raises:
         UserError: what is wrong with the request.
     """
-    check_shapes(endpoint, arrays, save_inputs())
+    check_shapes(endpoint, arrays, SAVE_INPUTS)
     return _read_ticket(endpoint, arrays)
 
 

@@ -2,6 +2,7 @@
 """Both jobs of PPO as processes: at other layouts, with a reward model in a third job, and what they refuse."""
 
 import json
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -141,9 +142,10 @@ def test_a_reward_server_of_several_ranks_reads_texts_as_it_is_told_and_ends_at_
     pairs: Callable[..., Pair],
 ):
     pair, port = pairs("reward", critic={}, actor={}), free_ports(1)[0]
-    layout = {"trainer.devices": 2, "model.tensor_model_parallel_size": 2}
+    layout = {"trainer.devices": 2, "model.tensor_model_parallel_size": 2, "trainer.collective_timeout": 20}
     job = pair.serve_reward_model(port, **layout, **{"model.data.append_eod": True})
     job.wait_for("serving at 127.0.0.1")
+    time.sleep(25)  # rank 1 waits for longer than a collective may take
     assert (
         "read with append_eod=True, add_bos=null, and the reward model was trained with append_eod=False"
         in job.err

@@ -149,7 +149,6 @@ class GPTConfig:
                     cure=f"use a model whose model_config.yaml has {name}: {supported[-1]}",
                 )
         values["window_size"] = window_tokens(values.get("window_size"))
-        values.setdefault("ffn_hidden_size", 4 * values["hidden_size"])
         if scaling := _rope_scaling(config):
             values["rope_scaling"] = RopeScaling(**scaling)
         if values.get("ffn_hidden_size") is None:

@@ -3,7 +3,6 @@
 
 import contextlib
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -65,36 +64,19 @@ class GPTCritic(GPTLearner):
     ) -> None:
         super().__init__(model, seed=seed)
         self.head, self.scale, self._reward = head, scale, reward
-        self._changed = True  # whether the critic's weights may be others than when they were last swapped
+        self._swapped_at = -1  # how often the weights had changed when they were last swapped
 
     def infer(self, batch: TokenBatch, *, micro_batch_size: int | None = None) -> Tensor:
         """[N] float (or [N, A], see :class:`RewardScale`) on every rank of the model: rewards of the sequences."""
         outputs, swapped = self.head.outputs, contextlib.nullcontext()
         if self._reward is not None:
-            outputs, swapped = (
-                self._reward.outputs,
-                self._reward.spare.swapped(self.model, changed=self._changed),
-            )
-            self._changed = False
+            changed, self._swapped_at = self.changes != self._swapped_at, self.changes
+            outputs = self._reward.outputs
+            swapped = self._reward.spare.swapped(self.model, changed=changed)
         with swapped:
             found = self._ask(_split(batch, micro_batch_size), Wants.REWARDS)
         rewards = torch.cat([_given(output.rewards) for output in found]) if found else None
         return self.scale(collectives.from_last_stage(rewards, (batch.lengths.numel(), outputs)))
-
-    def optimizer_step(self) -> dict[str, float]:
-        """See GPTLearner."""
-        self._changed = True
-        return super().optimizer_step()
-
-    def restart_training(self) -> None:
-        """See GPTLearner."""
-        self._changed = True
-        super().restart_training()
-
-    def load_training_state(self, state: dict[str, Any]) -> None:
-        """See GPTLearner."""
-        self._changed = True
-        super().load_training_state(state)
 
     def values(self, batch: TokenBatch, *, micro_batch_size: int | None = None) -> Tensor:
         """[B, S] float on every rank of the model: of the state before each token of ``batch.mask``, else 0."""

@@ -68,6 +68,7 @@ class GPTLearner:
         self._optimizer_steps = 0  # the schedule's place: all but those that looked for fp16's loss scale
         self._backwards = 0  # done: what random draws are a function of; a step may be left out after one
         self._loss = 0.0  # of the last backward
+        self.changes = 0  # of the weights, by steps, restarts and what was loaded
         self._gathers_later = False  # whether other ranks' new weights are yet to come
 
     @property
@@ -97,6 +98,7 @@ class GPTLearner:
             if "step" in group:
                 group["step"] = 0
         self._optimizer.reload_model_params()
+        self.changes += 1
         self._optimizer_steps = self._backwards = 0
 
     def get_loss_and_metrics(
@@ -150,6 +152,7 @@ class GPTLearner:
             take_step(self._optimizer) if math.isfinite(self._loss) else Taken(done=False, grad_norm=math.nan)
         )
         self._optimizer_steps += not taken.seeks_scale
+        self.changes += 1
         self._gathers_later = self._optim.overlap_param_sync
         skipped = not (taken.done or taken.seeks_scale)
         return {"lr": lr, "grad_norm": taken.grad_norm, "skipped_steps": float(skipped)}
@@ -184,6 +187,7 @@ class GPTLearner:
         """Take over what was loaded into :meth:`training_state`; weights are loaded before."""
         assert self._optimizer is not None, "prepare_training comes first"
         load_optimizer(self._optim, self._optimizer, state["optimizer"])
+        self.changes += 1
         self._optimizer_steps, self._backwards = state["optimizer_steps"], state["backwards"]
 
     def _ask(

@@ -14,14 +14,27 @@ from megatron.core.models.gpt.gpt_layer_specs import (
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import TransformerLayer
+from torch import Tensor
 
 from nemo_aligner.models.gpt.attention import SDPACoreAttention
 from nemo_aligner.models.gpt.config import GPTConfig
-from nemo_aligner.models.gpt.layer import Layer
 from nemo_aligner.models.gpt.layers import ColumnLinear, GatedActivation, Norm, RowLinear
 from nemo_aligner.parallel import te
 
 __all__ = ["layer_spec"]
+
+
+class Layer(TransformerLayer):
+    """After the last layer's attention no position sees another: its MLP is computed for those that are read."""
+
+    def forward(self, hidden_states: Tensor, **options: Any) -> tuple[Any, Tensor | None]:  # noqa: ANN401
+        """[S, B, H] to the same; of the last layer to [n, 1, H] where ``RowParams.read`` has n places."""
+        hidden, context = self._forward_attention(hidden_states, **options)
+        rows = options["packed_seq_params"]
+        if self.layer_number == self.config.num_layers and rows is not None and rows.read is not None:
+            hidden = hidden.flatten(0, 1).index_select(0, rows.read)[:, None]
+        return self._forward_mlp(hidden, padding_mask=options["padding_mask"]), context
 
 
 def layer_spec(gpt: GPTConfig, config: TransformerConfig) -> TransformerBlockSubmodules:
