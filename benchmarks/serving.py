@@ -321,10 +321,7 @@ def figures_of(found: Mapping[tuple[str, str], Sequence[Mapping[str, Measured]]]
             }
             figures += [
                 Figure(
-                    table=allocator.capitalize(),
-                    subject=f"{size}, {name}",
-                    metric=metric,
-                    values=tuple(each),
+                    table=allocator.capitalize(), subject=f"{size}, {name}", metric=metric, values=tuple(each)
                 )
                 for metric, each in values.items()
                 if each

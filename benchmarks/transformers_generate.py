@@ -59,10 +59,7 @@ def generate(model: Model, case: dict[str, Any]) -> list[tuple[torch.Tensor, Len
         answers = torch.tensor(case["lengths"][start : start + batch])
         criteria = Lengths(prompts.shape[1] + answers)
         config = GenerationConfig(
-            do_sample=not case["greedy"],
-            **whole,
-            max_new_tokens=int(answers.max()),
-            pad_token_id=0,
+            do_sample=not case["greedy"], **whole, max_new_tokens=int(answers.max()), pad_token_id=0
         )
         out = model.generate(
             prompts,

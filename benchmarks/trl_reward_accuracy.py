@@ -63,10 +63,7 @@ def train(folder: str, pairs: str, out: str, settings: str) -> None:
         disable_tqdm=True,
     )
     trainer = RewardTrainer(
-        model=model,
-        args=config,
-        train_dataset=Dataset.from_list(rows(pairs)),
-        processing_class=tokenizer,
+        model=model, args=config, train_dataset=Dataset.from_list(rows(pairs)), processing_class=tokenizer
     )
     trainer.train()
     trainer.save_model(out)

@@ -9,10 +9,7 @@ from examples.quickstart.stages import ROOT
 
 __all__ = ["RECIPES", "Recipe"]
 
-_ALWAYS = (
-    "trainer.precision=32",
-    "exp_manager.create_tensorboard_logger=False",
-)
+_ALWAYS = ("trainer.precision=32", "exp_manager.create_tensorboard_logger=False")
 # A run of a minute is not resumed.
 _NO_CHECKPOINTS = ("exp_manager.create_checkpoint_callback=False",)
 _SHORT_SCHEDULE = ("model.optim.sched.constant_steps=0", "model.optim.sched.warmup_steps=10")
@@ -121,11 +118,7 @@ VILLAGE = Recipe(
         "model.optim.sched.min_lr=3e-5",
         f"remote_critic_rm.pad_to_length={_PPO_TOKENS}",
     ),
-    sampling=(
-        "trainer.precision=32",
-        f"sampling.max_length={_MAX_ANSWER_TOKENS}",
-        "sampling.seed=7",
-    ),
+    sampling=("trainer.precision=32", f"sampling.max_length={_MAX_ANSWER_TOKENS}", "sampling.seed=7"),
 )
 
 

@@ -59,11 +59,7 @@ def _show(questions: Sequence[Question], judged: Mapping[str, Judged]) -> None:
     table = Table("held-out questions", "reward", "warm less harsh words per 100", "name the thing", "words")
     for name, found in judged.items():
         table.add_row(
-            name,
-            f"{found.reward:.2f}",
-            f"{found.warmth:.1f}",
-            f"{found.names_it:.0%}",
-            f"{found.words:.1f}",
+            name, f"{found.reward:.2f}", f"{found.warmth:.1f}", f"{found.names_it:.0%}", f"{found.words:.1f}"
         )
     console.print(table)
 

@@ -34,21 +34,9 @@ THINGS = tuple(Thing(**dict(zip(_FIELDS, row, strict=True))) for row in _ROWS)
 
 # What can be asked about a thing, with the sentences that answer it.
 ASPECTS: dict[str, tuple[str, ...]] = {
-    "what": (
-        "{one} is {what}.",
-        "the {name} is {what}.",
-        "to us the {name} is {what}.",
-    ),
-    "where": (
-        "you can find {one} {where}.",
-        "there is {one} {where}.",
-        "look for the {name} {where}.",
-    ),
-    "does": (
-        "the {name} {does}.",
-        "most days the {name} {does}.",
-        "if you wait, the {name} {does}.",
-    ),
+    "what": ("{one} is {what}.", "the {name} is {what}.", "to us the {name} is {what}."),
+    "where": ("you can find {one} {where}.", "there is {one} {where}.", "look for the {name} {where}."),
+    "does": ("the {name} {does}.", "most days the {name} {does}.", "if you wait, the {name} {does}."),
     "when": (
         "come and see the {name} {when}.",
         "the {name} is at its best {when}.",

@@ -20,8 +20,6 @@ from nemo_aligner.data.sampler import GlobalBatchSampler, rank_rows
 from nemo_aligner.models.alignable_interface import AlignableGenerativeInterface
 from nemo_aligner.parallel import collectives, world
 
-__all__ = ["annotate_by_swap", "with_stored_reference"]
-
 logger = logging.getLogger(__name__)
 
 

@@ -37,8 +37,6 @@ from nemo_aligner.serving.agreement import Actor, compare
 from nemo_aligner.serving.client import CriticNames, Remote, RemoteCritic, RemoteReward
 from nemo_aligner.serving.shared import CriticLost, Pending, SharedCritic, SharedReward
 
-__all__ = ["load_actor", "open_sources", "train_actor"]
-
 logger = logging.getLogger(__name__)
 
 

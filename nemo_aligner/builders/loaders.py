@@ -32,8 +32,6 @@ from nemo_aligner.objectives.reward import AttributePairs, BradleyTerry, Regress
 from nemo_aligner.parallel import world
 from nemo_aligner.run.progress import heartbeat
 
-__all__ = ["longest_sequence", "pair_loaders", "reward_objective", "sft_loaders"]
-
 logger = logging.getLogger(__name__)
 
 

@@ -11,8 +11,6 @@ from nemo_aligner.checkpoint.trainer_state import Checkpoint
 from nemo_aligner.models.gpt.policy import GPTPolicy
 from nemo_aligner.run.experiment import Experiment
 
-__all__ = ["beside_reference"]
-
 
 def beside_reference(
     run: Experiment,

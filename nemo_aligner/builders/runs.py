@@ -23,8 +23,6 @@ from nemo_aligner.run.disk import told_if_full
 from nemo_aligner.run.experiment import Experiment, ExperimentConfig
 from nemo_aligner.run.lock import FolderLock
 
-__all__ = ["open_experiment", "prepare_training", "save_result", "supervised_trainer", "training_checkpoints"]
-
 logger = logging.getLogger(__name__)
 
 

@@ -17,16 +17,6 @@ from nemo_aligner.paths import PathText
 from nemo_aligner.run.experiment import ExperimentConfig
 from nemo_aligner.run.schedule import LoopConfig
 
-__all__ = [
-    "BatchedModelConfig",
-    "Job",
-    "ModelConfig",
-    "ModelJob",
-    "PretrainedConfig",
-    "PretrainedJob",
-    "TrainerConfig",
-]
-
 
 @dataclass(frozen=True, kw_only=True)
 class TrainerConfig:

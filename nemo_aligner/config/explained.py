@@ -18,8 +18,6 @@ from typing import Any
 from nemo_aligner.compatibility import NO_EFFECT
 from nemo_aligner.models.gpt.config import GPTConfig
 
-__all__ = ["REQUIRED", "Key", "as_yaml", "block_of", "comment", "explain", "meaning", "meaning_of"]
-
 REQUIRED = "???"
 # What OmegaConf reads as text without quotes: a word, or an interpolation in it.
 _PLAIN = re.compile(r"[A-Za-z_$/?][\w./?${}:-]*(?<!:)")

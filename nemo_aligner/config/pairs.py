@@ -10,8 +10,6 @@ from nemo_aligner.data.first_rows import check_pair_rows
 from nemo_aligner.objectives.config import RegressionConfig
 from nemo_aligner.run.schedule import SupervisedConfig
 
-__all__ = ["PairJob", "PairLoopConfig", "PairModelConfig"]
-
 
 @dataclass(frozen=True, kw_only=True)
 class PairLoopConfig(SupervisedConfig):

@@ -12,8 +12,6 @@ from nemo_aligner.models.gpt.learning_rate import OptimConfig
 from nemo_aligner.objectives.config import RegressionConfig
 from nemo_aligner.run.experiment import CheckpointCallbackConfig, ExperimentConfig
 
-__all__ = ["RMConfig", "RMJob", "RMModelConfig", "RMTrainerConfig", "StandardizationConfig"]
-
 
 @dataclass(frozen=True, kw_only=True)
 class RMConfig(PairLoopConfig):

@@ -5,8 +5,6 @@ from fnmatch import fnmatchcase
 
 from nemo_aligner.settings import all_keys
 
-__all__ = ["COMMAND_DEFAULTS", "SHORT_NAMES", "command_defaults", "short_names"]
-
 # {short name: the keys that it may stand for}. The first that a job has counts; * is the algorithm's own block.
 SHORT_NAMES: dict[str, tuple[str, ...]] = {
     "model": ("model.restore_from_path", "pretrained_checkpoint.restore_from_path", "rm_model_file"),

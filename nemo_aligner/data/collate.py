@@ -8,8 +8,6 @@ import torch
 from nemo_aligner.batch import PreferenceBatch, ScoredBatch, TokenBatch
 from nemo_aligner.data.row import Row
 
-__all__ = ["collate", "padded_length", "uncollated"]
-
 
 def padded_length(longest: int, *, multiple: int, maximum: int) -> int:
     """``longest`` rounded up to a multiple, but never above ``maximum``.

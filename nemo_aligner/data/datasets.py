@@ -26,8 +26,6 @@ from nemo_aligner.data.text_rows import open_prompts
 from nemo_aligner.data.tokenizer import Tokenizer
 from nemo_aligner.errors import UserError
 
-__all__ = ["open_prompt_rows", "open_response_rows", "open_sft", "uses_prompt_tokens"]
-
 _LOG = logging.getLogger(__name__)
 
 R = TypeVar("R", PromptResponse, Chat)

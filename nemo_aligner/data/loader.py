@@ -12,9 +12,6 @@ from nemo_aligner.data.collate import padded_length
 from nemo_aligner.data.row import Row
 from nemo_aligner.data.sampler import GlobalBatchSampler, rank_rows
 
-__all__ = ["BatchLoader", "Collate", "Rows"]
-
-
 B = TypeVar("B")
 B_co = TypeVar("B_co", covariant=True)
 

@@ -10,8 +10,6 @@ from nemo_aligner.data.rendering import render_prompt, render_turn
 from nemo_aligner.data.tokenizer import Message, Tokenizer
 from nemo_aligner.errors import UserError
 
-__all__ = ["render_asked", "render_response", "split_pair"]
-
 Entry = Mapping[str, object]
 
 

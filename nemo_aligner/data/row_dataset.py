@@ -17,8 +17,6 @@ from nemo_aligner.data.row import Row
 from nemo_aligner.data.sampler import Share
 from nemo_aligner.errors import UserError
 
-__all__ = ["BlendedDataset", "Layout", "RowDataset"]
-
 _LOG = logging.getLogger(__name__)
 _LISTED = 10  # lines that a message names
 

@@ -14,8 +14,6 @@ from nemo_aligner.errors import UserError
 
 _LOG = logging.getLogger(__name__)
 
-__all__ = ["GlobalBatchSampler", "Share", "rank_rows"]
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Share:

@@ -8,8 +8,6 @@ from nemo_aligner.data.row import Row, TextEncoder, TokenSequence, most_tokens
 from nemo_aligner.data.turns import continuation, end_of_turn
 from nemo_aligner.errors import UserError
 
-__all__ = ["TextLayout"]
-
 _CERTAINLY_ENOUGH = 64  # bytes of a text that is taken to have enough tokens without a look
 
 

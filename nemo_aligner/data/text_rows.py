@@ -21,8 +21,6 @@ from nemo_aligner.data.row_files import keys_of, shorten
 from nemo_aligner.data.tokenizer import Tokenizer
 from nemo_aligner.errors import UserError
 
-__all__ = ["Labels", "open_labeled", "open_pairs", "open_prompts"]
-
 _LAYOUTS = (
     "write {prompt, chosen, rejected} on each line, "
     "or {text} on alternate lines: the better answer, then the worse one"

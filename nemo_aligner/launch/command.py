@@ -16,8 +16,6 @@ from typing import Any
 import nemo_aligner
 from nemo_aligner.errors import UserError
 
-__all__ = ["find_commands", "main"]
-
 # What a script's file name does not say.
 IRREGULAR = {
     "rm": "train_reward_model.py",

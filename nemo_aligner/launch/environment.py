@@ -13,8 +13,6 @@ import psutil
 
 import nemo_aligner
 
-__all__ = ["report"]
-
 PACKAGES = (
     *("torch", "megatron-core", "transformer-engine", "triton", "nvidia-pytriton", "transformers"),
     *("tokenizers", "safetensors", "hydra-core", "omegaconf", "numpy"),

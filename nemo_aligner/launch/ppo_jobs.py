@@ -14,8 +14,6 @@ from nemo_aligner.launch.words import full_words
 from nemo_aligner.paths import expand_home
 from nemo_aligner.run.experiment import ExperimentConfig
 
-__all__ = ["plan_jobs", "words_of_jobs"]
-
 SCRIPTS = {
     "actor": "train_gpt_ppo_actor.py",
     "critic": "serve_ppo_critic.py",

@@ -31,8 +31,6 @@ from nemo_aligner.parallel.ranks import Ranks, discover
 from nemo_aligner.run.experiment import keep_early_records
 from nemo_aligner.run.stop import STOP_SIGNALS, StoppedEarly, Terminated
 
-__all__ = ["Script", "compose", "script"]
-
 logger = logging.getLogger(__name__)
 
 

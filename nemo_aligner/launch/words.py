@@ -14,8 +14,6 @@ from nemo_aligner.config.short_names import command_defaults, short_names
 from nemo_aligner.errors import UserError, damage_told
 from nemo_aligner.settings import is_field, refuse_unknown
 
-__all__ = ["full_words"]
-
 _SHORT = re.compile(r"(?P<sign>\+{0,2})(?P<name>[A-Za-z_]\w*)=(?P<value>.*)", re.DOTALL)
 _OPTION = "--config"
 # What stays as it is below a setting without a type: lists, numbers, null, and what is quoted already.

@@ -5,8 +5,6 @@ from torch import Tensor
 
 from nemo_aligner.objectives.protocol import Metrics
 
-__all__ = ["PAIR_METRICS", "compared"]
-
 PAIR_METRICS = (
     "loss",
     "acc",

@@ -9,8 +9,6 @@ from nemo_aligner.objectives.config import PairLoss
 from nemo_aligner.objectives.pairs import PAIR_METRICS, compared
 from nemo_aligner.objectives.protocol import Metrics, ModelOutput, Wants
 
-__all__ = ["AttributePairs", "BradleyTerry", "Regression", "bradley_terry", "regression"]
-
 HELPFULNESS = 4  # the attribute that pairs are compared by, where there are that many
 
 

@@ -14,11 +14,7 @@ PAGE = Path(__file__).parents[2] / "docs/ppo_details.md"
 ROW = re.compile(r"\| `([\w.]+)`(?: \(critic\))? \| `([^`]+)` \|")
 SETTINGS = [
     (f"{block}.{field.name}", field.default)
-    for block, config in (
-        ("trainer.ppo", CreditConfig),
-        ("model.ppo", PolicyConfig),
-        ("model", ValueConfig),
-    )
+    for block, config in (("trainer.ppo", CreditConfig), ("model.ppo", PolicyConfig), ("model", ValueConfig))
     for field in fields(config)
 ]
 

@@ -73,11 +73,7 @@ def test_named_splits_become_pairs_and_prompts(tmp_path):
     assert texts(tmp_path / "train_prompts.jsonl") == [prompt("a"), prompt("b")]
     assert texts(tmp_path / "test_prompts.jsonl") == [prompt("c")]
     pairs = open_pairs(tmp_path / "test_comparisons.jsonl")
-    assert (len(pairs), *pairs[0].texts) == (
-        1,
-        f"{prompt('c')} Yes, c.",
-        f"{prompt('c')} No.",
-    )
+    assert (len(pairs), *pairs[0].texts) == (1, f"{prompt('c')} Yes, c.", f"{prompt('c')} No.")
 
 
 def test_a_hash_of_the_prompt_splits_other_files(tmp_path):

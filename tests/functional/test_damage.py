@@ -86,11 +86,9 @@ def test_one_flipped_byte_in_any_file_is_told_by_the_file(settings: dict[str, ob
     assert resumed(asked).state.step == 4
     files = sorted(path for path in newest(folder).rglob("*") if path.is_file())
     names = [path.relative_to(newest(folder)).as_posix() for path in files]
-    assert {
-        "model_weights/__0_0.distcp",
-        "training_state/__0_0.distcp",
-        "model_weights/metadata.json",
-    } < set(names)
+    assert {"model_weights/__0_0.distcp", "training_state/__0_0.distcp", "model_weights/metadata.json"} < set(
+        names
+    )
     assert {"trainer_state.json", "config.yaml", "command.txt", "model_config.yaml", "tokenizer.json"} & set(
         names
     )

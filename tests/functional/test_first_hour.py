@@ -96,11 +96,7 @@ def write_sources(hf_folder: Path, folder: Path) -> dict[str, Path]:
             ["model.restore_from_path=Qwen/Qwen3-0.6B is no file", "downloaded", "a Hugging Face folder"],
         ),
         (
-            {
-                "model.restore_from_path": "HF",
-                "trainer.devices": 4,
-                "model.pipeline_model_parallel_size": 4,
-            },
+            {"model.restore_from_path": "HF", "trainer.devices": 4, "model.pipeline_model_parallel_size": 4},
             ["num_layers=2", "[1, 2]"],
         ),
         (

@@ -51,11 +51,7 @@ def assert_ended_by_name(job, folder: Path, *, block: str) -> None:
 
 @pytest.fixture
 def hopeless() -> dict[str, object]:
-    return {
-        "model.optim.lr": 1e6,
-        "model.optim.sched.name": "constant",
-        "model.optim.sched.warmup_steps": 0,
-    }
+    return {"model.optim.lr": 1e6, "model.optim.sched.name": "constant", "model.optim.sched.warmup_steps": 0}
 
 
 def test_a_rate_that_is_far_too_high_ends_sft(

@@ -49,11 +49,7 @@ STILL = {"model.hidden_dropout": 0.0, "model.optim.lr": 1e-4}  # dropout draws d
 
 LAYOUTS = {
     "actor TP2, critic PP2": (
-        {
-            "trainer.devices": 2,
-            "model.tensor_model_parallel_size": 2,
-            "model.sequence_parallel": True,
-        },
+        {"trainer.devices": 2, "model.tensor_model_parallel_size": 2, "model.sequence_parallel": True},
         {"trainer.devices": 2, "model.pipeline_model_parallel_size": 2, "model.micro_batch_size": 2},
     ),
     "actor PP2 x DP2, critic DP2": (

@@ -139,12 +139,7 @@ def test_the_annotation_script_asks_as_it_did(server: Job) -> None:
 
 
 def test_an_over_long_sentence_is_refused_where_nobody_asks_for_a_cut(server: Job) -> None:
-    text = {
-        "name": "sentences",
-        "shape": [1, 1],
-        "datatype": "BYTES",
-        "data": ["x" * (SEQ_LENGTH + 1)],
-    }
+    text = {"name": "sentences", "shape": [1, 1], "datatype": "BYTES", "data": ["x" * (SEQ_LENGTH + 1)]}
     status, _, reply = server.raw("POST", INFER, json.dumps({"inputs": [text]}).encode())
     assert status == 400
     assert "row 0 is over-long" in json.loads(reply)["error"]

@@ -114,11 +114,7 @@ def values(*lengths: int) -> ValueBatch:
     mask = torch.arange(width) < torch.tensor(lengths)[:, None]
     counted = torch.arange(1, len(lengths) * width + 1).reshape(len(lengths), width) * mask
     return ValueBatch(
-        tokens=counted,
-        mask=mask,
-        lengths=torch.tensor(lengths),
-        values=counted / 2,
-        returns=counted / 4,
+        tokens=counted, mask=mask, lengths=torch.tensor(lengths), values=counted / 2, returns=counted / 4
     )
 
 

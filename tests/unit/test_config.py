@@ -78,10 +78,7 @@ def test_nothing_is_told_of_a_run_that_asks_for_nothing(caplog: pytest.LogCaptur
             "++model.save_nemo_on_validation_end=True",
             "model.save_nemo_on_validation_end=True has no effect: ",
         ),
-        (
-            "trainer.max_steps=5",
-            "trainer.max_steps=5 has no effect: max_steps of the algorithm's own block",
-        ),
+        ("trainer.max_steps=5", "trainer.max_steps=5 has no effect: max_steps of the algorithm's own block"),
         ("model.data.train_ds.hf_dataset=True", "model.data.train_ds.hf_dataset=True has no effect: "),
     ],
 )
@@ -90,14 +87,7 @@ def test_what_is_asked_for_is_told_once(caplog: pytest.LogCaptureFixture, word: 
     assert found.startswith(line)
 
 
-@pytest.mark.parametrize(
-    "word",
-    [
-        "model.optim.name=adamw",
-        "trainer.max_time=null",
-        "model.seed=1",
-    ],
-)
+@pytest.mark.parametrize("word", ["model.optim.name=adamw", "trainer.max_time=null", "model.seed=1"])
 def test_what_asks_for_nothing_is_not_told(caplog: pytest.LogCaptureFixture, word: str):
     assert told(caplog, word) == []
 

@@ -40,12 +40,7 @@ LLAMA3_ROPE = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 16,
 }
-YARN = {
-    "rope_type": "yarn",
-    "rope_theta": 1000000.0,
-    "factor": 4.0,
-    "original_max_position_embeddings": 16,
-}
+YARN = {"rope_type": "yarn", "rope_theta": 1000000.0, "factor": 4.0, "original_max_position_embeddings": 16}
 YARN_DEEPSEEK = YARN | {"factor": 40.0, "mscale": 1.0, "mscale_all_dim": 0.707, "beta_slow": 2.0}
 LINEAR_ROPE = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 2.0}
 CONFIGS: dict[str, Callable[[], PreTrainedConfig]] = {

@@ -6,11 +6,7 @@ import json
 
 import pytest
 
-from nemo_aligner.data.records import (
-    PromptResponse,
-    RecordFile,
-    read_prompt_response,
-)
+from nemo_aligner.data.records import PromptResponse, RecordFile, read_prompt_response
 from nemo_aligner.errors import UserError
 
 

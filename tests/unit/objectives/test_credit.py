@@ -38,8 +38,7 @@ def answer(batch: Scored, name: str, row: int) -> np.ndarray:
 def taken(batch: Scored, rows: torch.Tensor) -> Scored:
     """These rows of a batch."""
     return replace(
-        batch,
-        **{f.name: getattr(batch, f.name)[rows] for f in fields(batch) if f.name != "cu_seqlens"},
+        batch, **{f.name: getattr(batch, f.name)[rows] for f in fields(batch) if f.name != "cu_seqlens"}
     )
 
 

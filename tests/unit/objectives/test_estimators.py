@@ -122,12 +122,9 @@ def test_a_kl_in_the_loss_against_numpy(scored: Callable[..., Scored], estimator
     loss, metrics = objective(ModelOutput(logprobs=now), experience)
     learned = experience.learned()
     p, q = (x.detach()[learned].numpy() for x in (now, experience.reference_logprobs))
-    each = {
-        "k1": p - q,
-        "abs": np.abs(p - q),
-        "k2": (p - q) ** 2 / 2,
-        "k3": np.exp(q - p) - 1 - (q - p),
-    }[estimator]
+    each = {"k1": p - q, "abs": np.abs(p - q), "k2": (p - q) ** 2 / 2, "k3": np.exp(q - p) - 1 - (q - p)}[
+        estimator
+    ]
     assert (loss - plain).item() == pytest.approx(0.3 * each.sum(), rel=1e-9)
     assert metrics["scaled_kl"][0].item() == pytest.approx(0.3 * each.sum(), rel=1e-9)
     assert set(metrics) == set(objective.metrics)

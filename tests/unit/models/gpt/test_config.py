@@ -111,10 +111,7 @@ def test_a_missing_size_is_named(key: str):
 @pytest.mark.parametrize(
     ("layout", "message"),
     [
-        (
-            Layout(tensor=5),
-            r"tensor_model_parallel_size=5 .*num_attention_heads=12[\s\S]*one of \[1, 2, 4\]",
-        ),
+        (Layout(tensor=5), r"tensor_model_parallel_size=5 .*num_attention_heads=12[\s\S]*one of \[1, 2, 4\]"),
         (Layout(tensor=3), r"num_query_groups=4[\s\S]*one of \[1, 2, 4\]"),
         (Layout(pipeline=4), r"pipeline_model_parallel_size=4 .*num_layers=6[\s\S]*one of \[1, 2, 3, 6\]"),
         (

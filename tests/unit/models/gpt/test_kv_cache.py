@@ -15,13 +15,7 @@ CPU = torch.device("cpu")
 
 def cache(slots: int, groups: int, size: int, *, window: int | None = None, dtype: torch.dtype) -> KVCache:
     return KVCache(
-        slots=slots,
-        layers=2,
-        groups=groups,
-        head_dim=size,
-        window=window,
-        dtype=dtype,
-        device=CPU,
+        slots=slots, layers=2, groups=groups, head_dim=size, window=window, dtype=dtype, device=CPU
     )
 
 

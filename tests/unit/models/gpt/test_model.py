@@ -229,9 +229,7 @@ ARCHITECTURES = {
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_logits_are_transformers(
-    name: str,
-    model_of: Callable[[GPTConfig, Weights], GPT],
-    random_rows: Callable[..., TokenBatch],
+    name: str, model_of: Callable[[GPTConfig, Weights], GPT], random_rows: Callable[..., TokenBatch]
 ):
     theirs, config, canonical = ARCHITECTURES[name]()
     draw = torch.Generator().manual_seed(3)

@@ -46,12 +46,7 @@ LLAMA3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 16,
 }
-YARN = {
-    "rope_type": "yarn",
-    "rope_theta": 1000000.0,
-    "factor": 4.0,
-    "original_max_position_embeddings": 16,
-}
+YARN = {"rope_type": "yarn", "rope_theta": 1000000.0, "factor": 4.0, "original_max_position_embeddings": 16}
 YARN_DEEPSEEK = YARN | {"factor": 40.0, "mscale": 1.0, "mscale_all_dim": 0.707, "beta_slow": 2.0}
 LINEAR = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 2.0}
 FAMILIES: dict[str, Callable[[], PreTrainedConfig]] = {
@@ -186,10 +181,7 @@ def test_rows_depend_neither_on_padding_nor_on_neighbours(
 
 @pytest.mark.parametrize("family", ["llama3", "smollm2", "mistral", "qwen2", "qwen3", "nemotron"])
 def test_what_we_saved_gives_transformers_the_same_logits(
-    family: str,
-    tmp_path: Path,
-    imported: Callable[[Path, Path], GPT],
-    random_rows: Callable[..., TokenBatch],
+    family: str, tmp_path: Path, imported: Callable[[Path, Path], GPT], random_rows: Callable[..., TokenBatch]
 ):
     """Through our model and back, as after a training run: not only the files of an import are exported."""
     batch = random_rows(LENGTHS)
