@@ -16,19 +16,6 @@ from typing import ClassVar, Self, TypeVar
 import torch
 from torch import Tensor
 
-__all__ = [
-    "Experience",
-    "PreferenceBatch",
-    "Prompt",
-    "Rollout",
-    "Scored",
-    "ScoredBatch",
-    "TokenBatch",
-    "Unit",
-    "ValueBatch",
-    "concatenated",
-]
-
 T = TypeVar("T", bound="TokenBatch")
 
 

@@ -6,8 +6,6 @@ from typing import Any, TypeVar
 
 from nemo_aligner.errors import UserError
 
-__all__ = ["bounded", "check_bounds"]
-
 T = TypeVar("T")
 
 # A message's problem and its cure; {key}, {value} and {range} are the setting's, other names its block's.

@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The keys of NeMo-Aligner's files that are accepted and change nothing, each with what happens instead."""
 
-__all__ = ["ACCEPTED", "NO_EFFECT"]
-
 # (key, values that ask for nothing, what happens instead). No key that changes numbers may stand here.
 NO_EFFECT: tuple[tuple[str, tuple[object, ...], str], ...] = (
     ("trainer.accelerator", ("gpu",), "a GPU is used where there is one, else the CPU"),

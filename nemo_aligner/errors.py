@@ -9,8 +9,6 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Generator
 
-__all__ = ["Unwound", "UserError", "damage_told"]
-
 _LONGEST_PROBLEM = 3000  # characters
 _LONGEST_SHOWN = 200  # characters of a library's message
 

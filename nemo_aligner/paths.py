@@ -4,8 +4,6 @@
 import os
 from typing import Annotated
 
-__all__ = ["HOME_EXPANDED", "PathText", "expand_home"]
-
 HOME_EXPANDED = "~ is the user's home"
 PathText = Annotated[str, HOME_EXPANDED]
 

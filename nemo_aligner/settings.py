@@ -24,8 +24,6 @@ from nemo_aligner.errors import UserError
 from nemo_aligner.models.gpt.config import ARCHITECTURE_KEYS, GPTConfig
 from nemo_aligner.paths import PathText, expand_home
 
-__all__ = ["is_field", "log_no_effect", "parse"]
-
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")

@@ -24,8 +24,6 @@ from nemo_aligner.models.sampling_config import SamplingConfig
 from nemo_aligner.parallel import collectives, world
 from nemo_aligner.run.progress import ProgressBar
 
-__all__ = ["Aloud", "Answerer"]
-
 logger = logging.getLogger(__name__)
 
 # ranks that wait for a person hear so often from the one who listens, so no collective times out

@@ -15,8 +15,6 @@ from nemo_aligner.checkpoint.trainer_state import TrainerState
 from nemo_aligner.checkpoint.training import TrainingCheckpoints
 from nemo_aligner.serving.shared import Pending, SharedCritic
 
-__all__ = ["CriticLink", "PPOState"]
-
 SIGNAL_SECONDS = 15.0  # that a critic has to save after a signal
 
 

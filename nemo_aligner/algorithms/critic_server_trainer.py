@@ -28,8 +28,6 @@ from nemo_aligner.serving.inbox import Judged
 from nemo_aligner.serving.protocol import Health, Limits, Scalar, Ticket
 from nemo_aligner.serving.server import Server
 
-__all__ = ["CriticServerConfig", "CriticServerTrainer", "CriticState", "newest_halves"]
-
 logger = logging.getLogger(__name__)
 
 

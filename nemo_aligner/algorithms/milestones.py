@@ -16,8 +16,6 @@ from nemo_aligner.run.experiment import Experiment
 from nemo_aligner.run.schedule import Plan
 from nemo_aligner.run.stop import StoppedEarly, StopRequest, TimeLimit, saved_code
 
-__all__ = ["Milestones"]
-
 logger = logging.getLogger(__name__)
 
 

@@ -35,8 +35,6 @@ from nemo_aligner.run.stop import StoppedEarly, StopRequest
 from nemo_aligner.run.stopwatch import Stopwatch
 from nemo_aligner.serving.shared import CriticLost, WaitEnded
 
-__all__ = ["PPOTrainer"]
-
 logger = logging.getLogger(__name__)
 
 VALIDATION_DRAW = 1 << 30  # the same each time, and that of no step
@@ -68,9 +66,7 @@ class PPOTrainer:
             policy=policy, objective=objective, rollouts=rollouts, num_epochs=config.num_ppo_epochs
         )
         self.plan = make_plan(
-            config,
-            batches_per_epoch=self.train.batches_per_epoch,
-            val_batches=1 if self.validation else 0,
+            config, batches_per_epoch=self.train.batches_per_epoch, val_batches=1 if self.validation else 0
         )
         self.milestones = Milestones(self.plan, run, checkpoints, block=config.block, save=self._save)
         self.kl, self.scaling = kl_controller(config), RewardScaling()

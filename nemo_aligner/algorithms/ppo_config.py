@@ -12,8 +12,6 @@ from nemo_aligner.models.sampling_config import DrawConfig, SamplingConfig
 from nemo_aligner.objectives.config import CreditConfig, PolicyConfig
 from nemo_aligner.run.schedule import LoopConfig
 
-__all__ = ["LengthConfig", "PPOConfig", "RewardConfig", "RolloutConfig", "SamplingParams"]
-
 _TOO_FEW = ("{key}={value} is less than {range}", "set {key}={range} or more")
 _NOT_ONE = ("{key}={value} is not {range}", "set {key}={range}")
 

@@ -15,8 +15,6 @@ from nemo_aligner.serving.inbox import Judged
 from nemo_aligner.serving.protocol import Health, Limits, Scalar
 from nemo_aligner.serving.server import Server
 
-__all__ = ["RewardModelServer"]
-
 
 @dataclass(frozen=True, kw_only=True)
 class RewardModelServer:

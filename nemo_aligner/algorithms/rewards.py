@@ -22,8 +22,6 @@ from nemo_aligner.data.sample import PromptSample
 from nemo_aligner.errors import UserError
 from nemo_aligner.parallel import collectives, world
 
-__all__ = ["RewardFunction", "load_function", "score_by_functions", "weighted_sum"]
-
 RewardFunction = Callable[..., float]
 """``function(prompt=str, response=str, tokens=list[int], row=dict) -> float``; ``row`` is the prompt's JSON object."""
 

@@ -22,8 +22,6 @@ from nemo_aligner.models.alignable_interface import AlignableGenerativeInterface
 from nemo_aligner.models.sampling_config import SamplingConfig
 from nemo_aligner.parallel import collectives, world
 
-__all__ = ["Prompts", "Rollouts", "collect", "cut", "deal", "lengths_of", "per_token"]
-
 logger = logging.getLogger(__name__)
 
 B = TypeVar("B", bound=TokenBatch)

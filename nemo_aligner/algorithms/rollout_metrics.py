@@ -10,8 +10,6 @@ from nemo_aligner.algorithms.scoring import Scores
 from nemo_aligner.batch import Rollout, Scored
 from nemo_aligner.objectives.reduce import Moments, kl_k3
 
-__all__ = ["learning_metrics", "rollout_metrics", "summary", "table_rows"]
-
 TABLE_ROWS = 4
 
 

@@ -10,8 +10,6 @@ from nemo_aligner.models.alignable_interface import AlignableGenerativeInterface
 from nemo_aligner.parallel import world
 from nemo_aligner.run.stopwatch import Stopwatch
 
-__all__ = ["Sampler"]
-
 
 @dataclass(frozen=True, kw_only=True)
 class Sampler:

@@ -17,8 +17,6 @@ from nemo_aligner.models.alignable_interface import AlignableGenerativeInterface
 from nemo_aligner.run.stopwatch import Stopwatch
 from nemo_aligner.serving.shared import Pending, SharedCritic, SharedReward
 
-__all__ = ["RewardSources", "Scorer", "Scores"]
-
 Reply = Pending[tuple[Tensor, Tensor]] | Pending[Tensor] | None
 
 

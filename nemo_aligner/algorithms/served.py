@@ -18,8 +18,6 @@ from nemo_aligner.serving.inbox import Judged
 from nemo_aligner.serving.protocol import Ticket
 from nemo_aligner.serving.server import Server
 
-__all__ = ["judge", "serve"]
-
 TICK_SECONDS = 10.0  # without a request, after which the other ranks hear that rank 0 lives
 TICK, STOP = "tick", "stop"  # in the place of a handler's method: nothing, and the end
 

@@ -15,8 +15,6 @@ from nemo_aligner.checkpoint.trainer_state import TrainerState
 from nemo_aligner.errors import Unwound, UserError
 from nemo_aligner.parallel import world
 
-__all__ = ["Diverged", "NotFinite", "check_finite", "counted", "refuse_to_end", "too_many"]
-
 logger = logging.getLogger(__name__)
 
 CURE = (

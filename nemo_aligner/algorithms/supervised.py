@@ -24,8 +24,6 @@ from nemo_aligner.run.progress import ProgressBar
 from nemo_aligner.run.schedule import SupervisedConfig, limited, make_plan
 from nemo_aligner.run.stop import StopRequest
 
-__all__ = ["SupervisedState", "SupervisedTrainer"]
-
 logger = logging.getLogger(__name__)
 
 Batches = BatchLoader[Any, Any]

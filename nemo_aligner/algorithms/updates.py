@@ -16,8 +16,6 @@ from nemo_aligner.objectives.protocol import Objective
 from nemo_aligner.parallel import world
 from nemo_aligner.run.metrics import means
 
-__all__ = ["Updates"]
-
 logger = logging.getLogger(__name__)
 
 

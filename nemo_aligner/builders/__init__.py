@@ -14,12 +14,7 @@ from nemo_aligner.builders.models import (
 )
 from nemo_aligner.builders.next_steps import say_next
 from nemo_aligner.builders.resume import resume_point
-from nemo_aligner.builders.runs import (
-    open_experiment,
-    save_result,
-    training_checkpoints,
-    warn_of_schedule,
-)
+from nemo_aligner.builders.runs import open_experiment, save_result, training_checkpoints, warn_of_schedule
 
 __all__ = [
     "Pretrained",

@@ -36,8 +36,6 @@ from nemo_aligner.serving.agreement import Actor, compare
 from nemo_aligner.serving.client import CriticNames, Remote, RemoteCritic, RemoteReward
 from nemo_aligner.serving.shared import CriticLost, Pending, SharedCritic, SharedReward
 
-__all__ = ["actor_objective", "actor_prompts", "actor_rollouts", "load_actor", "open_sources"]
-
 logger = logging.getLogger(__name__)
 
 

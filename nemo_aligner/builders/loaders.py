@@ -23,7 +23,6 @@ from nemo_aligner.data.collate import (
 )
 from nemo_aligner.data.config import SFTDataConfig, SFTSplitConfig
 from nemo_aligner.data.datasets import (
-    describe,
     open_comparisons,
     open_regression,
     open_regression_pairs,
@@ -33,7 +32,7 @@ from nemo_aligner.data.datasets import (
 from nemo_aligner.data.loader import BatchLoader
 from nemo_aligner.data.markers import marker_template
 from nemo_aligner.data.prefix import Split
-from nemo_aligner.data.sample import Sample
+from nemo_aligner.data.sample import Sample, describe
 from nemo_aligner.data.sampler import GlobalBatchSampler
 from nemo_aligner.data.tokenizer import Tokenizer
 from nemo_aligner.errors import UserError
@@ -44,8 +43,6 @@ from nemo_aligner.objectives.protocol import Objective
 from nemo_aligner.objectives.reward import AttributePairs, BradleyTerry, Regression
 from nemo_aligner.parallel import world
 from nemo_aligner.run.progress import heartbeat
-
-__all__ = ["longest_sequence", "reward_loaders", "reward_objective", "sft_loaders"]
 
 logger = logging.getLogger(__name__)
 

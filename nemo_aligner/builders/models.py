@@ -32,19 +32,6 @@ from nemo_aligner.models.gpt.transformer import dtype_of
 from nemo_aligner.parallel import collectives, world
 from nemo_aligner.run.progress import heartbeat
 
-__all__ = [
-    "Pretrained",
-    "chosen_precision",
-    "filled",
-    "load_policy",
-    "load_reward_model",
-    "merged_config",
-    "needed_tokenizer",
-    "opened",
-    "pin_clock",
-    "standardize",
-]
-
 logger = logging.getLogger(__name__)
 
 

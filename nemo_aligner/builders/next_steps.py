@@ -13,8 +13,6 @@ from nemo_aligner.config.sft import SFTJob
 from nemo_aligner.parallel import world
 from nemo_aligner.run.experiment import Experiment
 
-__all__ = ["say_next"]
-
 logger = logging.getLogger(__name__)
 
 

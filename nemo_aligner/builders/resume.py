@@ -24,8 +24,6 @@ from nemo_aligner.run.experiment import Experiment
 from nemo_aligner.run.identity import RunIdentity, asked_keys, read_settings
 from nemo_aligner.run.progress import heartbeat
 
-__all__ = ["resume_point"]
-
 logger = logging.getLogger(__name__)
 
 

@@ -17,8 +17,6 @@ from nemo_aligner.run.disk import told_if_full
 from nemo_aligner.run.experiment import Experiment, ExperimentConfig
 from nemo_aligner.run.lock import FolderLock
 
-__all__ = ["open_experiment", "save_result", "training_checkpoints", "warn_of_schedule"]
-
 logger = logging.getLogger(__name__)
 
 

@@ -11,12 +11,7 @@ import torch
 
 from nemo_aligner.algorithms.critic_server_trainer import CriticServerConfig, newest_halves
 from nemo_aligner.builders.loaders import longest_sequence
-from nemo_aligner.builders.models import (
-    Pretrained,
-    filled,
-    merged_config,
-    opened,
-)
+from nemo_aligner.builders.models import Pretrained, filled, merged_config, opened
 from nemo_aligner.builders.runs import training_checkpoints
 from nemo_aligner.checkpoint.digests import refuse_damage
 from nemo_aligner.checkpoint.model_nemo import damage_over_ranks
@@ -37,19 +32,6 @@ from nemo_aligner.parallel import world
 from nemo_aligner.run.experiment import Experiment
 from nemo_aligner.serving.protocol import Limits, Scalar
 from nemo_aligner.serving.server import Server, ServerConfig
-
-__all__ = [
-    "Critic",
-    "critic_checkpoints",
-    "critic_config",
-    "critic_server",
-    "load_critic",
-    "load_served_reward_model",
-    "reward_server",
-    "reward_settings",
-    "served_limits",
-    "tokenizer_probe",
-]
 
 logger = logging.getLogger(__name__)
 
@@ -161,9 +143,7 @@ def load_critic(job: CriticJob) -> Critic:
     _give_one_value(job, built, scale, outputs=head.outputs)
     learner = GPTCritic(built, head=replace(head, outputs=1), scale=scale, reward=reward, seed=job.model.seed)
     learner.prepare_training(
-        job.model.optim,
-        clip_grad=job.trainer.ppo.gradient_clip_val,
-        max_steps=job.trainer.ppo.max_steps,
+        job.model.optim, clip_grad=job.trainer.ppo.gradient_clip_val, max_steps=job.trainer.ppo.max_steps
     )
     saved = {
         **config,
@@ -173,11 +153,7 @@ def load_critic(job: CriticJob) -> Critic:
         "output_sequence": True,
     }
     return Critic(
-        learner=learner,
-        tokenizer=tokenizer,
-        config=saved,
-        files=files,
-        start_again=_beginning(job, learner),
+        learner=learner, tokenizer=tokenizer, config=saved, files=files, start_again=_beginning(job, learner)
     )
 
 

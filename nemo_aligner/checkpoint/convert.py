@@ -7,11 +7,7 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from nemo_aligner.checkpoint.huggingface import (
-    ImportedModel,
-    check_export_folder,
-    export_huggingface,
-)
+from nemo_aligner.checkpoint.huggingface import ImportedModel, check_export_folder, export_huggingface
 from nemo_aligner.checkpoint.legacy import import_legacy
 from nemo_aligner.checkpoint.nemo_archive import check_output, open_nemo, write_nemo
 from nemo_aligner.checkpoint.open_model import read_model
@@ -22,8 +18,6 @@ from nemo_aligner.checkpoint.tokenizer_files import archived_tokenizer_files, lo
 from nemo_aligner.checkpoint.weights import WeightReader, save_weights
 from nemo_aligner.errors import UserError
 from nemo_aligner.run.progress import heartbeat
-
-__all__ = ["export_to_huggingface", "import_from_huggingface", "import_from_legacy"]
 
 _log = logging.getLogger(__name__)
 

@@ -11,8 +11,6 @@ from pathlib import Path
 
 from nemo_aligner.errors import UserError
 
-__all__ = ["DIGESTS", "Digests", "digests_of", "find_damage", "refuse_damage", "told", "write_digests"]
-
 logger = logging.getLogger(__name__)
 
 DIGESTS = "digests.json"

@@ -7,8 +7,6 @@ from torch import Tensor, nn
 from nemo_aligner.errors import UserError
 from nemo_aligner.parallel import collectives
 
-__all__ = ["is_finite", "refuse_non_finite"]
-
 
 def is_finite(tensors: list[Tensor]) -> bool:
     """Whether every number is; the device is waited for once.

@@ -19,8 +19,6 @@ from nemo_aligner.errors import UserError, damage_told
 if TYPE_CHECKING:
     from gguf import ReaderTensor
 
-__all__ = ["GgufTensors", "import_gguf"]
-
 _OUTER_NAMES = {
     "token_embd.weight": "model.embed_tokens.weight",
     "output_norm.weight": "model.norm.weight",

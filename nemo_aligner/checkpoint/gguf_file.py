@@ -16,8 +16,6 @@ from nemo_aligner.errors import UserError, damage_told
 if TYPE_CHECKING:
     from gguf import GGUFReader
 
-__all__ = ["USE_FOLDER", "GgufFile", "damaged_gguf", "read_gguf"]
-
 USE_FOLDER = "use the model's Hugging Face folder instead"
 
 

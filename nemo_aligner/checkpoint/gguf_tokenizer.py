@@ -11,8 +11,6 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
     from tokenizers.pre_tokenizers import PreTokenizer
 
-__all__ = ["build_tokenizer_files"]
-
 _CONTROL, _USER_DEFINED = 3, 4  # values of tokenizer.ggml.token_type
 _LLAMA3_SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"

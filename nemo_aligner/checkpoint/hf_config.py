@@ -18,16 +18,6 @@ from nemo_aligner.errors import UserError
 from nemo_aligner.models.gpt.config import GPTConfig, precision_name, window_tokens
 from nemo_aligner.models.gpt.config_types import check_types, is_number, is_size
 
-__all__ = [
-    "FAMILIES",
-    "dims_of",
-    "extras",
-    "family_for_export",
-    "family_of",
-    "to_hf_config",
-    "to_nemo_config",
-]
-
 FAMILIES = (LLAMA, MISTRAL, QWEN2, QWEN3, NEMOTRON)  # the first that fits is what NeMo's models become
 _ALL = (*FAMILIES, *(family.with_reward_head() for family in FAMILIES))
 _DTYPE_NAMES = {"bf16": "bfloat16", "16": "float16", "32": "float32"}

@@ -44,8 +44,6 @@ from nemo_aligner.checkpoint.tokenizer_files import (
 from nemo_aligner.checkpoint.weights import WeightReader, pad_rows, precision_of
 from nemo_aligner.errors import UserError
 
-__all__ = ["ImportedModel", "export_huggingface", "import_huggingface", "import_model"]
-
 _log = logging.getLogger(__name__)
 
 

@@ -26,8 +26,6 @@ from nemo_aligner.checkpoint.tokenizer_files import (
 from nemo_aligner.checkpoint.weights import WeightReader, precision_of
 from nemo_aligner.errors import UserError
 
-__all__ = ["import_legacy"]
-
 _Tensors = dict[str, Callable[[], Tensor]]  # canonical name to what reads the tensor
 
 _OUTER_NAMES = {

@@ -16,8 +16,6 @@ from nemo_aligner.checkpoint.mappings.table import Dims, Family, Rule
 from nemo_aligner.checkpoint.tensor_files import TensorSource
 from nemo_aligner.errors import UserError
 
-__all__ = ["MappedTensor", "MappedWeights", "mapped_tensors"]
-
 # NeMo's reward head has a bias, Hugging Face's has none.
 HEAD_WEIGHT, HEAD_BIAS = "rm_head.weight", "rm_head.bias"
 

@@ -9,8 +9,6 @@ from pathlib import Path
 from nemo_aligner.checkpoint.nemo_archive import CONFIG_NAME, WEIGHTS_NAME
 from nemo_aligner.checkpoint.sources import is_huggingface, weight_files
 
-__all__ = ["model_digest"]
-
 _SAMPLE_BYTES = 64 * 1024
 _SAMPLES = 16  # of each file
 

@@ -18,8 +18,6 @@ from nemo_aligner.parallel import collectives, world
 from nemo_aligner.run.disk import told_if_full
 from nemo_aligner.run.progress import heartbeat
 
-__all__ = ["damage_over_ranks", "save_nemo", "shared_model"]
-
 
 @contextlib.contextmanager
 def shared_model(path: Path | str, *, check: bool = True) -> Iterator[OpenedModel]:

@@ -24,21 +24,6 @@ from nemo_aligner.checkpoint.digests import Digests, find_damage, refuse_damage,
 from nemo_aligner.checkpoint.nemo_config import CONFIG_NAME, parse_config
 from nemo_aligner.errors import UserError
 
-__all__ = [
-    "CONFIG_NAME",
-    "WEIGHTS_NAME",
-    "ModelArchive",
-    "NemoArchive",
-    "check_output",
-    "is_taken",
-    "open_nemo",
-    "peek_config",
-    "refuse_damaged",
-    "replace_folder",
-    "write_contents",
-    "write_nemo",
-]
-
 WEIGHTS_NAME = "model_weights"
 
 _COPY_BYTES = 16 * 1024**2

@@ -12,8 +12,6 @@ from omegaconf.errors import OmegaConfBaseException
 
 from nemo_aligner.errors import UserError, damage_told
 
-__all__ = ["CONFIG_NAME", "block", "parse_config"]
-
 CONFIG_NAME = "model_config.yaml"
 
 _GET_AGAIN = "get the file again from its publisher, or correct it"

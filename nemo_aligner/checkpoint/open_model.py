@@ -15,8 +15,6 @@ from nemo_aligner.checkpoint.sources import find_model, is_gguf, is_huggingface
 from nemo_aligner.checkpoint.tensor_files import HuggingFaceTensors
 from nemo_aligner.checkpoint.tokenizer_files import as_folder
 
-__all__ = ["HuggingFaceArchive", "OpenedModel", "open_model", "read_model"]
-
 
 @dataclass(frozen=True, kw_only=True)
 class HuggingFaceArchive(ModelArchive):

@@ -17,8 +17,6 @@ from nemo_aligner.data.reading import Reading
 from nemo_aligner.data.sample import TextEncoder
 from nemo_aligner.data.tokenizer import Tokenizer
 
-__all__ = ["RewardTokens", "reward_tokens"]
-
 PAD = "<|pad|>"
 _UNUSED = re.compile(r"pad|reserved|unused", re.IGNORECASE)
 # characters of no language: what does not know them writes its unknown token

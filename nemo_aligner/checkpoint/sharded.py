@@ -62,16 +62,6 @@ from nemo_aligner.parallel import collectives, cpu_shim, world
 from nemo_aligner.parallel.shards import Shards
 from nemo_aligner.run.disk import check_room
 
-__all__ = [
-    "check_room_for_all",
-    "load_model",
-    "load_state",
-    "model_state",
-    "save_model",
-    "save_state",
-    "stored_bytes",
-]
-
 PREFIX = "model."
 _MORE = 1 << 20  # bytes of small files and of the formats themselves
 

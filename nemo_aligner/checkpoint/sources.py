@@ -11,17 +11,6 @@ from nemo_aligner.checkpoint.hf_config import family_of, to_nemo_config
 from nemo_aligner.checkpoint.nemo_archive import CONFIG_NAME, peek_config
 from nemo_aligner.errors import UserError, damage_told
 
-__all__ = [
-    "GET_AGAIN",
-    "find_model",
-    "is_gguf",
-    "is_huggingface",
-    "peek_model",
-    "read_hf_config",
-    "read_json",
-    "weight_files",
-]
-
 GET_AGAIN = "download the folder again, whole"
 _HF_CONFIG = "config.json"
 _FORMS = "a .nemo file or its folder, a checkpoint of a run, a Hugging Face folder or a .gguf file"

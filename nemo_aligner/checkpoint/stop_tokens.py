@@ -11,8 +11,6 @@ from nemo_aligner.errors import UserError
 from nemo_aligner.models.gpt.config import GPTConfig
 from nemo_aligner.models.gpt.config_types import check_types
 
-__all__ = ["end_of_turn", "stop_ids", "with_stops"]
-
 _RESPONSE = "Fine."
 _CHAT: list[Message] = [
     {"role": "user", "content": "How are you?"},

@@ -21,8 +21,6 @@ from torch import Tensor
 from nemo_aligner.checkpoint.sources import GET_AGAIN, weight_files
 from nemo_aligner.errors import UserError, damage_told
 
-__all__ = ["HuggingFaceTensors", "Plan", "TensorSource", "load_pickled", "shortened", "write_safetensors"]
-
 _log = logging.getLogger(__name__)
 
 Plan = dict[str, int]  # tensor name to its bytes, in the order of writing

@@ -11,20 +11,9 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from nemo_aligner.checkpoint.nemo_archive import ModelArchive
-from nemo_aligner.data.tokenizer import TEMPLATE_FILE, Tokenizer, load_tokenizer
+from nemo_aligner.data.sentencepiece_tokenizer import TEMPLATE_FILE
+from nemo_aligner.data.tokenizer import Tokenizer, load_tokenizer
 from nemo_aligner.errors import UserError
-
-__all__ = [
-    "CHAT_DATE",
-    "TOKENIZER_FOLDER",
-    "appends_eos",
-    "archived_tokenizer_files",
-    "as_folder",
-    "chat_template_file",
-    "describe_tokenizer",
-    "find_tokenizer_files",
-    "load_archived_tokenizer",
-]
 
 TOKENIZER_FOLDER = "tokenizer"
 # in the tokenizer's section: the day on which a chat template that reads the clock is read

@@ -35,8 +35,6 @@ from torch.distributed.checkpoint.metadata import (  # noqa: TID251
 
 from nemo_aligner.errors import UserError, damage_told
 
-__all__ = ["FolderReader", "FolderWriter", "check_folder", "read_backend"]
-
 _DATA_FILE_BYTES = 4 * 1024**3
 _COMMON_KEY = "common_state/shard_0_1"  # under which megatron-core 0.19 stores plain values
 _DOWNLOAD_AGAIN = (

@@ -11,17 +11,6 @@ from typing import Any, TypeVar
 from nemo_aligner.errors import UserError
 from nemo_aligner.run.experiment import TRAINER_STATE
 
-__all__ = [
-    "EXTRA",
-    "UNFINISHED",
-    "Checkpoint",
-    "TrainerState",
-    "find_checkpoints",
-    "read_checkpoint",
-    "read_extra",
-    "scan_checkpoints",
-]
-
 EXTRA = "algorithm.bin"  # what the loop goes on from beside trainer_state.json
 UNFINISHED = ".saving-"
 _NEEDED = ("step", "consumed_samples", "metrics", "data", "algorithm")

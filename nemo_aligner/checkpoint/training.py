@@ -43,15 +43,6 @@ from nemo_aligner.run.experiment import TRAINER_STATE, CheckpointCallbackConfig
 from nemo_aligner.run.identity import COMMAND, CONFIG, RunIdentity
 from nemo_aligner.run.progress import heartbeat
 
-__all__ = [
-    "TRAINING_NAMES",
-    "TrainingCheckpoints",
-    "checkpoint_name",
-    "monitor_name",
-    "remove_unfinished",
-    "set_aside",
-]
-
 STATE_FOLDER = "training_state"
 # What a checkpoint holds beside a model.
 TRAINING_NAMES = (STATE_FOLDER, TRAINER_STATE, EXTRA, COMMAND, CONFIG, DIGESTS)

@@ -15,10 +15,8 @@ import torch
 from torch import Tensor
 
 from nemo_aligner.checkpoint.finite import is_finite
-from nemo_aligner.checkpoint.torch_dist import FolderReader, FolderWriter, check_folder
+from nemo_aligner.checkpoint.torch_dist import FolderReader, FolderWriter
 from nemo_aligner.errors import UserError
-
-__all__ = ["WeightReader", "check_folder", "pad_rows", "precision_of", "save_weights"]
 
 _MOST_LAYERS = 10_000
 _PREFIX = "model."

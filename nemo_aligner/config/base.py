@@ -16,16 +16,6 @@ from nemo_aligner.parallel.ranks import Layout
 from nemo_aligner.paths import PathText
 from nemo_aligner.run.experiment import ExperimentConfig
 
-__all__ = [
-    "BatchedModelConfig",
-    "Job",
-    "ModelConfig",
-    "ModelJob",
-    "PretrainedConfig",
-    "PretrainedJob",
-    "TrainerConfig",
-]
-
 
 @dataclass(frozen=True, kw_only=True)
 class TrainerConfig:

@@ -13,8 +13,6 @@ from nemo_aligner.models.gpt.learning_rate import OptimConfig
 from nemo_aligner.models.sampling_config import SamplingConfig
 from nemo_aligner.paths import PathText
 
-__all__ = ["GenerateJob"]
-
 _NOT_ONE = ("{key}={value} is not {range}", "set {key}=1")
 
 

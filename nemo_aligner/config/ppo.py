@@ -15,8 +15,6 @@ from nemo_aligner.models.gpt.learning_rate import OptimConfig, SchedConfig
 from nemo_aligner.objectives.config import GROUPED
 from nemo_aligner.run.experiment import CheckpointCallbackConfig, ExperimentConfig
 
-__all__ = ["ActorJob", "ActorModelConfig", "RemoteConfig"]
-
 _NO_TIME = ("{key}={value} is no time to wait", "set {key} above 0 seconds")
 
 

@@ -9,8 +9,6 @@ from typing import Any, Literal
 
 from nemo_aligner.models.gpt.config import ARCHITECTURE_KEYS
 
-__all__ = ["RULES", "Change", "changes", "flat", "plain", "rule_for"]
-
 # free: the numbers stay, but for rounding, or the key says how long and where the run goes on; it is listed.
 # asked: the numbers change; it is listed if the command line gives the key, and refused if not.
 # fixed: another run; it is refused.

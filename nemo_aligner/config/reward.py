@@ -15,8 +15,6 @@ from nemo_aligner.objectives.config import RegressionConfig
 from nemo_aligner.run.experiment import CheckpointCallbackConfig, ExperimentConfig
 from nemo_aligner.run.schedule import SupervisedConfig
 
-__all__ = ["RMConfig", "RMJob", "RMModelConfig", "RMTrainerConfig", "StandardizationConfig"]
-
 
 @dataclass(frozen=True, kw_only=True)
 class RMConfig(SupervisedConfig):

@@ -15,14 +15,6 @@ from nemo_aligner.paths import PathText
 from nemo_aligner.run.experiment import CheckpointCallbackConfig, ExperimentConfig
 from nemo_aligner.serving.protocol import RequestLimits
 
-__all__ = [
-    "CriticConfig",
-    "CriticJob",
-    "InferenceConfig",
-    "RewardServerJob",
-    "ServedModelConfig",
-]
-
 _ROWS = 4  # of a reward server's forward pass
 
 

@@ -11,8 +11,6 @@ from nemo_aligner.errors import UserError
 from nemo_aligner.paths import PathText
 from nemo_aligner.run.schedule import SupervisedConfig
 
-__all__ = ["SFTJob", "SFTModelConfig", "SFTTrainerConfig"]
-
 
 @dataclass(frozen=True, kw_only=True)
 class SFTTrainerConfig(TrainerConfig):

@@ -17,8 +17,6 @@ from nemo_aligner.data.tokenizer import Tokenizer, encode_after
 from nemo_aligner.data.turns import GrowingText, LearnedTurn, continuation, end_of_turn, lay_out
 from nemo_aligner.errors import UserError
 
-__all__ = ["PromptTokensLayout", "TemplateLayout"]
-
 _SPEAKERS = {"User", "Assistant"}  # those that chat templates know
 
 

@@ -8,8 +8,6 @@ from typing import Any
 
 from nemo_aligner.errors import UserError
 
-__all__ = ["Message", "Tools", "marks_generations", "no_chat_template", "pinned", "reads_clock", "render"]
-
 Message = dict[str, Any]  # {"role": ..., "content": ..., ...}, as chat templates read it
 Tools = list[dict[str, Any]] | None  # JSON schemas of functions that may be called
 

@@ -9,19 +9,6 @@ import torch
 from nemo_aligner.batch import PreferenceBatch, ScoredBatch, TokenBatch
 from nemo_aligner.data.sample import ComparisonSample, PromptSample, Sample, ScoredPairSample, ScoredSample
 
-__all__ = [
-    "collate",
-    "collate_comparisons",
-    "collate_prompts",
-    "collate_scored",
-    "collate_scored_pairs",
-    "empty_comparison",
-    "empty_sample",
-    "empty_scored",
-    "empty_scored_pair",
-    "padded_length",
-]
-
 
 def padded_length(longest: int, *, multiple: int, maximum: int) -> int:
     """``longest`` rounded up to a multiple, but never above ``maximum``.

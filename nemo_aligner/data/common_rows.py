@@ -15,17 +15,6 @@ from nemo_aligner.data.records import text_field
 from nemo_aligner.data.row_files import keys_of, shorten
 from nemo_aligner.errors import UserError
 
-__all__ = [
-    "CHATS",
-    "Recognised",
-    "alpaca_prompt",
-    "as_input_output",
-    "entries_of",
-    "messages_row",
-    "prompt_of",
-    "refuse_unread",
-]
-
 _LOG = logging.getLogger(__name__)
 
 CHATS = ("messages", "conversations", "conversation")  # the keys of a conversation, as data sets call it

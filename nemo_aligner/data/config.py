@@ -10,16 +10,6 @@ from nemo_aligner.data.prefix import DataPrefix, parse_data_prefix
 from nemo_aligner.errors import UserError
 from nemo_aligner.paths import PathText
 
-__all__ = [
-    "ChatPromptTokens",
-    "PairDataConfig",
-    "PrefixDataConfig",
-    "PromptDataConfig",
-    "SFTDataConfig",
-    "SFTSplitConfig",
-    "unescape",
-]
-
 _SPLIT = "{key}={value} in model.data for {file_path} is"
 _NOT_POSITIVE = (f"{_SPLIT} not positive", "set {key} to {range}")
 _NEGATIVE = ("{key}={value} is negative", "set it to {range}")

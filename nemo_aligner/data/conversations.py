@@ -11,17 +11,6 @@ from nemo_aligner.data.row_files import keys_of, shorten
 from nemo_aligner.data.tokenizer import Message, Tools
 from nemo_aligner.errors import UserError
 
-__all__ = [
-    "LEARNED_KEYS",
-    "Chat",
-    "Message",
-    "Turn",
-    "is_trained",
-    "read_chat",
-    "read_messages",
-    "read_tools",
-]
-
 _ROLES = ("system", "developer", "user", "assistant", "tool", "function", "ipython")
 _SPEAKERS = {"user": "User", "assistant": "Assistant"}  # what NeMo calls them
 LEARNED_KEYS = ("weight", "train")  # say whether a message is learned

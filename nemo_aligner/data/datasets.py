@@ -15,52 +15,22 @@ from nemo_aligner.data.config import (
 )
 from nemo_aligner.data.conversations import Chat
 from nemo_aligner.data.fitting import FittingDataset, JoinedDataset, Texts
-from nemo_aligner.data.judgements import (
-    Judged,
-    JudgedPair,
-    Pair,
-    open_judged,
-    open_judged_pairs,
-    open_pairs,
-)
+from nemo_aligner.data.judgements import Judged, JudgedPair, Pair, open_judged, open_judged_pairs, open_pairs
 from nemo_aligner.data.markers import is_usual_template
 from nemo_aligner.data.message_rows import open_prompt_texts
 from nemo_aligner.data.prefix import Split
 from nemo_aligner.data.prompt import PromptResponseLayout
-from nemo_aligner.data.records import (
-    PromptResponse,
-    PromptText,
-    RecordFile,
-    Records,
-)
+from nemo_aligner.data.records import PromptResponse, PromptText, RecordFile, Records
 from nemo_aligner.data.sample import (
     ComparisonSample,
     PromptSample,
-    Sample,
     ScoredPairSample,
     ScoredSample,
     TextEncoder,
-    describe,
 )
 from nemo_aligner.data.supervised import SFTDataset
 from nemo_aligner.data.tokenizer import Tokenizer
 from nemo_aligner.errors import UserError
-
-__all__ = [
-    "ComparisonDataset",
-    "PromptDataset",
-    "RegressionDataset",
-    "RegressionPairDataset",
-    "SFTDataset",
-    "Sample",
-    "describe",
-    "open_comparisons",
-    "open_prompts",
-    "open_regression",
-    "open_regression_pairs",
-    "open_sft",
-    "uses_prompt_tokens",
-]
 
 
 def open_sft(

@@ -7,8 +7,6 @@ from collections.abc import Mapping
 
 from nemo_aligner.data.records import text_field
 
-__all__ = ["dolly_to_prompt_response", "is_dolly"]
-
 
 def is_dolly(row: Mapping[str, object]) -> bool:
     """Whether a row has Dolly's fields and not those that it would be converted to."""

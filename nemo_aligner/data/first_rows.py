@@ -13,8 +13,6 @@ from nemo_aligner.data.judgements import check_first_pairs
 from nemo_aligner.data.prompt import read_row, template_keys
 from nemo_aligner.data.records import RecordFile
 
-__all__ = ["check_pair_rows", "check_prompt_rows", "check_sft_rows"]
-
 FIRST_ROWS = 20
 
 

@@ -14,8 +14,6 @@ from nemo_aligner.data.sample import TextEncoder
 from nemo_aligner.data.sampler import Share
 from nemo_aligner.errors import UserError
 
-__all__ = ["FittingDataset", "JoinedDataset", "Texts"]
-
 _LOG = logging.getLogger(__name__)
 _CERTAINLY_ENOUGH = 64  # bytes of a text that is taken to have enough tokens without a look
 

@@ -15,8 +15,6 @@ from nemo_aligner.data.row_files import keys_of, shorten
 from nemo_aligner.data.tokenizer import Tokenizer
 from nemo_aligner.errors import UserError
 
-__all__ = ["Grouped", "Judged", "JudgedPair", "Pair", "open_judged", "open_judged_pairs", "open_pairs"]
-
 R = TypeVar("R")
 P = TypeVar("P", covariant=True)
 

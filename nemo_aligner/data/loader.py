@@ -11,8 +11,6 @@ from typing import Generic, Protocol, TypeVar
 from nemo_aligner.data.collate import padded_length
 from nemo_aligner.data.sampler import GlobalBatchSampler, rank_rows
 
-__all__ = ["BatchLoader", "Collate", "Row", "Samples"]
-
 
 class Row(Protocol):
     """What a data set holds: one or more sequences of tokens that stay together, such as a pair."""

@@ -5,8 +5,6 @@ import json
 
 from nemo_aligner.data.config import ChatPromptTokens
 
-__all__ = ["is_usual_template", "marker_template"]
-
 
 def marker_template(tokens: ChatPromptTokens, *, starts_with_bos: bool) -> str:
     """A Jinja chat template that writes a conversation between prompt tokens.

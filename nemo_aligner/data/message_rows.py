@@ -11,8 +11,6 @@ from nemo_aligner.data.rendering import render_prompt, render_turn
 from nemo_aligner.data.tokenizer import Message, Tokenizer
 from nemo_aligner.errors import UserError
 
-__all__ = ["open_prompt_texts", "render_asked", "render_judged", "split_pair"]
-
 Entry = Mapping[str, object]
 
 

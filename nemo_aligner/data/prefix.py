@@ -11,8 +11,6 @@ from dataclasses import dataclass, replace
 from nemo_aligner.errors import UserError
 from nemo_aligner.paths import expand_home
 
-__all__ = ["DataPrefix", "Split", "parse_data_prefix"]
-
 _KEY = "model.data.data_prefix"
 _EXAMPLE = f"{_KEY}={{train: [train.jsonl], validation: [validation.jsonl], test: [test.jsonl]}}"
 _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")

@@ -14,8 +14,6 @@ from nemo_aligner.data.tokenizer import Tokenizer, encode_after
 from nemo_aligner.data.turns import continuation
 from nemo_aligner.errors import UserError
 
-__all__ = ["PromptResponseLayout", "read_row", "template_keys"]
-
 # Spaces before a placeholder belong to its value, since most tokenizers join a space to the word after it.
 _PLACEHOLDER = re.compile(r"( *)\{(\w+)\}")
 

@@ -7,8 +7,6 @@ from typing import Any
 
 from nemo_aligner.errors import UserError
 
-__all__ = ["Reading"]
-
 
 @dataclass(frozen=True, kw_only=True)
 class Reading:

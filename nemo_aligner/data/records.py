@@ -16,15 +16,6 @@ from typing import Generic, Protocol, TypeVar
 from nemo_aligner.data.row_files import Place, find_rows, keys_of, map_file, parse_line, shorten
 from nemo_aligner.errors import UserError
 
-__all__ = [
-    "PromptResponse",
-    "PromptText",
-    "RecordFile",
-    "Records",
-    "read_prompt_response",
-    "text_field",
-]
-
 R = TypeVar("R")
 R_co = TypeVar("R_co", covariant=True)
 

@@ -11,8 +11,6 @@ from nemo_aligner.data.row_files import shorten
 from nemo_aligner.data.tokenizer import Message, Tokenizer, Tools
 from nemo_aligner.errors import UserError
 
-__all__ = ["render_prompt", "render_turn"]
-
 _REASONING = ("reasoning_content", "reasoning", "thinking")  # names of one thing, which transformers equates
 _OTHER_TEMPLATE = "give the tokenizer a chat template that renders it (chat_template.jinja beside its files)"
 

@@ -14,8 +14,6 @@ from nemo_aligner.data.sample import split_bos
 from nemo_aligner.data.tokenizer import Message, Tokenizer, Tools
 from nemo_aligner.errors import UserError
 
-__all__ = ["Request", "open_requests", "read_request", "tokens_of"]
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Request:
@@ -49,12 +47,7 @@ def read_request(row: Mapping[str, object]) -> Request:
     )
 
 
-def tokens_of(
-    prompt: str | Sequence[Message],
-    tokenizer: Tokenizer,
-    *,
-    tools: Tools = None,
-) -> list[int]:
+def tokens_of(prompt: str | Sequence[Message], tokenizer: Tokenizer, *, tools: Tools = None) -> list[int]:
     """The tokens of a prompt, as they stand before an answer in training: a text's with BOS as the tokenizer has it.
 
     Raises:

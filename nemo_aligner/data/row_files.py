@@ -21,8 +21,6 @@ from typing import IO
 
 from nemo_aligner.errors import UserError
 
-__all__ = ["Place", "find_rows", "keys_of", "map_file", "parse_line", "shorten"]
-
 _BOM = b"\xef\xbb\xbf"
 _SPACE = b" \t\r\n"
 _DEEPEST = 100  # brackets within brackets; far below where Python's own parser gives up

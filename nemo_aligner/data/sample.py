@@ -10,19 +10,6 @@ from itertools import groupby
 from nemo_aligner.data.tokenizer import Tokenizer
 from nemo_aligner.errors import UserError
 
-__all__ = [
-    "ComparisonSample",
-    "PromptSample",
-    "Sample",
-    "ScoredPairSample",
-    "ScoredSample",
-    "TextEncoder",
-    "describe",
-    "finish",
-    "most_tokens",
-    "split_bos",
-]
-
 # A NUL byte makes a log a binary file, an escape character colours the terminal.
 _CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 

@@ -11,8 +11,6 @@ import numpy as np
 
 from nemo_aligner.errors import UserError
 
-__all__ = ["GlobalBatchSampler", "Share", "rank_rows"]
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Share:

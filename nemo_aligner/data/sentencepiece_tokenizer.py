@@ -13,15 +13,6 @@ from nemo_aligner.errors import UserError
 if TYPE_CHECKING:
     from sentencepiece import SentencePieceProcessor
 
-__all__ = [
-    "ANCHORS",
-    "TEMPLATE_FILE",
-    "SentencePieceTokenizer",
-    "optional_id",
-    "prefixes_space",
-    "required_eos",
-]
-
 # One of them stands before a continuation while that is encoded: the first that does not merge with the text.
 ANCHORS = ("|", "a", "\n", "0", ".", "\u3000")
 
@@ -66,11 +57,7 @@ class SentencePieceTokenizer:
         return index if self._model.id_to_piece(index) == token else None
 
     def render_chat(
-        self,
-        messages: Sequence[Message],
-        *,
-        add_generation_prompt: bool = False,
-        tools: Tools = None,
+        self, messages: Sequence[Message], *, add_generation_prompt: bool = False, tools: Tools = None
     ) -> str:
         """The conversation as the template beside the file writes it."""
         from transformers.utils.chat_template_utils import render_jinja_template

@@ -10,8 +10,6 @@ from nemo_aligner.data.records import RecordFile
 from nemo_aligner.data.sample import Sample
 from nemo_aligner.errors import UserError
 
-__all__ = ["Layout", "SFTDataset"]
-
 _LOG = logging.getLogger(__name__)
 _LISTED = 10  # lines that a message names
 

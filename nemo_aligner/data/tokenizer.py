@@ -20,7 +20,6 @@ from nemo_aligner.data.chat_template import (
 )
 from nemo_aligner.data.sentencepiece_tokenizer import (
     ANCHORS,
-    TEMPLATE_FILE,
     SentencePieceTokenizer,
     optional_id,
     prefixes_space,
@@ -30,8 +29,6 @@ from nemo_aligner.errors import UserError, damage_told
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
-
-__all__ = ["TEMPLATE_FILE", "Message", "Tokenizer", "Tools", "check_fits", "encode_after", "load_tokenizer"]
 
 
 class Tokenizer(Protocol):
@@ -109,11 +106,7 @@ class Tokenizer(Protocol):
         ...
 
     def render_chat(
-        self,
-        messages: Sequence[Message],
-        *,
-        add_generation_prompt: bool = False,
-        tools: Tools = None,
+        self, messages: Sequence[Message], *, add_generation_prompt: bool = False, tools: Tools = None
     ) -> str:
         """The conversation as the chat template writes it: text to be encoded with ``encode``.
 
@@ -258,21 +251,14 @@ class HuggingFaceTokenizer:
         return template.get("default") if isinstance(template, dict) else template
 
     def render_chat(
-        self,
-        messages: Sequence[Message],
-        *,
-        add_generation_prompt: bool = False,
-        tools: Tools = None,
+        self, messages: Sequence[Message], *, add_generation_prompt: bool = False, tools: Tools = None
     ) -> str:
         """The conversation as transformers' apply_chat_template writes it."""
         if self.chat_template is None:
             raise no_chat_template()
         text = render(
             lambda: self._tokenizer.apply_chat_template(
-                list(messages),
-                tools=tools,
-                tokenize=False,
-                add_generation_prompt=add_generation_prompt,
+                list(messages), tools=tools, tokenize=False, add_generation_prompt=add_generation_prompt
             ),
             messages,
         )
@@ -286,11 +272,7 @@ class HuggingFaceTokenizer:
         if self.chat_template is None or not marks_generations(self.chat_template):
             return None
         found: Any = self._tokenizer.apply_chat_template(
-            list(messages),
-            tools=tools,
-            tokenize=True,
-            return_dict=True,
-            return_assistant_tokens_mask=True,
+            list(messages), tools=tools, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
         )
         return found["input_ids"], [bool(mask) for mask in found["assistant_masks"]]
 

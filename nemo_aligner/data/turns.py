@@ -12,8 +12,6 @@ from nemo_aligner.data.sample import Sample, finish
 from nemo_aligner.data.tokenizer import Tokenizer, encode_after
 from nemo_aligner.errors import UserError
 
-__all__ = ["GrowingText", "LearnedTurn", "continuation", "end_of_turn", "lay_out"]
-
 _LONGEST_SPECIAL = (
     64  # characters; a longer special token could begin before a place that is taken for its start
 )

@@ -13,8 +13,6 @@ import re
 import resource
 from pathlib import Path
 
-__all__ = ["LIMIT_VARIABLE", "amx_runs", "decide"]
-
 LIMIT_VARIABLE = "ONEDNN_MAX_CPU_ISA"
 WITHOUT_AMX = "AVX512_CORE_BF16"  # all that a CPU with AMX has besides it, as far as bf16 is concerned
 

@@ -13,19 +13,6 @@ from contextlib import contextmanager
 from nemo_aligner.launch.stacks import STACKS_SIGNAL
 from nemo_aligner.run.stop import STOP_SIGNALS
 
-__all__ = [
-    "END_SIGNALS",
-    "STARTER_VARIABLE",
-    "Interrupted",
-    "end",
-    "exit_code",
-    "follow_parent",
-    "handled",
-    "interrupt",
-    "settle",
-    "stop_signals_handled",
-]
-
 END_SIGNALS = (signal.SIGINT, signal.SIGHUP)
 STARTER_VARIABLE = "NEMO_ALIGNER_STARTER"  # the process id of who started this process
 _PR_SET_PDEATHSIG = 1

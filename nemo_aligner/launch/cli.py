@@ -9,8 +9,6 @@ from typing import NoReturn
 from nemo_aligner.errors import UserError
 from nemo_aligner.launch.stacks import show_stacks_on_signal
 
-__all__ = ["INTERRUPTED_CODE", "OS_ERROR_CURE", "USER_ERROR_CODE", "quiet_libraries", "run_cli"]
-
 USER_ERROR_CODE = 2
 INTERRUPTED_CODE = 130  # 128 + SIGINT, as shells count
 OS_ERROR_CURE = "check that the path is right, that it may be read or written, and that its disk has room"

@@ -25,8 +25,6 @@ from nemo_aligner.launch.children import (
 from nemo_aligner.launch.stacks import STACKS_SIGNAL, forward_stacks_request
 from nemo_aligner.serving.leftovers import OWNER, mark_owner, owner_lives
 
-__all__ = ["GRACE_SECONDS", "start_ranks"]
-
 FOLDER_PREFIX = "nemo_aligner_ranks_"
 GRACE_SECONDS = 4.0  # for ranks to end by themselves after one has failed, or after a signal
 

@@ -13,8 +13,6 @@ from nemo_aligner.launch.typed import is_quoted
 from nemo_aligner.paths import expand_home
 from nemo_aligner.run.experiment import ExperimentConfig
 
-__all__ = ["plan_jobs"]
-
 SCRIPTS = {
     "actor": "train_gpt_ppo_actor.py",
     "critic": "serve_ppo_critic.py",

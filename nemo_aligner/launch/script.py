@@ -29,8 +29,6 @@ from nemo_aligner.parallel.ranks import Layout, Ranks, discover
 from nemo_aligner.run.experiment import keep_early_records
 from nemo_aligner.run.stop import STOP_SIGNALS, StoppedEarly, Terminated
 
-__all__ = ["script"]
-
 logger = logging.getLogger(__name__)
 
 

@@ -8,8 +8,6 @@ import time
 from collections.abc import Callable, Sequence
 from subprocess import Popen
 
-__all__ = ["STACKS_SIGNAL", "forward_stacks_request", "show_stacks_on_signal"]
-
 STACKS_SIGNAL = signal.SIGUSR2
 _STDERR = 2  # the process's own, whatever a library has put into sys.stderr
 _WRITING_SECONDS = 0.2  # for one process to write its stacks before the next one begins

@@ -15,19 +15,11 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from nemo_aligner.launch.children import (
-    STARTER_VARIABLE,
-    Interrupted,
-    end,
-    exit_code,
-    stop_signals_handled,
-)
+from nemo_aligner.launch.children import STARTER_VARIABLE, Interrupted, end, exit_code, stop_signals_handled
 from nemo_aligner.launch.local import GRACE_SECONDS
 from nemo_aligner.launch.stacks import STACKS_SIGNAL, forward_stacks_request
 from nemo_aligner.run.progress import ProgressBar, read_line
 from nemo_aligner.serving.leftovers import end_abandoned
-
-__all__ = ["Program", "free_ports", "run_together"]
 
 LOCAL = "127.0.0.1"
 FIRST_PORT = 10000  # below are the well-known ones

@@ -16,8 +16,6 @@ from hydra.core.override_parser.types import Quote, QuotedString
 
 from nemo_aligner.errors import UserError
 
-__all__ = ["as_hydra_reads", "is_quoted"]
-
 _WORD = re.compile(r"(?P<sign>\+{0,2})(?P<key>[A-Za-z_][\w.]*)=(?P<value>.*)", re.DOTALL)
 
 _MOST_BRACKETS = 50  # Python's stack holds Hydra's parser at that depth

@@ -11,14 +11,6 @@ from nemo_aligner.batch import Prompt, Rollout, TokenBatch
 from nemo_aligner.models.sampling_config import SamplingConfig
 from nemo_aligner.objectives.protocol import Objective, Sums
 
-__all__ = [
-    "AlignableGenerativeInterface",
-    "CriticModelInterface",
-    "Inferrable",
-    "RewardModelInterface",
-    "SupervisedInterface",
-]
-
 
 @runtime_checkable
 class SupervisedInterface(Protocol):

@@ -6,8 +6,6 @@ from dataclasses import dataclass
 from nemo_aligner.bounds import bounded, check_bounds
 from nemo_aligner.errors import UserError
 
-__all__ = ["DrawConfig", "SamplingConfig"]
-
 _MEANS_NOTHING = ("{key}={value} is not {range}", "set {key} to a value that is")
 
 

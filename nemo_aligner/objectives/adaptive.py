@@ -11,8 +11,6 @@ from typing import Protocol, Self
 
 from nemo_aligner.objectives.reduce import Moments
 
-__all__ = ["AdaptiveKL", "FixedKL", "KLController", "RewardScaling"]
-
 _MAX_ERROR = 0.2
 
 

@@ -7,16 +7,6 @@ from typing import Literal
 from nemo_aligner.bounds import bounded, check_bounds
 from nemo_aligner.errors import UserError
 
-__all__ = [
-    "GROUPED",
-    "CreditConfig",
-    "Estimator",
-    "PairLoss",
-    "PolicyConfig",
-    "RegressionConfig",
-    "ValueConfig",
-]
-
 PairLoss = Literal["regression", "regular_bt", "margin_bt", "scaled_bt"]
 Estimator = Literal["gae", "group", "leave_one_out", "reinforce", "best_of_n"]
 # Estimators that compare the responses to one prompt.

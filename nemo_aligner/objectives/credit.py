@@ -10,28 +10,7 @@ from torch import Tensor
 from nemo_aligner.batch import Experience, Scored, ValueBatch
 from nemo_aligner.objectives.adaptive import AdaptiveKL, FixedKL, KLController, RewardScaling
 from nemo_aligner.objectives.config import CreditConfig
-from nemo_aligner.objectives.reduce import (
-    Moments,
-    SumOverRanks,
-    estimate_kl,
-    kl_k1,
-    masked_mean,
-    whiten,
-)
-
-__all__ = [
-    "best_of_n",
-    "credit",
-    "gae",
-    "group_advantages",
-    "kl_controller",
-    "leave_one_out",
-    "observe",
-    "rolling_returns",
-    "shape_rewards",
-    "statistics",
-    "value_batch",
-]
+from nemo_aligner.objectives.reduce import Moments, SumOverRanks, estimate_kl, kl_k1, masked_mean, whiten
 
 _GROUP_EPS = 1e-6  # as verl has it
 

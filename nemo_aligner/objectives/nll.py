@@ -6,8 +6,6 @@ from torch import Tensor
 from nemo_aligner.batch import TokenBatch, Unit
 from nemo_aligner.objectives.protocol import Metrics, ModelOutput, Wants
 
-__all__ = ["NLL", "nll"]
-
 
 def nll(logprobs: Tensor, mask: Tensor) -> Tensor:
     """Token-level negative log-likelihood, summed: ``-sum_t mask_t log p(y_t | y_<t)``.

@@ -11,8 +11,6 @@ from nemo_aligner.objectives.config import PolicyConfig
 from nemo_aligner.objectives.protocol import Metrics, ModelOutput, Wants
 from nemo_aligner.objectives.reduce import KLEstimator, estimate_kl, kl_k3, likelihood_ratio
 
-__all__ = ["PolicyGradient", "clipped_surrogate"]
-
 
 def _clamp(ratio: Tensor, config: PolicyConfig) -> Tensor:
     high = config.ratio_eps if config.ratio_eps_high is None else config.ratio_eps_high

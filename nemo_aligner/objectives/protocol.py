@@ -9,8 +9,6 @@ from torch import Tensor
 
 from nemo_aligner.batch import TokenBatch, Unit
 
-__all__ = ["Metrics", "ModelOutput", "Objective", "Sums", "Wants"]
-
 Metrics = dict[str, tuple[Tensor, Tensor]]
 """{name: (sum, count)}, both scalars: means are made once, when all ranks and micro-batches are summed."""
 

@@ -11,20 +11,6 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-__all__ = [
-    "KLEstimator",
-    "Moments",
-    "SumOverRanks",
-    "estimate_kl",
-    "kl_abs",
-    "kl_k1",
-    "kl_k2",
-    "kl_k3",
-    "likelihood_ratio",
-    "masked_mean",
-    "whiten",
-]
-
 # As verl and OpenRLHF hold them: e^20 is beyond every clip, and squares of it are far from the end of float32.
 MAX_LOG_RATIO = 20.0  # nats
 MAX_K3 = 10.0  # nats

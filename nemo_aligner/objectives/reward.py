@@ -8,8 +8,6 @@ from nemo_aligner.batch import PreferenceBatch, ScoredBatch, TokenBatch, Unit
 from nemo_aligner.objectives.config import PairLoss
 from nemo_aligner.objectives.protocol import Metrics, ModelOutput, Wants
 
-__all__ = ["AttributePairs", "BradleyTerry", "Regression", "bradley_terry", "regression"]
-
 HELPFULNESS = 4  # the attribute that pairs are compared by, where there are that many
 
 

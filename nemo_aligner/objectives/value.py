@@ -10,8 +10,6 @@ from nemo_aligner.batch import TokenBatch, Unit, ValueBatch
 from nemo_aligner.objectives.config import ValueConfig
 from nemo_aligner.objectives.protocol import Metrics, ModelOutput, Wants
 
-__all__ = ["MAX_RETURN", "ValueLoss", "value_loss"]
-
 MAX_RETURN = 1e15  # the squares of a batch's returns and values add up in float32
 
 

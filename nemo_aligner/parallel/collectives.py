@@ -13,24 +13,6 @@ from torch import Tensor
 from nemo_aligner.errors import UserError
 from nemo_aligner.parallel import world
 
-__all__ = [
-    "broadcast_object",
-    "from_last_stage",
-    "from_node_leader",
-    "from_previous_stage",
-    "from_rank_0",
-    "gather_over_tensor_parallel",
-    "max_over_tensor_parallel",
-    "maxima",
-    "norm_over_group",
-    "of_all_ranks",
-    "over_data_parallel",
-    "sum_over_data_parallel",
-    "sum_over_tensor_parallel",
-    "to_next_stage",
-    "totals",
-]
-
 T = TypeVar("T")
 
 NORM_BLOCK = 512  # numbers whose squares are summed in their own dtype

@@ -22,8 +22,6 @@ import torch.distributed as dist
 
 from nemo_aligner.parallel import te
 
-__all__ = ["METHODS", "MODULES", "SERIES", "SYMBOLS", "import_megatron", "install", "series"]
-
 SERIES = OLD, NEW = "0.16", "0.19"  # of megatron-core, that rows of the table are for
 BOTH = SERIES
 CPU = torch.device("cpu")

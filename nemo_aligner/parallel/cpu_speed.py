@@ -33,23 +33,6 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-__all__ = [
-    "BLOCK",
-    "CPU_ROWS",
-    "HUGE_BYTES",
-    "SHORT",
-    "Bags",
-    "LocalProduct",
-    "PackedLinear",
-    "embedded",
-    "gated",
-    "in_blocks",
-    "mark_added",
-    "product",
-    "rms_norm",
-    "zeros",
-]
-
 Context: TypeAlias = Any  # torch puts any attribute on an autograd context
 
 # Rows of one chunk of logits, of which caches then hold common vocabularies; fewer would cost products their speed.

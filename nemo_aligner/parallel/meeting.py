@@ -15,8 +15,6 @@ from datetime import timedelta
 
 import torch.distributed as dist
 
-__all__ = ["RankLost", "at_own_pace", "leave"]
-
 SIGN_SECONDS = 5.0  # between two signs of life
 POLL_SECONDS = 0.5  # at most, between two looks of a rank that waits
 LET_TELL_SECONDS = 2.0  # for the rank that failed to say why, before the others end

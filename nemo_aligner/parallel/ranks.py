@@ -11,8 +11,6 @@ from dataclasses import dataclass
 
 from nemo_aligner.errors import UserError
 
-__all__ = ["Layout", "Ranks", "discover"]
-
 
 @dataclass(frozen=True, kw_only=True)
 class Ranks:

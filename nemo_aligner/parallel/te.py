@@ -13,8 +13,6 @@ import sys
 
 import torch
 
-__all__ = ["has_flash_attn", "usable"]
-
 NAME = "transformer_engine"
 
 logger = logging.getLogger(__name__)

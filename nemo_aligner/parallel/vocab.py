@@ -27,8 +27,6 @@ from nemo_aligner.parallel.collectives import (
 )
 from nemo_aligner.parallel.cpu_speed import CPU_ROWS, product
 
-__all__ = ["HeadOutput", "HeadRequest", "Transform", "head_outputs"]
-
 Context: TypeAlias = Any  # torch puts any attribute on an autograd context
 
 Transform: TypeAlias = Callable[[Tensor, slice, Tensor], Tensor]

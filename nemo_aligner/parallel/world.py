@@ -27,34 +27,6 @@ from nemo_aligner.errors import UserError
 from nemo_aligner.parallel import cpu_shim, meeting
 from nemo_aligner.parallel.ranks import Layout, Ranks, discover
 
-__all__ = [
-    "at_own_pace",
-    "barrier",
-    "describe_failure",
-    "device",
-    "device_index",
-    "dp_rank",
-    "dp_size",
-    "ensure_single_process",
-    "free_memory",
-    "is_first_stage",
-    "is_last_stage",
-    "is_logging_rank",
-    "is_node_leader",
-    "phase",
-    "pp_size",
-    "rank",
-    "report_once",
-    "seed_step",
-    "start",
-    "stop",
-    "synchronize",
-    "tp_rank",
-    "tp_size",
-    "world_size",
-    "writers_group",
-]
-
 logger = logging.getLogger(__name__)
 
 # glibc's M_MMAP_THRESHOLD, up to which blocks come from the heap, and M_TRIM_THRESHOLD, of which its end is kept.

@@ -9,8 +9,6 @@ from pathlib import Path
 
 from nemo_aligner.errors import UserError
 
-__all__ = ["check_room", "free_bytes", "told_if_full"]
-
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 # What torch's writer of zip files says where a write did not take all bytes.
 _TORCH_SAYS = ("unexpected pos", "PytorchStreamWriter failed writing")

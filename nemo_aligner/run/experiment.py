@@ -29,8 +29,6 @@ if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
     from wandb import Run as WandbRun
 
-__all__ = ["CheckpointCallbackConfig", "Experiment", "ExperimentConfig", "WandbConfig", "keep_early_records"]
-
 logger = logging.getLogger(__name__)
 
 METRICS = "metrics.jsonl"

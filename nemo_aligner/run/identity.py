@@ -16,8 +16,6 @@ import yaml
 
 from nemo_aligner.errors import UserError
 
-__all__ = ["COMMAND", "CONFIG", "RunIdentity", "asked_keys", "command_line", "read_settings"]
-
 COMMAND = "command.txt"
 CONFIG = "config.yaml"
 _ASKED = re.compile(r"[+~]*([A-Za-z_][\w.]*)=")

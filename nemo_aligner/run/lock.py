@@ -21,8 +21,6 @@ import psutil
 
 from nemo_aligner.errors import UserError
 
-__all__ = ["FolderLock", "Holder"]
-
 logger = logging.getLogger(__name__)
 
 LOCK = "run.lock"

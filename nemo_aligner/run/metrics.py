@@ -5,8 +5,6 @@ import math
 
 from nemo_aligner.objectives.protocol import Sums
 
-__all__ = ["added", "means"]
-
 
 def added(*parts: Sums) -> Sums:
     """Return the sums of all parts together.

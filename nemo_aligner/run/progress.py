@@ -14,8 +14,6 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Column
 
-__all__ = ["ProgressBar", "heartbeat", "read_line"]
-
 logger = logging.getLogger(__name__)
 
 SECONDS_BETWEEN_LINES = 8.0

@@ -11,8 +11,6 @@ from collections.abc import Mapping
 from io import RawIOBase
 from pathlib import Path
 
-__all__ = ["append", "record", "rewind"]
-
 logger = logging.getLogger(__name__)
 
 # Ends of lines to str.splitlines and to other tools, which json.dumps leaves as they are.

@@ -7,8 +7,6 @@ from typing import ClassVar
 from nemo_aligner.bounds import bounded
 from nemo_aligner.errors import UserError
 
-__all__ = ["LoopConfig", "Plan", "SupervisedConfig", "limited", "make_plan"]
-
 _NO_RUN = ("{key}={value} makes no run", "set {key} to {range}")
 
 

@@ -12,8 +12,6 @@ from typing import Literal
 
 from nemo_aligner.run.stop import StoppedEarly, Terminated
 
-__all__ = ["STATUS", "RunStatus"]
-
 logger = logging.getLogger(__name__)
 
 STATUS = "status.json"

@@ -13,17 +13,6 @@ import psutil
 
 from nemo_aligner.errors import UserError
 
-__all__ = [
-    "SAVED_CODE",
-    "STOP_SIGNALS",
-    "StopRequest",
-    "StoppedEarly",
-    "Terminated",
-    "TimeLimit",
-    "saved_code",
-    "seconds_of",
-]
-
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 SAME_KEY_SECONDS = 1.0
 SAVED_CODE = 75  # EX_TEMPFAIL of sysexits.h: not done, and the same command goes on

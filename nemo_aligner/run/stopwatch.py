@@ -5,8 +5,6 @@ import contextlib
 import time
 from collections.abc import Iterator
 
-__all__ = ["Stopwatch"]
-
 
 class Stopwatch:
     """Seconds by name; a name that is timed again adds up."""

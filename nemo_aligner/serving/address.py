@@ -6,8 +6,6 @@ from collections.abc import Mapping
 
 from nemo_aligner.errors import UserError
 
-__all__ = ["LOCAL", "job_name", "keep_alive", "listening_host", "resolve"]
-
 LOCAL = "127.0.0.1"
 # In seconds, seconds and times: a machine that is gone is missed after 90 s.
 KEEPALIVE = ((socket.TCP_KEEPIDLE, 30), (socket.TCP_KEEPINTVL, 10), (socket.TCP_KEEPCNT, 6))

@@ -6,8 +6,6 @@ from dataclasses import dataclass
 from nemo_aligner.errors import UserError
 from nemo_aligner.serving.protocol import Health
 
-__all__ = ["Actor", "compare"]
-
 
 @dataclass(frozen=True, kw_only=True)
 class Actor:

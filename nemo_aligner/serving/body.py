@@ -11,8 +11,6 @@ from aiohttp.http_exceptions import HttpProcessingError
 
 from nemo_aligner.serving.protocol import Refusal, Trouble
 
-__all__ = ["MAX_NESTING", "Refused", "nesting", "read_body", "refused"]
-
 BODY_SECONDS = 60.0  # without a byte of a request's body
 STATUS = {Trouble.REFUSED: 400, Trouble.FAILED: 500, Trouble.BUSY: 503, Trouble.STOPPING: 503}
 MAX_NESTING = 64

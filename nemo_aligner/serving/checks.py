@@ -11,16 +11,6 @@ from numpy.typing import NDArray
 from nemo_aligner.errors import UserError
 from nemo_aligner.serving.protocol import Limits
 
-__all__ = [
-    "TensorSpec",
-    "check_finite",
-    "check_lengths",
-    "check_shapes",
-    "check_tokens",
-    "first_index",
-    "refuse",
-]
-
 
 @dataclass(frozen=True, kw_only=True)
 class TensorSpec:

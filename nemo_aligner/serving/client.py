@@ -26,8 +26,6 @@ from nemo_aligner.serving import wire
 from nemo_aligner.serving.line import Lane, Line, Remote
 from nemo_aligner.serving.protocol import Health, Refusal, Ticket
 
-__all__ = ["CriticNames", "Remote", "RemoteCritic", "RemoteReward"]
-
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")

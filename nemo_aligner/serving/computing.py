@@ -11,8 +11,6 @@ from nemo_aligner.serving import wire
 from nemo_aligner.serving.inbox import Job, Judged, SaveRequest, merge, share
 from nemo_aligner.serving.protocol import Health, Refusal, Ticket, Trouble
 
-__all__ = ["Computing", "Handler", "Learner"]
-
 logger = logging.getLogger(__name__)
 
 

@@ -9,8 +9,6 @@ from nemo_aligner.serving.checks import TensorSpec
 from nemo_aligner.serving.protocol import Refusal
 from nemo_aligner.serving.wire import Arrays
 
-__all__ = ["Answer", "Call", "Calls", "Endpoint"]
-
 
 @dataclass(frozen=True, kw_only=True)
 class Call:

@@ -36,8 +36,6 @@ from nemo_aligner.serving.protocol import (
     error_text,
 )
 
-__all__ = ["Front", "Upstream"]
-
 logger = logging.getLogger(__name__)
 
 STALL_SECONDS = 30  # that Triton may take to hand on a request while the endpoint has no other

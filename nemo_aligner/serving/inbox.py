@@ -15,8 +15,6 @@ from nemo_aligner.batch import TokenBatch
 from nemo_aligner.serving.protocol import Ticket
 from nemo_aligner.serving.wire import Arrays, InferRequest, TrainRequest
 
-__all__ = ["Inbox", "Job", "Judged", "Request", "SaveRequest", "merge", "share"]
-
 
 @dataclass(frozen=True, kw_only=True)
 class SaveRequest:

@@ -15,18 +15,6 @@ import psutil
 
 from nemo_aligner.errors import UserError
 
-__all__ = [
-    "OWNER",
-    "Remains",
-    "end_abandoned",
-    "folder_of",
-    "kill",
-    "mark_owner",
-    "own_folder",
-    "owner_lives",
-    "remove_environments",
-]
-
 OWNER = "owner"  # in a folder: the process that it belongs to
 ORPHAN_SECONDS = 2.0  # for the processes of a server that was killed to end by themselves
 KILL_SECONDS = 5.0  # for a killed process to be gone

@@ -26,8 +26,6 @@ from nemo_aligner.serving.protocol import TOKEN_HEADER, Refusal, Trouble, error_
 from nemo_aligner.serving.token import TOKEN_VARIABLE, Token, find_token
 from nemo_aligner.serving.wire import Arrays
 
-__all__ = ["Lane", "Line", "Remote"]
-
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")

@@ -17,8 +17,6 @@ from nemo_aligner.serving.front import Front, Upstream
 from nemo_aligner.serving.leftovers import Remains, end_abandoned, kill, own_folder
 from nemo_aligner.serving.triton import PrivateTriton
 
-__all__ = ["TritonEnded", "TritonProcess"]
-
 logger = logging.getLogger(__name__)
 
 START_SECONDS = (60.0, 120.0, 240.0)  # for each try: a busy machine is slow

@@ -6,20 +6,6 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-__all__ = [
-    "CALL_HEADER",
-    "PROTOCOL_VERSION",
-    "TOKEN_HEADER",
-    "Health",
-    "Limits",
-    "Refusal",
-    "RequestLimits",
-    "Scalar",
-    "Ticket",
-    "Trouble",
-    "error_text",
-]
-
 PROTOCOL_VERSION = 1
 TOKEN_HEADER = "triton-access-token"  # the header that callers and Triton know
 CALL_HEADER = "nemo-aligner-call"  # the number of a request between the front, Triton and its endpoints

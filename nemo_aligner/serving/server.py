@@ -22,8 +22,6 @@ from nemo_aligner.serving.process import TritonEnded, TritonProcess
 from nemo_aligner.serving.protocol import Limits, Refusal, RequestLimits, Trouble
 from nemo_aligner.serving.token import find_token
 
-__all__ = ["Server", "ServerConfig"]
-
 logger = logging.getLogger(__name__)
 
 POLL_SECONDS = 0.2  # between two looks at signals and at Triton

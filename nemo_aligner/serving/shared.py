@@ -18,8 +18,6 @@ from nemo_aligner.parallel import collectives, world
 if TYPE_CHECKING:
     from nemo_aligner.serving.client import RemoteCritic, RemoteReward
 
-__all__ = ["CriticLost", "Pending", "SharedCritic", "SharedReward", "WaitEnded"]
-
 T = TypeVar("T")
 R = TypeVar("R")
 

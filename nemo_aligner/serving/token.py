@@ -14,8 +14,6 @@ from pathlib import Path
 from nemo_aligner.errors import UserError
 from nemo_aligner.serving.address import LOCAL, job_name
 
-__all__ = ["TOKEN_VARIABLE", "Token", "find_token", "token_path"]
-
 TOKEN_VARIABLE = "NEMO_ALIGNER_TOKEN"
 _ALLOWED = re.compile(r"[A-Za-z0-9._~-]+")
 

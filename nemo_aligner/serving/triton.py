@@ -43,8 +43,6 @@ from nemo_aligner.serving.leftovers import Remains, remove_environments
 from nemo_aligner.serving.protocol import CALL_HEADER, TOKEN_HEADER, Refusal, Trouble, error_text
 from nemo_aligner.serving.wire import Arrays
 
-__all__ = ["PrivateTriton"]
-
 logger = logging.getLogger(__name__)
 
 LAST_LINES = 20

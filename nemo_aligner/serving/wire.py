@@ -31,33 +31,6 @@ from nemo_aligner.serving.checks import (
 )
 from nemo_aligner.serving.protocol import PROTOCOL_VERSION, Health, Limits, Ticket
 
-__all__ = [
-    "DUMMY",
-    "HEALTH",
-    "HEALTH_TEXT",
-    "LOSS",
-    "STATUS",
-    "STOP",
-    "Arrays",
-    "Encode",
-    "InferRequest",
-    "TrainRequest",
-    "health_reply",
-    "infer_arrays",
-    "infer_outputs",
-    "infer_reply",
-    "loss_reply",
-    "read_health",
-    "read_infer",
-    "read_infer_reply",
-    "read_loss",
-    "read_save",
-    "read_train",
-    "save_arrays",
-    "save_reply",
-    "train_arrays",
-]
-
 HEALTH = "health"
 STOP = "stop"
 

@@ -3,8 +3,6 @@
 
 from nemo_aligner.checkpoint.mappings.table import DERIVED, Family, Key, copy, gated_mlp, qkv
 
-__all__ = ["ATTENTION", "KEYS", "LAYER", "LLAMA", "MLP_OUTPUT", "NEMO", "OUTER", "OUTPUT"]
-
 KEYS = (
     Key("vocab_size", "vocab_size"),
     Key("num_hidden_layers", "num_layers"),

@@ -4,8 +4,6 @@
 from nemo_aligner.checkpoint.mappings.llama import KEYS, LAYER, NEMO, OUTER, OUTPUT
 from nemo_aligner.checkpoint.mappings.table import Family, Key, with_own
 
-__all__ = ["MISTRAL"]
-
 MISTRAL = Family(
     architecture="MistralForCausalLM",
     model_type="mistral",

@@ -6,8 +6,6 @@ and an MLP of squared ReLU without a gate.
 from nemo_aligner.checkpoint.mappings.llama import ATTENTION, KEYS, MLP_OUTPUT, NEMO, OUTER, OUTPUT
 from nemo_aligner.checkpoint.mappings.table import Family, Key, copy, with_own
 
-__all__ = ["NEMOTRON"]
-
 _NORMS = {
     "decoder.layers.{i}.self_attention.linear_qkv.layer_norm": "model.layers.{i}.input_layernorm",
     "decoder.layers.{i}.mlp.linear_fc1.layer_norm": "model.layers.{i}.post_attention_layernorm",

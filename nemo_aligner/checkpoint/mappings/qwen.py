@@ -6,8 +6,6 @@ norm on each query and key head.
 from nemo_aligner.checkpoint.mappings.llama import KEYS, LAYER, NEMO, OUTER, OUTPUT
 from nemo_aligner.checkpoint.mappings.table import Family, Key, copy, with_own
 
-__all__ = ["QWEN2", "QWEN3"]
-
 _KEYS = with_own(
     KEYS,
     Key("num_key_value_heads", "num_query_groups", 32),

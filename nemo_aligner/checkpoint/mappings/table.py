@@ -10,8 +10,6 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-__all__ = ["DERIVED", "REQUIRED", "Dims", "Family", "Key", "Rule", "copy", "gated_mlp", "qkv", "with_own"]
-
 REQUIRED = object()
 DERIVED = object()  # absent from config.json where it follows from the other sizes
 

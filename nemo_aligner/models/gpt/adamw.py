@@ -10,8 +10,6 @@ from megatron.core.optimizer import distrib_optimizer
 from torch import Tensor
 from torch.optim.adamw import adamw
 
-__all__ = ["GroupStepAdamW", "replace_torch_adamw"]
-
 C = TypeVar("C", bound=Callable[..., Any])
 
 

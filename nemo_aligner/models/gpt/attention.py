@@ -23,8 +23,6 @@ from torch import Tensor
 from nemo_aligner.models.gpt.layers import Rotation
 from nemo_aligner.parallel.cpu_speed import BLOCK, SHORT, in_blocks
 
-__all__ = ["RowParams", "SDPACoreAttention", "attend"]
-
 
 @dataclass
 class RowParams(PackedSeqParams):

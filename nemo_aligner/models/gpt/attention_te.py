@@ -13,8 +13,6 @@ from torch import Tensor
 
 from nemo_aligner.models.gpt.attention import RowParams, SDPACoreAttention
 
-__all__ = ["TECoreAttention"]
-
 
 class TECoreAttention(SDPACoreAttention):
     """Transformer Engine's fused kernels on padded and packed rows."""

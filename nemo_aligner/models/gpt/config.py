@@ -15,16 +15,6 @@ from nemo_aligner.errors import UserError
 from nemo_aligner.models.gpt.config_types import check_types, is_number
 from nemo_aligner.parallel.ranks import Layout
 
-__all__ = [
-    "ARCHITECTURE_KEYS",
-    "GPTConfig",
-    "Precision",
-    "RopeScaling",
-    "precision_name",
-    "unread_keys",
-    "window_tokens",
-]
-
 Precision = Literal["32", "bf16", "16"]
 
 Normalization = Literal["rmsnorm", "layernorm", "layernorm1p"]
@@ -280,8 +270,7 @@ def window_tokens(window: int | Sequence[int] | None) -> int | None:
         case (int(before), 0):
             return before + 1
     raise UserError(
-        f"window_size={window} in model_config.yaml is not supported",
-        cure="use a pair that ends with 0",
+        f"window_size={window} in model_config.yaml is not supported", cure="use a pair that ends with 0"
     )
 
 

@@ -9,8 +9,6 @@ from typing import Any, TypeGuard
 
 from nemo_aligner.errors import UserError
 
-__all__ = ["check_types", "is_number", "is_size"]
-
 _LARGEST = 2**31 - 1
 _MOST_LAYERS = 10_000
 _MAY_BE_0 = frozenset({"num_query_groups", "kv_channels"})  # as null: derived

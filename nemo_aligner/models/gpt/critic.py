@@ -15,8 +15,6 @@ from nemo_aligner.models.gpt.spare import SpareWeights
 from nemo_aligner.objectives.protocol import Wants
 from nemo_aligner.parallel import collectives
 
-__all__ = ["GPTCritic", "RewardScale", "RewardWeights"]
-
 
 @dataclass(frozen=True, kw_only=True)
 class RewardScale:

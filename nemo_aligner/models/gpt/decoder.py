@@ -21,8 +21,6 @@ from nemo_aligner.models.gpt.sampling import DROPPED
 from nemo_aligner.parallel import collectives, world
 from nemo_aligner.parallel.cpu_speed import PackedLinear
 
-__all__ = ["Decoder"]
-
 Attend = Callable[[int, Tensor], Tensor]
 
 

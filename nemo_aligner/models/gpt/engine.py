@@ -17,8 +17,6 @@ from nemo_aligner.models.gpt.view import Projection, view, worth_picking
 from nemo_aligner.objectives.protocol import Metrics, ModelOutput, Objective, Sums
 from nemo_aligner.parallel import collectives, world
 
-__all__ = ["levelled", "run", "schedule"]
-
 
 def run(
     model: GPT | InterleavedGPT,

@@ -24,8 +24,6 @@ from nemo_aligner.models.gpt.stops import Stops
 from nemo_aligner.models.sampling_config import SamplingConfig
 from nemo_aligner.parallel import collectives, world
 
-__all__ = ["Watch", "generate"]
-
 Watch = Callable[[int, Sequence[int]], None]  # after each step: the answers that have ended, and its tokens
 
 WORTH_PACKING = 32  # steps; a decoder's copy of the weights costs the time that some twenty of them save

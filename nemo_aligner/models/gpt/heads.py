@@ -13,8 +13,6 @@ from torch import Tensor, nn
 from nemo_aligner.errors import UserError
 from nemo_aligner.parallel import world
 
-__all__ = ["HEAD_KEYS", "HEAD_NAME", "HeadConfig", "ScalarHead", "draw_head", "fold_head", "head_config"]
-
 HEAD_NAME = "rm_head"  # as NeMo's reward models save it
 # Of a model_config.yaml, what describes a head and what is made of its numbers.
 HEAD_KEYS = (

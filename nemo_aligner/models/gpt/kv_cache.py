@@ -15,8 +15,6 @@ from torch import Tensor
 from nemo_aligner.models.gpt.attention import attend
 from nemo_aligner.parallel.cpu_speed import Bags, zeros
 
-__all__ = ["KVCache"]
-
 GROWTH = 64  # tokens; capacity is a multiple of it
 
 

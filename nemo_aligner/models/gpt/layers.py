@@ -20,17 +20,6 @@ from nemo_aligner.models.gpt.rope import inverse_frequencies, rotation_scale
 from nemo_aligner.parallel import world
 from nemo_aligner.parallel.cpu_speed import LocalProduct, embedded, gated, mark_added, rms_norm
 
-__all__ = [
-    "ColumnLinear",
-    "GatedActivation",
-    "InputEmbedding",
-    "Norm",
-    "Rotation",
-    "RowLinear",
-    "RowRotary",
-    "may_be_added",
-]
-
 Context: TypeAlias = Any  # torch puts any attribute on an autograd context
 
 

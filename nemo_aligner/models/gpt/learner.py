@@ -31,8 +31,6 @@ from nemo_aligner.models.gpt.view import Projection
 from nemo_aligner.objectives.protocol import Metrics, ModelOutput, Objective, Sums, Wants
 from nemo_aligner.parallel import world
 
-__all__ = ["GPTLearner"]
-
 
 class _ForwardOnly:
     """The objective of asking: it wants one thing of the head and has no loss."""

@@ -8,9 +8,6 @@ from typing import Literal
 from nemo_aligner.bounds import bounded, check_bounds
 from nemo_aligner.errors import UserError
 
-__all__ = ["OptimConfig", "SchedConfig", "learning_rate"]
-
-
 _NOT_POSITIVE = "{key}={value} is not positive"
 MOST_HELD = 1000  # steps at min_lr where the settings give no number; NeMo's default
 

@@ -26,8 +26,6 @@ from nemo_aligner.parallel import cpu_shim, te, world
 from nemo_aligner.parallel.ranks import Layout
 from nemo_aligner.parallel.vocab import HeadOutput, HeadRequest, head_outputs
 
-__all__ = ["GPT", "InterleavedGPT", "VocabHead", "attention_backend", "build_gpt", "weights_in_effect"]
-
 logger = logging.getLogger(__name__)
 
 

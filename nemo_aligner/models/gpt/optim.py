@@ -27,18 +27,6 @@ from nemo_aligner.models.gpt.model import GPT
 from nemo_aligner.parallel import collectives, cpu_shim
 from nemo_aligner.parallel.shards import Shards, boxes
 
-__all__ = [
-    "Taken",
-    "build_optimizer",
-    "inner_optimizer",
-    "load_optimizer",
-    "make_moments",
-    "optimizer_shards",
-    "take_step",
-    "wrap",
-    "zero_moments",
-]
-
 
 def wrap(chunks: Sequence[GPT], optim: OptimConfig) -> list[DistributedDataParallel]:
     """Gradient buffers in fp32 around each chunk of the model, summed over the data parallel ranks."""
@@ -66,11 +54,7 @@ def _one_or_all(functions: list[Callable]) -> Any:  # noqa: ANN401 - what Megatr
 
 
 def build_optimizer(
-    optim: OptimConfig,
-    chunks: Sequence[DistributedDataParallel],
-    *,
-    dtype: torch.dtype,
-    clip_grad: float,
+    optim: OptimConfig, chunks: Sequence[DistributedDataParallel], *, dtype: torch.dtype, clip_grad: float
 ) -> MegatronOptimizer:
     """AdamW whose state, with fp32 main copies where ``dtype`` is smaller, is dealt out over data parallel ranks."""
     replace_torch_adamw()

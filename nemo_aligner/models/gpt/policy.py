@@ -19,8 +19,6 @@ from nemo_aligner.models.sampling_config import SamplingConfig
 from nemo_aligner.objectives.protocol import Objective, Sums, Wants
 from nemo_aligner.parallel import world
 
-__all__ = ["GPTPolicy"]
-
 
 class GPTPolicy(GPTLearner):
     """A language model that learns, scores and writes.

@@ -6,8 +6,6 @@ from typing import Literal
 
 from nemo_aligner.errors import UserError
 
-__all__ = ["Granularity", "Method", "Recompute"]
-
 Granularity = Literal["selective", "full"]
 Method = Literal["uniform", "block"]
 

@@ -8,8 +8,6 @@ from torch import Tensor
 
 from nemo_aligner.models.gpt.config import GPTConfig, RopeScaling
 
-__all__ = ["inverse_frequencies", "rotation_scale"]
-
 
 def inverse_frequencies(config: GPTConfig) -> Tensor:
     """[size / 2] float32: radians per position, of the pairs of the rotated part of a head."""

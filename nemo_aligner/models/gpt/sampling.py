@@ -23,8 +23,6 @@ from nemo_aligner.parallel.collectives import (
 )
 from nemo_aligner.parallel.vocab import Transform
 
-__all__ = ["DROPPED", "Drawn", "History", "choose", "transform", "uniforms"]
-
 # The logit of a token that can't be drawn: so far below all others that its probability is 0, and finite, as
 # 0 * -inf is no number.
 DROPPED = -1e30

@@ -10,8 +10,6 @@ from torch import Tensor, nn
 from nemo_aligner.models.gpt.model import weights_in_effect
 from nemo_aligner.parallel import world
 
-__all__ = ["SpareWeights"]
-
 
 class SpareWeights:
     """The weights that a model has now, kept in CPU memory for later."""

@@ -22,8 +22,6 @@ from nemo_aligner.models.gpt.config import GPTConfig
 from nemo_aligner.models.gpt.layers import ColumnLinear, GatedActivation, Norm, RowLinear
 from nemo_aligner.parallel import te
 
-__all__ = ["layer_spec"]
-
 
 class Layer(TransformerLayer):
     """After the last layer's attention no position sees another: its MLP is computed for those that are read."""

@@ -5,8 +5,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
-__all__ = ["Speller", "Stops"]
-
 SPARE_TOKENS = 4  # in the tail that is read, for tokens without a text
 
 

@@ -15,8 +15,6 @@ from nemo_aligner.models.gpt.rope import rotation_scale
 from nemo_aligner.parallel import world
 from nemo_aligner.parallel.ranks import Layout
 
-__all__ = ["dtype_of", "transformer_config"]
-
 DTYPES = {"32": torch.float32, "bf16": torch.bfloat16, "16": torch.float16}
 
 

@@ -18,8 +18,6 @@ from nemo_aligner.objectives.protocol import ModelOutput, Objective, Wants
 from nemo_aligner.parallel import world
 from nemo_aligner.parallel.vocab import HeadRequest
 
-__all__ = ["Projection", "view", "worth_picking"]
-
 # Of all positions: if no more are read, they are picked before the last layer's MLP, else after the last layer.
 FEW = 0.9
 

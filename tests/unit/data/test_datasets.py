@@ -6,7 +6,8 @@ import logging
 import pytest
 
 from nemo_aligner.data.config import ChatPromptTokens, SFTDataConfig, SFTSplitConfig
-from nemo_aligner.data.datasets import describe, open_sft
+from nemo_aligner.data.datasets import open_sft
+from nemo_aligner.data.sample import describe
 from nemo_aligner.data.tokenizer import load_tokenizer
 from nemo_aligner.errors import UserError
 
