@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A setting's range, said once beside its default, and the walker that refuses what is outside. Knows no setting."""
+"""A setting's range or choices, said once beside its default, and the walker that refuses others. Knows no setting."""
 
 from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any, TypeVar
@@ -31,6 +31,17 @@ class _Bounds:
         )
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Choice:
+    values: tuple[object, ...]
+    range: str
+    told: tuple[str, str]
+
+    def hold(self, value: object) -> bool:
+        # True is 1, and no number is meant by it.
+        return any(value == one and isinstance(value, bool) == isinstance(one, bool) for one in self.values)
+
+
 def bounded(
     default: T,
     *,
@@ -59,7 +70,22 @@ def bounded(
     return field(default=default, metadata={_BOUNDS: bounds})
 
 
-def _bounds(kind: type[Any], name: str) -> _Bounds | None:
+def one_of(*values: T, told: tuple[str, str] = ("{key}={value!r} is not known", "use {range}")) -> T:
+    """Give a field its default, the first of ``values``, and all that it may be."""
+    *first, last = ("null" if value is None else str(value) for value in values)
+    named = f"{', '.join(first)} or {last}" if first else last
+    return field(default=values[0], metadata={_BOUNDS: _Choice(values=values, range=named, told=told)})
+
+
+def only(value: T, *same: object, what: str = "") -> T:
+    """Give a field the one value that is supported; ``same`` means the same, ``what`` is what other values ask for."""
+    named = "null" if value is None else str(value)
+    told = (f"{{key}}={{value}}{what and f': {what}'} is not supported", "set {key}={range}")
+    choice = _Choice(values=(value, *same), range=named, told=told)
+    return field(default=value, metadata={_BOUNDS: choice})
+
+
+def _bounds(kind: type[Any], name: str) -> _Bounds | _Choice | None:
     """Those of the field; a subclass that gives another default keeps them."""
     specs = (base.__dict__.get("__dataclass_fields__", {}).get(name) for base in kind.__mro__)
     return next((spec.metadata[_BOUNDS] for spec in specs if spec and _BOUNDS in spec.metadata), None)
@@ -82,7 +108,7 @@ def check_bounds(settings: object, block: str = "") -> None:
         if is_dataclass(value):
             check_bounds(value, key)
         bounds = _bounds(type(settings), spec.name)
-        if bounds is None or value is None:
+        if bounds is None or (value is None and isinstance(bounds, _Bounds)):
             continue
         for number in value if isinstance(value, tuple) else (value,):
             if not bounds.hold(number):

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from nemo_aligner.bounds import check_bounds
+from nemo_aligner.bounds import check_bounds, only
 from nemo_aligner.checkpoint.sources import peek_model
 from nemo_aligner.errors import UserError
 from nemo_aligner.models.gpt.config import GPTConfig, precision_name
@@ -41,7 +41,8 @@ class TrainerConfig:
 class PeftConfig:
     """The ``model.peft`` block."""
 
-    peft_scheme: str = "none"  # only none: all weights are trained
+    # only none: all weights are trained
+    peft_scheme: str | None = only("none", "", None, what="parameter-efficient tuning")
     restore_from_path: PathText | None = None  # only null
     lora_tuning: dict[str, Any] = field(default_factory=dict)
 
@@ -58,8 +59,10 @@ class ModelConfig:
     pipeline_model_parallel_size: int = 1  # ranks that share the stack of layers
     # chunks of layers on each of them: a batch passes each rank so often
     virtual_pipeline_model_parallel_size: int | None = None
-    context_parallel_size: int = 1  # ranks that share each sequence; only 1
-    expert_model_parallel_size: int = 1  # ranks that share the experts of a layer; only 1
+    context_parallel_size: int = only(1, what="context parallelism")  # ranks that share each sequence; only 1
+    expert_model_parallel_size: int = only(
+        1, what="expert parallelism"
+    )  # ranks that share the experts of a layer; only 1
     # with tensor parallelism: norms and dropout on a slice of the sequence each
     sequence_parallel: bool = False
     # logits above this many MiB are computed again in the backward (losses other than plain NLL)
@@ -72,8 +75,11 @@ class ModelConfig:
     # of full: uniform (all layers, in groups) or block (the first ones of a stage)
     activations_checkpoint_method: Method | None = None
     activations_checkpoint_num_layers: int | None = None  # of full: layers of a group, or of the block
-    activations_checkpoint_layers_per_pipeline: int | None = None  # only null: stages recompute alike
-    ffn_dropout: float = 0.0  # only 0.0
+    # only null: stages recompute alike
+    activations_checkpoint_layers_per_pipeline: int | None = only(
+        None, what="recomputing fewer layers on later stages"
+    )
+    ffn_dropout: float = only(0.0, what="dropout inside the MLP")  # only 0.0
 
     @property
     def layout(self) -> Layout:
@@ -144,7 +150,6 @@ class ModelJob:
         if not trainer.chooses_precision:
             precision_name(trainer.precision or "")
         model.layout.check_fits(num_nodes=trainer.num_nodes, devices=trainer.devices, world_size=world_size)
-        _refuse_unsupported(model)
 
     def check_paths(self) -> None:
         """Refuse files that are not there, and an output that is, before ranks start and weights are read."""
@@ -240,22 +245,3 @@ class PretrainedJob(Job):
     def batches(self) -> dict[str, tuple[int, int]]:
         """See Job."""
         return {"model": (self.model.global_batch_size, self.model.micro_batch_size)}
-
-
-def _refuse_unsupported(model: ModelConfig) -> None:
-    per_pipeline = model.activations_checkpoint_layers_per_pipeline
-    for name, value, off, what in (
-        ("peft.peft_scheme", model.peft.peft_scheme, ("none", None, ""), "parameter-efficient tuning"),
-        ("context_parallel_size", model.context_parallel_size, (1,), "context parallelism"),
-        ("expert_model_parallel_size", model.expert_model_parallel_size, (1,), "expert parallelism"),
-        ("ffn_dropout", model.ffn_dropout, (0.0,), "dropout inside the MLP"),
-        (
-            "activations_checkpoint_layers_per_pipeline",
-            per_pipeline,
-            (None,),
-            "recomputing fewer layers on later stages",
-        ),
-    ):
-        if value not in off:
-            idle = "null" if off[0] is None else off[0]
-            raise UserError(f"model.{name}={value}: {what} is not supported", cure=f"set model.{name}={idle}")

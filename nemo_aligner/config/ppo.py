@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from functools import partial
 
 from nemo_aligner.algorithms.ppo_config import PPOConfig, RolloutConfig
-from nemo_aligner.bounds import bounded
+from nemo_aligner.bounds import bounded, only
 from nemo_aligner.config.base import BatchedModelConfig, PretrainedJob, TrainerConfig
 from nemo_aligner.data.config import PromptDataConfig
 from nemo_aligner.data.first_rows import check_prompt_rows
@@ -22,7 +22,7 @@ _NO_TIME = ("{key}={value} is no time to wait", "set {key} above 0 seconds")
 class TrtLlmConfig:
     """The ``trainer.ppo.trt_llm`` block: only off."""
 
-    enable: bool = False  # only False
+    enable: bool = only(False, what="TensorRT-LLM")  # only False: the model that learns writes
     reshard: bool = False
     max_input_len: int | None = None
     seed: int | None = None
@@ -38,16 +38,6 @@ class ActorConfig(PPOConfig):
     model_gbs: int | None = None  # only as model.global_batch_size
     model_mbs: int | None = None  # only as model.micro_batch_size
 
-    def check(self, block: str) -> None:
-        """See PPOConfig."""
-        PPOConfig.check(self, block)
-        if self.trt_llm.enable:
-            raise UserError(
-                f"{block}.trt_llm.enable=True: TensorRT-LLM is not supported; answers are written by the model "
-                "that learns",
-                cure=f"set {block}.trt_llm.enable=False",
-            )
-
 
 @dataclass(frozen=True, kw_only=True)
 class ActorTrainerConfig(TrainerConfig):
@@ -60,7 +50,7 @@ class ActorTrainerConfig(TrainerConfig):
 class ActorRolloutConfig(RolloutConfig):
     """The ``model.ppo`` block."""
 
-    trt_llm: TrtLlmConfig = field(default_factory=TrtLlmConfig)  # only as trainer.ppo.trt_llm
+    trt_llm: TrtLlmConfig = field(default_factory=TrtLlmConfig)  # TensorRT-LLM
     # only as remote_critic_rm.combine_rm_and_critic_server
     combine_rm_and_critic_server: bool | None = None
 
@@ -230,17 +220,8 @@ class ActorJob(PretrainedJob):
                 "remote_critic_rm.combine_rm_and_critic_server",
                 self.remote_critic_rm.combine_rm_and_critic_server if self.remote_critic_rm else None,
             ),
-            (
-                "model.ppo.trt_llm.enable",
-                model.ppo.trt_llm.enable or None,
-                "trainer.ppo.trt_llm.enable",
-                False,
-            ),
         ):
             if value is not None and value != counts:
                 raise UserError(
-                    f"{name}={value}, but {other}={counts}, which says the same",
-                    cure=f"set {other}={value}"
-                    if other != "trainer.ppo.trt_llm.enable"
-                    else f"set {name}=False: TensorRT-LLM is not supported",
+                    f"{name}={value}, but {other}={counts}, which says the same", cure=f"set {other}={value}"
                 )

@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 from nemo_aligner.config.base import Job, ModelConfig, TrainerConfig
 from nemo_aligner.data.config import SFTDataConfig
 from nemo_aligner.data.first_rows import check_sft_rows
-from nemo_aligner.errors import UserError
 from nemo_aligner.paths import PathText
 from nemo_aligner.run.schedule import SupervisedConfig
 
@@ -72,12 +71,3 @@ class SFTJob(Job):
     def validates(self) -> bool:
         """See Job."""
         return bool(self.model.data.validation)
-
-    def check(self, world_size: int | None = None) -> None:
-        """See Job."""
-        Job.check(self, world_size)
-        if self.model.data.sample:
-            raise UserError(
-                "model.data.sample=True: drawing rows with replacement is not supported",
-                cure="set model.data.sample=False",
-            )

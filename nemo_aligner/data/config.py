@@ -5,7 +5,7 @@ import re
 from dataclasses import asdict, dataclass, field, replace
 from datetime import date
 
-from nemo_aligner.bounds import bounded, check_bounds
+from nemo_aligner.bounds import bounded, check_bounds, one_of, only
 from nemo_aligner.data.prefix import DataPrefix, Split, parse_data_prefix, share_of
 from nemo_aligner.errors import UserError
 from nemo_aligner.paths import PathText
@@ -66,15 +66,15 @@ class SFTSplitConfig:
     truncation_field: str | None = "input"  # fields cut first when a sample is too long, separated by commas
     # prompt and answer; each {name} is a field of the row; escapes are understood
     prompt_template: str = "{input} {output}"
-    truncation_method: str = "right"  # the end at which truncation_field loses tokens: right or left
+    # the end at which truncation_field loses tokens: right or left
+    truncation_method: str = one_of(
+        "right",
+        "left",
+        told=("{key}={value!r} in model.data for {file_path} is unknown", "use left or right"),
+    )
 
     def __post_init__(self) -> None:
         check_bounds(self)
-        if self.truncation_method not in ("left", "right"):
-            raise UserError(
-                f"truncation_method={self.truncation_method!r} in model.data for {self.file_path} is unknown",
-                cure="use left or right",
-            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,13 +96,17 @@ class SFTDataConfig:
     validation_ds: ValidationSplitConfig = field(default_factory=ValidationSplitConfig)
     chat: bool = False  # True: rows are conversations; False: prompt and answer
     # of conversations: tokenizer (its own template), prompt_tokens (the block below); null: the first there is
-    chat_template: str | None = None
-    learn: str = "all"  # of conversations: all turns that are to be learned, or the last of them
+    chat_template: str | None = one_of(None, "prompt_tokens", "tokenizer")
+    learn: str = one_of(
+        "all", "last"
+    )  # of conversations: all turns that are to be learned, or the last of them
     # YYYY-MM-DD that a template which reads the clock sees; null: the model's, else the run's first day
     chat_date: str | None = None
     # text that marks turns; escapes such as \n are understood
     chat_prompt_tokens: ChatPromptTokens = field(default_factory=ChatPromptTokens)
-    sample: bool = False  # only False: rows are drawn by shuffle, never with replacement
+    sample: bool = only(
+        False, what="drawing rows with replacement"
+    )  # only False: rows are drawn by shuffle, never with replacement
     # threads that tokenise ahead of training; 0: in the training thread
     num_workers: int = bounded(0, at_least=0, told=_NEGATIVE)
 
@@ -120,13 +124,6 @@ class SFTDataConfig:
         return whole.cut(share)[isinstance(split, ValidationSplitConfig)] if share else whole
 
     def __post_init__(self) -> None:
-        if self.chat_template not in (None, "prompt_tokens", "tokenizer"):
-            raise UserError(
-                f"model.data.chat_template={self.chat_template!r} is not known",
-                cure="use prompt_tokens, tokenizer or null",
-            )
-        if self.learn not in ("all", "last"):
-            raise UserError(f"model.data.learn={self.learn!r} is not known", cure="use all or last")
         if self.chat_date is not None:
             try:
                 date.fromisoformat(self.chat_date)
@@ -146,7 +143,11 @@ class PrefixDataConfig:
     data_prefix: object
     # jsonl or json: one JSON object a line, {"text"}; of pairs chosen and rejected in turn, or as {"prompt",
     # "chosen", "rejected"}
-    data_impl: str = "jsonl"
+    data_impl: str = one_of(
+        "jsonl",
+        "json",
+        told=("{key}={value!r} cannot be read: files hold text, not token ids", "set {key}=jsonl"),
+    )
     # of a plain list of files: shares of training, validation and test, as in 98,1,1
     splits_string: str | None = None
     # tokens; a longer pair, or a prompt without room for an answer, is left out; null: what the model takes
@@ -159,25 +160,11 @@ class PrefixDataConfig:
     # threads that tokenise ahead of training; 0: in the training thread
     num_workers: int = bounded(0, at_least=0, told=_NEGATIVE)
     add_bos: bool | None = None  # start each text with BOS, never twice; null: as the tokenizer does
-    reset_position_ids: bool = False  # only False: positions count from each text's start
-    reset_attention_mask: bool = False  # only False: a text sees all of itself
-    dataloader_type: str = "single"  # only single: the trainer's sampler orders rows
+    reset_position_ids: bool = only(False)  # only False: positions count from each text's start
+    reset_attention_mask: bool = only(False)  # only False: a text sees all of itself
+    dataloader_type: str = only("single")  # only single: the trainer's sampler orders rows
 
     def __post_init__(self) -> None:
-        if self.data_impl not in ("json", "jsonl"):
-            raise UserError(
-                f"model.data.data_impl={self.data_impl!r} cannot be read: files hold text, not token ids",
-                cure="set model.data.data_impl=jsonl and give JSONL files",
-            )
-        for name, value, only in (
-            ("reset_position_ids", self.reset_position_ids, False),
-            ("reset_attention_mask", self.reset_attention_mask, False),
-            ("dataloader_type", self.dataloader_type, "single"),
-        ):
-            if value != only:
-                raise UserError(
-                    f"model.data.{name}={value} is not supported", cure=f"set model.data.{name}={only}"
-                )
         check_bounds(self, "model.data")
         parse_data_prefix(self.data_prefix, self.splits_string)
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from nemo_aligner.bounds import bounded, check_bounds
+from nemo_aligner.bounds import bounded, check_bounds, one_of, only
 from nemo_aligner.errors import UserError
 
 TOLD = ("{key}={value} of {name} is too small", "give {key} {range}")
@@ -66,3 +66,28 @@ def test_what_is_not_is_refused_by_its_key(inner: Inner, problem: str, cure: str
 def test_a_block_may_be_named():
     with pytest.raises(UserError, match=r"trainer\.ppo\.port=0"):
         check_bounds(Inner(port=0), "trainer.ppo")
+
+
+@dataclass(frozen=True)
+class Choices:
+    name: str = one_of("left", "right")
+    off: bool | None = only(False, None, what="this")
+    size: int = only(1)
+
+
+@pytest.mark.parametrize(
+    ("given", "problem", "cure"),
+    [
+        ({"name": "up"}, "a.name='up' is not known", "use left or right"),
+        ({"off": True}, "a.off=True: this is not supported", "set a.off=False"),
+        ({"off": 0}, "a.off=0: this", "set a.off=False"),
+        ({"size": 2}, "a.size=2 is not supported", "set a.size=1"),
+    ],
+)
+def test_a_choice_is_refused_by_the_values_that_there_are(given, problem, cure):
+    check_bounds(Choices(), "a")
+    check_bounds(Choices(off=None, name="right"), "a")
+    with pytest.raises(UserError) as caught:
+        check_bounds(Choices(**given), "a")
+    assert problem in caught.value.problem
+    assert caught.value.cure == cure
