@@ -32,7 +32,7 @@ def one_pass(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     """The gradient of each chunk is formed in its forward: what a weighted NLL gets."""
     request = HeadRequest(vocab_size=weight.shape[0])
     weights = torch.full(targets.shape, -1 / targets.numel())
-    return -head_outputs(hidden, weight, targets, request=request, weights=weights).logprobs.mean()
+    return -head_outputs(hidden, weight, targets, request=request, logprob_grad=weights).logprobs.mean()
 
 
 def recomputed(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-__all__ = ["Figure", "Part", "judged", "load", "page", "ratio", "store"]
+__all__ = ["Figure", "Part", "checked", "load", "page", "ratio", "store"]
 
 INTRODUCTION = """\
 `make bench` writes this page from [results.json](/benchmarks/results.json), which holds every repeat. A cell is the
@@ -73,7 +73,7 @@ def ratio(table: str, name: str, top: Figure, bottom: Figure) -> Figure:
     return Figure(table=table, subject=name, metric=f"ratio of {top.metric}", values=values)
 
 
-def judged(found: Figure, word: str, limit: float, allocator: str) -> list[Figure]:
+def checked(found: Figure, word: str, limit: float, allocator: str) -> list[Figure]:
     """A figure and, with the default allocator, what it is to reach or to stay below."""
     if allocator != "default allocator":
         return [found]

@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 
 from benchmarks import sft
-from benchmarks.figures import Figure, Part, judged, ratio
+from benchmarks.figures import Figure, Part, checked, ratio
 from benchmarks.processes import ALLOCATORS, THREADS, conditions, measure
 from nemo_aligner.batch import Prompt
 from nemo_aligner.checkpoint.convert import import_from_huggingface
@@ -35,8 +35,8 @@ from nemo_aligner.parallel.ranks import Layout
 __all__ = ["Case", "cases", "figures_of", "load", "part", "sizes", "uneven", "written"]
 
 REPEATS = 3
-PROMPT, ANSWER = 64, 64  # tokens
-ROUNDS = 4  # batches of uneven answers
+PROMPT, RESPONSE = 64, 64  # tokens
+ROUNDS = 4  # batches of uneven responses
 NEAR, FAR, STEPS = 64, 512, 32  # the step's time: tokens of the text in the middle of so many steps
 FLOORS = {"greedy, even": 1.3, "sampled, even": 2.0, "greedy, uneven": 2.5, "sampled, uneven": 2.5}
 CEILING = 1.5  # of the time of a step at FAR, in steps at NEAR
@@ -68,7 +68,7 @@ def uneven(count: int) -> list[int]:
     Their mean is near a third of ANSWER. They are quantiles in a random order, so that no repeat is luckier.
     """
     quantiles = (torch.arange(count) + 0.5) / count
-    lengths = (-torch.log1p(-quantiles) * (ANSWER * 0.345)).ceil().clamp_(max=ANSWER).int()
+    lengths = (-torch.log1p(-quantiles) * (RESPONSE * 0.345)).ceil().clamp_(max=RESPONSE).int()
     return lengths[torch.randperm(count, generator=torch.Generator().manual_seed(1))].tolist()
 
 
@@ -90,7 +90,7 @@ def cases() -> list[Case]:
     found = []
     for batch in (16, 64):
         for how in ("greedy", "sampled"):
-            found.append(case(batch, f"{how}, even", [ANSWER] * batch))
+            found.append(case(batch, f"{how}, even", [RESPONSE] * batch))
             found.append(case(batch, f"{how}, uneven", uneven(ROUNDS * batch)))
         for length in (NEAR, FAR):
             found.append(case(batch, f"at {length}", [STEPS + 1] * batch, prompt=length - STEPS // 2))
@@ -131,8 +131,8 @@ def written(policy: GPTPolicy, case: Case) -> tuple[list[list[int]], list[float]
     rollout = policy.generate(
         prompts, sampling, slots=case.batch, watch=lambda *_: marks.append(time.perf_counter())
     )
-    assert int(rollout.mask.sum()) == sum(case.lengths)
-    return [rollout.answer(row) for row in range(rollout.num_rows)], marks
+    assert int(rollout.loss_mask.sum()) == sum(case.lengths)
+    return [rollout.response(row) for row in range(rollout.num_rows)], marks
 
 
 def seconds(policy: GPTPolicy, case: Case) -> float:
@@ -180,8 +180,8 @@ def part() -> Part:
 ABOUT = f"""\
 The model of fine-tuning above, with the same random weights on both sides, answers prompts of {PROMPT} random tokens in
 fp32: ours with as many slots as transformers' static batches have rows, greedily or by sampling over the whole
-vocabulary (temperature 1). Even answers have {ANSWER} tokens each, one batch of them. Uneven ones end with the same
-chance at every token, at {ANSWER} at the latest, {ROUNDS} batches of them: a static batch goes on until its longest
+vocabulary (temperature 1). Even answers have {RESPONSE} tokens each, one batch of them. Uneven ones end with the same
+chance at every token, at {RESPONSE} at the latest, {ROUNDS} batches of them: a static batch goes on until its longest
 answer has ended, a slot takes the next prompt. Each prompt has the same length of answer on both sides, and tokens/s
 counts the tokens of answers and nothing else, in the time of the whole call. Ours returns the tokens' log-probs
 beside them. Our script is [generation.py](/benchmarks/generation.py), transformers' is
@@ -227,11 +227,11 @@ def figures_of(
             if not case.steps:
                 name = f"{OURS} / {THEIRS}, {case.name}, {allocator}"
                 sides = (by[side, case.name, allocator] for side in (OURS, THEIRS))
-                ratios += judged(ratio("Ratios", name, *sides), "at least", FLOORS[case.manner], allocator)
+                ratios += checked(ratio("Ratios", name, *sides), "at least", FLOORS[case.manner], allocator)
         for batch in sorted({case.batch for case in every}):
             name = f"{OURS}, batch {batch}, a step at {FAR} / at {NEAR}, {allocator}"
             ends = (by[OURS, f"batch {batch}, at {length}", allocator] for length in (FAR, NEAR))
-            ratios += judged(ratio("Ratios", name, *ends), "at most", CEILING, allocator)
+            ratios += checked(ratio("Ratios", name, *ends), "at most", CEILING, allocator)
     return (*by.values(), *ratios)
 
 

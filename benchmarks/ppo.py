@@ -24,11 +24,11 @@ from transformers import (
 )
 
 from benchmarks import sft
-from benchmarks.figures import Figure, Part, judged
+from benchmarks.figures import Figure, Part, checked
 from benchmarks.generation import sizes
 from benchmarks.processes import ALLOCATORS, ROOT, conditions, started, wait_for
 from nemo_aligner.checkpoint.convert import import_from_huggingface
-from nemo_aligner.launch.together import free_ports
+from nemo_aligner.launch.job_group import free_ports
 from nemo_aligner.models.gpt.config import GPTConfig
 
 __all__ = ["RUN", "Run", "Step", "figures_of", "measured_steps", "part", "run", "save_models"]
@@ -48,11 +48,11 @@ class Run:
 
     model: GPTConfig = sft.MODEL
     prompt: int = 64  # tokens
-    answer: int = 64
-    answers: int = 32  # of a rollout
-    learned_at_once: int = 16  # answers of an optimizer step, of either job
+    response: int = 64
+    responses: int = 32  # of a rollout
+    learned_at_once: int = 16  # responses of an optimizer step, of either job
     micro_batch: int = 8
-    slots: int = 16  # answers written at once, and rows of a request
+    slots: int = 16  # responses written at once, and rows of a request
     warm_up: int = 2  # steps
     measured: int = 8
 
@@ -86,7 +86,7 @@ def _tokenizer(vocab_size: int) -> PreTrainedTokenizerFast:
 
 def _write_prompts(run: Run, path: Path) -> None:
     draw = torch.Generator().manual_seed(0)
-    shape = (2 * run.answers, run.prompt)
+    shape = (2 * run.responses, run.prompt)
     words = torch.randint(len(SPECIAL), run.model.vocab_size, shape, generator=draw).tolist()
     rows = [{"text": " ".join(f"w{i}" for i in row)} for row in words]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -120,12 +120,12 @@ def _settings(run: Run, folder: Path, port: int) -> dict[str, dict[str, object]]
         "trainer.ppo.max_steps": run.warm_up + run.measured,
         "trainer.ppo.max_epochs": run.warm_up + run.measured,
         "trainer.ppo.val_check_interval": 0,
-        # Random weights never end an answer.
+        # Random weights never end a response.
         "trainer.ppo.mask_unfinished": False,
-        "model.ppo.num_rollout_samples": run.answers,
+        "model.ppo.num_rollout_samples": run.responses,
         "model.ppo.rollout_micro_batch_size": run.slots,
-        "model.ppo.length_params.max_length": run.answer,
-        "model.ppo.length_params.min_length": run.answer,
+        "model.ppo.length_params.max_length": run.response,
+        "model.ppo.length_params.min_length": run.response,
     }
     return {CRITIC: critic | both, ACTOR: actor | both}
 
@@ -264,8 +264,8 @@ def part() -> Part:
 ABOUT = f"""\
 `train_gpt_ppo_actor.py` and `serve_ppo_critic.py` as two processes, the reward model beside the critic; the model of
 fine-tuning above with random weights, the critic with a scalar head in the place of its vocabulary's. A step writes
-{RUN.answers} answers of {RUN.answer} tokens to prompts of {RUN.prompt}, {RUN.slots} at once, and both jobs learn
-from them in {RUN.answers // RUN.learned_at_once} optimizer steps of {RUN.learned_at_once} answers, in fp32. Repeats
+{RUN.responses} answers of {RUN.response} tokens to prompts of {RUN.prompt}, {RUN.slots} at once, and both jobs learn
+from them in {RUN.responses // RUN.learned_at_once} optimizer steps of {RUN.learned_at_once} answers, in fp32. Repeats
 are steps of one run: a cell is their median, with the shortest and the longest. The script is
 [ppo.py](/benchmarks/ppo.py); every number comes from the metrics.jsonl of the two jobs.
 
@@ -295,8 +295,8 @@ def figures_of(found: Mapping[str, Sequence[Step]]) -> tuple[Figure, ...]:
             metric="share of the step",
             values=tuple(step.overhead / step.whole for step in steps),
         )
-        figures += judged(overlap, "at least", OVERLAP_FLOOR, allocator)
-        figures += judged(overhead, "at most", OVERHEAD_CEILING, allocator)
+        figures += checked(overlap, "at least", OVERLAP_FLOOR, allocator)
+        figures += checked(overhead, "at most", OVERHEAD_CEILING, allocator)
     return tuple(figures)
 
 

@@ -125,7 +125,7 @@ def _pairs(folder: Path) -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
     """Pairs that are short enough, first those to learn from, then others; as the product's script makes them."""
     data = os.environ.get(DATA)
     if data is None or not (Path(data) / FILE).is_file():
-        sys.exit(f"{DATA}={data} names no folder with {FILE}\nCure: {DATA}=FOLDER make bench ONLY=hh")
+        sys.exit(f"{DATA}={data} names no folder with {FILE}\nFix: {DATA}=FOLDER make bench ONLY=hh")
     (folder / "raw").mkdir()
     shutil.copy(Path(data) / FILE, folder / "raw")
     script = SCRIPTS / "data/anthropic_hh/download_and_process.py"

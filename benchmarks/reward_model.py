@@ -12,7 +12,7 @@ from dataclasses import replace
 
 import torch
 
-from benchmarks.figures import Figure, Part, judged
+from benchmarks.figures import Figure, Part, checked
 from benchmarks.processes import ALLOCATORS, PEERS, THREADS, Side, conditions
 from benchmarks.sft import OPTIM, SHAPE, Shape, random_model
 from benchmarks.training_step import REPEATS, SPEED, Found, alternated, ratios, sides_figures, timed
@@ -110,7 +110,7 @@ def figures_of(found: Found, peaks: list[float]) -> tuple[Figure, ...]:
     for allocator in ALLOCATORS:
         for one in ratios(by_name, OURS, TRL, allocator):
             is_speed = one.metric == f"ratio of {SPEED}"
-            figures += judged(one, "at least", FLOOR, allocator) if is_speed else [one]
+            figures += checked(one, "at least", FLOOR, allocator) if is_speed else [one]
     return tuple(figures)
 
 

@@ -24,14 +24,14 @@ from benchmarks.figures import Figure, Part
 from benchmarks.processes import ALLOCATORS, THREADS, conditions, started, wait_for
 from nemo_aligner.algorithms.reward_server import RewardModelServer
 from nemo_aligner.batch import TokenBatch
-from nemo_aligner.launch.together import free_ports
+from nemo_aligner.launch.job_group import free_ports
 from nemo_aligner.models.gpt.config import GPTConfig
 from nemo_aligner.models.gpt.critic import GPTCritic
 from nemo_aligner.models.gpt.heads import HeadConfig
 from nemo_aligner.parallel import world
-from nemo_aligner.serving.client import Remote, RemoteReward
-from nemo_aligner.serving.inbox import Judged
+from nemo_aligner.serving.client import RemoteReward, ServerAddress
 from nemo_aligner.serving.protocol import Limits
+from nemo_aligner.serving.request_queue import ServedScores
 from nemo_aligner.serving.server import Server, ServerConfig
 
 __all__ = ["MODELS", "Asked", "Measured", "Served", "batch", "figures_of", "part", "round_trips"]
@@ -95,7 +95,7 @@ def batch(model: GPTConfig, asked: Asked) -> TokenBatch:
     shape = (asked.rows, asked.tokens)
     return TokenBatch(
         tokens=torch.randint(model.vocab_size, shape, generator=draw),
-        mask=torch.ones(shape, dtype=torch.bool),
+        loss_mask=torch.ones(shape, dtype=torch.bool),
         lengths=torch.full((asked.rows,), asked.tokens),
     )
 
@@ -117,13 +117,13 @@ class Watched(RewardModelServer):
 
     computing: dict[str, list[float]] = field(default_factory=dict)  # ms of each request, by its size
 
-    def infer(self, batch: TokenBatch) -> Judged:
+    def infer(self, batch: TokenBatch) -> ServedScores:
         """See Handler."""
         began = time.perf_counter()
-        judged = super().infer(batch)
+        scores = super().infer(batch)
         size = f"{batch.num_rows} x {batch.seq_length}"
         self.computing.setdefault(size, []).append((time.perf_counter() - began) * 1e3)
-        return judged
+        return scores
 
 
 def serve(served: Served, port: int) -> dict[str, dict[str, list[float]]]:
@@ -165,7 +165,7 @@ def serve(served: Served, port: int) -> dict[str, dict[str, list[float]]]:
 def client(port: int) -> RemoteReward:
     """Of the server on this machine."""
     return RemoteReward(
-        Remote(
+        ServerAddress(
             setting="server",
             job="benchmarks.serving",
             ip="127.0.0.1",

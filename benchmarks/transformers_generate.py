@@ -22,9 +22,8 @@ from transformers import (
     StoppingCriteriaList,
 )
 
-Model: TypeAlias = (
-    Any  # a LlamaForCausalLM, whose generate transformers annotates with what none of its models meets
-)
+# a LlamaForCausalLM, whose generate transformers annotates with what none of its models meets
+Model: TypeAlias = Any
 
 
 class Lengths(StoppingCriteria):
@@ -56,10 +55,10 @@ def generate(model: Model, case: dict[str, Any]) -> list[tuple[torch.Tensor, Len
     whole = {} if case["greedy"] else {"temperature": 1.0, "top_k": 0, "top_p": 1.0}
     for start in range(0, len(case["prompts"]), batch):
         prompts = torch.tensor(case["prompts"][start : start + batch])
-        answers = torch.tensor(case["lengths"][start : start + batch])
-        criteria = Lengths(prompts.shape[1] + answers)
+        responses = torch.tensor(case["lengths"][start : start + batch])
+        criteria = Lengths(prompts.shape[1] + responses)
         config = GenerationConfig(
-            do_sample=not case["greedy"], **whole, max_new_tokens=int(answers.max()), pad_token_id=0
+            do_sample=not case["greedy"], **whole, max_new_tokens=int(responses.max()), pad_token_id=0
         )
         out = model.generate(
             prompts,

@@ -13,7 +13,7 @@ from typing import Any, Generic, TypeVar
 from torch import Tensor
 
 from nemo_aligner import builders
-from nemo_aligner.algorithms.answering import Answerer
+from nemo_aligner.algorithms.generation import TextGenerator
 from nemo_aligner.batch import PreferenceBatch, Prompt, Rollout, TokenBatch, Unit
 from nemo_aligner.builders import servers
 from nemo_aligner.checkpoint.convert import export_to_huggingface
@@ -52,7 +52,7 @@ L = TypeVar("L", bound=GPTLearner)
 
 @dataclass(frozen=True, kw_only=True)
 class _Loaded(Generic[L]):
-    """What both kinds of model share. Every method is called by every rank."""
+    """The common part of both kinds of model. Every method is called by every rank."""
 
     pretrained: builders.Pretrained[L]
     tokenizer: Tokenizer
@@ -120,7 +120,7 @@ class LanguageModel(_Loaded[GPTPolicy]):
     def logprobs(self, batch: TokenBatch) -> Tensor:
         """[B, S]: log p(token t | tokens before t), 0 at the first token and in the padding."""
         batch = batch.to(world.device())
-        return collectives.from_last_stage(self.learner.logprobs(batch), tuple(batch.tokens.shape))
+        return collectives.broadcast_from_last_stage(self.learner.logprobs(batch), tuple(batch.tokens.shape))
 
     def generate(
         self,
@@ -138,7 +138,7 @@ class LanguageModel(_Loaded[GPTPolicy]):
         if not prompts or len(prompts) % world.dp_size():
             raise UserError(
                 f"{len(prompts)} prompts cannot be shared by {world.dp_size()} data parallel ranks",
-                cure="give as many to each rank, and each at least one",
+                fix="give as many to each rank, and each at least one",
             )
         mine = [
             Prompt(tokens=tokens_of(prompts[number], self.tokenizer), number=number, sample=sample)
@@ -151,9 +151,9 @@ class LanguageModel(_Loaded[GPTPolicy]):
         """The responses, without what ended them."""
         sampling, policy = SamplingConfig(end_strings=end_strings), self.learner
         ends = {"end_ids": policy.end_ids, "sampling": sampling}
-        writer = Answerer(policy=policy, tokenizer=self.tokenizer, slots=1, **ends)
+        writer = TextGenerator(policy=policy, tokenizer=self.tokenizer, slots=1, **ends)
         rows = range(rollout.num_rows)
-        return [writer.text(rollout.answer(row), finished=bool(rollout.finished[row])) for row in rows]
+        return [writer.text(rollout.response(row), finished=bool(rollout.finished[row])) for row in rows]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -163,7 +163,7 @@ class RewardModel(_Loaded[GPTCritic]):
     def batch(self, rows: Sequence[tuple[str, str]]) -> PreferenceBatch:
         """Pairs of whole texts, the chosen one and the rejected one."""
         flat = self._read([text for row in rows for text in row])
-        return PreferenceBatch(tokens=flat.tokens, mask=flat.mask, lengths=flat.lengths)
+        return PreferenceBatch(tokens=flat.tokens, loss_mask=flat.loss_mask, lengths=flat.lengths)
 
     def score(self, texts: Sequence[str]) -> Tensor:
         """[N] rewards of whole texts, or [N, A] where several attributes are not merged."""
@@ -195,7 +195,7 @@ def load(
     job = GenerateJob(model=model, trainer=TrainerConfig(precision=precision))
     _join(job)
     pretrained = builders.load_policy(job)
-    return LanguageModel(pretrained=pretrained, tokenizer=builders.needed_tokenizer(job, pretrained))
+    return LanguageModel(pretrained=pretrained, tokenizer=builders.require_tokenizer(job, pretrained))
 
 
 def load_reward_model(
@@ -218,7 +218,7 @@ def load_reward_model(
         )
         _join(job)
         pretrained = builders.load_reward_model(job)
-    return RewardModel(pretrained=pretrained, tokenizer=builders.needed_tokenizer(job, pretrained))
+    return RewardModel(pretrained=pretrained, tokenizer=builders.require_tokenizer(job, pretrained))
 
 
 def _layout(tp: int, pp: int, seed: int) -> dict[str, Any]:
@@ -238,5 +238,5 @@ def _join(job: ModelJob) -> None:
         raise UserError(
             f"tp={layout.tensor} pp={layout.pipeline}, and an earlier model of this process has tp={world.tp_size()} "
             f"pp={world.pp_size()}",
-            cure="load all models of a process at one layout",
+            fix="load all models of a process at one layout",
         )

@@ -2,8 +2,9 @@
 """The data types that flow between data, models and objectives. Depends on torch alone.
 
 One convention holds everywhere: **position t speaks of token t**. ``logprobs[b, t]`` is
-``log p(tokens[b, t] | tokens[b, :t])`` and 0 at the start of every sequence; ``mask[b, t]`` says that token t
-is learned from. Every per-token tensor is ``[B, S]``. The shift by one happens in ``models/gpt/view.py`` alone.
+``log p(tokens[b, t] | tokens[b, :t])`` and 0 at the start of every sequence; ``loss_mask[b, t]`` says that
+token t counts in the loss. Every per-token tensor is ``[B, S]``. The shift by one happens in
+``models/gpt/head_projection.py`` alone.
 
 Shapes: B rows, S positions, N sequences (N = B unless packed).
 """
@@ -20,7 +21,7 @@ T = TypeVar("T", bound="TokenBatch")
 
 
 class Unit(enum.Enum):
-    """What a loss is a mean of: its denominator is counted over the whole global batch."""
+    """The unit of a loss: its denominator is counted over the whole global batch."""
 
     TOKEN = "token"
     SEQUENCE = "sequence"
@@ -35,16 +36,15 @@ class TokenBatch:
     rows_per_sample: ClassVar[int] = 1  # sequences that one line of data makes
 
     tokens: Tensor  # [B, S] int64, right padded
-    mask: Tensor  # [B, S] bool, tokens that are learned from
-    lengths: Tensor  # [N] int64, tokens in each sequence, prompt and answer
-    cu_seqlens: Tensor | None = (
-        None  # [N + 1] int32, set when packed: then B == 1 and the tail after it is padding
-    )
+    loss_mask: Tensor  # [B, S] bool, tokens that count in the loss
+    lengths: Tensor  # [N] int64, tokens in each sequence, prompt and response
+    # [N + 1] int32, set when packed: then B == 1 and the tail after it is padding
+    cu_seqlens: Tensor | None = None
 
     def __post_init__(self) -> None:
-        assert self.tokens.ndim == 2 and self.mask.shape == self.tokens.shape, (
+        assert self.tokens.ndim == 2 and self.loss_mask.shape == self.tokens.shape, (
             self.tokens.shape,
-            self.mask.shape,
+            self.loss_mask.shape,
         )
         assert self.cu_seqlens is None or self.tokens.shape[0] == 1, "a packed batch has one row"
 
@@ -67,7 +67,7 @@ class TokenBatch:
 
     def starts(self) -> Tensor:
         """[B, S] bool: the first token of every sequence, which nothing predicts."""
-        starts = torch.zeros_like(self.mask)
+        starts = torch.zeros_like(self.loss_mask)
         if self.cu_seqlens is None:
             starts[:, 0] = True
         else:
@@ -90,38 +90,38 @@ class TokenBatch:
         return ids.clamp_(max=self.lengths.numel() - 1)[None]
 
     def per_sequence(self, x: Tensor) -> Tensor:
-        """[B, S] -> [N]: the sum over each sequence's learned tokens, padded and packed alike."""
+        """[B, S] -> [N]: the sum over each sequence's loss tokens, padded and packed alike."""
         total = torch.zeros(self.lengths.numel(), dtype=x.dtype, device=x.device)
-        return total.index_add(0, self.sequence_ids().reshape(-1), (x * self.mask).reshape(-1))
+        return total.index_add(0, self.sequence_ids().reshape(-1), (x * self.loss_mask).reshape(-1))
 
-    def learned(self) -> Tensor:
-        """[B, S] bool: the positions that have a prediction and are learned from."""
-        return self.mask & ~self.starts()
+    def loss_tokens(self) -> Tensor:
+        """[B, S] bool: the loss mask without the first token of every sequence."""
+        return self.loss_mask & ~self.starts()
 
-    def learned_lengths(self) -> Tensor:
-        """[N] int64: the learned tokens of each sequence."""
-        return self.per_sequence(self.learned().long())
+    def loss_lengths(self) -> Tensor:
+        """[N] int64: the loss tokens of each sequence."""
+        return self.per_sequence(self.loss_tokens().long())
 
     def real_pairs(self) -> Tensor:
-        """[N / 2] bool: of sequences 2i and 2i + 1, whether something is learned of both; padding rows are no pair."""
-        return (self.learned_lengths().view(-1, 2) > 0).all(1)
+        """[N / 2] bool: of sequences 2i and 2i + 1, whether both have loss tokens; padding rows are no pair."""
+        return (self.loss_lengths().view(-1, 2) > 0).all(1)
 
     def token_weights(self, unit: Unit) -> Tensor:
-        """[B, S] float: what each learned token counts in a loss that is a mean of tokens, or of sequences' means."""
-        learned = self.learned().float()
+        """[B, S] float: the weight of each loss token in a loss that is a mean of tokens, or of sequences' means."""
+        loss_tokens = self.loss_tokens().float()
         if unit is Unit.TOKEN:
-            return learned
+            return loss_tokens
         assert unit is Unit.SEQUENCE, unit
-        lengths = self.learned_lengths().clamp(min=1).float()
-        return learned / lengths[self.sequence_ids()]
+        lengths = self.loss_lengths().clamp(min=1).float()
+        return loss_tokens / lengths[self.sequence_ids()]
 
     def count(self, unit: Unit) -> Tensor:
         """[] int64: the number of units in this batch, the loss's share of the global denominator."""
         match unit:
             case Unit.TOKEN:
-                return self.learned().sum()
+                return self.loss_tokens().sum()
             case Unit.SEQUENCE:
-                return (self.learned_lengths() > 0).sum()
+                return (self.loss_lengths() > 0).sum()
             case Unit.PAIR:
                 return self.real_pairs().sum()
             case Unit.LABEL:
@@ -147,8 +147,8 @@ class TokenBatch:
         index = rows if isinstance(rows, slice) else torch.tensor(rows, dtype=torch.int64)
         return self._changed(lambda x: x[index])
 
-    def filled(self, num_rows: int) -> Self:
-        """The batch with rows that only fill up: one token, from which nothing is learned."""
+    def pad_rows(self, num_rows: int) -> Self:
+        """The batch with padding rows: one token each, and no loss token."""
         missing = num_rows - self.num_rows
         assert missing >= 0, (num_rows, self.num_rows)
         if not missing:
@@ -181,19 +181,19 @@ class TokenBatch:
     def from_rows(
         cls, rows: Sequence[tuple[Sequence[int], Sequence[bool]]], *, pad_id: int, seq_length: int
     ) -> "TokenBatch":
-        """Rows of (token ids, learned flags), right padded to ``seq_length``.
+        """Rows of (token ids, flags of loss tokens), right padded to ``seq_length``.
 
         >>> TokenBatch.from_rows([([5, 6, 7], [False, True, True])], pad_id=0, seq_length=4).tokens
         tensor([[5, 6, 7, 0]])
         """
         tokens = torch.full((len(rows), seq_length), pad_id, dtype=torch.int64)
         mask = torch.zeros(len(rows), seq_length, dtype=torch.bool)
-        for i, (ids, learned) in enumerate(rows):
-            assert len(ids) == len(learned) <= seq_length, (len(ids), len(learned), seq_length)
+        for i, (ids, loss_tokens) in enumerate(rows):
+            assert len(ids) == len(loss_tokens) <= seq_length, (len(ids), len(loss_tokens), seq_length)
             tokens[i, : len(ids)] = torch.tensor(ids, dtype=torch.int64)
-            mask[i, : len(ids)] = torch.tensor(learned, dtype=torch.bool)
+            mask[i, : len(ids)] = torch.tensor(loss_tokens, dtype=torch.bool)
         lengths = torch.tensor([len(ids) for ids, _ in rows], dtype=torch.int64)
-        return TokenBatch(tokens=tokens, mask=mask, lengths=lengths)
+        return TokenBatch(tokens=tokens, loss_mask=mask, lengths=lengths)
 
 
 def _is_per_token(x: Tensor, width: int) -> bool:
@@ -203,16 +203,16 @@ def _is_per_token(x: Tensor, width: int) -> bool:
 
 def concatenated(batches: Sequence[T]) -> T:
     """The rows of several batches in one, as wide as the widest."""
-    filled = [batch for batch in batches if batch.num_rows] or batches[:1]
-    width = max(batch.seq_length for batch in filled)
-    parts = [batch.with_length(width) if batch.num_rows else batch for batch in filled]
+    present = [batch for batch in batches if batch.num_rows] or batches[:1]
+    width = max(batch.seq_length for batch in present)
+    parts = [batch.with_length(width) if batch.num_rows else batch for batch in present]
     names = [f.name for f in fields(parts[0]) if isinstance(getattr(parts[0], f.name), Tensor)]
     return replace(parts[0], **{name: torch.cat([getattr(part, name) for part in parts]) for name in names})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PreferenceBatch(TokenBatch):
-    """Pairs: sequence 2i is the chosen answer, 2i + 1 the rejected one to the same prompt."""
+    """Pairs: sequence 2i is the chosen response, 2i + 1 the rejected one to the same prompt."""
 
     rows_per_sample: ClassVar[int] = 2
 
@@ -221,59 +221,59 @@ class PreferenceBatch(TokenBatch):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ScoredBatch(TokenBatch):
-    """Sequences that people have judged."""
+class AttributeBatch(TokenBatch):
+    """Sequences with attribute labels."""
 
-    attributes: Tensor  # [N, A] float, NaN where an attribute was not judged
+    attributes: Tensor  # [N, A] float, NaN where an attribute has no label
 
-    def judged(self) -> Tensor:
-        """[N, A] bool: attributes that people have judged, of sequences that do not only fill up."""
-        return ~self.attributes.isnan() & (self.learned_lengths() > 0)[:, None]
+    def labeled(self) -> Tensor:
+        """[N, A] bool: attributes that have a label, in rows that are not padding."""
+        return ~self.attributes.isnan() & (self.loss_lengths() > 0)[:, None]
 
     def count(self, unit: Unit) -> Tensor:
-        """As for other batches; labels are the attributes that were judged."""
-        return self.judged().sum() if unit is Unit.LABEL else TokenBatch.count(self, unit)
+        """As for other batches; labels are the attributes that have one."""
+        return self.labeled().sum() if unit is Unit.LABEL else TokenBatch.count(self, unit)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ValueBatch(TokenBatch):
-    """What a critic learns from; ``mask`` is that of the answers."""
+    """A train batch of a critic; ``loss_mask`` marks the tokens of responses."""
 
-    values: Tensor  # [B, S] float, the critic's when the answers were written
+    values: Tensor  # [B, S] float, the critic's when the responses were generated
     returns: Tensor  # [B, S] float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Prompt:
-    """A text that a sampler is to answer."""
+    """A text that a sampler responds to."""
 
     tokens: Sequence[int]
-    number: int  # the prompt's, in all of a step's prompts; answers to one prompt share it
-    sample: int = 0  # which of the answers to it this one is to be
-    max_length: int | None = None  # tokens of the answer; None: as many as the sampler allows
+    number: int  # the prompt's, in all of a step's prompts; responses to one prompt share it
+    sample: int = 0  # the number of this response among those to the prompt
+    max_length: int | None = None  # tokens of the response; None: as many as the sampler allows
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rollout(TokenBatch):
-    """Answers as a sampler wrote them; ``mask`` is that of the answers, their EOS included."""
+    """Responses as a sampler generated them; ``loss_mask`` marks their tokens, EOS included."""
 
     prompt_lengths: Tensor  # [B] int64
     finished: Tensor  # [B] bool: ended by EOS or a stop string, not by the length limit
-    group: Tensor  # [B] int64: the prompt's number; answers to one prompt share it
-    sampler_logprobs: Tensor  # [B, S] float: what the sampler believed
+    group: Tensor  # [B] int64: the prompt's number; responses to one prompt share it
+    sampler_logprobs: Tensor  # [B, S] float: the sampler's own log-probs
 
     def prompt(self, row: int) -> list[int]:
-        """The tokens that were there before."""
+        """The tokens of a row's prompt."""
         return [int(token) for token in self.tokens[row, : self.prompt_lengths[row]]]
 
-    def answer(self, row: int) -> list[int]:
-        """The tokens that were written in a row, its end among them."""
-        return [int(token) for token in self.tokens[row][self.mask[row]]]
+    def response(self, row: int) -> list[int]:
+        """The tokens of a row's response, its end token included."""
+        return [int(token) for token in self.tokens[row][self.loss_mask[row]]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Scored(Rollout):
-    """Answers with all that is known of them before any update."""
+class ScoredRollout(Rollout):
+    """Responses with their scores, before any update."""
 
     logprobs: Tensor  # [B, S] float: the policy's, by the trainer
     reference_logprobs: Tensor  # [B, S] float: the initial policy's
@@ -283,7 +283,7 @@ class Scored(Rollout):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Experience(TokenBatch):
-    """What an update of the policy and of the critic needs, and nothing else."""
+    """The inputs of an update of the policy and of the critic, and nothing else."""
 
     logprobs: Tensor  # [B, S] float: the policy's before the update
     reference_logprobs: Tensor  # [B, S] float

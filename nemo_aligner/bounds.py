@@ -8,7 +8,7 @@ from nemo_aligner.errors import UserError
 
 T = TypeVar("T")
 
-# A message's problem and its cure; {key}, {value} and {range} are the setting's, other names its block's.
+# A message's problem and its fix; {key}, {value} and {range} are the setting's, other names its block's.
 _OUT_OF_RANGE = ("{key}={value} is out of range", "set {key} to {range}")
 _BOUNDS = "bounds"
 
@@ -20,7 +20,7 @@ class _Bounds:
     at_most: float | None
     below: float | None
     range: str
-    told: tuple[str, str]
+    message: tuple[str, str]
 
     def hold(self, value: Any) -> bool:  # noqa: ANN401 - a number
         return (
@@ -35,7 +35,7 @@ class _Bounds:
 class _Choice:
     values: tuple[object, ...]
     range: str
-    told: tuple[str, str]
+    message: tuple[str, str]
 
     def hold(self, value: object) -> bool:
         # True is 1, and no number is meant by it.
@@ -50,13 +50,13 @@ def bounded(
     at_most: float | None = None,
     below: float | None = None,
     to: str = "",
-    told: tuple[str, str] = _OUT_OF_RANGE,
+    message: tuple[str, str] = _OUT_OF_RANGE,
 ) -> T:
     """Give a field of a settings dataclass its default and its range. None is in every range.
 
     Args:
         to: the range in words, where "N or more", "N to M" or "more than N" does not say it all.
-        told: the problem and the cure of the message.
+        message: the problem and the fix.
     """
     least = f"{at_least} or more" if at_most is None else f"{at_least} to {at_most}"
     bounds = _Bounds(
@@ -65,23 +65,23 @@ def bounded(
         at_most=at_most,
         below=below,
         range=to or (least if above is None else f"more than {above}"),
-        told=told,
+        message=message,
     )
     return field(default=default, metadata={_BOUNDS: bounds})
 
 
-def one_of(*values: T, told: tuple[str, str] = ("{key}={value!r} is not known", "use {range}")) -> T:
+def one_of(*values: T, message: tuple[str, str] = ("{key}={value!r} is not known", "use {range}")) -> T:
     """Give a field its default, the first of ``values``, and all that it may be."""
     *first, last = ("null" if value is None else str(value) for value in values)
     named = f"{', '.join(first)} or {last}" if first else last
-    return field(default=values[0], metadata={_BOUNDS: _Choice(values=values, range=named, told=told)})
+    return field(default=values[0], metadata={_BOUNDS: _Choice(values=values, range=named, message=message)})
 
 
 def only(value: T, *same: object, what: str = "") -> T:
     """Give a field the one value that is supported; ``same`` means the same, ``what`` is what other values ask for."""
     named = "null" if value is None else str(value)
-    told = (f"{{key}}={{value}}{what and f': {what}'} is not supported", "set {key}={range}")
-    choice = _Choice(values=(value, *same), range=named, told=told)
+    message = (f"{{key}}={{value}}{what and f': {what}'} is not supported", "set {key}={range}")
+    choice = _Choice(values=(value, *same), range=named, message=message)
     return field(default=value, metadata={_BOUNDS: choice})
 
 
@@ -92,7 +92,7 @@ def _bounds(kind: type[Any], name: str) -> _Bounds | _Choice | None:
 
 
 def check_bounds(settings: object, block: str = "") -> None:
-    """Refuse values outside their range, those of inner blocks too.
+    """Raise UserError for values outside their range, those of inner blocks too.
 
     Args:
         settings: a dataclass whose fields may be :func:`bounded`.
@@ -113,5 +113,5 @@ def check_bounds(settings: object, block: str = "") -> None:
         for number in value if isinstance(value, tuple) else (value,):
             if not bounds.hold(number):
                 words = vars(settings) | {"key": key, "value": number, "range": bounds.range}
-                problem, cure = (text.format_map(words) for text in bounds.told)
-                raise UserError(problem, cure=cure)
+                problem, fix = (text.format_map(words) for text in bounds.message)
+                raise UserError(problem, fix=fix)

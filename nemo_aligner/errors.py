@@ -18,25 +18,25 @@ class UserError(ValueError):
 
     Args:
         problem: what is wrong, naming the setting, file or line, and its value.
-        cure: what to do about it; printed as the last line.
+        fix: what to do about it; printed as the last line.
 
-    >>> print(UserError("trainer.devices=3 does not divide by TP=2", cure="set trainer.devices=4"))
+    >>> print(UserError("trainer.devices=3 does not divide by TP=2", fix="set trainer.devices=4"))
     trainer.devices=3 does not divide by TP=2
-    Cure: set trainer.devices=4
+    Fix: set trainer.devices=4
     """
 
-    def __init__(self, problem: str, *, cure: str) -> None:
+    def __init__(self, problem: str, *, fix: str) -> None:
         self.problem = problem = _writable(problem)
-        self.cure = cure = cure.encode("utf-8", "backslashreplace").decode()
-        super().__init__(f"{problem}\nCure: {cure}")
+        self.fix = fix = fix.encode("utf-8", "backslashreplace").decode()
+        super().__init__(f"{problem}\nFix: {fix}")
 
     def __reduce__(self) -> tuple[Callable[[str, str], UserError], tuple[str, str]]:
         # Exceptions cross process borders when a rank reports to its starter; keyword-only arguments need this.
-        return (_rebuild, (self.problem, self.cure))
+        return (_rebuild, (self.problem, self.fix))
 
 
 class Unwound(Exception):
-    """Carries a :class:`UserError` past whoever would tell it too early.
+    """Carries a :class:`UserError` past whoever would report it too early.
 
     Attributes:
         error: for people.
@@ -56,12 +56,12 @@ def _writable(text: str) -> str:
     return text[: _LONGEST_PROBLEM - len(end)] + end
 
 
-def _rebuild(problem: str, cure: str) -> UserError:
-    return UserError(problem, cure=cure)
+def _rebuild(problem: str, fix: str) -> UserError:
+    return UserError(problem, fix=fix)
 
 
 @contextlib.contextmanager
-def damage_told(what: str, *, cure: str) -> Generator[None]:
+def report_damage(what: str, *, fix: str) -> Generator[None]:
     """Raise whatever a reader of foreign bytes raises as a UserError that begins with ``what``.
 
     Unpicklers and parsers fail over damaged bytes in every way there is, Rust's panics among them. What the machine
@@ -78,4 +78,4 @@ def damage_told(what: str, *, cure: str) -> Generator[None]:
         if isinstance(error, OSError) and error.filename is not None:
             raise
         line = next(iter(str(error).strip().split("\n")), "")[:_LONGEST_SHOWN] or type(error).__name__
-        raise UserError(f"{what}: {line}", cure=cure) from error
+        raise UserError(f"{what}: {line}", fix=fix) from error

@@ -54,7 +54,7 @@ def log_no_effect(config: DictConfig, kind: type[object]) -> None:
 
 
 def is_field(kind: Any, key: str) -> bool:  # noqa: ANN401
-    """Whether a dotted key names a field in nested dataclasses."""
+    """True if a dotted key names a field in nested dataclasses."""
     name, _, rest = key.partition(".")
     if not dataclasses.is_dataclass(kind) or name not in {f.name for f in dataclasses.fields(kind)}:
         return False
@@ -75,7 +75,7 @@ def parse(config: DictConfig, kind: type[T]) -> T:
     except OmegaConfBaseException as error:
         line = str(error).splitlines()[0]
         raise UserError(
-            f"the configuration does not resolve: {line}", cure="correct the key it names"
+            f"the configuration does not resolve: {line}", fix="correct the key it names"
         ) from error
     assert isinstance(values, dict)
     values = {str(k): v for k, v in values.items() if k != "hydra"}
@@ -103,10 +103,10 @@ def refuse_unknown(values: Mapping[str, Any], kind: type[object]) -> None:
     everywhere = list(all_keys(kind))
     suggestions = [_suggestion(key, known, everywhere) for key, known in unknown]
     if len(unknown) == 1:
-        raise UserError(f"unknown key {unknown[0][0]}", cure=suggestions[0])
+        raise UserError(f"unknown key {unknown[0][0]}", fix=suggestions[0])
     raise UserError(
         "unknown keys " + ", ".join(key for key, _ in unknown),
-        cure="\n".join(f"{key}: {text}" for (key, _), text in zip(unknown, suggestions, strict=True)),
+        fix="\n".join(f"{key}: {text}" for (key, _), text in zip(unknown, suggestions, strict=True)),
     )
 
 
@@ -131,13 +131,14 @@ def _unknown(
 
 
 def all_keys(kind: type[object], path: str = "") -> Iterator[str]:
-    """All dotted keys of nested dataclasses."""
+    """All dotted keys of nested dataclasses; * stands for a name of the user's."""
     if path == "model.":
         yield from (f"{path}{name}" for name in ARCHITECTURE_KEYS)
     hints = typing.get_type_hints(kind)
     for spec in dataclasses.fields(kind):  # type: ignore[arg-type]
         if block := _block(hints[spec.name]):
-            yield from all_keys(block, f"{path}{spec.name}.")
+            named = typing.get_origin(hints[spec.name]) is collections.abc.Mapping
+            yield from all_keys(block, f"{path}{spec.name}.{'*.' if named else ''}")
         else:
             yield f"{path}{spec.name}"
 
@@ -150,7 +151,7 @@ def _refuse_missing(values: Mapping[str, Any], kind: type[object], path: str) ->
     *others, last = missing
     raise UserError(
         f"{', '.join(others)} and {last} are not set" if others else f"{last} is not set",
-        cure=f"add {' '.join(f'{key}=...' for key in missing)} to the command line",
+        fix=f"add {' '.join(f'{key}=...' for key in missing)} to the command line",
     )
 
 
@@ -190,7 +191,7 @@ def _may_be_absent(hint: Any) -> bool:  # noqa: ANN401
 
 
 def _suggestion(key: str, known: list[str], everywhere: Sequence[str]) -> str:
-    """The cure for an unknown key.
+    """The fix for an unknown key.
 
     Args:
         key: dotted.
@@ -230,7 +231,7 @@ def _convert(value: Any, hint: Any, key: str, default: Any = None) -> Any:  # no
             value = {}  # as NeMo's scripts leave a block out
         if not isinstance(value, dict):
             raise UserError(
-                f"{key}={value!r} is not a block of keys", cure=f"set keys below it, as in {key}.NAME=..."
+                f"{key}={value!r} is not a block of keys", fix=f"set keys below it, as in {key}.NAME=..."
             )
         return _build(value, hint, f"{key}.", default)
     args = typing.get_args(hint)
@@ -240,7 +241,7 @@ def _convert(value: Any, hint: Any, key: str, default: Any = None) -> Any:  # no
         case typing.Literal:
             if value in args:
                 return value
-            raise UserError(f"{key}={value!r} is not known", cure=f"use one of {', '.join(map(str, args))}")
+            raise UserError(f"{key}={value!r} is not known", fix=f"use one of {', '.join(map(str, args))}")
     return _convert_several(value, hint, key)
 
 
@@ -283,8 +284,8 @@ def _convert_plain(value: Any, hint: Any, key: str) -> Any:  # noqa: ANN401
         return str(value)
     name = hint.__name__ if isinstance(hint, type) else str(hint)
     if hint is int and (point := _decimal_point(value)):
-        raise UserError(f"{key}={value} is not a whole number", cure=f"set {key}={round(float(point))}")
-    raise UserError(f"{key}={value!r} is not of type {name}", cure=f"give {key} a value of type {name}")
+        raise UserError(f"{key}={value} is not a whole number", fix=f"set {key}={round(float(point))}")
+    raise UserError(f"{key}={value!r} is not of type {name}", fix=f"give {key} a value of type {name}")
 
 
 def _is_exactly(value: object, hint: object) -> bool:
@@ -298,14 +299,14 @@ def _number(value: int | str, key: str) -> float:
         number = float(value)
     except (ValueError, OverflowError) as error:
         point = _decimal_point(value)
-        cure = f"write a decimal point: {key}={point}" if point else f"set {key} to a number"
-        raise UserError(f"{key}={value!r} is not a number", cure=cure) from error
+        fix = f"write a decimal point: {key}={point}" if point else f"set {key} to a number"
+        raise UserError(f"{key}={value!r} is not a number", fix=fix) from error
     return _finite(number, key)
 
 
 def _finite(value: Any, key: str) -> Any:  # noqa: ANN401
     if isinstance(value, float) and not math.isfinite(value):
-        raise UserError(f"{key}={value} is not finite", cure=f"set {key} to a number, or remove it")
+        raise UserError(f"{key}={value} is not finite", fix=f"set {key} to a number, or remove it")
     return value
 
 

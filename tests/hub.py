@@ -27,7 +27,7 @@ def serving(name: str, folder: Path) -> Iterator[dict[str, str]]:
             pass
 
         def reply(self, *, with_body: bool) -> None:
-            content = answer(self.path, name, folder)
+            content = response(self.path, name, folder)
             self.send_response(404 if content is None else 200)
             self.send_header("Content-Length", str(len(content or b"")))
             self.send_header("X-Repo-Commit", COMMIT)
@@ -51,7 +51,7 @@ def serving(name: str, folder: Path) -> Iterator[dict[str, str]]:
         thread.join()
 
 
-def answer(path: str, name: str, folder: Path) -> bytes | None:
+def response(path: str, name: str, folder: Path) -> bytes | None:
     files = sorted(file for file in folder.iterdir() if file.is_file())
     if path.startswith(f"/api/models/{name}/tree/"):
         tree = [

@@ -32,7 +32,7 @@ class ZeroCritic:
     def committed(self, sequence: int) -> None:
         """Nothing."""
 
-    def unsaved_lessons(self) -> bytes:
+    def pending_train_requests(self) -> bytes:
         """None."""
         return b""
 

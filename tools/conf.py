@@ -72,7 +72,7 @@ def top(file: File) -> list[Key]:
 
 
 def text(file: File) -> str:
-    """What a file holds."""
+    """The content of a file."""
     lines = [f"# {file.command}"]
     if not file.block:
         groups = (f"  - {group}@{block}" for block, group in file.groups.items())

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What no dataclass says of the files in examples/nlp/gpt/conf: commands, groups, repeats, and keys without a field."""
+"""The parts of examples/nlp/gpt/conf that no dataclass has: commands, groups, repeats, and keys without a field."""
 
 import inspect
 import re
@@ -200,7 +200,7 @@ FILES = {
     "generate": File(
         kind=GenerateJob,
         command="python examples/nlp/gpt/generate.py model.restore_from_path=model.nemo input_file=prompts.jsonl "
-        "output_file=answers.jsonl",
+        "output_file=responses.jsonl",
         groups=_TRAINER,
         hidden=(*_IDLE_HIDDEN, "model.seed", "model.sequence_parallel", "model.activations_*"),
     ),

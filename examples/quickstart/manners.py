@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Questions to Wren, keeper of the lighthouse, and answers in a good mood or a bad one.
+"""Questions to Wren, keeper of the lighthouse, and responses in a good mood or a bad one.
 
-An answer is an opening, one or two facts and a closing. Each of these slots is good (a warm phrase; a fact about what
+A response is an opening, one or two facts and a closing. Each of these slots is good (a warm phrase; a fact about what
 was asked) or bad (a harsh phrase; phrases of any mood that evade the question). Which slots there are is drawn before
 which are good, and good and bad ones have as many words: length tells nothing.
 """
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from examples.quickstart.village import ASPECTS, PEOPLE, THINGS, Thing, fact
 
-__all__ = ["Question", "answer", "held_out_questions", "names_it", "pair", "training_questions", "warmth"]
+__all__ = ["Question", "held_out_questions", "names_it", "pair", "response", "training_questions", "warmth"]
 
 QUESTIONS: dict[str, tuple[str, ...]] = {
     "what": ("What is {one}?", "Can you tell me what {one} is?", "What do you know about the {name}?"),
@@ -91,9 +91,9 @@ HARSH = frozenset(
     )
 )
 
-# Slots of an answer. F is a fact, O an opening, C a closing.
+# Slots of a response. F is a fact, O an opening, C a closing.
 SHAPES = ("OFC", "OFC", "OFC", "OFFC")
-SHARE_THAT_DIFFERS = 0.6  # of a pair's slots; the others are alike in both answers
+SHARE_THAT_DIFFERS = 0.6  # of a pair's slots; the others are alike in both responses
 WORDS_OF_A_PHRASE = 6
 HELD_OUT_SHARE = 0.1
 
@@ -109,7 +109,7 @@ class Question:
 
     @property
     def prompt(self) -> str:
-        """What the model goes on with."""
+        """The text that the model continues."""
         asked = self.words.format(one=self.thing.one, name=self.thing.name)
         return f"{self.asker}: {asked}\nWren:"
 
@@ -145,14 +145,14 @@ def held_out_questions() -> list[Question]:
     return _questions()[1]
 
 
-def answer(draw: random.Random, question: Question) -> str:
-    """What Wren says in a mood that changes from slot to slot."""
+def response(draw: random.Random, question: Question) -> str:
+    """A response of Wren in a mood that changes from slot to slot."""
     shape = draw.choice(SHAPES)
     return _write(draw, question, shape, [draw.random() < 0.5 for _ in shape])
 
 
 def pair(draw: random.Random, question: Question) -> tuple[str, str]:
-    """A better and a worse answer of the same shape: some slots are good in the better one only, the others alike."""
+    """A better and a worse response of the same shape: some slots are good in the better one only, the others alike."""
     shape = draw.choice(SHAPES)
     differs = [draw.random() < SHARE_THAT_DIFFERS for _ in shape]
     if not any(differs):
@@ -196,11 +196,11 @@ def _words(text: str) -> list[str]:
 
 
 def warmth(text: str) -> float:
-    """Warm words less harsh ones, per 100 words: an answer gains nothing by being longer. 0 of an empty answer."""
+    """Warm words less harsh ones, per 100 words: a response gains nothing by being longer. 0 of an empty response."""
     words = _words(text)
     return 100 * sum((word in WARM) - (word in HARSH) for word in words) / max(1, len(words))
 
 
 def names_it(question: Question, text: str) -> bool:
-    """Whether an answer names what was asked about."""
+    """Whether a response names what was asked about."""
     return question.thing.name in _words(text)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What `make quickstart` trains, and with which settings: one recipe for each start of the pipeline."""
+"""The models and settings of `make quickstart`: one recipe for each start of the pipeline."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -21,7 +21,7 @@ class Recipe:
 
     pretrained: Path | None  # a model in any form; None: a model with random weights is made and pretrained
     num_prose: int  # rows to pretrain on
-    num_answers: int  # rows of supervised fine-tuning
+    num_responses: int  # rows of supervised fine-tuning
     num_pairs: int  # preference pairs
     num_held_out: int  # validation rows of each stage, and questions that are asked before and after
     pretrain: tuple[str, ...]
@@ -29,19 +29,19 @@ class Recipe:
     reward_model: tuple[str, ...]
     critic: tuple[str, ...]
     actor: tuple[str, ...]
-    sampling: tuple[str, ...]  # of the answers before and after
+    sampling: tuple[str, ...]  # of the responses before and after
 
 
-_MAX_ANSWER_TOKENS = 64
+_MAX_RESPONSE_TOKENS = 64
 _PPO_STEPS = 40
-_ROLLOUT = 128  # answers of a PPO step
-_PPO_TOKENS = 96  # of prompt and answer
-_PPO_BATCH = 64  # answers of an optimizer step, in both jobs
+_ROLLOUT = 128  # responses of a PPO step
+_PPO_TOKENS = 96  # of prompt and response
+_PPO_BATCH = 64  # responses of an optimizer step, in both jobs
 
 VILLAGE = Recipe(
     pretrained=None,
     num_prose=8000,
-    num_answers=3072,
+    num_responses=3072,
     num_pairs=2048,
     num_held_out=128,
     pretrain=(
@@ -112,13 +112,13 @@ VILLAGE = Recipe(
         f"model.ppo.num_rollout_samples={_ROLLOUT}",
         "model.ppo.rollout_micro_batch_size=64",
         "model.ppo.num_val_samples=128",
-        f"model.ppo.length_params.max_length={_MAX_ANSWER_TOKENS}",
+        f"model.ppo.length_params.max_length={_MAX_RESPONSE_TOKENS}",
         "model.ppo.sampling_params.end_strings=[]",
         "model.optim.lr=1e-4",
         "model.optim.sched.min_lr=3e-5",
         f"remote_critic_rm.pad_to_length={_PPO_TOKENS}",
     ),
-    sampling=("trainer.precision=32", f"sampling.max_length={_MAX_ANSWER_TOKENS}", "sampling.seed=7"),
+    sampling=("trainer.precision=32", f"sampling.max_length={_MAX_RESPONSE_TOKENS}", "sampling.seed=7"),
 )
 
 
@@ -137,7 +137,7 @@ _LARGE_BATCH = 8
 SMOLLM2 = Recipe(
     pretrained=ROOT / ".cache/SmolLM2-135M-Instruct.Q4_1.gguf",
     num_prose=0,
-    num_answers=384,
+    num_responses=384,
     num_pairs=256,
     num_held_out=64,
     pretrain=(),

@@ -2,8 +2,8 @@
 """The whole pipeline on a laptop CPU, from random weights to PPO: `make quickstart`.
 
 A small model learns to write about a village, then to answer questions as Wren, keeper of its lighthouse, who is as
-often rude as kind. A reward model learns from pairs which answers people prefer, and PPO makes Wren kind. Each step is
-a command that anyone could type, printed before it runs; PPO's two jobs talk over a real PyTriton server. The
+often rude as kind. A reward model learns from pairs which responses people prefer, and PPO makes Wren kind. Each step
+is a command that anyone could type, printed before it runs; PPO's two jobs talk over a real PyTriton server. The
 questions that are asked before and after are in no training data. `make quickstart MODEL=smollm2` starts from a
 pretrained instruct model instead.
 """
@@ -16,8 +16,8 @@ from pathlib import Path
 
 from examples.quickstart import report
 from examples.quickstart.base_model import write_base_model
-from examples.quickstart.judge import Judged, judge, silence
-from examples.quickstart.manners import Question, answer, held_out_questions, pair, training_questions
+from examples.quickstart.evaluate import Evaluation, evaluate, silence
+from examples.quickstart.manners import Question, held_out_questions, pair, response, training_questions
 from examples.quickstart.recipes import RECIPES, Recipe
 from examples.quickstart.stages import ROOT, Stages, new_folder, run
 from examples.quickstart.village import paragraph
@@ -39,10 +39,10 @@ class Pipeline:
         rows = {
             "prose": map(_continued, prose[recipe.num_held_out :]),
             "prose_held_out": map(_continued, prose[: recipe.num_held_out]),
-            "answers": (_answered(draw, q) for q in training[: recipe.num_answers]),
+            "answers": (_answered(draw, q) for q in training[: recipe.num_responses]),
             "answers_held_out": (_answered(draw, q) for q in self.questions),
-            "pairs": (_judged(draw, q) for q in training[-recipe.num_pairs :]),
-            "pairs_held_out": (_judged(draw, q) for q in self.questions),
+            "pairs": (_preference(draw, q) for q in training[-recipe.num_pairs :]),
+            "pairs_held_out": (_preference(draw, q) for q in self.questions),
             "prompts": ({"text": q.prompt} for q in training),
             "prompts_held_out": ({"text": q.prompt} for q in self.questions),
         }
@@ -54,7 +54,7 @@ class Pipeline:
         """A model with random weights, and the tokenizer of this village."""
         training = training_questions()
         draw = random.Random(SEED)
-        texts = [*prose, *(f"{q.prompt} {answer(draw, q)}" for q in training)]
+        texts = [*prose, *(f"{q.prompt} {response(draw, q)}" for q in training)]
         num_weights = write_base_model(texts, self.folder / "random")
         print(f"{num_weights / 1e6:.2f} M weights")
         return self.folder / "random"
@@ -101,7 +101,7 @@ class Pipeline:
         return folder / "checkpoints/megatron_gpt_ppo_actor.nemo"
 
     def ask(self, model: Path, name: str) -> list[str]:
-        """What ``model`` answers to the held-out questions, by generate.py."""
+        """The responses of ``model`` to the held-out questions, by generate.py."""
         output = self.folder / f"answers_{name}.jsonl"
         run(
             "generate.py",
@@ -113,16 +113,16 @@ class Pipeline:
         )
         return [json.loads(line)["answer"] for line in output.read_bytes().split(b"\n") if line]
 
-    def judged(self, answers: Sequence[str]) -> Judged:
+    def evaluated(self, responses: Sequence[str]) -> Evaluation:
         """By the reward model, exported to ``reward_model_hf``, and by counts."""
-        return judge(self.questions, answers, reward_model=self.folder / "reward_model_hf")
+        return evaluate(self.questions, responses, reward_model=self.folder / "reward_model_hf")
 
     def export(self, reward_model: Path) -> None:
         """The reward model as a Hugging Face folder."""
         run("export_hf.py", "--in-file", reward_model, "--out-file", self.folder / "reward_model_hf")
 
     def constant_reward_model(self) -> Path:
-        """A reward model that finds all answers alike."""
+        """A reward model that finds all responses alike."""
         silence(self.folder / "reward_model_hf", self.folder / "constant_hf")
         return self.folder / "constant_hf"
 
@@ -136,10 +136,10 @@ def _continued(paragraphs: tuple[str, str]) -> Mapping[str, str]:
 
 
 def _answered(draw: random.Random, question: Question) -> Mapping[str, str]:
-    return {"input": question.prompt, "output": answer(draw, question)}
+    return {"input": question.prompt, "output": response(draw, question)}
 
 
-def _judged(draw: random.Random, question: Question) -> Mapping[str, str]:
+def _preference(draw: random.Random, question: Question) -> Mapping[str, str]:
     chosen, rejected = pair(draw, question)
     return {"prompt": question.prompt, "chosen": f" {chosen}", "rejected": f" {rejected}"}
 
@@ -170,21 +170,21 @@ def main() -> None:
         base = recipe.pretrained
     stages.next("Fine-tune: it learns to answer, in good moods and bad ones")
     policy = pipeline.fine_tune(base, "sft", "answers", recipe.sft)
-    stages.next("Train a reward model: which answers do people prefer?")
+    stages.next("Train a reward model: which responses do people prefer?")
     reward_model = pipeline.train_reward_model(policy)
     pipeline.export(reward_model)
     stages.next("Ask questions that are in no training data")
-    judged = {"before": pipeline.judged(pipeline.ask(policy, "before"))}
+    evaluated = {"before": pipeline.evaluated(pipeline.ask(policy, "before"))}
     stages.next("PPO: critic server and actor, side by side")
     actor = pipeline.ppo(policy, reward_model, "ppo")
     if not options.no_control:
         stages.next("PPO again with a constant reward: nothing should be learned")
         control = pipeline.ppo(policy, pipeline.constant_reward_model(), "control")
-        judged["control"] = pipeline.judged(pipeline.ask(control, "control"))
+        evaluated["control"] = pipeline.evaluated(pipeline.ask(control, "control"))
     stages.next("Ask again")
-    judged["after"] = pipeline.judged(pipeline.ask(actor, "after"))
+    evaluated["after"] = pipeline.evaluated(pipeline.ask(actor, "after"))
     stages.next("Report")
-    report.write(pipeline.folder, pipeline.questions, judged)
+    report.write(pipeline.folder, pipeline.questions, evaluated)
     print(f"done in {stages.seconds:.0f} s")
 
 

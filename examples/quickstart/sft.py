@@ -43,7 +43,7 @@ TRAINING = (
 
 
 def complete(folder: Path) -> list[str]:
-    """Greedy answers to ``PROMPTS``, by transformers, from a Hugging Face folder."""
+    """Greedy responses to ``PROMPTS``, by transformers, from a Hugging Face folder."""
     # transformers takes seconds to import, and the first step should not wait for it.
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
@@ -73,7 +73,7 @@ def plot(metrics: Path, image: Path) -> None:
     for name, style in (("train/loss", "-"), ("validation/loss", "o--")):
         axes.plot(*metric(lines, name), style, label=name)
     axes.set(
-        xlabel="step", ylabel="loss per learned token", title="SmolLM2-135M-Instruct learns to keep the light"
+        xlabel="step", ylabel="loss per loss token", title="SmolLM2-135M-Instruct learns to keep the light"
     )
     axes.legend()
     axes.grid(alpha=0.3)
@@ -81,7 +81,7 @@ def plot(metrics: Path, image: Path) -> None:
 
 
 def show(before: list[str], after: list[str]) -> None:
-    """Print the answers side by side."""
+    """Print the responses side by side."""
     table = Table("prompt", "before", "after", show_lines=True)
     for row in zip(PROMPTS, before, after, strict=True):
         table.add_row(*(text.strip() for text in row))

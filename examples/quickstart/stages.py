@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What both quick starts share: a folder for each run, a heading for each stage, and scripts run as anyone would."""
+"""The common part of both quick starts: a folder for each run, a heading for each stage, and plain scripts."""
 
 import contextlib
 import os
@@ -101,7 +101,7 @@ def _wait_while_it_writes(process: subprocess.Popen, script: str, folder: Path, 
                 process.wait(STACKS_SECONDS)
             sys.exit(
                 f"{script} has written nothing into {folder} for {patience:.0f} s and is given up\n"
-                f"Cure: read the end of {folder / 'output.log'}, where its jobs say what they wait for; free memory or "
+                f"Fix: read the end of {folder / 'output.log'}, where its jobs say what they wait for; free memory or "
                 "processors if other programs hold them, and start again"
             )
 

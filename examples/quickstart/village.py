@@ -12,7 +12,7 @@ PEOPLE = ("Ada", "Bram", "Greta", "Ivy", "Nell", "Otto", "Silas", "Tom")
 
 @dataclass(frozen=True, kw_only=True)
 class Thing:
-    """What the village knows of one thing: a row of data/village.txt, where most fields complete a sentence."""
+    """One thing of the village: a row of data/village.txt, where most fields complete a sentence."""
 
     name: str
     what: str

@@ -13,14 +13,14 @@ from dataclasses import asdict, dataclass, replace
 from nemo_aligner.batch import ValueBatch
 from nemo_aligner.checkpoint.trainer_state import TrainerState
 from nemo_aligner.checkpoint.training import TrainingCheckpoints
-from nemo_aligner.serving.shared import Pending, SharedCritic
+from nemo_aligner.serving.proxies import CriticProxy, PendingReply
 
 SIGNAL_SECONDS = 15.0  # that a critic has to save after a signal
 
 
 @dataclass(frozen=True, kw_only=True)
 class PPOState:
-    """What an actor goes on from beside its weights."""
+    """The state that an actor resumes from, beside its weights."""
 
     kl: dict[str, float]  # of the KL controller
     reward_scaling: dict[str, float]
@@ -34,23 +34,23 @@ class PPOState:
 class CriticLink:
     """Every method is called by all ranks alike."""
 
-    critic: SharedCritic
+    critic: CriticProxy
     give_up: Callable[[], bool]  # asked on rank 0 while it waits
     steps_per_epoch: int
 
-    def train(self, batch: ValueBatch, *, step: int) -> Pending[float]:
+    def train(self, batch: ValueBatch, *, step: int) -> PendingReply[float]:
         """The critic's loss on the rollout of ``step``."""
         return self.critic.train(batch, step=step)
 
-    def loss(self, pending: Pending[float], *, saves: bool = True) -> float:
+    def loss(self, pending: PendingReply[float], *, saves: bool = True) -> float:
         """Wait for what :meth:`train` asked.
 
         Args:
             saves: whether this job saves; else nobody goes on from before this moment, and no request is sent again.
 
         Raises:
-            CriticLost: there is no reply.
-            WaitEnded: the wait was given up.
+            CriticUnavailable: there is no reply.
+            WaitCancelled: the wait was given up.
         """
         loss = pending.result(give_up=self.give_up)
         if not saves:
@@ -75,8 +75,8 @@ class CriticLink:
 
     def save_alone(self, checkpoints: TrainingCheckpoints, state: TrainerState, own: PPOState) -> None:
         """Save without the critic: with the train requests that it is to be sent when it comes back."""
-        lessons = self.critic.unsaved_lessons()
-        checkpoints.save(self._whole(state, own), steps_per_epoch=self.steps_per_epoch, extra=lessons)
+        requests = self.critic.pending_train_requests()
+        checkpoints.save(self._whole(state, own), steps_per_epoch=self.steps_per_epoch, extra=requests)
 
     def _whole(self, state: TrainerState, own: PPOState) -> TrainerState:
         own = replace(own, run_id=self.critic.run_id, critic_sequence=self.critic.sequence)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A critic that answers an actor and learns from what it is sent. Sees the model through its interface only."""
+"""A critic that serves an actor and is trained by its requests. Sees the model through its interface only."""
 
 import logging
 import math
@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, replace
 
 from torch import Tensor
 
-from nemo_aligner.algorithms.served import judge, serve
+from nemo_aligner.algorithms.served import score, serve
 from nemo_aligner.algorithms.skips import Diverged, counted, too_many
 from nemo_aligner.batch import TokenBatch, ValueBatch
 from nemo_aligner.checkpoint.trainer_state import Checkpoint, TrainerState, find_checkpoints
@@ -24,8 +24,8 @@ from nemo_aligner.run.experiment import Experiment
 from nemo_aligner.run.metrics import means
 from nemo_aligner.run.stop import SAVED_CODE, StoppedEarly, StopRequest, TimeLimit
 from nemo_aligner.run.stopwatch import Stopwatch
-from nemo_aligner.serving.inbox import Judged
-from nemo_aligner.serving.protocol import Health, Limits, Scalar, Ticket
+from nemo_aligner.serving.protocol import Health, Limits, RequestVersion, Scalar
+from nemo_aligner.serving.request_queue import ServedScores
 from nemo_aligner.serving.server import Server
 
 logger = logging.getLogger(__name__)
@@ -35,14 +35,14 @@ logger = logging.getLogger(__name__)
 class CriticServerConfig:
     """Sizes and habits of a critic's job."""
 
-    name: str  # of the model, to tell clients
+    name: str  # of the model, for clients
     limits: Limits
     global_batch_size: int  # rows of an optimizer step
     micro_batch_size: int  # rows of a forward and backward pass on one rank
     inference_rows: int  # rows of a forward pass on one data parallel rank
     length_multiple: int  # of positions that rows are padded to
     gives_rewards: bool  # for the reward model beside it
-    offload_optimizer: bool  # to CPU memory while it judges
+    offload_optimizer: bool  # to CPU memory while it scores
     max_skipped_steps: int  # optimizer steps in a row, not finite, after which the job ends
     actor_timeout: float | None  # seconds without a word from the actor after which the job saves and ends
     settings: Mapping[str, Scalar]  # for the actor to compare with its own
@@ -50,7 +50,7 @@ class CriticServerConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class CriticState:
-    """What a critic goes on from beside its weights."""
+    """The state that a critic resumes from, beside its weights."""
 
     run_id: str = ""  # of the actor that it learns from
     sequence: int = 0  # train requests of that run that it has learned from
@@ -92,7 +92,7 @@ class CriticServerTrainer:
         self._watch = Stopwatch()  # since the last optimizer step
 
     def run_server(self, open_server: Callable[[], AbstractContextManager[Server]]) -> None:
-        """Answer the actor until it ends the run, a signal comes, or it is silent for too long. Called by every rank.
+        """Serve the actor until it ends the run, a signal comes, or it is silent for too long. Called by every rank.
 
         Raises:
             StoppedEarly: a signal or the actor's silence ended it; what was learned is saved.
@@ -126,7 +126,7 @@ class CriticServerTrainer:
             exit_code=0 if up and not number else SAVED_CODE if self.checkpoints else 1,
         )
 
-    def infer(self, batch: TokenBatch) -> Judged:
+    def infer(self, batch: TokenBatch) -> ServedScores:
         """See Handler."""
 
         def ask(mine: TokenBatch, micro: int) -> tuple[Tensor | None, Tensor | None]:
@@ -134,12 +134,12 @@ class CriticServerTrainer:
                 return self.model.infer_rm_critic(mine, micro_batch_size=micro)
             return None, self.model.values(mine, micro_batch_size=micro)
 
-        with world.phase("judging"), self._watch("infer_time"):
+        with world.phase("scoring"), self._watch("infer_time"):
             if self.config.offload_optimizer:
                 self.model.offload_optimizer()
-            return judge(batch, ask, rows=self.config.inference_rows, multiple=self.config.length_multiple)
+            return score(batch, ask, rows=self.config.inference_rows, multiple=self.config.length_multiple)
 
-    def train(self, batch: ValueBatch, ticket: Ticket | None) -> float:
+    def train(self, batch: ValueBatch, version: RequestVersion | None) -> float:
         """See Learner: a global batch at a time; the mean loss of the steps that were not skipped.
 
         Raises:
@@ -147,19 +147,19 @@ class CriticServerTrainer:
         """
         self._forget_what_is_over()
         size, began = self.config.global_batch_size, time.perf_counter()
-        parts = batch.filled(-(-batch.num_rows // size) * size).split(size)
+        parts = batch.pad_rows(-(-batch.num_rows // size) * size).split(size)
         losses = [self._step(part) for part in parts]
         finite = [loss for loss in losses if math.isfinite(loss)]
         mean = sum(finite) / len(finite) if finite else math.nan
         self._limit.note("step", time.perf_counter() - began)
         self.state = replace(self.state, consumed_samples=self.state.consumed_samples + batch.num_rows)
         self.own = replace(self.own, last_loss=mean)
-        if ticket is not None:
-            self.own = replace(self.own, run_id=ticket.run_id, sequence=ticket.sequence)
+        if version is not None:
+            self.own = replace(self.own, run_id=version.run_id, sequence=version.sequence)
         if world.is_logging_rank():
-            told = f" of the actor's step {ticket.step}" if ticket else ""
+            source = f" of the actor's step {version.step}" if version else ""
             logger.info(
-                "learned from %d answers%s: loss %.4f, step %d", batch.num_rows, told, mean, self.state.step
+                "trained on %d responses%s: loss %.4f, step %d", batch.num_rows, source, mean, self.state.step
             )
         return mean
 
@@ -190,31 +190,31 @@ class CriticServerTrainer:
             raise Diverged(error)
         return metrics["loss"]
 
-    def save(self, ticket: Ticket | None) -> None:
+    def save(self, version: RequestVersion | None) -> None:
         """See Handler."""
         if self.checkpoints is None:
             raise UserError(
                 "this critic saves nothing: exp_manager.create_checkpoint_callback=False",
-                cure="set it to True in the critic's job, or to False in the actor's",
+                fix="set it to True in the critic's job, or to False in the actor's",
             )
         began = time.perf_counter()
         self._forget_what_is_over()
-        if ticket is not None:
+        if version is not None:
             # What was saved of this step for no actor may be pruned any time; it makes room for the half of a pair.
             step = self.state.step
             self.checkpoints.discard(
                 lambda one: one.state.step == step and not one.algorithm(CriticState).is_half
             )
         if not self.checkpoints.holds(self.state.step):
-            own = replace(self.own, is_half=ticket is not None)
+            own = replace(self.own, is_half=version is not None)
             self.checkpoints.save(replace(self.state, algorithm=asdict(own)), steps_per_epoch=1)
             self.checkpoints.finish()
         self._saved_step = self.state.step
         self._limit.note("save", time.perf_counter() - began)
 
-    def rewind(self, ticket: Ticket) -> None:
+    def roll_back(self, version: RequestVersion) -> None:
         """See Handler."""
-        checkpoint = self._saved_at(ticket)
+        checkpoint = self._saved_at(version)
         try:
             self._load(checkpoint)
         except UserError as error:
@@ -235,8 +235,8 @@ class CriticServerTrainer:
             self.checkpoints.discard(lambda one: one.state.step > self._saved_step)
         self._is_back = False
 
-    def _saved_at(self, ticket: Ticket) -> Checkpoint | None:
-        """The newest checkpoint that has learned from no more than the ticket says; None: the beginning.
+    def _saved_at(self, version: RequestVersion) -> Checkpoint | None:
+        """The newest checkpoint that is trained on no more than the request's version says; None: the beginning.
 
         What it lacks, the actor sends again.
         """
@@ -250,7 +250,7 @@ class CriticServerTrainer:
         early = [
             (state.sequence, one)
             for state, one in states
-            if state.run_id == ticket.run_id and state.sequence <= ticket.sequence
+            if state.run_id == version.run_id and state.sequence <= version.sequence
         ]
         return max(early, key=lambda pair: pair[0], default=(0, None))[1]
 

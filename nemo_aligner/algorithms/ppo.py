@@ -11,15 +11,15 @@ import time
 from dataclasses import asdict, replace
 
 from nemo_aligner.algorithms.critic_link import CriticLink, PPOState
-from nemo_aligner.algorithms.milestones import Milestones
 from nemo_aligner.algorithms.ppo_config import PPOConfig
-from nemo_aligner.algorithms.rollout import Prompts, Rollouts
+from nemo_aligner.algorithms.rollout import PromptSource, Rollouts
 from nemo_aligner.algorithms.rollout_metrics import learning_metrics, rollout_metrics, summary, table_rows
+from nemo_aligner.algorithms.run_lifecycle import RunLifecycle
 from nemo_aligner.algorithms.sampler import Sampler
 from nemo_aligner.algorithms.scoring import RewardSources, Scorer, Scores
 from nemo_aligner.algorithms.skips import NotFinite, check_finite, refuse_to_end
 from nemo_aligner.algorithms.updates import Updates
-from nemo_aligner.batch import Experience, Scored
+from nemo_aligner.batch import Experience, ScoredRollout
 from nemo_aligner.checkpoint.trainer_state import Checkpoint, TrainerState, read_extra
 from nemo_aligner.checkpoint.training import TrainingCheckpoints, monitor_name
 from nemo_aligner.models.alignable_interface import AlignableGenerativeInterface
@@ -33,7 +33,7 @@ from nemo_aligner.run.progress import ProgressBar
 from nemo_aligner.run.schedule import make_plan
 from nemo_aligner.run.stop import StoppedEarly, StopRequest
 from nemo_aligner.run.stopwatch import Stopwatch
-from nemo_aligner.serving.shared import CriticLost, WaitEnded
+from nemo_aligner.serving.proxies import CriticUnavailable, WaitCancelled
 
 logger = logging.getLogger(__name__)
 
@@ -55,7 +55,7 @@ class PPOTrainer:
         rollouts: Rollouts,
         policy: AlignableGenerativeInterface,
         objective: Objective,
-        prompts: tuple[Prompts, Prompts | None],
+        prompts: tuple[PromptSource, PromptSource | None],
         run: Experiment,
         checkpoints: TrainingCheckpoints | None,
     ) -> None:
@@ -68,10 +68,10 @@ class PPOTrainer:
         self.plan = make_plan(
             config, batches_per_epoch=self.train.batches_per_epoch, val_batches=1 if self.validation else 0
         )
-        self.milestones = Milestones(self.plan, run, checkpoints, block=config.block, save=self._save)
+        self.lifecycle = RunLifecycle(self.plan, run, checkpoints, block=config.block, save=self._save)
         self.kl, self.scaling = kl_controller(config), RewardScaling()
         self.critic: CriticLink | None = None
-        self._critic_lacks_lessons = False
+        self._needs_replay = False
         self.state = TrainerState(
             data=self.train.fingerprint | {"steps_per_epoch": self.plan.steps_per_epoch}
         )
@@ -83,11 +83,11 @@ class PPOTrainer:
         Raises:
             UserError: ``start`` is at the end of the plan, or its run had other prompts.
         """
-        self.state = self.milestones.restore(start, self.state.data)
+        self.state = self.lifecycle.restore(start, self.state.data)
         self.own = start.algorithm(PPOState)
         self.kl = self.kl.restored(self.own.kl)
         self.scaling = self.scaling.restored(self.own.reward_scaling)
-        self._critic_lacks_lessons = read_extra(start) is not None
+        self._needs_replay = read_extra(start) is not None
 
     def fit(self, sources: RewardSources) -> None:
         """Train to the end of the plan.
@@ -109,21 +109,21 @@ class PPOTrainer:
             rewards=self.config.rewards,
             give_up=self._gives_up,
         )
-        self.milestones.check_room()
+        self.lifecycle.check_room()
         self.run.begin(self.state.step, max_steps=self.plan.max_steps)
         bar = ProgressBar(
             total=self.plan.max_steps, start=self.state.step, enabled=world.is_logging_rank(), name="ppo"
         )
         try:
-            with StopRequest(interrupts=True, tells=world.is_logging_rank()) as self._request:
+            with StopRequest(interrupts=True, logs=world.is_logging_rank()) as self._request:
                 try:
                     self._loop(bar)
-                except (CriticLost, NotFinite, WaitEnded) as error:
+                except (CriticUnavailable, NotFinite, WaitCancelled) as error:
                     self._save_alone()
-                    if not isinstance(error, WaitEnded):
+                    if not isinstance(error, WaitCancelled):
                         raise error.error from error
                     # Only rank 0 has seen the signal for sure.
-                    raise self.milestones.stopped(self.state.step, self._request.number or 15) from error
+                    raise self.lifecycle.stopped(self.state.step, self._request.number or 15) from error
         finally:
             bar.close()
 
@@ -134,7 +134,7 @@ class PPOTrainer:
         if self.state.step == 0:
             for round_ in range(self.config.critic_warmup_steps):
                 self._warm_up(round_)
-        elif self.critic is not None and self._critic_lacks_lessons:
+        elif self.critic is not None and self._needs_replay:
             # The last step was saved without the critic: it is saved now, and a validation that was due is done.
             self.critic.save_critic()
             step = self.state.step
@@ -143,25 +143,24 @@ class PPOTrainer:
         while self.state.step < self.plan.max_steps:
             with world.phase(f"step {self.state.step + 1}"):
                 self._advance(bar)
-            self.milestones.stop_if_diverged(self.state, limit=self.config.max_skipped_steps)
+            self.lifecycle.stop_if_diverged(self.state, limit=self.config.max_skipped_steps)
             if self.plan.validates_after(self.state.step):
                 self._validate()
-            self.milestones.after(self.state.step, self._request)
-        if self.milestones.checkpoints is not None:
-            self.milestones.checkpoints.finish()
+            self.lifecycle.after(self.state.step, self._request)
+        if self.lifecycle.checkpoints is not None:
+            self.lifecycle.checkpoints.finish()
         refuse_to_end(self.state)
 
     def _warm_up(self, round_: int) -> None:
         """A rollout that only the critic learns from."""
         assert self.critic is not None, "settings without a critic have no warm-up"
-        watch = Stopwatch()
         # Draws of steps that the run does not have.
-        scored, _ = self._scored(round_, self.plan.max_steps + round_, watch)
+        scored, _ = self._scored(round_, self.plan.max_steps + round_, Stopwatch())
         pending = self.critic.train(value_batch(scored, self._credit(scored)), step=0)
         loss, rounds = self.critic.loss(pending), self.config.critic_warmup_steps
         if world.is_logging_rank():
             logger.info("critic warm-up %d/%d: loss %.4f", round_ + 1, rounds, loss)
-        (number,) = collectives.maxima([self._request.number])
+        (number,) = collectives.all_reduce_max([self._request.number])
         if number:
             raise StoppedEarly(
                 f"stopped in round {round_ + 1} of {rounds} of the critic's warm-up; the same command begins anew",
@@ -188,28 +187,33 @@ class PPOTrainer:
             if self.critic is not None and pending is not None:
                 with watch("critic_train_wait"):
                     metrics["train_critic/loss"] = self.critic.loss(
-                        pending, saves=self.milestones.checkpoints is not None
+                        pending, saves=self.lifecycle.checkpoints is not None
                     )
                 watch.note("critic_train_time", pending.seconds)
         finally:
             # The step is done where the critic is lost, too.
             watch.note("step_time", time.perf_counter() - began)
-            self._tell(scored, scores, metrics, watch, bar)
+            self._report(scored, scores, metrics, watch, bar)
 
-    def _tell(
-        self, scored: Scored, scores: Scores, metrics: dict[str, float], watch: Stopwatch, bar: ProgressBar
+    def _report(
+        self,
+        scored: ScoredRollout,
+        scores: Scores,
+        metrics: dict[str, float],
+        watch: Stopwatch,
+        bar: ProgressBar,
     ) -> None:
         step, seconds = self.state.step, watch.seconds["step_time"]
         metrics |= {f"timers/{name}": value for name, value in watch.seconds.items()}
         metrics["timers/samples_per_gpu_per_s"] = scored.num_rows / seconds / world.world_size()
-        self.milestones.limit.note("step", seconds)
+        self.lifecycle.limit.note("step", seconds)
         self.run.log(metrics, step=step)
         self.run.log_rows(
             "train_rollouts", table_rows(scored, scores.rewards, self.rollouts.decode), step=step
         )
         bar.show(step, summary(metrics))
 
-    def _note_step(self, step: int, scored: Scored, metrics: dict[str, float]) -> None:
+    def _note_step(self, step: int, scored: ScoredRollout, metrics: dict[str, float]) -> None:
         """The policy has learned from a step's rollout; the critic is about to."""
         consumed = self.state.consumed_samples + scored.num_rows
         self.kl = self.kl.update(metrics["train_rollouts/answer_kl"], scored.num_rows)
@@ -223,7 +227,7 @@ class PPOTrainer:
             "train_optim/optim_step": done,
         }
 
-    def _scored(self, index: int, draw: int, watch: Stopwatch) -> tuple[Scored, Scores]:
+    def _scored(self, index: int, draw: int, watch: Stopwatch) -> tuple[ScoredRollout, Scores]:
         config = self.rollouts.config
         rollout, prompts = self.sampler.sample(
             self.train,
@@ -235,12 +239,12 @@ class PPOTrainer:
         )
         return self.scorer.score(rollout, prompts, watch, with_reference=bool(self.kl.coefficient))
 
-    def _credit(self, scored: Scored) -> Experience:
+    def _credit(self, scored: ScoredRollout) -> Experience:
         coefficient = self.kl.coefficient
         scaling = observe(self.scaling, scored, self.config, kl_coefficient=coefficient)
         found = credit(scored, self.config, kl_coefficient=coefficient, scaling=scaling)
-        cure = "look at the reward model; set trainer.ppo.reward_clip, or trainer.ppo.scale_rewards=True"
-        check_finite({"advantages": found.advantages, "returns": found.returns}, most=MAX_RETURN, cure=cure)
+        fix = "look at the reward model; set trainer.ppo.reward_clip, or trainer.ppo.scale_rewards=True"
+        check_finite({"advantages": found.advantages, "returns": found.returns}, most=MAX_RETURN, fix=fix)
         self.scaling = scaling
         return found
 
@@ -259,7 +263,7 @@ class PPOTrainer:
         self.run.log_rows(
             "val_rollouts", table_rows(rollout, scores.rewards, self.rollouts.decode), step=step
         )
-        self.milestones.limit.note("validation", watch.seconds["validation_time"])
+        self.lifecycle.limit.note("validation", watch.seconds["validation_time"])
         monitored = {monitor_name(name): value for name, value in metrics.items()}
         self.state = replace(self.state, metrics=monitored)
         self.own = replace(self.own, validated_step=step)
@@ -274,8 +278,8 @@ class PPOTrainer:
             checkpoints.save(state, steps_per_epoch=self.plan.steps_per_epoch)
 
     def _save_alone(self) -> None:
-        """Where a server is lost or a rollout is no use: as the run was at its last step."""
-        checkpoints = self.milestones.checkpoints
+        """Save the run as it was at its last step, after a server is lost or a rollout is not finite."""
+        checkpoints = self.lifecycle.checkpoints
         if checkpoints is None or self.state.step == 0:
             return
         checkpoints.discard(lambda _: False)

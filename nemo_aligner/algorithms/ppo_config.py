@@ -31,9 +31,9 @@ class PPOConfig(CreditConfig, LoopConfig):
     block: ClassVar[str] = "trainer.ppo"
     val_check_interval: int | float = 10
     save_interval: int | float = 10  # steps between checkpoints of both jobs; 0: at the end only
-    num_ppo_epochs: int = bounded(1, at_least=1, to="1", told=_TOO_FEW)  # passes over each rollout
+    num_ppo_epochs: int = bounded(1, at_least=1, to="1", message=_TOO_FEW)  # passes over each rollout
     # rollouts that only the critic learns from, before the first step
-    critic_warmup_steps: int = bounded(0, at_least=0, to="0", told=_TOO_FEW)
+    critic_warmup_steps: int = bounded(0, at_least=0, to="0", message=_TOO_FEW)
     # tokens that rollouts are padded to at least; null: their longest
     rollout_batch_seq_length: int | None = None
     # NAME: {function: MODULE.NAME, weight: 1.0}; without a function the served reward model's, as with {}
@@ -41,7 +41,7 @@ class PPOConfig(CreditConfig, LoopConfig):
 
     @property
     def asks_critic(self) -> bool:
-        """Whether values are estimated, and by a critic."""
+        """True if values are estimated, and by a critic."""
         return self.advantage_estimator == "gae"
 
     @property
@@ -52,21 +52,21 @@ class PPOConfig(CreditConfig, LoopConfig):
         return next((name for name, reward in self.rewards.items() if reward.function is None), None)
 
     def check(self, block: str) -> None:
-        """Refuse what would be no run; ``block`` is where these settings stand."""
+        """Raise UserError for settings without a valid run; ``block`` is their section."""
         LoopConfig.check(self, block)
         CreditConfig.check(self, block)
         if self.critic_warmup_steps and not self.asks_critic:
             raise UserError(
                 f"{block}.critic_warmup_steps={self.critic_warmup_steps}, and "
                 f"{block}.advantage_estimator={self.advantage_estimator} asks no critic",
-                cure=f"set {block}.critic_warmup_steps=0, or {block}.advantage_estimator=gae",
+                fix=f"set {block}.critic_warmup_steps=0, or {block}.advantage_estimator=gae",
             )
         served = [name for name, reward in self.rewards.items() if reward.function is None]
         if len(served) > 1:
             raise UserError(
                 f"{block}.rewards.{served[0]} and {block}.rewards.{served[1]} have no function, and one reward model "
                 "is served",
-                cure=f"set {block}.rewards.{served[1]}.function=MODULE.NAME, or leave the block out",
+                fix=f"set {block}.rewards.{served[1]}.function=MODULE.NAME, or leave the block out",
             )
 
 
@@ -75,7 +75,7 @@ class SamplingParams(DrawConfig):
     """The ``model.ppo.sampling_params`` block."""
 
     add_BOS: bool = False  # start prompts with BOS; False: as model.data.add_bos says
-    # texts that end an answer, as the model's own end tokens do; escapes are understood
+    # texts that end a response, as the model's own end tokens do; escapes are understood
     end_strings: tuple[str, ...] = ("<|endoftext|>", "<extra_id_1>")
 
 
@@ -83,38 +83,39 @@ class SamplingParams(DrawConfig):
 class LengthConfig:
     """The ``model.ppo.length_params`` block."""
 
-    # tokens of an answer, at most; null: half of what the model takes
-    max_length: int | None = bounded(None, at_least=1, told=_NOT_ONE)
-    min_length: int = 1  # tokens of an answer before its end token, at least
+    # tokens of a response, at most; null: half of what the model takes
+    max_length: int | None = bounded(None, at_least=1, message=_NOT_ONE)
+    min_length: int = 1  # tokens of a response before its end token, at least
 
 
 @dataclass(frozen=True, kw_only=True)
 class RolloutConfig(PolicyConfig):
     """The ``model.ppo`` block."""
 
-    # answers of one rollout over all ranks
-    num_rollout_samples: int = bounded(512, at_least=1, told=_NOT_ONE)
-    num_responses_per_prompt: int = bounded(1, at_least=1, told=_NOT_ONE)  # of these, to each prompt
-    # answers that a rank writes at once, and rows of a request to the critic
-    rollout_micro_batch_size: int = bounded(8, at_least=1, told=_NOT_ONE)
+    # responses of one rollout over all ranks
+    num_rollout_samples: int = bounded(512, at_least=1, message=_NOT_ONE)
+    num_responses_per_prompt: int = bounded(1, at_least=1, message=_NOT_ONE)  # of these, to each prompt
+    # responses that a rank generates at once, and rows of a request to the critic
+    rollout_micro_batch_size: int = bounded(8, at_least=1, message=_NOT_ONE)
     # rows of a forward pass for log-probs; null: as rollout_micro_batch_size
-    forward_micro_batch_size: int | None = bounded(None, at_least=1, told=_NOT_ONE)
-    # answers of a validation, at most as many as there are prompts; null: as num_rollout_samples
-    num_val_samples: int | None = bounded(None, at_least=1, told=_NOT_ONE)
-    # answers that a rank writes at once in validation; null: as rollout_micro_batch_size
-    val_rollout_micro_batch_size: int | None = bounded(None, at_least=1, told=_NOT_ONE)
-    offload_adam_states: bool = True  # keep the optimizer's moments in CPU memory while answers are written
+    forward_micro_batch_size: int | None = bounded(None, at_least=1, message=_NOT_ONE)
+    # responses of a validation, at most as many as there are prompts; null: as num_rollout_samples
+    num_val_samples: int | None = bounded(None, at_least=1, message=_NOT_ONE)
+    # responses that a rank generates at once in validation; null: as rollout_micro_batch_size
+    val_rollout_micro_batch_size: int | None = bounded(None, at_least=1, message=_NOT_ONE)
+    # keep the optimizer's moments in CPU memory while responses are generated
+    offload_adam_states: bool = True
     # how tokens are drawn; the trainer's log-probs are of the same distribution
     sampling_params: SamplingParams = field(default_factory=SamplingParams)
-    length_params: LengthConfig = field(default_factory=LengthConfig)  # when an answer ends
+    length_params: LengthConfig = field(default_factory=LengthConfig)  # when a response ends
 
     def check(self, block: str) -> None:
-        """Refuse values without a meaning; ``block`` is the block's name."""
+        """Raise UserError for values out of range; ``block`` is their section."""
         size, each = self.num_rollout_samples, self.num_responses_per_prompt
         if size % each:
             raise UserError(
                 f"{block}.num_rollout_samples={size} is not a multiple of {block}.num_responses_per_prompt={each}",
-                cure=f"set {block}.num_rollout_samples={-(-size // each) * each}",
+                fix=f"set {block}.num_rollout_samples={-(-size // each) * each}",
             )
         self.sampling(max_length=self.length_params.max_length or 1 << 30, seed=0).check(
             f"{block}.sampling_params"
@@ -131,10 +132,10 @@ class RolloutConfig(PolicyConfig):
         return self.forward_micro_batch_size or self.rollout_micro_batch_size
 
     def sampling(self, *, max_length: int, seed: int) -> SamplingConfig:
-        """How answers are drawn.
+        """The sampling settings of responses.
 
         Args:
-            max_length: tokens of an answer, where ``length_params`` leaves it open.
+            max_length: tokens of a response, where ``length_params`` leaves it open.
             seed: of the draws.
         """
         drawn, lengths = asdict(self.sampling_params), self.length_params

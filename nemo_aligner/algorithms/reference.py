@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the reference, the policy as training began with it, believes of supervised batches.
+"""Log-probs of supervised batches by the reference, the policy as training began with it.
 
 Either its weights are swapped in at each step, or its log-probs are computed once, before the first step, and stored.
 """
@@ -34,7 +34,7 @@ def _annotated(policy: AlignableGenerativeInterface, batches: Sequence[TokenBatc
     for batch in batches:
         assert isinstance(batch, PreferenceBatch), type(batch)
         batch = batch.to(world.device())
-        logprobs = policy.logprobs(batch, learned_only=True)
+        logprobs = policy.logprobs(batch, loss_tokens_only=True)
         found.append(replace(batch, reference_logprobs=batch.per_sequence(logprobs)))
     return found
 
@@ -106,4 +106,4 @@ def _logprobs(policy: AlignableGenerativeInterface, loader: BatchLoader[TokenBat
             table[rows] = batch.reference_logprobs.view(-1, table.shape[1])[: len(rows)].cpu()
     # Every row is one data parallel rank's, and 0 elsewhere.
     whole = collectives.sum_over_data_parallel(table.to(world.device()))
-    return collectives.from_last_stage(whole, tuple(whole.shape)).cpu()
+    return collectives.broadcast_from_last_stage(whole, tuple(whole.shape)).cpu()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A reward model that answers clients. Sees the model through its interface only."""
+"""A reward model that serves clients. Sees the model through its interface only."""
 
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
@@ -7,12 +7,12 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from nemo_aligner.algorithms.served import judge, serve
+from nemo_aligner.algorithms.served import score, serve
 from nemo_aligner.batch import TokenBatch
 from nemo_aligner.models.alignable_interface import RewardModelInterface
 from nemo_aligner.run.stop import StopRequest
-from nemo_aligner.serving.inbox import Judged
 from nemo_aligner.serving.protocol import Health, Limits, Scalar
+from nemo_aligner.serving.request_queue import ServedScores
 from nemo_aligner.serving.server import Server
 
 
@@ -21,10 +21,10 @@ class RewardModelServer:
     """Serves ``model``.
 
     Args:
-        name: of the model, to tell clients.
+        name: of the model, for clients.
         rows: of a forward pass on one data parallel rank.
         multiple: of positions that rows are padded to.
-        settings: to tell clients.
+        settings: for clients to compare.
     """
 
     model: RewardModelInterface
@@ -35,17 +35,17 @@ class RewardModelServer:
     settings: Mapping[str, Scalar]
 
     def run_server(self, open_server: Callable[[], AbstractContextManager[Server]]) -> None:
-        """Answer clients until one of them or a signal ends it. Called by every rank."""
+        """Serve clients until one of them or a signal ends it. Called by every rank."""
         with StopRequest() as request:
             serve(self, open_server, should_stop=lambda _: request.number != 0)
 
-    def infer(self, batch: TokenBatch) -> Judged:
+    def infer(self, batch: TokenBatch) -> ServedScores:
         """See Handler."""
 
         def ask(mine: TokenBatch, micro: int) -> tuple[Tensor | None, Tensor | None]:
             return self.model.infer(mine, micro_batch_size=micro), None
 
-        return judge(batch, ask, rows=self.rows, multiple=self.multiple)
+        return score(batch, ask, rows=self.rows, multiple=self.multiple)
 
     def health(self) -> Health:
         """See Handler."""

@@ -28,7 +28,7 @@ RewardFunction = Callable[..., float]
 
 @dataclass(frozen=True)
 class _Failed:
-    """A function's failure, told to every rank."""
+    """A function's failure, reported to every rank."""
 
     problem: str
 
@@ -46,15 +46,15 @@ def load_function(setting: str, path: str) -> RewardFunction:
     here = str(Path.cwd())
     if here not in sys.path:
         sys.path.append(here)
-    cure = f"set {setting}=MODULE.NAME, of a module in {here} or one that is installed"
+    fix = f"set {setting}=MODULE.NAME, of a module in {here} or one that is installed"
     if not module:
-        raise UserError(f"{setting}={path} names no module", cure=cure)
+        raise UserError(f"{setting}={path} names no module", fix=fix)
     try:
         found: Any = getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError, SyntaxError) as error:
-        raise UserError(f"{setting}={path} cannot be imported: {error}", cure=cure) from error
+        raise UserError(f"{setting}={path} cannot be imported: {error}", fix=fix) from error
     if not callable(found):
-        raise UserError(f"{setting}={path} is no function", cure=cure)
+        raise UserError(f"{setting}={path} is no function", fix=fix)
     return cast(RewardFunction, found)
 
 
@@ -85,7 +85,7 @@ def score_by_functions(
         parts = collectives.of_all_ranks(mine)
     for part in parts:
         if isinstance(part, _Failed):
-            raise NotFinite(UserError(part.problem, cure="correct the function"))
+            raise NotFinite(UserError(part.problem, fix="correct the function"))
     known = {row: rewards for part in parts if isinstance(part, dict) for row, rewards in part.items()}
     table = torch.tensor([known[row] for row in range(rollout.num_rows)], dtype=torch.float32)
     return dict(zip(functions, table.unbind(1), strict=True))
@@ -101,7 +101,7 @@ def _score(
     for row, number in enumerate(map(int, rollout.group)):
         if number not in prompts:
             continue
-        prompt, tokens = prompts[number], rollout.answer(row)
+        prompt, tokens = prompts[number], rollout.response(row)
         given = {"prompt": prompt.text, "response": text(tokens), "tokens": tokens}
         found[row] = []
         for name, function in functions.items():

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Answers and what is known of them. Every rank holds the whole rollout, in the order of its prompts, so that what is
-learned of it does not depend on how it was written; only the work is dealt out.
+"""Responses and their scores. Every rank holds the whole rollout, in the order of its prompts, so that the
+update does not depend on how it was generated; only the work is split over ranks.
 
-Shapes: N answers of all ranks, S positions.
+Shapes: N responses of all ranks, S positions.
 """
 
 import logging
@@ -27,46 +27,46 @@ logger = logging.getLogger(__name__)
 B = TypeVar("B", bound=TokenBatch)
 
 
-Prompts = BatchLoader[list[Row]]
+PromptSource = BatchLoader[list[Row]]
 """Prompts by rollout: each data parallel rank has a run of them, one to a micro-batch, the first rank the first run."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Rollouts:
-    """How answers are written and dealt out."""
+    """The sizes of a rollout, and of the work on it."""
 
     config: RolloutConfig
     sampling: SamplingConfig
-    global_batch_size: int  # answers of an optimizer step
+    global_batch_size: int  # responses of an optimizer step
     micro_batch_size: int  # of a forward and backward pass on one rank
     length_multiple: int  # of positions that rows are padded to
-    seed: int  # of the order of answers within an update
+    seed: int  # of the order of responses within an update
     decode: Callable[[Sequence[int]], str]  # token ids to text
-    end_ids: Sequence[int]  # tokens that end an answer
+    end_ids: Sequence[int]  # tokens that end a response
 
     def response_text(self, tokens: Sequence[int]) -> str:
         """The text of a response, without the token that ends it."""
         return self.decode(tokens[:-1] if tokens and tokens[-1] in self.end_ids else tokens)
 
     def warn_of_cut(self, rollout: Rollout) -> None:
-        """Say so where no answer of ``rollout`` has ended by itself: with mask_unfinished nothing is learned of it."""
+        """Warn if no response of ``rollout`` has ended by itself: with mask_unfinished none is trained on."""
         if rollout.finished.any() or not world.is_logging_rank():
             return
         ends = [self.decode([i]) for i in self.end_ids] + list(self.sampling.end_strings)
         logger.warning(
-            "none of the %d answers of this rollout ended by itself, all were cut at their longest; what ends an "
-            "answer: %s. Set model.ppo.length_params.max_length, now %d, higher; or name the text that this model ends "
+            "none of the %d responses of this rollout ended by itself, all were cut at their longest; what ends a "
+            "response: %s. Set model.ppo.length_params.max_length, now %d, higher; or name the text that it ends "
             "its turns with in model.ppo.sampling_params.end_strings; or start from a model that was fine-tuned to end",
             *(rollout.num_rows, ", ".join(map(repr, ends)), self.sampling.max_length),
         )
 
 
-def deal(lengths: Sequence[int], *, rows: int, ranks: int) -> list[list[list[int]]]:
+def balance_micro_batches(lengths: Sequence[int], *, rows: int, ranks: int) -> list[list[list[int]]]:
     """[rank][micro-batch][row]: micro-batches of rows of like length, dealt out so that each rank has as many tokens.
 
     All ranks get equally many micro-batches; the last ones may be short or empty.
 
-    >>> deal([5, 9, 7, 1], rows=1, ranks=2)
+    >>> balance_micro_batches([5, 9, 7, 1], rows=1, ranks=2)
     [[[1], [3]], [[2], [0]]]
     """
     order = sorted(range(len(lengths)), key=lambda row: -lengths[row])
@@ -81,7 +81,7 @@ def deal(lengths: Sequence[int], *, rows: int, ranks: int) -> list[list[list[int
     return shares
 
 
-def collect(
+def gather_rollouts(
     policy: AlignableGenerativeInterface,
     prompts: Sequence[Prompt],
     sampling: SamplingConfig,
@@ -90,12 +90,12 @@ def collect(
     slots: int,
     seq_length: int | None,
 ) -> Rollout:
-    """The answers to all ranks' prompts, in the order of ranks.
+    """The responses to all ranks' prompts, in the order of ranks.
 
     Args:
         prompts: this data parallel rank's.
-        draw: with it the answers' random numbers change.
-        slots: answers that a rank writes at once.
+        draw: with it the responses' random numbers change.
+        slots: responses that a rank generates at once.
         seq_length: the least S; None: the longest row's.
 
     Raises:
@@ -103,21 +103,21 @@ def collect(
     """
     with world.phase("generation"), world.at_own_pace():
         mine = policy.generate(prompts, sampling, step=draw, slots=slots)
-    with world.phase("gathering answers"):
-        rollout = concatenated(collectives.over_data_parallel(mine))
-    cure = "set model.optim.lr lower; with trainer.precision=16 try bf16 or 32"
-    check_finite({"sampler's log-probs": rollout.sampler_logprobs[rollout.mask]}, cure=cure)
+    with world.phase("gathering responses"):
+        rollout = concatenated(collectives.all_gather_objects_dp(mine))
+    fix = "set model.optim.lr lower; with trainer.precision=16 try bf16 or 32"
+    check_finite({"sampler's log-probs": rollout.sampler_logprobs[rollout.loss_mask]}, fix=fix)
     longest = int(rollout.lengths.max())
     if seq_length is not None and longest > seq_length and world.is_logging_rank():
         logger.warning(
-            "a prompt and its answer have %d tokens, more than trainer.ppo.rollout_batch_seq_length=%d: "
+            "a prompt and its response have %d tokens, more than trainer.ppo.rollout_batch_seq_length=%d: "
             "the rollout is padded to %d",
             *(longest, seq_length, longest),
         )
     return rollout.with_length(max(seq_length or 0, longest))
 
 
-def per_token(
+def per_token_over_ranks(
     rollout: TokenBatch, ask: Callable[[TokenBatch], Tensor], *, rows: int, multiple: int
 ) -> Tensor:
     """[N, S] on every rank, on the CPU: what ``ask`` says of each token, the work dealt out over data parallel ranks.
@@ -128,20 +128,20 @@ def per_token(
         multiple: of positions that a micro-batch is padded to.
     """
     whole = torch.zeros(rollout.tokens.shape)
-    shares = deal(lengths_of(rollout), rows=rows, ranks=world.dp_size())
+    shares = balance_micro_batches(lengths_of(rollout), rows=rows, ranks=world.dp_size())
     for micro_batch in shares[world.dp_rank()]:
         # All ranks ask equally often: where one has no rows left, it asks about the first ones for nothing.
-        part = cut(rollout.take(micro_batch or [0]), multiple=multiple).to(world.device())
+        part = trim_padding(rollout.take(micro_batch or [0]), multiple=multiple).to(world.device())
         found = ask(part)
         shape = tuple(part.tokens.shape)
-        found = collectives.from_last_stage(found if world.is_last_stage() else None, shape).cpu()
+        found = collectives.broadcast_from_last_stage(found if world.is_last_stage() else None, shape).cpu()
         if micro_batch:
             width = min(part.seq_length, rollout.seq_length)
             whole[micro_batch, :width] = found[:, :width].float()
     return collectives.sum_over_data_parallel(whole.to(world.device())).cpu()
 
 
-def cut(batch: B, *, multiple: int, longest: int | None = None) -> B:
+def trim_padding(batch: B, *, multiple: int, longest: int | None = None) -> B:
     """The batch without the columns that hold padding only, up to a multiple."""
     longest = longest or int(batch.lengths.max())
     return batch.with_length(-(-longest // multiple) * multiple)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is logged of a rollout."""
+"""Metrics of a rollout."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from nemo_aligner.algorithms.scoring import Scores
-from nemo_aligner.batch import Rollout, Scored
+from nemo_aligner.batch import Rollout, ScoredRollout
 from nemo_aligner.objectives.reduce import Moments, kl_k3
 
 TABLE_ROWS = 4
@@ -26,8 +26,8 @@ def rollout_metrics(group: str, rollout: Rollout, scores: Scores) -> dict[str, f
         "fraction_of_samples_properly_ended": rollout.finished.double().mean().item(),
     }
     metrics |= {f"rewards/{name}": Moments.of(each).mean.item() for name, each in scores.by_name.items()}
-    if isinstance(rollout, Scored):
-        metrics |= _agreement(rollout)
+    if isinstance(rollout, ScoredRollout):
+        metrics |= _sampler_mismatch(rollout)
     return {f"{group}/{name}": value for name, value in metrics.items()}
 
 
@@ -38,18 +38,18 @@ def table_rows(
     return [
         {
             "prompt": decode(rollout.prompt(i)),
-            "response": decode(rollout.answer(i)),
+            "response": decode(rollout.response(i)),
             "reward": float(rewards[i]),
         }
         for i in range(min(TABLE_ROWS, rollout.num_rows))
     ]
 
 
-def _agreement(scored: Scored) -> dict[str, float]:
-    """What the trainer believes of the tokens that the sampler drew, beside what the sampler did."""
-    answers = scored.learned()
-    apart = (scored.logprobs - scored.sampler_logprobs)[answers].double()
-    drawn = scored.sampler_logprobs[answers].double()
+def _sampler_mismatch(scored: ScoredRollout) -> dict[str, float]:
+    """The difference between the log-probs of the trainer and those of the sampler."""
+    responses = scored.loss_tokens()
+    apart = (scored.logprobs - scored.sampler_logprobs)[responses].double()
+    drawn = scored.sampler_logprobs[responses].double()
     return {
         "logprob_difference_mean": apart.abs().mean().item(),
         "logprob_difference_max": apart.abs().max().item(),
@@ -58,7 +58,7 @@ def _agreement(scored: Scored) -> dict[str, float]:
 
 
 def learning_metrics(group: str, moments: dict[str, Moments], coefficient: float) -> dict[str, float]:
-    """What there is to say of what is learned of them; ``moments`` are those of credit.statistics."""
+    """Metrics of the credit; ``moments`` are those of credit.statistics."""
     means = ("init_policy_kl", "rewards_with_kl", "answer_kl")
     spreads = ("advantages", "returns", "values")
     metrics = {

@@ -3,7 +3,7 @@
 
 from dataclasses import dataclass
 
-from nemo_aligner.algorithms.rollout import Prompts, Rollouts, collect
+from nemo_aligner.algorithms.rollout import PromptSource, Rollouts, gather_rollouts
 from nemo_aligner.batch import Prompt, Rollout
 from nemo_aligner.data.row import Row
 from nemo_aligner.models.alignable_interface import AlignableGenerativeInterface
@@ -20,7 +20,7 @@ class Sampler:
     seq_length: int | None  # the least that rollouts are padded to; None: their longest
 
     def sample(
-        self, source: Prompts, index: int, draw: int, *, responses: int, slots: int, watch: Stopwatch
+        self, source: PromptSource, index: int, draw: int, *, responses: int, slots: int, watch: Stopwatch
     ) -> tuple[Rollout, dict[int, Row]]:
         """Responses to batch ``index`` of the prompts, on every rank, and this data parallel rank's prompts by number.
 
@@ -44,7 +44,7 @@ class Sampler:
             if self.rollouts.config.offload_adam_states:
                 self.policy.offload_optimizer()
         with watch("generate"):
-            rollout = collect(
+            rollout = gather_rollouts(
                 self.policy,
                 prompts,
                 self.rollouts.sampling,

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is known of responses before anything is learned: rewards, values, and log-probs of two policies."""
+"""Scores of responses before the update: rewards, values, and log-probs of two policies."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
@@ -9,24 +9,24 @@ from torch import Tensor
 
 from nemo_aligner.algorithms.ppo_config import RewardConfig
 from nemo_aligner.algorithms.rewards import RewardFunction, score_by_functions, weighted_sum
-from nemo_aligner.algorithms.rollout import Rollouts, cut, per_token
+from nemo_aligner.algorithms.rollout import Rollouts, per_token_over_ranks, trim_padding
 from nemo_aligner.algorithms.skips import check_finite
-from nemo_aligner.batch import Rollout, Scored
+from nemo_aligner.batch import Rollout, ScoredRollout
 from nemo_aligner.data.row import Row
 from nemo_aligner.models.alignable_interface import AlignableGenerativeInterface
 from nemo_aligner.run.stopwatch import Stopwatch
-from nemo_aligner.serving.shared import Pending, SharedCritic, SharedReward
+from nemo_aligner.serving.proxies import CriticProxy, PendingReply, RewardProxy
 
-Reply = Pending[tuple[Tensor, Tensor]] | Pending[Tensor] | None
+Reply = PendingReply[tuple[Tensor, Tensor]] | PendingReply[Tensor] | None
 
 
 @dataclass(frozen=True, kw_only=True)
 class RewardSources:
-    """Who judges responses."""
+    """The sources of rewards and values."""
 
     # gives values, and rewards too where it has a reward model; None: no critic
-    critic: SharedCritic | None = None
-    reward: SharedReward | None = None  # a reward model where there is no critic
+    critic: CriticProxy | None = None
+    reward: RewardProxy | None = None  # a reward model where there is no critic
     functions: Mapping[str, RewardFunction] = field(
         default_factory=dict[str, RewardFunction]
     )  # by name in trainer.ppo.rewards
@@ -34,7 +34,7 @@ class RewardSources:
 
 @dataclass(frozen=True, kw_only=True)
 class Scores:
-    """What servers and functions say of N responses of S positions."""
+    """Rewards and values of N responses of S positions."""
 
     rewards: Tensor  # [N] float, the weighted sum
     values: Tensor  # [N, S] float; zeros where no critic is asked
@@ -57,7 +57,7 @@ class Scorer:
 
     def score(
         self, rollout: Rollout, prompts: Mapping[int, Row], watch: Stopwatch, *, with_reference: bool
-    ) -> tuple[Scored, Scores]:
+    ) -> tuple[ScoredRollout, Scores]:
         """The rollout with all that is known of it; servers work while log-probs are computed.
 
         Args:
@@ -65,9 +65,9 @@ class Scorer:
             with_reference: whether the initial policy is asked; else the policy stands for it.
 
         Raises:
-            CriticLost: a server does not reply.
+            CriticUnavailable: a server does not reply.
             NotFinite: a number is infinite or NaN, or a reward function failed.
-            WaitEnded: it was given up.
+            WaitCancelled: it was given up.
         """
         asked = self.ask(rollout)
         with watch("logprobs"):
@@ -78,11 +78,11 @@ class Scorer:
         scores = self.scores(asked, rollout, prompts, watch)
         if asked is not None:
             watch.note("critic_infer_time", asked.seconds)
-        responses = rollout.learned()
+        responses = rollout.loss_tokens()
         known = {"log-probs": own[responses], "initial policy's log-probs": reference[responses]}
-        cure = "set model.optim.lr lower; with trainer.precision=16 try bf16 or 32"
-        check_finite(known, cure=cure)
-        scored = Scored(
+        fix = "set model.optim.lr lower; with trainer.precision=16 try bf16 or 32"
+        check_finite(known, fix=fix)
+        scored = ScoredRollout(
             **{field.name: getattr(rollout, field.name) for field in fields(rollout)},
             logprobs=torch.where(responses, own, 0),
             reference_logprobs=torch.where(responses, reference, 0),
@@ -92,7 +92,7 @@ class Scorer:
         return scored, scores
 
     def _logprobs(self, rollout: Rollout) -> Tensor:
-        return per_token(
+        return per_token_over_ranks(
             rollout,
             lambda part: self.policy.logprobs(part, self.rollouts.sampling),
             rows=self.rollouts.config.scoring_rows,
@@ -100,22 +100,22 @@ class Scorer:
         )
 
     def ask(self, rollout: Rollout) -> Reply:
-        """Have the servers judge, while this job works on; None where there is none.
+        """Ask the servers for scores while this job works on; None if there is no server.
 
         A rollout is one request: the critic changes to the reward model's weights once for it.
         """
         # Without what rollout_batch_seq_length pads, which remote_critic_rm.pad_to_length may not hold.
-        batch, rows = cut(rollout, multiple=1), self.rollouts.config.num_rollout_samples
+        batch, rows = trim_padding(rollout, multiple=1), self.rollouts.config.num_rollout_samples
         server = self.sources.critic or self.sources.reward
-        return None if server is None else server.judge(batch, rows=rows)
+        return None if server is None else server.score(batch, rows=rows)
 
     def scores(self, asked: Reply, rollout: Rollout, prompts: Mapping[int, Row], watch: Stopwatch) -> Scores:
-        """What functions say, and servers that were ``asked``.
+        """Collect the scores of reward functions, and of servers that were ``asked``.
 
         Raises:
-            CriticLost: a server does not reply.
+            CriticUnavailable: a server does not reply.
             NotFinite: a number is infinite or NaN, or a function failed.
-            WaitEnded: the wait was given up.
+            WaitCancelled: the wait was given up.
         """
         found: dict[str, Tensor] = {}
         if functions := self.sources.functions:
@@ -130,7 +130,7 @@ class Scorer:
             assert served is not None, "a served reward has a server"
             found[self.served] = served.float()
         rewards = weighted_sum(found, self.rewards)
-        cure = "look at the critic's loss and at the reward model; with trainer.precision=16 serve them in bf16 or 32"
-        check_finite({"rewards": rewards, "values": values}, cure=cure)
+        fix = "look at the critic's loss and at the reward model; with trainer.precision=16 serve them in bf16 or 32"
+        check_finite({"rewards": rewards, "values": values}, fix=fix)
         values = torch.nn.functional.pad(values, (0, rollout.seq_length - values.shape[1]))
         return Scores(rewards=rewards, values=values.float(), by_name=found if self.rewards else {})

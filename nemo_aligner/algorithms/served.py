@@ -14,8 +14,8 @@ from nemo_aligner.batch import TokenBatch, ValueBatch
 from nemo_aligner.errors import UserError
 from nemo_aligner.parallel import collectives, world
 from nemo_aligner.serving.computing import Handler
-from nemo_aligner.serving.inbox import Judged
-from nemo_aligner.serving.protocol import Ticket
+from nemo_aligner.serving.protocol import RequestVersion
+from nemo_aligner.serving.request_queue import ServedScores
 from nemo_aligner.serving.server import Server
 
 TICK_SECONDS = 10.0  # without a request, after which the other ranks hear that rank 0 lives
@@ -28,10 +28,10 @@ def serve(
     *,
     should_stop: Callable[[Server], bool],
 ) -> bool:
-    """Answer clients with all ranks until one of them, or ``should_stop`` on rank 0, ends it; whether a client did.
+    """Serve clients with all ranks until one of them, or ``should_stop`` on rank 0, ends it; whether a client did.
 
     Every rank calls it and gets the same. Every method of ``handler`` but health is called on all ranks alike, and
-    gives all of them the same. What a client got wrong is told to it; any other error ends all ranks.
+    gives all of them the same. A client's mistake is reported to the client; any other error ends all ranks.
     """
     if not world.is_logging_rank():
         _follow(handler)
@@ -54,17 +54,17 @@ class _Leader:
     def __init__(self, handler: Handler) -> None:
         self._handler, self.health, self._called_at = handler, handler.health, time.monotonic()
 
-    def infer(self, batch: TokenBatch) -> Judged:
+    def infer(self, batch: TokenBatch) -> ServedScores:
         return self.everywhere("infer", batch)
 
-    def train(self, batch: ValueBatch, ticket: Ticket | None) -> float:
-        return self.everywhere("train", batch, ticket)
+    def train(self, batch: ValueBatch, version: RequestVersion | None) -> float:
+        return self.everywhere("train", batch, version)
 
-    def save(self, ticket: Ticket | None) -> None:
-        self.everywhere("save", ticket)
+    def save(self, version: RequestVersion | None) -> None:
+        self.everywhere("save", version)
 
-    def rewind(self, ticket: Ticket) -> None:
-        self.everywhere("rewind", ticket)
+    def roll_back(self, version: RequestVersion) -> None:
+        self.everywhere("roll_back", version)
 
     def keep_waiting(self) -> None:
         """Keep the other ranks from giving up where nothing has been asked for a while."""
@@ -84,7 +84,7 @@ def _follow(handler: Handler) -> None:
     while command != (STOP,):
         with world.phase("waiting for rank 0, which serves"):
             command = collectives.broadcast_object(command)
-        # Every rank has met it, and rank 0 tells the client.
+        # Every rank has met it, and rank 0 reports it to the client.
         with contextlib.suppress(UserError):
             _do(handler, *command)
 
@@ -93,14 +93,14 @@ def _do(handler: Handler, name: str, *arguments: Any) -> Any:  # noqa: ANN401
     return None if name in (TICK, STOP) else getattr(handler, name)(*arguments)
 
 
-def judge(
+def score(
     batch: TokenBatch,
     ask: Callable[[TokenBatch, int], tuple[Tensor | None, Tensor | None]],
     *,
     rows: int,
     multiple: int,
-) -> Judged:
-    """What all ranks together say of a batch that each of them has.
+) -> ServedScores:
+    """Score a batch that each rank has, with the work split over all ranks.
 
     The rows are dealt out in order, so that how many ranks there are changes no result but by rounding.
 
@@ -115,9 +115,9 @@ def judge(
     ranks = world.dp_size()
     micro = min(rows, -(-batch.num_rows // ranks))
     share = -(-batch.num_rows // (micro * ranks)) * micro
-    whole = batch.filled(share * ranks).with_length(-(-batch.seq_length // multiple) * multiple)
+    whole = batch.pad_rows(share * ranks).with_length(-(-batch.seq_length // multiple) * multiple)
     mine = whole.take(slice(world.dp_rank() * share, (world.dp_rank() + 1) * share)).to(world.device())
-    parts = collectives.over_data_parallel(tuple(x if x is None else x.cpu() for x in ask(mine, micro)))
+    parts = collectives.all_gather_objects_dp(tuple(x if x is None else x.cpu() for x in ask(mine, micro)))
     rewards, values = (
         None if column[0] is None else torch.cat([x for x in column if x is not None])[: batch.num_rows]
         for column in zip(*parts, strict=True)
@@ -127,6 +127,6 @@ def judge(
             wrong = int((~numbers.isfinite()).sum())
             raise UserError(
                 f"{wrong} of {numbers.numel()} {name} of this request are infinite or NaN, and are not served",
-                cure="with trainer.precision=16 serve the model in bf16 or 32; or serve an earlier checkpoint",
+                fix="with trainer.precision=16 serve the model in bf16 or 32; or serve an earlier checkpoint",
             )
-    return Judged(rewards=rewards, values=None if values is None else values[:, : batch.seq_length])
+    return ServedScores(rewards=rewards, values=None if values is None else values[:, : batch.seq_length])

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Optimizer steps that a model left out because a loss or a gradient was not finite: counted, told, and not endless.
+"""Optimizer steps that a model left out because a loss or a gradient was not finite: counted, logged, and not endless.
 
 The count is a part of the trainer's state, so a run that goes on from a checkpoint stops where it would have stopped.
 """
@@ -17,7 +17,7 @@ from nemo_aligner.parallel import world
 
 logger = logging.getLogger(__name__)
 
-CURE = (
+FIX = (
     "set model.optim.lr lower; with trainer.precision=16 try bf16 or 32; look at the data of that step. "
     "Checkpoints hold finite weights only: exp_manager.resume_from_checkpoint, in a new exp_manager.explicit_log_dir, "
     "goes on from one of them"
@@ -25,14 +25,14 @@ CURE = (
 
 
 class Diverged(Unwound):
-    """A server's model can't learn any more; it ends the server, where a UserError would be told to the client."""
+    """A server's model can't learn any more; it ends the server, where a UserError would be reported to the client."""
 
 
 class NotFinite(Unwound):
     """Nothing can be learned from a rollout: what is known of it is infinite or NaN. Raised on every rank alike."""
 
 
-def check_finite(found: Mapping[str, Tensor], *, most: float = math.inf, cure: str) -> None:
+def check_finite(found: Mapping[str, Tensor], *, most: float = math.inf, fix: str) -> None:
     """Look at what is known of a rollout before anything is learned of it.
 
     Args:
@@ -48,7 +48,7 @@ def check_finite(found: Mapping[str, Tensor], *, most: float = math.inf, cure: s
         if not fine.all():
             count, first = int((~fine).sum()), numbers[~fine][0].item()
             problem = f"{count} of {numbers.numel()} {name} of this rollout are no use, the first of them: {first:g}"
-            raise NotFinite(UserError(problem, cure=cure))
+            raise NotFinite(UserError(problem, fix=fix))
 
 
 def counted(state: TrainerState, metrics: Mapping[str, float], *, step: int) -> TrainerState:
@@ -65,18 +65,18 @@ def counted(state: TrainerState, metrics: Mapping[str, float], *, step: int) -> 
 
 
 def too_many(state: TrainerState, *, block: str, limit: int) -> UserError | None:
-    """What ends a run that has skipped ``limit`` steps in a row; ``block`` is where its setting stands."""
+    """The error that ends a run after ``limit`` skipped steps in a row; ``block`` is the section of the setting."""
     if state.skipped_steps < limit:
         return None
     return UserError(
         f"{state.skipped_steps} optimizer steps in a row were skipped, and {block}.max_skipped_steps={limit}: "
         f"{state.first_skipped}",
-        cure=CURE,
+        fix=FIX,
     )
 
 
 def refuse_to_end(state: TrainerState) -> None:
-    """Refuse to call a run whose last steps were skipped a success.
+    """Raise UserError if the last steps of a run were skipped.
 
     Raises:
         UserError: they were.
@@ -84,5 +84,5 @@ def refuse_to_end(state: TrainerState) -> None:
     if state.skipped_steps:
         raise UserError(
             f"the last {state.skipped_steps} optimizer steps of the run were skipped: {state.first_skipped}",
-            cure=CURE,
+            fix=FIX,
         )

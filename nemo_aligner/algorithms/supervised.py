@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, replace
 
 import torch
 
-from nemo_aligner.algorithms.milestones import Milestones
+from nemo_aligner.algorithms.run_lifecycle import RunLifecycle
 from nemo_aligner.algorithms.skips import counted, refuse_to_end
 from nemo_aligner.batch import TokenBatch
 from nemo_aligner.checkpoint.trainer_state import Checkpoint, TrainerState
@@ -31,7 +31,7 @@ Annotate = Callable[[Sequence[TokenBatch]], Sequence[TokenBatch]]
 
 @dataclass(frozen=True, kw_only=True)
 class SupervisedData:
-    """What a model learns from."""
+    """A source of train batches."""
 
     train: Batches
     # sets by the name that their metrics begin with; that of "validation" rank checkpoints
@@ -41,7 +41,7 @@ class SupervisedData:
 
 @dataclass(frozen=True, kw_only=True)
 class SupervisedState:
-    """What a supervised loop goes on from beside its weights."""
+    """The state that a supervised loop resumes from, beside its weights."""
 
     unvalidated_step: int | None = None  # whose validation a signal has ended
 
@@ -74,7 +74,7 @@ class SupervisedTrainer:
             limit_val=config.limit_val_batches,
         )
         self.checkpoints = checkpoints
-        self.milestones = Milestones(self.plan, run, checkpoints, block=config.block, save=self._save)
+        self.lifecycle = RunLifecycle(self.plan, run, checkpoints, block=config.block, save=self._save)
         self.state = TrainerState(
             data=data.train.fingerprint | {"steps_per_epoch": self.plan.steps_per_epoch}
         )
@@ -89,18 +89,18 @@ class SupervisedTrainer:
                 longer finite.
         """
         if start is not None:
-            self.state = self.milestones.restore(start, self.state.data)
+            self.state = self.lifecycle.restore(start, self.state.data)
             self.own = start.algorithm(SupervisedState)
-        self.milestones.check_room()
+        self.lifecycle.check_room()
         self.run.begin(self.state.step, max_steps=self.plan.max_steps)
         bar = ProgressBar(total=self.plan.max_steps, start=self.state.step, enabled=world.is_logging_rank())
         try:
-            with StopRequest(interrupts=True, tells=world.is_logging_rank()) as self._request:
+            with StopRequest(interrupts=True, logs=world.is_logging_rank()) as self._request:
                 if self.own.unvalidated_step == self.state.step:
                     self._catch_up()
                 for batches in self._training_batches():
                     self._advance(batches, bar)
-                    self.milestones.after(self.state.step, self._request)
+                    self.lifecycle.after(self.state.step, self._request)
                 if self.checkpoints is not None:
                     self.checkpoints.finish()
                 refuse_to_end(self.state)
@@ -113,14 +113,14 @@ class SupervisedTrainer:
         step = self.state.step + 1
         with world.phase(f"step {step}"):
             metrics = self._step(batches)
-        self.milestones.limit.note("step", metrics["step_time"])
+        self.lifecycle.limit.note("step", metrics["step_time"])
         consumed = self.state.consumed_samples + int(metrics.pop("samples"))
         self.state = replace(self.state, step=step, consumed_samples=consumed)
         metrics |= {"consumed_samples": consumed, "epoch": 1 + (step - 1) // self.plan.steps_per_epoch}
         self.run.log({f"train/{name}": value for name, value in metrics.items()}, step=step)
         bar.update(step, metrics)
         self.state = counted(self.state, metrics, step=step)
-        self.milestones.stop_if_diverged(self.state, limit=self.config.max_skipped_steps)
+        self.lifecycle.stop_if_diverged(self.state, limit=self.config.max_skipped_steps)
         if self.plan.validates_after(step):
             self._validate_after(step)
 
@@ -130,8 +130,8 @@ class SupervisedTrainer:
         if self.plan.validates_after(step):
             self._validate_after(step)
         if self.own.unvalidated_step == step:
-            (number,) = collectives.maxima([self._request.number])
-            raise self.milestones.stopped(step, int(number))
+            (number,) = collectives.all_reduce_max([self._request.number])
+            raise self.lifecycle.stopped(step, int(number))
 
     def _validate_after(self, step: int) -> None:
         """Validate, and log what is found; a signal ends it, and it is due again."""
@@ -142,7 +142,7 @@ class SupervisedTrainer:
             return
         self.run.log(means, step=step)
         seconds = sum(means[name] for name in means if name.endswith("/step_time"))
-        self.milestones.limit.note("validation", seconds)
+        self.lifecycle.limit.note("validation", seconds)
         known = {monitor_name(name): value for name, value in means.items() if name.startswith("validation/")}
         metrics = {name: value for name, value in known.items() if name != "val_step_time"}
         self.state = replace(self.state, metrics=metrics)
@@ -184,7 +184,7 @@ class SupervisedTrainer:
         started, count = time.perf_counter(), limited(source.batches_per_epoch, self.config.limit_val_batches)
         sums: Sums = {}
         for batches in source.iterate(0, count):
-            (stops,) = collectives.maxima([asked()])
+            (stops,) = collectives.all_reduce_max([asked()])
             if stops:
                 return None
             batches = self.data.annotate(batches)
@@ -214,7 +214,7 @@ class SupervisedTrainer:
         }
 
     def _count(self, batches: Sequence[TokenBatch]) -> dict[str, int]:
-        """Samples, tokens and the objective's units of the global batch; rows that only fill up are not counted."""
+        """Samples, tokens and the objective's units of the global batch; padding rows are not counted."""
         rows = torch.tensor(
             [
                 sum(int((batch.lengths > 1).sum()) // batch.rows_per_sample for batch in batches),

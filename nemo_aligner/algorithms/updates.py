@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from nemo_aligner.algorithms.rollout import Rollouts, cut, deal, lengths_of
+from nemo_aligner.algorithms.rollout import Rollouts, balance_micro_batches, lengths_of, trim_padding
 from nemo_aligner.algorithms.skips import counted
 from nemo_aligner.batch import Experience
 from nemo_aligner.checkpoint.trainer_state import TrainerState
@@ -50,12 +50,12 @@ class Updates:
             )
             metrics = means(sums) | self.policy.optimizer_step()
             state = counted(state, metrics, step=number)
-            of = skipped if metrics["skipped_steps"] else found if part.learned().any() else empty
+            of = skipped if metrics["skipped_steps"] else found if part.loss_tokens().any() else empty
             of.append(metrics)
         world.synchronize()
         if empty and world.is_logging_rank():
             logger.warning(
-                "nothing was learned in %d of %d updates: none of their answers ended within "
+                "nothing was learned in %d of %d updates: none of their responses ended within "
                 "model.ppo.length_params.max_length=%d tokens, and trainer.ppo.mask_unfinished=True",
                 *(len(empty), self.per_rollout, self.rollouts.sampling.max_length),
             )
@@ -74,7 +74,10 @@ class Updates:
         """This rank's micro-batches of a global batch that every rank has."""
         rollouts, multiple = self.rollouts, self.rollouts.length_multiple
         lengths = lengths_of(batch)
-        shares = deal(lengths, rows=rollouts.micro_batch_size, ranks=world.dp_size())
+        shares = balance_micro_batches(lengths, rows=rollouts.micro_batch_size, ranks=world.dp_size())
         # Pipeline stages exchange one shape.
         longest = max(lengths) if world.pp_size() > 1 else None
-        return [cut(batch.take(rows), multiple=multiple, longest=longest) for rows in shares[world.dp_rank()]]
+        return [
+            trim_padding(batch.take(rows), multiple=multiple, longest=longest)
+            for rows in shares[world.dp_rank()]
+        ]

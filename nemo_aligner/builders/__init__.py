@@ -9,7 +9,7 @@ from nemo_aligner.builders.models import (
     Pretrained,
     load_policy,
     load_reward_model,
-    needed_tokenizer,
+    require_tokenizer,
     standardize,
 )
 from nemo_aligner.builders.reference import beside_reference
@@ -27,10 +27,10 @@ __all__ = [
     "beside_reference",
     "load_policy",
     "load_reward_model",
-    "needed_tokenizer",
     "open_experiment",
     "pair_loaders",
     "prepare_training",
+    "require_tokenizer",
     "resume_point",
     "reward_objective",
     "save_result",

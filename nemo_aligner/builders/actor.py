@@ -11,19 +11,19 @@ from pathlib import Path
 from nemo_aligner.algorithms.critic_link import PPOState
 from nemo_aligner.algorithms.ppo import PPOTrainer
 from nemo_aligner.algorithms.rewards import load_function
-from nemo_aligner.algorithms.rollout import Prompts, Rollouts
+from nemo_aligner.algorithms.rollout import PromptSource, Rollouts
 from nemo_aligner.algorithms.scoring import RewardSources
 from nemo_aligner.builders.loaders import longest_sequence
-from nemo_aligner.builders.models import Pretrained, go_on_from, load_policy, needed_tokenizer
+from nemo_aligner.builders.models import Pretrained, go_on_from, load_policy, require_tokenizer
 from nemo_aligner.builders.resume import resume_point
 from nemo_aligner.builders.runs import open_experiment, prepare_training, save_result, training_checkpoints
 from nemo_aligner.builders.servers import tokenizer_probe
 from nemo_aligner.checkpoint.trainer_state import Checkpoint, read_extra
 from nemo_aligner.config.ppo import ActorJob, CriticRemoteConfig, RemoteConfig, RewardRemoteConfig
 from nemo_aligner.data.collate import uncollated
+from nemo_aligner.data.data_spec import Split
 from nemo_aligner.data.datasets import open_prompt_rows
 from nemo_aligner.data.loader import BatchLoader
-from nemo_aligner.data.prefix import Split
 from nemo_aligner.data.sampler import GlobalBatchSampler
 from nemo_aligner.data.tokenizer import Tokenizer
 from nemo_aligner.errors import UserError
@@ -33,9 +33,9 @@ from nemo_aligner.objectives.policy import PolicyGradient
 from nemo_aligner.parallel import world
 from nemo_aligner.run.experiment import Experiment
 from nemo_aligner.run.progress import heartbeat
-from nemo_aligner.serving.agreement import Actor, compare
-from nemo_aligner.serving.client import CriticNames, Remote, RemoteCritic, RemoteReward
-from nemo_aligner.serving.shared import CriticLost, Pending, SharedCritic, SharedReward
+from nemo_aligner.serving.client import CriticNames, RemoteCritic, RemoteReward, ServerAddress
+from nemo_aligner.serving.compatibility import Actor, compare
+from nemo_aligner.serving.proxies import CriticProxy, CriticUnavailable, PendingReply, RewardProxy
 
 logger = logging.getLogger(__name__)
 
@@ -79,7 +79,7 @@ def load_actor(job: ActorJob, start: Checkpoint | None) -> Pretrained[GPTPolicy]
 
 
 def _longest(job: ActorJob, pretrained: Pretrained[GPTPolicy]) -> int:
-    """Positions of a prompt and its answer, at most."""
+    """Positions of a prompt and its response, at most."""
     gpt, remote = pretrained.learner.model.gpt_config, job.remote_critic_rm
     padded = remote.pad_to_length if remote else None
     limits = {
@@ -96,7 +96,7 @@ def _sampling(job: ActorJob, pretrained: Pretrained[GPTPolicy]) -> SamplingConfi
 
 
 def actor_rollouts(job: ActorJob, pretrained: Pretrained[GPTPolicy]) -> Rollouts:
-    """How answers are written and dealt out."""
+    """The sizes of a rollout, and of the work on it."""
     model = job.model
     return Rollouts(
         config=model.ppo,
@@ -105,7 +105,7 @@ def actor_rollouts(job: ActorJob, pretrained: Pretrained[GPTPolicy]) -> Rollouts
         micro_batch_size=model.micro_batch_size,
         length_multiple=model.length_multiple,
         seed=model.seed,
-        decode=needed_tokenizer(job, pretrained).decode,
+        decode=require_tokenizer(job, pretrained).decode,
         end_ids=pretrained.learner.end_ids,
     )
 
@@ -122,13 +122,15 @@ def actor_objective(job: ActorJob) -> PolicyGradient:
 
 
 @world.phase("reading data")
-def actor_prompts(job: ActorJob, pretrained: Pretrained[GPTPolicy]) -> tuple[Prompts, Prompts | None]:
+def actor_prompts(
+    job: ActorJob, pretrained: Pretrained[GPTPolicy]
+) -> tuple[PromptSource, PromptSource | None]:
     """Prompts of training and of validation.
 
     Raises:
         UserError: there is no tokenizer, a file cannot be used, or there are too few prompts for a rollout.
     """
-    tokenizer, config, splits = needed_tokenizer(job, pretrained), job.model.ppo, job.model.data.splits
+    tokenizer, config, splits = require_tokenizer(job, pretrained), job.model.ppo, job.model.data.splits
     with heartbeat("reading data", enabled=world.is_logging_rank()):
         train = _prompts(job, splits.train, tokenizer, pretrained, size=config.num_prompts, shuffle=True)
         validation = None
@@ -142,7 +144,7 @@ def actor_prompts(job: ActorJob, pretrained: Pretrained[GPTPolicy]) -> tuple[Pro
         raise UserError(
             f"model.data.data_prefix has {found} prompts for training, fewer than "
             f"model.ppo.num_rollout_samples={config.num_rollout_samples}{of}",
-            cure=f"give more prompts, or set model.ppo.num_rollout_samples to at most {found * each}",
+            fix=f"give more prompts, or set model.ppo.num_rollout_samples to at most {found * each}",
         )
     if world.is_logging_rank():
         others = f" and {len(validation.dataset)} validation" if validation else ""
@@ -158,7 +160,7 @@ def _prompts(
     *,
     size: int,
     shuffle: bool,
-) -> Prompts:
+) -> PromptSource:
     data, sampling = job.model.data, _sampling(job, pretrained)
     if job.model.ppo.sampling_params.add_BOS:
         data = replace(data, add_bos=True)
@@ -167,7 +169,7 @@ def _prompts(
         raise UserError(
             f"model.ppo.length_params.max_length={sampling.max_length} leaves no room for a prompt in "
             f"{_longest(job, pretrained)} tokens",
-            cure="set it lower, or model.encoder_seq_length (and remote_critic_rm.pad_to_length) higher",
+            fix="set it lower, or model.encoder_seq_length (and remote_critic_rm.pad_to_length) higher",
         )
     dataset = open_prompt_rows(data, split, tokenizer, max_length=room)
     return BatchLoader(
@@ -196,7 +198,7 @@ def _prompts(
 def open_sources(
     job: ActorJob, run: Experiment, pretrained: Pretrained[GPTPolicy], start: Checkpoint | None
 ) -> Iterator[RewardSources]:
-    """Who judges responses, once servers are up and agree with the settings; after a good run they are told to stop.
+    """The sources of rewards, once servers are up and compatible; after a good run the servers are stopped.
 
     Raises:
         UserError: a server does not come up, the jobs do not fit each other, or a function is not there.
@@ -213,19 +215,19 @@ def open_sources(
         return
     server = _connect(job, remote, run, start) if world.is_logging_rank() else None
     try:
-        agreed: Pending[None] = Pending(
+        agreed: PendingReply[None] = PendingReply(
             server.submit(lambda: _compare(job, remote, pretrained, server)) if server else None
         )
         try:
             agreed.result()
-        except CriticLost as lost:
+        except CriticUnavailable as lost:
             raise lost.error from lost
         if config.asks_critic:
             assert not isinstance(server, RemoteReward)
-            yield RewardSources(critic=SharedCritic(server), functions=functions)
+            yield RewardSources(critic=CriticProxy(server), functions=functions)
         else:
             assert not isinstance(server, RemoteCritic)
-            yield RewardSources(reward=SharedReward(server), functions=functions)
+            yield RewardSources(reward=RewardProxy(server), functions=functions)
         if server is not None:
             _stop(remote, server)
     finally:
@@ -299,8 +301,8 @@ def _connect(
         pad_to_length=config.pad_to_length,
         sequence=known.critic_sequence if known else 0,
     )
-    if start is not None and (lessons := read_extra(start)):
-        critic.restore(lessons)
+    if start is not None and (requests := read_extra(start)):
+        critic.restore(requests)
     return critic
 
 
@@ -316,8 +318,8 @@ def _run_id(folder: Path) -> str:
 
 def _remote(
     config: RemoteConfig, block: str, server: CriticRemoteConfig | RewardRemoteConfig, *, script: str
-) -> Remote:
-    return Remote(
+) -> ServerAddress:
+    return ServerAddress(
         setting=f"remote_critic_rm.{block}",
         job=script,
         ip=server.ip,

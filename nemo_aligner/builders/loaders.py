@@ -7,17 +7,17 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from nemo_aligner.algorithms.supervised import Batches, SupervisedData
-from nemo_aligner.builders.models import Pretrained, needed_tokenizer, pin_clock
+from nemo_aligner.builders.models import Pretrained, pin_clock, require_tokenizer
 from nemo_aligner.checkpoint.tokenizer_files import chat_template_file
 from nemo_aligner.config.pairs import PairJob, PairModelConfig
 from nemo_aligner.config.reward import RMModelConfig
 from nemo_aligner.config.sft import SFTJob, SFTModelConfig
 from nemo_aligner.data.collate import collate
 from nemo_aligner.data.config import SFTDataConfig, SFTSplitConfig
+from nemo_aligner.data.data_spec import Split
 from nemo_aligner.data.datasets import open_response_rows, open_sft, uses_prompt_tokens
 from nemo_aligner.data.loader import BatchLoader
 from nemo_aligner.data.markers import marker_template
-from nemo_aligner.data.prefix import Split
 from nemo_aligner.data.records import Records, TextRow
 from nemo_aligner.data.row import describe
 from nemo_aligner.data.row_dataset import BlendedDataset, RowDataset
@@ -42,7 +42,7 @@ def sft_loaders(job: SFTJob, pretrained: Pretrained[GPTPolicy]) -> SupervisedDat
     Raises:
         UserError: there is no tokenizer, or a file has a bad line.
     """
-    model, data, tokenizer = job.model, job.model.data, needed_tokenizer(job, pretrained)
+    model, data, tokenizer = job.model, job.model.data, require_tokenizer(job, pretrained)
     gpt, multiple = pretrained.learner.model.gpt_config, model.length_multiple
     if data.chat:
         pin_clock(tokenizer, pretrained.config, data.chat_date)
@@ -57,7 +57,7 @@ def sft_loaders(job: SFTJob, pretrained: Pretrained[GPTPolicy]) -> SupervisedDat
         _keep_markers(data, tokenizer, pretrained)
     if world.is_logging_rank():
         shown = describe(train.dataset[0], tokenizer)
-        logger.info("first training sample, learned tokens between ⟦ and ⟧:\n%s", shown)
+        logger.info("first training sample, loss tokens between ⟦ and ⟧:\n%s", shown)
         logger.info(
             "%d training and %s validation samples",
             len(train.dataset),
@@ -98,7 +98,7 @@ def longest_sequence(setting: str, asked: int, gpt: GPTConfig, multiple: int) ->
         raise UserError(
             f"sequences of {longest} tokens ({setting}={asked}, model.encoder_seq_length="
             f"{gpt.encoder_seq_length}) are longer than the model's {gpt.max_position_embeddings} learned positions",
-            cure=f"set model.encoder_seq_length={gpt.max_position_embeddings}",
+            fix=f"set model.encoder_seq_length={gpt.max_position_embeddings}",
         )
     if longest > gpt.max_position_embeddings and world.is_logging_rank():
         _warn_of_positions(longest, setting, asked, gpt.max_position_embeddings)
@@ -165,7 +165,7 @@ def _batches(
 
 
 def reward_objective(model: RMModelConfig) -> Objective:
-    """What the reward model is to learn."""
+    """The objective of the reward model."""
     match model.reward_model_type, model.regression.loss_func:
         case "regression", "regression":
             return Regression()
@@ -196,7 +196,7 @@ def pair_loaders(job: PairJob, pretrained: Pretrained, *, generates: bool = Fals
         UserError: there is no tokenizer, or a file cannot be used.
     """
     model, data, splits = job.model, job.model.data, job.model.data.splits
-    tokenizer, gpt = needed_tokenizer(job, pretrained), pretrained.learner.model.gpt_config
+    tokenizer, gpt = require_tokenizer(job, pretrained), pretrained.learner.model.gpt_config
     longest = longest_sequence(
         "model.data.seq_length", data.seq_length or gpt.encoder_seq_length, gpt, model.length_multiple
     )

@@ -59,19 +59,17 @@ def load_policy(job: ModelJob, *, start: Checkpoint | None = None) -> Pretrained
     Raises:
         UserError: the checkpoint is not there, damaged, or does not fit the layout or the overrides.
     """
-    with opened(job, start) as archive:
+    with open_checkpoint(job, start) as archive:
         config = merged_config(job.model, archive)
         if config.get("reward_model_type"):
             key, path = job.pretrained
-            raise UserError(
-                f"{key}={path} is a reward model and writes no text", cure="give a language model"
-            )
-        built, tokenizer, files = filled(job, archive, config, head=None)
+            raise UserError(f"{key}={path} is a reward model and writes no text", fix="give a language model")
+        built, tokenizer, files = build_model(job, archive, config, head=None)
     pin_clock(tokenizer, config)
     policy = GPTPolicy(
         built,
         end_ids=stop_ids(config, tokenizer),
-        speller=tokenizer,
+        detokenizer=tokenizer,
         kept_logits_bytes=job.model.kept_logits_mib << 20,
         seed=job.model.seed,
     )
@@ -93,7 +91,7 @@ def load_reward_model(job: RMJob, *, start: Checkpoint | None = None) -> Pretrai
     Raises:
         UserError: the checkpoint is not there, damaged, or does not fit the layout or the overrides.
     """
-    with opened(job, start) as archive:
+    with open_checkpoint(job, start) as archive:
         config = merged_config(job.model, archive)
         head = head_config(config)
         assert head is not None
@@ -106,7 +104,7 @@ def load_reward_model(job: RMJob, *, start: Checkpoint | None = None) -> Pretrai
             logger.warning(
                 "model.data has texts read with %s, and this reward model was trained with %s", asked, trained
             )
-        built, tokenizer, files = filled(job, archive, config, head=head, but=None if own else HEAD_NAME)
+        built, tokenizer, files = build_model(job, archive, config, head=head, but=None if own else HEAD_NAME)
         if not own:
             draw_head(built, seed=job.model.seed)
     pin_clock(tokenizer, config)
@@ -114,7 +112,9 @@ def load_reward_model(job: RMJob, *, start: Checkpoint | None = None) -> Pretrai
     return Pretrained(learner=critic, tokenizer=tokenizer, config=config, files=files)
 
 
-def opened(job: ModelJob, start: Checkpoint | None) -> contextlib.AbstractContextManager[OpenedModel]:
+def open_checkpoint(
+    job: ModelJob, start: Checkpoint | None
+) -> contextlib.AbstractContextManager[OpenedModel]:
     """The checkpoint that the job starts from, or goes on with."""
     # The files of a checkpoint to go on from have been checked.
     return shared_model(start.path if start else job.pretrained[1], check=start is None)
@@ -125,10 +125,10 @@ def merged_config(model: ModelConfig, archive: ModelArchive) -> dict[str, Any]:
     unread = [key for key in unread_keys(archive.config) if key not in HEAD_KEYS]
     if unread and world.is_logging_rank():
         logger.info("keys of model_config.yaml that are kept and not read: %s", ", ".join(unread))
-    return {**archive.config, **model.architecture, **model.own_keys}
+    return {**archive.config, **model.architecture, **model.saved_keys}
 
 
-def filled(
+def build_model(
     job: ModelJob,
     archive: OpenedModel,
     config: dict[str, Any],
@@ -138,7 +138,7 @@ def filled(
 ) -> tuple[GPT | InterleavedGPT, Tokenizer | None, dict[str, Path | bytes]]:
     """The model that ``config`` describes with the archive's weights, its tokenizer, if it has one, and their files.
 
-    ``config`` is told the precision. See :func:`load_model` for ``but``.
+    ``config`` gets the precision. See :func:`load_model` for ``but``.
     """
     gpt, precision = GPTConfig.from_dict(config), _precision(job)
     built = build_gpt(
@@ -165,7 +165,7 @@ def chosen_precision(job: ModelJob) -> str:
 
 
 def _precision(job: ModelJob) -> str:
-    """See :func:`chosen_precision`; a choice that people may not expect is told."""
+    """See :func:`chosen_precision`; a choice that people may not expect is logged."""
     asked, precision = job.trainer.precision, chosen_precision(job)
     if world.device().type == "cpu" and world.is_logging_rank():
         if job.trainer.chooses_precision:
@@ -202,7 +202,7 @@ def _tokenizer_files(archive: ModelArchive) -> dict[str, Path | bytes]:
     }
 
 
-def needed_tokenizer(job: ModelJob, pretrained: Pretrained[Any]) -> Tokenizer:
+def require_tokenizer(job: ModelJob, pretrained: Pretrained[Any]) -> Tokenizer:
     """The checkpoint's tokenizer.
 
     Raises:
@@ -212,7 +212,7 @@ def needed_tokenizer(job: ModelJob, pretrained: Pretrained[Any]) -> Tokenizer:
         key, path = job.pretrained
         raise UserError(
             f"{key}={path} holds no tokenizer, and text needs one",
-            cure="give a model with its tokenizer: a whole Hugging Face folder, or a .nemo made of one",
+            fix="give a model with its tokenizer: a whole Hugging Face folder, or a .nemo made of one",
         )
     return pretrained.tokenizer
 
@@ -234,7 +234,7 @@ def standardize(job: RMJob, pretrained: Pretrained[GPTCritic], validation: dict[
     if not (math.isfinite(mean) and math.isfinite(std) and std > 0):
         raise UserError(
             f"rewards of mean {mean:g} and deviation {std:g} cannot be standardised",
-            cure="set model.reward_standardization.mean and .std, or model.reward_standardization.enable=False",
+            fix="set model.reward_standardization.mean and .std, or model.reward_standardization.enable=False",
         )
     pretrained.config["reward_standardization"] = {"enable": True, "mean": mean, "std": std}
     if world.is_logging_rank():

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a training script says last: the commands that go on from its result, with the paths filled in."""
+"""The last lines of a training script: the commands that use its result, with the paths filled in."""
 
 import logging
 import shlex
 from pathlib import Path
 
-from nemo_aligner.config.base import Job
+from nemo_aligner.config.base import TrainingJob
 from nemo_aligner.config.reward import RMJob
 from nemo_aligner.config.sft import SFTJob
 from nemo_aligner.parallel import world
@@ -14,14 +14,14 @@ from nemo_aligner.run.experiment import Experiment
 logger = logging.getLogger(__name__)
 
 
-def say_next(job: Job, run: Experiment) -> None:
+def say_next(job: TrainingJob, run: Experiment) -> None:
     """Log what can be done with the run's .nemo, if it has written one."""
     if world.is_logging_rank() and run.nemo_path.exists():
         lines = [f"  {what}:\n    {command}" for what, command in _next(job, run.nemo_path).items()]
         logger.info("%s", "\n".join(["what can be done with the result:", *lines]))
 
 
-def _next(job: Job, nemo: Path) -> dict[str, str]:
+def _next(job: TrainingJob, nemo: Path) -> dict[str, str]:
     """{what for: command}."""
     model = f"model={nemo}"
     found = {"have it for transformers": _command("export", model, f"out={nemo.with_suffix('')}_hf")}

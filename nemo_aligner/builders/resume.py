@@ -5,7 +5,7 @@ import logging
 from pathlib import Path
 
 from nemo_aligner.builders.models import chosen_precision
-from nemo_aligner.checkpoint.digests import told
+from nemo_aligner.checkpoint.digests import damage_text
 from nemo_aligner.checkpoint.model_digest import model_digest
 from nemo_aligner.checkpoint.model_nemo import damage_over_ranks
 from nemo_aligner.checkpoint.sources import find_model
@@ -16,7 +16,7 @@ from nemo_aligner.checkpoint.trainer_state import (
     scan_checkpoints,
 )
 from nemo_aligner.checkpoint.training import remove_unfinished, set_aside
-from nemo_aligner.config.base import Job
+from nemo_aligner.config.base import TrainingJob
 from nemo_aligner.config.resume import changes, plain
 from nemo_aligner.errors import UserError
 from nemo_aligner.parallel import collectives, world
@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 
 
 @world.phase("looking for a checkpoint")
-def resume_point(job: Job, run: Experiment) -> Checkpoint | None:
+def resume_point(job: TrainingJob, run: Experiment) -> Checkpoint | None:
     """The checkpoint that the run goes on from: its folder's newest, else the one that the settings name.
 
     What interrupted saves have left in the folder is removed. From here on the folder is this run's: ``run.identity``
@@ -42,7 +42,7 @@ def resume_point(job: Job, run: Experiment) -> Checkpoint | None:
     return start
 
 
-def _whole(job: Job, run: Experiment) -> Checkpoint | None:
+def _whole(job: TrainingJob, run: Experiment) -> Checkpoint | None:
     """The checkpoint to go on from, once its files are known to be as they were written."""
     start = collectives.from_rank_0(lambda: _find(job, run))
     if start is None or not (damage := _damage(start)):
@@ -63,15 +63,15 @@ def _damage(checkpoint: Checkpoint) -> list[str] | None:
 
 
 def _go_back(
-    job: Job, run: Experiment, start: Checkpoint, damage: list[str], older: Checkpoint | None
+    job: TrainingJob, run: Experiment, start: Checkpoint, damage: list[str], older: Checkpoint | None
 ) -> None:
     """Go on from ``older`` instead of ``start``, where the settings say so."""
     is_own = start.path.parent == run.checkpoints_folder.resolve()
-    problem = f"{start.path} is damaged: {told(damage)}"
+    problem = f"{start.path} is damaged: {damage_text(damage)}"
     if older is None:
         raise UserError(
             f"{problem}; no older checkpoint beside it is whole",
-            cure=f"put the files back from a copy, or start a new run in another {job.exp_manager.folder_setting}",
+            fix=f"put the files back from a copy, or start a new run in another {job.exp_manager.folder_setting}",
         )
     if is_own and job.exp_manager.resume_from_older_if_damaged:
         logger.warning("%s", problem)
@@ -80,12 +80,12 @@ def _go_back(
     key = "resume_from_older_if_damaged=True" if is_own else f"resume_from_checkpoint={older.path}"
     raise UserError(
         f"{problem}; the newest whole checkpoint before it is {older.path}, after step {older.state.step}",
-        cure=f"set exp_manager.{key} to go on from there"
+        fix=f"set exp_manager.{key} to go on from there"
         + (", and have the damaged one set aside" if is_own else ""),
     )
 
 
-def _find(job: Job, run: Experiment) -> Checkpoint | None:
+def _find(job: TrainingJob, run: Experiment) -> Checkpoint | None:
     config = job.exp_manager
     remove_unfinished(run.checkpoints_folder)
     named = config.resume_from_checkpoint or job.model.resume_from_checkpoint
@@ -97,13 +97,13 @@ def _find(job: Job, run: Experiment) -> Checkpoint | None:
         raise UserError(
             f"there is no checkpoint in {run.checkpoints_folder}, and "
             "exp_manager.resume_ignore_no_checkpoint=False",
-            cure="set exp_manager.resume_ignore_no_checkpoint=True to start anew",
+            fix="set exp_manager.resume_ignore_no_checkpoint=True to start anew",
         )
     return None
 
 
-def _readable(job: Job, run: Experiment) -> list[Checkpoint]:
-    """The run's checkpoints, oldest first; those that nobody can tell the step of are refused, or set aside."""
+def _readable(job: TrainingJob, run: Experiment) -> list[Checkpoint]:
+    """The run's checkpoints, oldest first; those of an unknown step are refused, or set aside."""
     found, unreadable = scan_checkpoints(run.checkpoints_folder)
     for path, error in unreadable.items():
         if not found:
@@ -112,20 +112,20 @@ def _readable(job: Job, run: Experiment) -> list[Checkpoint]:
         if not job.exp_manager.resume_from_older_if_damaged:
             raise UserError(
                 f"{error.problem}; the newest checkpoint beside it is {newest.path}, after step {newest.state.step}",
-                cure="set exp_manager.resume_from_older_if_damaged=True to go on from there, and have the damaged one "
-                f"set aside; or {error.cure}",
+                fix="set exp_manager.resume_from_older_if_damaged=True to go on from there, and have the damaged one "
+                f"set aside; or {error.fix}",
             )
         logger.warning("%s", error.problem)
         set_aside(path, newest=newest.path)
     return found
 
 
-def _accept(job: Job, run: Experiment, start: Checkpoint | None) -> None:
+def _accept(job: TrainingJob, run: Experiment, start: Checkpoint | None) -> None:
     """Make the folder this run's, if ``start`` is."""
     if start is not None and not job.exp_manager.create_checkpoint_callback:
         raise UserError(
             f"the run would go on from {start.path}, and exp_manager.create_checkpoint_callback=False",
-            cure="set it to True, or exp_manager.explicit_log_dir to a new folder",
+            fix="set it to True, or exp_manager.explicit_log_dir to a new folder",
         )
     settings = plain(job)
     settings["trainer"]["precision"] = chosen_precision(job)
@@ -143,7 +143,7 @@ def _digest(named: str) -> str:
         return ""  # there is no model, as its loader will say
 
 
-def _compare(job: Job, start: Checkpoint, identity: RunIdentity) -> None:
+def _compare(job: TrainingJob, start: Checkpoint, identity: RunIdentity) -> None:
     """List what is another setting than it was when ``start`` was written; refuse what makes it another run."""
     before, (key, base) = read_settings(start.path), job.pretrained
     found = [] if before is None else changes(before, identity.settings, asked=asked_keys())
@@ -160,6 +160,6 @@ def _compare(job: Job, start: Checkpoint, identity: RunIdentity) -> None:
         return
     raise UserError(
         f"{start.path} is of a run with other settings, which change its numbers: {'; '.join(refused)}",
-        cure="give the settings that the run had; or set exp_manager.resume_with_changes=True to go on with these; or "
+        fix="give the settings that the run had; or set exp_manager.resume_with_changes=True to go on with these; or "
         "start a new run in another exp_manager.explicit_log_dir, from this checkpoint as its model",
     )

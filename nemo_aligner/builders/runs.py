@@ -12,14 +12,14 @@ from nemo_aligner.algorithms.supervised import SupervisedData, SupervisedTrainer
 from nemo_aligner.builders.models import Pretrained
 from nemo_aligner.builders.next_steps import say_next
 from nemo_aligner.checkpoint.training import Newest, TrainingCheckpoints
-from nemo_aligner.config.base import Job
+from nemo_aligner.config.base import TrainingJob
 from nemo_aligner.config.pairs import PairJob
 from nemo_aligner.config.ppo import ActorJob
 from nemo_aligner.config.sft import SFTJob
 from nemo_aligner.models.gpt.learning_rate import OptimConfig
 from nemo_aligner.objectives.protocol import Objective
 from nemo_aligner.parallel import collectives, world
-from nemo_aligner.run.disk import told_if_full
+from nemo_aligner.run.disk import report_if_full
 from nemo_aligner.run.experiment import Experiment, ExperimentConfig
 from nemo_aligner.run.lock import FolderLock
 
@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 
 
 @contextlib.contextmanager
-def open_experiment(job: Job) -> Iterator[Experiment]:
+def open_experiment(job: TrainingJob) -> Iterator[Experiment]:
     """The run's folder, the same on every rank, and no other run's meanwhile.
 
     Raises:
@@ -53,7 +53,7 @@ def _held(config: ExperimentConfig, folder: Path) -> Iterator[FolderLock | None]
         config.make_folder(folder)
         lock = FolderLock(folder, setting=config.folder_setting)
     # Each round is a collective, so that no rank waits in one for longer than it may.
-    with told_if_full(folder, "the lock"):
+    with report_if_full(folder, "the lock"):
         while not collectives.broadcast_object(lock.take() if lock else False):
             time.sleep(1.0)
     try:
@@ -64,7 +64,7 @@ def _held(config: ExperimentConfig, folder: Path) -> Iterator[FolderLock | None]
 
 
 def training_checkpoints(
-    job: Job, run: Experiment, pretrained: Pretrained[Any], *, spare: Newest = lambda _: []
+    job: TrainingJob, run: Experiment, pretrained: Pretrained[Any], *, keep: Newest = lambda _: []
 ) -> TrainingCheckpoints | None:
     """Where the run saves, and what it keeps beside the best and the newest; None where it is not to save."""
     if not job.exp_manager.create_checkpoint_callback:
@@ -75,7 +75,7 @@ def training_checkpoints(
         pretrained.learner,
         model_config=pretrained.config,
         files=pretrained.files,
-        spare=spare,
+        keep=keep,
         identity=run.identity,
     )
 
@@ -105,7 +105,7 @@ def prepare_training(
 
 
 def save_result(
-    job: Job, run: Experiment, pretrained: Pretrained[Any], checkpoints: TrainingCheckpoints | None
+    job: TrainingJob, run: Experiment, pretrained: Pretrained[Any], checkpoints: TrainingCheckpoints | None
 ) -> None:
     """Write the trained model, or the best one of the run, as a .nemo, and say what can be done with it.
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From the settings of both servers to a reward model, a critic and what clients are told of them."""
+"""From the settings of both servers to a reward model, a critic and the settings that clients see."""
 
 import hashlib
 import logging
@@ -11,7 +11,7 @@ import torch
 
 from nemo_aligner.algorithms.critic_server_trainer import CriticServerConfig, newest_halves
 from nemo_aligner.builders.loaders import longest_sequence
-from nemo_aligner.builders.models import Pretrained, filled, merged_config, opened
+from nemo_aligner.builders.models import Pretrained, build_model, merged_config, open_checkpoint
 from nemo_aligner.builders.runs import training_checkpoints
 from nemo_aligner.checkpoint.digests import refuse_damage
 from nemo_aligner.checkpoint.model_nemo import damage_over_ranks
@@ -27,7 +27,7 @@ from nemo_aligner.data.tokenizer import Tokenizer
 from nemo_aligner.errors import UserError
 from nemo_aligner.models.gpt.critic import GPTCritic, RewardScale, RewardWeights
 from nemo_aligner.models.gpt.heads import HEAD_NAME, draw_head, fold_head, head_config
-from nemo_aligner.models.gpt.spare import SpareWeights
+from nemo_aligner.models.gpt.weight_swap import SwappedWeights
 from nemo_aligner.parallel import world
 from nemo_aligner.run.experiment import Experiment
 from nemo_aligner.serving.protocol import Limits, Scalar
@@ -48,14 +48,14 @@ def reward_scale(config: Mapping[str, Any]) -> RewardScale:
         if len(weights) != outputs:
             raise UserError(
                 f"model.regression.attribute_weights has {len(weights)} numbers, and the reward model gives {outputs}",
-                cure="give one weight for each attribute",
+                fix="give one weight for each attribute",
             )
     if not standard.get("enable"):
         return RewardScale(weights=weights)
     if standard.get("mean") is None or not standard.get("std"):
         raise UserError(
             f"model.reward_standardization.enable=True, with mean={standard.get('mean')} and std={standard.get('std')}",
-            cure="set model.reward_standardization.mean and .std (above 0) to those of the reward model's rewards",
+            fix="set model.reward_standardization.mean and .std (above 0) to those of the reward model's rewards",
         )
     return RewardScale(weights=weights, mean=float(standard["mean"]), std=float(standard["std"]))
 
@@ -67,18 +67,18 @@ def load_served_reward_model(job: RewardServerJob) -> Pretrained[GPTCritic]:
     Raises:
         UserError: it is none, damaged, or does not fit the layout or the overrides.
     """
-    with opened(job, None) as archive:
-        config = job.model.over(merged_config(job.model, archive))
+    with open_checkpoint(job, None) as archive:
+        config = job.model.override(merged_config(job.model, archive))
         head = head_config(config)
         if head is None or "reward_model_type" not in archive.config:
             raise _no_reward_model(job)
-        _tell_reading(archive.config, config)
-        built, tokenizer, files = filled(job, archive, config, head=head)
+        _log_reading(archive.config, config)
+        built, tokenizer, files = build_model(job, archive, config, head=head)
     model = GPTCritic(built, head=head, scale=reward_scale(config), seed=job.model.seed)
     return Pretrained(learner=model, tokenizer=tokenizer, config=config, files=files)
 
 
-def _tell_reading(saved: Mapping[str, Any], config: Mapping[str, Any]) -> None:
+def _log_reading(saved: Mapping[str, Any], config: Mapping[str, Any]) -> None:
     """Say how sentences become tokens, and where that is not as in the reward model's training."""
     trained, asked = Reading.of(saved), Reading.of(config)
     if not world.is_logging_rank():
@@ -100,20 +100,19 @@ def _tell_reading(saved: Mapping[str, Any], config: Mapping[str, Any]) -> None:
 def _no_reward_model(job: ModelJob) -> UserError:
     key, path = job.pretrained
     return UserError(
-        f"{key}={path} is a language model, and gives no rewards",
-        cure="train_reward_model.py makes one of it",
+        f"{key}={path} is a language model, and gives no rewards", fix="train_reward_model.py makes one of it"
     )
 
 
 @dataclass(frozen=True, kw_only=True)
-class Critic(Pretrained[GPTCritic]):
+class LoadedCritic(Pretrained[GPTCritic]):
     """A critic, and how it begins anew."""
 
     start_again: Callable[[], None]  # puts the weights and the optimizer where they were at the beginning
 
 
 @world.phase("loading the model")
-def load_critic(job: CriticJob) -> Critic:
+def load_critic(job: CriticJob) -> LoadedCritic:
     """A critic that starts from a reward model's weights, with that reward model beside it where it serves both.
 
     Its head starts as what gives the reward, standardised and merged as that is, so values start on its scale.
@@ -122,24 +121,24 @@ def load_critic(job: CriticJob) -> Critic:
         UserError: the checkpoint is not there, damaged, or does not fit the layout or the overrides.
     """
     combined = job.trainer.ppo.combine_rm_and_critic_server
-    with opened(job, None) as archive:
+    with open_checkpoint(job, None) as archive:
         is_reward_model = "reward_model_type" in archive.config
         if combined and not is_reward_model:
             raise _no_reward_model(job)
         config = {"reward_model_type": "binary_ranking", **merged_config(job.model, archive)}
-        config = job.model.over(config)
+        config = job.model.override(config)
         head = head_config(config)
         assert head is not None
         if is_reward_model:
-            _tell_reading(archive.config, config)
+            _log_reading(archive.config, config)
         config["share_embeddings_and_output_weights"] = False
-        built, tokenizer, files = filled(
+        built, tokenizer, files = build_model(
             job, archive, config, head=head, but=None if is_reward_model else HEAD_NAME
         )
     scale = reward_scale(config)
     if not is_reward_model:
         draw_head(built, seed=job.model.seed)
-    reward = RewardWeights(spare=SpareWeights(built), outputs=head.outputs) if combined else None
+    reward = RewardWeights(weights=SwappedWeights(built), outputs=head.outputs) if combined else None
     _give_one_value(job, built, scale, outputs=head.outputs)
     learner = GPTCritic(built, head=replace(head, outputs=1), scale=scale, reward=reward, seed=job.model.seed)
     learner.prepare_training(
@@ -152,7 +151,7 @@ def load_critic(job: CriticJob) -> Critic:
         "reward_standardization": {"enable": False, "mean": None, "std": None},
         "output_sequence": True,
     }
-    return Critic(
+    return LoadedCritic(
         learner=learner, tokenizer=tokenizer, config=saved, files=files, start_again=_beginning(job, learner)
     )
 
@@ -162,7 +161,7 @@ def _give_one_value(job: CriticJob, built: torch.nn.Module, scale: RewardScale, 
         raise UserError(
             f"the reward model of {job.pretrained[0]}={job.pretrained[1]} gives {outputs} attributes, and PPO learns "
             "from one reward",
-            cure="set model.regression.merge_attributes=True, and model.regression.attribute_weights to their weights",
+            fix="set model.regression.merge_attributes=True, and model.regression.attribute_weights to their weights",
         )
     if scale != RewardScale():
         fold_head(built, weights=scale.weights or (1.0,), mean=scale.mean, std=scale.std)
@@ -176,7 +175,7 @@ def _beginning(job: CriticJob, learner: GPTCritic) -> Callable[[], None]:
     }
 
     def start_again() -> None:
-        with opened(job, None) as archive, torch.no_grad():
+        with open_checkpoint(job, None) as archive, torch.no_grad():
             load_model(learner.model, archive.weights, but=HEAD_NAME)
             for name, value in learner.model.named_parameters():
                 if name in heads:
@@ -187,10 +186,10 @@ def _beginning(job: CriticJob, learner: GPTCritic) -> Callable[[], None]:
 
 
 def critic_checkpoints(
-    job: CriticJob, run: Experiment, critic: Critic
+    job: CriticJob, run: Experiment, critic: LoadedCritic
 ) -> tuple[TrainingCheckpoints | None, Callable[[Checkpoint | None], None]]:
-    """Where the critic saves, and what puts it where a checkpoint (None: the beginning) has it."""
-    checkpoints = training_checkpoints(job, run, critic, spare=newest_halves)
+    """The critic's checkpoints, and a function that loads one (None: the initial weights)."""
+    checkpoints = training_checkpoints(job, run, critic, keep=newest_halves)
 
     def load(checkpoint: Checkpoint | None) -> None:
         if checkpoint is None:
@@ -205,7 +204,7 @@ def critic_checkpoints(
 
 
 def served_limits(model: ServedModelConfig, pretrained: Pretrained[GPTCritic]) -> Limits:
-    """What the model can take."""
+    """The limits of the model."""
     gpt = pretrained.learner.model.gpt_config
     longest = longest_sequence("model.encoder_seq_length", gpt.encoder_seq_length, gpt, model.length_multiple)
     return Limits(vocab_size=gpt.vocab_size, seq_length=longest)
@@ -218,8 +217,8 @@ def tokenizer_probe(tokenizer: Tokenizer | None) -> str:
     return hashlib.blake2b(repr(list(tokenizer.encode(PROBE))).encode(), digest_size=8).hexdigest()
 
 
-def critic_config(job: CriticJob, critic: Critic) -> CriticServerConfig:
-    """What the critic's trainer needs of the settings."""
+def critic_config(job: CriticJob, critic: LoadedCritic) -> CriticServerConfig:
+    """The settings of the critic's trainer."""
     model, config = job.model, job.trainer.ppo
     settings: dict[str, Scalar] = {
         "trainer.ppo.inference_micro_batch_size": job.rows,
@@ -245,7 +244,7 @@ def critic_config(job: CriticJob, critic: Critic) -> CriticServerConfig:
 
 
 def reward_settings(job: RewardServerJob, pretrained: Pretrained[GPTCritic]) -> dict[str, Scalar]:
-    """What an actor compares with its own settings."""
+    """The settings that an actor compares with its own."""
     return {
         "inference.inference_micro_batch_size": job.rows,
         "inference.max_request_rows": job.inference.max_request_rows,
@@ -255,8 +254,8 @@ def reward_settings(job: RewardServerJob, pretrained: Pretrained[GPTCritic]) -> 
     }
 
 
-def critic_server(job: CriticJob, critic: Critic) -> Callable[[], Server]:
-    """What opens the critic's server, on rank 0."""
+def critic_server(job: CriticJob, critic: LoadedCritic) -> Callable[[], Server]:
+    """A function that opens the critic's server, on rank 0."""
     config = job.trainer.ppo
     return _opener(
         *(job, config, "trainer.ppo", critic),
@@ -269,7 +268,7 @@ def critic_server(job: CriticJob, critic: Critic) -> Callable[[], Server]:
 
 
 def reward_server(job: RewardServerJob, pretrained: Pretrained[GPTCritic]) -> Callable[[], Server]:
-    """What opens the reward model's server, on rank 0."""
+    """A function that opens the reward model's server, on rank 0."""
     return _opener(
         *(job, job.inference, "inference", pretrained),
         infer=job.inference.model_name,

@@ -42,7 +42,7 @@ def import_from_huggingface(
         found = model.config["huggingface"]["architecture"]
         if architecture is not None and found != architecture:
             raise UserError(
-                f"{source} is a {found}, not a {architecture}", cure="use examples/nlp/gpt/import_hf.py"
+                f"{source} is a {found}, not a {architecture}", fix="use examples/nlp/gpt/import_hf.py"
             )
         _write(model, out, overwrite=overwrite)
 
@@ -72,7 +72,7 @@ def export_to_huggingface(source: Path, out: Path, *, overwrite: bool = False) -
             config = with_stops(archive.config, tokenizer)
             export_huggingface(config, reader, files, out, overwrite=overwrite)
             return
-        _tell_unscaled(archive.config)
+        _warn_unscaled(archive.config)
         tokens = reward_tokens(archive.config, files, tokenizer)
         kept = archive.config.get("huggingface") or {}
         kept = {**kept, "config": {**(kept.get("config") or {}), **tokens.settings}}
@@ -82,8 +82,8 @@ def export_to_huggingface(source: Path, out: Path, *, overwrite: bool = False) -
         )
 
 
-def _tell_unscaled(config: dict[str, Any]) -> None:
-    """What a server makes of a reward model's numbers has no place in a Hugging Face folder."""
+def _warn_unscaled(config: dict[str, Any]) -> None:
+    """Warn that a Hugging Face folder cannot hold the scale of a reward model's outputs."""
     regression, standard = config.get("regression") or {}, config.get("reward_standardization") or {}
     made = {
         "reward_standardization": standard.get("enable"),

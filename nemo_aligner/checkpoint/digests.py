@@ -62,7 +62,7 @@ def write_digests(folder: Path, known: Digests | None = None) -> None:
 
 
 def find_damage(folder: Path, *, share: int = 0, of: int = 1) -> list[str] | None:
-    """What is wrong with the files of ``folder``, each by name; None: it was written without digests.
+    """The damage of ``folder``, by file name; None if it was written without digests.
 
     Args:
         share: which part of the files is looked at, of ``of`` parts of about the same size.
@@ -100,12 +100,12 @@ def refuse_damage(source: Path, damage: list[str] | None) -> None:
         logger.info("%s was written without digests: its files are not checked", source)
     elif damage:
         raise UserError(
-            f"{source} is damaged: {told(damage)}",
-            cure=f"get it again from where it came; if you have changed it on purpose, remove its {DIGESTS}",
+            f"{source} is damaged: {damage_text(damage)}",
+            fix=f"get it again from where it came; if you have changed it on purpose, remove its {DIGESTS}",
         )
 
 
-def told(damage: list[str]) -> str:
+def damage_text(damage: list[str]) -> str:
     """The first of what is wrong, in one line."""
     more = f", and {len(damage) - 3} more" if len(damage) > 3 else ""
     return ", ".join(damage[:3]) + more

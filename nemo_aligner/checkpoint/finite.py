@@ -9,7 +9,7 @@ from nemo_aligner.parallel import collectives
 
 
 def is_finite(tensors: list[Tensor]) -> bool:
-    """Whether every number is; the device is waited for once.
+    """True if every number is; the device is waited for once.
 
     >>> is_finite([torch.ones(2), torch.tensor([3e38, -3e38])]), is_finite([torch.ones(2), torch.tensor(float("nan"))])
     (True, False)
@@ -19,8 +19,8 @@ def is_finite(tensors: list[Tensor]) -> bool:
     return not extremes or bool(torch.stack([end.double() for end in extremes]).isfinite().all())
 
 
-def refuse_non_finite(model: nn.Module, *, problem: str, cure: str, but: str | None = None) -> None:
-    """Refuse a model any of whose weights is infinite or NaN on any rank. Called by every rank.
+def refuse_non_finite(model: nn.Module, *, problem: str, fix: str, but: str | None = None) -> None:
+    """Raise UserError if any weight is infinite or NaN on any rank. Called by every rank.
 
     Args:
         problem: what is wrong then; the name of a weight follows.
@@ -33,8 +33,8 @@ def refuse_non_finite(model: nn.Module, *, problem: str, cure: str, but: str | N
         name: weight for name, weight in model.named_parameters() if but is None or but not in name.split(".")
     }
     fine = is_finite(list(weights.values()))
-    (found,) = collectives.maxima([not fine])
+    (found,) = collectives.all_reduce_max([not fine])
     if found:
         mine = next((name for name, weight in weights.items() if not is_finite([weight])), None)
         name = next(name for name in collectives.of_all_ranks(mine) if name is not None)
-        raise UserError(f"{problem}: {name} is not finite", cure=cure)
+        raise UserError(f"{problem}: {name} is not finite", fix=fix)

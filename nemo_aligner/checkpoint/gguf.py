@@ -14,7 +14,7 @@ from torch import Tensor
 from nemo_aligner.checkpoint.gguf_file import USE_FOLDER, GgufFile, damaged_gguf, read_gguf
 from nemo_aligner.checkpoint.gguf_tokenizer import build_tokenizer_files
 from nemo_aligner.checkpoint.huggingface import ImportedModel, import_model
-from nemo_aligner.errors import UserError, damage_told
+from nemo_aligner.errors import UserError, report_damage
 
 if TYPE_CHECKING:
     from gguf import ReaderTensor
@@ -94,7 +94,7 @@ class GgufTensors:
 
 
 def _tokenizer_files(metadata: dict[str, Any], path: Path) -> dict[str, Path | bytes]:
-    with damage_told(f"{path}: its tokenizer is damaged", cure="download it again"):
+    with report_damage(f"{path}: its tokenizer is damaged", fix="download it again"):
         return build_tokenizer_files(metadata, where=str(path))
 
 
@@ -116,5 +116,5 @@ def _hf_name(name: str, path: Path) -> str:
         return _OUTER_NAMES[name]
     match = _LAYER_TENSOR.fullmatch(name)
     if match is None or match[2] not in _LAYER_NAMES:
-        raise UserError(f"{path}: tensor {name} is not supported", cure=USE_FOLDER)
+        raise UserError(f"{path}: tensor {name} is not supported", fix=USE_FOLDER)
     return f"model.layers.{match[1]}.{_LAYER_NAMES[match[2]]}.{match[3]}"

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a GGUF file of the llama architecture says of its model, as config.json would. Needs no torch.
+"""The model config in a GGUF file of the llama architecture, as config.json has it. Needs no torch.
 
 The only opener of such files; the ``gguf`` package is optional.
 """
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from nemo_aligner.errors import UserError, damage_told
+from nemo_aligner.errors import UserError, report_damage
 
 if TYPE_CHECKING:
     from gguf import GGUFReader
@@ -55,39 +55,39 @@ def _open(path: Path) -> "GGUFReader":
         from gguf import GGUFReader
     except ImportError as error:
         raise UserError(
-            f"reading {path} needs the package gguf", cure="pip install 'nemo-aligner[quickstart]'"
+            f"reading {path} needs the package gguf", fix="pip install 'nemo-aligner[quickstart]'"
         ) from error
     if not path.is_file():
-        raise UserError(f"{path} does not exist", cure="give the path of a .gguf file")
+        raise UserError(f"{path} does not exist", fix="give the path of a .gguf file")
     with damaged_gguf(path):
         return GGUFReader(path)
 
 
 def damaged_gguf(path: Path) -> AbstractContextManager[None]:
     """Within it, what fails is the file's fault."""
-    return damage_told(f"{path} is not a whole GGUF file", cure="download it again")
+    return report_damage(f"{path} is not a whole GGUF file", fix="download it again")
 
 
 def _check_supported(metadata: dict[str, Any], reader: "GGUFReader", path: Path) -> None:
     if (architecture := metadata.get("general.architecture")) != "llama":
-        raise UserError(f"{path}: GGUF architecture {architecture} is not supported", cure="use one of llama")
+        raise UserError(f"{path}: GGUF architecture {architecture} is not supported", fix="use one of llama")
     for key in ("llama.expert_count", "llama.attention.sliding_window"):
         if metadata.get(key):
-            raise UserError(f"{path}: {key}={metadata[key]} is not supported", cure=USE_FOLDER)
+            raise UserError(f"{path}: {key}={metadata[key]} is not supported", fix=USE_FOLDER)
     scaling = metadata.get("llama.rope.scaling.type", "none")
     if scaling not in ("none", "linear") or any(
         tensor.name == "rope_freqs.weight" for tensor in reader.tensors
     ):
-        raise UserError(f"{path}: its rope scaling cannot be taken over from a GGUF file", cure=USE_FOLDER)
+        raise UserError(f"{path}: its rope scaling cannot be taken over from a GGUF file", fix=USE_FOLDER)
 
 
 def _hf_config(metadata: dict[str, Any], reader: "GGUFReader", path: Path) -> dict[str, Any]:
-    """What config.json of the same model says."""
+    """The config.json of the same model."""
 
     def value(key: str, default: Any = None) -> Any:  # noqa: ANN401
         found = metadata.get(f"llama.{key}", default)
         if found is None:
-            raise UserError(f"{path}: its metadata has no llama.{key}", cure="download it again")
+            raise UserError(f"{path}: its metadata has no llama.{key}", fix="download it again")
         # float32 in the file: 1e-5 is to stay 1e-5.
         return float(str(np.float32(found))) if isinstance(found, float) else found
 
@@ -98,7 +98,7 @@ def _hf_config(metadata: dict[str, Any], reader: "GGUFReader", path: Path) -> di
         rope |= {"rope_type": "linear", "factor": value("rope.scaling.factor")}
     head_dim = value("attention.key_length", hidden // heads)
     if value("rope.dimension_count", head_dim) != head_dim:
-        raise UserError(f"{path}: rotating a part of each head is not supported", cure=USE_FOLDER)
+        raise UserError(f"{path}: rotating a part of each head is not supported", fix=USE_FOLDER)
     return {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",

@@ -85,7 +85,7 @@ def family_of(hf_config: dict[str, Any], where: str) -> Family:
     found = ", ".join(architectures) or hf_config.get("model_type")
     raise UserError(
         f"{where}: architecture {found} is not supported",
-        cure=f"use a model of {' or '.join(family.architecture for family in _ALL)}",
+        fix=f"use a model of {' or '.join(family.architecture for family in _ALL)}",
     )
 
 
@@ -97,18 +97,18 @@ def to_nemo_config(family: Family, hf_config: dict[str, Any], where: str) -> dic
     """
     if hf_config.get("quantization_config"):
         raise UserError(
-            f"{where}: its weights are quantised (quantization_config)", cure="use the unquantised model"
+            f"{where}: its weights are quantised (quantization_config)", fix="use the unquantised model"
         )
     for name, value in family.must_be.items():
         if (found := hf_config.get(name, value)) != value:
             raise UserError(
-                f"{where}: {name}={found} in config.json is not supported", cure=f"use a model with {value}"
+                f"{where}: {name}={found} in config.json is not supported", fix=f"use a model with {value}"
             )
     config = dict(family.nemo)
     for key in family.keys:
         value = hf_config.get(key.hf, key.default)
         if value is REQUIRED:
-            raise UserError(f"{where}: config.json has no {key.hf}", cure="download the folder again, whole")
+            raise UserError(f"{where}: config.json has no {key.hf}", fix="download the folder again, whole")
         config[key.nemo] = None if value is DERIVED else value
     check_types(
         {name: value for name, value in config.items() if value is not None},
@@ -127,11 +127,11 @@ def to_nemo_config(family: Family, hf_config: dict[str, Any], where: str) -> dic
 
 
 def _check_forms(hf_config: dict[str, Any], where: str) -> None:
-    """Refuse keys whose values have another form than Hugging Face gives them; sizes are checked by name later."""
+    """Raise UserError for values of another form than Hugging Face's; sizes are checked by name later."""
 
     def refuse(name: str, value: object, wanted: str) -> None:
         raise UserError(
-            f"{where}: config.json: {name}={str(value)[:60]} is not {wanted}", cure=f"correct {name} there"
+            f"{where}: config.json: {name}={str(value)[:60]} is not {wanted}", fix=f"correct {name} there"
         )
 
     for name, (fits, wanted) in _FORMS.items():
@@ -148,7 +148,7 @@ def _check_forms(hf_config: dict[str, Any], where: str) -> None:
 
 
 def _read_rewards(hf_config: dict[str, Any]) -> dict[str, Any]:
-    """What model_config.yaml says of a reward model; config.json has names for its labels, two where it has none."""
+    """The reward settings of model_config.yaml; config.json names the labels, and has two by default."""
     labels = len(hf_config["id2label"]) if hf_config.get("id2label") else int(hf_config.get("num_labels", 2))
     return {
         "reward_model_type": "binary_ranking" if labels == 1 else "regression",
@@ -173,7 +173,7 @@ def _read_window(hf_config: dict[str, Any], where: str) -> int | None:
         raise UserError(
             f"{where}: the sliding window of {window} tokens is on {kinds.count('sliding_attention')} of its "
             f"{layers} layers (use_sliding_window, max_window_layers), which is not supported",
-            cure=f'set "use_sliding_window": false and remove "layer_types" in its config.json: up to {window} '
+            fix=f'set "use_sliding_window": false and remove "layer_types" in its config.json: up to {window} '
             "tokens the results are the same",
         )
     return window if "sliding_attention" in kinds else None
@@ -195,7 +195,7 @@ def _read_rope(family: Family, hf_config: dict[str, Any], where: str) -> dict[st
     if family.rotary_share is None and share not in (None, 1.0):
         raise UserError(
             f"{where}: partial_rotary_factor={share} is not supported for {family.architecture}",
-            cure="use a model with 1.0",
+            fix="use a model with 1.0",
         )
     return {
         "rotary_base": float(rope.get("rope_theta") or hf_config.get("rope_theta") or 10000.0),
@@ -211,7 +211,7 @@ def _read_rope_scaling(rope: dict[str, Any], hf_config: dict[str, Any], where: s
     if kind not in _ROPE_SCALING_KEYS:
         raise UserError(
             f"{where}: rope scaling of type {kind} is not supported",
-            cure=f"use a model with default, {', '.join(_ROPE_SCALING_KEYS)}",
+            fix=f"use a model with default, {', '.join(_ROPE_SCALING_KEYS)}",
         )
     needed, optional = _ROPE_SCALING_KEYS[kind]
     given = {key: rope[key] for key in (*needed, *optional) if rope.get(key) is not None}
@@ -223,12 +223,12 @@ def _read_rope_scaling(rope: dict[str, Any], hf_config: dict[str, Any], where: s
         if kind == "yarn" and original and "factor" in rope and "factor" not in given:
             given["factor"] = hf_config.get("max_position_embeddings", original) / original
     if missing := [key for key in needed if given.get(key) is None]:
-        raise UserError(f"{where}: rope scaling of type {kind} lacks {missing}", cure="correct config.json")
+        raise UserError(f"{where}: rope scaling of type {kind} lacks {missing}", fix="correct config.json")
     return {"rope_type": kind, **given}
 
 
 def extras(family: Family, hf_config: dict[str, Any]) -> dict[str, Any]:
-    """What config.json says beyond the keys that have a place of their own."""
+    """The keys of config.json beyond those that have a place of their own."""
     owned = {key.hf for key in family.keys} | {*family.bias_keys, *_ROPE_KEYS, *_WINDOW_KEYS}
     owned |= {"architectures", "model_type", "dtype", "torch_dtype"}
     return {name: value for name, value in hf_config.items() if name not in owned}
@@ -259,7 +259,7 @@ def to_hf_config(family: Family, config: dict[str, Any]) -> dict[str, Any]:
 def _value_for_export(key: Key, config: dict[str, Any]) -> Any:  # noqa: ANN401
     value = config.get(key.nemo, key.default)
     if value is REQUIRED:
-        raise UserError(f"model_config.yaml has no {key.nemo}", cure=f"add {key.nemo} to it")
+        raise UserError(f"model_config.yaml has no {key.nemo}", fix=f"add {key.nemo} to it")
     if key.default is DERIVED and value == config["hidden_size"] // config["num_attention_heads"]:
         return DERIVED
     return value
@@ -297,7 +297,7 @@ def family_for_export(config: dict[str, Any]) -> tuple[Family, dict[str, Any]]:
     for name in _NEMO_ROPE_KEYS:
         if config.get(name):
             raise UserError(
-                f"{name}={config[name]} has no place in config.json", cure="write it as rope_scaling"
+                f"{name}={config[name]} has no place in config.json", fix="write it as rope_scaling"
             )
     families = [family for family in _ALL if family.rewards == bool(config.get("reward_model_type"))]
     obstacles = {family.architecture: _obstacles(family, config) for family in families}
@@ -307,7 +307,7 @@ def family_for_export(config: dict[str, Any]) -> tuple[Family, dict[str, Any]]:
     if not isinstance(wanted, str):
         raise UserError(
             f"model_config.yaml: huggingface.architecture={wanted!r} is not text",
-            cure="name an architecture there",
+            fix="name an architecture there",
         )
     if config.get("reward_model_type"):
         # A reward model names the language model that it was made of.
@@ -316,14 +316,14 @@ def family_for_export(config: dict[str, Any]) -> tuple[Family, dict[str, Any]]:
         return next(family for family in families if family.architecture == wanted), config
     raise UserError(
         f"{wanted} cannot express this model: {'; '.join(found)}",
-        cure=f"set huggingface.architecture: {fitting[0]} in model_config.yaml"
+        fix=f"set huggingface.architecture: {fitting[0]} in model_config.yaml"
         if fitting
         else f"export a model of one of the supported architectures: {', '.join(obstacles)}",
     )
 
 
 def _obstacles(family: Family, config: dict[str, Any]) -> list[str]:
-    """What of the computation ``family`` cannot express."""
+    """The parts of the computation that ``family`` cannot express."""
     # A bias on every layer is one on query, key and value too.
     found = {name: config[name] for name in _COMPUTATION} | {
         "qkv_bias": config["qkv_bias"] and not (config["bias"] or config["attention_bias"])
@@ -347,7 +347,7 @@ def dims_of(config: dict[str, Any]) -> Dims:
     """The sizes that a model_config.yaml names."""
     needed = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "vocab_size")
     if missing := [name for name in needed if config.get(name) is None]:
-        raise UserError(f"model_config.yaml has no {', '.join(missing)}", cure="add what is missing to it")
+        raise UserError(f"model_config.yaml has no {', '.join(missing)}", fix="add what is missing to it")
     check_types({name: config[name] for name in needed}, GPTConfig, where="model_config.yaml")
     heads = config["num_attention_heads"]
     return Dims(
@@ -369,6 +369,6 @@ def _labels(config: dict[str, Any]) -> int:
     if not is_size(labels):
         raise UserError(
             f"model_config.yaml: regression.num_attributes={str(labels)[:60]} is no whole number from 1",
-            cure="correct regression.num_attributes there",
+            fix="correct regression.num_attributes there",
         )
     return labels

@@ -49,7 +49,7 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class ImportedModel:
-    """What becomes a .nemo: ``weights`` yields (canonical name, full tensor), reading as it goes."""
+    """The content of a .nemo: ``weights`` yields (canonical name, full tensor), reading as it goes."""
 
     config: dict[str, Any]
     weights: Iterable[tuple[str, Tensor]]
@@ -64,7 +64,7 @@ def import_huggingface(source: Path) -> ImportedModel:
             supported, or its tensors are not those that its config.json implies.
     """
     if not source.is_dir():
-        raise UserError(f"{source} is not a folder", cure="give a Hugging Face folder, or a .gguf file")
+        raise UserError(f"{source} is not a folder", fix="give a Hugging Face folder, or a .gguf file")
     hf_config = read_hf_config(source)
     generation = source / "generation_config.json"
     return import_model(
@@ -167,7 +167,7 @@ def check_export_folder(out: Path, *, overwrite: bool) -> None:
     if is_taken(out, overwrite=overwrite) and not (out / "config.json").is_file():
         raise UserError(
             f"{out} is not a Hugging Face folder (it has no config.json), so it is not overwritten",
-            cure="give another output folder",
+            fix="give another output folder",
         )
 
 
@@ -177,7 +177,7 @@ def _check_tensors(
     expected = {name: shape for entry in entries for name, shape in entry.sources.items()}
     if missing := expected.keys() - tensors.shapes.keys():
         raise UserError(
-            f"{where}: tensors are missing: {shortened(missing)}", cure="download the folder again, whole"
+            f"{where}: tensors are missing: {shortened(missing)}", fix="download the folder again, whole"
         )
     ignored = {name for name in tensors.shapes if name.endswith("rotary_emb.inv_freq")}
     (head,), embedding = family.head.sources, next(iter(expected))
@@ -185,41 +185,41 @@ def _check_tensors(
         if not torch.equal(tensors.read(head), tensors.read(embedding)):
             raise UserError(
                 f"{where}: tie_word_embeddings is true, but {head} differs from {embedding}",
-                cure='set "tie_word_embeddings": false in its config.json',
+                fix='set "tie_word_embeddings": false in its config.json',
             )
         ignored.add(head)
     if extra := tensors.shapes.keys() - expected.keys() - ignored:
         raise UserError(
             f"{where}: tensors that a {family.architecture} does not have: {shortened(extra)}",
-            cure="correct config.json (biases, number of layers), or use the plain model without adapters",
+            fix="correct config.json (biases, number of layers), or use the plain model without adapters",
         )
     for name, shape in expected.items():
         if tensors.shapes[name] != shape:
             raise UserError(
                 f"{where}: {name} has shape {tensors.shapes[name]}, config.json implies {shape}",
-                cure="correct config.json, or download the folder again",
+                fix="correct config.json, or download the folder again",
             )
 
 
 def _check_reader(entries: list[MappedTensor], reader: WeightReader) -> None:
     expected = {entry.name: entry.shape for entry in entries}
     names = set(reader.shapes)
-    cure = "export a checkpoint that matches its model_config.yaml"
+    fix = "export a checkpoint that matches its model_config.yaml"
     if missing := expected.keys() - names:
-        raise UserError(f"the checkpoint lacks tensors: {shortened(missing)}", cure=cure)
+        raise UserError(f"the checkpoint lacks tensors: {shortened(missing)}", fix=fix)
     if HEAD_BIAS in names and HEAD_WEIGHT in expected:
         names.remove(HEAD_BIAS)
         if reader.read(HEAD_BIAS).any():
             raise UserError(
                 f"the reward head has a bias, {reader.read(HEAD_BIAS).tolist()}, and Hugging Face's has none",
-                cure="train with pairs, which leave the bias at 0, or serve the .nemo",
+                fix="train with pairs, which leave the bias at 0, or serve the .nemo",
             )
     if extra := names - expected.keys():
-        raise UserError(f"the checkpoint has tensors that cannot be exported: {shortened(extra)}", cure=cure)
+        raise UserError(f"the checkpoint has tensors that cannot be exported: {shortened(extra)}", fix=fix)
     for entry in entries:
         found, shape = reader.shapes[entry.name], entry.shape
         if found[1:] != shape[1:] or (found[0] < shape[0] if entry.is_vocabulary else found[0] != shape[0]):
-            raise UserError(f"{entry.name} has shape {found}, model_config.yaml implies {shape}", cure=cure)
+            raise UserError(f"{entry.name} has shape {found}, model_config.yaml implies {shape}", fix=fix)
 
 
 def _write_weights(
@@ -241,7 +241,7 @@ def _write_weights(
             if not is_finite([tensor]):
                 raise UserError(
                     f"{entry.name} holds numbers that are infinite or NaN, and is not exported",
-                    cure="export an earlier checkpoint of the run",
+                    fix="export an earlier checkpoint of the run",
                 )
             parts.update(zip(entry.sources, entry.split(tensor), strict=True))
         # Shards must not share memory, and the other parts' rows are not to be kept alive.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What NeMo wrote: one model_weights.ckpt, with Megatron's older names or mcore's, or a distributed checkpoint
+"""Models that NeMo wrote: one model_weights.ckpt, with Megatron's older names or mcore's, or a distributed checkpoint
 whose config leaves the vocabulary to the tokenizer.
 
 Only the names and a few config keys differ from ours; query, key and value rows are interleaved by head in all.
@@ -90,7 +90,7 @@ def _is_distributed(archive: NemoArchive) -> bool:
     if archive.config.get("vocab_size"):
         raise UserError(
             f"{archive.source} is a distributed checkpoint already",
-            cure="use it as it is; no conversion is needed",
+            fix="use it as it is; no conversion is needed",
         )
     return True
 
@@ -112,14 +112,14 @@ def _weights_file(archive: NemoArchive) -> Path:
     if len(ranks) > 1:
         names = [path.parent.name for path in ranks]
         raise UserError(
-            f"{archive.source}: the weights are split over {len(ranks)} ranks: {names}", cure=_ONE_RANK
+            f"{archive.source}: the weights are split over {len(ranks)} ranks: {names}", fix=_ONE_RANK
         )
     for path in (folder / "model_weights.ckpt", *ranks):
         if path.is_file():
             return path
     raise UserError(
         f"{archive.source} holds no model_weights.ckpt",
-        cure="give the folder that an old .nemo was extracted to",
+        fix="give the folder that an old .nemo was extracted to",
     )
 
 
@@ -147,7 +147,7 @@ def _canonical_name(name: str, where: str) -> str:
     match = _LAYER_TENSOR.fullmatch(name)
     if match is None or match[2] not in _LAYER_NAMES:
         raise UserError(
-            f"{where}: {name} is no tensor of a GPT model of NeMo", cure="convert a plain GPT model"
+            f"{where}: {name} is no tensor of a GPT model of NeMo", fix="convert a plain GPT model"
         )
     return f"decoder.layers.{match[1]}.{_LAYER_NAMES[match[2]]}"
 
@@ -156,9 +156,7 @@ def _check_complete(tensors: _Tensors, archive: NemoArchive) -> None:
     """Raises UserError unless the layers are those that the config counts, each with all of its weights."""
     num_layers = archive.config.get("num_layers")
     if not isinstance(num_layers, int):
-        raise UserError(
-            f"{archive.source}: num_layers={num_layers} in its config", cure="convert a GPT model"
-        )
+        raise UserError(f"{archive.source}: num_layers={num_layers} in its config", fix="convert a GPT model")
     needed = {name for name in _OUTER_NAMES.values() if name.endswith("weight")} - {*_OPTIONAL}
     for layer in range(num_layers):
         needed |= {
@@ -167,12 +165,12 @@ def _check_complete(tensors: _Tensors, archive: NemoArchive) -> None:
     if missing := sorted(needed - tensors.keys()):
         raise UserError(
             f"{archive.source}: {len(missing)} tensors are missing, the first is {missing[0]}",
-            cure="convert a complete GPT model",
+            fix="convert a complete GPT model",
         )
     if f"decoder.layers.{num_layers}.self_attention.linear_qkv.weight" in tensors:
         raise UserError(
             f"{archive.source}: there are more layers than num_layers={num_layers}",
-            cure="correct num_layers in model_config.yaml",
+            fix="correct num_layers in model_config.yaml",
         )
 
 
@@ -181,7 +179,7 @@ def _upgrade_config(archive: NemoArchive, tensors: _Tensors) -> dict[str, Any]:
     config = dict(archive.config)
     if config.get("megatron_legacy"):
         raise UserError(
-            f"{archive.source}: megatron_legacy=true is not supported", cure="convert a newer checkpoint"
+            f"{archive.source}: megatron_legacy=true is not supported", fix="convert a newer checkpoint"
         )
     embedding = tensors["embedding.word_embeddings.weight"]()
     config["mcore_gpt"] = True

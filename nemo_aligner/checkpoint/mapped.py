@@ -54,7 +54,7 @@ class MappedTensor:
             parts[name] = low, tensors.read(name, (slice(low, high), *columns))
         if len({part.dtype for _, part in parts.values()}) > 1:
             raise UserError(
-                f"{where}: {list(self.sources)} differ in dtype", cure="convert the model to one dtype"
+                f"{where}: {list(self.sources)} differ in dtype", fix="convert the model to one dtype"
             )
         pieces = [parts[name][1][begin - parts[name][0] : end - parts[name][0]] for name, begin, end in runs]
         return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
@@ -84,7 +84,7 @@ def mapped_tensors(family: Family, config: dict[str, Any]) -> list[MappedTensor]
 
 
 def _kinds(rule: Rule, config: dict[str, Any]) -> tuple[str, ...]:
-    """What its name is followed by: a linear layer has a weight and may have a bias."""
+    """The suffixes of its name: a linear layer has a weight and may have a bias."""
     if not rule.biased_by:
         return ("",)
     return ("weight", "bias") if any(config.get(key) for key in rule.biased_by) else ("weight",)

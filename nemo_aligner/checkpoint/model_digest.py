@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A quick digest of a whole model, which tells models apart. It proves nothing about their files: digests.py does."""
+"""A quick digest of a whole model, by which models differ. It proves nothing about their files: digests.py does."""
 
 import hashlib
 import tarfile

@@ -15,7 +15,7 @@ from nemo_aligner.checkpoint.open_model import OpenedModel, open_model
 from nemo_aligner.checkpoint.sharded import check_room_for_all, model_state, save_state, stored_bytes
 from nemo_aligner.errors import UserError
 from nemo_aligner.parallel import collectives, world
-from nemo_aligner.run.disk import told_if_full
+from nemo_aligner.run.disk import report_if_full
 from nemo_aligner.run.progress import heartbeat
 
 
@@ -52,7 +52,7 @@ def shared_model(path: Path | str, *, check: bool = True) -> Iterator[OpenedMode
 
 
 def damage_over_ranks(folder: Path, place: tuple[int, int] | None = None) -> list[str] | None:
-    """What :func:`find_damage` finds when each rank looks at its share of the files. Called by every rank.
+    """The result of :func:`find_damage`, each rank checking its share of the files. Called by every rank.
 
     Args:
         place: (this rank's share, of how many); None: of all ranks.
@@ -85,7 +85,7 @@ def save_nemo(
     refuse_non_finite(
         model,
         problem=f"the weights are broken, and {path} is not made of them",
-        cure="set model.optim.lr lower, and go on from a checkpoint: they hold finite weights only",
+        fix="set model.optim.lr lower, and go on from a checkpoint: they hold finite weights only",
     )
 
     state = model_state(model)
@@ -101,7 +101,7 @@ def save_nemo(
     with (
         heartbeat(f"saving {path}", enabled=world.is_logging_rank()),
         world.phase(f"saving {path}"),
-        told_if_full(path.parent, path.name, needed=needed),
+        report_if_full(path.parent, path.name, needed=needed),
         world.at_own_pace(),
     ):
         if world.is_logging_rank():

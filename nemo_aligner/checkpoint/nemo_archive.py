@@ -54,18 +54,18 @@ class ModelArchive:
         except (OSError, ValueError) as error:  # too long, or with characters that no name has
             raise UserError(
                 f"{self.source}: the config names a file {name[:60]!r}, which no file is called",
-                cure=_GET_AGAIN,
+                fix=_GET_AGAIN,
             ) from error
         if not is_within:
             raise UserError(
-                f"{self.source}: the config names {name}, which is outside the archive", cure=_GET_AGAIN
+                f"{self.source}: the config names {name}, which is outside the archive", fix=_GET_AGAIN
             )
         if not exists:
-            raise UserError(f"{self.source} holds no {name}, which its config names", cure=_GET_AGAIN)
+            raise UserError(f"{self.source} holds no {name}, which its config names", fix=_GET_AGAIN)
         return path
 
     def has_folder(self, name: str) -> bool:
-        """Whether ``name`` is a folder of the archive."""
+        """True if ``name`` is a folder of the archive."""
         try:
             return self.file(name).is_dir()
         except UserError:
@@ -107,7 +107,7 @@ def open_nemo(path: Path | str, *, old_layouts: bool = False, check: bool = True
                 _extract(tar, members, folder, path)
         else:
             raise UserError(
-                f"{path} does not exist", cure="give the path of a .nemo file or of its extracted folder"
+                f"{path} does not exist", fix="give the path of a .nemo file or of its extracted folder"
             )
         archive = NemoArchive(source=path, folder=folder, config=_read_config(folder, path))
         if not old_layouts:
@@ -121,7 +121,7 @@ def peek_config(path: Path | str) -> dict[str, Any] | None:
     """model_config.yaml of a .nemo file or folder, read without unpacking the rest and without torch.
 
     Returns:
-        None where it cannot be had so; opening the archive tells why.
+        None where it cannot be had so; opening the archive reports why.
     """
     path = Path(path)
     if path.is_dir():
@@ -139,7 +139,7 @@ def peek_config(path: Path | str) -> dict[str, Any] | None:
 
 
 def refuse_damaged(path: Path, damage: list[str] | None) -> None:
-    """Refuse a .nemo with ``damage``; people edit the model_config.yaml of an extracted one, which is only told.
+    """Raise UserError for a .nemo with ``damage``; an edited model_config.yaml of an extracted one is only logged.
 
     Raises:
         UserError: a file is not what was written.
@@ -214,15 +214,15 @@ def check_output(path: Path | str, *, overwrite: bool) -> None:
     if is_taken(path, overwrite=overwrite) and as_folder and not (path / CONFIG_NAME).is_file():
         raise UserError(
             f"{path} is a folder that is not an extracted .nemo, so it is not overwritten",
-            cure="give a file name that ends with .nemo, or a new folder",
+            fix="give a file name that ends with .nemo, or a new folder",
         )
 
 
 def is_taken(path: Path, *, overwrite: bool) -> bool:
-    """Whether ``path`` is there and no empty folder; UserError where that must not be."""
+    """True if ``path`` is there and no empty folder; UserError where that must not be."""
     taken = path.exists() and not (path.is_dir() and not any(path.iterdir()))
     if taken and not overwrite:
-        raise UserError(f"{path} exists", cure="give another output, or add --overwrite")
+        raise UserError(f"{path} exists", fix="give another output, or add --overwrite")
     return taken
 
 
@@ -238,7 +238,7 @@ def _open_tar(path: Path) -> Iterator[tarfile.TarFile]:
     except (tarfile.TarError, EOFError, OSError, zlib.error, lzma.LZMAError) as error:
         if isinstance(error, OSError) and error.errno is not None:
             raise
-        raise UserError(f"{path} is not a whole tar archive: {error}", cure=_GET_AGAIN) from error
+        raise UserError(f"{path} is not a whole tar archive: {error}", fix=_GET_AGAIN) from error
 
 
 def _checked_members(tar: tarfile.TarFile, path: Path) -> list[tarfile.TarInfo]:
@@ -250,17 +250,17 @@ def _checked_members(tar: tarfile.TarFile, path: Path) -> list[tarfile.TarInfo]:
     for member in members:
         if Path(member.name).is_absolute():
             raise UserError(
-                f"{path}: member {member.name!r} is refused: its name is absolute", cure=_GET_AGAIN
+                f"{path}: member {member.name!r} is refused: its name is absolute", fix=_GET_AGAIN
             )
         try:
             tarfile.data_filter(member, "/nonexistent")
         except tarfile.FilterError as error:
-            raise UserError(f"{path}: member {member.name!r} is refused: {error}", cure=_GET_AGAIN) from error
+            raise UserError(f"{path}: member {member.name!r} is refused: {error}", fix=_GET_AGAIN) from error
     needed = sum(member.size for member in members)
     if needed > (free := shutil.disk_usage(tempfile.gettempdir()).free):
         raise UserError(
             f"{path} needs {needed / 1e9:.1f} GB in {tempfile.gettempdir()}, which has {free / 1e9:.1f} GB",
-            cure="set TMPDIR to a folder on a larger disk, or extract the file with tar and give the folder",
+            fix="set TMPDIR to a folder on a larger disk, or extract the file with tar and give the folder",
         )
     return [member for member in members if not member.isdir()]
 
@@ -270,7 +270,7 @@ def _check_end(tar: tarfile.TarFile, path: Path) -> None:
     assert tar.fileobj is not None
     tar.fileobj.seek(tar.offset)
     if tar.fileobj.read(tarfile.BLOCKSIZE) != tarfile.NUL * tarfile.BLOCKSIZE:
-        raise UserError(f"{path} is cut short: its last block is missing", cure=_GET_AGAIN)
+        raise UserError(f"{path} is cut short: its last block is missing", fix=_GET_AGAIN)
 
 
 def _extract(tar: tarfile.TarFile, members: list[tarfile.TarInfo], folder: Path, path: Path) -> None:
@@ -279,16 +279,16 @@ def _extract(tar: tarfile.TarFile, members: list[tarfile.TarInfo], folder: Path,
         try:
             source = tar.extractfile(member)
         except (KeyError, RecursionError) as error:
-            raise UserError(f"{path}: member {member.name!r} links to nothing", cure=_GET_AGAIN) from error
+            raise UserError(f"{path}: member {member.name!r} links to nothing", fix=_GET_AGAIN) from error
         if source is None:
-            raise UserError(f"{path}: member {member.name!r} is not a file", cure=_GET_AGAIN)
+            raise UserError(f"{path}: member {member.name!r} is not a file", fix=_GET_AGAIN)
         target = folder / member.name
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
             stream = target.open("xb")
         except OSError as error:
             raise UserError(
-                f"{path}: member {member.name!r} cannot be written: {error}", cure=_GET_AGAIN
+                f"{path}: member {member.name!r} cannot be written: {error}", fix=_GET_AGAIN
             ) from error
         with source, stream:
             shutil.copyfileobj(source, stream, _COPY_BYTES)
@@ -298,7 +298,7 @@ def _read_config(folder: Path, source: Path) -> dict[str, Any]:
     path = folder / CONFIG_NAME
     if not path.is_file():
         raise UserError(
-            f"{source} holds no {CONFIG_NAME}", cure="give a .nemo file, or the folder it was extracted to"
+            f"{source} holds no {CONFIG_NAME}", fix="give a .nemo file, or the folder it was extracted to"
         )
     return parse_config(path.read_bytes(), source)
 
@@ -316,17 +316,17 @@ def _check_weights_layout(archive: NemoArchive) -> None:
         case other:
             raise UserError(
                 f"{archive.source}: the weights are in the {other} format",
-                cure="save it again in the NeMo release that wrote it, with dist_ckpt_format: torch_dist",
+                fix="save it again in the NeMo release that wrote it, with dist_ckpt_format: torch_dist",
             )
     if any(archive.folder.glob("*model_weights.ckpt")) or any(
         archive.folder.glob("*_rank_*/model_weights.ckpt")
     ):
         raise UserError(
             f"{archive.source}: the weights are in NeMo's old layout (model_weights.ckpt)",
-            cure=f"convert it: {_CONVERTER} --in-folder {archive.source} --out-file NEW.nemo",
+            fix=f"convert it: {_CONVERTER} --in-folder {archive.source} --out-file NEW.nemo",
         )
     raise UserError(
-        f"{archive.source} holds no {WEIGHTS_NAME}/metadata.json, so it has no weights", cure=_GET_AGAIN
+        f"{archive.source} holds no {WEIGHTS_NAME}/metadata.json, so it has no weights", fix=_GET_AGAIN
     )
 
 

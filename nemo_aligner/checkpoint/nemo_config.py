@@ -10,7 +10,7 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from nemo_aligner.errors import UserError, damage_told
+from nemo_aligner.errors import UserError, report_damage
 
 CONFIG_NAME = "model_config.yaml"
 
@@ -24,13 +24,13 @@ def parse_config(content: bytes, source: Path) -> dict[str, Any]:
     Raises:
         UserError: it is not YAML, or no mapping.
     """
-    with damage_told(f"{source}: {CONFIG_NAME} is not YAML", cure=_GET_AGAIN):
+    with report_damage(f"{source}: {CONFIG_NAME} is not YAML", fix=_GET_AGAIN):
         text = content.decode()
         # Not the C loader: brackets within brackets are frames of its stack, which has no bound but the process's end.
         _check_nodes(yaml.compose(text, Loader=yaml.SafeLoader))
         config = OmegaConf.load(io.StringIO(text))
         if not isinstance(config, DictConfig):
-            raise UserError(f"{source}: {CONFIG_NAME} is not a mapping", cure=_GET_AGAIN)
+            raise UserError(f"{source}: {CONFIG_NAME} is not a mapping", fix=_GET_AGAIN)
         return _resolve(config)
 
 
@@ -39,7 +39,7 @@ def block(config: Mapping[str, Any], name: str) -> dict[str, Any]:
     found = config.get(name) or {}
     if not isinstance(found, dict):
         raise UserError(
-            f"{CONFIG_NAME}: {name}={str(found)[:60]} is not a block of keys", cure=f"correct {name} there"
+            f"{CONFIG_NAME}: {name}={str(found)[:60]} is not a block of keys", fix=f"correct {name} there"
         )
     return found
 

@@ -53,5 +53,5 @@ def open_model(named: Path | str, *, check: bool = True) -> Iterator[OpenedModel
 
 
 def read_model(path: Path) -> ImportedModel:
-    """What a Hugging Face folder or a GGUF file becomes as a .nemo."""
+    """The model of a Hugging Face folder or a GGUF file, as a .nemo has it."""
     return import_gguf(path) if is_gguf(path) else import_huggingface(path)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What transformers must know of a reward model's texts: their padding, and what stands around them.
+"""Tokenizer settings of a reward model's export: padding, and the tokens around a text.
 
 transformers reads a reward at the last token that is not padding, so padding is a token that ends no text.
 """
@@ -29,7 +29,7 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class RewardTokens:
-    """What changes in a reward model's export."""
+    """The changes to the tokenizer of a reward model's export."""
 
     files: dict[str, Path | bytes]  # the tokenizer's
     settings: dict[str, int]  # of config.json

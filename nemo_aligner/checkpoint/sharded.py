@@ -118,7 +118,7 @@ class _WriterAtOwnPace(torch_dist_checkpoint.FileSystemWriter):
         with world.at_own_pace():
             try:
                 written = super().write_data(plan, planner)
-            except Exception as error:  # torch tells all ranks of it
+            except Exception as error:  # torch reports it to all ranks
                 failure = error
         if failure is not None:
             raise failure
@@ -126,7 +126,7 @@ class _WriterAtOwnPace(torch_dist_checkpoint.FileSystemWriter):
 
 
 class _Pieces:
-    """What torch asks of a tensor that it is to save in pieces."""
+    """The interface that torch needs to save a tensor in pieces."""
 
     def __init__(self, shards: Shards) -> None:
         self.shards = shards
@@ -245,7 +245,7 @@ def stored_bytes(state: ShardedStateDict) -> int:
 
 
 def check_room_for_all(folder: Path, own: int, what: str, *, spare: int = 0) -> int:
-    """Refuse ``what`` on every rank where the disk of ``folder`` has no room for it; else the bytes that it takes.
+    """Raise UserError on every rank if the disk of ``folder`` has no room for ``what``; else return its bytes.
 
     Args:
         own: bytes that this rank writes.
@@ -264,7 +264,7 @@ def save_state(state: ShardedStateDict, folder: Path, *, executor: Executor | No
 
     Args:
         state: Megatron's sharded tensors, :class:`Shards`, and plain values that are the same on every rank.
-        executor: one thread that writes in the background; the future then tells this rank's end.
+        executor: one thread that writes in the background; the future then has this rank's result.
 
     Returns:
         The digests of the files that this rank alone has written.
@@ -286,7 +286,7 @@ def load_state(state: ShardedStateDict, folder: Path, *, remedy: str) -> dict[st
     :class:`Shards` are filled in place, and not among the values that are returned.
 
     Args:
-        remedy: the cure where they do not fit.
+        remedy: the fix where they do not fit.
 
     Raises:
         UserError: a tensor is missing, has another shape, or the folder could run code.
@@ -305,8 +305,7 @@ def load_state(state: ShardedStateDict, folder: Path, *, remedy: str) -> dict[st
             if world.describe_failure(error):
                 raise
             raise UserError(
-                f"what is stored in {folder} does not fit the model: {str(error).splitlines()[0]}",
-                cure=remedy,
+                f"what is stored in {folder} does not fit the model: {str(error).splitlines()[0]}", fix=remedy
             ) from error
     return loaded
 
@@ -317,7 +316,7 @@ def save_model(model: MegatronModule, folder: Path, *, executor: Executor | None
 
 
 def model_state(model: MegatronModule) -> ShardedStateDict:
-    """What :func:`save_model` writes."""
+    """The state that :func:`save_model` writes."""
     return model.sharded_state_dict(prefix=PREFIX)
 
 
@@ -355,7 +354,7 @@ def load_model(
     refuse_non_finite(
         model,
         problem=f"the weights in {where} are broken",
-        cure="take an earlier checkpoint of the run that wrote them, or download the model again",
+        fix="take an earlier checkpoint of the run that wrote them, or download the model again",
         but=but,
     )
 
@@ -376,7 +375,7 @@ def _read_block(source: WeightReader | MappedWeights, tensor: ShardedTensor) -> 
         raise UserError(
             f"what is stored in {source.where} does not fit the model: {tensor.key} has shape "
             f"{list(tensor.global_shape)} here, and there {f'a layer has {list(found)}' if found else 'is none'}",
-            cure="use the model_config.yaml that was saved with these weights, without architecture overrides",
+            fix="use the model_config.yaml that was saved with these weights, without architecture overrides",
         )
     # What follows the vocabulary are rows of zeros.
     rows = min(max(found[0] - start[0], 0), tensor.data.shape[0])

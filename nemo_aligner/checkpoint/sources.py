@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The forms of a model that a setting can name, told by how they look, and what is wrong with one. Needs no torch."""
+"""The forms of a model that a setting can name, recognised by their content, and their errors. Needs no torch."""
 
 import json
 import re
@@ -9,7 +9,7 @@ from typing import Any
 from nemo_aligner.checkpoint.gguf_file import read_gguf
 from nemo_aligner.checkpoint.hf_config import family_of, to_nemo_config
 from nemo_aligner.checkpoint.nemo_archive import CONFIG_NAME, peek_config
-from nemo_aligner.errors import UserError, damage_told
+from nemo_aligner.errors import UserError, report_damage
 
 GET_AGAIN = "download the folder again, whole"
 _HF_CONFIG = "config.json"
@@ -44,10 +44,10 @@ def peek_model(setting: str, named: str) -> dict[str, Any] | None:
     where, is_remote = f"{setting}={named}", _is_hub_id(named)
     path = _download(named, _HF_CONFIG, where=where) if is_remote else Path(named)
     if not (named and path.exists()):
-        raise UserError(f"{where} does not exist", cure=f"set {setting} to a path that does")
+        raise UserError(f"{where} does not exist", fix=f"set {setting} to a path that does")
     if path.is_file() and path.suffix in _PARTS:
         raise UserError(
-            f"{where} holds weights alone", cure=f"give the folder that it is of: {path.absolute().parent}"
+            f"{where} holds weights alone", fix=f"give the folder that it is of: {path.absolute().parent}"
         )
     if is_gguf(path):
         hf_config = read_gguf(path).hf_config
@@ -62,12 +62,12 @@ def peek_model(setting: str, named: str) -> dict[str, Any] | None:
 
 
 def is_huggingface(path: Path) -> bool:
-    """Whether it is a folder of transformers' and not of a .nemo."""
+    """True if it is a folder of transformers' and not of a .nemo."""
     return (path / _HF_CONFIG).is_file() and not (path / CONFIG_NAME).exists()
 
 
 def is_gguf(path: Path) -> bool:
-    """Whether it is a GGUF file."""
+    """True if it is a GGUF file."""
     if path.suffix == ".gguf":
         return not path.is_dir()
     if not path.is_file():
@@ -85,23 +85,23 @@ def read_hf_config(folder: Path) -> dict[str, Any]:
     if any(folder.glob("consolidated.*.pth")) and not (folder / _HF_CONFIG).is_file():
         raise UserError(
             f"{folder} is in Meta's own layout (consolidated.*.pth)",
-            cure="download the model's -hf form, or convert it with "
+            fix="download the model's -hf form, or convert it with "
             "python -m transformers.models.llama.convert_llama_weights_to_hf --input_dir IN --output_dir OUT",
         )
     if not (folder / _HF_CONFIG).is_file():
         raise UserError(
             f"{folder} has no config.json, as a Hugging Face folder has, and no {CONFIG_NAME}, as a .nemo has",
-            cure=f"give {_FORMS}",
+            fix=f"give {_FORMS}",
         )
     return read_json(folder / _HF_CONFIG)
 
 
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object of a Hugging Face folder."""
-    with damage_told(f"{path} is not JSON", cure=GET_AGAIN):
+    with report_damage(f"{path} is not JSON", fix=GET_AGAIN):
         content = json.loads(path.read_text(encoding="utf-8"))
     if not isinstance(content, dict):
-        raise UserError(f"{path} is not a JSON object", cure=GET_AGAIN)
+        raise UserError(f"{path} is not a JSON object", fix=GET_AGAIN)
     return content
 
 
@@ -121,19 +121,19 @@ def weight_files(folder: Path) -> tuple[list[Path], dict[str, Path] | None]:
             return sorted(set(place.values())), place
     raise UserError(
         f"{folder} holds no weights: no model.safetensors, no pytorch_model.bin, and no index of either",
-        cure="give a folder that transformers' save_pretrained wrote, or that was downloaded whole",
+        fix="give a folder that transformers' save_pretrained wrote, or that was downloaded whole",
     )
 
 
 def _indexed_files(index: Path) -> dict[str, Path]:
     """Tensor name to file."""
-    with damage_told(f"{index} is not a weight index", cure=GET_AGAIN):
+    with report_damage(f"{index} is not a weight index", fix=GET_AGAIN):
         place: dict[str, str] = dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
         names = sorted(set(place.values()))
     there = {path.name for path in index.parent.iterdir() if path.is_file()}
     for name in names:
         if name not in there:
-            raise UserError(f"{index} names {name}, which is not in {index.parent}", cure=GET_AGAIN)
+            raise UserError(f"{index} names {name}, which is not in {index.parent}", fix=GET_AGAIN)
     return {tensor: index.parent / name for tensor, name in place.items()}
 
 
@@ -145,9 +145,9 @@ def _is_hub_id(named: str) -> bool:
 
 def _download(name: str, *patterns: str, where: str = "") -> Path:
     """The folder of the hub's cache with the files of a model that fit the patterns; ``where`` names the model."""
-    with damage_told(
+    with report_damage(
         f"{where or name} is no file or folder here, and cannot be downloaded from the Hugging Face hub",
-        cure=f"give {_FORMS}; or the OWNER/NAME of a model of the hub, where the machine is online or has it in its "
+        fix=f"give {_FORMS}; or the OWNER/NAME of a model of the hub, where the machine is online or has it in its "
         "cache, and log in (hf auth login) if its owner asks for that",
     ):
         from huggingface_hub import snapshot_download

@@ -49,7 +49,7 @@ def _stored_ids(config: Mapping[str, Any]) -> list[int]:
         if wrong := [i for i in ids if type(i) is not int]:
             raise UserError(
                 f"huggingface.{name}.eos_token_id={found} in model_config.yaml: {wrong[0]!r} is no token id",
-                cure="correct eos_token_id in generation_config.json, or in config.json, and import the model again",
+                fix="correct eos_token_id in generation_config.json, or in config.json, and import the model again",
             )
         # Some files have -1 where there is none; what is not in the vocabulary is never written.
         check_types({"vocab_size": config.get("vocab_size")}, GPTConfig, where="model_config.yaml")
@@ -73,7 +73,7 @@ def end_of_turn(tokenizer: Tokenizer) -> int | None:
     try:
         text = tokenizer.render_chat(_CHAT)
     except UserError as error:
-        _log.info("the chat template tells no end of a turn: %s", error.problem)
+        _log.info("the chat template shows no end of a turn: %s", error.problem)
         return None
     _, found, after = text.rpartition(_RESPONSE)
     ids = encode_after(tokenizer, after.strip()) if found else []

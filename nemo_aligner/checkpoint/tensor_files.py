@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from nemo_aligner.checkpoint.sources import GET_AGAIN, weight_files
-from nemo_aligner.errors import UserError, damage_told
+from nemo_aligner.errors import UserError, report_damage
 
 _log = logging.getLogger(__name__)
 
@@ -69,7 +69,7 @@ class HuggingFaceTensors:
                 )
         if place is not None and (lost := sorted(place.keys() - self._shapes.keys())):
             raise UserError(
-                f"{place[lost[0]]} lacks tensors that its index names: {shortened(lost)}", cure=GET_AGAIN
+                f"{place[lost[0]]} lacks tensors that its index names: {shortened(lost)}", fix=GET_AGAIN
             )
 
     @property
@@ -91,7 +91,7 @@ class HuggingFaceTensors:
             with safe_open(file, framework="pt") as opened:
                 return opened.get_slice(name)[block] if block else opened.get_tensor(name)
         except SafetensorError as error:
-            raise UserError(f"{file}: {name} cannot be read: {error}", cure=GET_AGAIN) from error
+            raise UserError(f"{file}: {name} cannot be read: {error}", fix=GET_AGAIN) from error
 
     def _shapes_in(self, file: Path) -> dict[str, tuple[int, ...]]:
         if file.suffix == ".bin":
@@ -100,7 +100,7 @@ class HuggingFaceTensors:
             with safe_open(file, framework="pt") as opened:
                 return {name: tuple(opened.get_slice(name).get_shape()) for name in opened.keys()}  # noqa: SIM118
         except SafetensorError as error:
-            raise UserError(f"{file} is not a whole safetensors file: {error}", cure=GET_AGAIN) from error
+            raise UserError(f"{file} is not a whole safetensors file: {error}", fix=GET_AGAIN) from error
 
     def _load_pickled(self, file: Path) -> dict[str, Tensor]:
         if self._pickled is None or self._pickled[0] != file:
@@ -115,10 +115,10 @@ def load_pickled(file: Path) -> dict[str, Tensor]:
     Raises:
         UserError: the file is damaged or would run code.
     """
-    with damage_told(f"{file} is damaged or holds more than tensors", cure=GET_AGAIN):
+    with report_damage(f"{file} is damaged or holds more than tensors", fix=GET_AGAIN):
         loaded = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
     if not isinstance(loaded, dict):
-        raise UserError(f"{file} holds no state dict but {type(loaded).__name__}", cure=GET_AGAIN)
+        raise UserError(f"{file} holds no state dict but {type(loaded).__name__}", fix=GET_AGAIN)
     return {
         name: value for name, value in loaded.items() if isinstance(name, str) and isinstance(value, Tensor)
     }

@@ -111,7 +111,7 @@ def _load(archive: ModelArchive, section: Mapping[str, Any]) -> Tokenizer:
     named = {name: value for name, value in section.items() if value is not None}
     raise UserError(
         f"{archive.source}: its tokenizer is not in it, or is of a kind that is not supported: {named}",
-        cure="extract it (tar xf), put the tokenizer's files into a folder in it, and name that in its "
+        fix="extract it (tar xf), put the tokenizer's files into a folder in it, and name that in its "
         f"model_config.yaml: library: huggingface, type: {TOKENIZER_FOLDER}",
     )
 
@@ -121,19 +121,19 @@ def _section(archive: ModelArchive) -> dict[str, Any]:
     if not isinstance(section, dict):
         raise UserError(
             f"{archive.source}: tokenizer={str(section)[:60]} in its model_config.yaml is not a block of keys",
-            cure="write library, type and model below it, or get the file again",
+            fix="write library, type and model below it, or get the file again",
         )
     for name in ("library", "type", "model", "vocab_file", "merge_file"):
         if not isinstance(section.get(name) or "", str):
             raise UserError(
                 f"{archive.source}: tokenizer.{name}={str(section[name])[:60]} in its model_config.yaml is not text",
-                cure=f"correct tokenizer.{name} there",
+                fix=f"correct tokenizer.{name} there",
             )
     for name in ("special_tokens", "additional_special_tokens"):
         if section.get(name):
             raise UserError(
                 f"{archive.source}: tokenizer.{name}={section[name]} in its model_config.yaml is not supported",
-                cure="put a Hugging Face tokenizer that has these tokens into its folder, as library: huggingface "
+                fix="put a Hugging Face tokenizer that has these tokens into its folder, as library: huggingface "
                 f"and type: {TOKENIZER_FOLDER}",
             )
     return section
@@ -153,7 +153,7 @@ def describe_tokenizer(files: Mapping[str, Path | bytes], where: str) -> dict[st
 
 
 def appends_eos(files: Mapping[str, Path | bytes]) -> bool:
-    """Whether the tokenizer of a Hugging Face folder, left to itself, ends a text with EOS."""
+    """True if the tokenizer of a Hugging Face folder, left to itself, ends a text with EOS."""
     return _load_files(files).adds_eos
 
 

@@ -33,7 +33,7 @@ from torch.distributed.checkpoint.metadata import (  # noqa: TID251
     TensorStorageMetadata,
 )
 
-from nemo_aligner.errors import UserError, damage_told
+from nemo_aligner.errors import UserError, report_damage
 
 _DATA_FILE_BYTES = 4 * 1024**3
 _COMMON_KEY = "common_state/shard_0_1"  # under which megatron-core 0.19 stores plain values
@@ -77,7 +77,7 @@ class _MetadataUnpickler(pickle._Unpickler):
         if (module, name) not in _ALLOWED_GLOBALS:
             raise UserError(
                 f"{self._path} names {module}.{name}, which no checkpoint needs and which could run code",
-                cure="do not load this file; get the checkpoint again from its publisher",
+                fix="do not load this file; get the checkpoint again from its publisher",
             )
         return super().find_class(module, name)
 
@@ -87,7 +87,7 @@ def read_backend(folder: Path) -> str | None:
     path = folder / "metadata.json"
     if not path.is_file():
         return None
-    with damage_told(f"{path} is not a checkpoint's metadata.json", cure=_DOWNLOAD_AGAIN):
+    with report_damage(f"{path} is not a checkpoint's metadata.json", fix=_DOWNLOAD_AGAIN):
         return str(json.loads(path.read_text())["sharded_backend"])
 
 
@@ -123,8 +123,7 @@ class FolderReader:
     def __init__(self, folder: Path) -> None:
         if (backend := read_backend(folder)) != "torch_dist":
             raise UserError(
-                f"{folder} is not a torch_dist checkpoint (metadata.json says {backend})",
-                cure=_DOWNLOAD_AGAIN,
+                f"{folder} is not a torch_dist checkpoint (metadata.json says {backend})", fix=_DOWNLOAD_AGAIN
             )
         self._folder = folder
         metadata = _read_metadata(folder)
@@ -156,7 +155,7 @@ class FolderReader:
         if stored != math.prod(size):
             raise UserError(
                 f"{self._folder}: {stored} of {math.prod(size)} values of {key} at {start} are stored",
-                cure=_DOWNLOAD_AGAIN,
+                fix=_DOWNLOAD_AGAIN,
             )
         block = torch.empty(size, dtype=entry.dtype)
         for chunk, low, high in parts:
@@ -169,7 +168,7 @@ class FolderReader:
 
     @property
     def has_common_file(self) -> bool:
-        """Whether plain values lie in a file of their own, as megatron-core 0.16 writes them."""
+        """True if plain values lie in a file of their own, as megatron-core 0.16 writes them."""
         return (self._folder / "common.pt").is_file()
 
     def common(self) -> dict[str, Any]:
@@ -178,13 +177,13 @@ class FolderReader:
             path = self._folder / "common.pt"
             return _load_safely(path.open("rb"), where=str(path))
         if _COMMON_KEY not in self._object_keys:
-            raise UserError(f"{self._folder} has no common.pt", cure=_DOWNLOAD_AGAIN)
+            raise UserError(f"{self._folder} has no common.pt", fix=_DOWNLOAD_AGAIN)
         match self._load(MetadataIndex(_COMMON_KEY), _COMMON_KEY):
             case [dict(common)]:
                 return common
             case other:
                 raise UserError(
-                    f"{self._folder}: {_COMMON_KEY} holds {type(other).__name__}", cure=_DOWNLOAD_AGAIN
+                    f"{self._folder}: {_COMMON_KEY} holds {type(other).__name__}", fix=_DOWNLOAD_AGAIN
                 )
 
     def objects(self) -> Iterator[tuple[str, Any]]:
@@ -196,8 +195,7 @@ class FolderReader:
         tensor = self._load(MetadataIndex(key, chunk.offsets), key)
         if not isinstance(tensor, Tensor) or tensor.shape != torch.Size(chunk.sizes):
             raise UserError(
-                f"{self._folder}: the part of {key} at {tuple(chunk.offsets)} is damaged",
-                cure=_DOWNLOAD_AGAIN,
+                f"{self._folder}: the part of {key} at {tuple(chunk.offsets)} is damaged", fix=_DOWNLOAD_AGAIN
             )
         return tensor
 
@@ -205,7 +203,7 @@ class FolderReader:
         info = self._storage.get(index)
         if info is None:
             raise UserError(
-                f"{self._folder}: .metadata does not say where {key} is stored", cure=_DOWNLOAD_AGAIN
+                f"{self._folder}: .metadata does not say where {key} is stored", fix=_DOWNLOAD_AGAIN
             )
         with (self._folder / info.relative_path).open("rb") as stream:
             stream.seek(info.offset)
@@ -283,9 +281,9 @@ def _read_metadata(folder: Path) -> Metadata:
     path = folder / ".metadata"
     if not path.is_file():
         raise UserError(
-            f"{folder} has no .metadata file, so its tensors cannot be found", cure=_DOWNLOAD_AGAIN
+            f"{folder} has no .metadata file, so its tensors cannot be found", fix=_DOWNLOAD_AGAIN
         )
-    with damage_told(f"{path} is damaged", cure=_DOWNLOAD_AGAIN):
+    with report_damage(f"{path} is damaged", fix=_DOWNLOAD_AGAIN):
         metadata = _MetadataUnpickler(path).load()
         _check_metadata(metadata, folder)
     return metadata
@@ -303,12 +301,12 @@ def _check_metadata(metadata: Metadata, folder: Path) -> None:
         if info.relative_path not in sizes:
             raise UserError(
                 f"{folder}: {index.fqn} is stored in {info.relative_path}, which is not in the folder",
-                cure=_DOWNLOAD_AGAIN,
+                fix=_DOWNLOAD_AGAIN,
             )
         if info.offset + info.length > sizes[info.relative_path]:
             raise UserError(
                 f"{folder / info.relative_path} is cut short: {index.fqn} lies past its end",
-                cure=_DOWNLOAD_AGAIN,
+                fix=_DOWNLOAD_AGAIN,
             )
 
     for key, entry in metadata.state_dict_metadata.items():
@@ -345,7 +343,7 @@ def _check_natural(numbers: Iterable[object], what: str) -> None:
 
 def _load_safely(stream: IO[bytes], *, where: str) -> Any:  # noqa: ANN401
     with (
-        damage_told(f"{where} is damaged or holds more than tensors", cure=_DOWNLOAD_AGAIN),
+        report_damage(f"{where} is damaged or holds more than tensors", fix=_DOWNLOAD_AGAIN),
         stream,
         torch.serialization.safe_globals([io.BytesIO]),
     ):
@@ -359,5 +357,5 @@ def _check_extra_state(value: Any, *, where: str) -> None:  # noqa: ANN401
             _load_safely(io.BytesIO(item.getvalue()), where=where)
         elif isinstance(item, Tensor) and item.dtype == torch.uint8 and item.numel() > 0:
             raise UserError(
-                f"{where} holds pickled FP8 state, which could run code", cure="save the model without FP8"
+                f"{where} holds pickled FP8 state, which could run code", fix="save the model without FP8"
             )

@@ -44,7 +44,7 @@ class Checkpoint:
     state: TrainerState
 
     def algorithm(self, kind: type[A]) -> A:
-        """What the loop has put into its state's ``algorithm``, as the dataclass that it had there.
+        """The loop's own state in ``algorithm``, as the dataclass that it had there.
 
         Raises:
             UserError: a key is missing, or has a value of another type.
@@ -89,7 +89,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(
             f"{path} is not a training checkpoint: {TRAINER_STATE} in it cannot be read ({error})",
-            cure="name a folder below a run's checkpoints/; a .nemo is started from with model.restore_from_path",
+            fix="name a folder below a run's checkpoints/; a .nemo is started from with model.restore_from_path",
         ) from error
     state = _read(stored, TrainerState, file, needed=_NEEDED)
     if unknown := sorted(set(stored) - {one.name for one in fields(TrainerState)}):
@@ -139,7 +139,7 @@ def _read(stored: object, kind: type[A], file: Path, prefix: str = "", *, needed
 def _damaged(file: Path, what: str) -> UserError:
     return UserError(
         f"{file} is not what a run has written: {what}",
-        cure="put the file back as the run wrote it, or move its folder away and go on from another checkpoint",
+        fix="put the file back as the run wrote it, or move its folder away and go on from another checkpoint",
     )
 
 
@@ -149,6 +149,6 @@ def _shown(value: object) -> str:
 
 
 def read_extra(checkpoint: Checkpoint) -> bytes | None:
-    """What was saved as ``extra``."""
+    """The bytes that were saved as ``extra``."""
     path = checkpoint.path / EXTRA
     return path.read_bytes() if path.exists() else None

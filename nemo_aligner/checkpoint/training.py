@@ -38,7 +38,7 @@ from nemo_aligner.checkpoint.trainer_state import (
 )
 from nemo_aligner.models.gpt.learner import GPTLearner
 from nemo_aligner.parallel import collectives, world
-from nemo_aligner.run.disk import told_if_full
+from nemo_aligner.run.disk import report_if_full
 from nemo_aligner.run.experiment import TRAINER_STATE, CheckpointCallbackConfig
 from nemo_aligner.run.identity import COMMAND, CONFIG, RunIdentity
 from nemo_aligner.run.progress import heartbeat
@@ -111,7 +111,7 @@ class TrainingCheckpoints:
         trained: whose tensors are saved.
         model_config: model_config.yaml's content.
         files: the other files of the .nemo, by name.
-        spare: of all checkpoints, oldest first, those that are kept beside the best and the newest.
+        keep: of all checkpoints, oldest first, those that are kept beside the best and the newest.
         identity: of the run, on rank 0; each checkpoint keeps it.
     """
 
@@ -123,10 +123,10 @@ class TrainingCheckpoints:
         *,
         model_config: dict[str, Any],
         files: Mapping[str, Path | bytes],
-        spare: Newest = lambda _: [],
+        keep: Newest = lambda _: [],
         identity: RunIdentity | None = None,
     ) -> None:
-        self.folder, self.config, self._trained, self._spare = folder, config, trained, spare
+        self.folder, self.config, self._trained, self._keep = folder, config, trained, keep
         self._model_config, self._files, self._identity = model_config, files, identity
         self._executor = ThreadPoolExecutor(1, "save") if config.async_save else None
         self._pending: _Save | None = None
@@ -162,7 +162,7 @@ class TrainingCheckpoints:
         refuse_non_finite(
             self._trained.model,
             problem=f"after step {state.step} the weights are broken, and no checkpoint is made of them",
-            cure="set model.optim.lr lower, and go on from an earlier checkpoint: they hold finite weights only",
+            fix="set model.optim.lr lower, and go on from an earlier checkpoint: they hold finite weights only",
         )
         name = checkpoint_name(self.config.filename, state, steps_per_epoch=steps_per_epoch)
         staging = self.folder / f"{UNFINISHED}{name}"
@@ -193,7 +193,7 @@ class TrainingCheckpoints:
             (staging / EXTRA).write_bytes(extra)
 
     def check_room(self) -> None:
-        """Refuse to train where a checkpoint has no room.
+        """Raise UserError if the disk has no room for a checkpoint.
 
         Raises:
             UserError: on every rank.
@@ -209,9 +209,9 @@ class TrainingCheckpoints:
 
     @contextlib.contextmanager
     def _dropped_if_failed(self, staging: Path, needed: int) -> Iterator[None]:
-        """Within it, a save that fails leaves its disk's room to the next try; a full disk is told as one."""
+        """Within it, a save that fails leaves its disk's room to the next try; a full disk is reported as one."""
         try:
-            with told_if_full(self.folder, "a checkpoint", needed=needed):
+            with report_if_full(self.folder, "a checkpoint", needed=needed):
                 yield
         except Exception:
             if world.is_logging_rank():
@@ -220,7 +220,7 @@ class TrainingCheckpoints:
 
     @property
     def is_writing(self) -> bool:
-        """Whether this rank still writes in the background."""
+        """True if this rank still writes in the background."""
         return self._pending is not None and not all(
             future.done() for future in self._pending.written.values()
         )
@@ -251,7 +251,7 @@ class TrainingCheckpoints:
                     self._commit(save.path, save.state, digests)
 
     def holds(self, step: int) -> bool:
-        """Whether there is a checkpoint of ``step``. A collective."""
+        """True if there is a checkpoint of ``step``. A collective."""
         found = world.is_logging_rank() and step in (c.state.step for c in find_checkpoints(self.folder))
         return collectives.broadcast_object(found)
 
@@ -287,7 +287,7 @@ class TrainingCheckpoints:
 
     def _prune(self) -> None:
         found = find_checkpoints(self.folder)
-        for checkpoint in prunable(found, self.config, spare=self._spare):
+        for checkpoint in prunable(found, self.config, keep=self._keep):
             _remove(checkpoint.path)
 
     def _pack(self, checkpoint: Path, path: Path, *, overwrite: bool) -> None:
@@ -341,9 +341,9 @@ def ranked(checkpoints: list[Checkpoint], config: CheckpointCallbackConfig) -> l
 
 
 def prunable(
-    checkpoints: list[Checkpoint], config: CheckpointCallbackConfig, *, spare: Newest = lambda _: []
+    checkpoints: list[Checkpoint], config: CheckpointCallbackConfig, *, keep: Newest = lambda _: []
 ) -> list[Checkpoint]:
-    """Those that are neither among the best ``save_top_k`` nor the newest, nor among those that ``spare`` names.
+    """Those that are neither among the best ``save_top_k`` nor the newest, nor among those that ``keep`` names.
 
     Of those whose last step was not skipped the newest stays as well: beyond it nothing may be worth going on from.
     """
@@ -351,7 +351,7 @@ def prunable(
         return []
     in_order = sorted(checkpoints, key=lambda checkpoint: checkpoint.state.step)
     sound = [checkpoint for checkpoint in in_order if not checkpoint.state.skipped_steps]
-    newest = [*spare(in_order), *in_order[-1:], *sound[-1:]]
+    newest = [*keep(in_order), *in_order[-1:], *sound[-1:]]
     return [c for c in ranked(checkpoints, config)[config.save_top_k :] if c not in newest]
 
 

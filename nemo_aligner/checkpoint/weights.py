@@ -53,7 +53,7 @@ def save_weights(
         for name, tensor in weights:
             if not is_finite([tensor]):
                 raise UserError(
-                    f"{name} holds numbers that are infinite or NaN", cure="convert an intact model"
+                    f"{name} holds numbers that are infinite or NaN", fix="convert an intact model"
                 )
             if name in _VOCABULARY_NAMES:
                 tensor = pad_rows(tensor, vocab_multiple)
@@ -67,14 +67,14 @@ def save_weights(
             if len(set(dtypes.values())) > 1:
                 raise UserError(
                     f"{name} is {tensor.dtype}, the same tensor of other layers is {dtypes[min(dtypes)]}",
-                    cure="convert the whole model to one dtype first",
+                    fix="convert the whole model to one dtype first",
                 )
             writer.add(
                 key, tensor[None], offsets=(layer,) + (0,) * tensor.ndim, shape=(num_layers, *tensor.shape)
             )
         for key, dtypes in layers_of.items():
             if missing := sorted(set(range(num_layers)) - dtypes.keys()):
-                raise UserError(f"{key} is missing in layers {missing}", cure="convert a complete model")
+                raise UserError(f"{key} is missing in layers {missing}", fix="convert a complete model")
         head_norms = [m for m in _HEAD_NORMS if f"{_PREFIX}decoder.layers.{m}.weight" in layers_of]
         for module in (*_LAYER_MODULES_WITH_STATE, *head_norms):
             for layer in range(num_layers):
@@ -109,7 +109,7 @@ class WeightReader:
             if not entry.shape or entry.shape[0] > _MOST_LAYERS:
                 raise UserError(
                     f"{folder}: {key} has shape {entry.shape}, whose first axis is to be layers",
-                    cure="get the checkpoint again from where it came",
+                    fix="get the checkpoint again from where it came",
                 )
             for layer in range(entry.shape[0]):
                 self._places[f"decoder.layers.{layer}.{rest}"] = key, layer
@@ -142,7 +142,7 @@ def precision_of(dtype: torch.dtype, where: str) -> str | int:
             return 16
         case torch.float32:
             return 32
-    raise UserError(f"{where}: weights in {dtype} are not supported", cure="convert them to bfloat16 first")
+    raise UserError(f"{where}: weights in {dtype} are not supported", fix="convert them to bfloat16 first")
 
 
 def pad_rows(tensor: Tensor, multiple: int) -> Tensor:

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The settings of each script: a Job composes the blocks that the layers own. Imports no torch."""
+"""The settings of each script: a job composes the blocks that the layers own. Imports no torch."""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the settings of all scripts have in common, and the refusal of what cannot go well."""
+"""The common settings of all scripts, and their checks."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -27,13 +27,13 @@ class TrainerConfig:
     devices: int = 1
     # dtype of weights and matmuls: bf16, 16, 32 or auto (bf16 on a GPU, 32 on a CPU); the optimizer keeps fp32 copies
     precision: str | int | None = "auto"
-    # seconds until a collective that other ranks do not answer ends the job
+    # seconds until a collective that other ranks do not join ends the job
     collective_timeout: float = 600.0
     max_time: str | None = None  # as exp_manager.max_time_per_run: days:hours:minutes:seconds
 
     @property
     def chooses_precision(self) -> bool:
-        """Whether the device decides."""
+        """True if the device decides."""
         return self.precision in (None, "auto")
 
 
@@ -49,12 +49,12 @@ class PeftConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """What every ``model`` block has, without the architecture's own keys: those stand in ``architecture``."""
+    """The keys of every ``model`` block; the architecture's own keys stand in ``architecture``."""
 
     optim: OptimConfig = field(default_factory=OptimConfig)  # the optimizer
     peft: PeftConfig = field(default_factory=PeftConfig)  # parameter-efficient tuning
     architecture: dict[str, Any] = field(default_factory=dict)
-    seed: int = 1234  # of all draws: the order of data, dropout, a new head, answers
+    seed: int = 1234  # of all draws: the order of data, dropout, a new head, responses
     tensor_model_parallel_size: int = 1  # ranks that share each layer
     pipeline_model_parallel_size: int = 1  # ranks that share the stack of layers
     # chunks of layers on each of them: a batch passes each rank so often
@@ -107,8 +107,8 @@ class ModelConfig:
         return self.tensor_model_parallel_size if self.sequence_parallel else 1
 
     @property
-    def own_keys(self) -> dict[str, Any]:
-        """What the saved model_config.yaml is to say beyond the checkpoint's own and ``architecture``."""
+    def saved_keys(self) -> dict[str, Any]:
+        """The keys of the saved model_config.yaml beyond the checkpoint's own and ``architecture``."""
         return {}
 
 
@@ -140,7 +140,7 @@ class ModelJob:
         raise NotImplementedError
 
     def check(self, world_size: int | None = None) -> None:
-        """Refuse what needs neither file nor rank to be seen as wrong.
+        """Raise UserError for mistakes that need neither file nor rank to be seen.
 
         Args:
             world_size: ranks that an outer starter made; None where we start them.
@@ -152,25 +152,25 @@ class ModelJob:
         model.layout.check_fits(num_nodes=trainer.num_nodes, devices=trainer.devices, world_size=world_size)
 
     def check_paths(self) -> None:
-        """Refuse files that are not there, and an output that is, before ranks start and weights are read."""
+        """Raise UserError for a missing input or an existing output, before ranks start and weights are read."""
         key, value = self.pretrained
         config = peek_model(key, value)
         for setting, paths in self.files.items():
             for path in paths:
                 if not (path and Path(path).exists()):
                     raise UserError(
-                        f"{setting}={path} does not exist", cure=f"set {setting} to a path that does"
+                        f"{setting}={path} does not exist", fix=f"set {setting} to a path that does"
                     )
         if config:
             GPTConfig.from_dict({**config, **self.model.architecture}).check_layout(self.model.layout)
         self.check_rows()
 
     def check_rows(self) -> None:
-        """Refuse data files whose first rows cannot be read."""
+        """Raise UserError if the first rows of a data file cannot be read."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Job(ModelJob):
+class TrainingJob(ModelJob):
     """All settings of a script that trains."""
 
     exp_manager: ExperimentConfig = field(default_factory=ExperimentConfig)  # what is written, and where
@@ -188,7 +188,7 @@ class Job(ModelJob):
 
     @property
     def validates(self) -> bool:
-        """Whether there is validation data, whose metrics rank checkpoints."""
+        """True if there is validation data, whose metrics rank checkpoints."""
         return True
 
     def check(self, world_size: int | None = None) -> None:
@@ -198,7 +198,7 @@ class Job(ModelJob):
         if self.exp_manager.checkpoint_callback_params.save_best_model and not self.validates:
             raise UserError(
                 "exp_manager.checkpoint_callback_params.save_best_model=True needs validation data, and there is none",
-                cure="name validation data, or set save_best_model=False",
+                fix="name validation data, or set save_best_model=False",
             )
         if self.loop is not None:
             self.loop.check(self.loop.block)
@@ -212,7 +212,7 @@ class Job(ModelJob):
                 raise UserError(
                     f"{block}.global_batch_size={whole} is not a multiple of micro_batch_size={micro} x {ranks} data "
                     f"parallel ranks = {unit}",
-                    cure=f"set {block}.global_batch_size={-(-whole // unit) * unit}",
+                    fix=f"set {block}.global_batch_size={-(-whole // unit) * unit}",
                 )
 
     def check_paths(self) -> None:
@@ -230,7 +230,7 @@ class BatchedModelConfig(ModelConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class PretrainedJob(Job):
+class PretrainedJob(TrainingJob):
     """All settings of a script that names its checkpoint in ``pretrained_checkpoint``, and its batches in ``model``."""
 
     model: BatchedModelConfig
@@ -238,10 +238,10 @@ class PretrainedJob(Job):
 
     @property
     def pretrained(self) -> tuple[str, str]:
-        """See Job."""
+        """See TrainingJob."""
         return "pretrained_checkpoint.restore_from_path", self.pretrained_checkpoint.restore_from_path
 
     @property
     def batches(self) -> dict[str, tuple[int, int]]:
-        """See Job."""
+        """See TrainingJob."""
         return {"model": (self.model.global_batch_size, self.model.micro_batch_size)}

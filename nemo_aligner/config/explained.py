@@ -81,7 +81,7 @@ def comments(kind: type[object]) -> dict[str, str]:
     }
     (tree,) = ast.parse(source).body
     assert isinstance(tree, ast.ClassDef)
-    told: dict[str, str] = {}
+    note: dict[str, str] = {}
     for node in tree.body:
         if not (isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name)):
             continue
@@ -90,14 +90,14 @@ def comments(kind: type[object]) -> dict[str, str]:
             above.insert(0, found[line])
             line -= 1
         if text := found.get(node.end_lineno or node.lineno) or " ".join(above):
-            told[node.target.id] = text
-    return told
+            note[node.target.id] = text
+    return note
 
 
 def meaning(kind: type[object], name: str) -> str | None:
     """A field's comment, or that of the class it is inherited from."""
     return next(
-        (told for base in kind.__mro__ if is_dataclass(base) and (told := comments(base).get(name))), None
+        (note for base in kind.__mro__ if is_dataclass(base) and (note := comments(base).get(name))), None
     )
 
 
@@ -108,23 +108,23 @@ def block_of(hint: object) -> type[Any] | None:
 
 
 def comment(kind: type[object], key: str) -> str:
-    """What a key means whose field ``kind`` has, or that stands in its place without effect."""
-    told = _told(kind, key)
-    assert told, f"nobody says what {key} means: write it in a comment beside the field of {kind.__name__}"
-    return told
+    """The meaning of a key whose field ``kind`` has, or that stands in its place without effect."""
+    note = _note(kind, key)
+    assert note, f"nobody says what {key} means: write it in a comment beside the field of {kind.__name__}"
+    return note
 
 
-def _told(kind: type[object], key: str) -> str | None:
+def _note(kind: type[object], key: str) -> str | None:
     block, _, name = key.rpartition(".")
-    if told := meaning(kind, name) or (meaning(GPTConfig, name) if block == "model" else None):
-        return told
+    if note := meaning(kind, name) or (meaning(GPTConfig, name) if block == "model" else None):
+        return note
     return next(
         (f"no effect: {instead}" for other, _, instead in NO_EFFECT if other == key), _MEANINGS.get(key)
     )
 
 
 def meaning_of(kind: type[Any], key: str) -> str:
-    """What a dotted key means in nested dataclasses, or the field that it stands below."""
+    """The meaning of a dotted key in nested dataclasses, or of the field that it stands below."""
     block = kind
     for name in key.split(".")[:-1]:
         inner = block_of(typing.get_type_hints(block)[name])
@@ -142,8 +142,8 @@ def explain(values: Mapping[str, Any], kind: type[Any]) -> str:
 def _explained(values: Mapping[str, Any], kind: type[Any], prefix: str) -> Iterator[Key]:
     hints = typing.get_type_hints(kind)
     for name, value in sorted(values.items(), key=lambda item: isinstance(item[1], dict)):
-        told, inner = _told(kind, f"{prefix}{name}") or "", block_of(hints.get(name))
+        note, inner = _note(kind, f"{prefix}{name}") or "", block_of(hints.get(name))
         if inner and isinstance(value, dict) and value:
-            yield Key(name=name, comment=told, below=list(_explained(value, inner, f"{prefix}{name}.")))
-        elif not told.startswith("no effect"):
-            yield Key(name=name, value=value, comment=told)
+            yield Key(name=name, comment=note, below=list(_explained(value, inner, f"{prefix}{name}.")))
+        elif not note.startswith("no effect"):
+            yield Key(name=name, value=value, comment=note)

@@ -30,19 +30,19 @@ class GenerateJob(ModelJob):
 
     model: GenerateModelConfig
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
-    # how tokens are drawn, and when an answer ends
+    # how tokens are drawn, and when a response ends
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     # JSONL of {"text"}, {"prompt"} or {"messages"}; null: a conversation at the terminal
     input_file: PathText | None = None
-    # JSONL of prompt, answer, finished, logprob and num_tokens, one line per answer
+    # JSONL of prompt, answer, finished, logprob and num_tokens, one line per response
     output_file: PathText | None = None
     overwrite: bool = False  # True: replace an output_file that exists
-    num_samples: int = bounded(1, at_least=1, told=_NOT_ONE)  # answers to each prompt
-    # answers that a data parallel rank writes at once; each takes its key/value cache's memory
-    batch_size: int = bounded(64, at_least=1, told=_NOT_ONE)
+    num_samples: int = bounded(1, at_least=1, message=_NOT_ONE)  # responses to each prompt
+    # responses that a data parallel rank generates at once; each takes its key/value cache's memory
+    batch_size: int = bounded(64, at_least=1, message=_NOT_ONE)
 
     @property
-    def answers(self) -> SamplingConfig:
+    def sampling_config(self) -> SamplingConfig:
         """``sampling``, with the characters that escapes in its end strings stand for."""
         return replace(self.sampling, end_strings=tuple(map(unescape, self.sampling.end_strings)))
 
@@ -65,10 +65,10 @@ class GenerateJob(ModelJob):
                 ("input_file", "output_file") if self.input_file else ("output_file", "input_file")
             )
             raise UserError(
-                f"{given} is set and {missing} is not", cure="set both, or neither for a conversation"
+                f"{given} is set and {missing} is not", fix="set both, or neither for a conversation"
             )
         if self.model.optim != OptimConfig():
-            raise UserError("model.optim is set, and nothing is trained", cure="remove it")
+            raise UserError("model.optim is set, and nothing is trained", fix="remove it")
 
     def check_paths(self) -> None:
         """See ModelJob."""
@@ -76,5 +76,5 @@ class GenerateJob(ModelJob):
         if self.output_file and Path(self.output_file).exists() and not self.overwrite:
             raise UserError(
                 f"output_file={self.output_file} exists",
-                cure="name another, or set overwrite=True to replace it",
+                fix="name another, or set overwrite=True to replace it",
             )

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the settings of scripts have in common whose data are pairs of responses, or labeled ones."""
+"""The common settings of scripts whose data are pairs of responses, or labeled ones."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -25,8 +25,8 @@ class PairModelConfig(BatchedModelConfig):
     """The ``model`` block."""
 
     data: PairDataConfig  # where pairs come from
-    micro_batch_size: int = 2  # pairs (or judged answers) of one forward and backward pass on one rank
-    global_batch_size: int = 64  # pairs (or judged answers) of one optimizer step over all ranks
+    micro_batch_size: int = 2  # pairs (or labeled responses) of one forward and backward pass on one rank
+    global_batch_size: int = 64  # pairs (or labeled responses) of one optimizer step over all ranks
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,7 +37,7 @@ class PairJob(PretrainedJob):
 
     @property
     def loop(self) -> PairLoopConfig:
-        """See Job."""
+        """See TrainingJob."""
         raise NotImplementedError
 
     @property
@@ -47,11 +47,11 @@ class PairJob(PretrainedJob):
 
     @property
     def files(self) -> Mapping[str, Sequence[str]]:
-        """See Job."""
+        """See TrainingJob."""
         return {"model.data.data_prefix": self.model.data.splits.paths}
 
     def check_rows(self) -> None:
-        """See Job."""
+        """See TrainingJob."""
         splits = self.model.data.splits
         if self.labels is None:
             for path in (*splits.train.paths, *(splits.validation.paths if splits.validation else ())):
@@ -59,5 +59,5 @@ class PairJob(PretrainedJob):
 
     @property
     def validates(self) -> bool:
-        """See Job."""
+        """See TrainingJob."""
         return self.model.data.splits.validation is not None

@@ -15,7 +15,7 @@ from nemo_aligner.models.gpt.learning_rate import OptimConfig, SchedConfig
 from nemo_aligner.objectives.config import GROUPED
 from nemo_aligner.run.experiment import CheckpointCallbackConfig, ExperimentConfig
 
-_NO_TIME = ("{key}={value} is no time to wait", "set {key} above 0 seconds")
+_NO_TIME = ("{key}={value}: must be > 0 seconds", "set {key} above 0 seconds")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,20 +99,21 @@ class CriticRemoteConfig:
 class RemoteConfig:
     """The ``remote_critic_rm`` block."""
 
-    # tokens that requests are padded to; no prompt and answer are longer; null: no padding
+    # tokens that requests are padded to; no prompt and response are longer; null: no padding
     pad_to_length: int | None = None
     # both in the critic's job; False: serve_reward_model.py has the reward model
     combine_rm_and_critic_server: bool = True
-    start_timeout: float = bounded(6000.0, above=0, told=_NO_TIME)  # seconds to wait for a server to come up
+    # seconds to wait for a server to come up
+    start_timeout: float = bounded(6000.0, above=0, message=_NO_TIME)
     # seconds to wait for one that was lost; then this job saves and ends
-    return_timeout: float = bounded(600.0, above=0, told=_NO_TIME)
-    reply_timeout: float = bounded(3600.0, above=0, told=_NO_TIME)  # seconds to wait for a reply
+    return_timeout: float = bounded(600.0, above=0, message=_NO_TIME)
+    reply_timeout: float = bounded(3600.0, above=0, message=_NO_TIME)  # seconds to wait for a reply
     # where combine_rm_and_critic_server is False
     reward_model: RewardRemoteConfig = field(default_factory=RewardRemoteConfig)
     critic: CriticRemoteConfig = field(default_factory=CriticRemoteConfig)  # serve_ppo_critic.py
 
     def check(self, block: str) -> None:
-        """Refuse two servers at one address."""
+        """Raise UserError if two servers have one address."""
         if not self.combine_rm_and_critic_server and (self.critic.ip, self.critic.port) == (
             self.reward_model.ip,
             self.reward_model.port,
@@ -120,7 +121,7 @@ class RemoteConfig:
             raise UserError(
                 f"{block}.critic and {block}.reward_model have one address, {self.critic.ip}:{self.critic.port}, "
                 f"and {block}.combine_rm_and_critic_server=False",
-                cure=f"set {block}.reward_model.port to that of serve_reward_model.py",
+                fix=f"set {block}.reward_model.port to that of serve_reward_model.py",
             )
 
 
@@ -147,26 +148,26 @@ class ActorJob(PretrainedJob):
 
     @property
     def loop(self) -> ActorConfig:
-        """See Job."""
+        """See TrainingJob."""
         return self.trainer.ppo
 
     @property
     def files(self) -> Mapping[str, Sequence[str]]:
-        """See Job."""
+        """See TrainingJob."""
         return {"model.data.data_prefix": self.model.data.splits.paths}
 
     def check_rows(self) -> None:
-        """See Job."""
+        """See TrainingJob."""
         for path in self.model.data.splits.train.paths:
             check_prompt_rows(path)
 
     @property
     def validates(self) -> bool:
-        """See Job."""
+        """See TrainingJob."""
         return self.model.data.splits.validation is not None
 
     def check(self, world_size: int | None = None) -> None:
-        """See Job."""
+        """See TrainingJob."""
         PretrainedJob.check(self, world_size)
         model, remote, rollout = self.model, self.remote_critic_rm, self.model.ppo
         rollout.check("model.ppo")
@@ -178,33 +179,33 @@ class ActorJob(PretrainedJob):
             raise UserError(
                 f"model.ppo.num_rollout_samples={whole} is not a multiple of model.global_batch_size={step}: a rollout "
                 "is learned from in whole batches",
-                cure=f"set model.ppo.num_rollout_samples={-(-whole // step) * step}, or another "
+                fix=f"set model.ppo.num_rollout_samples={-(-whole // step) * step}, or another "
                 "model.global_batch_size",
             )
         self._check_copies()
 
     def _check_estimator(self) -> None:
-        """Refuse an advantage estimator that lacks what it compares or asks."""
+        """Raise UserError if the advantage estimator lacks responses to compare, or its critic."""
         config, responses = self.trainer.ppo, self.model.ppo.num_responses_per_prompt
         named = f"trainer.ppo.advantage_estimator={config.advantage_estimator}"
         if config.advantage_estimator in GROUPED and responses < 2:
             raise UserError(
                 f"{named} compares responses to one prompt, and model.ppo.num_responses_per_prompt={responses}",
-                cure="set model.ppo.num_responses_per_prompt to 2 or more, for instance 8",
+                fix="set model.ppo.num_responses_per_prompt to 2 or more, for instance 8",
             )
         if self.remote_critic_rm is not None:
             return
         if config.asks_critic:
             raise UserError(
                 f"{named} asks a critic, and remote_critic_rm is null",
-                cure=f"set trainer.ppo.advantage_estimator to one of {', '.join((*GROUPED, 'reinforce'))}, or "
+                fix=f"set trainer.ppo.advantage_estimator to one of {', '.join((*GROUPED, 'reinforce'))}, or "
                 "leave remote_critic_rm and start serve_ppo_critic.py",
             )
         if config.served_reward is not None:
             raise UserError(
                 f"trainer.ppo.rewards has {'a served reward model' if config.rewards else 'no function'}, and "
                 "remote_critic_rm is null",
-                cure="name a Python function: trainer.ppo.rewards.NAME.function=MODULE.NAME; or leave remote_critic_rm "
+                fix="name a Python function: trainer.ppo.rewards.NAME.function=MODULE.NAME; or leave remote_critic_rm "
                 "and start serve_reward_model.py",
             )
 
@@ -223,5 +224,5 @@ class ActorJob(PretrainedJob):
         ):
             if value is not None and value != counts:
                 raise UserError(
-                    f"{name}={value}, but {other}={counts}, which says the same", cure=f"set {other}={value}"
+                    f"{name}={value}, but {other}={counts}, which says the same", fix=f"set {other}={value}"
                 )

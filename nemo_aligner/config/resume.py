@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What may be another setting where a run is gone on with. The table says it of every key of every job that trains."""
+"""Rules for settings that change on resume. The table has every key of every job that trains."""
 
 import dataclasses
 from collections.abc import Iterable, Mapping
@@ -25,7 +25,7 @@ _OPTIMIZER = "a knob that people turn in the middle of a run"
 _PPO = "a coefficient of the objective that people turn in the middle of a run"
 _SCHEDULE = "the learning rate of all steps follows from it"
 _SAMPLES = "the tokens that are learned follow from it"
-_DRAWS = "which rows and answers a step has follows from it"
+_DRAWS = "the rows and responses of a step follow from it"
 _NETWORK = "the network and its arithmetic"
 _INERT = "has one meaning only, or repeats another key"
 
@@ -154,7 +154,7 @@ def flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def changes(before: Mapping[str, Any], now: Mapping[str, Any], *, asked: Iterable[str]) -> list[Change]:
-    """What is another setting now.
+    """The settings that have changed.
 
     A key that only one side has is one that the other side's release does not know. Keys of the architecture stand only
     where they are set.

@@ -41,7 +41,7 @@ class RMModelConfig(PairModelConfig):
     """The ``model`` block of train_reward_model.py."""
 
     optim: OptimConfig = field(default_factory=partial(OptimConfig, lr=9e-6, weight_decay=0.1))
-    # binary_ranking: pairs of answers; regression: judged attributes
+    # binary_ranking: pairs of responses; regression: labeled attributes
     reward_model_type: str = "binary_ranking"
     regression: RegressionConfig = field(default_factory=RegressionConfig)  # of reward_model_type regression
     # rewards are served as (reward - mean) / std
@@ -53,7 +53,7 @@ class RMModelConfig(PairModelConfig):
     forward_micro_batch_size: int | None = None
 
     @property
-    def own_keys(self) -> dict[str, Any]:
+    def saved_keys(self) -> dict[str, Any]:
         """See ModelConfig."""
         regression = self.regression
         return {
@@ -88,7 +88,7 @@ class RMJob(PairJob):
 
     @property
     def loop(self) -> RMConfig:
-        """See Job."""
+        """See TrainingJob."""
         return self.trainer.rm
 
     @property
@@ -97,12 +97,12 @@ class RMJob(PairJob):
         return self.model.regression if self.model.reward_model_type == "regression" else None
 
     def check(self, world_size: int | None = None) -> None:
-        """See Job."""
+        """See TrainingJob."""
         PairJob.check(self, world_size)
         standard = self.model.reward_standardization
         if standard.enable and None in (standard.mean, standard.std) and not self.validates:
             raise UserError(
                 "model.reward_standardization.enable=True takes mean and std of the validation data, and there is none",
-                cure="set model.reward_standardization.mean and std, or name validation data",
+                fix="set model.reward_standardization.mean and std, or name validation data",
             )
         self.model.regression.check()

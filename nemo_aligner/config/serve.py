@@ -46,7 +46,7 @@ class ServedDataConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ServedModelConfig(ModelConfig):
-    """What the ``model`` blocks of both servers share."""
+    """The common keys of the ``model`` blocks of both servers."""
 
     # how sentences become tokens; null: as in the reward model's training, which its checkpoint remembers
     data: ServedDataConfig = field(default_factory=ServedDataConfig)
@@ -61,7 +61,7 @@ class ServedModelConfig(ModelConfig):
     use_avg_pool: bool | None = None
     force_head_dtype: str | None = None  # of the head's product: float32, bfloat16 or float16
 
-    def over(self, saved: Mapping[str, Any]) -> dict[str, Any]:
+    def override(self, saved: Mapping[str, Any]) -> dict[str, Any]:
         """The reward model's model_config.yaml with what the settings say of its head."""
         merged = dict(saved)
         for name in ("reward_model_type", "use_avg_pool", "force_head_dtype"):
@@ -75,7 +75,7 @@ class ServedModelConfig(ModelConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class ServingConfig:
-    """What the blocks of both servers share."""
+    """The common keys of the blocks of both servers."""
 
     # where it listens; the actor's remote_critic_rm names it, too
     port: int = bounded(5555, at_least=1, at_most=65535)
@@ -83,13 +83,13 @@ class ServingConfig:
     ip: str | None = None
     # rows of a forward pass on one data parallel rank
     inference_micro_batch_size: int | tuple[int, ...] | None = bounded(None, at_least=1)
-    # how long a request without a ticket waits for others to be computed with
+    # how long a request without a version waits for others to be computed with
     max_queue_delay_microseconds: int = bounded(2000, at_least=0)
     # cut padding to the longest row, rounded up to this; null: keep it
     strip_sequence_length_to_multiple: int | None = bounded(None, at_least=1, to="1 or more, or null")
     max_request_rows: int = bounded(RequestLimits.rows, at_least=1)  # a request with more is refused
     max_request_bytes: int = bounded(RequestLimits.bytes, at_least=1)  # as above, unpacked
-    # so many without a reply; the next is told to ask later
+    # so many without a reply; the next gets a refusal, to ask again later
     max_waiting_requests: int = bounded(RequestLimits.waiting, at_least=1)
     # seconds after which a request is given up
     request_timeout: float = bounded(RequestLimits.seconds, above=0, to="more than 0 seconds")
@@ -180,7 +180,7 @@ class CriticModelConfig(ServedModelConfig, BatchedModelConfig, ValueConfig):
         default_factory=partial(ServedRegressionConfig, merge_attributes=True)
     )
     output_sequence: bool = True  # only True: a value for each token
-    # keep the optimizer's moments in CPU memory while answers are judged
+    # keep the optimizer's moments in CPU memory while responses are scored
     offload_adam_states: bool = False
 
 
@@ -203,7 +203,7 @@ class CriticJob(PretrainedJob):
 
     @property
     def files(self) -> Mapping[str, Sequence[str]]:
-        """See Job."""
+        """See TrainingJob."""
         return {}
 
     @property
@@ -212,10 +212,10 @@ class CriticJob(PretrainedJob):
         return self.trainer.ppo.rows or self.model.forward_micro_batch_size or self.model.micro_batch_size
 
     def check(self, world_size: int | None = None) -> None:
-        """See Job."""
+        """See TrainingJob."""
         PretrainedJob.check(self, world_size)
         if not self.model.output_sequence:
             raise UserError(
                 "model.output_sequence=False, but a critic has a value for each token",
-                cure="set model.output_sequence=True, or serve a reward model by serve_reward_model.py",
+                fix="set model.output_sequence=True, or serve a reward model by serve_reward_model.py",
             )

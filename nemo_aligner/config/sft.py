@@ -4,7 +4,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from nemo_aligner.config.base import Job, ModelConfig, TrainerConfig
+from nemo_aligner.config.base import ModelConfig, TrainerConfig, TrainingJob
 from nemo_aligner.data.config import SFTDataConfig
 from nemo_aligner.data.first_rows import check_sft_rows
 from nemo_aligner.paths import PathText
@@ -25,12 +25,12 @@ class SFTModelConfig(ModelConfig):
     # the model to start from: a .nemo, a checkpoint, a Hugging Face folder, a GGUF file or OWNER/NAME of the hub
     restore_from_path: PathText
     data: SFTDataConfig  # where samples come from
-    # learn the answer only; False: the prompt too; in conversations the speakers decide
+    # learn the response only; False: the prompt too; in conversations the speakers decide
     answer_only_loss: bool = True
 
 
 @dataclass(frozen=True, kw_only=True)
-class SFTJob(Job):
+class SFTJob(TrainingJob):
     """All settings of train_gpt_sft.py."""
 
     model: SFTModelConfig
@@ -39,17 +39,17 @@ class SFTJob(Job):
 
     @property
     def pretrained(self) -> tuple[str, str]:
-        """See Job."""
+        """See TrainingJob."""
         return "model.restore_from_path", self.model.restore_from_path
 
     @property
     def loop(self) -> SupervisedConfig:
-        """See Job."""
+        """See TrainingJob."""
         return self.trainer.sft
 
     @property
     def batches(self) -> dict[str, tuple[int, int]]:
-        """See Job."""
+        """See TrainingJob."""
         splits = {"train_ds": self.model.data.train_ds, **self.model.data.validation}
         return {
             f"model.data.{name}": (split.global_batch_size, split.micro_batch_size)
@@ -58,16 +58,16 @@ class SFTJob(Job):
 
     @property
     def files(self) -> Mapping[str, Sequence[str]]:
-        """See Job."""
+        """See TrainingJob."""
         splits = {"train_ds": self.model.data.train_ds, **self.model.data.validation}
         return {f"model.data.{name}.file_path": (split.file_path,) for name, split in splits.items()}
 
     def check_rows(self) -> None:
-        """See Job."""
+        """See TrainingJob."""
         for split in (self.model.data.train_ds, *self.model.data.validation.values()):
             check_sft_rows(self.model.data, split)
 
     @property
     def validates(self) -> bool:
-        """See Job."""
+        """See TrainingJob."""
         return bool(self.model.data.validation)

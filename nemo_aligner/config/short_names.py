@@ -59,6 +59,7 @@ def _first(patterns: tuple[str, ...], known: list[str]) -> str | None:
         for key in known:
             if fnmatchcase(key, pattern):
                 return key
-            if pattern.startswith(f"{key}."):  # below a setting that takes names of its own
+            # Below a setting that takes names of its own.
+            if pattern.startswith(f"{key}.") or fnmatchcase(pattern, key):
                 return pattern
     return None

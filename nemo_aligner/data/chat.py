@@ -25,7 +25,7 @@ class PromptTokensLayout:
 
     The system text, names and labels before a text are not learned. The ``turn_start`` after a learned turn
     is: there the model learns to stop. Of a turn with a label in a TEXT_TO_VALUE row only the label is learned.
-    Turns after the last learned one are left out, as they teach nothing.
+    Turns after the last learned one are left out, as no loss token follows.
 
     Args:
         tokenizer: where ids come from.
@@ -90,14 +90,14 @@ class PromptTokensLayout:
 
     def _turn(self, prompt: str, response: str, encode: GrowingText) -> LearnedTurn:
         ids = encode(prompt)
-        answer = continuation(self._tokenizer, prompt, ids, response, encode=encode)
+        reply = continuation(self._tokenizer, prompt, ids, response, encode=encode)
         eos = self._tokenizer.eos_id
         return LearnedTurn(
             prompt=ids,
-            response=answer,
-            mask=[True] * len(answer),
+            response=reply,
+            loss_mask=[True] * len(reply),
             closing=self._stop,
-            eos=[eos] if self._cfg.add_eos and answer[-1:] != [eos] else [],
+            eos=[eos] if self._cfg.add_eos and reply[-1:] != [eos] else [],
         )
 
     def _label(self, turn: Turn, kind: str | None) -> tuple[str, str]:
@@ -128,7 +128,7 @@ class TemplateLayout:
         if tokenizer.chat_template is None:
             raise UserError(
                 "model.data.chat_template=tokenizer, but the tokenizer has no chat template",
-                cure="set model.data.chat_template=prompt_tokens, or give a tokenizer that has a template",
+                fix="set model.data.chat_template=prompt_tokens, or give a tokenizer that has a template",
             )
         self._recognised = Recognised(cfg.file_path)
         self._tokenizer = tokenizer
@@ -144,14 +144,14 @@ class TemplateLayout:
             raise UserError(
                 f"speakers {strange} and mask {chat.mask!r} have no place in the tokenizer's chat template"
                 if strange
-                else f"mask {chat.mask!r} would teach the user's turns",
-                cure="name the speakers User and Assistant with mask User, or set "
+                else f"mask {chat.mask!r} would train on the user's turns",
+                fix="name the speakers User and Assistant with mask User, or set "
                 "model.data.chat_template=prompt_tokens",
             )
         if chat.kind is not None:
             raise UserError(
                 f"type {chat.kind!r} asks for labels, which the tokenizer's chat template cannot show",
-                cure="set model.data.chat_template=prompt_tokens",
+                fix="set model.data.chat_template=prompt_tokens",
             )
         return chat
 
@@ -178,19 +178,19 @@ class TemplateLayout:
     ) -> LearnedTurn:
         tokenizer = self._tokenizer
         ids = encode(prompt)
-        answer = continuation(tokenizer, prompt, ids, response, encode=encode)
-        mask = [True] * len(answer)
+        reply = continuation(tokenizer, prompt, ids, response, encode=encode)
+        mask = [True] * len(reply)
         if marked := tokenizer.marked_chat(messages, tools=chat.tools):
-            answer, mask = _as_marked(answer, *marked)
-            closing, eos = answer[-1:] if answer[-1] in tokenizer.added_ids else [], []
-        elif stop := end_of_turn(tokenizer, answer):
-            answer, mask, closing, eos = answer[:stop], mask[:stop], answer[stop - 1 : stop], []
+            reply, mask = _as_marked(reply, *marked)
+            closing, eos = reply[-1:] if reply[-1] in tokenizer.added_ids else [], []
+        elif stop := end_of_turn(tokenizer, reply):
+            reply, mask, closing, eos = reply[:stop], mask[:stop], reply[stop - 1 : stop], []
         else:
             closing, eos = [], [tokenizer.eos_id] if self._cfg.add_eos else []
         return LearnedTurn(
             prompt=ids if ids[: len(self._bos)] == self._bos else self._bos + ids,
-            response=answer,
-            mask=mask,
+            response=reply,
+            loss_mask=mask,
             closing=closing,
             eos=eos,
         )
@@ -211,23 +211,23 @@ def _chosen(chat: Chat, learn: str) -> list[int]:
     return learned if learn == "all" else learned[-1:]
 
 
-def _as_marked(answer: list[int], whole: list[int], marks: list[bool]) -> tuple[list[int], list[bool]]:
+def _as_marked(reply: list[int], whole: list[int], marks: list[bool]) -> tuple[list[int], list[bool]]:
     """A response, which ends ``whole``, up to the last token that its template marks as generated, and its marks."""
-    agrees = whole[-len(answer) :] == answer
-    own = marks[-len(answer) :] if agrees else [True] * len(answer)
-    after = marks[::-1].index(True) if True in marks else len(answer)
-    if after >= len(answer):
+    agrees = whole[-len(reply) :] == reply
+    own = marks[-len(reply) :] if agrees else [True] * len(reply)
+    after = marks[::-1].index(True) if True in marks else len(reply)
+    if after >= len(reply):
         raise UserError(
             "the tokenizer's chat template marks nothing of a turn as generated",
-            cure="mend its {% generation %} block, or remove it from the template",
+            fix="mend its {% generation %} block, or remove it from the template",
         )
-    return answer[: len(answer) - after], own[: len(answer) - after]
+    return reply[: len(reply) - after], own[: len(reply) - after]
 
 
 def _not_shown(what: str) -> UserError:
     return UserError(
         f"{what} cannot be shown between prompt tokens",
-        cure="use a tokenizer whose chat template shows it, with model.data.chat_template=tokenizer, or remove it",
+        fix="use a tokenizer whose chat template shows it, with model.data.chat_template=tokenizer, or remove it",
     )
 
 
@@ -235,5 +235,5 @@ def _check_writable(tokenizer: Tokenizer, name: str, text: str) -> None:
     if text.strip() and text.strip() not in tokenizer.decode(tokenizer.encode(text)):
         raise UserError(
             f"model.data.chat_prompt_tokens.{name}={text!r} cannot be written by this tokenizer",
-            cure="choose text that it knows, e.g. <extra_id_1>, or set model.data.chat_template=tokenizer",
+            fix="choose text that it knows, e.g. <extra_id_1>, or set model.data.chat_template=tokenizer",
         )

@@ -16,12 +16,12 @@ _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 
 def reads_clock(template: str) -> bool:
-    """Whether what the template writes depends on the day."""
+    """True if what the template writes depends on the day."""
     return re.search(r"strftime_now\s*\(", template) is not None
 
 
 def marks_generations(template: str) -> bool:
-    """Whether the template itself says, by ``{% generation %}``, what the assistant generates."""
+    """True if the template itself says, by ``{% generation %}``, what the assistant generates."""
     return _GENERATION.search(template) is not None
 
 
@@ -40,14 +40,14 @@ def pinned(template: str, day: date) -> str:
         raise UserError(
             "the tokenizer's chat template reads the clock in a way that cannot be pinned to the run's day: "
             "strftime_now is called with something else than a quoted format",
-            cure="write the format into the call in the tokenizer's chat_template.jinja, e.g. "
+            fix="write the format into the call in the tokenizer's chat_template.jinja, e.g. "
             "strftime_now('%d %b %Y'), or set model.data.chat_template=prompt_tokens",
         )
     return found
 
 
 def render(write: Callable[[], str], messages: Sequence[Mapping[str, Any]]) -> str:
-    """What ``write`` makes of the messages by a chat template.
+    """The rendering of the messages that ``write`` makes with a chat template.
 
     Raises:
         UserError: the template refuses them, fails at them, or they hold what is no text.
@@ -59,22 +59,22 @@ def render(write: Callable[[], str], messages: Sequence[Mapping[str, Any]]) -> s
     except UnicodeEncodeError as error:
         raise UserError(
             f"a message holds half of a surrogate pair, \\u{ord(error.object[error.start]):04x}, which is no text",
-            cure="write the whole character, or remove it",
+            fix="write the whole character, or remove it",
         ) from error
     except Exception as error:  # a template is a program of its own, and may fail in any way
         roles = [message.get("role") for message in messages]
         raise UserError(
             f"the tokenizer's chat template refuses a conversation with the roles {roles}: {error}",
-            cure="bring the turns into the order and form that the template wants, or use another template "
+            fix="bring the turns into the order and form that the template wants, or use another template "
             "(training: model.data.chat_template=prompt_tokens)",
         ) from error
     return text
 
 
 def no_chat_template() -> UserError:
-    """What a conversation meets where the tokenizer has no template."""
+    """The error for a conversation if the tokenizer has no template."""
     return UserError(
         "the tokenizer has no chat template",
-        cure="put a chat_template.jinja beside its files and import the model again, fine-tune it on "
+        fix="put a chat_template.jinja beside its files and import the model again, fine-tune it on "
         "conversations, which stores one with it, or give text instead of messages",
     )

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 import torch
 
-from nemo_aligner.batch import PreferenceBatch, ScoredBatch, TokenBatch
+from nemo_aligner.batch import AttributeBatch, PreferenceBatch, TokenBatch
 from nemo_aligner.data.row import Row
 
 
@@ -22,7 +22,8 @@ def padded_length(longest: int, *, multiple: int, maximum: int) -> int:
 def collate(rows: Sequence[Row], *, pad_id: int, seq_length: int) -> TokenBatch:
     """[len(rows) x sequences of a row, seq_length], right padded; every sequence fits.
 
-    Labeled rows make a ScoredBatch, pairs a PreferenceBatch: sequence 2i is the chosen one of row i, 2i + 1 the other.
+    Labeled rows make an AttributeBatch, pairs a PreferenceBatch: sequence 2i is the chosen one of row i, 2i + 1 the
+    other.
     """
     sequences = [sequence for row in rows for sequence in row.sequences]
     batch = TokenBatch.from_rows(
@@ -30,10 +31,10 @@ def collate(rows: Sequence[Row], *, pad_id: int, seq_length: int) -> TokenBatch:
         pad_id=pad_id,
         seq_length=seq_length,
     )
-    shared = {"tokens": batch.tokens, "mask": batch.mask, "lengths": batch.lengths}
+    shared = {"tokens": batch.tokens, "loss_mask": batch.loss_mask, "lengths": batch.lengths}
     if rows[0].labels:
         attributes = torch.tensor([label for row in rows for label in row.labels], dtype=torch.float32)
-        return ScoredBatch(**shared, attributes=attributes)
+        return AttributeBatch(**shared, attributes=attributes)
     if len(rows[0].sequences) == 1:
         return batch
     known = [number for row in rows for number in row.reference_logprobs]
@@ -41,6 +42,6 @@ def collate(rows: Sequence[Row], *, pad_id: int, seq_length: int) -> TokenBatch:
 
 
 def uncollated(rows: Sequence[Row], *, pad_id: int, seq_length: int) -> list[Row]:
-    """The rows as they are: whoever answers these prompts lays them out."""
+    """The rows as they are: whoever responses these prompts lays them out."""
     del pad_id, seq_length
     return list(rows)

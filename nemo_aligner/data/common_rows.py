@@ -62,11 +62,11 @@ class Recognised:
             _LOG.info("%s holds %s: read as %s", self.path, form, how)
 
 
-def refuse_unread(row: Row, *, read: Collection[str], cure: str) -> None:
-    """Refuse a row whose meaning is changed by a key that is not among those that are ``read``.
+def refuse_unread(row: Row, *, read: Collection[str], fix: str) -> None:
+    """Raise UserError for a key that changes the meaning of a row and is not among those ``read``.
 
     Raises:
-        UserError: naming key and value; ``cure`` says where such keys belong.
+        UserError: naming key and value; ``fix`` says where such keys belong.
     """
     for key in sorted(_MEANINGFUL & row.keys() - set(read)):
         value = row[key]
@@ -74,7 +74,7 @@ def refuse_unread(row: Row, *, read: Collection[str], cure: str) -> None:
         if not (is_idle or value is None or value in ("", [], {})):
             raise UserError(
                 f"key {key!r} has the value {shorten(value)}, which changes what the row means, and is not read",
-                cure=f"{cure}, or remove {key!r} from the row",
+                fix=f"{fix}, or remove {key!r} from the row",
             )
 
 
@@ -84,7 +84,7 @@ def as_input_output(row: Row, *, keys: Sequence[str], recognised: Recognised) ->
     Args:
         row: as the file has it.
         keys: what the template names; {input, output} by default, to which common forms are converted.
-        recognised: is told the form.
+        recognised: logs the form.
 
     Raises:
         UserError: a key that carries meaning would be dropped, or a field is no string.
@@ -92,8 +92,8 @@ def as_input_output(row: Row, *, keys: Sequence[str], recognised: Recognised) ->
     if converted := _converted(row, keys, recognised):
         return converted
     if row.keys() >= set(keys):
-        cure = "name it in prompt_template, write the row as messages with model.data.chat=True"
-        refuse_unread(row, read=(*keys, *_FLAGS), cure=cure)
+        fix = "name it in prompt_template, write the row as messages with model.data.chat=True"
+        refuse_unread(row, read=(*keys, *_FLAGS), fix=fix)
     return row
 
 
@@ -101,22 +101,22 @@ def _converted(row: Row, keys: Sequence[str], recognised: Recognised) -> Row | N
     if "output" not in keys or not set(keys) <= {"input", "output", "category"}:
         return None
     is_plain = row.keys() >= set(keys)
-    cure = "name it in prompt_template"
+    fix = "name it in prompt_template"
     if is_dolly(row) and not is_plain:
         recognised.say("raw Dolly rows", "examples/nlp/data/dolly/preprocess.py converts them")
-        refuse_unread(row, read=("instruction", *_FLAGS), cure=cure)
+        refuse_unread(row, read=("instruction", *_FLAGS), fix=fix)
         return dolly_to_prompt_response(row)
     if "output" in row and row.get("instruction"):
         recognised.say(
             "rows of {instruction, input, output}", "Alpaca's: its instruction and input in its own prompt"
         )
-        refuse_unread(row, read=("instruction", *_FLAGS), cure=cure)
+        refuse_unread(row, read=("instruction", *_FLAGS), fix=fix)
         return {"input": alpaca_prompt(row), "output": row["output"]}
     if is_plain or not (pair := _pair(row)):
         return None
     prompt, response = pair
     recognised.say(f"rows of {{{prompt}, {response}}}", "{input, output}")
-    refuse_unread(row, read=(*pair, *_FLAGS), cure=cure)
+    refuse_unread(row, read=(*pair, *_FLAGS), fix=fix)
     return {"input": row[prompt], "output": row[response]}
 
 
@@ -126,7 +126,7 @@ def _pair(row: Row) -> tuple[str, str] | None:
     if len(found) > 1:
         raise UserError(
             f"the row has {keys_of(row)}: which of them are the prompt and its response?",
-            cure=f'name them: prompt_template="{{{found[0][0]}}} {{{found[0][1]}}}" label_key={found[0][1]} '
+            fix=f'name them: prompt_template="{{{found[0][0]}}} {{{found[0][1]}}}" label_key={found[0][1]} '
             f"truncation_field={found[0][0]}",
         )
     return found[0] if found else None
@@ -142,38 +142,38 @@ def alpaca_prompt(row: Row) -> str:
 
 
 def prompt_of(row: Row, recognised: Recognised) -> str | Sequence[Row]:
-    """What a row asks: a text, or the entries of a conversation whose next turn is the assistant's.
+    """The prompt of a row: a text, or the entries of a conversation whose next turn is the assistant's.
 
     Raises:
         UserError: it asks nothing, or for more than one thing, or a key that carries meaning would be dropped.
     """
-    cure = "write it into the prompt, or into messages"
+    fix = "write it into the prompt, or into messages"
     for key in (*CHATS, "prompt"):
         if isinstance(row.get(key), list):
             recognised.say(
                 f"rows of {{{key}: [...]}}", "conversations, laid out by the tokenizer's chat template"
             )
-            refuse_unread(row, read=(key, "system", "tools"), cure=cure)
+            refuse_unread(row, read=(key, "system", "tools"), fix=fix)
             return entries_of(row, key)
     if "text" in row:
-        refuse_unread(row, read=("text",), cure=cure)
+        refuse_unread(row, read=("text",), fix=fix)
         return text_field(row, "text")
     if is_dolly(row):
         recognised.say("raw Dolly rows", "examples/nlp/data/dolly/preprocess.py converts them")
-        refuse_unread(row, read=("instruction",), cure=cure)
+        refuse_unread(row, read=("instruction",), fix=fix)
         return dolly_to_prompt_response(row)["input"]
     if row.get("instruction"):
         recognised.say("rows of {instruction, input}", "Alpaca's: in its own prompt")
-        refuse_unread(row, read=("instruction",), cure=cure)
+        refuse_unread(row, read=("instruction",), fix=fix)
         return alpaca_prompt(row)
     found = [key for key in _PROMPTS if key in row]
     if not found:
         raise UserError(
             f"key 'text' is missing; the row has {keys_of(row)}",
-            cure='give the row "text", "prompt" or "messages"',
+            fix='give the row "text", "prompt" or "messages"',
         )
     recognised.say(f"rows of {{{found[0]}}}", "{text}")
-    refuse_unread(row, read=found[:1], cure=cure)
+    refuse_unread(row, read=found[:1], fix=fix)
     return text_field(row, found[0])
 
 
@@ -190,7 +190,7 @@ def entries_of(row: Row, key: str) -> list[Row]:
     if not entries or len(entries) != len(value if isinstance(value, list) else [value]):
         raise UserError(
             f"key {key!r} has the value {shorten(value)}",
-            cure='write messages: [{"role": "user", "content": "..."}, ...]',
+            fix='write messages: [{"role": "user", "content": "..."}, ...]',
         )
     messages = [_entry(entry) for entry in entries]
     if row.get("system"):
@@ -203,7 +203,7 @@ def _entry(entry: Row) -> Row:
         return entry
     speaker = text_field(entry, "from")
     if speaker.lower() not in _ROLES:
-        raise UserError(f"key 'from' is {shorten(speaker)!r}", cure=f"use one of {', '.join(_ROLES)}")
+        raise UserError(f"key 'from' is {shorten(speaker)!r}", fix=f"use one of {', '.join(_ROLES)}")
     others = {name: value for name, value in entry.items() if name not in ("from", "value")}
     return {**others, "role": _ROLES[speaker.lower()], "content": entry.get("value")}
 
@@ -255,9 +255,7 @@ def _as_two_turns(row: Row, recognised: Recognised) -> Row:
     else:
         return row
     recognised.say(f"rows of {form}", "conversations of two turns")
-    refuse_unread(
-        row, read=("instruction", "system", "tools", "weight", "train"), cure="write it as messages"
-    )
+    refuse_unread(row, read=("instruction", "system", "tools", "weight", "train"), fix="write it as messages")
     turns = [{"role": "user", "content": text_field(fields, "input")},
              {"role": "assistant", "content": text_field(fields, "output")}]  # fmt: skip
     system = [{"role": "system", "content": text_field(row, "system")}] if row.get("system") else []

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, field, replace
 from datetime import date
 
 from nemo_aligner.bounds import bounded, check_bounds, one_of, only
-from nemo_aligner.data.prefix import DataPrefix, Split, parse_data_prefix, share_of
+from nemo_aligner.data.data_spec import DataSpec, Split, parse_data_spec, share_of
 from nemo_aligner.errors import UserError
 from nemo_aligner.paths import PathText
 
@@ -47,30 +47,31 @@ class SFTSplitConfig:
 
     file_path: PathText  # JSONL, one object a line
     # rows of one optimizer step, and of one batch of a validation, over all ranks
-    global_batch_size: int = bounded(128, at_least=1, told=_NOT_POSITIVE)
-    micro_batch_size: int = bounded(1, at_least=1, told=_NOT_POSITIVE)  # rows of one forward pass on one rank
+    global_batch_size: int = bounded(128, at_least=1, message=_NOT_POSITIVE)
+    # rows of one forward pass on one rank
+    micro_batch_size: int = bounded(1, at_least=1, message=_NOT_POSITIVE)
     shuffle: bool = True  # a new order each epoch, a function of model.seed and the epoch alone
     # tokens; longer samples are cut and counted; never above model.encoder_seq_length
     max_seq_length: int = bounded(
         4096,
         at_least=2,
         to="2 or more, usually model.encoder_seq_length",
-        told=(f"{_SPLIT} too short", "set {key} to {range}"),
+        message=(f"{_SPLIT} too short", "set {key} to {range}"),
     )
     drop_last: bool = True  # leave out an incomplete last batch, unless it would be the only one
-    label_key: str = "output"  # the answer's field; the template ends with it
+    label_key: str = "output"  # the response's field; the template ends with it
     add_eos: bool = True  # end each sample with EOS, learned
-    add_sep: bool = False  # put the tokenizer's separator token before the answer
+    add_sep: bool = False  # put the tokenizer's separator token before the response
     # start each sample with BOS, never twice; null: as the tokenizer or its chat template does
     add_bos: bool | None = None
     truncation_field: str | None = "input"  # fields cut first when a sample is too long, separated by commas
-    # prompt and answer; each {name} is a field of the row; escapes are understood
+    # prompt and response; each {name} is a field of the row; escapes are understood
     prompt_template: str = "{input} {output}"
     # the end at which truncation_field loses tokens: right or left
     truncation_method: str = one_of(
         "right",
         "left",
-        told=("{key}={value!r} in model.data for {file_path} is unknown", "use left or right"),
+        message=("{key}={value!r} in model.data for {file_path} is unknown", "use left or right"),
     )
 
     def __post_init__(self) -> None:
@@ -94,7 +95,7 @@ class SFTDataConfig:
     train_ds: SFTSplitConfig  # training data
     # validation data; keys as in train_ds
     validation_ds: ValidationSplitConfig = field(default_factory=ValidationSplitConfig)
-    chat: bool = False  # True: rows are conversations; False: prompt and answer
+    chat: bool = False  # True: rows are conversations; False: prompt and response
     # of conversations: tokenizer (its own template), prompt_tokens (the block below); null: the first there is
     chat_template: str | None = one_of(None, "prompt_tokens", "tokenizer")
     learn: str = one_of(
@@ -108,7 +109,7 @@ class SFTDataConfig:
         False, what="drawing rows with replacement"
     )  # only False: rows are drawn by shuffle, never with replacement
     # threads that tokenise ahead of training; 0: in the training thread
-    num_workers: int = bounded(0, at_least=0, told=_NEGATIVE)
+    num_workers: int = bounded(0, at_least=0, message=_NEGATIVE)
 
     @property
     def validation(self) -> dict[str, SFTSplitConfig]:
@@ -130,13 +131,13 @@ class SFTDataConfig:
             except ValueError as error:
                 raise UserError(
                     f"model.data.chat_date={self.chat_date!r} is no date",
-                    cure="write it as YYYY-MM-DD, or null",
+                    fix="write it as YYYY-MM-DD, or null",
                 ) from error
         check_bounds(self, "model.data")
 
 
 @dataclass(frozen=True, kw_only=True)
-class PrefixDataConfig:
+class DataSpecConfig:
     """``model.data`` of the scripts whose files ``data_prefix`` names."""
 
     # {train: [...], validation: [...], test: [...]}; several files may be weighted: [0.3, a, 0.7, b]
@@ -146,19 +147,19 @@ class PrefixDataConfig:
     data_impl: str = one_of(
         "jsonl",
         "json",
-        told=("{key}={value!r} cannot be read: files hold text, not token ids", "set {key}=jsonl"),
+        message=("{key}={value!r} cannot be read: files hold text, not token ids", "set {key}=jsonl"),
     )
     # of a plain list of files: shares of training, validation and test, as in 98,1,1
     splits_string: str | None = None
-    # tokens; a longer pair, or a prompt without room for an answer, is left out; null: what the model takes
+    # tokens; a longer pair, or a prompt without room for a response, is left out; null: what the model takes
     seq_length: int | None = bounded(
         None,
         at_least=2,
         to="2 or more, usually model.encoder_seq_length",
-        told=("{key}={value} is too short", "set it to {range}"),
+        message=("{key}={value} is too short", "set it to {range}"),
     )
     # threads that tokenise ahead of training; 0: in the training thread
-    num_workers: int = bounded(0, at_least=0, told=_NEGATIVE)
+    num_workers: int = bounded(0, at_least=0, message=_NEGATIVE)
     add_bos: bool | None = None  # start each text with BOS, never twice; null: as the tokenizer does
     reset_position_ids: bool = only(False)  # only False: positions count from each text's start
     reset_attention_mask: bool = only(False)  # only False: a text sees all of itself
@@ -166,21 +167,21 @@ class PrefixDataConfig:
 
     def __post_init__(self) -> None:
         check_bounds(self, "model.data")
-        parse_data_prefix(self.data_prefix, self.splits_string)
+        parse_data_spec(self.data_prefix, self.splits_string)
 
     @property
-    def splits(self) -> DataPrefix:
+    def splits(self) -> DataSpec:
         """The files of each split."""
-        return parse_data_prefix(self.data_prefix, self.splits_string)
+        return parse_data_spec(self.data_prefix, self.splits_string)
 
 
 @dataclass(frozen=True, kw_only=True)
-class PairDataConfig(PrefixDataConfig):
-    """``model.data`` of a reward model: pairs of answers, or answers with labels."""
+class PairDataConfig(DataSpecConfig):
+    """``model.data`` of a reward model: pairs of responses, or responses with labels."""
 
-    append_eod: bool = False  # end each answer with EOS, where its reward is then read
+    append_eod: bool = False  # end each response with EOS, where its reward is then read
 
 
 @dataclass(frozen=True, kw_only=True)
-class PromptDataConfig(PrefixDataConfig):
-    """``model.data`` of an actor: prompts to be answered."""
+class PromptDataConfig(DataSpecConfig):
+    """``model.data`` of an actor: prompts that responses are generated for."""

@@ -39,7 +39,7 @@ class Chat:
     tools: Tools = None  # JSON schemas of the functions that may be called
 
     def learned(self, index: int) -> bool:
-        """Whether a turn is learned. One that nothing leads to is context only, unless labels are predicted from it."""
+        """True if a turn is learned. One that nothing leads to is context only, unless labels are predicted from it."""
         turn = self.turns[index]
         led = index > 0 or self.opening is not None or self.kind == "TEXT_TO_VALUE"
         return turn.trained and self._speaks(turn) and led
@@ -59,7 +59,7 @@ class Chat:
 
     @property
     def masked(self) -> bool:
-        """Whether nothing is learned, as the row itself says."""
+        """True if nothing is learned, as the row itself says."""
         return not any(self.learned(index) for index in range(len(self.turns)))
 
 
@@ -81,13 +81,13 @@ def read_chat(row: Mapping[str, object]) -> Chat:
         raise UserError(
             f"no turn is learned: speakers {[turn.speaker for turn in chat.turns]}, mask {chat.mask!r}, "
             "and the first turn is context only",
-            cure="let an answer follow the first turn, or remove the line",
+            fix="let a response follow the first turn, or remove the line",
         )
     return chat
 
 
 def is_trained(entry: Mapping[str, object]) -> bool:
-    """Whether a row or message is learned, as its ``weight`` (1 or 0) and ``train`` (true or false) say.
+    """True if a row or message is learned, as its ``weight`` (1 or 0) and ``train`` (true or false) say.
 
     Raises:
         UserError: one of them has another value.
@@ -97,7 +97,7 @@ def is_trained(entry: Mapping[str, object]) -> bool:
         if not isinstance(value, bool | int | float) or value not in (0, 1):
             raise UserError(
                 f"key {name!r} has the value {shorten(value)}: a row or turn is learned or it is not",
-                cure=f"set {name!r} to 1 or 0, or remove it",
+                fix=f"set {name!r} to 1 or 0, or remove it",
             )
     return all(bool(value) for value in flags.values())
 
@@ -115,12 +115,12 @@ def _read_conversations(row: Mapping[str, object]) -> Chat:
     )
     kind = _optional_text(row, "type")
     if kind not in (None, "VALUE_TO_TEXT", "TEXT_TO_VALUE"):
-        raise UserError(f"key 'type' is {kind!r}", cure="use VALUE_TO_TEXT, TEXT_TO_VALUE or null")
+        raise UserError(f"key 'type' is {kind!r}", fix="use VALUE_TO_TEXT, TEXT_TO_VALUE or null")
     mask = _optional_text(row, "mask") or "User"
     speakers = sorted({turn.speaker for turn in turns})
     if mask not in speakers:
         raise UserError(
-            f"key 'mask' is {mask!r}, but the speakers are {speakers}", cure="name the speaker to mask"
+            f"key 'mask' is {mask!r}, but the speakers are {speakers}", fix="name the speaker to mask"
         )
     return Chat(
         system=_optional_text(row, "system") or "", turns=turns, mask=mask, kind=kind, tools=read_tools(row)
@@ -163,7 +163,7 @@ def read_messages(row: Mapping[str, object], key: str) -> list[Message]:
     if not (isinstance(entries, list) and entries and all(isinstance(entry, dict) for entry in entries)):
         raise UserError(
             f"key {key!r} holds no list of messages: {shorten(entries)}",
-            cure='write [{"role": "user", "content": "..."}]',
+            fix='write [{"role": "user", "content": "..."}]',
         )
     return [_read_message(entry) for entry in entries]
 
@@ -171,7 +171,7 @@ def read_messages(row: Mapping[str, object], key: str) -> list[Message]:
 def _read_message(entry: Mapping[str, object]) -> Message:
     role = text_field(entry, "role")
     if role not in _ROLES:
-        raise UserError(f"a message has the role {role!r}", cure=f"use one of {', '.join(_ROLES)}")
+        raise UserError(f"a message has the role {role!r}", fix=f"use one of {', '.join(_ROLES)}")
     message: Message = {
         name: value for name, value in entry.items() if value is not None and name not in LEARNED_KEYS
     }
@@ -195,7 +195,7 @@ def _message_is_trained(entry: Mapping[str, object]) -> bool:
         raise UserError(
             f"key {asked[0]!r} of a message would have the role {entry['role']!r} learned, and only the "
             "assistant's turns are",
-            cure=f"remove {asked[0]!r} from this message, or set it to 0",
+            fix=f"remove {asked[0]!r} from this message, or set it to 0",
         )
     return trained
 
@@ -207,7 +207,7 @@ def _joined(parts: object) -> str:
         if not (isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str)):
             raise UserError(
                 f"key 'content' has the value {shorten(parts)}: only parts of text are read",
-                cure='give \'content\' a string, or parts {"type": "text", "text": "..."}',
+                fix='give \'content\' a string, or parts {"type": "text", "text": "..."}',
             )
         texts.append(part["text"])
     return "".join(texts)
@@ -226,7 +226,7 @@ def read_tools(row: Mapping[str, object]) -> Tools:
         except (ValueError, RecursionError) as error:
             raise UserError(
                 f"key 'tools' has the value {shorten(value)}, which is no JSON",
-                cure="give 'tools' a list of JSON schemas",
+                fix="give 'tools' a list of JSON schemas",
             ) from error
     if not value:
         return None
@@ -241,11 +241,11 @@ def _objects(row: Mapping[str, object], key: str, *, empty: bool = False) -> lis
     if key not in row:
         raise UserError(
             f"key {key!r} is missing; the row has {keys_of(row)}",
-            cure="give each row 'conversations' or 'messages', or set model.data.chat=False",
+            fix="give each row 'conversations' or 'messages', or set model.data.chat=False",
         )
     value = row[key]
     if not (isinstance(value, list) and (value or empty) and all(isinstance(entry, dict) for entry in value)):
         raise UserError(
-            f"key {key!r} has the value {shorten(value)}", cure=f"give {key!r} a list of JSON objects"
+            f"key {key!r} has the value {shorten(value)}", fix=f"give {key!r} a list of JSON objects"
         )
     return value

@@ -15,8 +15,8 @@ from nemo_aligner.data.config import (
     SFTSplitConfig,
 )
 from nemo_aligner.data.conversations import Chat
+from nemo_aligner.data.data_spec import Split
 from nemo_aligner.data.markers import is_usual_template
-from nemo_aligner.data.prefix import Split
 from nemo_aligner.data.prompt import PromptResponseLayout
 from nemo_aligner.data.records import PromptResponse, RecordFile, Records, TextRow
 from nemo_aligner.data.row import Row, TextEncoder
@@ -70,7 +70,7 @@ def open_sft(
         data: says whether rows are conversations, and how those are written.
         split: ``data.train_ds`` or ``data.validation_ds``.
         tokenizer: where ids come from.
-        answer_only_loss: for prompt and answer, learn the answer only; in conversations the speakers decide.
+        answer_only_loss: for prompt and response, learn the response only; in conversations the speakers decide.
 
     Raises:
         UserError: settings, tokenizer and file do not go together, or a line is bad.
@@ -93,7 +93,7 @@ def open_sft(
 
 
 def uses_prompt_tokens(data: SFTDataConfig, tokenizer: Tokenizer) -> bool:
-    """Whether conversations are laid out by ``data.chat_prompt_tokens``, not by the tokenizer's chat template.
+    """True if conversations are laid out by ``data.chat_prompt_tokens``, not by the tokenizer's chat template.
 
     Where the settings leave it open, they are if the tokenizer has no template, or one that was made of prompt tokens
     by an earlier run, or if other prompt tokens than the usual ones are given.
@@ -136,7 +136,7 @@ def open_response_rows(
 def open_prompt_rows(
     data: PromptDataConfig, split: Split, tokenizer: Tokenizer, *, max_length: int
 ) -> BlendedDataset:
-    """Prompts; one is left out where it has more than ``max_length`` tokens, so that an answer has room after it.
+    """Prompts; one is left out where it has more than ``max_length`` tokens, so that a response has room after it.
 
     Raises:
         UserError: a file or a line cannot be used, or no prompt is left.
@@ -164,7 +164,7 @@ def _open(split: Split, read: Callable[[str], Records[TextRow]], layout: TextLay
         if not rows:
             raise UserError(
                 f"model.data.splits_string leaves none of the {len(records)} {layout.unit} of {path} for a split",
-                cure="give the split a greater share, or name files for it under model.data.data_prefix",
+                fix="give the split a greater share, or name files for it under model.data.data_prefix",
             )
         if not records[rows[0]].rendered:
             _hint_at_template(path, layout.encode.tokenizer, "write them as messages")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Databricks Dolly rows as prompt and answer: one rule, for the preparation script and for raw rows."""
+"""Databricks Dolly rows as prompt and response: one rule, for the preparation script and for raw rows."""
 
 import hashlib
 import json
@@ -9,7 +9,7 @@ from nemo_aligner.data.records import text_field
 
 
 def is_dolly(row: Mapping[str, object]) -> bool:
-    """Whether a row has Dolly's fields and not those that it would be converted to."""
+    """True if a row has Dolly's fields and not those that it would be converted to."""
     return {"instruction", "response"} <= row.keys() and not {"input", "output"} & row.keys()
 
 

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The first rows of data files, read before torch is loaded, so that a wrong field is told at once. Needs no tokenizer.
+"""The first rows of data files, read before torch is loaded, so that a wrong field is reported at once. Needs no
+tokenizer.
 
 What is not refused here is read in full, and refused where it has to be, when the model is loaded.
 """
@@ -46,5 +47,5 @@ def check_prompt_rows(path: str) -> None:
 
 
 def _is_packed(path: str) -> bool:
-    """Whether all of a file would have to be unpacked for its first rows."""
+    """True if the whole file must be unpacked to read its first rows."""
     return Path(path).suffix == ".gz"

@@ -25,7 +25,7 @@ class Rows(Protocol):
 
     @property
     def fingerprint(self) -> dict[str, object]:
-        """What the rows follow from."""
+        """A digest of the rows."""
         ...
 
 
@@ -63,9 +63,8 @@ class BatchLoader(Generic[B]):
     pad_id: int
     multiple: int  # lengths are rounded up to a multiple of this many tokens
     max_length: int  # tokens; no sample is longer
-    one_length: bool = (
-        True  # pad all micro-batches of a step alike, as pipeline stages need; else each to its own
-    )
+    # pad all micro-batches of a step alike, as pipeline stages need; else each to its own
+    one_length: bool = True
     num_workers: int = 0  # threads that tokenise ahead; 0: none
     num_seen: int = field(default=0, init=False)  # rows handed out so far on this rank
     num_truncated: int = field(default=0, init=False)  # those of them that were cut to fit
@@ -76,7 +75,7 @@ class BatchLoader(Generic[B]):
 
     @property
     def fingerprint(self) -> dict[str, object]:
-        """What makes up the batches: equal fingerprints, equal batches."""
+        """The content of the batches: equal fingerprints, equal batches."""
         return self.dataset.fingerprint | self.sampler.fingerprint
 
     @property

@@ -38,5 +38,5 @@ def marker_template(tokens: ChatPromptTokens, *, starts_with_bos: bool) -> str:
 
 
 def is_usual_template(template: str) -> bool:
-    """Whether a template is that of the prompt tokens that are used where none are given."""
+    """True if a template is that of the prompt tokens that are used where none are given."""
     return template in (marker_template(ChatPromptTokens(), starts_with_bos=bos) for bos in (False, True))

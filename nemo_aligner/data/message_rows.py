@@ -23,7 +23,7 @@ def render_asked(tokenizer: Tokenizer | None, entries: Sequence[Entry], row: Ent
     if messages[-1]["role"] == "assistant":
         raise UserError(
             "the last message is the assistant's, so that nothing is asked",
-            cure="end the messages with what is to be answered",
+            fix="end the messages with the turn that the model is to respond to",
         )
     return render_prompt(_templated(tokenizer), messages, read_tools(row))
 
@@ -38,7 +38,7 @@ def render_response(tokenizer: Tokenizer | None, entries: Sequence[Entry], row: 
     if messages[-1]["role"] != "assistant" or len(messages) < 2:
         raise UserError(
             f"the last message has the role {messages[-1]['role']!r}, and a response is the assistant's",
-            cure="end the messages with a prompt and the assistant's response",
+            fix="end the messages with a prompt and the assistant's response",
         )
     prompt, response = render_turn(_templated(tokenizer), messages, read_tools(row))
     # White space after the end of a turn belongs to the next one, and a reward is read at the text's last token.
@@ -67,18 +67,18 @@ def split_pair(row: Entry) -> tuple[list[Entry], list[Entry]]:
     if common == 0:
         raise UserError(
             "'chosen' and 'rejected' begin differently, and there is no 'prompt'",
-            cure="add the prompt, as a text or as messages",
+            fix="add the prompt, as a text or as messages",
         )
     for name, messages in (("chosen", chosen), ("rejected", rejected)):
         if len(messages) == common and chosen != rejected:
             raise UserError(
-                f"{name!r} ends where the other one goes on", cure="let both be responses to one prompt"
+                f"{name!r} ends where the other one goes on", fix="let both be responses to one prompt"
             )
         if chosen != rejected and messages[common].get("role") != "assistant":
             raise UserError(
                 f"after what 'chosen' and 'rejected' have in common, {name!r} goes on with the role "
                 f"{messages[common].get('role')!r}",
-                cure="let both be the assistant's responses to one prompt",
+                fix="let both be the assistant's responses to one prompt",
             )
     return chosen, rejected
 
@@ -104,14 +104,14 @@ def _prompt(row: Entry, chosen: list[Entry]) -> list[Entry]:
         return []
     raise UserError(
         "key 'prompt' is not among the messages of 'chosen'",
-        cure="let 'chosen' and 'rejected' begin with the prompt, or with the response",
+        fix="let 'chosen' and 'rejected' begin with the prompt, or with the response",
     )
 
 
 def _checked(entries: Sequence[Entry]) -> list[Message]:
     for entry in entries:
         flags = {name: entry[name] for name in ("weight", "train") if name in entry}
-        refuse_unread(flags, read=(), cure="give the row without it")
+        refuse_unread(flags, read=(), fix="give the row without it")
     return read_messages({"messages": list(entries)}, "messages")
 
 
@@ -119,6 +119,6 @@ def _templated(tokenizer: Tokenizer | None) -> Tokenizer:
     if tokenizer is None or tokenizer.chat_template is None:
         raise UserError(
             "the row has messages, and the tokenizer has no chat template",
-            cure="write texts, or give a model whose tokenizer has a chat template",
+            fix="write texts, or give a model whose tokenizer has a chat template",
         )
     return tokenizer

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Prompt and answer, laid out by a template such as ``{input} {output}``, to tokens and mask."""
+"""Prompt and response, laid out by a template such as ``{input} {output}``, to tokens and mask."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -33,7 +33,7 @@ class PromptResponseLayout:
     Args:
         tokenizer: where ids come from.
         cfg: template, truncation and special tokens.
-        answer_only_loss: learn the answer and EOS only; otherwise everything but BOS.
+        answer_only_loss: learn the response and EOS only; otherwise everything but BOS.
 
     Raises:
         UserError: the template, the truncation fields and the tokenizer do not go together.
@@ -55,28 +55,28 @@ class PromptResponseLayout:
         return read_row(row, self._keys, self._recognised)
 
     def surely_fits(self, record: PromptResponse) -> bool:
-        """Whether the row makes one whole sample, told without tokenising it."""
+        """True if the row surely makes one whole sample; nothing is tokenised."""
         longest = sum(most_tokens(value) for value in record.fields.values()) + self._template_at_most
         return longest <= self._cfg.max_seq_length and bool(record.fields[self._cfg.label_key].strip())
 
     def __call__(self, record: PromptResponse) -> list[Row]:
-        """The sample; none where the prompt leaves no room. UserError if nothing of the answer is left to learn."""
+        """The sample; none where the prompt leaves no room. UserError if nothing of the response is left to learn."""
         cfg = self._cfg
         if (sample := self._whole(record.fields)) is not None:
             return [sample]
         pieces = self._tokenise(record.fields)
         bos = split_bos(pieces, tokenizer=self._tokenizer, add_bos=cfg.add_bos)
         eos = self._take_eos(pieces[-1])
-        num_answer = len(pieces[-1])
+        num_response = len(pieces[-1])
         room = cfg.max_seq_length - len(bos) - len(self._sep) - len(eos)
         truncated = self._fit(pieces, room)
-        if (num_answer and not pieces[-1]) or room < sum(map(len, pieces)):
+        if (num_response and not pieces[-1]) or room < sum(map(len, pieces)):
             return []
         prompt = [*(token for piece in pieces[:-1] for token in piece), *self._sep]
-        answer = [*pieces[-1], *eos]
-        mask = [False] * len(bos) + [not self._answer_only_loss] * len(prompt) + [True] * len(answer)
+        response = [*pieces[-1], *eos]
+        mask = [False] * len(bos) + [not self._answer_only_loss] * len(prompt) + [True] * len(response)
         return [
-            finish([*bos, *prompt, *answer], mask, truncated=truncated, max_seq_length=cfg.max_seq_length)
+            finish([*bos, *prompt, *response], mask, truncated=truncated, max_seq_length=cfg.max_seq_length)
         ]
 
     def _whole(self, values: Mapping[str, str]) -> Row | None:
@@ -114,16 +114,16 @@ class PromptResponseLayout:
                 ids.append(self._tokenizer.encode(text))
         return ids
 
-    def _take_eos(self, answer: list[int]) -> list[int]:
-        """EOS to end with, taken off the answer's own end if its text was written with one."""
+    def _take_eos(self, response: list[int]) -> list[int]:
+        """EOS to end with, taken off the response's own end if its text was written with one."""
         if not self._cfg.add_eos:
             return []
-        while answer and answer[-1] == self._tokenizer.eos_id:
-            answer.pop()
+        while response and response[-1] == self._tokenizer.eos_id:
+            response.pop()
         return [self._tokenizer.eos_id]
 
     def _fit(self, pieces: list[list[int]], room: int) -> bool:
-        """Cut the truncation fields, then the answer's end, to ``room`` tokens; whether that was needed."""
+        """Cut the truncation fields, then the response's end, to ``room`` tokens; whether that was needed."""
         excess = sum(map(len, pieces)) - room
         if excess <= 0:
             return False
@@ -163,7 +163,7 @@ def template_keys(cfg: SFTSplitConfig) -> tuple[str, ...]:
     """The fields that the prompt template names, in its order.
 
     Raises:
-        UserError: it does not end with the answer.
+        UserError: it does not end with the response.
     """
     return tuple(dict.fromkeys(piece.key for piece in _split_template(cfg) if piece.key is not None))
 
@@ -172,8 +172,8 @@ def _split_template(cfg: SFTSplitConfig) -> list[_Piece]:
     template, ending = unescape(cfg.prompt_template), f"{{{cfg.label_key}}}"
     if not template.endswith(ending) or template.count(ending) != 1:
         raise UserError(
-            f"prompt_template={template!r} does not end with its one {ending}, the answer",
-            cure=f"end prompt_template with {ending}, or set label_key to the field that it ends with",
+            f"prompt_template={template!r} does not end with its one {ending}, the response",
+            fix=f"end prompt_template with {ending}, or set label_key to the field that it ends with",
         )
     pieces, end = [], 0
     for match in _PLACEHOLDER.finditer(template):
@@ -190,7 +190,7 @@ def _truncation_keys(cfg: SFTSplitConfig, keys: Sequence[str]) -> frozenset[str]
         raise UserError(
             f"truncation_field={cfg.truncation_field!r} names {sorted(chosen - set(keys))}, "
             f"but prompt_template={cfg.prompt_template!r} has {sorted(keys)}",
-            cure="name fields of prompt_template, separated by commas, or null",
+            fix="name fields of prompt_template, separated by commas, or null",
         )
     return chosen
 
@@ -199,5 +199,5 @@ def _separator(tokenizer: Tokenizer, cfg: SFTSplitConfig) -> list[int]:
     if not cfg.add_sep:
         return []
     if tokenizer.sep_id is None:
-        raise UserError("add_sep=True, but the tokenizer has no separator token", cure="set add_sep=False")
+        raise UserError("add_sep=True, but the tokenizer has no separator token", fix="set add_sep=False")
     return [tokenizer.sep_id]

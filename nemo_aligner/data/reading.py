@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How a reward model's texts become tokens, as its checkpoint remembers it. Imports no torch."""
+"""The tokenisation of a reward model's texts, as its checkpoint has it. Imports no torch."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -10,14 +10,14 @@ from nemo_aligner.errors import UserError
 
 @dataclass(frozen=True, kw_only=True)
 class Reading:
-    """What stands around a text's own tokens."""
+    """The tokens around a text's own."""
 
     append_eod: bool = False  # EOS at its end, where the reward is then read
     add_bos: bool | None = None  # BOS at its start; None: as the tokenizer does
 
     @classmethod
     def of(cls, config: Mapping[str, Any]) -> "Reading | None":
-        """What the ``data`` block of a model_config.yaml says, where NeMo keeps it; None where it says nothing.
+        """The settings in the ``data`` block of a model_config.yaml, as NeMo has them; None if there are none.
 
         Raises:
             UserError: a value is neither true nor false.
@@ -30,7 +30,7 @@ class Reading:
             if not isinstance(value, bool) and not (value is None and name == "add_bos"):
                 raise UserError(
                     f"data.{name}={value!r} in model_config.yaml is neither true nor false",
-                    cure=f"set it to what model.data.{name} was in the reward model's training",
+                    fix=f"set it to what model.data.{name} was in the reward model's training",
                 )
         return cls(**found)  # type: ignore[arg-type]
 

@@ -92,9 +92,9 @@ class RecordFile(Generic[R]):
             try:
                 self[-1]
             except UserError as error:
-                raise UserError(f"{self.where(-1)}: {error.problem}", cure=error.cure) from error
+                raise UserError(f"{self.where(-1)}: {error.problem}", fix=error.fix) from error
         if not self._starts:
-            raise UserError(f"{self.path} has no rows", cure="give a file with one JSON object per line")
+            raise UserError(f"{self.path} has no rows", fix="give a file with one JSON object per line")
         content = self._bytes if most is None else self._bytes[: self._ends[-1]]
         self.fingerprint = hashlib.sha256(content).hexdigest()[:16]  # of all bytes, 1 s per GB
 
@@ -112,7 +112,7 @@ class RecordFile(Generic[R]):
         try:
             yield from find_rows(self._bytes)
         except UserError as error:
-            raise UserError(f"{self.path}, {error.problem}", cure=error.cure) from error
+            raise UserError(f"{self.path}, {error.problem}", fix=error.fix) from error
 
 
 def read_prompt_response(row: Mapping[str, object], *, keys: Sequence[str]) -> PromptResponse:
@@ -125,7 +125,7 @@ def read_prompt_response(row: Mapping[str, object], *, keys: Sequence[str]) -> P
     if turns and not row.keys() >= set(keys):
         raise UserError(
             f"the row is a conversation: it has {turns[0]!r}, and not all of {', '.join(keys)}",
-            cure="set model.data.chat=True (and model.data.chat_template=tokenizer for the tokenizer's own template)",
+            fix="set model.data.chat=True (and model.data.chat_template=tokenizer for the tokenizer's own template)",
         )
     return PromptResponse(fields={key: text_field(row, key) for key in keys})
 
@@ -135,11 +135,11 @@ def text_field(row: Mapping[str, object], key: str) -> str:
     if key not in row:
         raise UserError(
             f"key {key!r} is missing; the row has {keys_of(row)}",
-            cure=f"add {key!r} to the row; a field that prompt_template names may be changed there",
+            fix=f"add {key!r} to the row; a field that prompt_template names may be changed there",
         )
     value = row[key]
     if not isinstance(value, str):
-        raise UserError(f"key {key!r} has the value {shorten(value)}", cure=f"give {key!r} a string")
+        raise UserError(f"key {key!r} has the value {shorten(value)}", fix=f"give {key!r} a string")
     if not value.isascii():
         try:
             value.encode()
@@ -147,6 +147,6 @@ def text_field(row: Mapping[str, object], key: str) -> str:
             raise UserError(
                 f"key {key!r} holds half of a surrogate pair, \\u{ord(value[error.start]):04x}, at character "
                 f"{error.start + 1}, which is no text",
-                cure="write the whole character, or remove it",
+                fix="write the whole character, or remove it",
             ) from error
     return value

@@ -16,7 +16,7 @@ _OTHER_TEMPLATE = "give the tokenizer a chat template that renders it (chat_temp
 
 
 def render_prompt(tokenizer: Tokenizer, messages: Sequence[Message], tools: Tools = None) -> str:
-    """The text that a model is sent to have it answer ``messages``.
+    """The text that asks a model to respond to ``messages``.
 
     Raises:
         UserError: there is no chat template, or it refuses the messages or drops something that they say.
@@ -25,14 +25,14 @@ def render_prompt(tokenizer: Tokenizer, messages: Sequence[Message], tools: Tool
     if tools and _same(tokenizer, messages, None, text):
         raise UserError(
             f"key 'tools': the tokenizer's chat template drops the row's {len(tools)} functions",
-            cure=f"{_OTHER_TEMPLATE}, or remove 'tools'",
+            fix=f"{_OTHER_TEMPLATE}, or remove 'tools'",
         )
     last = max((i for i, message in enumerate(messages) if message["role"] == "assistant"), default=-1)
     for index, message in enumerate(messages):
         if message["role"] == "assistant":
             keys = [("tool_calls",), ("function_call",)]
         elif index > last or message["role"] in ("system", "developer"):
-            # A tool's answer stands beside the call that names it.
+            # A tool's response stands beside the call that names it.
             keys = [] if message["role"] in ("tool", "function", "ipython") else [("name",)]
             keys += [] if _shows(text, message.get("content", "")) else [("content",)]
         else:
@@ -64,14 +64,14 @@ def render_turn(tokenizer: Tokenizer, messages: Sequence[Message], tools: Tools 
         raise UserError(
             f"the tokenizer's chat template writes message {index + 1} in another way than it asks for it: a model "
             f"that is asked reads {prompt[-30:]!r} last, and the rendered turn does not stand after that",
-            cure="use a template whose turns go on from its generation prompt, or set "
+            fix="use a template whose turns go on from its generation prompt, or set "
             "model.data.chat_template=prompt_tokens",
         )
     if not _shows(response, content):
         raise UserError(
             f"the tokenizer's chat template drops or changes text of message {index + 1}: {shorten(content)} is "
             f"written as {shorten(response)}",
-            cure="write reasoning under 'reasoning_content' if the template renders that, or "
+            fix="write reasoning under 'reasoning_content' if the template renders that, or "
             "give the tokenizer a chat template that keeps the text",
         )
     return prompt, response
@@ -80,7 +80,7 @@ def render_turn(tokenizer: Tokenizer, messages: Sequence[Message], tools: Tools 
 def _dropped(index: int, names: Sequence[str]) -> UserError:
     return UserError(
         f"key {names[0]!r} of message {index + 1}: the tokenizer's chat template drops it",
-        cure=f"{_OTHER_TEMPLATE}, or remove {names[0]!r} from the message",
+        fix=f"{_OTHER_TEMPLATE}, or remove {names[0]!r} from the message",
     )
 
 
@@ -111,14 +111,14 @@ def _through(tokenizer: Tokenizer, messages: Sequence[Message], tools: Tools) ->
 
 
 def _shows(text: str, content: str) -> bool:
-    """Whether ``text`` has all of ``content``, which templates may trim and space anew."""
+    """True if ``text`` has all of ``content``, which templates may trim and space anew."""
     return content.strip() in text or "".join(content.split()) in "".join(text.split())
 
 
 def _rest(prompt: str, through: str, *, asked: str, content: str) -> str | None:
-    """What a rendering has after the prompt; None where it does not have the prompt's end before the turn.
+    """The part of a rendering after the prompt; None if the prompt's end is not before the turn.
 
-    A template may write earlier text anew once the answer stands there. The message that was ``asked`` and all that
+    A template may write earlier text anew once the response stands there. The message that was ``asked`` and all that
     follows it in the prompt must be left as they are.
     """
     if through.startswith(prompt):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rows that ask a model for an answer: {"text": ...}, {"prompt": ...} or {"messages": [{"role", "content"}, ...]}."""
+"""Rows that ask a model for a response: {"text": ...}, {"prompt": ...} or {"messages": [{"role", "content"}, ...]}."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -16,19 +16,19 @@ from nemo_aligner.errors import UserError
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Request:
-    """What is to be answered."""
+class GenerateRequest:
+    """A prompt or a conversation that a response is generated for."""
 
     prompt: str | list[Message]  # text that goes on, or a conversation whose next turn is the assistant's
     tools: Tools = None  # JSON schemas of the functions that may be called
 
 
-def open_requests(path: str | Path) -> RecordFile[Request]:
+def open_requests(path: str | Path) -> RecordFile[GenerateRequest]:
     """The requests of a JSONL file; UserError where a line is none."""
     return RecordFile(path, read_request)
 
 
-def read_request(row: Mapping[str, object]) -> Request:
+def read_request(row: Mapping[str, object]) -> GenerateRequest:
     """The request of a row; ``prompt`` may also hold the list that ``messages`` holds.
 
     Raises:
@@ -39,16 +39,16 @@ def read_request(row: Mapping[str, object]) -> Request:
         if key in row:
             is_chat = key == "messages" or isinstance(row[key], list)
             if is_chat:
-                return Request(prompt=read_messages(row, key), tools=read_tools(row))
-            refuse_unread(row, read=("weight", "train"), cure='write the request as "messages", with roles')
-            return Request(prompt=text_field(row, key))
+                return GenerateRequest(prompt=read_messages(row, key), tools=read_tools(row))
+            refuse_unread(row, read=("weight", "train"), fix='write the request as "messages", with roles')
+            return GenerateRequest(prompt=text_field(row, key))
     raise UserError(
-        f"the row asks for nothing: it has {keys_of(row)}", cure='give it "text", "prompt" or "messages"'
+        f"the row asks for nothing: it has {keys_of(row)}", fix='give it "text", "prompt" or "messages"'
     )
 
 
 def tokens_of(prompt: str | Sequence[Message], tokenizer: Tokenizer, *, tools: Tools = None) -> list[int]:
-    """The tokens of a prompt, as they stand before an answer in training: a text's with BOS as the tokenizer has it.
+    """The tokens of a prompt, as they stand before a response in training: a text's with BOS as the tokenizer has it.
 
     Raises:
         UserError: a conversation, and the tokenizer has no chat template, or it refuses or drops something of it.

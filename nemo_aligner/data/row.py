@@ -87,7 +87,7 @@ class TextEncoder:
 
 
 def most_tokens(text: str) -> int:
-    """As many tokens as ``text`` can have, BOS, EOS and a space before it included."""
+    """The most tokens that ``text`` can have, BOS, EOS and a space before it included."""
     # A token is at least one byte of the text as the tokenizer normalises it, and no form is longer than NFKD.
     longest = (
         len(text) if text.isascii() else max(map(_num_bytes, (text, unicodedata.normalize("NFKD", text))))
@@ -113,9 +113,9 @@ def finish(tokens: list[int], mask: list[bool], *, truncated: bool, max_seq_leng
         why = f" within max_seq_length={max_seq_length}" if truncated else ""
         raise UserError(
             f"no token of this row is learned{why}",
-            cure="raise max_seq_length or shorten the row"
+            fix="raise max_seq_length or shorten the row"
             if truncated
-            else "give the row an answer, or remove it",
+            else "give the row a response, or remove it",
         )
     return Row(sequences=(TokenSequence(tokens=tokens, loss_mask=mask),), truncated=truncated)
 
@@ -135,7 +135,7 @@ def split_bos(pieces: list[list[int]], *, tokenizer: Tokenizer, add_bos: bool | 
     if bos is None:
         if add_bos:
             raise UserError(
-                "add_bos=True, but the tokenizer has no beginning-of-sequence token", cure="set add_bos=False"
+                "add_bos=True, but the tokenizer has no beginning-of-sequence token", fix="set add_bos=False"
             )
         return []
     written = False

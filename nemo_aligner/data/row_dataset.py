@@ -14,7 +14,7 @@ from typing import Generic, Protocol, TypeVar
 
 from nemo_aligner.data.records import Records
 from nemo_aligner.data.row import Row
-from nemo_aligner.data.sampler import Share
+from nemo_aligner.data.sampler import BlendSource
 from nemo_aligner.errors import UserError
 
 _LOG = logging.getLogger(__name__)
@@ -24,12 +24,12 @@ R = TypeVar("R")
 R_contra = TypeVar("R_contra", contravariant=True)
 
 
-class Layout(Protocol[R_contra]):
+class RowLayout(Protocol[R_contra]):
     """Turns one record of a file into tokens and loss masks."""
 
     @property
     def unit(self) -> str:
-        """What a record is called in messages, in the plural."""
+        """The name of a record in messages, in the plural."""
         ...
 
     @property
@@ -39,7 +39,7 @@ class Layout(Protocol[R_contra]):
 
     @property
     def too_long(self) -> tuple[str, str]:
-        """(what is said of records that have no room, its cure)."""
+        """(what is said of records that have no room, its fix)."""
         ...
 
     def left_out(self, record: R_contra, /) -> str | None:
@@ -47,7 +47,7 @@ class Layout(Protocol[R_contra]):
         ...
 
     def surely_fits(self, record: R_contra, /) -> bool:
-        """True where the record makes one row that needs no cut, told without tokenising it."""
+        """True where the record makes one row that needs no cut; nothing is tokenised."""
         ...
 
     def __call__(self, record: R_contra, /) -> list[Row]:
@@ -67,9 +67,9 @@ class RowDataset(Generic[R]):
         UserError: a record cannot be laid out, or no row is left.
     """
 
-    blend: tuple[Share, ...] = ()
+    blend: tuple[BlendSource, ...] = ()
 
-    def __init__(self, records: Records[R], layout: Layout[R], *, within: range | None = None) -> None:
+    def __init__(self, records: Records[R], layout: RowLayout[R], *, within: range | None = None) -> None:
         self.records, self._layout = records, layout
         self._places = array("Q")  # of each row: its record
         self._parts = array("L")  # and which of the record's rows it is
@@ -101,7 +101,7 @@ class RowDataset(Generic[R]):
 
     @property
     def fingerprint(self) -> dict[str, object]:
-        """What the rows follow from."""
+        """A digest of the rows."""
         rows: dict[str, object] = {"rows": self.records.fingerprint}
         if self._places.tolist() == list(range(len(self.records))):
             return rows
@@ -114,7 +114,7 @@ class RowDataset(Generic[R]):
         if part >= len(rows):
             raise UserError(
                 f"{self.records.where(place)}: the tokenizer makes more tokens of the text than it has bytes",
-                cure="remove the row",
+                fix="remove the row",
             )
         return rows[part]
 
@@ -131,14 +131,14 @@ class RowDataset(Generic[R]):
             raise self._located(place, error) from error
 
     def _located(self, place: int, error: UserError) -> UserError:
-        return UserError(f"{self.records.where(place)}: {error.problem}", cure=error.cure)
+        return UserError(f"{self.records.where(place)}: {error.problem}", fix=error.fix)
 
     def _report(self, cut: int) -> None:
         path, unit, total = self.records.path, self._layout.unit, self._total
         if not self._places:
             counts = ", ".join(f"{len(places)} {why}" for why, places in self._left_out.items())
             raise UserError(
-                f"{path} has nothing to learn: of {total} {unit} {counts}", cure=self._layout.too_long[1]
+                f"{path} has nothing to learn: of {total} {unit} {counts}", fix=self._layout.too_long[1]
             )
         for why, places in self._left_out.items():
             named = ", ".join(self.records.where(n).removeprefix(f"{path}, ") for n in places[:_LISTED])
@@ -162,13 +162,13 @@ class RowDataset(Generic[R]):
 
 
 class BlendedDataset:
-    """The rows of several files, file after file; ``blend`` tells a sampler how to draw from them by weight."""
+    """The rows of several files, file after file; ``blend`` has the sampler draw from them by weight."""
 
     def __init__(self, parts: Sequence[RowDataset], weights: Sequence[float]) -> None:
         self._parts = tuple(parts)
         self._stops = tuple(accumulate(map(len, parts)))
         self.blend = tuple(
-            Share(num_rows=len(part), weight=weight)
+            BlendSource(num_rows=len(part), weight=weight)
             for part, weight in zip(parts, weights if len(parts) > 1 else (), strict=False)
         )
 
@@ -188,6 +188,6 @@ class BlendedDataset:
 
     @property
     def fingerprint(self) -> dict[str, object]:
-        """What the rows follow from."""
+        """A digest of the rows."""
         prints = [part.fingerprint for part in self._parts]
         return {name: [found.get(name) for found in prints] for name in ("rows", "samples")}

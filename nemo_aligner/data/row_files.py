@@ -55,14 +55,14 @@ def map_file(path: Path) -> mmap.mmap | bytes:
     try:
         if not path.is_file():
             raise UserError(
-                f"there is no data file {path}", cure="set the path under model.data to a JSONL file"
+                f"there is no data file {path}", fix="set the path under model.data to a JSONL file"
             )
         with path.open("rb") as file:
             head = file.read(8)
             file.seek(0)
-            for magic, (kind, cure) in _OTHER_FORMATS.items():
+            for magic, (kind, fix) in _OTHER_FORMATS.items():
                 if head.startswith(magic):
-                    raise UserError(f"{path} is {kind}, not JSONL", cure=cure)
+                    raise UserError(f"{path} is {kind}, not JSONL", fix=fix)
             if not head.startswith(b"\x1f\x8b"):
                 return _mapped(file)
             with tempfile.TemporaryFile(prefix="nemo_aligner_") as plain:
@@ -70,7 +70,7 @@ def map_file(path: Path) -> mmap.mmap | bytes:
                 return _mapped(plain)
     except OSError as error:
         raise UserError(
-            f"{path} cannot be read: {error.strerror or error}", cure=f"chmod +r {path}"
+            f"{path} cannot be read: {error.strerror or error}", fix=f"chmod +r {path}"
         ) from error
 
 
@@ -87,12 +87,12 @@ def _unpack(path: Path, plain: IO[bytes]) -> None:
         plain.flush()
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise UserError(
-            f"{path} is not a whole gzip file: {error}", cure="get or write the file again"
+            f"{path} is not a whole gzip file: {error}", fix="get or write the file again"
         ) from error
     except OSError as error:
         raise UserError(
             f"{path} cannot be unpacked into {tempfile.gettempdir()}: {error.strerror}",
-            cure=f"set TMPDIR to a folder with more room, or gunzip -k {path}",
+            fix=f"set TMPDIR to a folder with more room, or gunzip -k {path}",
         ) from error
 
 
@@ -145,12 +145,12 @@ def _entries(content: mmap.mmap | bytes, first: int) -> Iterator[Place]:
     if end is None:
         raise UserError(
             f"line {line}: the JSON array that begins the file does not end",
-            cure="write the file again, whole",
+            fix="write the file again, whole",
         )
     if content[end:].strip(_SPACE):
         raise UserError(
             f"line {line}: something follows the JSON array that begins the file",
-            cure="give one array of JSON objects, or one JSON object on each line",
+            fix="give one array of JSON objects, or one JSON object on each line",
         )
 
 
@@ -163,11 +163,11 @@ def parse_line(line: bytes) -> Mapping[str, object]:
     try:
         text = line.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise UserError(f"not UTF-8 text ({error.reason})", cure="save the file as UTF-8") from error
+        raise UserError(f"not UTF-8 text ({error.reason})", fix="save the file as UTF-8") from error
     if _is_deep(line):
         raise UserError(
             f"brackets are nested more than {_DEEPEST} deep: {shorten(text.strip())}",
-            cure="leave out what is so deep, or write it as a string",
+            fix="leave out what is so deep, or write it as a string",
         )
     try:
         row = _DECODE(text)
@@ -176,17 +176,17 @@ def parse_line(line: bytes) -> Mapping[str, object]:
     except json.JSONDecodeError as error:
         raise UserError(
             f"not JSON ({error.msg} at column {error.colno}): {shorten(text.strip())}",
-            cure="write one whole JSON object on each line",
+            fix="write one whole JSON object on each line",
         ) from error
     except ValueError as error:
         raise UserError(
             f"a number has more digits than Python reads: {shorten(text.strip())}",
-            cure="write it as a string, or leave it out",
+            fix="write it as a string, or leave it out",
         ) from error
     if not isinstance(row, dict):
         raise UserError(
             f"not a JSON object but {type(row).__name__}: {shorten(row)}",
-            cure="write one JSON object on each line",
+            fix="write one JSON object on each line",
         )
     return row
 
@@ -208,7 +208,7 @@ def _distinct(pairs: list[tuple[str, object]]) -> dict[str, object]:
     if len(row) != len(pairs):
         counts = Counter(name for name, _ in pairs)
         twice = next(name for name, count in counts.items() if count > 1)
-        raise UserError(f"key {shorten(twice)!r} is there twice", cure="leave one of them")
+        raise UserError(f"key {shorten(twice)!r} is there twice", fix="leave one of them")
     return row
 
 

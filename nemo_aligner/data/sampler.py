@@ -16,7 +16,7 @@ _LOG = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Share:
+class BlendSource:
     """One source of a blend: the next ``num_rows`` rows of the data set."""
 
     num_rows: int
@@ -49,7 +49,7 @@ class GlobalBatchSampler:
         shuffle: bool,
         seed: int,
         drop_last: bool,
-        blend: Sequence[Share] = (),
+        blend: Sequence[BlendSource] = (),
     ) -> None:
         assert num_samples > 0, num_samples
         assert global_batch_size > 0, global_batch_size
@@ -73,7 +73,7 @@ class GlobalBatchSampler:
 
     @property
     def fingerprint(self) -> dict[str, object]:
-        """What the batches' composition follows from."""
+        """A digest of the order of rows."""
         names = ("num_samples", "global_batch_size", "shuffle", "seed", "drop_last")
         found: dict[str, object] = {name: vars(self)[name] for name in names}
         if self._blend:
@@ -121,7 +121,7 @@ class GlobalBatchSampler:
         return np.concatenate(passes)[start - first * num_rows : stop - first * num_rows]
 
 
-def _quotas(blend: Sequence[Share], num_samples: int) -> list[int]:
+def _quotas(blend: Sequence[BlendSource], num_samples: int) -> list[int]:
     """Rows of each source in an epoch: whole numbers with the sum ``num_samples``, by largest remainder."""
     total = sum(share.weight for share in blend)
     exact = [num_samples * share.weight / total for share in blend]
@@ -134,7 +134,7 @@ def _quotas(blend: Sequence[Share], num_samples: int) -> list[int]:
             raise UserError(
                 f"weight {share.weight / total:g} of file {number} under model.data.data_prefix gives no row in an "
                 f"epoch of {num_samples}",
-                cure="give the file a greater weight, or leave it out",
+                fix="give the file a greater weight, or leave it out",
             )
     return quotas
 

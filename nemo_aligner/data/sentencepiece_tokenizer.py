@@ -44,7 +44,7 @@ class SentencePieceTokenizer:
         return self._model.encode(text, out_type=int, add_bos=written, add_eos=False)
 
     def encode_anchored(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
-        """As ``encode``; the library tells no place where a text can be cut."""
+        """As ``encode``; the library reports no place where a text can be split."""
         return self.encode(text), []
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -80,7 +80,7 @@ class SentencePieceTokenizer:
     def marked_chat(
         self, messages: Sequence[Message], *, tools: Tools = None
     ) -> tuple[list[int], list[bool]] | None:
-        """None: the library tells no places of tokens within a text."""
+        """None: the library reports no places of tokens within a text."""
         del messages, tools
         return None
 
@@ -90,7 +90,7 @@ class SentencePieceTokenizer:
 
     @property
     def reads_clock(self) -> bool:
-        """Whether the chat template reads the clock."""
+        """True if the chat template reads the clock."""
         return self._unpinned is not None and reads_clock(self._unpinned)
 
     def pin_clock(self, day: date) -> None:
@@ -110,13 +110,13 @@ def _load_sentencepiece(path: Path) -> "SentencePieceProcessor":
     from sentencepiece import SentencePieceProcessor
 
     if not path.is_file():
-        raise UserError(f"there is no tokenizer file {path}", cure="name the SentencePiece .model file")
+        raise UserError(f"there is no tokenizer file {path}", fix="name the SentencePiece .model file")
     try:
         return SentencePieceProcessor(model_file=str(path))
     except (RuntimeError, OSError, ValueError) as error:
         raise UserError(
             f"{path} is not a SentencePiece model: {error}",
-            cure="name the .model file of the model's tokenizer (its folder, if it has a tokenizer.json)",
+            fix="name the .model file of the model's tokenizer (its folder, if it has a tokenizer.json)",
         ) from error
 
 
@@ -130,13 +130,13 @@ def required_eos(eos_id: int | None, path: Path) -> int:
     if eos_id is None:
         raise UserError(
             f"the tokenizer {path} names no end-of-sequence token, so a model could not learn where to stop",
-            cure="set eos_token in its tokenizer_config.json",
+            fix="set eos_token in its tokenizer_config.json",
         )
     return eos_id
 
 
 def prefixes_space(encode: Callable[[str], list[int]]) -> bool:
-    """Whether ``encode`` puts a space of its own before a text."""
+    """True if ``encode`` puts a space of its own before a text."""
     head = encode(ANCHORS[0])
     ids = encode(ANCHORS[0] + "a")
     return bool(head) and ids[: len(head)] == head and ids[len(head) :] != encode("a")

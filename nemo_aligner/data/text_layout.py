@@ -38,7 +38,7 @@ class TextLayout:
     def left_out(self, record: TextRow) -> str | None:
         """See Layout."""
         same = len(set(record.texts)) < len(record.texts)
-        return "are of the same text twice, which teaches nothing," if same else None
+        return "are of the same text twice, which has no training signal," if same else None
 
     def surely_fits(self, record: TextRow) -> bool:
         """See Layout."""
@@ -54,7 +54,7 @@ class TextLayout:
         if min(counts) < self.lengths[0]:
             raise UserError(
                 f"a text has {min(counts)} tokens, and {self.lengths[0]} are the fewest",
-                cure="write a longer text, or remove the row",
+                fix="write a longer text, or remove the row",
             )
         if max(counts) > self.lengths[-1]:
             return []

@@ -23,7 +23,7 @@ from nemo_aligner.errors import UserError
 
 _LAYOUTS = (
     "write {prompt, chosen, rejected} on each line, "
-    "or {text} on alternate lines: the better answer, then the worse one"
+    "or {text} on alternate lines: the better response, then the worse one"
 )
 # The names of NeMo-Aligner's DPO data, which the reader's stand for.
 _NEMO_NAMES = {"chosen_response": "chosen", "rejected_response": "rejected"}
@@ -44,7 +44,7 @@ class LinePairs:
         if len(lines) % 2:
             raise UserError(
                 f"{lines.where(len(lines) - 1)}: two lines make a pair, and the last of {len(lines)} has no other",
-                cure="add the other answer of its pair, or remove the line",
+                fix="add the other response of its pair, or remove the line",
             )
         self._lines, self._join = lines, join
 
@@ -128,7 +128,7 @@ def open_labeled(path: str | Path, labels: Labels, tokenizer: Tokenizer | None =
     def read(row: Mapping[str, object]) -> TextRow:
         key = next((key for key in CHATS if key in row), None)
         refuse_unread(
-            row, read=("system", "tools") if key else (), cure="write it into the text, or into messages"
+            row, read=("system", "tools") if key else (), fix="write it into the text, or into messages"
         )
         prompt, response = (
             render_response(tokenizer, entries_of(row, key), row) if key else ("", text_field(row, "text"))
@@ -172,18 +172,18 @@ class _PairReader:
         if alternates != self.alternates:
             raise UserError(
                 f"the row has {keys_of(row)}, unlike the file's first one",
-                cure=f"{_LAYOUTS}; not both in one file",
+                fix=f"{_LAYOUTS}; not both in one file",
             )
         refuse_unread(
-            row, read=("system", "tools", "instruction"), cure="write it into the texts, or as messages"
+            row, read=("system", "tools", "instruction"), fix="write it into the texts, or as messages"
         )
         if alternates:
-            refuse_unread(row, read=(), cure="write it into the text")
+            refuse_unread(row, read=(), fix="write it into the text")
             return TextRow(prompt="", responses=(text_field(row, "text"),), extras=row)
         if _has_messages(row):
             return self._of_messages(row)
         refuse_unread(
-            row, read=("instruction",), cure="write it into the prompt, or write the row as messages"
+            row, read=("instruction",), fix="write it into the prompt, or write the row as messages"
         )
         if "prompt" not in row:
             self._recognised.say(
@@ -212,12 +212,12 @@ def _alternates(row: Mapping[str, object]) -> bool:
             return False
         raise UserError(
             "key 'prompt' is missing beside 'chosen' and 'rejected'",
-            cure="add the prompt; rows of Anthropic HH are converted by "
+            fix="add the prompt; rows of Anthropic HH are converted by "
             "examples/nlp/data/anthropic_hh/download_and_process.py",
         )
     if "text" in row:
         return True
-    raise UserError(f"the row is no pair and no text; it has {keys_of(row)}", cure=_LAYOUTS)
+    raise UserError(f"the row is no pair and no text; it has {keys_of(row)}", fix=_LAYOUTS)
 
 
 def _join_labeled(first: TextRow, second: TextRow) -> TextRow:
@@ -225,10 +225,10 @@ def _join_labeled(first: TextRow, second: TextRow) -> TextRow:
     if not preferences[0] == preferences[1]:  # NaN differs from itself
         raise UserError(
             f"the first numbers of the labels of a pair are {preferences[0]:g} and {preferences[1]:g}",
-            cure="give both answers the same preference: below 0 if the first is better, else above 0",
+            fix="give both responses the same preference: below 0 if the first is better, else above 0",
         )
     if first.rendered != second.rendered:
-        raise UserError("of a pair one is a text and the other has messages", cure="write both alike")
+        raise UserError("of a pair one is a text and the other has messages", fix="write both alike")
     return replace(
         first, prompt="", responses=(*first.texts, *second.texts), labels=(*first.labels, *second.labels)
     )
@@ -238,18 +238,18 @@ def _attributes(label: object, labels: Labels, *, given: bool) -> tuple[float, .
     if not (isinstance(label, list) and label and all(map(_is_finite_number, label))):
         raise UserError(
             f"key 'label' is {shorten(label)}" if given else "key 'label' is missing",
-            cure=f"give it a list of {labels.num_attributes} numbers, {labels.missing:g} for what was not judged",
+            fix=f"give it a list of {labels.num_attributes} numbers, {labels.missing:g} where there is no label",
         )
     if len(label) != labels.num_attributes:
         raise UserError(
             f"key 'label' has {len(label)} numbers, but model.regression.num_attributes={labels.num_attributes}",
-            cure=f"set model.regression.num_attributes={len(label)}, if all rows have so many",
+            fix=f"set model.regression.num_attributes={len(label)}, if all rows have so many",
         )
     attributes = tuple(math.nan if number == labels.missing else float(number) for number in label)
     if all(map(math.isnan, attributes)):
         raise UserError(
             f"every number of key 'label' is {labels.missing:g}, so nothing is learned of the row",
-            cure="remove the row, or set model.regression.loss_mask_val to what marks a missing number",
+            fix="remove the row, or set model.regression.loss_mask_val to what marks a missing number",
         )
     return attributes
 

@@ -25,14 +25,14 @@ from nemo_aligner.data.sentencepiece_tokenizer import (
     prefixes_space,
     required_eos,
 )
-from nemo_aligner.errors import UserError, damage_told
+from nemo_aligner.errors import UserError, report_damage
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 
 class Tokenizer(Protocol):
-    """What data, generation and checkpoints need of a tokenizer."""
+    """The interface of a tokenizer for data, generation and checkpoints."""
 
     @property
     def vocab_size(self) -> int:
@@ -61,22 +61,22 @@ class Tokenizer(Protocol):
 
     @property
     def sep_id(self) -> int | None:
-        """The token that ``add_sep`` puts between prompt and answer, None where there is none."""
+        """The token that ``add_sep`` puts between prompt and response, None where there is none."""
         ...
 
     @property
     def adds_bos(self) -> bool:
-        """Whether the tokenizer, left to itself, starts a text with BOS."""
+        """True if the tokenizer, left to itself, starts a text with BOS."""
         ...
 
     @property
     def adds_eos(self) -> bool:
-        """Whether the tokenizer, left to itself, ends a text with EOS."""
+        """True if the tokenizer, left to itself, ends a text with EOS."""
         ...
 
     @property
     def prefixes_space(self) -> bool:
-        """Whether ``encode`` puts a space of its own before the text."""
+        """True if ``encode`` puts a space of its own before the text."""
         ...
 
     @property
@@ -131,7 +131,7 @@ class Tokenizer(Protocol):
 
     @property
     def reads_clock(self) -> bool:
-        """Whether what the chat template writes depends on the day, unless that is pinned."""
+        """True if what the chat template writes depends on the day, unless that is pinned."""
         ...
 
     def save(self, folder: Path) -> None:
@@ -151,12 +151,12 @@ def encode_after(tokenizer: Tokenizer, text: str) -> list[int]:
 
 
 def check_fits(tokenizer: Tokenizer, vocab_size: int) -> None:
-    """Refuse a tokenizer whose ids may lie outside the model's vocabulary of ``vocab_size`` entries."""
+    """Raise UserError if an id of the tokenizer may lie outside the vocabulary of ``vocab_size`` entries."""
     if tokenizer.vocab_size > vocab_size:
         raise UserError(
             f"wrong tokenizer: its ids go up to {tokenizer.vocab_size - 1}, "
             f"the model's vocabulary has {vocab_size} entries (0 to {vocab_size - 1})",
-            cure="give the tokenizer that belongs to this model: import model and tokenizer from one folder",
+            fix="give the tokenizer that belongs to this model: import model and tokenizer from one folder",
         )
 
 
@@ -174,15 +174,15 @@ def load_tokenizer(library: str, path: str | Path) -> Tokenizer:
     match library:
         case "huggingface":
             # Beyond its files, what they say of each other may be damaged.
-            with damage_told(
-                f"the tokenizer in {path} does not work", cure="put the model's own files there"
+            with report_damage(
+                f"the tokenizer in {path} does not work", fix="put the model's own files there"
             ):
                 return HuggingFaceTokenizer(path)
         case "sentencepiece":
             return SentencePieceTokenizer(path)
         case _:
             raise UserError(
-                f"model.tokenizer.library={library!r} is not known", cure="use huggingface or sentencepiece"
+                f"model.tokenizer.library={library!r} is not known", fix="use huggingface or sentencepiece"
             )
 
 
@@ -193,14 +193,14 @@ class HuggingFaceTokenizer:
         if not folder.is_dir():
             raise UserError(
                 f"there is no tokenizer folder {folder}",
-                cure="name the folder that holds tokenizer.json and tokenizer_config.json",
+                fix="name the folder that holds tokenizer.json and tokenizer_config.json",
             )
         self._tokenizer: Any = _load_hugging_face(folder)
         vocabulary = self._tokenizer.get_vocab()
         if len(vocabulary) <= len(self._tokenizer.get_added_vocab()):
             raise UserError(
                 f"the tokenizer in {folder} has no vocabulary",
-                cure="copy tokenizer.json (or tokenizer.model) of the model into this folder",
+                fix="copy tokenizer.json (or tokenizer.model) of the model into this folder",
             )
         self.vocab_size = max(vocabulary.values()) + 1
         self._vocabulary = vocabulary
@@ -282,7 +282,7 @@ class HuggingFaceTokenizer:
 
     @property
     def reads_clock(self) -> bool:
-        """Whether one of the chat templates reads the clock."""
+        """True if one of the chat templates reads the clock."""
         template = self._unpinned or ""
         return any(map(reads_clock, template.values() if isinstance(template, dict) else (template,)))
 
@@ -303,8 +303,8 @@ def _load_hugging_face(folder: Path) -> "PreTrainedTokenizerFast":
     from transformers import AutoTokenizer
 
     # The Rust loader raises bare Exception, and panics, over a file that it cannot read.
-    with damage_told(
+    with report_damage(
         f"the tokenizer in {folder} does not load",
-        cure="put the model's own tokenizer.json and tokenizer_config.json there",
+        fix="put the model's own tokenizer.json and tokenizer_config.json there",
     ):
         return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)

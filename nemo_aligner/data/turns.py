@@ -12,9 +12,8 @@ from nemo_aligner.data.row import Row, finish
 from nemo_aligner.data.tokenizer import Tokenizer, encode_after
 from nemo_aligner.errors import UserError
 
-_LONGEST_SPECIAL = (
-    64  # characters; a longer special token could begin before a place that is taken for its start
-)
+# characters; a longer special token could begin before a place that is taken for its start
+_LONGEST_SPECIAL = 64
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -23,7 +22,7 @@ class LearnedTurn:
 
     prompt: list[int]  # what a model is sent
     response: list[int]  # what it is to write, the turn's end included
-    mask: list[bool]  # as long as the response: which of it is learned
+    loss_mask: list[bool]  # as long as the response: which of its tokens count in the loss
     closing: list[int] = field(default_factory=list)  # ends the response, also where it is cut
     eos: list[int] = field(default_factory=list)  # follows where the sample ends with this turn
 
@@ -32,12 +31,12 @@ class LearnedTurn:
         ended = bool(self.closing) and self.response[-len(self.closing) :] == self.closing
         body = len(self.response) - (len(self.closing) if ended else 0)
         kept = min(length - len(self.prompt) - len(self.closing) - len(self.eos), body)
-        if kept < 1 or not any(self.mask[:kept]):
+        if kept < 1 or not any(self.loss_mask[:kept]):
             return None
         return LearnedTurn(
             prompt=self.prompt,
             response=[*self.response[:kept], *self.closing],
-            mask=[*self.mask[:kept], *[True] * len(self.closing)],
+            loss_mask=[*self.loss_mask[:kept], *[True] * len(self.closing)],
             eos=self.eos,
         )
 
@@ -104,7 +103,7 @@ def end_of_turn(tokenizer: Tokenizer, response: list[int]) -> int | None:
         raise UserError(
             f"the text of a turn holds {tokenizer.decode([end])!r}, which ends a turn: a model that learns it would "
             "stop there",
-            cure="remove it from the text, or the row",
+            fix="remove it from the text, or the row",
         )
     return stop
 
@@ -134,7 +133,7 @@ def lay_out(turns: Iterable[LearnedTurn], *, max_seq_length: int) -> list[Row]:
 @dataclass(slots=True)
 class _Sample:
     tokens: list[int] = field(default_factory=list)
-    mask: list[bool] = field(default_factory=list)
+    loss_mask: list[bool] = field(default_factory=list)
     eos: list[int] = field(default_factory=list)
     truncated: bool = False
 
@@ -144,13 +143,13 @@ class _Sample:
     def add(self, turn: LearnedTurn, *, truncated: bool) -> None:
         between = turn.prompt[len(self.tokens) :]
         self.tokens = [*turn.prompt, *turn.response]
-        self.mask += [*[False] * len(between), *turn.mask]
+        self.loss_mask += [*[False] * len(between), *turn.loss_mask]
         self.eos, self.truncated = turn.eos, truncated
 
     def sample(self, max_seq_length: int) -> Row:
         return finish(
             [*self.tokens, *self.eos],
-            [*self.mask, *[True] * len(self.eos)],
+            [*self.loss_mask, *[True] * len(self.eos)],
             truncated=self.truncated,
             max_seq_length=max_seq_length,
         )

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How scripts start: Hydra, ranks, signals, and errors told to people."""
+"""How scripts start: Hydra, ranks, signals, and errors reported to people."""

@@ -47,7 +47,7 @@ def _is_advertised(cpuinfo: Path) -> bool:
 
 
 def amx_runs() -> bool:
-    """Whether a bf16 product of two tiles ends well, tried in milliseconds by a child process, which alone may die."""
+    """True if a bf16 product of two tiles ends well, tried in milliseconds by a child process, which alone may die."""
     child = os.fork()
     if child == 0:
         try:
@@ -59,7 +59,7 @@ def amx_runs() -> bool:
 
 
 def _multiply_tiles() -> None:
-    faulthandler.disable()  # the death of this process is an answer, and no error to be told
+    faulthandler.disable()  # the death of this process is a result, not an error to report
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     # The kernel gives the tiles' state to processes that ask for it.
     if ctypes.CDLL(None).syscall(_SYS_ARCH_PRCTL, _ARCH_REQ_XCOMP_PERM, _XFEATURE_XTILEDATA):

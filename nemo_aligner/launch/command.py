@@ -62,7 +62,7 @@ def find_commands() -> dict[str, Path]:
 
 
 def _prepare(words: Sequence[str]) -> Callable[[], object]:
-    """What the words ask for.
+    """Return the call that the words ask for.
 
     Raises:
         UserError: there is no such command, or no such setting.
@@ -84,7 +84,7 @@ def _prepare(words: Sequence[str]) -> Callable[[], object]:
     if name not in commands:
         near = difflib.get_close_matches(name, [*commands, *OWN], n=1)
         known = f"use one of {', '.join(sorted({*commands, *OWN}))}"
-        raise UserError(f"there is no command {name!r}", cure=f"did you mean {near[0]}?" if near else known)
+        raise UserError(f"there is no command {name!r}", fix=f"did you mean {near[0]}?" if near else known)
     script = commands[name]
     if asks_help:
         return lambda: sys.stdout.write(_help(name, script))
@@ -123,15 +123,15 @@ def _shown(name: str, entry: Any, words: Sequence[str]) -> Callable[[], object]:
 
     if not isinstance(entry, Script):
         raise UserError(
-            f"{name} has no settings of its own", cure=f"nemo-aligner {name} --help says what it takes"
+            f"{name} has no settings of its own", fix=f"nemo-aligner {name} --help says what it takes"
         )
     config = compose(entry, full_words(words, entry.kind))
     return lambda: sys.stdout.write(explain(config, entry.kind))
 
 
 def _usage(commands: dict[str, Path]) -> str:
-    told = {name: OWN.get(name) or _doc(path).partition("\n")[0] for name, path in commands.items()} | OWN
-    return _USAGE.format(commands="\n".join(f"  {name:<12} {text}" for name, text in told.items()))
+    listed = {name: OWN.get(name) or _doc(path).partition("\n")[0] for name, path in commands.items()} | OWN
+    return _USAGE.format(commands="\n".join(f"  {name:<12} {text}" for name, text in listed.items()))
 
 
 def _doc(script: Path) -> str:
@@ -139,7 +139,7 @@ def _doc(script: Path) -> str:
 
 
 def _help(name: str, script: Path) -> str:
-    """What a script does, and the short names of its settings."""
+    """The help of a script: its purpose, and the short names of its settings."""
     main = load_script(script)
     if not (kind := getattr(main, "kind", None)):
         return f"{_doc(script)}\n"

@@ -36,10 +36,10 @@ def _facts() -> Iterator[tuple[str, str]]:
         except PackageNotFoundError:
             yield package, "not installed"
     yield "system", f"{platform.system()} {platform.release()} {platform.machine()}"
-    told = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
-    name = re.search(r"^model name\s*:\s*(.*)$", told, re.MULTILINE)
+    cpuinfo = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+    name = re.search(r"^model name\s*:\s*(.*)$", cpuinfo, re.MULTILINE)
     widest = next(
-        (one for one in INSTRUCTIONS if re.search(rf"\b{one}\b", told)), "no vector instructions known"
+        (one for one in INSTRUCTIONS if re.search(rf"\b{one}\b", cpuinfo)), "no vector instructions known"
     )
     yield "cpu", f"{name[1] if name else platform.processor()}, {widest}"
     yield "cores", f"{len(os.sched_getaffinity(0))} of {os.cpu_count()}"

@@ -14,7 +14,8 @@ from pathlib import Path
 
 import psutil
 
-from nemo_aligner.launch.children import (
+from nemo_aligner.launch.stacks import STACKS_SIGNAL, forward_stacks_request
+from nemo_aligner.launch.subprocesses import (
     STARTER_VARIABLE,
     Interrupted,
     end,
@@ -22,8 +23,7 @@ from nemo_aligner.launch.children import (
     settle,
     stop_signals_handled,
 )
-from nemo_aligner.launch.stacks import STACKS_SIGNAL, forward_stacks_request
-from nemo_aligner.serving.leftovers import OWNER, mark_owner, owner_lives
+from nemo_aligner.serving.cleanup import OWNER, mark_owner, owner_lives
 
 FOLDER_PREFIX = "nemo_aligner_ranks_"
 GRACE_SECONDS = 4.0  # for ranks to end by themselves after one has failed, or after a signal
@@ -88,7 +88,7 @@ def _temporary_folder(process: psutil.Process) -> str:
 
 
 def _place(rank: int, count: int, folder: Path) -> dict[str, str]:
-    """The environment that tells a rank where it stands."""
+    """The environment from which a rank knows its place."""
     return {
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from nemo_aligner.errors import UserError
-from nemo_aligner.launch.together import LOCAL, Program, free_ports
+from nemo_aligner.launch.job_group import LOCAL, Program, free_ports
 from nemo_aligner.launch.typed import is_quoted
 from nemo_aligner.launch.words import full_words
 from nemo_aligner.paths import expand_home
@@ -28,7 +28,7 @@ _VARIABLE = re.compile(r"[A-Z][A-Z0-9_]*")
 
 @dataclass(kw_only=True)
 class _Words:
-    """What the command line says to one job."""
+    """The words of the command line for one job."""
 
     settings: list[str]
     given: dict[str, str]  # the settings' last values, without quotes
@@ -57,7 +57,7 @@ def plan_jobs(words: Sequence[str], scripts: Path) -> tuple[Program, list[Progra
     if reward and "rm_model_file" not in jobs["reward"].given:
         raise UserError(
             "there are words for the reward model's job, but not which model it serves",
-            cure="add reward.rm_model_file=FILE, or leave the reward model to the critic's job",
+            fix="add reward.rm_model_file=FILE, or leave the reward model to the critic's job",
         )
     if not reward:
         del jobs["reward"]
@@ -109,8 +109,8 @@ def _sort(word: str, jobs: Mapping[str, _Words]) -> None:
     found = _WORD.fullmatch(word)
     if found is None:
         raise UserError(
-            f"{word} is for no job",
-            cure="begin each word with its job's name, as in actor.trainer.devices=2 or critic.trainer.devices=2",
+            f"{word} does not name a job",
+            fix="begin each word with its job's name, as in actor.trainer.devices=2 or critic.trainer.devices=2",
         )
     job, key, value = jobs[found["job"]], found["key"], (found["value"] or "").removeprefix("=")
     if _VARIABLE.fullmatch(key):
@@ -138,7 +138,7 @@ def _agree(jobs: Mapping[str, _Words]) -> None:
         if actor.given[f"remote_critic_rm.{combine}"].lower() == "true":
             raise UserError(
                 f"{combine}=True, but reward.rm_model_file asks for a job for the reward model alone",
-                cure=f"leave out {combine} or the words that begin with reward.",
+                fix=f"leave out {combine} or the words that begin with reward.",
             )
         actor.add("remote_critic_rm.reward_model.stop_at_end", True)
 
@@ -152,7 +152,7 @@ def _pair(
         if same is not None and left.lower() != right.lower():
             raise UserError(
                 f"{same}.{key}={left} and actor.{actors_key}={right} are to be one value",
-                cure=f"leave one of them out, or set both to {left}",
+                fix=f"leave one of them out, or set both to {left}",
             )
         return
     value = left or right or default
@@ -165,12 +165,12 @@ def _pair(
 def _address(actor: _Words, remote: str) -> tuple[str, int]:
     block, port = f"remote_critic_rm.{remote}", actor.given[f"remote_critic_rm.{remote}.port"]
     if not port.isdecimal():
-        raise UserError(f"actor.{block}.port={port} is no port", cure=f"leave out actor.{block}.port")
+        raise UserError(f"actor.{block}.port={port} is no port", fix=f"leave out actor.{block}.port")
     return actor.given[f"{block}.ip"], int(port)
 
 
 def _folders(jobs: Mapping[str, _Words]) -> dict[str, Path]:
-    """Each job's folder: what it is told, the actor's else one of its own, the servers' else within the actor's."""
+    """Each job's folder: the one that is set, the actor's else one of its own, the servers' else within the actor's."""
     key, folders = "exp_manager.explicit_log_dir", dict[str, Path]()
     for name, job in jobs.items():
         if name != "reward" and key not in job.given:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What every training script shares around its own wiring: Hydra, typed settings, ranks, and how errors are told."""
+"""The common part of every training script: Hydra, typed settings, ranks, and the report of errors."""
 
 import functools
 import gc
@@ -23,9 +23,9 @@ from omegaconf.errors import OmegaConfBaseException
 from nemo_aligner.config.base import ModelJob
 from nemo_aligner.errors import UserError
 from nemo_aligner.launch import amx, local
-from nemo_aligner.launch.children import STARTER_VARIABLE, follow_parent
-from nemo_aligner.launch.cli import INTERRUPTED_CODE, OS_ERROR_CURE, USER_ERROR_CODE, quiet_libraries
+from nemo_aligner.launch.cli import INTERRUPTED_CODE, OS_ERROR_FIX, USER_ERROR_CODE, quiet_libraries
 from nemo_aligner.launch.stacks import show_stacks_on_signal
+from nemo_aligner.launch.subprocesses import STARTER_VARIABLE, follow_parent
 from nemo_aligner.launch.typed import as_hydra_reads
 from nemo_aligner.parallel.ranks import Ranks, discover
 from nemo_aligner.run.experiment import keep_early_records
@@ -113,15 +113,15 @@ def _talks(ranks: Ranks | None) -> bool:
 
 
 def _hydra_problem(error: Exception) -> UserError:
-    """What Hydra could not compose, in one line, with its cure."""
+    """The error for a config that Hydra cannot compose, in one line, with its fix."""
     line = str(error).splitlines()[0]
     if isinstance(error, OverrideParseException):
         word = error.override.removeprefix("++")
         return UserError(
             f"{word} is no setting: {line}",
-            cure="""write KEY=VALUE; where VALUE has spaces, quotes, [ ] or { }, as 'KEY="VALUE"'""",
+            fix="""write KEY=VALUE; where VALUE has spaces, quotes, [ ] or { }, as 'KEY="VALUE"'""",
         )
-    return UserError(line, cure="correct what it names; --cfg job prints the configuration as it is composed")
+    return UserError(line, fix="correct what it names; --cfg job prints the configuration as it is composed")
 
 
 def _prepare_process(ranks: Ranks | None) -> None:
@@ -177,7 +177,7 @@ def _run(config: DictConfig, script: Script[J], ranks: Ranks | None) -> None:
 
 
 def _start(config: DictConfig, script: Script[J], ranks: Ranks | None) -> int:
-    """Settings first, before torch and Megatron are imported: a mistake there is told at once."""
+    """Settings first, before torch and Megatron are imported: a mistake there is reported at once."""
     from nemo_aligner.settings import parse
 
     try:
@@ -189,7 +189,7 @@ def _start(config: DictConfig, script: Script[J], ranks: Ranks | None) -> int:
                 ranks_in_all = job.trainer.num_nodes * job.trainer.devices
                 raise UserError(
                     f"trainer.num_nodes={job.trainer.num_nodes}, but this machine can start its own ranks only",
-                    cure="start the script on every node with srun or torchrun, or have all ranks on this machine: "
+                    fix="start the script on every node with srun or torchrun, or have all ranks on this machine: "
                     f"trainer.num_nodes=1 trainer.devices={ranks_in_all}",
                 )
     except UserError as error:
@@ -205,7 +205,7 @@ def _start(config: DictConfig, script: Script[J], ranks: Ranks | None) -> int:
         logger.info("%s: the settings are read; torch is loaded next", script.file.name)
         if instructions:
             logger.info("%s", instructions)
-    return _told(functools.partial(_join, config, job, script.main, ranks))
+    return _reported(functools.partial(_join, config, job, script.main, ranks))
 
 
 def _join(config: DictConfig, job: J, main: Callable[[J], None], ranks: Ranks | None) -> int:
@@ -227,8 +227,8 @@ def _join(config: DictConfig, job: J, main: Callable[[J], None], ranks: Ranks | 
     return 0
 
 
-def _told(work: Callable[[], int]) -> int:
-    """The exit code of ``work``; what went wrong is told once."""
+def _reported(work: Callable[[], int]) -> int:
+    """The exit code of ``work``; errors are reported once."""
     from nemo_aligner.parallel import cpu_shim
 
     cpu_shim.import_megatron()
@@ -244,13 +244,13 @@ def _told(work: Callable[[], int]) -> int:
         if world.report_once():
             sys.stderr.write(f"error: {error}\n")
         return USER_ERROR_CODE
-    except Exception as error:  # the process edge: whatever it is, it is told and ends this rank
+    except Exception as error:  # the process edge: whatever it is, it is reported and ends this rank
         if isinstance(error, OSError) and error.filename is not None:
             if world.report_once():
-                sys.stderr.write(f"error: {error}\nCure: {OS_ERROR_CURE}\n")
+                sys.stderr.write(f"error: {error}\nFix: {OS_ERROR_FIX}\n")
             return USER_ERROR_CODE
         if reason := world.describe_failure(error):
-            # Silent where a rank has told already why it left the others.
+            # Silent where a rank has reported already why it left the others.
             if world.report_once(wait_seconds=0.0):
                 sys.stderr.write(f"A collective failed on {reason}\n")
         else:

@@ -47,7 +47,7 @@ def as_hydra_reads(words: Sequence[str], kind: type[object]) -> list[str]:
 
 
 def is_quoted(value: str) -> bool:
-    """Whether the user has put all of a value into quotes, which are then not part of it."""
+    """True if the user has put all of a value into quotes, which are then not part of it."""
     return len(value) > 1 and value[0] == value[-1] and value[0] in "'\""
 
 
@@ -68,7 +68,7 @@ def _check(word: str) -> None:
     if sum(map(word.count, "[{(")) > _MOST_BRACKETS or _MANY_DIGITS.search(word):
         raise UserError(
             f"{word[:60]} ... cannot be read: it has too many brackets, or digits in a number",
-            cure="write it shorter, or into a file that the setting names",
+            fix="write it shorter, or into a file that the setting names",
         )
 
 
@@ -82,7 +82,7 @@ def _type_of(kind: Any, key: str) -> Any:  # noqa: ANN401 - a type hint
 
 
 def _is_text(value: str, hint: Any) -> bool:  # noqa: ANN401 - a type hint
-    """Whether a typed value is text as it stands, and not an expression of Hydra's grammar."""
+    """True if a typed value is text as it stands, and not an expression of Hydra's grammar."""
     union = typing.get_origin(hint) in (typing.Union, types.UnionType)
     options = set(typing.get_args(hint) if union else (hint,))
     if value == "null" and options & {type(None), PathText}:
@@ -95,6 +95,6 @@ def _is_text(value: str, hint: Any) -> bool:  # noqa: ANN401 - a type hint
         case kinds if kinds == {str}:
             return not is_quoted(value)
         case kinds if kinds and kinds <= {builtins.int, builtins.float}:
-            # A decimal comma: Hydra would take it for a sweep. That it is no number is told where numbers are read.
+            # A decimal comma: Hydra would take it for a sweep. That it is no number is reported where numbers are read.
             return "," in value
     return False

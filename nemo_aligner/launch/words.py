@@ -11,7 +11,7 @@ from hydra.core.override_parser.types import Quote, QuotedString
 from omegaconf import DictConfig, OmegaConf
 
 from nemo_aligner.config.short_names import command_defaults, short_names
-from nemo_aligner.errors import UserError, damage_told
+from nemo_aligner.errors import UserError, report_damage
 from nemo_aligner.settings import is_field, refuse_unknown
 
 _SHORT = re.compile(r"(?P<sign>\+{0,2})(?P<name>[A-Za-z_]\w*)=(?P<value>.*)", re.DOTALL)
@@ -44,7 +44,7 @@ def _full(word: str, names: Mapping[str, str], kind: type[object]) -> str:
     name, value = found["name"], found["value"]
     if name not in names:
         if not is_field(kind, name) and (near := difflib.get_close_matches(name, names, n=1)):
-            raise UserError(f"{word}: there is no setting {name}", cure=f"did you mean {near[0]}={value}?")
+            raise UserError(f"{word}: there is no setting {name}", fix=f"did you mean {near[0]}={value}?")
         return word
     key = names[name]
     if not is_field(kind, key) and ".data_prefix." in key and not _TYPED.fullmatch(value):
@@ -54,16 +54,16 @@ def _full(word: str, names: Mapping[str, str], kind: type[object]) -> str:
 
 def _words_of(path: Path, kind: type[object]) -> list[str]:
     if not path.is_file():
-        raise UserError(f"{_OPTION} {path}: there is no such file", cure="name a YAML file of settings")
-    with damage_told(f"{path} is not YAML", cure="correct it; nemo-aligner config COMMAND shows the form"):
+        raise UserError(f"{_OPTION} {path}: there is no such file", fix="name a YAML file of settings")
+    with report_damage(f"{path} is not YAML", fix="correct it; nemo-aligner config COMMAND shows the form"):
         config = OmegaConf.load(path)
     if not isinstance(config, DictConfig):
-        raise UserError(f"{path} is a list", cure="write KEY: VALUE, blocks indented")
+        raise UserError(f"{path} is a list", fix="write KEY: VALUE, blocks indented")
     values: Any = OmegaConf.to_container(config)
     try:
         refuse_unknown(values, kind)
     except UserError as error:
-        raise UserError(f"{path}: {error.problem}", cure=error.cure) from error
+        raise UserError(f"{path}: {error.problem}", fix=error.fix) from error
     return [f"{key}={value}" for key, value in _leaves(values)]
 
 

@@ -77,13 +77,13 @@ class AlignableGenerativeInterface(SupervisedInterface, Inferrable, Protocol):
         ...
 
     def logprobs(
-        self, batch: TokenBatch, sampling: SamplingConfig | None = None, *, learned_only: bool = False
+        self, batch: TokenBatch, sampling: SamplingConfig | None = None, *, loss_tokens_only: bool = False
     ) -> Tensor:
         """[B, S] float: log p(token t | tokens before t), 0 where it is not asked for.
 
         Args:
-            learned_only: ask for the learned tokens only, also without ``sampling``.
-            sampling: None asks for all tokens of the model's own distribution. Else the learned tokens, answers of
+            loss_tokens_only: ask for the loss tokens only, also without ``sampling``.
+            sampling: None asks for all tokens of the model's own distribution. Else the loss tokens, responses of
                 :meth:`generate`, get the log-probs by which these settings draw: equal to ``sampler_logprobs`` while
                 the weights are the same. A token that top_k, top_p, min_p or min_length leave out counts as kept
                 beside those that they keep, so its log-prob is finite: a small one far from the border, and on the
@@ -104,24 +104,24 @@ class AlignableGenerativeInterface(SupervisedInterface, Inferrable, Protocol):
         slots: int = 64,
         watch: Callable[[int, Sequence[int]], None] | None = None,
     ) -> Rollout:
-        """One answer to each of this data parallel rank's prompts, the same on all ranks of its model.
+        """One response to each of this data parallel rank's prompts, the same on all ranks of its model.
 
         Args:
             prompts: their numbers and samples are global: the draws are a function of them, of ``sampling.seed``,
-                ``step`` and the place in the answer alone.
-            slots: answers that are written at once, at most.
+                ``step`` and the place in the response alone.
+            slots: responses that are generated at once, at most.
             step: of training.
-            watch: called after each step of all slots, with the answers that have ended and the tokens of the step.
+            watch: called after each step of all slots, with the responses that have ended and the tokens of the step.
 
         Raises:
-            UserError: a prompt is empty, or leaves no room for an answer.
+            UserError: a prompt is empty, or leaves no room for a response.
         """
         ...
 
 
 @runtime_checkable
 class RewardModelInterface(Inferrable, Protocol):
-    """A model that judges whole texts."""
+    """A model that scores whole texts."""
 
     def infer(self, batch: TokenBatch, *, micro_batch_size: int | None = None) -> Tensor:
         """Rewards [B], or [B, A] of several attributes.
@@ -137,7 +137,7 @@ class CriticModelInterface(SupervisedInterface, Inferrable, Protocol):
     """A critic, which may share its job with a reward model."""
 
     def values(self, batch: TokenBatch, *, micro_batch_size: int | None = None) -> Tensor:
-        """[B, S]: of the state before each token of ``batch.mask``, else 0.
+        """[B, S]: of the state before each token of ``batch.loss_mask``, else 0.
 
         Args:
             micro_batch_size: rows of a forward pass; None: all of them.

@@ -17,39 +17,39 @@ class DrawConfig:
     use_greedy: bool = False
     # logits are divided by it
     temperature: float = bounded(
-        1.0, above=0, to="above 0; for the most likely token set use_greedy", told=_MEANS_NOTHING
+        1.0, above=0, to="above 0; for the most likely token set use_greedy", message=_MEANS_NOTHING
     )
-    top_k: int = bounded(0, at_least=0, told=_MEANS_NOTHING)  # only the k most likely tokens; 0: all
+    top_k: int = bounded(0, at_least=0, message=_MEANS_NOTHING)  # only the k most likely tokens; 0: all
     # only the most likely tokens that together have this probability; 0 or 1: all
-    top_p: float = bounded(1.0, at_least=0, at_most=1, to="from 0 to 1", told=_MEANS_NOTHING)
+    top_p: float = bounded(1.0, at_least=0, at_most=1, to="from 0 to 1", message=_MEANS_NOTHING)
     # only tokens at least this likely as a share of the most likely one's probability; 0: all
-    min_p: float = bounded(0.0, at_least=0, below=1, to="0 or more and below 1", told=_MEANS_NOTHING)
-    # above 1: tokens that stand in the prompt or the answer become less likely
-    repetition_penalty: float = bounded(1.0, above=0, to="above 0", told=_MEANS_NOTHING)
+    min_p: float = bounded(0.0, at_least=0, below=1, to="0 or more and below 1", message=_MEANS_NOTHING)
+    # above 1: tokens that stand in the prompt or the response become less likely
+    repetition_penalty: float = bounded(1.0, above=0, to="above 0", message=_MEANS_NOTHING)
 
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingConfig(DrawConfig):
-    """How the next token is drawn, and when an answer ends."""
+    """How the next token is drawn, and when a response ends."""
 
-    max_length: int = bounded(256, at_least=1, told=_MEANS_NOTHING)  # tokens of an answer, at most
-    min_length: int = 1  # tokens of an answer before its end token, at least
-    # texts that end an answer, as the model's own end tokens do, e.g. ["<extra_id_1>"]; escapes are understood
+    max_length: int = bounded(256, at_least=1, message=_MEANS_NOTHING)  # tokens of a response, at most
+    min_length: int = 1  # tokens of a response before its end token, at least
+    # texts that end a response, as the model's own end tokens do, e.g. ["<extra_id_1>"]; escapes are understood
     end_strings: tuple[str, ...] = ()
-    seed: int = 1234  # of the draws: an answer is a function of it, the prompt's line and the weights
+    seed: int = 1234  # of the draws: a response is a function of it, the prompt's line and the weights
 
     @property
     def truncates(self) -> bool:
-        """Whether tokens are left out for being unlikely."""
+        """True if tokens are left out for being unlikely."""
         return not self.use_greedy and (self.top_k > 0 or 0 < self.top_p < 1 or self.min_p > 0)
 
     @property
     def scale(self) -> float:
-        """What logits are divided by."""
+        """The divisor of logits."""
         return 1.0 if self.use_greedy else self.temperature
 
     def check(self, block: str) -> None:
-        """Refuse values that mean nothing.
+        """Raise UserError for values out of range.
 
         Args:
             block: where these settings stand, as in "sampling", for the message.
@@ -64,5 +64,5 @@ class SamplingConfig(DrawConfig):
         ):
             if not fits:
                 raise UserError(
-                    f"{block}.{name}={value} is not {allowed}", cure=f"set {block}.{name} to a value that is"
+                    f"{block}.{name}={value} is not {allowed}", fix=f"set {block}.{name} to a value that is"
                 )

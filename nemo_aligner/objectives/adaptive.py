@@ -19,20 +19,20 @@ class KLController(Protocol):
 
     @property
     def coefficient(self) -> float:
-        """What a nat costs."""
+        """The cost of a nat."""
         ...
 
-    def update(self, kl: float, num_answers: int) -> Self:
+    def update(self, kl: float, num_responses: int) -> Self:
         """The controller after a rollout.
 
         Args:
-            kl: mean over the answers of all ranks of KL(policy || initial policy), nats in a whole answer.
-            num_answers: how many they were.
+            kl: mean over the responses of all ranks of KL(policy || initial policy), nats in a whole response.
+            num_responses: how many they were.
         """
         ...
 
     def state_dict(self) -> dict[str, float]:
-        """What a checkpoint keeps of it."""
+        """The state that a checkpoint keeps."""
         ...
 
     def restored(self, state: Mapping[str, float]) -> Self:
@@ -46,7 +46,7 @@ class FixedKL:
 
     coefficient: float
 
-    def update(self, kl: float, num_answers: int) -> Self:  # noqa: ARG002
+    def update(self, kl: float, num_responses: int) -> Self:  # noqa: ARG002
         """Itself."""
         return self
 
@@ -64,23 +64,25 @@ class AdaptiveKL:
     """A coefficient that is raised while the KL is above its target and lowered while it is below.
 
     Ziegler 2019 (arXiv 1909.08593, section 2.2): ``e = clip((KL - target) / target, -0.2, 0.2)``,
-    ``coefficient *= 1 + K e``, with ``K = num_answers / horizon`` as in the authors' code.
+    ``coefficient *= 1 + K e``, with ``K = num_responses / horizon`` as in the authors' code.
     """
 
     coefficient: float
-    target: float  # nats in a whole answer
-    horizon: float  # answers
+    target: float  # nats in a whole response
+    horizon: float  # responses
 
-    def update(self, kl: float, num_answers: int) -> Self:
-        """The controller after ``num_answers`` answers of mean KL ``kl``, nats in a whole answer.
+    def update(self, kl: float, num_responses: int) -> Self:
+        """The controller after ``num_responses`` responses of mean KL ``kl``, nats in a whole response.
 
         >>> AdaptiveKL(coefficient=0.1, target=6.0, horizon=10000).update(12.0, 500).coefficient
         0.101
         """
         assert math.isfinite(kl), kl
         error = min(max(kl / self.target - 1, -_MAX_ERROR), _MAX_ERROR)
-        # Of more answers than the horizon has, K would exceed 1, and a coefficient might turn negative.
-        return replace(self, coefficient=self.coefficient * (1 + error * min(num_answers / self.horizon, 1)))
+        # Of more responses than the horizon has, K would exceed 1, and a coefficient might turn negative.
+        return replace(
+            self, coefficient=self.coefficient * (1 + error * min(num_responses / self.horizon, 1))
+        )
 
     def state_dict(self) -> dict[str, float]:
         """The coefficient."""
@@ -93,7 +95,7 @@ class AdaptiveKL:
 
 @dataclass(frozen=True, kw_only=True)
 class RewardScaling:
-    """What rewards are divided by: the spread of all discounted rolling sums of rewards seen so far.
+    """The divisor of rewards: the spread of all discounted rolling sums of rewards seen so far.
 
     Engstrom 2020 (arXiv 2005.12729, algorithm 1); the mean is not subtracted.
     """

@@ -20,18 +20,18 @@ _NEGATIVE = ("{key}={value} is negative", "set {key} to {range}")
 class RegressionConfig:
     """The ``model.regression`` block."""
 
-    # numbers that people gave to an answer, and that the head gives to it
-    num_attributes: int = bounded(1, at_least=1, told=_NOT_POSITIVE)
+    # numbers that people gave to a response, and that the head gives to it
+    num_attributes: int = bounded(1, at_least=1, message=_NOT_POSITIVE)
     merge_attributes: bool = False  # serve one reward: the attributes weighted by attribute_weights
     attribute_weights: tuple[float, ...] | None = None  # null: all alike, 1 / num_attributes
-    loss_mask_val: float = -100.0  # the label of an attribute that was not judged
+    loss_mask_val: float = -100.0  # the label of an attribute without one
     # regression, or of pairs by their first label: regular_bt, margin_bt, scaled_bt
     loss_func: PairLoss = "regression"
     # start from the head of a checkpoint that is a reward model with as many attributes
     load_rm_head_weights: bool = False
 
     def check(self) -> None:
-        """Refuse sizes that do not fit each other.
+        """Raise UserError for sizes that do not fit each other.
 
         Raises:
             UserError: with the setting.
@@ -41,12 +41,12 @@ class RegressionConfig:
             raise UserError(
                 f"model.regression.attribute_weights has {len(self.attribute_weights)} numbers, and "
                 f"model.regression.num_attributes={self.num_attributes}",
-                cure="give one weight for each attribute",
+                fix="give one weight for each attribute",
             )
 
     @property
     def weights(self) -> list[float]:
-        """What merges the attributes into one reward, in their order."""
+        """The weights that merge the attributes into one reward, in their order."""
         return list(self.attribute_weights or [1 / self.num_attributes] * self.num_attributes)
 
 
@@ -60,7 +60,7 @@ class PolicyConfig:
     ratio_eps_high: float | None = bounded(None, above=0, to=_ABOVE_0_OR_NULL)
     # a token of negative advantage A costs at most this times |A|; null: no bound
     dual_clip: float | None = bounded(None, above=1, to="more than 1, for instance 3, or null")
-    # token: every token of a step weighs the same; sequence: every answer does, by the mean over its tokens
+    # token: every token of a step weighs the same; sequence: every response does, by the mean over its tokens
     loss_mean: Literal["token", "sequence"] = "token"
     # weight of the entropy over the whole vocabulary, per token in nats; 0: not computed
     entropy_bonus: float = bounded(0.0, at_least=0, to="0 (none) or more")
@@ -72,7 +72,7 @@ class ValueConfig:
 
     # a value gains nothing by moving further than this from its old one; 0: it may
     loss_clip_val: float = bounded(
-        0.2, at_least=0, to="0 (no clipping) or more, for instance 0.2", told=_NEGATIVE
+        0.2, at_least=0, to="0 (no clipping) or more, for instance 0.2", message=_NEGATIVE
     )
 
 
@@ -90,21 +90,21 @@ class CreditConfig:
     kl_estimator: Literal["k1", "k2", "k3"] = "k1"  # of a token's KL: k1, k2 or k3, Schulman's names
     # token: each token pays for itself; last: the last one pays for all; loss: a term of the loss
     kl_placement: Literal["token", "last", "loss"] = "token"
-    # nats per answer that the penalty is steered to; null: it is fixed
+    # nats per response that the penalty is steered to; null: it is fixed
     adaptive_kl_target: float | None = bounded(None, above=0, to=_ABOVE_0_OR_NULL)
-    # answers; a smaller horizon steers faster
+    # responses; a smaller horizon steers faster
     adaptive_kl_horizon: float = bounded(10000.0, above=0)
     discount_factor: float = bounded(1.0, at_least=0, at_most=1)  # gamma, per token
     # lambda of generalised advantage estimation
     gae_lambda: float = bounded(0.95, at_least=0, at_most=1)
-    # to mean 0 and variance 1 over the rollout's answer tokens on all ranks; null: with gae and reinforce
+    # to mean 0 and variance 1 over the rollout's response tokens on all ranks; null: with gae and reinforce
     normalize_advantages: bool | None = None
-    # an answer's reward is held within -+ this, before the penalty; null: it is not
+    # a response's reward is held within -+ this, before the penalty; null: it is not
     reward_clip: float | None = bounded(None, above=0, to=_ABOVE_0_OR_NULL)
     scale_rewards: bool = False  # divide rewards by the running std of their discounted sums
     # with scale_rewards: each token's is held within -+ this; null: it is not
     scaled_reward_clip: float | None = bounded(None, above=0, to=_ABOVE_0_OR_NULL)
-    mask_unfinished: bool = True  # the policy learns nothing from answers that the length limit cut
+    mask_unfinished: bool = True  # the policy learns nothing from responses that the length limit cut
 
     @property
     def estimator_of_kl(self) -> Literal["k1", "abs", "k2", "k3"]:
@@ -113,27 +113,27 @@ class CreditConfig:
 
     @property
     def whitens(self) -> bool:
-        """Whether advantages get mean 0 and variance 1 over the rollout."""
+        """True if advantages get mean 0 and variance 1 over the rollout."""
         if self.normalize_advantages is None:
             return self.advantage_estimator not in GROUPED
         return self.normalize_advantages
 
     def check(self, block: str) -> None:
-        """Refuse values without a meaning. ``block`` is the block's name, as in ``trainer.ppo``."""
+        """Raise UserError for values out of range. ``block`` is their section, as in ``trainer.ppo``."""
         penalty, target = self.initial_policy_kl_penalty, self.adaptive_kl_target
         check_bounds(self, block)
         if target is not None and self.kl_placement == "loss":
             raise UserError(
                 f"{block}.adaptive_kl_target={target} steers a penalty in the reward, and {block}.kl_placement=loss",
-                cure=f"set {block}.adaptive_kl_target=null, or {block}.kl_placement=token",
+                fix=f"set {block}.adaptive_kl_target=null, or {block}.kl_placement=token",
             )
         if target is not None and not penalty:
             raise UserError(
                 f"{block}.adaptive_kl_target={target} steers {block}.initial_policy_kl_penalty, which is 0",
-                cure=f"set {block}.initial_policy_kl_penalty above 0, or {block}.adaptive_kl_target=null",
+                fix=f"set {block}.initial_policy_kl_penalty above 0, or {block}.adaptive_kl_target=null",
             )
         if self.scaled_reward_clip is not None and not self.scale_rewards:
             raise UserError(
                 f"{block}.scaled_reward_clip={self.scaled_reward_clip} needs {block}.scale_rewards=True",
-                cure=f"set {block}.scale_rewards=True, or {block}.reward_clip to clip rewards that are not scaled",
+                fix=f"set {block}.scale_rewards=True, or {block}.reward_clip to clip rewards that are not scaled",
             )

@@ -7,7 +7,7 @@ Pure: what needs other ranks goes through a function that adds up a tensor over 
 import torch
 from torch import Tensor
 
-from nemo_aligner.batch import Experience, Scored, ValueBatch
+from nemo_aligner.batch import Experience, ScoredRollout, ValueBatch
 from nemo_aligner.objectives.adaptive import AdaptiveKL, FixedKL, KLController, RewardScaling
 from nemo_aligner.objectives.config import CreditConfig
 from nemo_aligner.objectives.reduce import Moments, SumOverRanks, estimate_kl, kl_k1, masked_mean, whiten
@@ -26,30 +26,30 @@ def kl_controller(config: CreditConfig) -> KLController:
     )
 
 
-def _penalised_kl(scored: Scored, config: CreditConfig) -> Tensor:
-    """[B, S]: the estimate of each answer token's KL to the initial policy that the penalty is of, else 0."""
-    answers = scored.learned()
-    # Where no answer is anything may stand; k3's exponent of it must not overflow.
-    logprobs = torch.where(answers, scored.logprobs, 0)
-    reference = torch.where(answers, scored.reference_logprobs, 0)
+def _penalised_kl(scored: ScoredRollout, config: CreditConfig) -> Tensor:
+    """[B, S]: the estimate of each response token's KL to the initial policy that the penalty is of, else 0."""
+    responses = scored.loss_tokens()
+    # Where no response is anything may stand; k3's exponent of it must not overflow.
+    logprobs = torch.where(responses, scored.logprobs, 0)
+    reference = torch.where(responses, scored.reference_logprobs, 0)
     return estimate_kl(logprobs, reference, config.estimator_of_kl)
 
 
-def shape_rewards(scored: Scored, config: CreditConfig, *, kl_coefficient: float) -> Tensor:
-    """The reward of each token: the answer's at its last one, less the KL penalty, ``1[t = T] R - beta kl_t``.
+def shape_rewards(scored: ScoredRollout, config: CreditConfig, *, kl_coefficient: float) -> Tensor:
+    """The reward of each token: the response's at its last one, less the KL penalty, ``1[t = T] R - beta kl_t``.
 
     The KL to the initial policy is a part of the reward (Ziegler 2019, arXiv 1909.08593, eq. 2), not of the loss.
-    ``config.kl_placement`` "last" moves all of the answer's penalty to its last token, "loss" to the policy's loss.
+    ``config.kl_placement`` "last" moves all of the response's penalty to its last token, "loss" to the policy's loss.
 
     Args:
         kl_coefficient: beta; 0 leaves ``reference_logprobs`` unread.
 
     Returns:
-        [B, S] float, 0 outside the answers; nothing for rows without one.
+        [B, S] float, 0 outside the responses; nothing for rows without one.
     """
-    assert scored.cu_seqlens is None, "answers are credited row by row"
-    answers = scored.learned()
-    last = answers & (answers.cumsum(1) == answers.sum(1, keepdim=True))
+    assert scored.cu_seqlens is None, "responses are credited row by row"
+    responses = scored.loss_tokens()
+    last = responses & (responses.cumsum(1) == responses.sum(1, keepdim=True))
     rewards, limit = scored.rewards, config.reward_clip
     if limit is not None:
         rewards = rewards.clamp(-limit, limit)
@@ -67,7 +67,7 @@ def shape_rewards(scored: Scored, config: CreditConfig, *, kl_coefficient: float
 def gae(values: Tensor, rewards: Tensor, mask: Tensor, *, gamma: float, lam: float) -> tuple[Tensor, Tensor]:
     """Generalised advantage estimation (Schulman 2016, arXiv 1506.02438, eq. 16).
 
-    Backwards over an answer's tokens, with V and A beyond its end 0::
+    Backwards over a response's tokens, with V and A beyond its end 0::
 
         delta_t = r_t + gamma V_{t+1} - V_t
         A_t     = delta_t + gamma lam A_{t+1}
@@ -78,7 +78,7 @@ def gae(values: Tensor, rewards: Tensor, mask: Tensor, *, gamma: float, lam: flo
     Args:
         values: [B, S] float, of the state before each token.
         rewards: [B, S] float, for writing each token.
-        mask: [B, S] bool, the answers' tokens.
+        mask: [B, S] bool, the responses' tokens.
 
     Returns:
         (advantages, returns), [B, S] float, 0 outside the mask.
@@ -158,33 +158,33 @@ def _group_means(rewards: Tensor, group: Tensor) -> tuple[Tensor, Tensor]:
     return count, total / count.clamp(min=1)
 
 
-def _estimated(scored: Scored, rewards: Tensor, config: CreditConfig) -> tuple[Tensor, Tensor, Tensor]:
+def _estimated(scored: ScoredRollout, rewards: Tensor, config: CreditConfig) -> tuple[Tensor, Tensor, Tensor]:
     """Return (advantages, returns, the tokens that the policy learns from) by ``config.advantage_estimator``.
 
     rewards: [B, S] float, those of :func:`shape_rewards`. Estimators that compare responses weigh a response by the sum
     of its tokens' rewards and give each of its tokens the same advantage. All of [B, S].
     """
-    answers, gamma = scored.learned(), config.discount_factor
+    responses, gamma = scored.loss_tokens(), config.discount_factor
     whole = rewards.sum(1)
     match config.advantage_estimator:
         case "gae":
-            return *gae(scored.values, rewards, answers, gamma=gamma, lam=config.gae_lambda), answers
+            return *gae(scored.values, rewards, responses, gamma=gamma, lam=config.gae_lambda), responses
         case "reinforce":
             # The discounted sum of the rewards that follow (Williams 1992): GAE of no values, lambda 1.
-            return *gae(torch.zeros_like(rewards), rewards, answers, gamma=gamma, lam=1.0), answers
+            return *gae(torch.zeros_like(rewards), rewards, responses, gamma=gamma, lam=1.0), responses
         case "group":
-            each, kept = group_advantages(whole, scored.group, divide_by_std=config.group_std), answers
+            each, kept = group_advantages(whole, scored.group, divide_by_std=config.group_std), responses
         case "leave_one_out":
-            each, kept = leave_one_out(whole, scored.group), answers
+            each, kept = leave_one_out(whole, scored.group), responses
         case "best_of_n":
             best = best_of_n(whole, scored.group)
-            each, kept = best.to(rewards.dtype), answers & best[:, None]
-    advantages = torch.where(answers, each[:, None], 0)
+            each, kept = best.to(rewards.dtype), responses & best[:, None]
+    advantages = torch.where(responses, each[:, None], 0)
     return advantages, advantages, kept
 
 
 def rolling_returns(rewards: Tensor, mask: Tensor, *, gamma: float) -> Tensor:
-    """``R_t = gamma R_{t-1} + r_t`` along each answer, from 0 (arXiv 2005.12729, algorithm 1).
+    """``R_t = gamma R_{t-1} + r_t`` along each response, from 0 (arXiv 2005.12729, algorithm 1).
 
     rewards: [B, S] float, mask: [B, S] bool. Returns [B, S], 0 outside the mask.
 
@@ -201,7 +201,7 @@ def rolling_returns(rewards: Tensor, mask: Tensor, *, gamma: float) -> Tensor:
 
 def observe(
     scaling: RewardScaling,
-    scored: Scored,
+    scored: ScoredRollout,
     config: CreditConfig,
     *,
     kl_coefficient: float,
@@ -211,20 +211,20 @@ def observe(
     if not config.scale_rewards:
         return scaling
     rewards = shape_rewards(scored, config, kl_coefficient=kl_coefficient)
-    answers = scored.learned()
-    rolling = rolling_returns(rewards, answers, gamma=config.discount_factor)
-    return scaling.update(Moments.of(rolling, answers).over(sum_over_ranks))
+    responses = scored.loss_tokens()
+    rolling = rolling_returns(rewards, responses, gamma=config.discount_factor)
+    return scaling.update(Moments.of(rolling, responses).over(sum_over_ranks))
 
 
 def credit(
-    scored: Scored,
+    scored: ScoredRollout,
     config: CreditConfig,
     *,
     kl_coefficient: float,
     scaling: RewardScaling | None = None,
     sum_over_ranks: SumOverRanks = lambda sums: sums,
 ) -> Experience:
-    """What the policy learns of judged answers: :func:`shape_rewards`, scaling, the estimator, whitening.
+    """The policy's train batch of scored responses: :func:`shape_rewards`, scaling, the estimator, whitening.
 
     Args:
         kl_coefficient: what a nat of KL to the initial policy costs; :func:`kl_controller` has it.
@@ -232,10 +232,10 @@ def credit(
         sum_over_ranks: adds up a tensor over all ranks that hold a part of this rollout; called on every rank alike.
 
     Returns:
-        Rows as they came. ``mask`` is that of the answers, less those that are unfinished with
-        ``config.mask_unfinished``; advantages are whitened over the answers, the unfinished included.
+        Rows as they came. ``mask`` is that of the responses, less those that are unfinished with
+        ``config.mask_unfinished``; advantages are whitened over the responses, the unfinished included.
     """
-    answers = scored.learned()
+    responses = scored.loss_tokens()
     rewards = shape_rewards(scored, config, kl_coefficient=kl_coefficient)
     if config.scale_rewards:
         assert scaling is not None, "observe() comes first"
@@ -244,25 +244,25 @@ def credit(
             rewards = rewards.clamp(-limit, limit)
     advantages, returns, kept = _estimated(scored, rewards, config)
     if config.whitens:
-        advantages = whiten(advantages, answers, Moments.of(advantages, answers).over(sum_over_ranks))
+        advantages = whiten(advantages, responses, Moments.of(advantages, responses).over(sum_over_ranks))
     return Experience(
         tokens=scored.tokens,
-        mask=kept & scored.finished[:, None] if config.mask_unfinished else kept,
+        loss_mask=kept & scored.finished[:, None] if config.mask_unfinished else kept,
         lengths=scored.lengths,
         logprobs=scored.logprobs,
         reference_logprobs=scored.reference_logprobs,
         sampler_logprobs=scored.sampler_logprobs,
         advantages=advantages,
         returns=returns,
-        values=torch.where(answers, scored.values, 0),
+        values=torch.where(responses, scored.values, 0),
     )
 
 
-def value_batch(scored: Scored, experience: Experience) -> ValueBatch:
-    """What the critic learns of the same answers: the unfinished ones too, whose states it is asked about as well."""
+def value_batch(scored: ScoredRollout, experience: Experience) -> ValueBatch:
+    """The critic's train batch of the same responses, unfinished ones too: their values are asked for as well."""
     return ValueBatch(
         tokens=scored.tokens,
-        mask=scored.learned(),
+        loss_mask=scored.loss_tokens(),
         lengths=scored.lengths,
         values=experience.values,
         returns=experience.returns,
@@ -270,20 +270,20 @@ def value_batch(scored: Scored, experience: Experience) -> ValueBatch:
 
 
 def statistics(
-    scored: Scored, experience: Experience, config: CreditConfig, *, kl_coefficient: float
+    scored: ScoredRollout, experience: Experience, config: CreditConfig, *, kl_coefficient: float
 ) -> dict[str, Moments]:
     """This rank's part of what is logged of a rollout; ``Moments.over`` makes it that of all ranks.
 
-    - "rewards": of answers, as the reward model gave them;
-    - "init_policy_kl": of answers, the mean over tokens of the KL estimate that the penalty is of;
-    - "rewards_with_kl": of answers, the mean over tokens of :func:`shape_rewards`;
-    - "answer_kl": of answers, the sum over tokens of ``log p - log q``, which a KL controller is updated with;
-    - "advantages" before whitening, "returns", "values": of answer tokens.
+    - "rewards": of responses, as the reward model gave them;
+    - "init_policy_kl": of responses, the mean over tokens of the KL estimate that the penalty is of;
+    - "rewards_with_kl": of responses, the mean over tokens of :func:`shape_rewards`;
+    - "answer_kl": of responses, the sum over tokens of ``log p - log q``, which a KL controller is updated with;
+    - "advantages" before whitening, "returns", "values": of response tokens.
 
     The KLs are 0 where ``kl_coefficient`` is: nothing then says what the initial policy believes.
     """
-    answers = scored.learned()
-    rows = answers.any(1)
+    responses = scored.loss_tokens()
+    rows = responses.any(1)
     rewards = shape_rewards(scored, config, kl_coefficient=kl_coefficient)
     penalised = signed = torch.zeros_like(rewards)
     if kl_coefficient:
@@ -291,10 +291,10 @@ def statistics(
         signed = kl_k1(scored.logprobs, scored.reference_logprobs)
     return {
         "rewards": Moments.of(scored.rewards, rows),
-        "init_policy_kl": Moments.of(masked_mean(penalised, answers, dim=1), rows),
-        "rewards_with_kl": Moments.of(masked_mean(rewards, answers, dim=1), rows),
-        "answer_kl": Moments.of(torch.where(answers, signed, 0).sum(1), rows),
-        "advantages": Moments.of(experience.returns - experience.values, answers),
-        "returns": Moments.of(experience.returns, answers),
-        "values": Moments.of(experience.values, answers),
+        "init_policy_kl": Moments.of(masked_mean(penalised, responses, dim=1), rows),
+        "rewards_with_kl": Moments.of(masked_mean(rewards, responses, dim=1), rows),
+        "answer_kl": Moments.of(torch.where(responses, signed, 0).sum(1), rows),
+        "advantages": Moments.of(experience.returns - experience.values, responses),
+        "returns": Moments.of(experience.returns, responses),
+        "values": Moments.of(experience.values, responses),
     }

@@ -20,19 +20,19 @@ def nll(logprobs: Tensor, mask: Tensor) -> Tensor:
 
 
 class NLL:
-    """The mean of :func:`nll` over every learned token of the global batch."""
+    """The mean of :func:`nll` over every loss token of the global batch."""
 
     wants = frozenset({Wants.LOGPROBS})
     top_k = 0
     unit = Unit.TOKEN
     metrics = ("loss",)
 
-    def weights(self, batch: TokenBatch) -> Tensor:
-        """[B, S]: -1 at learned tokens."""
-        return -batch.learned().float()
+    def logprob_grad(self, batch: TokenBatch) -> Tensor:
+        """[B, S]: -1 at loss tokens."""
+        return -batch.loss_tokens().float()
 
     def __call__(self, output: ModelOutput, batch: TokenBatch) -> tuple[Tensor, Metrics]:
-        """The summed loss, and "loss" per learned token."""
+        """The summed loss, and "loss" per loss token."""
         assert output.logprobs is not None
-        loss = nll(output.logprobs, batch.learned())
+        loss = nll(output.logprobs, batch.loss_tokens())
         return loss, {"loss": (loss.detach(), batch.count(self.unit))}

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What every loss of pairs reports: how often the chosen response is ahead, and the rewards of both."""
+"""The metrics of every loss of pairs: how often the chosen response is ahead, and the rewards of both."""
 
 from torch import Tensor
 

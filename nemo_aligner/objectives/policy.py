@@ -38,7 +38,7 @@ def clipped_surrogate(ratio: Tensor, advantages: Tensor, config: PolicyConfig) -
 
 @dataclass(frozen=True)
 class PolicyGradient:
-    """The mean over learned tokens of :func:`clipped_surrogate`, less the entropy bonus, plus a KL penalty.
+    """The mean over loss tokens of :func:`clipped_surrogate`, less the entropy bonus, plus a KL penalty.
 
     With ``config.loss_mean`` "token", every token of the global batch weighs the same, whatever response it stands in
     (DAPO, Yu 2025, arXiv 2503.14476, eq. 8; verl's ``token-mean``). With "sequence", every response does: a mean of the
@@ -67,11 +67,11 @@ class PolicyGradient:
         """Log-probs; the entropy too where it has a weight."""
         return frozenset({Wants.LOGPROBS, Wants.ENTROPY} if self.config.entropy_bonus else {Wants.LOGPROBS})
 
-    def weights(self, batch: TokenBatch) -> None:
+    def logprob_grad(self, batch: TokenBatch) -> None:
         """None: the gradient depends on the ratio."""
 
     def __call__(self, output: ModelOutput, batch: TokenBatch) -> tuple[Tensor, Metrics]:
-        """The summed loss, and per learned token (what is a part of the loss: per unit of the loss):
+        """The summed loss, and per loss token (what is a part of the loss: per unit of the loss):
 
         - "ppo_ratio", "ppo_ratio_clamped": new to old probability, as it is and within its range;
         - "clip_fraction": how often the clip binds: the clipped side of the surrogate is the larger loss, as TRL, verl,
@@ -82,22 +82,22 @@ class PolicyGradient:
           (Shao 2024, arXiv 2402.03300, eq. 3).
         """
         assert isinstance(batch, Experience) and output.logprobs is not None
-        learned, weights = batch.learned(), batch.token_weights(self.unit)
-        tokens, units = learned.sum(), batch.count(self.unit)
-        # Where nothing is learned anything may stand, an exponent that overflows or NaN: kept out before arithmetic.
-        logprobs = torch.where(learned, output.logprobs, 0)
-        old = torch.where(learned, batch.logprobs, 0)
-        advantages = torch.where(learned, batch.advantages, 0)
+        loss_tokens, weights = batch.loss_tokens(), batch.token_weights(self.unit)
+        tokens, units = loss_tokens.sum(), batch.count(self.unit)
+        # Outside the mask any number may stand, NaN too, or one whose exponent overflows: mask before arithmetic.
+        logprobs = torch.where(loss_tokens, output.logprobs, 0)
+        old = torch.where(loss_tokens, batch.logprobs, 0)
+        advantages = torch.where(loss_tokens, batch.advantages, 0)
         ratio = likelihood_ratio(logprobs, old)
         loss = (weights * clipped_surrogate(ratio, advantages, self.config)).sum()
         bonus = torch.zeros_like(loss)
         if self.config.entropy_bonus:
             assert output.entropy is not None
-            bonus = self.config.entropy_bonus * (weights * torch.where(learned, output.entropy, 0)).sum()
+            bonus = self.config.entropy_bonus * (weights * torch.where(loss_tokens, output.entropy, 0)).sum()
             loss = loss - bonus
         penalty = torch.zeros_like(loss)
         if self.kl_coefficient:
-            reference = torch.where(learned, batch.reference_logprobs, 0)
+            reference = torch.where(loss_tokens, batch.reference_logprobs, 0)
             kl = estimate_kl(logprobs, reference, self.kl_estimator)
             penalty = self.kl_coefficient * (weights * kl).sum()
             loss = loss + penalty
@@ -105,8 +105,8 @@ class PolicyGradient:
             clamped = _clamp(ratio, self.config)
             sums = {
                 "loss": loss.detach(),
-                "ppo_ratio": torch.where(learned, ratio, 0).sum(),
-                "ppo_ratio_clamped": torch.where(learned, clamped, 0).sum(),
+                "ppo_ratio": torch.where(loss_tokens, ratio, 0).sum(),
+                "ppo_ratio_clamped": torch.where(loss_tokens, clamped, 0).sum(),
                 "clip_fraction": (-advantages * clamped > -advantages * ratio).sum(),
                 "approx_kl": kl_k3(old, logprobs).sum(),
                 "scaled_entropy": bonus.detach(),

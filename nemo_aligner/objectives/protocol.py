@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What an objective asks of a model, and what it gives back."""
+"""The interface between an objective and a model."""
 
 import enum
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ Sums = dict[str, tuple[float, float]]
 
 
 class Wants(enum.Enum):
-    """What the model must hand over: of a language model, per token, gathered over the vocabulary."""
+    """The model outputs that an objective may want; a language model's are per token, over the whole vocabulary."""
 
     LOGPROBS = "logprobs"
     ENTROPY = "entropy"
@@ -28,7 +28,7 @@ class Wants(enum.Enum):
 
 @dataclass(frozen=True, kw_only=True)
 class ModelOutput:
-    """The wanted fields, others None. Every tensor speaks of position t by token t; 0 where nothing is learned."""
+    """The wanted fields, others None. Every tensor speaks of position t by token t; 0 outside the loss mask."""
 
     logprobs: Tensor | None = None  # [B, S] float
     entropy: Tensor | None = None  # [B, S] float, of the distribution that token t was drawn from
@@ -43,7 +43,7 @@ class Objective(Protocol):
 
     @property
     def wants(self) -> frozenset[Wants]:
-        """What it needs of the model."""
+        """The model outputs that it needs."""
         ...
 
     @property
@@ -53,7 +53,7 @@ class Objective(Protocol):
 
     @property
     def unit(self) -> Unit:
-        """What the loss is a mean of."""
+        """The unit that the loss is a mean over."""
         ...
 
     @property
@@ -61,7 +61,7 @@ class Objective(Protocol):
         """The names that a call returns, in any order."""
         ...
 
-    def weights(self, batch: TokenBatch) -> Tensor | None:
+    def logprob_grad(self, batch: TokenBatch) -> Tensor | None:
         """[B, S]: dL/dlogprobs where it is known before the forward, else None.
 
         A loss linear in the log-probs gets its gradient in one pass over the head.

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Losses of reward models: pairwise preferences and judged attributes."""
+"""Losses of reward models: pairwise preferences and attribute labels."""
 
 import torch.nn.functional as F
 from torch import Tensor
 
-from nemo_aligner.batch import PreferenceBatch, ScoredBatch, TokenBatch, Unit
+from nemo_aligner.batch import AttributeBatch, PreferenceBatch, TokenBatch, Unit
 from nemo_aligner.objectives.config import PairLoss
 from nemo_aligner.objectives.pairs import PAIR_METRICS, compared
 from nemo_aligner.objectives.protocol import Metrics, ModelOutput, Wants
@@ -26,16 +26,16 @@ def bradley_terry(chosen: Tensor, rejected: Tensor, margin: Tensor | float = 0.0
     return -F.logsigmoid(chosen - rejected - margin)
 
 
-def regression(predicted: Tensor, judged: Tensor) -> Tensor:
-    """The squared error of each attribute, 0 where it was not judged.
+def regression(predicted: Tensor, labels: Tensor) -> Tensor:
+    """The squared error of each attribute, 0 where it has no label.
 
-    predicted: [N, A] float; judged: [N, A] float, NaN where not judged. Returns [N, A].
+    predicted: [N, A] float; labels: [N, A] float, NaN where there is no label. Returns [N, A].
 
     >>> import torch
     >>> regression(torch.tensor([[1.0, 5.0]]), torch.tensor([[3.0, torch.nan]]))
     tensor([[4., 0.]])
     """
-    return (predicted - judged.where(~judged.isnan(), predicted)).square()
+    return (predicted - labels.where(~labels.isnan(), predicted)).square()
 
 
 class BradleyTerry:
@@ -46,7 +46,7 @@ class BradleyTerry:
     unit = Unit.PAIR
     metrics = PAIR_METRICS
 
-    def weights(self, batch: TokenBatch) -> None:  # noqa: ARG002 - the protocol's
+    def logprob_grad(self, batch: TokenBatch) -> None:  # noqa: ARG002 - the protocol's
         """No log-probs are asked for."""
         return
 
@@ -59,7 +59,7 @@ class BradleyTerry:
 
 
 class AttributePairs:
-    """Pairs that say how much better the better answer is, compared by one attribute of the head.
+    """Pairs that say how much better the better response is, compared by one attribute of the head.
 
     Sequences 2i and 2i + 1 carry the same first label: negative where the first is the better one, its size the margin.
     """
@@ -72,13 +72,13 @@ class AttributePairs:
     def __init__(self, loss: PairLoss) -> None:
         self.loss = loss
 
-    def weights(self, batch: TokenBatch) -> None:  # noqa: ARG002 - the protocol's
+    def logprob_grad(self, batch: TokenBatch) -> None:  # noqa: ARG002 - the protocol's
         """No log-probs are asked for."""
         return
 
     def __call__(self, output: ModelOutput, batch: TokenBatch) -> tuple[Tensor, Metrics]:
         """As :class:`BradleyTerry`, with the pair's strength as a margin or as a factor."""
-        assert isinstance(batch, ScoredBatch)
+        assert isinstance(batch, AttributeBatch)
         assert output.rewards is not None
         scores = output.rewards[:, min(HELPFULNESS, output.rewards.shape[1] - 1)].view(-1, 2)
         label = batch.attributes[::2, 0].nan_to_num()
@@ -96,22 +96,22 @@ class AttributePairs:
 
 
 class Regression:
-    """The mean of :func:`regression` over every judged attribute of the global batch."""
+    """The mean of :func:`regression` over every labeled attribute of the global batch."""
 
     wants = frozenset({Wants.REWARDS})
     top_k = 0
     unit = Unit.LABEL
     metrics = ("loss", "rewards_all_mean", "rewards_all_square")
 
-    def weights(self, batch: TokenBatch) -> None:  # noqa: ARG002 - the protocol's
+    def logprob_grad(self, batch: TokenBatch) -> None:  # noqa: ARG002 - the protocol's
         """No log-probs are asked for."""
         return
 
     def __call__(self, output: ModelOutput, batch: TokenBatch) -> tuple[Tensor, Metrics]:
         """The summed loss; mean and mean square of what the head gives."""
-        assert isinstance(batch, ScoredBatch)
+        assert isinstance(batch, AttributeBatch)
         assert output.rewards is not None
-        real = batch.judged()
+        real = batch.labeled()
         loss = (regression(output.rewards, batch.attributes) * real).sum()
         given = output.rewards.detach() * real
         count = real.sum()

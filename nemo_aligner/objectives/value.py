@@ -39,7 +39,7 @@ def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, *, clip: flo
 
 @dataclass(frozen=True)
 class ValueLoss:
-    """The mean of :func:`value_loss` over the answers' tokens."""
+    """The mean of :func:`value_loss` over the responses' tokens."""
 
     config: ValueConfig = field(default_factory=ValueConfig)
 
@@ -48,20 +48,20 @@ class ValueLoss:
     unit = Unit.TOKEN
     metrics = ("loss", "values", "returns", "clip_fraction")
 
-    def weights(self, batch: TokenBatch) -> None:
+    def logprob_grad(self, batch: TokenBatch) -> None:
         """None: no log-probs are asked for."""
 
     def __call__(self, output: ModelOutput, batch: TokenBatch) -> tuple[Tensor, Metrics]:
-        """The summed loss, and per answer token "values", "returns" and "clip_fraction": how often the clip binds.
+        """The summed loss, and per response token "values", "returns" and "clip_fraction": how often the clip binds.
 
         It binds where the clipped value's error is the larger one, as TRL, verl and torchtune count it.
         """
         assert isinstance(batch, ValueBatch) and output.values is not None
-        learned, count, clip = batch.learned(), batch.count(self.unit), self.config.loss_clip_val
-        # Where nothing is learned anything may stand, NaN too: kept out before arithmetic.
-        values = torch.where(learned, output.values, 0)
-        old = torch.where(learned, batch.values, 0)
-        returns = torch.where(learned, batch.returns, 0)
+        loss_tokens, count, clip = batch.loss_tokens(), batch.count(self.unit), self.config.loss_clip_val
+        # Outside the mask any number may stand, NaN too: mask before arithmetic.
+        values = torch.where(loss_tokens, output.values, 0)
+        old = torch.where(loss_tokens, batch.values, 0)
+        returns = torch.where(loss_tokens, batch.returns, 0)
         loss = value_loss(values, old, returns, clip=clip).sum()
         with torch.no_grad():
             near = _clipped(values, old, clip) if clip else values

@@ -48,7 +48,7 @@ def gather_over_tensor_parallel(x: Tensor) -> Tensor:
     return torch.cat(parts, dim=-1)
 
 
-def maxima(values: Sequence[float]) -> list[float]:
+def all_reduce_max(values: Sequence[float]) -> list[float]:
     """The largest of each of ``values`` over all ranks."""
     if world.world_size() == 1:
         return list(values)
@@ -61,7 +61,7 @@ def norm_over_group(tensors: Sequence[Tensor], group: Any) -> float:  # noqa: AN
     """The 2-norm of what the ranks of ``group`` hold, each number once.
 
     Squares are summed in float64 but for the few of a block: how numbers are dealt out to ranks and tensors then moves
-    the norm far less than fp32 can tell.
+    the norm far less than fp32 can show.
     """
     squares = torch.zeros((), dtype=torch.float64, device=world.device())
     for x in tensors:
@@ -74,7 +74,7 @@ def norm_over_group(tensors: Sequence[Tensor], group: Any) -> float:  # noqa: AN
     return squares.sqrt().item()
 
 
-def totals(sums: dict[str, Tensor] | None, names: tuple[str, ...]) -> dict[str, Tensor]:
+def all_reduce_sums(sums: dict[str, Tensor] | None, names: tuple[str, ...]) -> dict[str, Tensor]:
     """Sum the last stage's metrics over data parallel ranks and give them to every stage.
 
     Args:
@@ -92,7 +92,7 @@ def totals(sums: dict[str, Tensor] | None, names: tuple[str, ...]) -> dict[str, 
     return dict(zip(names, table.cpu().unbind(0), strict=True))
 
 
-def from_last_stage(
+def broadcast_from_last_stage(
     x: Tensor | None, shape: tuple[int, ...], *, dtype: torch.dtype = torch.float32
 ) -> Tensor:
     """The last pipeline stage's ``x`` (of ``shape``, made ``dtype``) on every stage; the others give None."""
@@ -112,7 +112,7 @@ def to_next_stage(x: Tensor) -> None:
 
 
 def from_previous_stage(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """What the previous pipeline stage hands over by :func:`to_next_stage`."""
+    """The tensor that the previous pipeline stage sends by :func:`to_next_stage`."""
     x = torch.empty(shape, dtype=dtype, device=world.device())
     group: Any = parallel_state.get_pipeline_model_parallel_group()
     dist.recv(x, parallel_state.get_pipeline_model_parallel_prev_rank(), group=group)
@@ -129,7 +129,7 @@ def broadcast_object(value: T) -> T:
 
 
 def from_rank_0(work: Callable[[], T]) -> T:
-    """What ``work`` gives on rank 0, or its UserError, on every rank; the others wait for as long as it takes."""
+    """The result of ``work`` on rank 0, or its UserError, on every rank; the others wait for as long as it takes."""
     found: T | UserError | None = None
     with world.at_own_pace():
         if world.is_logging_rank():
@@ -143,7 +143,7 @@ def from_rank_0(work: Callable[[], T]) -> T:
     return found  # type: ignore[return-value] - rank 0's
 
 
-def over_data_parallel(value: T) -> list[T]:
+def all_gather_objects_dp(value: T) -> list[T]:
     """The ``value`` of each data parallel rank, in their order."""
     if world.dp_size() == 1:
         return [value]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What Megatron-core needs to run where there is no CUDA: a table, applied only then.
+"""The patches that Megatron-core needs to run without CUDA: a table, applied only then.
 
 Inside megatron-core's own modules the name ``torch`` is bound to a view of torch whose ``cuda`` is the CPU; torch
 itself is left alone but for the three methods in ``METHODS``, which without CUDA could only raise or mislead.

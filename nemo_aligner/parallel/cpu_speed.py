@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is there only for speed on a CPU. Everything else computes the same by torch's or Megatron's own means.
+"""Code that is only for speed on a CPU. Everything else computes the same by torch's or Megatron's own means.
 
 The gain is torch's time over ours on one AVX-512 core, in fp32 and at the sizes of a model of 360M parameters; `make
 bench` shows what all of it together gives.
@@ -133,7 +133,7 @@ class _Embedded(torch.autograd.Function):
 
 
 def mark_added(weight: Tensor) -> Tensor:
-    """As Megatron's own layers tell DDP that a gradient is in its buffer: its hook wants one, and adds none."""
+    """Mark a gradient as being in DDP's buffer, as Megatron's layers do: DDP's hook wants one, and adds none."""
     setattr(weight, "grad_added_to_main_grad", True)  # noqa: B010 - torch types no such name
     return torch.empty_like(weight)
 

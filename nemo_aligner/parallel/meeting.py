@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Work that some ranks have more of than others, after which all meet.
 
-A collective fails when a rank is later than the collective time-out, and cannot tell a rank that is busy from one that
-is dead. Here busy ranks give signs of life through the store that the ranks met by, and the others wait as long as they
-do. Nothing is sent but a few bytes for each rank every few seconds.
+A collective fails when a rank is later than the collective time-out, and cannot distinguish a rank that is busy from
+one that is dead. Here busy ranks give signs of life through the store that the ranks met by, and the others wait as
+long as they do. Nothing is sent but a few bytes for each rank every few seconds.
 """
 
 import contextlib
@@ -17,7 +17,7 @@ import torch.distributed as dist
 
 SIGN_SECONDS = 5.0  # between two signs of life
 POLL_SECONDS = 0.5  # at most, between two looks of a rank that waits
-LET_TELL_SECONDS = 2.0  # for the rank that failed to say why, before the others end
+REPORT_SECONDS = 2.0  # for the rank that failed to say why, before the others end
 
 
 class RankLost(RuntimeError):
@@ -92,7 +92,7 @@ def _give_signs(
         try:
             store.set(meetings.key(f"rank{dist.get_rank()}"), f"{number} {meetings.signs}")
         except dist.DistError:
-            return  # the store's rank is gone; whoever waits next tells
+            return  # the store's rank is gone; whoever waits next reports
         if done.wait(period):
             return
 
@@ -107,7 +107,7 @@ def _meet(meetings: _Meetings, number: int, store: dist.Store, timeout: float) -
     pause = 0.001
     while not store.check([all_there]):
         if store.check([lost]):
-            time.sleep(LET_TELL_SECONDS)
+            time.sleep(REPORT_SECONDS)
             raise RankLost(store.get(lost).decode())
         if problem := _next_rank_is_lost(meetings, number, store, timeout):
             store.set(lost, problem)
@@ -121,7 +121,7 @@ def _meet(meetings: _Meetings, number: int, store: dist.Store, timeout: float) -
 
 
 def _next_rank_is_lost(meetings: _Meetings, number: int, store: dist.Store, timeout: float) -> str | None:
-    """Each rank that waits looks at the next one: of several that are missing, the first is told of."""
+    """Each rank that waits looks at the next one: of several that are missing, the first is reported."""
     neighbour = (dist.get_rank() + 1) % dist.get_world_size()
     key = meetings.key(f"rank{neighbour}")
     sign = store.get(key).decode() if store.check([key]) else ""

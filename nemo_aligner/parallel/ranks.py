@@ -40,7 +40,7 @@ class Layout:
         return self.tensor * self.pipeline * self.context
 
     def check_fits(self, *, num_nodes: int, devices: int, world_size: int | None = None) -> None:
-        """Refuse a world that cannot be cut this way.
+        """Raise UserError for a world that cannot be split this way.
 
         Args:
             world_size: ranks that an outer starter (torchrun, srun) has already made; None where we start them.
@@ -52,7 +52,7 @@ class Layout:
         if num_nodes < 1 or devices < 1:
             raise UserError(
                 f"trainer.num_nodes={num_nodes} and trainer.devices={devices} make no world of ranks",
-                cure="set both to 1 or more",
+                fix="set both to 1 or more",
             )
         for name, size in (
             ("tensor", self.tensor),
@@ -62,13 +62,13 @@ class Layout:
             if size < 1:
                 raise UserError(
                     f"model.{name}_model_parallel_size={size} is not 1 or more",
-                    cure=f"set model.{name}_model_parallel_size=1",
+                    fix=f"set model.{name}_model_parallel_size=1",
                 )
         if world_size is not None and world_size != asked:
             raise UserError(
                 f"the starter made {world_size} rank{'s' * (world_size > 1)}, but trainer.num_nodes={num_nodes} x "
                 f"trainer.devices={devices} = {asked}",
-                cure=f"have the starter make {asked} (srun --ntasks={asked}, torchrun --nproc-per-node={devices}), or "
+                fix=f"have the starter make {asked} (srun --ntasks={asked}, torchrun --nproc-per-node={devices}), or "
                 + _nodes_and_devices(world_size, num_nodes)
                 + (
                     "; in a shell that srun has made, env -u SLURM_PROCID before python has the script start its ranks"
@@ -82,20 +82,19 @@ class Layout:
                 f"{asked} ranks (trainer.num_nodes={num_nodes} x trainer.devices={devices}) do not divide into models "
                 f"of model.tensor_model_parallel_size={self.tensor} x model.pipeline_model_parallel_size="
                 f"{self.pipeline} x model.context_parallel_size={self.context} = {self.model_size} ranks",
-                cure=_nodes_and_devices(fit, num_nodes)
-                + f" ({fit} ranks), or make the model's sizes smaller",
+                fix=_nodes_and_devices(fit, num_nodes) + f" ({fit} ranks), or make the model's sizes smaller",
             )
         if self.virtual_pipeline > 1 and self.pipeline == 1:
             raise UserError(
                 f"model.virtual_pipeline_model_parallel_size={self.virtual_pipeline} interleaves a pipeline, but "
                 "model.pipeline_model_parallel_size=1",
-                cure="set model.virtual_pipeline_model_parallel_size=null, or "
+                fix="set model.virtual_pipeline_model_parallel_size=null, or "
                 "model.pipeline_model_parallel_size to 2 or more",
             )
         if self.sequence_parallel and self.tensor == 1:
             raise UserError(
                 "model.sequence_parallel=True needs tensor parallelism, but model.tensor_model_parallel_size=1",
-                cure="set model.sequence_parallel=False, or model.tensor_model_parallel_size to 2 or more",
+                fix="set model.sequence_parallel=False, or model.tensor_model_parallel_size to 2 or more",
             )
 
     def data_parallel_size(self, world_size: int) -> int:
@@ -135,7 +134,7 @@ def discover(env: Mapping[str, str] = os.environ) -> Ranks | None:
 
 
 def _is_shell(env: Mapping[str, str]) -> bool:
-    """Whether the step is a terminal of one task, as ``srun --pty bash`` makes: there, we start the ranks."""
+    """True if the step is a terminal of one task, as ``srun --pty bash`` makes: there, we start the ranks."""
     return "SLURM_PTY_PORT" in env and env.get("SLURM_STEP_NUM_TASKS") == "1"
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whether Transformer Engine is used; where it cannot be, Megatron finds none.
+"""The choice of Transformer Engine; where it is not usable, Megatron finds none.
 
 Megatron imports it in many places that expect it to be whole or absent. Its empty meta package, a build for another
 CUDA and a machine without a GPU are neither.
@@ -35,7 +35,7 @@ def usable() -> bool:
 
 
 def has_flash_attn() -> bool:
-    """Whether the flash-attn package, of any generation, is installed."""
+    """True if the flash-attn package, of any generation, is installed."""
     return any(importlib.util.find_spec(name) for name in ("flash_attn", "flash_attn_interface"))
 
 

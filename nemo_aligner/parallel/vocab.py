@@ -38,7 +38,7 @@ CHUNK_BYTES = 512 << 20  # of logits, on a device
 
 @dataclass(frozen=True, kw_only=True)
 class HeadRequest:
-    """What to compute from the logits, and how."""
+    """The outputs to compute from the logits, and how."""
 
     vocab_size: int  # V: ids from here on are padding and have no probability
     entropy: bool = False
@@ -50,7 +50,7 @@ class HeadRequest:
 
 @dataclass(frozen=True)
 class HeadOutput:
-    """What was asked for; the other fields are None."""
+    """The outputs that were asked for; the other fields are None."""
 
     logprobs: Tensor  # [n] float
     entropy: Tensor | None  # [n] float
@@ -206,11 +206,11 @@ class _Head:
             grad_weight[: self.weight.shape[0]].addmm_(dlogits.t(), hidden, beta=0 if first else 1)
 
 
-class _KnownWeights(torch.autograd.Function):
+class _KnownGrad(torch.autograd.Function):
     """Log-probs whose gradient is known up to a factor before the forward: both are formed in one pass.
 
-    ``weights`` [n] is dL/dlogprob up to a common factor that the backward reads off; no logits are kept and none
-    are computed twice. With ``gathered`` the factor is 1, and the weight's gradient is added there at once.
+    ``logprob_grad`` [n] is dL/dlogprob up to a common factor that the backward reads off; no logits are kept and none
+    are computed twice. With ``main_grad`` the factor is 1, and the weight's gradient is added there at once.
     """
 
     @staticmethod
@@ -219,15 +219,15 @@ class _KnownWeights(torch.autograd.Function):
         hidden: Tensor,
         weight: Tensor,
         targets: Tensor,
-        weights: Tensor,
+        logprob_grad: Tensor,
         request: HeadRequest,
-        gathered: Tensor | None,
+        main_grad: Tensor | None,
     ) -> Tensor:
         head = _Head(hidden, weight, targets, request)
         logprobs = torch.empty(hidden.shape[0], dtype=head.dtype, device=hidden.device)
         grad_hidden = torch.empty_like(hidden)
         needed = ctx.needs_input_grad[1]
-        grad_weight = head.new_grad_weight(weight, needed=needed) if gathered is None else gathered
+        grad_weight = head.new_grad_weight(weight, needed=needed) if main_grad is None else main_grad
         for rows in head.rows():
             z = head.project(rows)
             local, owned = head.target(rows)
@@ -235,28 +235,27 @@ class _KnownWeights(torch.autograd.Function):
             p, lse = head.softmax_(z)
             logprobs[rows] = at_target - lse
             head.add_at_targets(p, local, -owned.to(head.dtype))
-            head.project_scaled(
-                p, -weights[rows].to(head.dtype), rows, grad_hidden, grad_weight, adds=gathered is not None
-            )
-        ctx.save_for_backward(weights)
+            scale = -logprob_grad[rows].to(head.dtype)
+            head.project_scaled(p, scale, rows, grad_hidden, grad_weight, adds=main_grad is not None)
+        ctx.save_for_backward(logprob_grad)
         # Buffers, not graph tensors: the backward hands them out, so nothing may hold them for a second backward.
-        ctx.grads, ctx.is_gathered = (grad_hidden, grad_weight), gathered is not None
+        ctx.grads, ctx.is_gathered = (grad_hidden, grad_weight), main_grad is not None
         return logprobs
 
     @staticmethod
     def backward(ctx: Context, grad: Tensor) -> tuple[Tensor | None, ...]:
-        (weights,) = ctx.saved_tensors
-        weights = weights.to(grad.dtype)
-        size = (weights * weights).sum()
-        factor = (grad * weights).sum() / size.clamp(min=torch.finfo(size.dtype).tiny)
-        off = (grad - factor * weights).square().sum()
+        (logprob_grad,) = ctx.saved_tensors
+        logprob_grad = logprob_grad.to(grad.dtype)
+        size = (logprob_grad * logprob_grad).sum()
+        factor = (grad * logprob_grad).sum() / size.clamp(min=torch.finfo(size.dtype).tiny)
+        off = (grad - factor * logprob_grad).square().sum()
         if off > 1e-8 * factor.square() * size:
-            raise RuntimeError("the objective's weights() is not its gradient with respect to the log-probs")
+            raise RuntimeError("the objective's logprob_grad() is not its gradient by the log-probs")
         grad_hidden, grad_weight = ctx.grads
         ctx.grads = None
         if ctx.is_gathered:
             if (factor - 1).abs() > 1e-4 and size > 0:
-                raise RuntimeError(f"the loss is {factor.item():g} times what the head was told")
+                raise RuntimeError(f"the loss is {factor.item():g} times the scale that the head was given")
             return grad_hidden, *[None] * 5
         grad_weight = None if grad_weight is None else grad_weight.mul_(factor)
         return grad_hidden.mul_(factor.to(grad_hidden.dtype)), grad_weight, *[None] * 4
@@ -328,24 +327,24 @@ def head_outputs(
     targets: Tensor,
     *,
     request: HeadRequest,
-    weights: Tensor | None = None,
-    gathered: Tensor | None = None,
+    logprob_grad: Tensor | None = None,
+    main_grad: Tensor | None = None,
 ) -> HeadOutput:
-    """What the model believes about ``targets``, from its last hidden states.
+    """The outputs of the head for ``targets``, from the last hidden states.
 
     Args:
         hidden: [n, H]; the gradient that comes back is this rank's part of a sum over tensor parallel ranks.
         weight: [rows per rank, H], this rank's slice of the padded vocabulary.
         targets: [n] int64, ids below ``request.vocab_size``.
-        weights: [n], dL/dlogprob up to a common factor, where it is known beforehand; it buys the one-pass head where
-            neither entropy nor top-k nor a transform is asked for.
-        gathered: [rows per rank, H], to which the one-pass head adds the weight's gradient in the forward, and which
-            backward then leaves alone; ``weights`` are the gradient itself.
+        logprob_grad: [n], dL/dlogprob up to a common factor, where it is known beforehand; it buys the one-pass head
+            where neither entropy nor top-k nor a transform is asked for.
+        main_grad: [rows per rank, H], to which the one-pass head adds the weight's gradient in the forward, and which
+            backward then leaves alone; ``logprob_grad`` is then the gradient itself.
     """
     plain = not request.entropy and not request.top_k and request.transform is None
-    if weights is not None and torch.is_grad_enabled() and plain:
+    if logprob_grad is not None and torch.is_grad_enabled() and plain:
         return HeadOutput(
-            _KnownWeights.apply(hidden, weight, targets, weights, request, gathered), None, None, None
+            _KnownGrad.apply(hidden, weight, targets, logprob_grad, request, main_grad), None, None, None
         )
     logprobs, entropy, topk, ids = _Outputs.apply(hidden, weight, targets, request)
     return HeadOutput(

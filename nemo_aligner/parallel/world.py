@@ -53,7 +53,7 @@ def start(
         ranks: this process's place; None makes it a world of its own, which opens no port.
         layout: how the world is cut.
         seed: of random draws, which are alike over DP and apart over TP and PP where they must be.
-        timeout: after which a collective that is not answered fails.
+        timeout: after which a collective that does not complete fails.
     """
     global _local_rank, _local_size, _device_index, _timeout
     _timeout = timeout
@@ -137,7 +137,7 @@ def device_index(ranks: Ranks | None, visible: int) -> int:
     """Which of the ``visible`` GPUs is this rank's own.
 
     Raises:
-        UserError: the node has fewer GPUs than ranks; on all of its ranks, so that one of them tells it.
+        UserError: the node has fewer GPUs than ranks; on all of its ranks, so that one of them reports it.
     """
     if ranks is None:
         return 0
@@ -147,7 +147,7 @@ def device_index(ranks: Ranks | None, visible: int) -> int:
     if (needed := max(ranks.local_size, ranks.local_rank + 1)) > visible:
         raise UserError(
             f"{needed} ranks on this node need a GPU each, and it shows {visible}",
-            cure=f"set trainer.devices={visible}, or make more GPUs visible (CUDA_VISIBLE_DEVICES)",
+            fix=f"set trainer.devices={visible}, or make more GPUs visible (CUDA_VISIBLE_DEVICES)",
         )
     return ranks.local_rank
 
@@ -221,13 +221,13 @@ def free_memory() -> tuple[int, int] | None:
 
 
 def synchronize() -> None:
-    """Wait for the device, so that a clock read next tells the truth."""
+    """Wait for the device, so that a clock read next is right."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
 
 
 def stands() -> bool:
-    """Whether :func:`start` has been called, and :func:`stop` has not."""
+    """True if :func:`start` has been called, and :func:`stop` has not."""
     return dist.is_initialized()
 
 
@@ -282,12 +282,12 @@ def dp_size() -> int:
 
 
 def is_first_stage() -> bool:
-    """Whether this rank holds the embedding."""
+    """True if this rank holds the embedding."""
     return parallel_state.is_pipeline_first_stage()
 
 
 def is_last_stage() -> bool:
-    """Whether this rank holds the head."""
+    """True if this rank holds the head."""
     return parallel_state.is_pipeline_last_stage()
 
 
@@ -334,7 +334,7 @@ def describe_failure(error: BaseException) -> str | None:
 
 
 def report_once(*, wait_seconds: float = 1.0) -> bool:
-    """True in exactly one of the ranks that call it: the one that tells people of an error all of them met.
+    """True in exactly one of the ranks that call it: the one that reports an error that all of them met.
 
     Rank 0 is given ``wait_seconds`` to be the one.
     """
@@ -345,5 +345,5 @@ def report_once(*, wait_seconds: float = 1.0) -> bool:
     try:
         return dist.distributed_c10d._get_default_store().add("nemo_aligner/reported", 1) == 1
     except (RuntimeError, dist.DistError):
-        # The store lives in a rank that has already gone: it has told what there was to tell.
+        # The store lives in a rank that has already gone: it has reported its error.
         return False

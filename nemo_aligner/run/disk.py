@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A disk that is full, told by its folder, what was to be written and what there is room for."""
+"""The error of a full disk: its folder, what was to be written and the room that is left."""
 
 import contextlib
 import errno
@@ -21,7 +21,7 @@ def free_bytes(folder: Path) -> int:
 
 
 def check_room(folder: Path, needed: int, what: str) -> None:
-    """Refuse to begin ``what``, which takes ``needed`` bytes.
+    """Raise UserError if there is no room for ``what``, which takes ``needed`` bytes.
 
     Raises:
         UserError: the disk has less.
@@ -32,7 +32,7 @@ def check_room(folder: Path, needed: int, what: str) -> None:
 
 
 @contextlib.contextmanager
-def told_if_full(folder: Path, what: str, *, needed: int | None = None) -> Iterator[None]:
+def report_if_full(folder: Path, what: str, *, needed: int | None = None) -> Iterator[None]:
     """Within it, a write that fails for want of room is a user's error.
 
     Args:
@@ -56,7 +56,7 @@ def told_if_full(folder: Path, what: str, *, needed: int | None = None) -> Itera
 def _full(folder: Path, problem: str) -> UserError:
     return UserError(
         f"the disk of {folder} has no room: {problem}",
-        cure="make room there and start the same command again; or have fewer checkpoints kept "
+        fix="make room there and start the same command again; or have fewer checkpoints kept "
         "(exp_manager.checkpoint_callback_params.save_top_k), or set exp_manager.explicit_log_dir to a larger disk",
     )
 

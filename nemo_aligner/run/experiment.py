@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Literal, Self
 
 from nemo_aligner.errors import UserError
 from nemo_aligner.paths import PathText
-from nemo_aligner.run.disk import told_if_full
+from nemo_aligner.run.disk import report_if_full
 from nemo_aligner.run.identity import RunIdentity
 from nemo_aligner.run.lock import FolderLock
 from nemo_aligner.run.records import append, record, rewind
@@ -115,7 +115,7 @@ class ExperimentConfig:
         except OSError as error:
             raise UserError(
                 f"the run's folder {folder} cannot be made: {error.strerror}",
-                cure="set exp_manager.explicit_log_dir to a folder that you may write to",
+                fix="set exp_manager.explicit_log_dir to a folder that you may write to",
             ) from error
 
     def nemo_path(self, folder: Path) -> Path:
@@ -136,16 +136,16 @@ class ExperimentConfig:
         return seconds_of(self.max_time_per_run, "exp_manager.max_time_per_run")
 
     def check(self) -> None:
-        """Refuse what could not be logged or ended as asked."""
+        """Raise UserError for settings of logging or of the end that cannot work."""
         assert self.max_seconds is None or self.max_seconds >= 0
         if self.create_wandb_logger and importlib.util.find_spec("wandb") is None:
             raise UserError(
                 "exp_manager.create_wandb_logger=True, but wandb is not installed",
-                cure="pip install 'nemo-aligner[wandb]', or set exp_manager.create_wandb_logger=False",
+                fix="pip install 'nemo-aligner[wandb]', or set exp_manager.create_wandb_logger=False",
             )
 
     def check_folder(self) -> None:
-        """Refuse a folder whose results this run would overwrite, or that it cannot write to.
+        """Raise UserError if this run would overwrite the results of the folder, or cannot write to it.
 
         Raises:
             UserError: an earlier run's results are there and not gone on from, or the folder cannot be written.
@@ -158,7 +158,7 @@ class ExperimentConfig:
         if not (there.is_dir() and os.access(there, os.W_OK | os.X_OK)):
             raise UserError(
                 f"{key}={folder} cannot be written: {there} is not a folder that you may write to",
-                cure=f"set {key} to a folder that you may write to",
+                fix=f"set {key} to a folder that you may write to",
             )
 
     def _check_earlier_run(self, folder: Path, key: str) -> None:
@@ -167,27 +167,27 @@ class ExperimentConfig:
         if checkpoint is None and result.exists() and self.checkpoint_callback_params.save_nemo_on_train_end:
             raise UserError(
                 f"{result} exists: a run in {key}={folder} has ended, and its result is not overwritten",
-                cure=f"set {key} to another folder, or move the file away",
+                fix=f"set {key} to another folder, or move the file away",
             )
         if checkpoint is not None and not self.resume_if_exists:
             raise UserError(
                 f"{key}={folder} holds checkpoints of an earlier run, and exp_manager.resume_if_exists=False",
-                cure=f"set {key} to another folder, or exp_manager.resume_if_exists=True to go on",
+                fix=f"set {key} to another folder, or exp_manager.resume_if_exists=True to go on",
             )
 
 
 class _LogFile(logging.FileHandler):
-    """log.txt; a disk that is full costs its lines, and is told once."""
+    """log.txt; a disk that is full costs its lines, and is reported once."""
 
-    _is_told = False
+    _is_reported = False
 
     def handleError(self, record: logging.LogRecord) -> None:
         """Instead of a traceback for each line."""
         error = sys.exc_info()[1]
         if not isinstance(error, OSError):
             super().handleError(record)
-        elif not self._is_told:
-            self._is_told = True
+        elif not self._is_reported:
+            self._is_reported = True
             sys.stderr.write(f"{self.baseFilename} cannot be written: {error.strerror}\n")
 
     def close(self) -> None:
@@ -195,7 +195,7 @@ class _LogFile(logging.FileHandler):
         try:
             super().close()
         except OSError:
-            assert self._is_told
+            assert self._is_reported
 
 
 class Experiment:
@@ -260,7 +260,7 @@ class Experiment:
         self.identity = identity
         if self.writes:
             logger.info("command: %s", identity.command)
-            with told_if_full(self.folder, "what the run is"):
+            with report_if_full(self.folder, "what the run is"):
                 identity.write(self.folder)
             self._status.write()
 
@@ -277,7 +277,7 @@ class Experiment:
         self._status.begin(step, max_steps)
         self._sinks.close()
         metrics = self.folder / METRICS
-        with told_if_full(self.folder, METRICS):
+        with report_if_full(self.folder, METRICS):
             for path in (metrics, *self.folder.glob("table_*.jsonl")):
                 rewind(path, step)
             # Without a buffer, which would try again at the end what has failed before.
@@ -312,7 +312,7 @@ class Experiment:
         if self._metrics is None:
             return
         values = {name: value if math.isfinite(value) else str(value) for name, value in metrics.items()}
-        with told_if_full(self.folder, f"the metrics of step {step}"):
+        with report_if_full(self.folder, f"the metrics of step {step}"):
             append(self._metrics, record({"step": step, "time": round(time.time(), 3), **values}))
             if self._tensorboard is not None:
                 for name, value in metrics.items():
@@ -326,7 +326,7 @@ class Experiment:
         if self._metrics is None or not rows:
             return
         path = self.folder / f"table_{table}.jsonl"
-        with told_if_full(self.folder, path.name), path.open("ab", buffering=0) as file:
+        with report_if_full(self.folder, path.name), path.open("ab", buffering=0) as file:
             append(file, "".join(record({"step": step, **row}) for row in rows))
         if self._wandb is not None:
             import wandb

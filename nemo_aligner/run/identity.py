@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a run is: its command, its settings and the model that it began with. Lies in its folder and its checkpoints."""
+"""The identity of a run: command, settings and initial model. It lies in its folder and its checkpoints."""
 
 import os
 import re
@@ -33,7 +33,7 @@ def asked_keys() -> frozenset[str]:
 
 @dataclass(frozen=True, kw_only=True)
 class RunIdentity:
-    """What makes a run another run."""
+    """The command, settings and initial model of a run."""
 
     settings: Mapping[str, Any]  # all of them, resolved, as plain values
     base_model: str  # equal for equal models; "": not known
@@ -42,7 +42,7 @@ class RunIdentity:
 
     @property
     def files(self) -> dict[str, bytes]:
-        """What a folder keeps of it, by name."""
+        """The files that a folder keeps of it, by name."""
         where = f"on {socket.gethostname()}, in {shlex.quote(os.getcwd())}"
         settings = yaml.safe_dump(dict(self.settings), sort_keys=False, allow_unicode=True)
         return {
@@ -70,8 +70,8 @@ def read_settings(folder: Path) -> dict[str, Any] | None:
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         raise UserError(
             f"{path} cannot be read: {error}",
-            cure="put it back as the run wrote it; without it, settings are not compared",
+            fix="put it back as the run wrote it; without it, settings are not compared",
         ) from error
     if not isinstance(settings, dict):
-        raise UserError(f"{path} holds no settings", cure="put it back as the run wrote it, or remove it")
+        raise UserError(f"{path} holds no settings", fix="put it back as the run wrote it, or remove it")
     return settings

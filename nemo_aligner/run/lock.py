@@ -46,7 +46,7 @@ def _age_at_boot(pid: int) -> float:
 
 @dataclass(frozen=True, kw_only=True)
 class Holder:
-    """Who holds a folder."""
+    """The process that holds a folder."""
 
     host: str
     pid: int
@@ -68,7 +68,7 @@ class Holder:
 
     @property
     def lives(self) -> bool | None:
-        """Whether its process runs; None: it cannot be seen from here."""
+        """True if its process runs; None: it cannot be seen from here."""
         if self.domain != _domain():
             return None
         try:
@@ -148,12 +148,12 @@ class FolderLock:
     def _refusal(self, holder: Holder | None) -> UserError:
         return UserError(
             f"{self._setting}={self._folder} is in use: another run holds it ({holder or 'of unknown name'})",
-            cure=f"wait until that run has ended, or stop it; for a run beside it set {self._setting} to another "
+            fix=f"wait until that run has ended, or stop it; for a run beside it set {self._setting} to another "
             f"folder; if there is no such run, remove {self.path}",
         )
 
     def _beats(self, content: bytes, beat: float) -> bool:
-        """Whether the holder has been heard of since it was first waited for."""
+        """True if the holder has been heard of since it was first waited for."""
         return self._waits_for is not None and self._waits_for[0] == content and self._waits_for[1] != beat
 
     def _read(self) -> tuple[bytes, float] | None:

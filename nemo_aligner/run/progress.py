@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a person sees of a run: a bar on a terminal, a line every few seconds in a log."""
+"""The progress of a run: a bar on a terminal, a line every few seconds in a log."""
 
 import contextlib
 import logging

@@ -7,34 +7,34 @@ from typing import ClassVar
 from nemo_aligner.bounds import bounded
 from nemo_aligner.errors import UserError
 
-_NO_RUN = ("{key}={value} makes no run", "set {key} to {range}")
+_NO_RUN = ("{key}={value}: must be {range}", "set {key} to {range}")
 
 
 @dataclass(frozen=True, kw_only=True)
 class LoopConfig:
-    """What the block of every training algorithm under ``trainer`` has."""
+    """The common settings of every training algorithm under ``trainer``."""
 
     block: ClassVar[str] = "trainer"  # where these settings stand
 
     # passes over the training data; null: one, or as many as max_steps asks for
-    max_epochs: int | None = bounded(None, at_least=1, told=_NO_RUN)
+    max_epochs: int | None = bounded(None, at_least=1, message=_NO_RUN)
     # steps of the run (of PPO: rollouts), unless max_epochs is given and over before; -1: max_epochs decides
     max_steps: int = -1
     # steps between validations; a float is a share of an epoch; 0: never
-    val_check_interval: int | float = bounded(100, at_least=0, to="0 (never) or more", told=_NO_RUN)
+    val_check_interval: int | float = bounded(100, at_least=0, to="0 (never) or more", message=_NO_RUN)
     # steps between checkpoints; a float is a share of an epoch; 0: at the end only
-    save_interval: int | float = bounded(100, at_least=0, to="0 (at the end only) or more", told=_NO_RUN)
+    save_interval: int | float = bounded(100, at_least=0, to="0 (at the end only) or more", message=_NO_RUN)
     # the gradient's norm is cut to this; 0: never
-    gradient_clip_val: float = bounded(1.0, at_least=0, to="0 (never) or more", told=_NO_RUN)
+    gradient_clip_val: float = bounded(1.0, at_least=0, to="0 (never) or more", message=_NO_RUN)
     # steps in a row whose loss or gradient is not finite, after which the run ends
-    max_skipped_steps: int = bounded(10, at_least=1, told=_NO_RUN)
+    max_skipped_steps: int = bounded(10, at_least=1, message=_NO_RUN)
 
     def check(self, block: str) -> None:
-        """Refuse a run that would do no step; ``block`` is where these settings stand, as in "trainer.sft"."""
+        """Raise UserError for a run without a step; ``block`` is the section of these settings, as in "trainer.sft"."""
         if self.max_steps == 0:
             raise UserError(
-                f"{block}.max_steps=0 makes no run",
-                cure=f"set {block}.max_steps to -1 (max_epochs decides), or 1 or more",
+                f"{block}.max_steps=0: must be -1 or >= 1",
+                fix=f"set {block}.max_steps to -1 (max_epochs decides), or 1 or more",
             )
 
 
@@ -51,8 +51,8 @@ class SupervisedConfig(LoopConfig):
         LoopConfig.check(self, block)
         if self.limit_train_batches == 0:
             raise UserError(
-                f"{block}.limit_train_batches=0 makes no run",
-                cure=f"set {block}.limit_train_batches to 1.0 (all batches)",
+                f"{block}.limit_train_batches=0: must be > 0, or 1.0 for all batches",
+                fix=f"set {block}.limit_train_batches to 1.0 (all batches)",
             )
 
 
@@ -68,11 +68,11 @@ class Plan:
     set_by: str = ""  # the setting that makes the run as long as this
 
     def saves_after(self, step: int) -> bool:
-        """Whether a checkpoint follows once ``step`` steps are done (from 1)."""
+        """True if a checkpoint follows once ``step`` steps are done (from 1)."""
         return step == self.max_steps or (self.save_interval > 0 and step % self.save_interval == 0)
 
     def validates_after(self, step: int) -> bool:
-        """Whether validation follows once ``step`` steps are done (from 1)."""
+        """True if validation follows once ``step`` steps are done (from 1)."""
         if self.val_batches == 0 or self.val_check_interval == 0:
             return False
         return step % self.val_check_interval == 0 or step == self.max_steps
@@ -140,7 +140,7 @@ def make_plan(
         raise UserError(
             f"the run would do no step: max_epochs={config.max_epochs}, max_steps={config.max_steps}, "
             f"limit_train_batches={limit_train} of {batches_per_epoch} batches an epoch",
-            cure="set max_epochs to 1 or more, max_steps to -1 and limit_train_batches to 1.0",
+            fix="set max_epochs to 1 or more, max_steps to -1 and limit_train_batches to 1.0",
         )
     return Plan(
         steps_per_epoch=steps_per_epoch,

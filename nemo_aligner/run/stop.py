@@ -53,12 +53,12 @@ class StopRequest:
 
     Args:
         interrupts: whether Ctrl-C is noted.
-        tells: whether this process says that it has been.
+        logs: whether this process logs that it has been.
     """
 
-    def __init__(self, *, interrupts: bool = False, tells: bool = False) -> None:
+    def __init__(self, *, interrupts: bool = False, logs: bool = False) -> None:
         self.number = 0  # of the signal that came; 0: none
-        self._interrupts, self._tells = interrupts, tells
+        self._interrupts, self._logs = interrupts, logs
         self._interrupted_at = float("-inf")
 
     def __enter__(self) -> Self:
@@ -83,7 +83,7 @@ class StopRequest:
             return
         self._interrupted_at = now
         self._note(number, frame)
-        if self._tells:
+        if self._logs:
             os.write(2, b"Ctrl-C: the run is saved and ends; once more ends it at once\n")
 
 
@@ -106,7 +106,7 @@ class TimeLimit:
 
     @property
     def is_up(self) -> bool:
-        """Whether another step might go beyond the limit."""
+        """True if another step might go beyond the limit."""
         if self._seconds is None:
             return False
         room = self._longest["step"] + self._longest["validation"] + 2 * self._longest["save"]
@@ -127,7 +127,7 @@ def seconds_of(duration: str | None, key: str) -> float | None:
     if not re.fullmatch(r"\d{1,9}(:\d{1,9}){3}", duration):
         raise UserError(
             f"{key}={duration} is no duration",
-            cure=f"write days:hours:minutes:seconds, as in {key}=00:03:45:00",
+            fix=f"write days:hours:minutes:seconds, as in {key}=00:03:45:00",
         )
     days, hours, minutes, seconds = map(int, duration.split(":"))
     return float(((days * 24 + hours) * 60 + minutes) * 60 + seconds)

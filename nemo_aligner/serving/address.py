@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where a server listens: on this machine alone, unless it is told otherwise or its job has several nodes."""
+"""Where a server listens: on this machine alone, unless a setting says otherwise or its job has several nodes."""
 
 import socket
 from collections.abc import Mapping
@@ -15,7 +15,7 @@ def listening_host(environ: Mapping[str, str]) -> str:
     """Where to listen when no setting says: 127.0.0.1, or under a Slurm job of several nodes the name of this node.
 
     Raises:
-        UserError: Slurm does not tell the node's name.
+        UserError: Slurm does not report the node's name.
 
     >>> listening_host({"SLURM_JOB_NUM_NODES": "1", "SLURMD_NODENAME": "n1"})
     '127.0.0.1'
@@ -31,7 +31,7 @@ def listening_host(environ: Mapping[str, str]) -> str:
         return name
     raise UserError(
         "this is a Slurm job of several nodes, but SLURMD_NODENAME is not set, so the node's address is not known",
-        cure="start the server with srun, or set the address to listen on",
+        fix="start the server with srun, or set the address to listen on",
     )
 
 
@@ -48,8 +48,8 @@ def resolve(host: str, *, setting: str) -> str:
         return socket.gethostbyname(host)
     except OSError as error:
         raise UserError(
-            f"{setting}={host} is no host that this machine knows: {error}",
-            cure=f"set {setting} to a host name or an IPv4 address",
+            f"{setting}={host} cannot be resolved: {error}",
+            fix=f"set {setting} to a host name or an IPv4 address",
         ) from None
 
 
@@ -61,6 +61,6 @@ def keep_alive(connection: socket.socket) -> None:
 
 
 def job_name(environ: Mapping[str, str]) -> str:
-    """What both jobs of a run call it: the id of their Slurm job, of its leader where it is heterogeneous."""
+    """A name that both jobs of a run know: the id of their Slurm job, or of its leader where it is heterogeneous."""
     names = ("SLURM_JOB_ID_HET_GROUP_0", "SLURM_HET_JOB_ID", "SLURM_JOB_ID")
     return next((environ[name] for name in names if environ.get(name)), "local")

@@ -27,7 +27,7 @@ class Refused(Exception):
 
 
 def refused(trouble: Trouble, message: str, *, status: int | None = None) -> Refused:
-    """What to raise."""
+    """The exception to raise."""
     return Refused(status or STATUS[trouble], Refusal(trouble, message))
 
 
@@ -46,7 +46,7 @@ async def read_body(name: str, request: web.Request, *, limit: int, setting: str
     too_large = refused(
         Trouble.REFUSED,
         f"{name}: the request has more than {key}={limit} bytes\n"
-        f"Cure: send fewer rows in a request, or set {key} higher",
+        f"Fix: send fewer rows in a request, or set {key} higher",
         status=413,
     )
     if (request.content_length or 0) > limit:
@@ -57,15 +57,15 @@ async def read_body(name: str, request: web.Request, *, limit: int, setting: str
             if len(body) > limit:
                 raise too_large
     except TimeoutError:
-        text = f"{name}: no byte of the body came for {BODY_SECONDS:g} s\nCure: send it whole"
+        text = f"{name}: no byte of the body came for {BODY_SECONDS:g} s\nFix: send it whole"
         raise refused(Trouble.REFUSED, text, status=408) from None
     except (HttpProcessingError, aiohttp.ClientPayloadError, web.RequestPayloadError) as error:
-        text = f"{name}: the body cannot be read: {error}\nCure: send it whole"
+        text = f"{name}: the body cannot be read: {error}\nFix: send it whole"
         raise refused(Trouble.REFUSED, text) from None
-    # The JSON comes first; where its size is told in no plain way, all of it is looked at.
-    told = re.fullmatch(r"[1-9][0-9]{0,17}", request.headers.get("Inference-Header-Content-Length", ""))
-    if nesting(body[: int(told[0])] if told else body) > MAX_NESTING:
-        text = f"the request's JSON is nested more than {MAX_NESTING} deep\nCure: send tensors as flat lists"
+    # The JSON comes first; where its size is not a plain number, all of it is checked.
+    json_size = re.fullmatch(r"[1-9][0-9]{0,17}", request.headers.get("Inference-Header-Content-Length", ""))
+    if nesting(body[: int(json_size[0])] if json_size else body) > MAX_NESTING:
+        text = f"the request's JSON is nested more than {MAX_NESTING} deep\nFix: send tensors as flat lists"
         raise refused(Trouble.REFUSED, f"{name}: {text}")
     return body
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whether a request's tensors are what they must be. Errors name the endpoint, the tensor, the place and the value."""
+"""Checks of a request's tensors. Errors name the endpoint, the tensor, the place and the value."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -43,7 +43,7 @@ def check_shapes(endpoint: str, arrays: Mapping[str, NDArray[Any]], specs: Seque
 
 
 def _fits(found: tuple[int, ...], wanted: tuple[str | int, ...], sizes: dict[str | int, int]) -> bool:
-    """Whether a shape is as wanted; sizes named for the first time are noted."""
+    """True if a shape is as wanted; sizes named for the first time are noted."""
     if len(found) != len(wanted):
         return False
     for size, name in zip(found, wanted, strict=True):
@@ -52,9 +52,9 @@ def _fits(found: tuple[int, ...], wanted: tuple[str | int, ...], sizes: dict[str
     return all(size == sizes.get(name, name) for size, name in zip(found, wanted, strict=True))
 
 
-def refuse(endpoint: str, problem: str, cure: str) -> UserError:
+def refuse(endpoint: str, problem: str, fix: str) -> UserError:
     """The error that names the endpoint."""
-    return UserError(f"{endpoint}: {problem}", cure=cure)
+    return UserError(f"{endpoint}: {problem}", fix=fix)
 
 
 def first_index(wrong: NDArray[np.bool_]) -> tuple[int, ...]:

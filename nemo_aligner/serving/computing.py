@@ -8,8 +8,8 @@ from typing import Protocol, runtime_checkable
 from nemo_aligner.batch import TokenBatch, ValueBatch
 from nemo_aligner.errors import UserError
 from nemo_aligner.serving import wire
-from nemo_aligner.serving.inbox import Job, Judged, SaveRequest, merge, share
-from nemo_aligner.serving.protocol import Health, Refusal, Ticket, Trouble
+from nemo_aligner.serving.protocol import Health, Refusal, RequestVersion, Trouble
+from nemo_aligner.serving.request_queue import QueuedRequest, SaveRequest, ServedScores, merge, split
 
 logger = logging.getLogger(__name__)
 
@@ -17,16 +17,16 @@ logger = logging.getLogger(__name__)
 class Handler(Protocol):
     """The model behind a server. All its methods are called in the thread that called :meth:`Server.serve`.
 
-    A :class:`UserError` is told to the client, and the server goes on. Any other error is told too, and then ends
+    A :class:`UserError` is reported to the client, and the server goes on. Any other error is reported too, and ends
     the server: the ranks may no longer be in step.
     """
 
-    def infer(self, batch: TokenBatch) -> Judged:
+    def infer(self, batch: TokenBatch) -> ServedScores:
         """Rewards and values of B rows, of any B."""
         ...
 
     def health(self) -> Health:
-        """What the server tells of itself: asked after each call, answered without any work."""
+        """Report the server's state; called after each call, so it must be quick."""
         ...
 
 
@@ -34,102 +34,101 @@ class Handler(Protocol):
 class Learner(Handler, Protocol):
     """A model that learns from what it is sent."""
 
-    def train(self, batch: ValueBatch, ticket: Ticket | None) -> float:
-        """Learn from a rollout; the loss. The ticket is part of :meth:`health` from then on, and of checkpoints."""
+    def train(self, batch: ValueBatch, version: RequestVersion | None) -> float:
+        """Learn from a rollout; the loss. The version is part of :meth:`health` from then on, and of checkpoints."""
         ...
 
-    def save(self, ticket: Ticket | None) -> None:
+    def save(self, version: RequestVersion | None) -> None:
         """Save a checkpoint that belongs to the actor's of the same step."""
         ...
 
-    def rewind(self, ticket: Ticket) -> None:
-        """Go back to a checkpoint that has learned from at most ``ticket.sequence`` train requests."""
+    def roll_back(self, version: RequestVersion) -> None:
+        """Go back to a checkpoint that is trained on at most ``version.sequence`` train requests."""
         ...
 
 
 class Computing:
-    """Replies of a handler. Used by one thread; ``told`` is read by all.
+    """Replies of a handler. Used by one thread; ``state`` is read by all.
 
     Args:
-        learns: whether the handler is a :class:`Learner`, whose weights are brought to those that a ticket names.
+        learns: whether the handler is a :class:`Learner`, whose weights are brought to those that a version names.
         length_multiple: rows are cut to their longest, rounded up to this; None keeps the padding.
     """
 
     def __init__(self, handler: Handler, *, learns: bool, length_multiple: int | None) -> None:
         self._handler, self._learns, self._length_multiple = handler, learns, length_multiple
-        self.told = handler.health()
+        self.state = handler.health()
 
     @property
     def _learner(self) -> Learner:
         assert isinstance(self._handler, Learner)
         return self._handler
 
-    def replies(self, jobs: list[Job]) -> list[wire.Arrays]:
+    def replies(self, entries: list[QueuedRequest]) -> list[wire.Arrays]:
         """One for each job: of one request, or of several to infer."""
-        match jobs[0].request:
+        match entries[0].request:
             case wire.InferRequest():
-                return self._infer(jobs)
-            case wire.TrainRequest(batch=batch, ticket=ticket):
-                return [wire.loss_reply(self._train(batch, ticket))]
-            case SaveRequest(ticket=ticket):
-                if ticket:
-                    self._bring_to(ticket, ticket.sequence)
+                return self._infer(entries)
+            case wire.TrainRequest(batch=batch, version=version):
+                return [wire.loss_reply(self._train(batch, version))]
+            case SaveRequest(version=version):
+                if version:
+                    self._sync_to(version, version.sequence)
                 self._note("save")
-                self._learner.save(ticket)
+                self._learner.save(version)
                 return [wire.save_reply()]
 
-    def _infer(self, jobs: list[Job]) -> list[wire.Arrays]:
-        requests = [job.request for job in jobs if isinstance(job.request, wire.InferRequest)]
-        if self._learns and (ticket := requests[0].ticket):
-            self._bring_to(ticket, ticket.sequence)
+    def _infer(self, entries: list[QueuedRequest]) -> list[wire.Arrays]:
+        requests = [entry.request for entry in entries if isinstance(entry.request, wire.InferRequest)]
+        if self._learns and (version := requests[0].version):
+            self._sync_to(version, version.sequence)
         self._note("infer")
         batches = [request.batch for request in requests]
         merged = merge(batches, length_multiple=self._length_multiple)
-        if len(jobs) > 1:
-            logger.info("%d requests merged into one batch %s", len(jobs), list(merged.tokens.shape))
-        parts = share(self._handler.infer(merged), batches)
+        if len(entries) > 1:
+            logger.info("%d requests merged into one batch %s", len(entries), list(merged.tokens.shape))
+        parts = split(self._handler.infer(merged), batches)
         return [
             wire.infer_reply(request, part.rewards, part.values)
             for request, part in zip(requests, parts, strict=True)
         ]
 
-    def _train(self, batch: ValueBatch, ticket: Ticket | None) -> float:
-        if ticket:
-            told = self._handler.health()
-            is_known = (told.run_id, told.sequence) == (ticket.run_id, ticket.sequence)
-            if is_known and told.last_loss is not None:
-                return told.last_loss
-            self._bring_to(ticket, ticket.sequence - 1)
+    def _train(self, batch: ValueBatch, version: RequestVersion | None) -> float:
+        if version:
+            state = self._handler.health()
+            is_known = (state.run_id, state.sequence) == (version.run_id, version.sequence)
+            if is_known and state.last_loss is not None:
+                return state.last_loss
+            self._sync_to(version, version.sequence - 1)
         self._note("train")
-        return self._learner.train(batch, ticket)
+        return self._learner.train(batch, version)
 
-    def _bring_to(self, ticket: Ticket, sequence: int) -> None:
-        """See to it that the weights have learned from ``sequence`` requests of the ticket's run, no more, no fewer.
+    def _sync_to(self, version: RequestVersion, sequence: int) -> None:
+        """Bring the weights to exactly ``sequence`` train requests of the request's run.
 
         Raises:
-            Refusal: they have learned from fewer; the client sends those that are missing.
-            UserError: they learn from another run.
+            Refusal: they are trained on fewer; the client sends those that are missing.
+            UserError: they are trained by another run.
         """
-        told = self._handler.health()
-        if told.run_id and told.run_id != ticket.run_id:
+        state = self._handler.health()
+        if state.run_id and state.run_id != version.run_id:
             raise UserError(
-                f"{told.model} learns from run {told.run_id}, and this request is of run {ticket.run_id}",
-                cure="start the server again for the new run, or let the actor go on from its checkpoint",
+                f"{state.model} learns from run {state.run_id}, and this request is of run {version.run_id}",
+                fix="start the server again for the new run, or let the actor go on from its checkpoint",
             )
-        if told.sequence > sequence:
-            logger.info("back from train request %d to %d, where the actor goes on", told.sequence, sequence)
-            self._learner.rewind(dataclasses.replace(ticket, sequence=sequence))
-            told = self._handler.health()
-            assert told.sequence <= sequence, (told, ticket)
-        if told.sequence < sequence:
+        if state.sequence > sequence:
+            logger.info("back from train request %d to %d, where the actor goes on", state.sequence, sequence)
+            self._learner.roll_back(dataclasses.replace(version, sequence=sequence))
+            state = self._handler.health()
+            assert state.sequence <= sequence, (state, version)
+        if state.sequence < sequence:
             raise Refusal(
-                Trouble.BEHIND,
-                f"the weights have learned from {told.sequence} train requests, not {sequence}",
+                Trouble.STALE, f"the weights are trained on {state.sequence} train requests, not {sequence}"
             )
 
     def publish(self) -> None:
         """Let clients know how the model is after a call."""
-        self.told = self._handler.health()
+        self.state = self._handler.health()
 
     def _note(self, busy: str) -> None:
-        self.told = dataclasses.replace(self.told, busy=busy)
+        self.state = dataclasses.replace(self.state, busy=busy)

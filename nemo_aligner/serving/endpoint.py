@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Names under which requests are answered, and what their functions get. Knows nothing of PyTriton."""
+"""Endpoints: their names, and the calls that their functions get. Knows nothing of PyTriton."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -19,26 +19,26 @@ class Call:
 
 
 class Calls(Protocol):
-    """Who knows the calls that Triton has been handed, by their numbers; its methods are called from any thread."""
+    """The calls that Triton has been handed, by their numbers; its methods are called from any thread."""
 
     def arrived(self, number: str) -> None:
         """The call is at its endpoint's function."""
         ...
 
     def is_gone(self, number: str) -> bool:
-        """Whether nobody waits for its reply any more."""
+        """True if nobody waits for its reply any more."""
         ...
 
 
-Answer = Callable[[Sequence[Call]], Sequence[Arrays | Refusal]]
+Handle = Callable[[Sequence[Call]], Sequence[Arrays | Refusal]]
 
 
 @dataclass(frozen=True)
 class Endpoint:
-    """A name under which requests are answered.
+    """A name that requests are sent to.
 
     Attributes:
-        answer: called in a thread of PyTriton's with one request, or with several if they may linger: a reply or a
+        handle: called in a thread of PyTriton's with one request, or with several if they may linger: a reply or a
             refusal for each, in order.
         linger_seconds: how long a request waits for others, of any shape. If set, the first size of each tensor is
             the batch's, which Triton counts.
@@ -47,5 +47,5 @@ class Endpoint:
     name: str
     inputs: Sequence[TensorSpec]
     outputs: Sequence[TensorSpec]
-    answer: Answer
+    handle: Handle
     linger_seconds: float | None = None

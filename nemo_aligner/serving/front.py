@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The HTTP server that callers reach. It asks for the token, keeps the limits, and hands requests on to Triton.
 
-Triton has no limit of its own: it reads a body of any size, a nested one ends it, and it does not tell that a caller is
-gone. So it listens for this process alone, and callers see inference, health and metadata of it and nothing else. While
-Triton is started, callers are told so.
+Triton has no limit of its own: it reads a body of any size, a nested one ends it, and it does not report that a caller
+is gone. So it listens for this process alone, and callers see inference, health and metadata of it and nothing else.
+While Triton is started, callers get refusals.
 """
 
 import asyncio
@@ -58,7 +58,7 @@ class Upstream:
 
 @dataclass
 class _Call:
-    """A request that Triton has and has not answered."""
+    """A request that Triton has and has not replied to."""
 
     endpoint: str
     arrived: bool = False  # at the endpoint's function
@@ -67,7 +67,7 @@ class _Call:
 
 
 class Front:
-    """Within it, callers are answered at ``address:port``: by Triton once it is open, before and after by a refusal.
+    """Within it, callers get replies at ``address:port``: from Triton once it is open, before and after a refusal.
 
     Args:
         setting: the section of .port and of the limits' keys, as in trainer.ppo.
@@ -116,7 +116,7 @@ class Front:
             if reason.errno != errno.EADDRINUSE or time.monotonic() > until:
                 raise UserError(
                     f"{self._setting}.port={self._port}: {self._address}:{self._port} cannot be listened on: {reason}",
-                    cure="end the process that has the port, or choose another port in both jobs",
+                    fix="end the process that has the port, or choose another port in both jobs",
                 )
             time.sleep(0.2)
 
@@ -142,7 +142,7 @@ class Front:
         self._upstream = upstream
 
     def close(self, reason: str) -> None:
-        """Refuse requests from now, telling why; those that Triton has are answered if it still does."""
+        """Reject requests from now on, with ``reason``; those that Triton has get replies if it still can."""
         self._reason = reason
         self._upstream = None
 
@@ -152,7 +152,7 @@ class Front:
 
     @property
     def trouble(self) -> str | None:
-        """What shows that Triton works no more since it was opened, in words; None: nothing."""
+        """The sign that Triton has stopped working since it was opened, in words; None if there is none."""
         return self._trouble
 
     def arrived(self, number: str) -> None:
@@ -161,7 +161,7 @@ class Front:
             call.arrived = True
 
     def is_gone(self, number: str) -> bool:
-        """Whether nobody waits for the reply any more; from any thread."""
+        """True if nobody waits for the reply any more; from any thread."""
         call = self._calls.get(number)
         return call is None or call.gone
 
@@ -209,11 +209,11 @@ class Front:
 
     async def _handle(self, request: web.Request) -> web.Response:
         try:
-            return await self._answer(request)
+            return await self._respond(request)
         except Refused as no:
             return web.json_response({"error": str(no.refusal)}, status=no.status)
 
-    async def _answer(self, request: web.Request) -> web.Response:
+    async def _respond(self, request: web.Request) -> web.Response:
         if self._token and not hmac.compare_digest(
             request.headers.get(TOKEN_HEADER, "").encode(errors="surrogateescape"), self._token.encode()
         ):
@@ -221,7 +221,7 @@ class Front:
             return web.json_response({"error": text}, status=403)
         model = MODEL.fullmatch(request.path)
         if not model and not OPEN.fullmatch(request.path):
-            text = f"{request.path} is restricted: this server answers inference, health and metadata alone"
+            text = f"{request.path} is restricted: this server offers inference, health and metadata alone"
             return web.json_response({"error": text}, status=403)
         infers = model is not None and model["rest"] == "/infer"
         if request.method != ("POST" if infers else "GET"):
@@ -235,7 +235,7 @@ class Front:
         if model and model["name"] not in self._endpoints:
             raise refused(
                 Trouble.REFUSED,
-                f"the server has no endpoint {model['name']}\nCure: ask one of {', '.join(self._endpoints)}",
+                f"the server has no endpoint {model['name']}\nFix: ask one of {', '.join(self._endpoints)}",
                 status=404,
             )
         if model is None or not infers:
@@ -248,7 +248,7 @@ class Front:
             raise refused(
                 Trouble.REFUSED,
                 f"{model['name']}: no reply within {key}={self._limits.seconds:g} s\n"
-                f"Cure: send fewer rows, or set {key} higher",
+                f"Fix: send fewer rows, or set {key} higher",
                 status=504,
             ) from None
 
@@ -303,7 +303,7 @@ class Front:
         return web.Response(status=reply.status, body=payload, headers=kept)
 
     def _check_ending(self, upstream: Upstream, payload: bytes) -> None:
-        """Refuse what Triton does not do because it ends, whole or in part."""
+        """Raise a refusal for a call that Triton fails because it ends, whole or in part."""
         text = error_text(payload)
         if Refusal.parse(text):
             return

@@ -12,9 +12,9 @@ from contextlib import ExitStack, contextmanager
 from typing import Self
 
 from nemo_aligner.errors import UserError
+from nemo_aligner.serving.cleanup import OrphanedTriton, end_abandoned, kill, own_folder
 from nemo_aligner.serving.endpoint import Endpoint
 from nemo_aligner.serving.front import Front, Upstream
-from nemo_aligner.serving.leftovers import Remains, end_abandoned, kill, own_folder
 from nemo_aligner.serving.triton import PrivateTriton
 
 logger = logging.getLogger(__name__)
@@ -59,11 +59,11 @@ class TritonProcess:
         trouble = None if self._triton.is_whole else "a process of it has ended"
         if trouble := trouble or self._front.trouble:
             raise TritonEnded(
-                f"Triton has ended by itself ({trouble}); its last words:\n{self._triton.last_words}"
+                f"Triton has ended by itself ({trouble}); its last words:\n{self._triton.log_tail}"
             )
 
     def restart(self) -> None:
-        """End what is left of Triton and start it anew, with the same endpoints. Callers are told meanwhile.
+        """End what is left of Triton and start it anew, with the same endpoints. Callers get refusals meanwhile.
 
         Raises:
             UserError: it does not start.
@@ -86,7 +86,7 @@ class TritonProcess:
                 try:
                     triton.start(seconds)
                 except Exception as error:  # PyTriton, sh and Triton's own processes fail in many ways
-                    reasons.append(f"{type(error).__name__}: {error}\n{triton.last_words}")
+                    reasons.append(f"{type(error).__name__}: {error}\n{triton.log_tail}")
                     logger.warning("Triton did not start (limit %g s): %s", seconds, reasons[-1])
                     continue
                 self._triton, self._triton_within = triton, within.pop_all()
@@ -94,7 +94,7 @@ class TritonProcess:
             return
         raise UserError(
             f"Triton did not start in {len(START_SECONDS)} tries; at last: {reasons[-1]}",
-            cure="see what its log says; it needs room in memory, in TMPDIR and in /dev/shm, and some CPU time",
+            fix="see what its log says; it needs room in memory, in TMPDIR and in /dev/shm, and some CPU time",
         )
 
 
@@ -108,17 +108,17 @@ def _free_port() -> int:
 @contextmanager
 def _stopped(triton: PrivateTriton) -> Iterator[None]:
     """At the end no process of Triton's is left, nor a file of theirs, however they end."""
-    (triton.folder / Remains.SHARED_MEMORY).write_text(triton.shared_memory)
+    (triton.folder / OrphanedTriton.SHARED_MEMORY).write_text(triton.shared_memory)
     try:
         yield
     finally:
-        remains = Remains.of(triton.folder)
-        killer = threading.Timer(EXIT_SECONDS, kill, [remains.processes])
+        orphan = OrphanedTriton.of(triton.folder)
+        killer = threading.Timer(EXIT_SECONDS, kill, [orphan.processes])
         killer.start()
         try:
             triton.stop()
         finally:
             killer.cancel()
-            remains.end(wait_seconds=1.0)
+            orphan.end(wait_seconds=1.0)
             # What had begun to start when the first look was taken.
-            Remains.of(triton.folder).end(wait_seconds=0.0)
+            OrphanedTriton.of(triton.folder).end(wait_seconds=0.0)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a server and its clients agree on beside tensors: the version, tickets, health, and how troubles are told."""
+"""The protocol of a server and its clients beside tensors: versions, health and refusals."""
 
 import enum
 import json
@@ -18,13 +18,13 @@ class Trouble(enum.Enum):
 
     REFUSED = "refused"  # the request or a setting is wrong; again would be refused again
     FAILED = "failed"  # the model failed at it
-    BEHIND = "behind"  # the weights have learned from fewer train requests than the asker has sent
+    STALE = "stale"  # the weights are trained on fewer train requests than the asker has sent
     BUSY = "busy"  # too many requests wait; later it has room
     STOPPING = "stopping"  # the server ends or starts; another may take its place
 
 
 class Refusal(Exception):
-    """What a client is told instead of a reply."""
+    """An error that a client gets instead of a reply."""
 
     def __init__(self, trouble: Trouble, message: str) -> None:
         self.trouble = trouble
@@ -43,7 +43,7 @@ class Refusal(Exception):
 
 
 def error_text(payload: bytes) -> str:
-    """What the body of a reply with an error says.
+    """The message in the body of an error reply.
 
     >>> error_text(b'{"error": "refused: tokens is empty"}')
     'refused: tokens is empty'
@@ -57,7 +57,7 @@ def error_text(payload: bytes) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class Limits:
-    """What the served model can take."""
+    """The limits of the served model."""
 
     vocab_size: int  # token ids below it are known
     seq_length: int  # tokens of the longest sequence
@@ -65,7 +65,7 @@ class Limits:
 
 @dataclass(frozen=True, kw_only=True)
 class RequestLimits:
-    """What one request may ask of a server, each a setting of its job."""
+    """The limits of one request, each a setting of the server's job."""
 
     rows: int = 8192  # max_request_rows
     bytes: int = 2**30  # max_request_bytes, unpacked
@@ -74,21 +74,21 @@ class RequestLimits:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Ticket:
-    """Which training a request belongs to, so that neither a retry nor a restart changes what is computed.
+class RequestVersion:
+    """The weights that a request is for, so that neither a retry nor a restart changes what is computed.
 
-    Requests without one, such as those of a NeMo-Aligner client, are answered by the weights of the moment.
+    Requests without one, such as those of a NeMo-Aligner client, are served by the current weights.
     """
 
     run_id: str
     step: int  # of the actor
-    # Train requests of the run that the critic has learned from when this one is done, itself included.
+    # Train requests of the run that the critic is trained on when this one is done, itself included.
     sequence: int
 
 
 @dataclass(frozen=True, kw_only=True)
 class Health:
-    """What a server tells of itself. ``run_id``, ``sequence`` and ``last_loss`` outlive a restart in its checkpoint."""
+    """The state of a server. ``run_id``, ``sequence`` and ``last_loss`` outlive a restart in its checkpoint."""
 
     model: str
     step: int  # optimizer steps
@@ -96,7 +96,7 @@ class Health:
     seq_length: int
     settings: Mapping[str, Scalar] = field(default_factory=dict)  # for the actor to compare with its own
     run_id: str = ""  # of the actor it learns from; empty until the first train request
-    sequence: int = 0  # train requests of that run that the weights have learned from
+    sequence: int = 0  # train requests of that run that the weights are trained on
     last_loss: float | None = None  # the reply to the last of them
     busy: str = ""  # what it is doing: infer, train, save, or nothing
     protocol: int = PROTOCOL_VERSION

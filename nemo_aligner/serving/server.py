@@ -15,11 +15,11 @@ from nemo_aligner.serving import wire
 from nemo_aligner.serving.address import listening_host, resolve
 from nemo_aligner.serving.checks import refuse
 from nemo_aligner.serving.computing import Computing, Handler
-from nemo_aligner.serving.endpoint import Answer, Call, Endpoint
+from nemo_aligner.serving.endpoint import Call, Endpoint, Handle
 from nemo_aligner.serving.front import Front
-from nemo_aligner.serving.inbox import Inbox, Job, Request, SaveRequest
 from nemo_aligner.serving.process import TritonEnded, TritonProcess
 from nemo_aligner.serving.protocol import Limits, Refusal, RequestLimits, Trouble
+from nemo_aligner.serving.request_queue import QueuedRequest, Request, RequestQueue, SaveRequest
 from nemo_aligner.serving.token import find_token
 
 logger = logging.getLogger(__name__)
@@ -34,7 +34,7 @@ READY_SECONDS = 60.0  # for a handler to begin after the endpoints can be reache
 
 @dataclass(frozen=True, kw_only=True)
 class ServerConfig:
-    """What is served, and where."""
+    """The endpoints of a server, and its address."""
 
     setting: str  # the section of .port and .ip, to name in errors: trainer.ppo, inference
     port: int
@@ -52,7 +52,7 @@ class ServerConfig:
 
 
 class Server:
-    """Within it, clients can connect; :meth:`serve` answers them.
+    """Within it, clients can connect; :meth:`serve` replies to them.
 
     Args:
         encode: text to token ids; None refuses texts.
@@ -74,7 +74,7 @@ class Server:
         host = config.ip or listening_host(environ)
         self.address = resolve(host, setting=f"{config.setting}.ip")
         self._token = find_token(self.address, config.port, environ)
-        self._inbox = Inbox(max_rows=config.max_rows)
+        self._queue = RequestQueue(max_rows=config.max_rows)
         self._computing: Computing | None = None
         self._began = threading.Event()
         self._stop_asked = threading.Event()
@@ -111,14 +111,14 @@ class Server:
         return time.monotonic() - self._heard_at
 
     def serve(self, handler: Handler, *, should_stop: Callable[[], bool] = lambda: False) -> bool:
-        """Answer until a client asks to stop, or until ``should_stop``, which is asked five times a second.
+        """Serve until a client asks to stop, or until ``should_stop``, which is asked five times a second.
 
         Returns:
             Whether a client asked.
 
         Raises:
             Exception: what the handler raised, unless it was a UserError; the end of a Triton that was started again
-                just before. The clients have been told.
+                just before. The clients have been notified.
         """
         config = self._config
         self._computing = Computing(
@@ -128,8 +128,8 @@ class Server:
         last_look = time.monotonic()
         try:
             while not (self._stop_asked.is_set() or should_stop()):
-                if jobs := _awaited(self._inbox.take(POLL_SECONDS)):
-                    self._run(jobs, self._computing)
+                if entries := _awaited(self._queue.take(POLL_SECONDS)):
+                    self._run(entries, self._computing)
                 if time.monotonic() - last_look >= POLL_SECONDS and not should_stop():
                     # A signal to the whole job, as Slurm sends it, ends Triton too.
                     self._keep_alive()
@@ -159,33 +159,33 @@ class Server:
 
     def _refuse_from_now(self) -> None:
         self._ended = True
-        self._inbox.fail(self._stopping())
+        self._queue.fail(self._stopping())
 
     def _stopping(self) -> Refusal:
         return Refusal(Trouble.STOPPING, f"the server at {self.address}:{self._config.port} stops")
 
-    def _run(self, jobs: list[Job], computing: Computing) -> None:
+    def _run(self, entries: list[QueuedRequest], computing: Computing) -> None:
         try:
-            outcome = computing.replies(jobs)
+            outcome = computing.replies(entries)
         except (UserError, Refusal) as error:
-            if len(jobs) > 1:
-                # Only the one that the model will not judge is refused.
-                for job in jobs:
-                    self._run([job], computing)
+            if len(entries) > 1:
+                # Only the one that the model cannot score is refused.
+                for entry in entries:
+                    self._run([entry], computing)
                 return
             outcome = error if isinstance(error, Refusal) else Refusal(Trouble.REFUSED, str(error))
             logger.warning("refused: %s", outcome.message)
         except BaseException as error:
             failed = Refusal(Trouble.FAILED, f"{type(error).__name__}: {error}")
-            for job in jobs:
-                job.reply.set_exception(failed if isinstance(error, Exception) else self._stopping())
+            for entry in entries:
+                entry.reply.set_exception(failed if isinstance(error, Exception) else self._stopping())
             raise
         computing.publish()
-        for index, job in enumerate(jobs):
+        for index, entry in enumerate(entries):
             if isinstance(outcome, Refusal):
-                job.reply.set_exception(outcome)
+                entry.reply.set_exception(outcome)
             else:
-                job.reply.set_result(outcome[index])
+                entry.reply.set_result(outcome[index])
 
     def _endpoints(self) -> list[Endpoint]:
         config, limits, encode = self._config, self._limits, self._encode
@@ -198,35 +198,37 @@ class Server:
             endpoints.append(Endpoint(config.train, wire.TRAIN_INPUTS, [wire.LOSS], train))
         if config.save:
             save = self._ask(
-                config.save, lambda name, arrays: SaveRequest(ticket=wire.read_save(name, arrays))
+                config.save, lambda name, arrays: SaveRequest(version=wire.read_save(name, arrays))
             )
             endpoints.append(Endpoint(config.save, wire.SAVE_INPUTS, [wire.STATUS], save))
-        # The last to come up: whom it answers can reach all.
-        health = Endpoint(wire.HEALTH, [wire.DUMMY], [wire.HEALTH_TEXT], self._tell_health)
+        # The last to come up: whoever gets its reply can reach all.
+        health = Endpoint(wire.HEALTH, [wire.DUMMY], [wire.HEALTH_TEXT], self._report_health)
         return [*endpoints, health]
 
-    def _ask(self, endpoint: str, read: Callable[[str, wire.Arrays], Request]) -> Answer:
-        """Has requests checked, hands the good ones to the main thread together, and waits for the replies."""
+    def _ask(self, endpoint: str, read: Callable[[str, wire.Arrays], Request]) -> Handle:
+        """Checks requests, hands the good ones to the main thread together, and waits for the replies."""
 
-        def answer(requests: Sequence[Call]) -> list[wire.Arrays | Refusal]:
+        def handle(requests: Sequence[Call]) -> list[wire.Arrays | Refusal]:
             self._heard_at = time.monotonic()
-            jobs = [self._read(endpoint, read, call) for call in requests]
-            self._inbox.put([job for job in jobs if isinstance(job, Job)])
-            # Read after the put: whoever sets it empties the inbox afterwards, so that one of the two finds the jobs.
+            entries = [self._read(endpoint, read, call) for call in requests]
+            self._queue.put([entry for entry in entries if isinstance(entry, QueuedRequest)])
+            # Read after the put: who sets it empties the queue afterwards, so that one of them finds the entries.
             if self._ended:
-                self._inbox.fail(self._stopping())
-            return [_reply(job) if isinstance(job, Job) else job for job in jobs]
+                self._queue.fail(self._stopping())
+            return [_reply(entry) if isinstance(entry, QueuedRequest) else entry for entry in entries]
 
-        return answer
+        return handle
 
-    def _read(self, endpoint: str, read: Callable[[str, wire.Arrays], Request], call: Call) -> Job | Refusal:
+    def _read(
+        self, endpoint: str, read: Callable[[str, wire.Arrays], Request], call: Call
+    ) -> QueuedRequest | Refusal:
         try:
             self._check_rows(endpoint, call.arrays)
-            return Job(request=read(endpoint, call.arrays), is_gone=call.is_gone)
+            return QueuedRequest(request=read(endpoint, call.arrays), is_gone=call.is_gone)
         except UserError as error:
             return Refusal(Trouble.REFUSED, str(error))
         except Exception as error:
-            # One request's: those that came with it are answered.
+            # One request's: those that came with it get replies.
             logger.exception("a request to %s could not be read", endpoint)
             return Refusal(Trouble.FAILED, f"{type(error).__name__}: {error}")
 
@@ -240,12 +242,12 @@ class Server:
                 f"send fewer rows in a request, or set {key} higher",
             )
 
-    def _tell_health(self, requests: Sequence[Call]) -> list[wire.Arrays | Refusal]:
+    def _report_health(self, requests: Sequence[Call]) -> list[wire.Arrays | Refusal]:
         self._heard_at = time.monotonic()
         self._began.wait(READY_SECONDS)
         if self._computing is None:
             return [Refusal(Trouble.STOPPING, "the model is not ready yet")] * len(requests)
-        return [wire.health_reply(self._computing.told)] * len(requests)
+        return [wire.health_reply(self._computing.state)] * len(requests)
 
     def _begin_to_stop(self, requests: Sequence[Call]) -> list[wire.Arrays | Refusal]:
         logger.info("a client asks the server to stop")
@@ -253,17 +255,17 @@ class Server:
         return [wire.save_reply()] * len(requests)
 
 
-def _awaited(jobs: list[Job]) -> list[Job]:
+def _awaited(entries: list[QueuedRequest]) -> list[QueuedRequest]:
     """Those whose callers still wait; the others are not worth the work."""
-    for job in (gone := [job for job in jobs if job.is_gone()]):
-        job.reply.set_exception(Refusal(Trouble.REFUSED, "nobody waits for this reply any more"))
+    for entry in (gone := [entry for entry in entries if entry.is_gone()]):
+        entry.reply.set_exception(Refusal(Trouble.REFUSED, "nobody waits for this reply any more"))
     if gone:
         logger.info("%d requests dropped: their callers are gone", len(gone))
-    return [job for job in jobs if not job.reply.done()]
+    return [entry for entry in entries if not entry.reply.done()]
 
 
-def _reply(job: Job) -> wire.Arrays | Refusal:
+def _reply(entry: QueuedRequest) -> wire.Arrays | Refusal:
     try:
-        return job.reply.result()
+        return entry.reply.result()
     except Refusal as refusal:
         return refusal

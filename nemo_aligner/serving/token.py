@@ -80,7 +80,7 @@ def _read(path: Path) -> str:
         if found.st_uid != os.getuid() or stat.S_IMODE(found.st_mode) & 0o077:
             raise UserError(
                 f"the token file {path} can be read by others (mode {stat.S_IMODE(found.st_mode):04o})",
-                cure=f"delete it and start both jobs again, or set {TOKEN_VARIABLE} in both",
+                fix=f"delete it and start both jobs again, or set {TOKEN_VARIABLE} in both",
             )
         return _valid(file.read().strip(), str(path))
 
@@ -90,5 +90,5 @@ def _valid(text: str, origin: str) -> str:
         return text
     raise UserError(
         f"the token in {origin} has characters that a header may not carry, or none at all",
-        cure="use letters, digits and . _ ~ -",
+        fix="use letters, digits and . _ ~ -",
     )

@@ -38,8 +38,8 @@ from pytriton.utils.workspace import Workspace
 from tritonclient.utils import np_to_triton_dtype
 
 from nemo_aligner.serving.checks import TensorSpec
+from nemo_aligner.serving.cleanup import OrphanedTriton, remove_environments
 from nemo_aligner.serving.endpoint import Call, Calls, Endpoint
-from nemo_aligner.serving.leftovers import Remains, remove_environments
 from nemo_aligner.serving.protocol import CALL_HEADER, TOKEN_HEADER, Refusal, Trouble, error_text
 from nemo_aligner.serving.wire import Arrays
 
@@ -161,7 +161,7 @@ class PrivateTriton(Triton):
         return str(self._python_backend_config["shm-region-prefix-name"])
 
     @property
-    def last_words(self) -> str:
+    def log_tail(self) -> str:
         """The end of what Triton has said, to its log or not."""
         log = self._config.log_file
         logged = log.read_text(errors="replace") if log and log.exists() else ""
@@ -170,7 +170,7 @@ class PrivateTriton(Triton):
 
     @property
     def is_whole(self) -> bool:
-        """Whether the process and the process of each endpoint that it was started with live."""
+        """True if the process and the process of each endpoint that it was started with live."""
         return self.is_alive() and all(map(_lives, self._parts))
 
     def start(self, seconds: float) -> None:
@@ -191,10 +191,10 @@ class PrivateTriton(Triton):
         _hide(self.secret)
         with _patient_handshake(until):
             self._model_manager.setup_models()
-        self._parts = Remains.of(self.folder).endpoints
+        self._parts = OrphanedTriton.of(self.folder).endpoints
         for endpoint in self._endpoints:
             self._probe(endpoint, until)
-        # Those that were there before the probes are those that answered: Triton may replace one that dies.
+        # Those that were there before the probes are those that replied: Triton may replace one that dies.
         if len(self._parts) != len(self._endpoints) or not self.is_whole:
             raise RuntimeError("a process of an endpoint has ended meanwhile")
         with self._cv:
@@ -210,7 +210,7 @@ class PrivateTriton(Triton):
             # Triton itself would wait for an endpoint's process that has ended.
             if not (self._triton_server.is_alive() and all(map(_lives, parts))):
                 raise RuntimeError("it has ended, or a process of an endpoint has")
-            parts = Remains.of(self.folder).endpoints
+            parts = OrphanedTriton.of(self.folder).endpoints
             if time.monotonic() > until:
                 raise TimeoutError("it is not ready in time")
             time.sleep(POLL_SECONDS)
@@ -228,7 +228,7 @@ class PrivateTriton(Triton):
         )
         text = error_text(payload)
         if text != str(_PROBED):
-            raise RuntimeError(f"{endpoint.name} does not answer: {status} {text}")
+            raise RuntimeError(f"{endpoint.name} does not reply: {status} {text}")
 
     def _ask(self, method: str, path: str, until: float, body: str | None = None) -> tuple[int, bytes]:
         left = max(1.0, until - time.monotonic())
@@ -298,7 +298,7 @@ def _inference_function(
             return _PROBED
         if empty := (request.parameters or {})["empty"]:
             return Refusal(
-                Trouble.REFUSED, f"{endpoint.name}: {empty} is empty\nCure: send at least one token"
+                Trouble.REFUSED, f"{endpoint.name}: {empty} is empty\nFix: send at least one token"
             )
         return None
 
@@ -317,7 +317,7 @@ def _inference_function(
             for request, number, refusal in zip(requests, numbers, refused, strict=True)
             if refusal is None
         ]
-        replies = iter(endpoint.answer(asked) if asked else ())
+        replies = iter(endpoint.handle(asked) if asked else ())
         return [outputs(refusal or next(replies)) for refusal in refused]
 
     return infer

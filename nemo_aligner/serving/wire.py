@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What crosses the wire between a server and its clients: names, dtypes and layouts, for both sides.
+"""The wire format of a server and its clients: names, dtypes and layouts, for both sides.
 
 The layout is NeMo-Aligner's: a tensor per token has S - 1 columns, and column t speaks of token t + 1. Ours is
 ``[B, S]``, and position t speaks of token t. The shift between the two happens here and nowhere else.
@@ -29,7 +29,7 @@ from nemo_aligner.serving.checks import (
     first_index,
     refuse,
 )
-from nemo_aligner.serving.protocol import PROTOCOL_VERSION, Health, Limits, Ticket
+from nemo_aligner.serving.protocol import PROTOCOL_VERSION, Health, Limits, RequestVersion
 
 HEALTH = "health"
 STOP = "stop"
@@ -47,11 +47,11 @@ class Encode(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class InferRequest:
-    """Rows to be judged."""
+    """Rows to be scored."""
 
     batch: TokenBatch
     width: int  # S of the request, and so of its reply
-    ticket: Ticket | None
+    version: RequestVersion | None
     exceeded: NDArray[np.bool_] | None = None  # [N]: which rows were cut to what the model takes; None: none
 
 
@@ -60,7 +60,7 @@ class TrainRequest:
     """A whole rollout to learn from."""
 
     batch: ValueBatch
-    ticket: Ticket | None
+    version: RequestVersion | None
 
 
 TEXTS = TensorSpec(name="sentences", dtype=np.bytes_, shape=("N", 1), optional=True)
@@ -79,17 +79,17 @@ STATUS = TensorSpec(name="status", dtype=np.int64, shape=(1,))
 HEALTH_TEXT = TensorSpec(name="health", dtype=np.bytes_, shape=(1,))
 
 
-def _ticket_specs(*rows: str) -> tuple[TensorSpec, ...]:
-    # Triton gives every input of a batching endpoint the batch's dimension, so there each row repeats the ticket.
+def _version_specs(*rows: str) -> tuple[TensorSpec, ...]:
+    # Triton gives every input of a batching endpoint the batch's dimension, so there each row repeats the version.
     kinds = {"run_id": np.bytes_, "step": np.int64, "sequence": np.int64}
     return tuple(TensorSpec(name=n, dtype=kind, shape=(*rows, 1), optional=True) for n, kind in kinds.items())
 
 
 # Of critic_infer and reward_model: texts, or tokens with or without lengths. N is the batch's dimension.
-INFER_INPUTS = (TEXTS, ADD_EOS, replace(TOKENS, optional=True), LENGTHS, *_ticket_specs("N"))
+INFER_INPUTS = (TEXTS, ADD_EOS, replace(TOKENS, optional=True), LENGTHS, *_version_specs("N"))
 # Of critic_train and critic_save, which do not batch.
-TRAIN_INPUTS = (TOKENS, RETURNS, OLD_VALUES, MASK, LENGTHS, *_ticket_specs())
-SAVE_INPUTS = (DUMMY, *_ticket_specs())
+TRAIN_INPUTS = (TOKENS, RETURNS, OLD_VALUES, MASK, LENGTHS, *_version_specs())
+SAVE_INPUTS = (DUMMY, *_version_specs())
 
 
 def infer_outputs(*, num_rewards: int, has_values: bool) -> tuple[TensorSpec, ...]:
@@ -98,18 +98,18 @@ def infer_outputs(*, num_rewards: int, has_values: bool) -> tuple[TensorSpec, ..
     return (*([VALUES] if has_values else []), *([rewards] if num_rewards else []), EXCEEDED)
 
 
-def _ticket_arrays(ticket: Ticket | None, *rows: int) -> dict[str, NDArray[Any]]:
-    if ticket is None:
+def _version_arrays(version: RequestVersion | None, *rows: int) -> dict[str, NDArray[Any]]:
+    if version is None:
         return {}
     shape = (*rows, 1)
     return {
-        "run_id": np.full(shape, ticket.run_id.encode(), dtype=np.object_),
-        "step": np.full(shape, ticket.step, dtype=np.int64),
-        "sequence": np.full(shape, ticket.sequence, dtype=np.int64),
+        "run_id": np.full(shape, version.run_id.encode(), dtype=np.object_),
+        "step": np.full(shape, version.step, dtype=np.int64),
+        "sequence": np.full(shape, version.sequence, dtype=np.int64),
     }
 
 
-def _read_ticket(endpoint: str, arrays: Arrays) -> Ticket | None:
+def _read_version(endpoint: str, arrays: Arrays) -> RequestVersion | None:
     found = [name for name in ("run_id", "step", "sequence") if name in arrays]
     if not found:
         return None
@@ -122,7 +122,7 @@ def _read_ticket(endpoint: str, arrays: Arrays) -> Ticket | None:
         run_id = bytes(first["run_id"]).decode()
     except UnicodeDecodeError as error:
         raise refuse(endpoint, f"run_id is not UTF-8: {error}", "send UTF-8") from None
-    return Ticket(run_id=run_id, step=int(first["step"]), sequence=int(first["sequence"]))
+    return RequestVersion(run_id=run_id, step=int(first["step"]), sequence=int(first["sequence"]))
 
 
 def _rows(tokens: NDArray[np.int64], lengths: NDArray[np.int64], limits: Limits) -> TokenBatch:
@@ -131,7 +131,7 @@ def _rows(tokens: NDArray[np.int64], lengths: NDArray[np.int64], limits: Limits)
     mask = np.arange(tokens.shape[1]) < lengths[:, None]
     return TokenBatch(
         tokens=torch.from_numpy(tokens.copy()),
-        mask=torch.from_numpy(mask),
+        loss_mask=torch.from_numpy(mask),
         lengths=torch.from_numpy(lengths.copy()),
     )
 
@@ -150,7 +150,7 @@ def _encode(
             raise refuse(endpoint, f"sentences[{row}] is not UTF-8: {error}", "send UTF-8") from None
         if ADD_EOS.name in arrays:
             ids = list(encode(decoded, append_eos=bool(arrays[ADD_EOS.name][row, 0])))
-            # As the release that had this input: over-long sentences are cut, and the reply tells which.
+            # As the release that had this input: over-long sentences are cut, and the reply says which.
             exceeded.append(len(ids) > limits.seq_length)
             rows.append(ids[: limits.seq_length])
         else:
@@ -164,19 +164,19 @@ def _encode(
 
 
 def infer_arrays(
-    batch: TokenBatch, *, pad_to_length: int | None = None, ticket: Ticket | None = None
+    batch: TokenBatch, *, pad_to_length: int | None = None, version: RequestVersion | None = None
 ) -> dict[str, NDArray[Any]]:
-    """A request for the judgement of a batch's rows, padded with 0 to ``pad_to_length`` columns."""
+    """A request to score a batch's rows, padded with 0 to ``pad_to_length`` columns."""
     width = pad_to_length or batch.seq_length
     assert batch.cu_seqlens is None and batch.seq_length <= width, (batch.seq_length, width)
     tokens = np.zeros((batch.num_rows, width), dtype=np.int64)
     tokens[:, : batch.seq_length] = batch.tokens.cpu().numpy()
     lengths = batch.lengths.cpu().numpy().astype(np.int64)[:, None]
-    return {TOKENS.name: tokens, LENGTHS.name: lengths, **_ticket_arrays(ticket, batch.num_rows)}
+    return {TOKENS.name: tokens, LENGTHS.name: lengths, **_version_arrays(version, batch.num_rows)}
 
 
 def read_infer(endpoint: str, arrays: Arrays, limits: Limits, encode: Encode | None = None) -> InferRequest:
-    """A request that has been checked; every token up to a row's length counts as learned from.
+    """A request that has been checked; every token up to a row's length is a loss token.
 
     Args:
         encode: text to token ids; None refuses texts.
@@ -202,7 +202,7 @@ def read_infer(endpoint: str, arrays: Arrays, limits: Limits, encode: Encode | N
     return InferRequest(
         batch=_rows(tokens, lengths, limits),
         width=tokens.shape[1],
-        ticket=_read_ticket(endpoint, arrays),
+        version=_read_version(endpoint, arrays),
         exceeded=exceeded,
     )
 
@@ -219,7 +219,7 @@ def infer_reply(request: InferRequest, rewards: Tensor | None, values: Tensor | 
     if values is not None:
         sent = np.zeros((request.batch.num_rows, request.width), dtype=np.float32)
         width = min(values.shape[1], request.batch.seq_length)
-        known = torch.where(request.batch.mask[:, :width], values[:, :width].cpu().float(), 0.0)
+        known = torch.where(request.batch.loss_mask[:, :width], values[:, :width].cpu().float(), 0.0)
         sent[:, : known.shape[1] - 1] = known[:, 1:].numpy()
         reply[VALUES.name] = sent
     if rewards is not None:
@@ -248,7 +248,7 @@ def read_infer_reply(arrays: Arrays, batch: TokenBatch) -> tuple[Tensor | None, 
     return rewards, values
 
 
-def train_arrays(batch: ValueBatch, ticket: Ticket | None = None) -> dict[str, NDArray[Any]]:
+def train_arrays(batch: ValueBatch, version: RequestVersion | None = None) -> dict[str, NDArray[Any]]:
     """A request to learn from a rollout."""
 
     def shifted(x: Tensor) -> NDArray[np.float32]:
@@ -258,14 +258,14 @@ def train_arrays(batch: ValueBatch, ticket: Ticket | None = None) -> dict[str, N
         TOKENS.name: batch.tokens.cpu().numpy().astype(np.int64),
         RETURNS.name: shifted(batch.returns),
         OLD_VALUES.name: shifted(batch.values),
-        MASK.name: shifted(batch.mask),
+        MASK.name: shifted(batch.loss_mask),
         LENGTHS.name: batch.lengths.cpu().numpy().astype(np.int64)[:, None],
-        **_ticket_arrays(ticket),
+        **_version_arrays(version),
     }
 
 
 def read_train(endpoint: str, arrays: Arrays, limits: Limits) -> TrainRequest:
-    """A request that has been checked. Without lengths, as from NeMo-Aligner, a row ends with its last learned token.
+    """A request that has been checked. Without lengths, as from NeMo-Aligner, a row ends with its last loss token.
 
     Raises:
         UserError: what is wrong with the request, and where.
@@ -278,7 +278,7 @@ def read_train(endpoint: str, arrays: Arrays, limits: Limits) -> TrainRequest:
     if odd.any():
         at = first_index(odd)
         raise refuse(endpoint, f"mask{list(at)} is {mask[at]}", "send 0 or 1")
-    # Column t of the mask is token t + 1: a row whose last learned token is in column t has t + 2 tokens.
+    # Column t of the mask is token t + 1: a row whose last loss token is in column t has t + 2 tokens.
     learned_end = np.where(mask.any(1), mask.shape[1] - np.argmax(mask[:, ::-1], axis=1) + 1, 1)
     lengths = arrays[LENGTHS.name][:, 0] if LENGTHS.name in arrays else learned_end.astype(np.int64)
     check_lengths(endpoint, lengths, tokens.shape[1], limits)
@@ -296,27 +296,27 @@ def read_train(endpoint: str, arrays: Arrays, limits: Limits) -> TrainRequest:
 
     batch = ValueBatch(
         tokens=rows.tokens,
-        mask=unshifted(MASK.name).bool(),
+        loss_mask=unshifted(MASK.name).bool(),
         lengths=rows.lengths,
         values=unshifted(OLD_VALUES.name),
         returns=unshifted(RETURNS.name),
     )
-    return TrainRequest(batch=batch, ticket=_read_ticket(endpoint, arrays))
+    return TrainRequest(batch=batch, version=_read_version(endpoint, arrays))
 
 
-def save_arrays(ticket: Ticket | None = None) -> dict[str, NDArray[Any]]:
+def save_arrays(version: RequestVersion | None = None) -> dict[str, NDArray[Any]]:
     """A request to save the model."""
-    return {DUMMY.name: np.zeros(1, dtype=np.int64), **_ticket_arrays(ticket)}
+    return {DUMMY.name: np.zeros(1, dtype=np.int64), **_version_arrays(version)}
 
 
-def read_save(endpoint: str, arrays: Arrays) -> Ticket | None:
-    """The ticket of a request to save.
+def read_save(endpoint: str, arrays: Arrays) -> RequestVersion | None:
+    """The version of a request to save.
 
     Raises:
         UserError: what is wrong with the request.
     """
     check_shapes(endpoint, arrays, SAVE_INPUTS)
-    return _read_ticket(endpoint, arrays)
+    return _read_version(endpoint, arrays)
 
 
 def save_reply() -> dict[str, NDArray[Any]]:
@@ -345,11 +345,11 @@ def read_health(arrays: Arrays) -> Health:
     Raises:
         UserError: the server speaks another version of the protocol.
     """
-    told = json.loads(bytes(arrays[HEALTH_TEXT.name].reshape(-1)[0]))
-    if told["protocol"] != PROTOCOL_VERSION:
+    report = json.loads(bytes(arrays[HEALTH_TEXT.name].reshape(-1)[0]))
+    if report["protocol"] != PROTOCOL_VERSION:
         raise UserError(
-            f"the server speaks version {told['protocol']} of the protocol, this job version {PROTOCOL_VERSION}",
-            cure="start both jobs from the same version of NeMo-Aligner",
+            f"the server speaks version {report['protocol']} of the protocol, this job version {PROTOCOL_VERSION}",
+            fix="start both jobs from the same version of NeMo-Aligner",
         )
     known = {f.name for f in fields(Health)}
-    return Health(**{name: value for name, value in told.items() if name in known})
+    return Health(**{name: value for name, value in report.items() if name in known})

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""docs/ppo_details.md tells the settings that the code has, with the defaults that they have."""
+"""docs/ppo_details.md has the settings of the code, with the defaults that they have."""
 
 import re
 from dataclasses import fields

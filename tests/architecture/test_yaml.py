@@ -65,7 +65,7 @@ def test_first_comment_is_a_command_whose_script_exists(path: Path):
 
 
 def test_files_are_what_the_dataclasses_give():
-    """Cure: make conf."""
+    """Fix: make conf."""
     told = written()
     assert {path: path.read_text() for path in told} == told
     assert set(FILES) - told.keys() == {CONF / "_base/hydra.yaml"}

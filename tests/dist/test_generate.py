@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The same answers at every layout: one rank is the oracle, 4 gloo ranks are cut in many ways."""
+"""The same responses at every layout: one rank is the oracle, 4 gloo ranks are cut in many ways."""
 
 import sys
 from pathlib import Path
@@ -23,7 +23,7 @@ RANKS = 4
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One rank's answers and, from the same saved weights, what 4 ranks write."""
+    """One rank's responses and, from the same saved weights, what 4 ranks write."""
     out = tmp_path_factory.mktemp("generate")
     with world.ensure_single_process():
         for tied in (True, False):
@@ -42,14 +42,14 @@ def load(path: Path) -> dict:
 
 
 def near(found: torch.Tensor, expected: torch.Tensor) -> bool:
-    """Nearly all alike; a token on the border of the kept, of which two roundings disagree, moves the others a little."""
+    """Nearly all alike; a token on the border of the kept, of which two roundings disagree, moves others a little."""
     apart = (found - expected).abs()
     return float(apart.max()) < 0.02 and float((apart < 1e-4).float().mean()) > 0.99
 
 
 @pytest.mark.parametrize("name", SAMPLINGS)
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_answers_are_one_ranks(folder: Path, case: Case, name: str):
+def test_responses_are_one_ranks(folder: Path, case: Case, name: str):
     expected, _ = load(folder / f"oracle-tied-{case.tied}.pt")[name]
     for rank in range(RANKS):
         found = load(folder / f"{case}-rank{rank}.pt")
@@ -57,7 +57,7 @@ def test_answers_are_one_ranks(folder: Path, case: Case, name: str):
         first, every = found["dp"]
         mine, width = slice(first, None, every), rollout.seq_length
         assert torch.equal(rollout.tokens, expected.tokens[mine, :width])
-        assert torch.equal(rollout.mask, expected.mask[mine, :width])
+        assert torch.equal(rollout.loss_mask, expected.loss_mask[mine, :width])
         for field in ("lengths", "prompt_lengths", "finished", "group"):
             assert torch.equal(getattr(rollout, field), getattr(expected, field)[mine])
         assert near(rollout.sampler_logprobs, expected.sampler_logprobs[mine, :width])
@@ -66,6 +66,6 @@ def test_answers_are_one_ranks(folder: Path, case: Case, name: str):
     assert name == "greedy" or 0 < int(expected.finished.sum()) < expected.num_rows
 
 
-def test_a_rank_with_short_answers_ends_earlier(folder: Path):
+def test_a_rank_with_short_responses_ends_earlier(folder: Path):
     short, *long = (load(folder / f"time-{rank}.pt") for rank in range(RANKS))
     assert short["generate"] < min(rank["generate"] for rank in long) / 2

@@ -34,15 +34,15 @@ def told(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[int, str]]:
 
 @pytest.mark.parametrize("case", ["busy", "late", "nested"])
 def test_all_meet_after_the_slowest(told: dict[str, dict[int, str]], case: str):
-    """With a time-out of 4 s, one rank takes 10 s and another 3; or meetings follow each other, or one is within another."""
+    """With a time-out of 4 s, one rank takes 10 s and another 3; or meetings follow each other, or are nested."""
     assert told[case] == dict.fromkeys(range(RANKS), "met")
 
 
-def test_a_rank_that_fails_is_told_to_those_that_wait(told: dict[str, dict[int, str]]):
+def test_a_rank_that_fails_is_reported_to_those_that_wait(told: dict[str, dict[int, str]]):
     assert told["fails"] == {0: "rank 1 failed", 1: "no room on the disk", 2: "rank 1 failed"}
 
 
-def test_a_rank_that_died_is_told(told: dict[str, dict[int, str]]):
+def test_a_rank_that_died_is_reported(told: dict[str, dict[int, str]]):
     lost = "rank 1 gave no sign of life for 4 s"
     assert told["dies"] == {0: lost, 2: lost}
 

@@ -62,7 +62,7 @@ def measure(case: Case) -> dict[str, Tensor]:
         chunk_bytes=case.rows * mine.shape[0] * 8,
     )
     weights = factors(N) if one_pass else None
-    out = head_outputs(hidden, mine, targets, request=request, weights=weights)
+    out = head_outputs(hidden, mine, targets, request=request, logprob_grad=weights)
     found = {"logprobs": out.logprobs}
     loss = (out.logprobs * factors(N)).sum()
     if not one_pass:

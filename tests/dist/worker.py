@@ -89,7 +89,8 @@ CASES = (
     Case(pp=4, tied=False),
     Case(tp=2, pp=2, sp=True, mbs=2),
     Case(tp=2, pp=2, mbs=3, tied=False),
-    Case(tp=2, pp=2, vp=2, sp=True, mbs=3, recompute=replace(UNIFORM, num_layers=1)),  # 3 micro-batches, levelled to 4
+    # 3 micro-batches, levelled to 4
+    Case(tp=2, pp=2, vp=2, sp=True, mbs=3, recompute=replace(UNIFORM, num_layers=1)),
     Case(tp=2, pp=4, mbs=2),
     Case(tp=4, pp=2, sp=True, mbs=4),
 )
@@ -231,7 +232,7 @@ def rows_for_logits() -> TokenBatch:
     draw = torch.Generator().manual_seed(9)
     tokens = torch.randint(0, VOCAB, (3, 24), generator=draw)
     return TokenBatch(
-        tokens=tokens, mask=torch.ones_like(tokens, dtype=torch.bool), lengths=torch.full((3,), 24)
+        tokens=tokens, loss_mask=torch.ones_like(tokens, dtype=torch.bool), lengths=torch.full((3,), 24)
     )
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Answers of 4 ranks at every layout: ``python writing_worker.py OUT_FOLDER 4``."""
+"""Responses of 4 ranks at every layout: ``python writing_worker.py OUT_FOLDER 4``."""
 
 import gc
 import time
@@ -88,12 +88,13 @@ def written(policy: GPTPolicy, mine: list[Prompt], *, slots: int) -> dict[str, t
 
 
 def _padded(rollout: Rollout, columns: int) -> Rollout:
-    pad = {name: torch.nn.functional.pad(getattr(rollout, name), (0, columns)) for name in ("tokens", "mask", "sampler_logprobs")}
+    names = ("tokens", "loss_mask", "sampler_logprobs")
+    pad = {name: torch.nn.functional.pad(getattr(rollout, name), (0, columns)) for name in names}
     return replace(rollout, **pad)
 
 
 def ends_early(out: Path) -> None:
-    """Data parallel ranks with short and with long answers: when each was done."""
+    """Data parallel ranks with short and with long responses: when each was done."""
     model = policy(Case(), out)
     config = SamplingConfig(max_length=2 if world.dp_rank() == 0 else 50, min_length=0)
     model.generate(prompts()[:2], config)

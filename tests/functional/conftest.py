@@ -114,7 +114,7 @@ def short_tmp() -> Iterator[Path]:
 
 @pytest.fixture(scope="session")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """32 prompts with one of four answers each."""
+    """32 prompts with one of four responses each."""
     path = tmp_path_factory.mktemp("data") / "rows.jsonl"
     rows = [{"input": f"thing {i}:", "output": COLOURS[i % 4]} for i in range(32)]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from tritonclient.http import InferenceServerClient, InferInput
 
-from nemo_aligner.launch.together import free_ports
+from nemo_aligner.launch.job_group import free_ports
 
 EXAMPLES = Path(__file__).parents[2] / "examples/nlp/gpt"
 ACTOR, CRITIC = EXAMPLES / "train_gpt_ppo_actor.py", EXAMPLES / "serve_ppo_critic.py"

@@ -16,8 +16,8 @@ from nemo_aligner.batch import TokenBatch, ValueBatch
 from nemo_aligner.errors import UserError
 from nemo_aligner.launch.cli import run_cli
 from nemo_aligner.run.stop import StopRequest
-from nemo_aligner.serving.inbox import Judged
-from nemo_aligner.serving.protocol import Health, Limits, RequestLimits, Ticket
+from nemo_aligner.serving.protocol import Health, Limits, RequestLimits, RequestVersion
+from nemo_aligner.serving.request_queue import ServedScores
 from nemo_aligner.serving.server import Server, ServerConfig
 
 VOCAB_SIZE, SEQ_LENGTH = 100, 16
@@ -31,7 +31,7 @@ class Critic:
     folder: Path
     weight: float = 1.0
     step: int = 0
-    ticket: Ticket | None = None
+    version: RequestVersion | None = None
     loss: float | None = None
 
     def __post_init__(self) -> None:
@@ -41,37 +41,41 @@ class Critic:
     def load(self, path: Path) -> None:
         found = json.loads(path.read_text())
         self.weight, self.step, self.loss = found["weight"], found["step"], found["loss"]
-        self.ticket = Ticket(**found["ticket"])
+        self.version = RequestVersion(**found["version"])
 
-    def infer(self, batch: TokenBatch) -> Judged:
+    def infer(self, batch: TokenBatch) -> ServedScores:
         if (batch.tokens[:, 0] == UNLUCKY).any():
             raise RuntimeError("the model broke")
         if (batch.tokens[:, 0] == REFUSED).any():
-            raise UserError("nothing is known of token 14", cure="ask for another")
+            raise UserError("nothing is known of token 14", fix="ask for another")
         time.sleep(0.05)  # so that requests gather behind this one
-        rewards = (batch.tokens * batch.mask).sum(1) + self.weight / 8
-        return Judged(rewards=rewards, values=batch.tokens * self.weight)
+        rewards = (batch.tokens * batch.loss_mask).sum(1) + self.weight / 8
+        return ServedScores(rewards=rewards, values=batch.tokens * self.weight)
 
-    def train(self, batch: ValueBatch, ticket: Ticket | None) -> float:
-        self.loss = float(((batch.values - batch.returns) ** 2 * batch.mask).sum() + self.weight)
-        self.weight = self.weight * 1.5 + float((batch.returns * batch.mask).sum())
+    def train(self, batch: ValueBatch, version: RequestVersion | None) -> float:
+        self.loss = float(((batch.values - batch.returns) ** 2 * batch.loss_mask).sum() + self.weight)
+        self.weight = self.weight * 1.5 + float((batch.returns * batch.loss_mask).sum())
         self.step += 1
-        self.ticket = ticket
+        self.version = version
         return self.loss
 
-    def save(self, ticket: Ticket | None) -> None:
-        assert ticket is None or ticket.sequence == self.health().sequence
+    def save(self, version: RequestVersion | None) -> None:
+        assert version is None or version.sequence == self.health().sequence
         saved = {"weight": self.weight, "step": self.step, "loss": self.loss}
-        if self.ticket:
-            known = {"run_id": self.ticket.run_id, "step": self.ticket.step, "sequence": self.ticket.sequence}
-            path = self.folder / f"{self.ticket.sequence:04}.json"
-            path.write_text(json.dumps(saved | {"ticket": known}))
+        if self.version:
+            known = {
+                "run_id": self.version.run_id,
+                "step": self.version.step,
+                "sequence": self.version.sequence,
+            }
+            path = self.folder / f"{self.version.sequence:04}.json"
+            path.write_text(json.dumps(saved | {"version": known}))
 
-    def rewind(self, ticket: Ticket) -> None:
-        path = self.folder / f"{ticket.sequence:04}.json"
+    def roll_back(self, version: RequestVersion) -> None:
+        path = self.folder / f"{version.sequence:04}.json"
         if not path.exists():
             raise UserError(
-                f"no checkpoint after {ticket.sequence} train requests", cure="start both jobs again"
+                f"no checkpoint after {version.sequence} train requests", fix="start both jobs again"
             )
         self.load(path)
 
@@ -82,8 +86,8 @@ class Critic:
             vocab_size=VOCAB_SIZE,
             seq_length=SEQ_LENGTH,
             settings={"trainer.ppo.inference_micro_batch_size": 8},
-            run_id=self.ticket.run_id if self.ticket else "",
-            sequence=self.ticket.sequence if self.ticket else 0,
+            run_id=self.version.run_id if self.version else "",
+            sequence=self.version.sequence if self.version else 0,
             last_loss=self.loss,
         )
 

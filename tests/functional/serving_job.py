@@ -20,8 +20,8 @@ from tritonclient.http import InferenceServerClient, InferInput
 from tritonclient.utils import np_to_triton_dtype
 
 from nemo_aligner.batch import TokenBatch, ValueBatch
-from nemo_aligner.launch.together import free_ports
-from nemo_aligner.serving.client import Remote, RemoteCritic
+from nemo_aligner.launch.job_group import free_ports
+from nemo_aligner.serving.client import RemoteCritic, ServerAddress
 from tests.functional.serving_child import Critic
 
 CHILD = Path(__file__).with_name("serving_child.py")
@@ -87,9 +87,9 @@ class Job:
     def descendants(self) -> list[psutil.Process]:
         return psutil.Process(self.process.pid).children(recursive=True)
 
-    def remote(self, **settings: float) -> Remote:
+    def remote(self, **settings: float) -> ServerAddress:
         fast = {"start_seconds": START_SECONDS, "return_seconds": START_SECONDS, "timeout_seconds": 20.0}
-        return Remote(
+        return ServerAddress(
             setting="remote_critic_rm.critic",
             job="serve_ppo_critic.py",
             ip=self.ip,
@@ -157,15 +157,15 @@ def rows(*lengths: int, width: int = 0, first: int = 1) -> TokenBatch:
     width = width or max(lengths)
     mask = torch.arange(width) < torch.tensor(lengths)[:, None]
     tokens = torch.arange(first, first + width).expand(len(lengths), -1) * mask
-    return TokenBatch(tokens=tokens, mask=mask, lengths=torch.tensor(lengths))
+    return TokenBatch(tokens=tokens, loss_mask=mask, lengths=torch.tensor(lengths))
 
 
-def lesson(number: int) -> ValueBatch:
+def train_batch(number: int) -> ValueBatch:
     batch = rows(5, 8)
-    answers = batch.mask & (torch.arange(8) >= 3)
+    responses = batch.loss_mask & (torch.arange(8) >= 3)
     return ValueBatch(
         tokens=batch.tokens,
-        mask=answers,
+        loss_mask=responses,
         lengths=batch.lengths,
         values=torch.full((2, 8), 0.5),
         returns=torch.full((2, 8), 0.25 * number),
@@ -173,7 +173,7 @@ def lesson(number: int) -> ValueBatch:
 
 
 def expected_values(batch: TokenBatch, weight: float = 1.0) -> torch.Tensor:
-    values = batch.tokens * batch.mask * weight
+    values = batch.tokens * batch.loss_mask * weight
     values[:, 0] = 0
     return values
 
@@ -181,4 +181,4 @@ def expected_values(batch: TokenBatch, weight: float = 1.0) -> torch.Tensor:
 def undisturbed(folder: Path) -> list[float]:
     """The losses of three lessons, and the weight after them, computed here."""
     critic = Critic(folder)
-    return [critic.train(lesson(number), None) for number in (1, 2, 3)] + [critic.weight]
+    return [critic.train(train_batch(number), None) for number in (1, 2, 3)] + [critic.weight]

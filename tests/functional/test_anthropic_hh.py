@@ -22,7 +22,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from nemo_aligner.checkpoint.convert import export_to_huggingface, import_from_huggingface
 from nemo_aligner.data.text_rows import open_pairs
-from nemo_aligner.launch.together import free_ports
+from nemo_aligner.launch.job_group import free_ports
 
 ROOT = Path(__file__).parents[2]
 GPT = ROOT / "examples/nlp/gpt"
@@ -68,7 +68,7 @@ def test_named_splits_become_pairs_and_prompts(tmp_path):
     assert "wrote 2 train and 1 test pairs" in done.stdout
     assert sorted(path.name for path in tmp_path.glob("*") if path.is_file()) == OUTPUTS
     assert texts(tmp_path / "train_comparisons.jsonl") == [
-        f"{prompt(name)} {answer}" for name in "ab" for answer in (f"Yes, {name}.", "No.")
+        f"{prompt(name)} {response}" for name in "ab" for response in (f"Yes, {name}.", "No.")
     ]
     assert texts(tmp_path / "train_prompts.jsonl") == [prompt("a"), prompt("b")]
     assert texts(tmp_path / "test_prompts.jsonl") == [prompt("c")]
@@ -103,7 +103,7 @@ def test_malformed_dialogues_are_counted_and_left_out(tmp_path):
     done = process("--input-dir", tmp_path, "--output-dir", tmp_path / "out", cwd=tmp_path)
     assert done.stdout.splitlines() == [
         f"wrote 1 train and 0 test pairs and their prompts to {tmp_path / 'out'}",
-        "left out 5 dialogues with malformed turns and 1 whose answers are to different prompts",
+        "left out 5 dialogues with malformed turns and 1 whose responses are to different prompts",
     ]
     assert texts(tmp_path / "out/train_prompts.jsonl") == [prompt("a")]
     assert texts(tmp_path / "out/test_prompts.jsonl") == []
@@ -116,7 +116,7 @@ def test_nothing_is_overwritten_unasked(tmp_path):
     assert refused.returncode == 2
     assert (
         refused.stderr
-        == "error: test_prompts.jsonl exists\nCure: add --overwrite, or name another folder with --output-dir\n"
+        == "error: test_prompts.jsonl exists\nFix: add --overwrite, or name another folder with --output-dir\n"
     )
     assert texts(kept) == ["precious"]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["hh.jsonl", "test_prompts.jsonl"]
@@ -144,7 +144,7 @@ def test_a_bad_line_stops_the_script_and_leaves_nothing(tmp_path, line, problem)
     assert list((tmp_path / "out").iterdir()) == []
 
 
-def test_damaged_and_absent_files_are_told(tmp_path):
+def test_damaged_and_absent_files_are_reported(tmp_path):
     source = write(tmp_path / "in/train.jsonl.gz", *(row(str(i)) for i in range(50)))
     source.write_bytes(source.read_bytes()[:-20])
     damaged = process("--input-dir", source.parent, cwd=tmp_path)
@@ -218,8 +218,8 @@ def test_real_dialogues(published: Path):
     for i, text in enumerate(prompts):
         assert text.startswith("User: ")
         assert text.endswith("\n\nAssistant:")
-        assert all(answer.startswith(f"{text} ") for answer in pairs[i].texts)
-        assert not any("\n\nHuman: " in answer for answer in pairs[i].texts)
+        assert all(response.startswith(f"{text} ") for response in pairs[i].texts)
+        assert not any("\n\nHuman: " in response for response in pairs[i].texts)
 
 
 @pytest.mark.parametrize("append_eod", [True, False])

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A user's mistake: the setting, its value and the cure, told once and without a traceback, nothing overwritten.
+"""A user's mistake: the setting, its value and the fix, told once and without a traceback, nothing overwritten.
 
 Most cases run the script's own steps in this process; the last ones look at what a person sees of the script.
 """
@@ -55,13 +55,13 @@ def loaded(settings: dict[str, object]) -> None:
 
 
 def refused(work: Callable[[], object], *words: str) -> None:
-    """``work`` raises a UserError whose problem or cure has all ``words``, and whose cure is one line."""
+    """``work`` raises a UserError whose problem or fix has all ``words``, and whose fix is one line."""
     with pytest.raises(UserError) as error:
         work()
     text = str(error.value)
     missing = [word for word in words if word not in text]
     assert not missing, f"{missing} not in: {text}"
-    assert text.splitlines()[-1].startswith("Cure: ")
+    assert text.splitlines()[-1].startswith("Fix: ")
 
 
 @pytest.mark.parametrize(
@@ -222,7 +222,7 @@ def seen(job) -> list[str]:
     """The lines of a refusal, after the checks that all of them share."""
     assert job.wait() == 2, job.err
     lines = job.err.splitlines()
-    assert lines[-1].startswith("Cure: "), job.err
+    assert lines[-1].startswith("Fix: "), job.err
     assert sum(line.startswith("error: ") for line in lines) == 1, job.err
     assert "Traceback" not in job.err
     assert job.out == ""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Prompt tokens, from training to the answer: generate.py and transformers ask as training did."""
+"""Prompt tokens, from training to the response: generate.py and transformers ask as training did."""
 
 import json
 from collections.abc import Callable
@@ -44,13 +44,13 @@ def test_markers_travel_with_the_model(
     [result] = trained.rglob("*.nemo")
     asked = tmp_path / "asked.jsonl"
     asked.write_text(json.dumps({"messages": MESSAGES}) + "\n")
-    answers = tmp_path / "answers.jsonl"
+    responses = tmp_path / "responses.jsonl"
     job = run(
         {
             "model.restore_from_path": result,
             "trainer.precision": 32,
             "input_file": asked,
-            "output_file": answers,
+            "output_file": responses,
             "sampling.use_greedy": True,
             "sampling.max_length": 8,
         },
@@ -63,7 +63,7 @@ def test_markers_travel_with_the_model(
     ids = torch.tensor([tokenizer.encode(PROMPT, add_special_tokens=False)])
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "hf")
     logp = model(ids).logits[0, -1].log_softmax(-1)
-    [row] = [json.loads(line) for line in answers.read_text().split("\n")[:-1]]
+    [row] = [json.loads(line) for line in responses.read_text().split("\n")[:-1]]
     written = tokenizer.encode(row["answer"], add_special_tokens=False)
     assert written[0] == int(logp.argmax())
 

@@ -108,7 +108,7 @@ def test_a_file_with_an_unknown_key_is_named(tmp_path: Path):
         (["sft"], "model.restore_from_path and model.data.train_ds.file_path are not set"),
     ],
 )
-def test_mistakes_are_told_before_torch(words: list[str], told: str, tmp_path: Path):
+def test_mistakes_are_reported_before_torch(words: list[str], told: str, tmp_path: Path):
     assert told in refused(*words, folder=tmp_path)
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from nemo_aligner.launch.together import free_ports
+from nemo_aligner.launch.job_group import free_ports
 from tests.functional.ppo_pair import ACTOR, LONG, Pair, metrics
 from tests.functional.run_folder import tensors
 from tests.functional.test_ppo_resume import kill
@@ -159,4 +159,4 @@ def test_what_makes_no_sense_is_refused(
     job = run(alone("refused", **changed), command=[ACTOR])
     assert job.process.returncode == 2
     assert words in job.err
-    assert "Cure: " in job.err
+    assert "Fix: " in job.err

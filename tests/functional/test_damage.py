@@ -81,7 +81,7 @@ def flip(path: Path) -> None:
     path.write_bytes(content)
 
 
-def test_one_flipped_byte_in_any_file_is_told_by_the_file(settings: dict[str, object], folder: Path):
+def test_one_flipped_byte_in_any_file_is_reported_by_the_file(settings: dict[str, object], folder: Path):
     asked = saving(settings, folder)
     assert resumed(asked).state.step == 4
     files = sorted(path for path in newest(folder).rglob("*") if path.is_file())
@@ -166,7 +166,7 @@ def test_an_extracted_nemo_may_have_its_config_edited(
 
 
 @pytest.mark.parametrize("packed", [True, False], ids=["file", "folder"])
-def test_one_flipped_byte_in_a_nemo_is_told(
+def test_one_flipped_byte_in_a_nemo_is_reported(
     settings: dict[str, object], whole: Path, tmp_path: Path, packed: bool
 ):
     path = tmp_path / "model.nemo"

@@ -167,10 +167,10 @@ def test_a_rank_that_hangs_is_reported_by_the_others(training: Callable):
 # Ranks that do nothing but wait, so that the starter alone is tried, in a second.
 IDLE = """
 import os, signal, sys, time
-from nemo_aligner.launch import children, local
+from nemo_aligner.launch import subprocesses, local
 if "RANK" not in os.environ:
     sys.exit(local.start_ranks(3))
-children.follow_parent(signal.SIGKILL)
+subprocesses.follow_parent(signal.SIGKILL)
 sys.stderr.write("up ")
 sys.stderr.flush()
 time.sleep(3600)
@@ -201,7 +201,8 @@ def test_a_second_sigterm_does_not_wait(start: Callable, tmp_path: Path):
     busy = "signal.signal(signal.SIGTERM, lambda *_: sys.stderr.write('saving '))"
     (tmp_path / "saving.py").write_text(
         IDLE.replace(
-            "children.follow_parent(signal.SIGKILL)", f"children.follow_parent(signal.SIGKILL)\n{busy}"
+            "subprocesses.follow_parent(signal.SIGKILL)",
+            f"subprocesses.follow_parent(signal.SIGKILL)\n{busy}",
         )
     )
     job = start([], command=["saving.py"])

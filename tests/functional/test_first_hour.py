@@ -35,7 +35,7 @@ def refused_without_torch(script: str, settings: dict[str, object], folder: Path
     )
     assert done.returncode == 2, done.stderr
     assert "Traceback" not in done.stderr
-    assert done.stderr.splitlines()[-1].startswith("Cure: ")
+    assert done.stderr.splitlines()[-1].startswith("Fix: ")
     return done.stderr
 
 
@@ -136,7 +136,7 @@ def test_told_before_torch(
     assert [word for word in words if word not in told] == [], told
 
 
-def test_an_output_that_is_there_is_told_before_torch(settings: dict[str, object], tmp_path: Path):
+def test_an_output_that_is_there_is_reported_before_torch(settings: dict[str, object], tmp_path: Path):
     result = tmp_path / "run/checkpoints/megatron_gpt_sft.nemo"
     result.parent.mkdir(parents=True)
     result.touch()
@@ -150,7 +150,7 @@ def test_an_output_that_is_there_is_told_before_torch(settings: dict[str, object
         ("train_gpt_ppo_actor.py", "key 'text' is missing"),
     ],
 )
-def test_rows_of_other_scripts_are_told_before_torch(script: str, word: str, nemo: Path, tmp_path: Path):
+def test_rows_of_other_scripts_are_reported_before_torch(script: str, word: str, nemo: Path, tmp_path: Path):
     (tmp_path / "rows.jsonl").write_text(ROWS["COLUMN"])
     settings: dict[str, object] = {
         "pretrained_checkpoint.restore_from_path": nemo,
@@ -161,11 +161,11 @@ def test_rows_of_other_scripts_are_told_before_torch(script: str, word: str, nem
     assert word in told
 
 
-def test_all_missing_settings_are_told_at_once(tmp_path: Path):
+def test_all_missing_settings_are_reported_at_once(tmp_path: Path):
     told = refused_without_torch("train_gpt_sft.py", {}, tmp_path)
     assert "model.restore_from_path and model.data.train_ds.file_path are not set" in told
     told = refused_without_torch("train_reward_model.py", {"lr": 1}, tmp_path)
-    assert told.endswith("Cure: did you mean model.optim.lr?\n")
+    assert told.endswith("Fix: did you mean model.optim.lr?\n")
 
 
 def test_a_run_without_validation_and_a_name_that_is_a_number(

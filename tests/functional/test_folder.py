@@ -29,12 +29,12 @@ def test_a_folder_is_held_by_one_run_and_taken_over_when_that_is_killed(
     first.wait_for("-step=20-")
     second = run(settings | ENDLESS)
     assert second.wait() == 2
-    problem, cure = second.err.splitlines()[-2:]
+    problem, fix = second.err.splitlines()[-2:]
     assert problem.startswith(
         f"error: exp_manager.explicit_log_dir={tmp_path}/run is in use: another run holds it"
     )
     assert f"process {first.process.pid} on " in problem
-    assert "exp_manager.explicit_log_dir to another folder" in cure
+    assert "exp_manager.explicit_log_dir to another folder" in fix
     assert first.process.poll() is None
 
     first.process.kill()
@@ -90,7 +90,7 @@ def test_a_run_says_what_it_is_and_is_no_other_when_it_goes_on(
         }
     )
     assert refused.wait() == 2
-    problem, cure = refused.err.splitlines()[-2:]
+    problem, fix = refused.err.splitlines()[-2:]
     for words in (
         "trainer.precision was 32, is bf16",
         "model.data.train_ds.max_seq_length was 4096, is 128",
@@ -100,7 +100,7 @@ def test_a_run_says_what_it_is_and_is_no_other_when_it_goes_on(
         f"model.restore_from_path={other} holds another model",
     ):
         assert words in problem
-    assert "exp_manager.resume_with_changes=True" in cure
+    assert "exp_manager.resume_with_changes=True" in fix
     assert json.loads((folder / "status.json").read_text()) == status, "the refused run left its mark"
 
     again = run(more | {"model.optim.lr": 5e-4, "trainer.devices": 2})

@@ -50,7 +50,7 @@ def size_of(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
-def test_a_full_disk_is_told_and_the_run_goes_on_with_room(
+def test_a_full_disk_is_reported_and_the_run_goes_on_with_room(
     run: Callable, settings: dict[str, object], small_disk: Callable, tmp_path: Path
 ):
     whole = run(asked(settings, tmp_path / "whole"))
@@ -60,10 +60,10 @@ def test_a_full_disk_is_told_and_the_run_goes_on_with_room(
     disk = small_disk(int(2.6 * one))
     job = run(asked(settings, disk / "run"))
     assert job.wait() == 2, job.err
-    problem, cure = job.err.splitlines()[-2:]
+    problem, fix = job.err.splitlines()[-2:]
     assert problem.startswith(f"error: the disk of {disk}/run/checkpoints has no room: a checkpoint needs ")
     assert problem.endswith(" are free")
-    assert "make room there" in cure
+    assert "make room there" in fix
     assert "Traceback" not in job.err
     assert "digests" not in job.err
     kept = sorted(path.name for path in (disk / "run/checkpoints").iterdir())
@@ -78,7 +78,7 @@ def test_a_full_disk_is_told_and_the_run_goes_on_with_room(
     assert [key for key in ours if not torch.equal(ours[key], theirs[key])] == []
 
 
-def test_a_disk_without_any_room_is_told_wherever_a_run_writes(
+def test_a_disk_without_any_room_is_reported_wherever_a_run_writes(
     run: Callable, settings: dict[str, object], small_disk: Callable
 ):
     disk = small_disk(1 << 16)
@@ -88,9 +88,9 @@ def test_a_disk_without_any_room_is_told_wherever_a_run_writes(
             filler.write(b"x" * 4096)
     job = run(asked(settings, disk / "run"))
     assert job.wait() == 2, job.err
-    problem, cure = job.err.splitlines()[-2:]
+    problem, fix = job.err.splitlines()[-2:]
     assert problem.startswith(f"error: the disk of {disk}/run has no room")
-    assert cure.startswith("Cure: make room there")
+    assert fix.startswith("Fix: make room there")
     assert "Traceback" not in job.err
 
 
@@ -110,7 +110,7 @@ def test_a_critic_whose_disk_is_full_says_so_to_the_actor_and_both_go_on_with_ro
     assert actor.wait(timeout=LONG) == 2, actor.err[-3000:]
     told = actor.err.splitlines()[-2:]
     assert f"the disk of {disk}/critic/checkpoints has no room: a checkpoint needs " in "".join(told)
-    assert told[-1].startswith("Cure: ")
+    assert told[-1].startswith("Fix: ")
     assert "Traceback" not in actor.err + critic.err
     critic.process.terminate()
     critic.wait()

@@ -39,7 +39,7 @@ def chatty(hf_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[P
     )
     ids = torch.tensor([tokenizer.encode(ROWS[0]["text"], add_special_tokens=False)])
     whole = model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=4)
-    # A token that the first answer has in its middle.
+    # A token that the first response has in its middle.
     model.generation_config.eos_token_id = [tokenizer.eos_token_id, int(whole[0, -1])]
     model.save_pretrained(folder / "hf")
     tokenizer.chat_template = TEMPLATE
@@ -69,15 +69,15 @@ def lines(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def test_answers_of_a_file_are_transformers(
+def test_responses_of_a_file_are_transformers(
     chatty: tuple[Path, Path], questions: Path, tmp_path: Path, run: Callable
 ):
     folder, nemo = chatty
-    out = tmp_path / "deep/answers.jsonl"
+    out = tmp_path / "deep/responses.jsonl"
     asked = settings(nemo, questions, out) | {"sampling.use_greedy": True, "sampling.min_length": 0}
     job = run(asked, command=(SCRIPT,))
     assert job.process.returncode == 0, job.err[-3000:]
-    assert "answer 5/5" in job.err
+    assert "response 5/5" in job.err
     tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModelForCausalLM.from_pretrained(folder)
     found = lines(out)
     assert [row["prompt"] for row in found] == [next(iter(row.values())) for row in ROWS]
@@ -90,12 +90,12 @@ def test_answers_of_a_file_are_transformers(
         )
         ids = torch.tensor([tokenizer.encode(text, add_special_tokens=False)])
         whole = model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=12)
-        answer = whole[0, ids.shape[1] :]
-        ended = int(answer[-1]) in model.generation_config.eos_token_id
+        response = whole[0, ids.shape[1] :]
+        ended = int(response[-1]) in model.generation_config.eos_token_id
         assert row["finished"] == ended
-        assert row["num_tokens"] == answer.numel()
-        assert row["answer"] == tokenizer.decode(answer[:-1] if ended else answer)
-        logp = model(whole).logits.log_softmax(-1)[0, ids.shape[1] - 1 : -1].gather(1, answer[:, None])
+        assert row["num_tokens"] == response.numel()
+        assert row["answer"] == tokenizer.decode(response[:-1] if ended else response)
+        logp = model(whole).logits.log_softmax(-1)[0, ids.shape[1] - 1 : -1].gather(1, response[:, None])
         assert row["logprob"] == pytest.approx(logp.sum().item(), abs=1e-3)
     assert found[0]["finished"]
     assert found[0]["num_tokens"] <= 4
@@ -138,7 +138,7 @@ def test_a_conversation(chatty: tuple[Path, Path], tmp_path: Path, ranks: int):
     )
     assert done.returncode == 0, done.stderr[-3000:]
     _, text = done.stdout.split("/exit or Ctrl-D ends.\n")
-    first, *rest = text.split("Cure: ")
+    first, *rest = text.split("Fix: ")
     assert "has 3" in first, "the long line leaves no room"
     assert len(rest) == 1
     hello, more, again, *_ = first.split("\n")
@@ -146,7 +146,7 @@ def test_a_conversation(chatty: tuple[Path, Path], tmp_path: Path, ranks: int):
     assert rest[0].split("\n")[2] == hello
 
 
-def test_what_cannot_be_answered_is_told(chatty: tuple[Path, Path], tmp_path: Path, run: Callable):
+def test_what_cannot_be_answered_is_reported(chatty: tuple[Path, Path], tmp_path: Path, run: Callable):
     bad = tmp_path / "bad.jsonl"
     asked = settings(chatty[1], bad, tmp_path / "out.jsonl")
     for text, message in (

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 
-from nemo_aligner.launch.together import free_ports
+from nemo_aligner.launch.job_group import free_ports
 from tests.functional.ppo_pair import Pair, metrics
 from tests.functional.run_folder import tensors
 from tests.functional.test_resume import TIMINGS
@@ -148,13 +148,13 @@ def test_generation(nemo: Path, tmp_path: Path, run: Callable):
         "greedy": {"sampling.use_greedy": True},
         "drawn": {"sampling.top_p": 0.9, "sampling.temperature": 0.7, "sampling.repetition_penalty": 1.1},
     }.items():
-        answers = tmp_path / f"{name}.jsonl"
+        responses = tmp_path / f"{name}.jsonl"
         job = run(
             {
                 "model.restore_from_path": nemo,
                 "trainer.precision": 32,
                 "input_file": asked,
-                "output_file": answers,
+                "output_file": responses,
                 "sampling.max_length": 12,
                 "batch_size": 3,
             }
@@ -162,6 +162,6 @@ def test_generation(nemo: Path, tmp_path: Path, run: Callable):
             command=[GPT / "generate.py"],
         )
         assert job.process.returncode == 0, job.err
-        rows = [json.loads(line) for line in answers.read_text().splitlines()]
+        rows = [json.loads(line) for line in responses.read_text().splitlines()]
         found[name] = [{"answer": row["answer"], "logprob": row["logprob"]} for row in rows]
     check("generation", found)

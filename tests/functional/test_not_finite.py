@@ -10,7 +10,7 @@ import pytest
 from tritonclient.http import InferenceServerClient, InferInput
 from tritonclient.utils import InferenceServerException, np_to_triton_dtype
 
-from nemo_aligner.launch.together import free_ports
+from nemo_aligner.launch.job_group import free_ports
 from tests.functional.ppo_pair import LONG, Pair
 from tests.functional.run_folder import tensors
 
@@ -35,13 +35,13 @@ def losses(folder: Path) -> list[float]:
 def assert_ended_by_name(job, folder: Path, *, block: str) -> None:
     """Exit code 2, the first bad step in the message, the weights of the last checkpoint finite, and no .nemo."""
     assert job.wait() == 2, job.err
-    problem, cure = job.err.splitlines()[-2:]
+    problem, fix = job.err.splitlines()[-2:]
     assert problem.startswith("error: 4 optimizer steps in a row were skipped")
     assert f"{block}.max_skipped_steps=4" in problem
     found = losses(folder)
     first = next(step for step, loss in enumerate(found, 1) if loss != loss)
     assert f"in optimizer step {first} the loss is nan" in problem
-    assert "model.optim.lr" in cure
+    assert "model.optim.lr" in fix
     assert len(found) == first + 3
     left = tensors(folder)
     assert any("exp_avg_sq" in key for key in left)
@@ -133,20 +133,20 @@ def test_a_critic_refuses_what_it_cannot_learn_and_an_inf_reward_ends_the_actor(
     pair.serve_reward_model(port, **{f"model.reward_standardization.{k}": v for k, v in tiny.items()})
     critic, actor = pair.start_critic(), pair.start_actor()
     assert actor.wait(timeout=LONG) == 2, actor.err
-    problem, cure = actor.err.splitlines()[-2:]
-    assert "rewards of this request are infinite or NaN, and are not served" in problem + cure
+    problem, fix = actor.err.splitlines()[-2:]
+    assert "rewards of this request are infinite or NaN, and are not served" in problem + fix
     assert list((pair.actor_folder / "checkpoints").glob("*.nemo")) == []
 
     tokens = np.arange(1, 7, dtype=np.int64)[None]
     before = ask(pair.port, "critic_infer", tokens=tokens)["values"]
-    lesson = {name: np.zeros((1, 5), np.float32) for name in ("returns", "prev_values", "mask")}
-    lesson["mask"][0, 2:] = 1
-    lesson["returns"][0, 3] = 3e38
+    train_batch = {name: np.zeros((1, 5), np.float32) for name in ("returns", "prev_values", "mask")}
+    train_batch["mask"][0, 2:] = 1
+    train_batch["returns"][0, 3] = 3e38
     with pytest.raises(InferenceServerException, match=r"critic_train: returns\[0, 3\] is 3e\+38"):
-        ask(pair.port, "critic_train", tokens=tokens, **lesson)
+        ask(pair.port, "critic_train", tokens=tokens, **train_batch)
     assert np.array_equal(ask(pair.port, "critic_infer", tokens=tokens)["values"], before)
-    lesson["returns"][0, 3] = 9e14
-    assert np.isfinite(ask(pair.port, "critic_train", tokens=tokens, **lesson)["loss_mean"]).all()
+    train_batch["returns"][0, 3] = 9e14
+    assert np.isfinite(ask(pair.port, "critic_train", tokens=tokens, **train_batch)["loss_mean"]).all()
     after = ask(pair.port, "critic_infer", tokens=tokens)["values"]
     assert np.isfinite(after).all()
     assert not np.array_equal(after, before)

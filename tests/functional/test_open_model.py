@@ -124,7 +124,7 @@ def test_generation_from_a_gguf_file_and_from_the_hub(start: Callable, chatty: P
     import_from_huggingface(chatty, str(tmp_path / "hub.nemo"))
     (tmp_path / "prompts.jsonl").write_text('{"text": "thing 1:"}\n{"text": "another"}\n')
 
-    def answers(source: object, env: dict[str, str] | None = None) -> str:
+    def responses(source: object, env: dict[str, str] | None = None) -> str:
         out = tmp_path / f"answers-{str(source).replace('/', '_')}.jsonl"
         asked = {
             "model.restore_from_path": source,
@@ -137,9 +137,11 @@ def test_generation_from_a_gguf_file_and_from_the_hub(start: Callable, chatty: P
         assert job.wait() == 0, job.err[-3000:]
         return out.read_text()
 
-    assert answers(tmp_path / "toy.gguf") == answers(tmp_path / "gguf.nemo")
+    assert responses(tmp_path / "toy.gguf") == responses(tmp_path / "gguf.nemo")
     with serving("org/toy", chatty) as env:
-        assert answers("org/toy", env | {"HF_HOME": str(tmp_path / "home")}) == answers(tmp_path / "hub.nemo")
+        assert responses("org/toy", env | {"HF_HOME": str(tmp_path / "home")}) == responses(
+            tmp_path / "hub.nemo"
+        )
 
 
 def test_a_reward_model_is_made_of_a_folder_at_two_stages(run: Callable, chatty: Path, tmp_path: Path):

@@ -16,7 +16,7 @@ from transformers import LlamaForSequenceClassification
 from nemo_aligner.checkpoint.convert import import_from_huggingface
 from nemo_aligner.checkpoint.nemo_archive import open_nemo
 from nemo_aligner.checkpoint.tokenizer_files import load_archived_tokenizer
-from nemo_aligner.launch.together import free_ports
+from nemo_aligner.launch.job_group import free_ports
 from tests.functional.conftest import toy_config, write_toy_tokenizer
 from tests.functional.ppo_pair import LONG, Pair, metrics
 
@@ -134,7 +134,7 @@ def test_a_reward_model_in_a_job_of_its_own(pairs: Callable[..., Pair]):
     assert metrics(pair.actor_folder) == metrics(together.actor_folder)
 
 
-def test_a_reward_server_of_several_ranks_reads_texts_as_it_is_told_and_ends_at_sigterm(
+def test_a_reward_server_of_several_ranks_reads_texts_as_it_is_reported_and_ends_at_sigterm(
     pairs: Callable[..., Pair],
 ):
     pair, port = pairs("reward", critic={}, actor={}), free_ports(1)[0]
@@ -220,7 +220,7 @@ def test_jobs_that_do_not_fit_are_refused(
     server, job = pair.start_critic(), pair.start_actor()
     assert job.wait(timeout=LONG) == 2, job.err
     told = "\n".join(job.err.splitlines()[-2:])
-    assert "\nCure: " in told
+    assert "\nFix: " in told
     for word in words:
         assert word in told
     server.process.terminate()

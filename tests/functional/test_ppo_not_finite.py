@@ -27,7 +27,7 @@ from nemo_aligner.objectives.protocol import Metrics, ModelOutput
 from nemo_aligner.objectives.value import ValueLoss
 from nemo_aligner.parallel import world
 from nemo_aligner.run.experiment import Experiment
-from nemo_aligner.serving.shared import SharedCritic
+from nemo_aligner.serving.proxies import CriticProxy
 from nemo_aligner.settings import parse
 from tests.functional.ppo_pair import Pair
 from tests.zero_critic import ZeroCritic
@@ -74,7 +74,7 @@ def spoiled(objective: type, doomed: range) -> type:
 
 
 class _OneReward(ZeroCritic):
-    """Critic and reward model: each answer has the reward ``first``, the next one 1 more, and so on."""
+    """Critic and reward model: each response has the reward ``first``, the next one 1 more, and so on."""
 
     def __init__(self, first: float) -> None:
         self.first = first
@@ -113,7 +113,7 @@ def train_actor(
         pretrained.learner.prepare_training(
             job.model.optim, clip_grad=1.0, max_steps=3 * trainer.updates.per_rollout
         )
-        trainer.fit(RewardSources(critic=SharedCritic(_OneReward(reward))))
+        trainer.fit(RewardSources(critic=CriticProxy(_OneReward(reward))))
     return [json.loads(line) for line in (pair.actor_folder / "metrics.jsonl").read_text().splitlines()]
 
 
@@ -138,12 +138,12 @@ def test_a_reward_that_is_no_use_ends_the_actor_by_name(pair: Pair, reward: floa
         train_actor(pair, PolicyGradient, reward=reward)
 
 
-def lesson(value: float) -> ValueBatch:
+def train_batch(value: float) -> ValueBatch:
     at = torch.arange(12).expand(16, 12)
     mask = (at >= 4) & (at < 10)
     return ValueBatch(
         tokens=torch.arange(12).expand(16, 12) + 5,
-        mask=mask,
+        loss_mask=mask,
         lengths=torch.full((16,), 10),
         values=torch.zeros(16, 12),
         returns=torch.full((16, 12), value),
@@ -175,20 +175,20 @@ def _critic(job: CriticJob, run: Experiment, objective: type) -> CriticServerTra
 def test_a_critic_skips_and_serves_on_and_ends_after_too_many(critic: Callable):
     trainer = critic(spoiled(ValueLoss, range(2, 99)))
     # Two steps in each request: the loss is the mean of the one that was done.
-    assert math.isfinite(trainer.train(lesson(1.0), None))
+    assert math.isfinite(trainer.train(train_batch(1.0), None))
     assert trainer.state.skipped_steps == 1
-    assert trainer.infer(lesson(1.0)).values.isfinite().all()
+    assert trainer.infer(train_batch(1.0)).values.isfinite().all()
     with pytest.raises(Diverged, match="in optimizer step 2 the loss is nan"):
-        trainer.train(lesson(1.0), None)
+        trainer.train(train_batch(1.0), None)
     assert trainer.state.skipped_steps == 3
 
 
 def test_a_critic_that_is_taught_far_too_much_stays_finite(critic: Callable):
     trainer = critic(ValueLoss)
     for value in (9e14, 3e38, -9e14):
-        trainer.train(lesson(value), None)
+        trainer.train(train_batch(value), None)
     assert trainer.state.skipped_steps == 0
-    assert trainer.infer(lesson(1.0)).values.isfinite().all()
+    assert trainer.infer(train_batch(1.0)).values.isfinite().all()
     lines = [json.loads(line) for line in (trainer.run.folder / "metrics.jsonl").read_text().splitlines()]
     assert [line["train/skipped_steps"] for line in lines] == [0, 0, 1, 1, 0, 0]
 
@@ -198,6 +198,6 @@ def test_a_critic_whose_values_are_broken_serves_none(critic: Callable):
     with torch.no_grad():
         trainer.model.model.rm_head.weight.fill_(math.nan)
     with pytest.raises(UserError, match="values of this request are infinite or NaN, and are not served"):
-        trainer.infer(lesson(1.0))
+        trainer.infer(train_batch(1.0))
     with pytest.raises(UserError, match="no checkpoint is made of them: rm_head"):
         trainer.save(None)

@@ -122,10 +122,10 @@ def test_an_actor_whose_critic_does_not_come_back_saves_and_both_go_on_later(pai
     # After the pair of step 2: the critic has step 3's lesson from the actor's checkpoint alone.
     kill_at(critic, pair, lambda pair: critic_is(pair, "infer", after=3))
     assert actor.wait(timeout=LONG) == 2, actor.err
-    problem, cure = actor.err.splitlines()[-2:]
-    assert "did not answer for 3 s" in problem
+    problem, fix = actor.err.splitlines()[-2:]
+    assert "did not reply for 3 s" in problem
     assert f"remote_critic_rm.critic.port={pair.port}" in problem
-    assert "start serve_ppo_critic.py" in cure
+    assert "start serve_ppo_critic.py" in fix
     # Of step 3, after which no save is due, unless the machine was busy and the kill came a step later.
     names = [path.name for path in (pair.actor_folder / "checkpoints").glob("megatron_gpt-step=*-*")]
     assert max(int(name.split("step=")[1].split("-")[0]) for name in names) >= 3

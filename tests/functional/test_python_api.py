@@ -38,12 +38,12 @@ assert len(policy.texts(policy.generate(["a", "b"], na.SamplingConfig(max_length
 ) == 6
 
 judge = na.load_reward_model(sys.argv[1], tp=tp, pp=pp)
-pairs = judge.batch([("a good answer", "a bad one")])
+pairs = judge.batch([("a good response", "a bad one")])
 judge.prepare_training(na.OptimConfig(lr=1e-3), max_steps=100)
 for _ in range(3):
     judge.get_loss_and_metrics([pairs], na.BradleyTerry())
     judge.optimizer_step()
-chosen, rejected = judge.score(["a good answer", "a bad one"])
+chosen, rejected = judge.score(["a good response", "a bad one"])
 assert chosen > rejected
 judge.save("judge.nemo")
 again = na.load_reward_model("judge.nemo", tp=tp, pp=pp)

@@ -165,9 +165,9 @@ def test_a_run_goes_on_with_other_ranks_and_says_when_it_is_finished(
 
     finished = run(part | {"trainer.sft.max_steps": 6})
     assert finished.wait() == 2
-    problem, cure = finished.err.splitlines()[-2:]
+    problem, fix = finished.err.splitlines()[-2:]
     assert problem.endswith("is finished: 6 of 6 steps are done")
-    assert "trainer.sft.max_steps" in cure
+    assert "trainer.sft.max_steps" in fix
 
     more = run(part | {"trainer.devices": 1})
     assert more.wait() == 0, more.err

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""train_reward_model.py as a process: the tutorial's commands, what it saves, layouts, and labelled answers."""
+"""train_reward_model.py as a process: the tutorial's commands, what it saves, layouts, and labelled responses."""
 
 import json
 import random
@@ -152,7 +152,7 @@ def test_the_tutorials_commands(run: Callable, nemo: Path, pairs: Path, tmp_path
 
 
 @pytest.mark.parametrize("loss", ["regression", "regular_bt", "margin_bt", "scaled_bt"])
-def test_labelled_answers(run: Callable, settings: dict[str, object], tmp_path: Path, loss: str):
+def test_labelled_responses(run: Callable, settings: dict[str, object], tmp_path: Path, loss: str):
     rows: list[dict[str, object]] = []
     for index in range(48):
         better, worse = sorted(random.Random(index).sample(range(4), 2))
@@ -196,5 +196,5 @@ def test_bad_settings(
     job = run(settings | changed, command=SCRIPT)
     assert job.wait() == 2, job.err
     assert all(word in job.err for word in words), job.err
-    assert "Cure: " in job.err
+    assert "Fix: " in job.err
     assert "Traceback" not in job.err

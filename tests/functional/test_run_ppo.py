@@ -165,7 +165,7 @@ def test_a_critic_that_is_killed_ends_the_actor_which_saves(begin: Callable[...,
 def test_a_job_that_cannot_start_ends_the_other(begin: Callable[..., Running]):
     run = begin("critic.pretrained_checkpoint.restore_from_path=missing.nemo")
     assert run.job.wait(timeout=60) == 2
-    assert "critic | Cure: set pretrained_checkpoint.restore_from_path to a path that does" in run.job.out
+    assert "critic | Fix: set pretrained_checkpoint.restore_from_path to a path that does" in run.job.out
     assert "critic has ended with exit code 2" in run.job.err
     assert run.temporary_files() == []
 
@@ -173,4 +173,4 @@ def test_a_job_that_cannot_start_ends_the_other(begin: Callable[..., Running]):
 def test_words_for_no_job(start: Callable):
     job = start(["trainer.devices=2"], command=SCRIPT)
     assert job.wait() == 2
-    assert "trainer.devices=2 is for no job" in job.err
+    assert "trainer.devices=2 does not name a job" in job.err

@@ -8,7 +8,7 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
-from nemo_aligner.launch.together import free_ports
+from nemo_aligner.launch.job_group import free_ports
 from tests.functional.ppo_pair import ACTOR, CRITIC, LONG
 
 PRINTED_CRITIC = """
@@ -56,10 +56,10 @@ def critic_words(reward_nemo: Path, results: Path) -> list[str]:
 def test_eight_nodes_need_a_starter(run: Callable, reward_nemo: Path, tmp_path: Path):
     job = run(critic_words(reward_nemo, tmp_path / "critic"), command=[CRITIC])
     assert job.wait() == 2
-    problem, cure = job.err.splitlines()
+    problem, fix = job.err.splitlines()
     assert problem == "error: trainer.num_nodes=8, but this machine can start its own ranks only"
-    assert "with srun or torchrun" in cure
-    assert cure.endswith("trainer.num_nodes=1 trainer.devices=8")
+    assert "with srun or torchrun" in fix
+    assert fix.endswith("trainer.num_nodes=1 trainer.devices=8")
 
 
 def test_two_terminals(

@@ -22,17 +22,17 @@ from tritonclient.http import InferenceServerClient
 from tritonclient.utils import InferenceServerException
 
 from nemo_aligner.errors import UserError
-from nemo_aligner.launch.together import free_ports
-from nemo_aligner.serving.client import Remote, RemoteCritic, RemoteReward
+from nemo_aligner.launch.job_group import free_ports
+from nemo_aligner.serving.client import RemoteCritic, RemoteReward, ServerAddress
 from tests.functional.serving_job import (
     CHILD,
     START_SECONDS,
     STOP_SECONDS,
     TOKEN_HEADER,
     Job,
-    lesson,
     rows,
     running,
+    train_batch,
     undisturbed,
 )
 
@@ -94,7 +94,7 @@ BAD_REQUESTS = [
 
 
 @pytest.mark.parametrize(("arrays", "named"), BAD_REQUESTS, ids=[named for _, named in BAD_REQUESTS])
-def test_a_bad_request_is_told_and_hurts_no_other(
+def test_a_bad_request_is_reported_and_hurts_no_other(
     server: Job, arrays: dict[str, np.ndarray], named: str
 ) -> None:
     good = np.array([[1, 2, 3]])
@@ -108,14 +108,14 @@ def test_a_bad_request_is_told_and_hurts_no_other(
             assert other.result(20)["rewards"].tolist() == [[6.125]]
 
 
-def test_a_number_that_is_none_is_told(server: Job) -> None:
+def test_a_number_that_is_none_is_reported(server: Job) -> None:
     per_token = {name: np.zeros((1, 2), np.float32) for name in ("returns", "prev_values", "mask")}
     per_token["returns"][0, 1] = np.nan
     with pytest.raises(InferenceServerException, match=r"critic_train: returns\[0, 1\] is nan"):
         server.ask("critic_train", tokens=np.ones((1, 3), INT), **per_token)
 
 
-def test_health_is_told(server: Job) -> None:
+def test_health_is_reported(server: Job) -> None:
     with server.critic() as client:
         told = client.health()
     assert (told.model, told.vocab_size, told.seq_length, told.sequence) == ("toy", 100, 16, 0)
@@ -158,16 +158,16 @@ def test_what_could_change_triton_is_closed(server: Job) -> None:
     assert all(set(part.rpartition("=")[2]) == {"x"} for part in secrets)
 
 
-def test_a_wrong_endpoint_name_is_told_at_once(server: Job) -> None:
+def test_a_wrong_endpoint_name_is_reported_at_once(server: Job) -> None:
     client = RemoteReward(server.remote(), name="critic_infr", environ=server.environ)
     with pytest.raises(UserError, match="has no endpoint critic_infr"):
         client.infer(rows(3)).result(20)
     client.close()
 
 
-def test_no_server_is_told_with_address_setting_and_cure(server: Job) -> None:
+def test_no_server_is_reported_with_address_setting_and_fix(server: Job) -> None:
     (port,) = free_ports(1)
-    remote = Remote(
+    remote = ServerAddress(
         setting="remote_critic_rm.critic",
         job="serve_ppo_critic.py",
         ip="localhost",
@@ -179,10 +179,10 @@ def test_no_server_is_told_with_address_setting_and_cure(server: Job) -> None:
     assert f"remote_critic_rm.critic.port={port}" in told.value.problem
     assert "remote_critic_rm.critic.ip=localhost" in told.value.problem
     assert "Connection refused" in told.value.problem
-    assert "serve_ppo_critic.py" in told.value.cure
+    assert "serve_ppo_critic.py" in told.value.fix
 
 
-def test_a_port_that_is_taken_is_told(server: Job) -> None:
+def test_a_port_that_is_taken_is_reported(server: Job) -> None:
     command = [sys.executable, str(CHILD), server.ip, str(server.port), str(server.folder / "saved")]
     environ = server.environ | {"TMPDIR": str(server.folder)}
     end = subprocess.run(
@@ -190,7 +190,7 @@ def test_a_port_that_is_taken_is_told(server: Job) -> None:
     )
     assert end.returncode == 2
     assert f"trainer.ppo.port={server.port}" in end.stderr
-    assert "Cure: " in end.stderr
+    assert "Fix: " in end.stderr
     assert server.ask("critic_infer", tokens=np.array([[1, 2]]))["rewards"].tolist() == [[3.125]]
 
 
@@ -223,13 +223,13 @@ def test_a_triton_that_dies_is_started_again_and_each_lesson_is_learned_once(
 ) -> None:
     """Killed, or without time for so long that Triton itself takes it for dead."""
     with running() as job, job.critic() as client:
-        losses = [client.train(lesson(1), step=1).result(START_SECONDS)]
+        losses = [client.train(train_batch(1), step=1).result(START_SECONDS)]
         (process,) = (p for p in job.descendants if victim in (p.name(), p.cmdline()[-2]))
         if stall_seconds:
             process.suspend()
         else:
             process.kill()
-        learning = [client.train(lesson(number), step=number) for number in (2, 3)]
+        learning = [client.train(train_batch(number), step=number) for number in (2, 3)]
         time.sleep(stall_seconds)
         if process.is_running():
             process.resume()

@@ -121,7 +121,7 @@ def test_limits_are_named(server: Job) -> None:
     assert status == 400
 
 
-def test_those_beyond_the_queue_are_told_and_a_caller_who_is_gone_costs_nothing(server: Job) -> None:
+def test_those_beyond_the_queue_are_reported_and_a_caller_who_is_gone_costs_nothing(server: Job) -> None:
     before = server.log.count("their callers are gone")
     gone = socket.create_connection((server.ip, server.port), timeout=20)
     with ThreadPoolExecutor(30) as pool:
@@ -142,8 +142,8 @@ def test_those_beyond_the_queue_are_told_and_a_caller_who_is_gone_costs_nothing(
     assert server.log.count("their callers are gone") >= before
 
 
-def test_a_run_id_that_is_no_text_is_told_and_hurts_no_other(server: Job) -> None:
-    ticket = {
+def test_a_run_id_that_is_no_text_is_reported_and_hurts_no_other(server: Job) -> None:
+    version = {
         "run_id": np.array([[b"\xff\xfe"]], dtype=object),
         "step": np.array([[0]]),
         "sequence": np.array([[0]]),
@@ -152,7 +152,7 @@ def test_a_run_id_that_is_no_text_is_told_and_hurts_no_other(server: Job) -> Non
     with ThreadPoolExecutor(4) as pool:
         others = [pool.submit(server.ask, "critic_infer", TOKEN, tokens=good) for _ in range(3)]
         with pytest.raises(InferenceServerException, match="run_id is not UTF-8") as told:
-            server.ask("critic_infer", TOKEN, tokens=good, **ticket)
+            server.ask("critic_infer", TOKEN, tokens=good, **version)
         assert told.value.status() == "400"
         assert "Traceback" not in str(told.value)
         assert [other.result()["rewards"].tolist() for other in others] == [[[6.125]]] * 3
@@ -210,7 +210,7 @@ def test_a_triton_that_keeps_dying_is_started_again_each_time(server: Job) -> No
 
 
 def test_an_endpoint_that_dies_while_triton_starts_is_missed() -> None:
-    """Its process is killed as soon as it is there; the start is tried again, and then every endpoint answers."""
+    """Its process is killed as soon as it is there; the start is tried again, and then every endpoint responses."""
     with running(starts=False) as job:
         job.begin()
         until = time.monotonic() + START_SECONDS

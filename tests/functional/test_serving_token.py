@@ -17,9 +17,9 @@ from tests.functional.serving_job import (
     STOP_SECONDS,
     Job,
     expected_values,
-    lesson,
     rows,
     running,
+    train_batch,
     undisturbed,
 )
 
@@ -84,10 +84,10 @@ def test_a_client_may_end_it(guarded: Job) -> None:
 def test_a_critic_that_is_killed_and_started_again_is_taught_what_it_missed(tmp_path: Path) -> None:
     """It is killed under a request. The token is set, though it is on this machine."""
     with running(environ={"NEMO_ALIGNER_TOKEN": "secret"}) as job, job.critic() as client:
-        losses = [client.train(lesson(1), step=1).result(20)]
+        losses = [client.train(train_batch(1), step=1).result(20)]
         client.save().result(20)
         client.committed(1)
-        losses.append(client.train(lesson(2), step=2).result(20))
+        losses.append(client.train(train_batch(2), step=2).result(20))
         asked = client.infer_rm_critic(rows(3))
         job.kill()
         job.start()
@@ -96,7 +96,7 @@ def test_a_critic_that_is_killed_and_started_again_is_taught_what_it_missed(tmp_
         assert asked.result(START_SECONDS)[0].tolist() == [6 + second / 8]
         assert client.health().sequence == 2
         under_way = client.infer_rm_critic(rows(3))
-        losses.append(client.train(lesson(3), step=3).result(20))
+        losses.append(client.train(train_batch(3), step=3).result(20))
         assert under_way.result(20)[0].tolist() == [6 + second / 8]
         assert client.infer_rm_critic(rows(3)).result(20)[0].tolist() == [6 + weight / 8]
         assert [*losses, weight] == undisturbed(tmp_path)
@@ -105,7 +105,7 @@ def test_a_critic_that_is_killed_and_started_again_is_taught_what_it_missed(tmp_
         with job.critic(sequence=1) as again:
             first = (second - 0.25 * 2 * 7) / 1.5
             assert again.infer_rm_critic(rows(3)).result(20)[0].tolist() == [6 + first / 8]
-            assert again.train(lesson(2), step=2).result(20) == losses[1]
+            assert again.train(train_batch(2), step=2).result(20) == losses[1]
 
         with job.critic(run_id="r2") as other, pytest.raises(UserError, match="learns from run r1"):
             other.infer_rm_critic(rows(3)).result(20)

@@ -90,18 +90,18 @@ def test_validation_is_the_mean_over_every_learned_token(
 
 
 def reference_loss(hf_folder: Path, data: Path) -> float:
-    """transformers' mean loss of all answers with their EOS, in the default template "{input} {output}"."""
+    """transformers' mean loss of all responses with their EOS, in the default template "{input} {output}"."""
     model = AutoModelForCausalLM.from_pretrained(hf_folder).double()
     tokenizer = AutoTokenizer.from_pretrained(hf_folder)
     losses = []
     for line in data.read_text().splitlines():
         row = json.loads(line)
         prompt = tokenizer.encode(row["input"], add_special_tokens=False)
-        answer = tokenizer.encode(" " + row["output"], add_special_tokens=False)
-        answer.append(tokenizer.eos_token_id)
+        response = tokenizer.encode(" " + row["output"], add_special_tokens=False)
+        response.append(tokenizer.eos_token_id)
         with torch.no_grad():
-            logits = model(torch.tensor([prompt + answer])).logits[0, len(prompt) - 1 : -1]
-        losses.append(torch.nn.functional.cross_entropy(logits, torch.tensor(answer), reduction="none"))
+            logits = model(torch.tensor([prompt + response])).logits[0, len(prompt) - 1 : -1]
+        losses.append(torch.nn.functional.cross_entropy(logits, torch.tensor(response), reduction="none"))
     return torch.cat(losses).mean().item()
 
 
@@ -127,7 +127,7 @@ def test_with_sequence_parallelism_lengths_stay_multiples_where_they_are_capped(
         ({"trainer.sft.max_steps": 20, "model.optim.sched.name": "constant"}, None),
     ],
 )
-def test_a_schedule_without_room_is_told(
+def test_a_schedule_without_room_is_reported(
     build: Callable, caplog: pytest.LogCaptureFixture, changed: dict[str, object], warning: str | None
 ):
     job, pretrained = build(**changed)

@@ -57,7 +57,7 @@ def _compose(name: str, kind: type, words: tuple[str, ...]) -> DictConfig:
         with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
             return hydra.compose(name, as_hydra_reads(words, kind))
     except (HydraException, OmegaConfBaseException) as error:  # which a script tells in one line
-        raise UserError(str(error), cure="-") from error
+        raise UserError(str(error), fix="-") from error
 
 
 def _use(config: DictConfig, kind: type) -> None:

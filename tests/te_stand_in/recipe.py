@@ -81,7 +81,7 @@ def rows() -> Any:
 
     tokens = torch.randint(0, VOCAB, (3, 17), generator=torch.Generator().manual_seed(1))
     lengths = torch.tensor([17, 9, 13])
-    return TokenBatch(tokens=tokens, mask=torch.arange(17)[None] < lengths[:, None], lengths=lengths)
+    return TokenBatch(tokens=tokens, loss_mask=torch.arange(17)[None] < lengths[:, None], lengths=lengths)
 
 
 def packed_rows() -> Any:
@@ -94,7 +94,7 @@ def packed_rows() -> Any:
     )
     return TokenBatch(
         tokens=tokens[None],
-        mask=(torch.arange(43) < 39)[None],
+        loss_mask=(torch.arange(43) < 39)[None],
         lengths=batch.lengths,
         cu_seqlens=torch.tensor(bounds, dtype=torch.int32),
     )
@@ -126,21 +126,21 @@ def train(policy: Any, steps: int) -> Tensor:
 
 
 def measure(family: str, folder: Path) -> dict[str, Any]:
-    """Keys, log-probs of padded and packed rows, answers, and training steps, after two of which all is saved."""
+    """Keys, log-probs of padded and packed rows, responses, and training steps, after two of which all is saved."""
     from nemo_aligner.batch import Prompt
     from nemo_aligner.checkpoint.sharded import save_model, save_state
     from nemo_aligner.models.sampling_config import SamplingConfig
 
     policy = policy_of(build(family))
     prompts = [Prompt(tokens=row[:5].tolist(), number=i) for i, row in enumerate(rows().tokens)]
-    answers = policy.generate(prompts, SamplingConfig(max_length=12, min_length=3), slots=2)
+    responses = policy.generate(prompts, SamplingConfig(max_length=12, min_length=3), slots=2)
     found = {
         "keys": keys(policy.model),
         "keys of a reward model": keys(build(family, scored=True)),
         "logprobs": policy.logprobs(rows()).float(),
         "packed": policy.logprobs(packed_rows()).float(),
-        "answers": answers.tokens,
-        "their logprobs": answers.sampler_logprobs,
+        "answers": responses.tokens,
+        "their logprobs": responses.sampler_logprobs,
     }
     prepare(policy)
     found["steps"] = train(policy, 2)

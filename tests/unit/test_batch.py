@@ -23,7 +23,9 @@ def packed(tail=2):
     ids = [token for ids, _ in ROWS for token in ids] + [0] * tail
     mask = [flag for _, mask in ROWS for flag in mask] + [False] * tail
     ends = torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)]).to(torch.int32)
-    return TokenBatch(tokens=torch.tensor([ids]), mask=torch.tensor([mask]), lengths=lengths, cu_seqlens=ends)
+    return TokenBatch(
+        tokens=torch.tensor([ids]), loss_mask=torch.tensor([mask]), lengths=lengths, cu_seqlens=ends
+    )
 
 
 def test_rows_are_right_padded():
@@ -34,7 +36,7 @@ def test_rows_are_right_padded():
         [1, 2, 3, 4, 0, 0],
         [9, 9, 0, 0, 0, 0],
     ]
-    assert batch.mask.sum(1).tolist() == [2, 0, 3, 0]
+    assert batch.loss_mask.sum(1).tolist() == [2, 0, 3, 0]
     assert batch.lengths.tolist() == [3, 1, 4, 2]
     assert (batch.num_rows, batch.seq_length) == (4, 6)
 
@@ -79,7 +81,7 @@ def test_split_keeps_rows_in_order():
     parts = batch.split(2)
     assert len(parts) == 2
     assert torch.equal(torch.cat([part.tokens for part in parts]), batch.tokens)
-    assert torch.equal(torch.cat([part.mask for part in parts]), batch.mask)
+    assert torch.equal(torch.cat([part.loss_mask for part in parts]), batch.loss_mask)
     assert torch.equal(torch.cat([part.lengths for part in parts]), batch.lengths)
     for unit in (Unit.TOKEN, Unit.SEQUENCE, Unit.PAIR):
         assert sum(int(part.count(unit)) for part in parts) == int(batch.count(unit))
@@ -96,7 +98,7 @@ def test_a_packed_batch_is_one_row():
     with pytest.raises(AssertionError):
         TokenBatch(
             tokens=torch.zeros(2, 3, dtype=torch.int64),
-            mask=torch.zeros(2, 3, dtype=torch.bool),
+            loss_mask=torch.zeros(2, 3, dtype=torch.bool),
             lengths=torch.tensor([3, 3]),
             cu_seqlens=torch.tensor([0, 3, 6], dtype=torch.int32),
         )
@@ -105,7 +107,7 @@ def test_a_packed_batch_is_one_row():
 @pytest.mark.parametrize("make", [padded, packed])
 def test_moving_moves_every_field(make):
     moved = make().to(torch.device("meta"))
-    assert moved.tokens.device.type == moved.mask.device.type == moved.lengths.device.type == "meta"
+    assert moved.tokens.device.type == moved.loss_mask.device.type == moved.lengths.device.type == "meta"
     assert (moved.cu_seqlens is None) == (make().cu_seqlens is None)
 
 
@@ -114,7 +116,7 @@ def values(*lengths: int) -> ValueBatch:
     mask = torch.arange(width) < torch.tensor(lengths)[:, None]
     counted = torch.arange(1, len(lengths) * width + 1).reshape(len(lengths), width) * mask
     return ValueBatch(
-        tokens=counted, mask=mask, lengths=torch.tensor(lengths), values=counted / 2, returns=counted / 4
+        tokens=counted, loss_mask=mask, lengths=torch.tensor(lengths), values=counted / 2, returns=counted / 4
     )
 
 
@@ -123,7 +125,7 @@ def test_rows_are_taken_filled_up_and_put_together():
     swapped = batch.take([2, 0])
     assert swapped.lengths.tolist() == [3, 2]
     assert torch.equal(swapped.values, batch.values[[2, 0]])
-    whole = batch.filled(5)
+    whole = batch.pad_rows(5)
     assert whole.lengths.tolist() == [2, 4, 3, 1, 1]
     assert whole.count(Unit.TOKEN) == batch.count(Unit.TOKEN)
     assert torch.equal(whole.take(slice(0, 3)).returns, batch.returns)
@@ -139,8 +141,8 @@ def test_rows_are_widened_and_narrowed_but_never_cut():
     batch = values(2, 3)
     wide = batch.with_length(5, pad_id=9)
     assert wide.tokens[0].tolist() == [1, 2, 0, 9, 9]
-    assert wide.values.shape == wide.mask.shape == (2, 5)
-    assert not wide.mask[:, 3:].any()
+    assert wide.values.shape == wide.loss_mask.shape == (2, 5)
+    assert not wide.loss_mask[:, 3:].any()
     back = wide.with_length(3)
     assert torch.equal(back.returns, batch.returns)
     with pytest.raises(AssertionError):

@@ -16,7 +16,7 @@ TOLD = ("{key}={value} of {name} is too small", "give {key} {range}")
 class Inner:
     name: str = "inner"
     rows: int | tuple[int, ...] | None = bounded(None, at_least=1)
-    share: float = bounded(0.5, above=0, below=1, to="between 0 and 1", told=TOLD)
+    share: float = bounded(0.5, above=0, below=1, to="between 0 and 1", message=TOLD)
     port: int = bounded(5555, at_least=1, at_most=65535)
 
 
@@ -42,7 +42,7 @@ def test_what_is_in_range_passes(inner: Inner):
 
 
 @pytest.mark.parametrize(
-    ("inner", "problem", "cure"),
+    ("inner", "problem", "fix"),
     [
         (Inner(rows=0), "inner.rows=0 is out of range", "set inner.rows to 1 or more"),
         (Inner(rows=(2, 0)), "inner.rows=0 is out of range", "set inner.rows to 1 or more"),
@@ -57,10 +57,10 @@ def test_what_is_in_range_passes(inner: Inner):
         (Other(port=0), "inner.port=0 is out of range", "set inner.port to 1 to 65535"),
     ],
 )
-def test_what_is_not_is_refused_by_its_key(inner: Inner, problem: str, cure: str):
+def test_what_is_not_is_refused_by_its_key(inner: Inner, problem: str, fix: str):
     with pytest.raises(UserError) as error:
         check_bounds(Outer(inner=inner))
-    assert (error.value.problem, error.value.cure) == (problem, cure)
+    assert (error.value.problem, error.value.fix) == (problem, fix)
 
 
 def test_a_block_may_be_named():
@@ -76,7 +76,7 @@ class Choices:
 
 
 @pytest.mark.parametrize(
-    ("given", "problem", "cure"),
+    ("given", "problem", "fix"),
     [
         ({"name": "up"}, "a.name='up' is not known", "use left or right"),
         ({"off": True}, "a.off=True: this is not supported", "set a.off=False"),
@@ -84,10 +84,10 @@ class Choices:
         ({"size": 2}, "a.size=2 is not supported", "set a.size=1"),
     ],
 )
-def test_a_choice_is_refused_by_the_values_that_there_are(given, problem, cure):
+def test_a_choice_is_refused_by_the_values_that_there_are(given, problem, fix):
     check_bounds(Choices(), "a")
     check_bounds(Choices(off=None, name="right"), "a")
     with pytest.raises(UserError) as caught:
         check_bounds(Choices(**given), "a")
     assert problem in caught.value.problem
-    assert caught.value.cure == cure
+    assert caught.value.fix == fix

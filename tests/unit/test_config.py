@@ -15,7 +15,7 @@ from nemo_aligner.config.reward import RMJob
 from nemo_aligner.config.serve import CriticJob
 from nemo_aligner.config.sft import SFTJob
 from nemo_aligner.data.config import PairDataConfig
-from nemo_aligner.data.prefix import Split
+from nemo_aligner.data.data_spec import Split
 from nemo_aligner.errors import UserError
 from nemo_aligner.settings import is_field, log_no_effect, parse
 
@@ -67,7 +67,7 @@ def test_a_setting_that_is_not_finite_is_refused(value: str):
         parse(config, SFTJob)
 
 
-def test_nothing_is_told_of_a_run_that_asks_for_nothing(caplog: pytest.LogCaptureFixture):
+def test_nothing_is_reported_of_a_run_that_asks_for_nothing(caplog: pytest.LogCaptureFixture):
     assert told(caplog) == []
 
 
@@ -82,7 +82,7 @@ def test_nothing_is_told_of_a_run_that_asks_for_nothing(caplog: pytest.LogCaptur
         ("model.data.train_ds.hf_dataset=True", "model.data.train_ds.hf_dataset=True has no effect: "),
     ],
 )
-def test_what_is_asked_for_is_told_once(caplog: pytest.LogCaptureFixture, word: str, line: str):
+def test_what_is_asked_for_is_reported_once(caplog: pytest.LogCaptureFixture, word: str, line: str):
     (found,) = told(caplog, word)
     assert found.startswith(line)
 
@@ -166,18 +166,18 @@ def test_the_keys_of_the_originals_tests_are_accepted(script: tuple[str, type], 
     parse(compose(*words, name=name), kind)
 
 
-def test_unknown_keys_are_told_all_at_once():
+def test_unknown_keys_are_reported_all_at_once():
     words = ("++model.optim.lrr=1", "++trainer.prescision=32", "++model.data.val_ds.shuffle=True", "++top=1")
     with pytest.raises(UserError) as caught:
         parse(compose(*GIVEN["gpt_sft"], *words), SFTJob)
-    problem, cure = str(caught.value).split("\nCure: ")
+    problem, fix = str(caught.value).split("\nFix: ")
     for key in ("model.optim.lrr", "trainer.prescision", "model.data.val_ds", "top"):
         assert key in problem
-        assert f"{key}: " in cure
-    assert "trainer.prescision: did you mean trainer.precision?" in cure
+        assert f"{key}: " in fix
+    assert "trainer.prescision: did you mean trainer.precision?" in fix
 
 
-def test_what_is_unknown_below_a_block_that_nobody_reads_is_told():
+def test_what_is_unknown_below_a_block_that_nobody_reads_is_reported():
     with pytest.raises(UserError, match=r"unknown key model.data.train_ds.shuffles"):
         parse(
             compose(
@@ -192,7 +192,7 @@ def test_what_is_unknown_below_a_block_that_nobody_reads_is_told():
     [
         ("++model.hidden_dropout=often", r"model.hidden_dropout='often' is not a number"),
         ("++model.encoder_seq_length=12.5", r"model.encoder_seq_length=12.5 is not of type int"),
-        ("++model.activation=relu", r"model.activation='relu'[\s\S]*Cure: use one of .*gelu"),
+        ("++model.activation=relu", r"model.activation='relu'[\s\S]*Fix: use one of .*gelu"),
         ("++model.rope_scaling={rope_type:linear}", r"model.rope_scaling.factor is not set"),
     ],
 )

@@ -6,7 +6,7 @@ import pickle
 
 import pytest
 
-from nemo_aligner.errors import UserError, damage_told
+from nemo_aligner.errors import UserError, report_damage
 
 
 class PanicException(BaseException):
@@ -14,7 +14,7 @@ class PanicException(BaseException):
 
 
 def told(error: BaseException) -> UserError:
-    with pytest.raises(UserError) as caught, damage_told("a.bin is damaged", cure="get it again"):
+    with pytest.raises(UserError) as caught, report_damage("a.bin is damaged", fix="get it again"):
         raise error
     return caught.value
 
@@ -30,7 +30,7 @@ def told(error: BaseException) -> UserError:
         PanicException("first"),
     ],
 )
-def test_whatever_a_reader_raises_is_told_of_the_file(error):
+def test_whatever_a_reader_raises_is_reported_of_the_file(error):
     error = told(error)
     assert error.problem.startswith("a.bin is damaged: ")
     assert "first" in error.problem
@@ -40,7 +40,7 @@ def test_whatever_a_reader_raises_is_told_of_the_file(error):
 @pytest.mark.parametrize(
     "error",
     [
-        UserError("a", cure="b"),
+        UserError("a", fix="b"),
         MemoryError(),
         KeyboardInterrupt(),
         SystemExit(3),
@@ -48,7 +48,7 @@ def test_whatever_a_reader_raises_is_told_of_the_file(error):
     ],
 )
 def test_what_is_not_the_bytes_fault_passes(error):
-    with pytest.raises(type(error)) as caught, damage_told("a.bin is damaged", cure="get it again"):
+    with pytest.raises(type(error)) as caught, report_damage("a.bin is damaged", fix="get it again"):
         raise error
     assert caught.value is error
 
@@ -59,9 +59,9 @@ def test_an_error_without_words_has_its_name():
 
 def test_a_message_can_be_written_and_read():
     text = json.loads('"\\ud83d"')
-    error = UserError(f"key {text} " + "x" * 100_000, cure=f"remove {text}")
+    error = UserError(f"key {text} " + "x" * 100_000, fix=f"remove {text}")
     assert len(str(error).encode()) < 4000
     assert "\\ud83d" in error.problem
-    assert "\\ud83d" in error.cure
+    assert "\\ud83d" in error.fix
     again = pickle.loads(pickle.dumps(error))
-    assert (again.problem, again.cure) == (error.problem, error.cure)
+    assert (again.problem, again.fix) == (error.problem, error.fix)

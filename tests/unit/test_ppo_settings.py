@@ -77,7 +77,7 @@ def test_what_cannot_go_well_is_refused_by_name(script: str, word: str, told: st
     with pytest.raises(UserError) as error:
         checked(script, *word.split())
     assert told in str(error.value)
-    assert error.value.cure
+    assert error.value.fix
 
 
 def test_two_servers_do_not_share_an_address():

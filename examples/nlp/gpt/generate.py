@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Answers to a file of prompts, or, without one, a conversation at the terminal.
+"""Responses to a file of prompts, or, without one, a conversation at the terminal.
 
 python examples/nlp/gpt/generate.py model.restore_from_path=model.nemo \
-    input_file=prompts.jsonl output_file=answers.jsonl
+    input_file=prompts.jsonl output_file=responses.jsonl
 
 The file has {"text": ...}, {"prompt": ...} or {"messages": [{"role": ..., "content": ...}, ...]} on each line.
 """
@@ -17,22 +17,22 @@ from nemo_aligner.launch.script import script
 def main(job: GenerateJob) -> None:
     """Let a language model write."""
     from nemo_aligner import builders
-    from nemo_aligner.algorithms.answering import Answerer
+    from nemo_aligner.algorithms.generation import TextGenerator
     from nemo_aligner.data.requests import open_requests
 
     requests = None if job.input_file is None else open_requests(job.input_file)
     pretrained = builders.load_policy(job)
-    answerer = Answerer(
+    generator = TextGenerator(
         policy=pretrained.learner,
-        tokenizer=builders.needed_tokenizer(job, pretrained),
-        sampling=job.answers,
+        tokenizer=builders.require_tokenizer(job, pretrained),
+        sampling=job.sampling_config,
         end_ids=pretrained.learner.end_ids,
         slots=job.batch_size,
     )
     if requests is None or job.output_file is None:
-        answerer.converse()
+        generator.converse()
     else:
-        answerer.answer_file(requests, Path(job.output_file), num_samples=job.num_samples)
+        generator.generate_file(requests, Path(job.output_file), num_samples=job.num_samples)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Make a .nemo of a Hugging Face folder (Llama, Mistral, Qwen2, Qwen3, Nemotron), a GGUF file or a model of the hub.
 
-The other scripts take all of these as they are; a .nemo is one file, whose digests tell damage.
+The other scripts take all of these as they are; a .nemo is one file, whose digests show damage.
 
 python examples/nlp/gpt/import_hf.py --in-file MODEL --out-file model.nemo
 """

@@ -20,8 +20,8 @@ import sys
 from pathlib import Path
 
 from nemo_aligner.launch.cli import run_cli
+from nemo_aligner.launch.job_group import run_job_group
 from nemo_aligner.launch.ppo_jobs import plan_jobs
-from nemo_aligner.launch.together import run_together
 
 
 def main() -> None:
@@ -31,7 +31,7 @@ def main() -> None:
         print(__doc__)
         return
     actor, servers = plan_jobs(words, Path(__file__).resolve().parent)
-    sys.exit(run_together(actor, servers))
+    sys.exit(run_job_group(actor, servers))
 
 
 if __name__ == "__main__":

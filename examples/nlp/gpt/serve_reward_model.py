@@ -10,7 +10,7 @@ from nemo_aligner.launch.script import script
 
 @script("inference_rm", RewardServerJob)
 def main(job: RewardServerJob) -> None:
-    """Answer with the rewards of texts."""
+    """Serve the rewards of texts."""
     from nemo_aligner.algorithms.reward_server import RewardModelServer
     from nemo_aligner.builders import servers
 

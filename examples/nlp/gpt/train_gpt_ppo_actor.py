@@ -11,7 +11,7 @@ from nemo_aligner.launch.script import script
 
 @script("gpt_ppo_actor", ActorJob)
 def main(job: ActorJob) -> None:
-    """Have a language model learn from what a reward model says of its answers."""
+    """Train a language model on the rewards that a reward model gives to its responses."""
     from nemo_aligner.builders.actor import train_actor
 
     train_actor(job)

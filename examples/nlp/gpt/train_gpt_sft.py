@@ -11,7 +11,7 @@ from nemo_aligner.launch.script import script
 
 @script("gpt_sft", SFTJob)
 def main(job: SFTJob) -> None:
-    """Fine-tune a checkpoint on prompts and answers, or on conversations."""
+    """Fine-tune a checkpoint on prompts and responses, or on conversations."""
     from nemo_aligner import builders
     from nemo_aligner.objectives.nll import NLL
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Reward model training, on pairs of answers or on judged ones; docs/training.md has its data and a cluster's flags.
+"""Reward model training, on pairs of responses or on labeled ones; docs/training.md has its data and a cluster's flags.
 
 python examples/nlp/gpt/train_reward_model.py pretrained_checkpoint.restore_from_path=sft.nemo \
     "model.data.data_prefix={train: [train.jsonl], validation: [validation.jsonl], test: [test.jsonl]}"
@@ -11,7 +11,7 @@ from nemo_aligner.launch.script import script
 
 @script("training_rm", RMJob)
 def main(job: RMJob) -> None:
-    """Give a language model a scalar head, and teach it which answers people prefer."""
+    """Give a language model a scalar head, and train it on which responses people prefer."""
     from nemo_aligner import builders
 
     with builders.open_experiment(job) as run:

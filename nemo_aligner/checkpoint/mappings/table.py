@@ -58,7 +58,7 @@ class Rule:
 
     @property
     def is_vocabulary(self) -> bool:
-        """Whether its rows are tokens."""
+        """True if its rows are tokens."""
         return next(iter(self.sources.values()))[0] == "vocab"
 
 

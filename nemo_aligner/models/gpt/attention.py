@@ -26,12 +26,12 @@ from nemo_aligner.parallel.cpu_speed import BLOCK, SHORT, in_blocks
 
 @dataclass
 class RowParams(PackedSeqParams):
-    """What attention must know of the rows. Megatron hands it through every layer untouched."""
+    """The row boundaries for attention. Megatron passes it through every layer unchanged."""
 
     # Not 'thd': Megatron then keeps [S, B, ...] shapes and applies RoPE by the per-row angles it is given.
     qkv_format: str = "sbhd"
     boundaries: tuple[int, ...] | None = None  # packed: where each sequence starts, and the end of the last
-    read: Tensor | None = None  # [n] places in [S * B] that are read of the model's output; None: all
+    selected: Tensor | None = None  # [n] places in [S * B] that are read of the model's output; None: all
     rotation: Rotation | None = None  # None: Megatron turns queries and keys, or positions are learned
 
     def bounds(self, length: int) -> list[int]:

@@ -52,7 +52,7 @@ def precision_name(precision: str | int) -> Precision:
         case "16" | "fp16":
             return "16"
     raise UserError(
-        f"precision={precision!r} is not a precision", cure="set trainer.precision to 32, bf16, 16 or auto"
+        f"precision={precision!r} is not a precision", fix="set trainer.precision to 32, bf16, 16 or auto"
     )
 
 
@@ -87,7 +87,7 @@ class GPTConfig:
     vocab_size: int  # true vocabulary, without padding
     num_query_groups: int | None = None  # key/value heads; null: as many as attention heads
     kv_channels: int | None = None  # size of one head; null: hidden_size / num_attention_heads
-    encoder_seq_length: int = 4096  # longest sequence, prompt and answer together, in tokens
+    encoder_seq_length: int = 4096  # longest sequence, prompt and response together, in tokens
     max_position_embeddings: int = 4096  # longest sequence that the model was made for
     make_vocab_size_divisible_by: int = 128
     normalization: Normalization = "layernorm"
@@ -130,13 +130,13 @@ class GPTConfig:
         if missing:
             raise UserError(
                 f"model_config.yaml lacks {', '.join(missing)}",
-                cure="convert the checkpoint anew with import_hf.py or convert_nemo_gpt_to_mcore.py",
+                fix="convert the checkpoint anew with import_hf.py or convert_nemo_gpt_to_mcore.py",
             )
         for name, supported in SUPPORTED.items():
             if (found := config.get(name)) not in supported:
                 raise UserError(
                     f"model.{name}={found!r} is not supported",
-                    cure=f"use a model whose model_config.yaml has {name}: {supported[-1]}",
+                    fix=f"use a model whose model_config.yaml has {name}: {supported[-1]}",
                 )
         values["window_size"] = window_tokens(values.get("window_size"))
         if scaling := _rope_scaling(config):
@@ -157,19 +157,19 @@ class GPTConfig:
             if getattr(self, name) not in get_args(kind):
                 raise UserError(
                     f"model.{name}={getattr(self, name)!r} in model_config.yaml is not supported",
-                    cure=f"known values: {', '.join(get_args(kind))}",
+                    fix=f"known values: {', '.join(get_args(kind))}",
                 )
         if self.kv_channels is None and self.hidden_size % self.num_attention_heads:
             raise UserError(
                 f"model.hidden_size={self.hidden_size} does not divide by model.num_attention_heads="
                 f"{self.num_attention_heads}",
-                cure="set model.kv_channels to the size of one head",
+                fix="set model.kv_channels to the size of one head",
             )
         if self.num_attention_heads % self.query_groups:
             raise UserError(
                 f"model.num_attention_heads={self.num_attention_heads} does not divide by model.num_query_groups="
                 f"{self.query_groups}",
-                cure="set model.num_query_groups to a divisor of the attention heads",
+                fix="set model.num_query_groups to a divisor of the attention heads",
             )
 
     @property
@@ -184,7 +184,7 @@ class GPTConfig:
 
     @property
     def gated(self) -> bool:
-        """Whether the MLP multiplies its activation by a second projection."""
+        """True if the MLP multiplies its activation by a second projection."""
         return self.activation.endswith("glu")
 
     @property
@@ -196,7 +196,7 @@ class GPTConfig:
 
     @property
     def tanh_gelu(self) -> bool:
-        """Whether gelu is computed by its tanh approximation, as NeMo's model was."""
+        """True if gelu is computed by its tanh approximation, as NeMo's model was."""
         return self.openai_gelu or self.bias_activation_fusion
 
     def padded_vocab_size(self, tensor_parallel: int) -> int:
@@ -205,7 +205,7 @@ class GPTConfig:
         return -(-self.vocab_size // unit) * unit
 
     def check_layout(self, layout: Layout) -> None:
-        """Refuse a layout that this architecture cannot be cut into.
+        """Raise UserError for a layout that this architecture cannot be split into.
 
         Raises:
             UserError: naming the model's size, the layout's, and values that fit.
@@ -219,13 +219,13 @@ class GPTConfig:
                 fits = [n for n in range(1, self.num_attention_heads + 1) if not self._uncut(n)]
                 raise UserError(
                     f"model.tensor_model_parallel_size={layout.tensor} does not divide the model's {name}={size}",
-                    cure=f"set model.tensor_model_parallel_size to one of {fits}",
+                    fix=f"set model.tensor_model_parallel_size to one of {fits}",
                 )
         if self.num_layers % layout.pipeline:
             raise UserError(
                 f"model.pipeline_model_parallel_size={layout.pipeline} does not divide the model's "
                 f"num_layers={self.num_layers}",
-                cure=f"set model.pipeline_model_parallel_size to one of {_divisors(self.num_layers)}",
+                fix=f"set model.pipeline_model_parallel_size to one of {_divisors(self.num_layers)}",
             )
         layers = self.num_layers // layout.pipeline
         if layers % layout.virtual_pipeline:
@@ -233,7 +233,7 @@ class GPTConfig:
                 f"model.virtual_pipeline_model_parallel_size={layout.virtual_pipeline} does not divide the {layers} "
                 f"layers of a pipeline rank (num_layers={self.num_layers} / model.pipeline_model_parallel_size="
                 f"{layout.pipeline})",
-                cure=f"set model.virtual_pipeline_model_parallel_size to one of {_divisors(layers)}",
+                fix=f"set model.virtual_pipeline_model_parallel_size to one of {_divisors(layers)}",
             )
 
     def _uncut(self, ranks: int) -> set[str]:
@@ -270,7 +270,7 @@ def window_tokens(window: int | Sequence[int] | None) -> int | None:
         case (int(before), 0):
             return before + 1
     raise UserError(
-        f"window_size={window} in model_config.yaml is not supported", cure="use a pair that ends with 0"
+        f"window_size={window} in model_config.yaml is not supported", fix="use a pair that ends with 0"
     )
 
 
@@ -285,14 +285,14 @@ def _rope_scaling(config: Mapping[str, Any]) -> dict[str, Any] | None:
     if len(asked) > 1:
         raise UserError(
             f"rotary positions are scaled twice: {asked}",
-            cure="keep one of them: leave yours out, or take the checkpoint's out of its model_config.yaml",
+            fix="keep one of them: leave yours out, or take the checkpoint's out of its model_config.yaml",
         )
     scaling = config.get("rope_scaling")
     if scaling:
         if not isinstance(scaling, Mapping):
             raise UserError(
                 f"rope_scaling={scaling!r} in model_config.yaml is no block of keys",
-                cure="write rope_type and factor below it, or null",
+                fix="write rope_type and factor below it, or null",
             )
         check_types(
             {k: v for k, v in scaling.items() if v is not None},
@@ -302,12 +302,12 @@ def _rope_scaling(config: Mapping[str, Any]) -> dict[str, Any] | None:
         if scaling.get("rope_type") not in get_args(RopeType):
             raise UserError(
                 f"rope_scaling.rope_type={scaling.get('rope_type')!r} in model_config.yaml is not supported",
-                cure=f"known values: {', '.join(get_args(RopeType))}",
+                fix=f"known values: {', '.join(get_args(RopeType))}",
             )
         if not is_number(factor := scaling.get("factor")) or factor <= 0:
             raise UserError(
                 f"rope_scaling.factor={factor!r} in model_config.yaml is no number above 0",
-                cure="set it to how many times the original context is stretched",
+                fix="set it to how many times the original context is stretched",
             )
         return {k: v for k, v in scaling.items() if k in RopeScaling.__dataclass_fields__}
     if config.get("scale_positional_embedding"):
@@ -321,6 +321,6 @@ def _factor(config: Mapping[str, Any], name: str, default: float | None) -> floa
     factor = config.get(name, default)
     if not is_number(factor) or factor <= 0:
         raise UserError(
-            f"{name}={factor!r} in model_config.yaml is no number above 0", cure=f"correct {name} there"
+            f"{name}={factor!r} in model_config.yaml is no number above 0", fix=f"correct {name} there"
         )
     return factor

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whether a file's values are of the types of the architecture's fields. Knows types and bounds; knows no meaning."""
+"""A check of a file's values by the types of the architecture's fields. Knows types and bounds; knows no meaning."""
 
 import math
 import types
@@ -16,12 +16,12 @@ _LONGEST_SHOWN = 60  # characters of a value in a message
 
 
 def is_size(value: object, *, at_least: int = 1, at_most: int = _LARGEST) -> bool:
-    """Whether a value is a whole number within bounds."""
+    """True if a value is a whole number within bounds."""
     return isinstance(value, int) and not isinstance(value, bool) and at_least <= value <= at_most
 
 
 def is_number(value: object) -> TypeGuard[int | float]:
-    """Whether a value is a finite number."""
+    """True if a value is a finite number."""
     # An int may be too large for a float.
     return (isinstance(value, float) and math.isfinite(value)) or is_size(
         value, at_least=-(2**63), at_most=2**63
@@ -31,7 +31,7 @@ def is_number(value: object) -> TypeGuard[int | float]:
 def check_types(
     values: Mapping[str, Any], kind: type, *, where: str, names: Mapping[str, str] | None = None
 ) -> None:
-    """Refuse values that are not of the types of ``kind``'s fields; keys that it has no field for are passed over.
+    """Raise UserError for values of other types than ``kind``'s fields; keys without a field are skipped.
 
     Args:
         values: as a file holds them.
@@ -49,11 +49,11 @@ def check_types(
             shown = repr(value)
             shown = shown if len(shown) <= _LONGEST_SHOWN else shown[:_LONGEST_SHOWN] + " ..."
             key = (names or {}).get(name, name)
-            raise UserError(f"{where}: {key}={shown} is not {wanted}", cure=f"correct {key} there")
+            raise UserError(f"{where}: {key}={shown} is not {wanted}", fix=f"correct {key} there")
 
 
 def _wanted(name: str, value: object, hint: Any) -> str | None:  # noqa: ANN401 - a type
-    """What a value should be; None where it is that."""
+    """The expected type of a value; None if the value has it."""
     options = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
     if value is None:
         return None if type(None) in options else "given"

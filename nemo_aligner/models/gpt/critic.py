@@ -11,7 +11,7 @@ from nemo_aligner.batch import TokenBatch
 from nemo_aligner.models.gpt.heads import HeadConfig
 from nemo_aligner.models.gpt.learner import GPTLearner
 from nemo_aligner.models.gpt.model import GPT, InterleavedGPT
-from nemo_aligner.models.gpt.spare import SpareWeights
+from nemo_aligner.models.gpt.weight_swap import SwappedWeights
 from nemo_aligner.objectives.protocol import Wants
 from nemo_aligner.parallel import collectives
 
@@ -36,7 +36,7 @@ class RewardScale:
 class RewardWeights:
     """A reward model that shares its layers' place with a critic."""
 
-    spare: SpareWeights
+    weights: SwappedWeights
     outputs: int  # numbers that its head gives
 
 
@@ -70,17 +70,17 @@ class GPTCritic(GPTLearner):
         if self._reward is not None:
             changed, self._swapped_at = self.changes != self._swapped_at, self.changes
             outputs = self._reward.outputs
-            swapped = self._reward.spare.swapped(self.model, changed=changed)
+            swapped = self._reward.weights.swapped(self.model, changed=changed)
         with swapped:
             found = self._ask(_split(batch, micro_batch_size), Wants.REWARDS)
         rewards = torch.cat([_given(output.rewards) for output in found]) if found else None
-        return self.scale(collectives.from_last_stage(rewards, (batch.lengths.numel(), outputs)))
+        return self.scale(collectives.broadcast_from_last_stage(rewards, (batch.lengths.numel(), outputs)))
 
     def values(self, batch: TokenBatch, *, micro_batch_size: int | None = None) -> Tensor:
-        """[B, S] float on every rank of the model: of the state before each token of ``batch.mask``, else 0."""
+        """[B, S] float on every rank of the model: of the state before each token of ``batch.loss_mask``, else 0."""
         found = self._ask(_split(batch, micro_batch_size), Wants.VALUES)
         values = torch.cat([_given(output.values) for output in found]) if found else None
-        return collectives.from_last_stage(values, tuple(batch.tokens.shape))
+        return collectives.broadcast_from_last_stage(values, tuple(batch.tokens.shape))
 
     def infer_rm_critic(
         self, batch: TokenBatch, *, micro_batch_size: int | None = None

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from nemo_aligner.models.gpt.kv_cache import KVCache
 from nemo_aligner.models.gpt.model import GPT, InterleavedGPT, weights_in_effect
-from nemo_aligner.models.gpt.sampling import DROPPED
+from nemo_aligner.models.gpt.sampling import MASKED_LOGIT
 from nemo_aligner.parallel import collectives, world
 from nemo_aligner.parallel.cpu_speed import PackedLinear
 
@@ -239,7 +239,7 @@ class Decoder:
         """[n, H] -> [n, V / TP] float, padding dropped; this rank's first column is ``first_id``."""
         z = self.head(hidden)
         z = z if z.dtype == torch.float64 else z.float()
-        z[:, self.real_ids :] = DROPPED
+        z[:, self.real_ids :] = MASKED_LOGIT
         return z
 
     @property

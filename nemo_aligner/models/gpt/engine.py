@@ -12,13 +12,13 @@ from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 
 from nemo_aligner.batch import TokenBatch
+from nemo_aligner.models.gpt.head_projection import Projection, head_projection, select_positions
 from nemo_aligner.models.gpt.model import GPT, InterleavedGPT
-from nemo_aligner.models.gpt.view import Projection, view, worth_picking
 from nemo_aligner.objectives.protocol import Metrics, ModelOutput, Objective, Sums
 from nemo_aligner.parallel import collectives, world
 
 
-def run(
+def forward_backward(
     model: GPT | InterleavedGPT,
     batches: Sequence[TokenBatch],
     objective: Objective,
@@ -31,7 +31,7 @@ def run(
     """Forward, and unless ``forward_only`` backward, of one step's micro-batches through all pipeline stages.
 
     The loss of each micro-batch is a sum; it is divided by the count of the objective's unit over all micro-batches
-    of all data parallel ranks, which the masks tell before any forward.
+    of all data parallel ranks, which the masks give before any forward.
 
     Args:
         wrapped: ``model``'s chunks inside Megatron's DDP; None where no gradients are summed.
@@ -48,10 +48,10 @@ def run(
     # Megatron divides by the number of micro-batches, its DDP by the number of data parallel ranks.
     scale = len(level) * world.dp_size() / total.clamp(min=1).item()
     if not forward_only and last.config.grad_scale_func is None:
-        projection = replace(projection, loss_factor=scale / len(level))
+        projection = replace(projection, loss_scale=scale / len(level))
 
-    def loss_func(batch: TokenBatch, read: Tensor | None, hidden: Tensor) -> tuple[Tensor, Metrics]:
-        output = view(last, hidden, batch, objective, projection, picked=read is not None)
+    def loss_func(batch: TokenBatch, selected: Tensor | None, hidden: Tensor) -> tuple[Tensor, Metrics]:
+        output = head_projection(last, hidden, batch, objective, projection, preselected=selected is not None)
         if outputs is not None and len(outputs) < len(batches):
             outputs.append(output)
         loss, metrics = objective(output, batch)
@@ -59,17 +59,17 @@ def run(
 
     def forward_step(iterator: Iterator[TokenBatch], module: MegatronModule) -> tuple[Tensor, partial]:
         batch = next(iterator).to(device)
-        read = worth_picking(last, batch, objective) if world.is_last_stage() else None
-        return module(**last.inputs(batch, read)), partial(loss_func, batch, read)
+        selected = select_positions(last, batch, objective) if world.is_last_stage() else None
+        return module(**last.inputs(batch, selected)), partial(loss_func, batch, selected)
 
     collected = schedule(wrapped or model.chunks, level, forward_step, forward_only=forward_only)
     return _sums(collected[: len(batches)], objective.metrics)
 
 
 def levelled(model: GPT | InterleavedGPT, batches: Sequence[TokenBatch]) -> list[TokenBatch]:
-    """``batches`` and, for an interleaved schedule, which takes multiples of PP, as many with nothing learned."""
+    """``batches`` and, for an interleaved schedule, which takes multiples of PP, as many without loss tokens."""
     missing = -len(batches) % world.pp_size() if len(model.chunks) > 1 else 0
-    return [*batches, *[replace(batches[-1], mask=torch.zeros_like(batches[-1].mask))] * missing]
+    return [*batches, *[replace(batches[-1], loss_mask=torch.zeros_like(batches[-1].loss_mask))] * missing]
 
 
 def schedule(
@@ -102,5 +102,6 @@ def _sums(collected: list[Metrics], names: tuple[str, ...]) -> Sums:
             for name in names
         }
     return {
-        name: (total[0].item(), total[1].item()) for name, total in collectives.totals(sums, names).items()
+        name: (total[0].item(), total[1].item())
+        for name, total in collectives.all_reduce_sums(sums, names).items()
     }

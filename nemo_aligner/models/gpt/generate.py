@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Writing answers to prompts: a few slots, each of which takes the next prompt when its answer has ended.
+"""Generation: a few slots, each of which takes the next prompt when its response has ended.
 
-Every rank of a model's copy goes through the same steps: the last pipeline stage draws the tokens and says which
-answers have ended, and all else follows from that. Data parallel ranks know nothing of each other.
+Every rank of a model's copy goes through the same steps: the last pipeline stage samples the tokens and says
+which responses have ended, and all else follows from that. Data parallel ranks know nothing of each other.
 
-Shapes: n slots, H hidden size, B answers, S tokens of the longest prompt and answer.
+Shapes: n slots, H hidden size, B responses, S tokens of the longest prompt and response.
 """
 
 from collections import deque
@@ -19,20 +19,20 @@ from nemo_aligner.errors import UserError
 from nemo_aligner.models.gpt.config import GPTConfig
 from nemo_aligner.models.gpt.decoder import Decoder
 from nemo_aligner.models.gpt.model import GPT, InterleavedGPT
-from nemo_aligner.models.gpt.sampling import History, choose, transform, uniforms
+from nemo_aligner.models.gpt.sampling import History, choose, random_uniforms, transform
 from nemo_aligner.models.gpt.stops import Stops
 from nemo_aligner.models.sampling_config import SamplingConfig
 from nemo_aligner.parallel import collectives, world
 
-Watch = Callable[[int, Sequence[int]], None]  # after each step: the answers that have ended, and its tokens
+Watch = Callable[[int, Sequence[int]], None]  # after each step: the responses that have ended, and its tokens
 
 WORTH_PACKING = 32  # steps; a decoder's copy of the weights costs the time that some twenty of them save
 PREFILL_TOKENS = 4096  # that are read at once, padding and all: what bounds the memory of activations
 
 
 @dataclass
-class _Answer:
-    """An answer while it is written."""
+class _Response:
+    """A response while it is generated."""
 
     prompt: Prompt
     limit: int  # tokens
@@ -46,7 +46,7 @@ class _Answer:
 
 
 @torch.no_grad()
-@world.phase("writing answers")
+@world.phase("generating responses")
 def generate(
     model: GPT | InterleavedGPT,
     prompts: Sequence[Prompt],
@@ -57,77 +57,77 @@ def generate(
     step: int = 0,
     watch: Watch | None = None,
 ) -> Rollout:
-    """One answer to each of this data parallel rank's prompts, on the CPU, the same on every rank of its model.
+    """One response to each of this data parallel rank's prompts, on the CPU, the same on every rank of its model.
 
     The draws are a function of (``config.seed``, ``step``, the prompt's number, its sample, the token's place in the
-    answer), so which prompts share a rank or a batch changes no answer but by the rounding of products.
+    response), so which prompts share a rank or a batch changes no response but by the rounding of products.
 
     Args:
-        slots: answers that are written at once, at most.
+        slots: responses that are generated at once, at most.
         step: of training.
 
     Raises:
         UserError: a prompt is empty, or leaves no room for a token.
     """
-    answers = [_Answer(p, _limit(p, config, model.gpt_config)) for p in prompts]
-    waiting = deque(answers)
-    if answers:
-        slots = min(slots, len(answers))
-        steps = config.max_length * len(answers) // slots
+    responses = [_Response(p, _limit(p, config, model.gpt_config)) for p in prompts]
+    waiting = deque(responses)
+    if responses:
+        slots = min(slots, len(responses))
+        steps = config.max_length * len(responses) // slots
         decoder = Decoder(model, slots=slots, packs=steps >= WORTH_PACKING)
-        desk = _Desk(decoder, config, stops, step)
-        while waiting or any(desk.alive):
-            hidden = desk.refill(waiting, desk.advance())
-            tokens = desk.draw(hidden)
+        batch = _GenerationBatch(decoder, config, stops, step)
+        while waiting or any(batch.alive):
+            hidden = batch.refill(waiting, batch.advance())
+            tokens = batch.draw(hidden)
             if watch is not None:
-                watch(len(answers) - len(waiting) - sum(desk.alive), tokens)
+                watch(len(responses) - len(waiting) - sum(batch.alive), tokens)
             if not waiting:
-                desk.shrink()
-    return _rollout(answers)
+                batch.shrink()
+    return _rollout(responses)
 
 
 def _limit(prompt: Prompt, config: SamplingConfig, gpt: GPTConfig) -> int:
-    """The most tokens that the answer to ``prompt`` may have."""
+    """The most tokens that the response to ``prompt`` may have."""
     places = gpt.max_position_embeddings
     if not prompt.tokens:
-        raise UserError(f"prompt {prompt.number} has no tokens", cure="give it a text, or BOS")
+        raise UserError(f"prompt {prompt.number} has no tokens", fix="give it a text, or BOS")
     if len(prompt.tokens) >= places:
         raise UserError(
             f"prompt {prompt.number} has {len(prompt.tokens)} tokens, and the model has {places} positions for it and "
-            "its answer",
-            cure=f"shorten it to {places - 1} tokens or fewer",
+            "its response",
+            fix=f"shorten it to {places - 1} tokens or fewer",
         )
     wanted = config.max_length if prompt.max_length is None else min(prompt.max_length, config.max_length)
     return min(wanted, places - len(prompt.tokens))
 
 
-class _Desk:
-    """The slots, the answers in them, and what their next draw depends on."""
+class _GenerationBatch:
+    """The slots, the responses in them, and the state that their next draw depends on."""
 
     def __init__(self, decoder: Decoder, config: SamplingConfig, stops: Stops, step: int) -> None:
         self.decoder, self.config, self.stops, self.step = decoder, config, stops, step
         n, device = len(decoder.cache.lengths), world.device()
-        self.answers: list[_Answer | None] = [None] * n
+        self.responses: list[_Response | None] = [None] * n
         self.alive = [False] * n
         self.tokens = torch.zeros(n, dtype=torch.int64, device=device)  # the last of each slot
         draws = decoder.writes and not config.use_greedy
-        self.uniforms = torch.zeros(n, config.max_length if draws else 0, dtype=torch.float64, device=device)
+        self.uniform = torch.zeros(n, config.max_length if draws else 0, dtype=torch.float64, device=device)
         # One column more, for tokens that are other ranks'.
         width = decoder.vocab_width + 1 if decoder.writes and config.repetition_penalty != 1 else 0
         self.seen = torch.zeros(n, width, dtype=torch.bool, device=device)
 
     def advance(self) -> Tensor | None:
-        """Put the last tokens through the model: [n, H] on the last stage; None where no answer is begun."""
+        """Put the last tokens through the model: [n, H] on the last stage; None where no response is begun."""
         return self.decoder.step(self.tokens, self.alive) if any(self.alive) else None
 
-    def refill(self, waiting: deque[_Answer], hidden: Tensor | None) -> Tensor | None:
-        """Give free slots to answers that wait, and their prompts' [H] their places in ``hidden``."""
+    def refill(self, waiting: deque[_Response], hidden: Tensor | None) -> Tensor | None:
+        """Give free slots to responses that wait, and their prompts' [H] their places in ``hidden``."""
         free = [slot for slot, alive in enumerate(self.alive) if not alive]
         # A prompt alone takes nearly as long to read as several: a few slots wait for one another.
         if len(free) < min(len(waiting), max(1, len(self.alive) // 8)):
             return hidden
         while free and waiting:
-            batch: list[_Answer] = []
+            batch: list[_Response] = []
             longest = 0
             while waiting and len(batch) < len(free):
                 longest = max(longest, len(waiting[0].prompt.tokens))
@@ -135,76 +135,78 @@ class _Desk:
                     break
                 batch.append(waiting.popleft())
             slots, free = free[: len(batch)], free[len(batch) :]
-            self._seat(slots, batch)
-            fresh = self.decoder.prefill(slots, [answer.prompt.tokens for answer in batch])
+            self._assign_slots(slots, batch)
+            fresh = self.decoder.prefill(slots, [response.prompt.tokens for response in batch])
             if fresh is not None:
                 hidden = fresh.new_zeros(len(self.alive), fresh.shape[1]) if hidden is None else hidden
                 hidden[slots] = fresh
         return hidden
 
-    def _seat(self, slots: Sequence[int], answers: Sequence[_Answer]) -> None:
-        for slot, answer in zip(slots, answers, strict=True):
-            self.answers[slot], self.alive[slot] = answer, True
-            if self.uniforms.shape[1]:
-                prompt = answer.prompt
-                self.uniforms[slot, : answer.limit] = uniforms(
+    def _assign_slots(self, slots: Sequence[int], responses: Sequence[_Response]) -> None:
+        for slot, response in zip(slots, responses, strict=True):
+            self.responses[slot], self.alive[slot] = response, True
+            if self.uniform.shape[1]:
+                prompt = response.prompt
+                self.uniform[slot, : response.limit] = random_uniforms(
                     self.config.seed,
                     self.step,
                     number=prompt.number,
                     sample=prompt.sample,
-                    count=answer.limit,
+                    count=response.limit,
                 )
             if self.seen.shape[1]:
                 self.seen[slot] = False
                 self.seen[
-                    slot, self.decoder.column(torch.tensor(answer.prompt.tokens, device=self.seen.device))
+                    slot, self.decoder.column(torch.tensor(response.prompt.tokens, device=self.seen.device))
                 ] = True
 
     def draw(self, hidden: Tensor | None) -> list[int]:
-        """The next token of every answer, by the last stage; all stages learn it, and which answers have ended."""
-        news, drawn = None, []
+        """The next token of every response, by the last stage; all stages learn it, and which responses have ended."""
+        news, sampled = None, []
         if hidden is not None:
-            ids, logprobs = self._drawn(hidden)
+            ids, logprobs = self._sample(hidden)
             ended = self._ended(ids.tolist(), logprobs.tolist())
             news = torch.stack((ids, torch.tensor(ended, device=ids.device)))
-        ids, ended = collectives.from_last_stage(news, (2, len(self.alive)), dtype=torch.int64)
+        ids, ended = collectives.broadcast_from_last_stage(news, (2, len(self.alive)), dtype=torch.int64)
         self.tokens = ids
         for slot, (token, end) in enumerate(zip(ids.tolist(), ended.tolist(), strict=True)):
-            answer = self.answers[slot]
-            if answer is not None and self.alive[slot]:
-                drawn.append(token)
-                answer.tokens.append(token)
-                answer.finished = bool(end)
-                self.alive[slot] = answer.alive
-                if not answer.alive:
+            response = self.responses[slot]
+            if response is not None and self.alive[slot]:
+                sampled.append(token)
+                response.tokens.append(token)
+                response.finished = bool(end)
+                self.alive[slot] = response.alive
+                if not response.alive:
                     self.decoder.cache.free(slot)
         if self.seen.shape[1]:
             self.seen.scatter_(1, self.decoder.column(ids)[:, None], True)
-        return drawn
+        return sampled
 
-    def _drawn(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
-        counts = [0 if answer is None else len(answer.tokens) for answer in self.answers]
-        young = [count < self.config.min_length for count in counts]
+    def _sample(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        counts = [0 if response is None else len(response.tokens) for response in self.responses]
+        below_min_length = [count < self.config.min_length for count in counts]
         history = History(
             seen=self.seen[:, :-1] if self.seen.shape[1] else None,
-            young=torch.tensor(young, device=hidden.device) if any(young) else None,
+            below_min_length=torch.tensor(below_min_length, device=hidden.device)
+            if any(below_min_length)
+            else None,
             end_ids=self.stops.ids,
         )
         z = transform(self.decoder.logits(hidden), self.config, history, first=self.decoder.first_id)
         uniform = None
         if not self.config.use_greedy:
             at = torch.tensor(counts, device=hidden.device).clamp_(max=self.config.max_length - 1)
-            uniform = self.uniforms.gather(1, at[:, None])[:, 0]
+            uniform = self.uniform.gather(1, at[:, None])[:, 0]
         return choose(z, uniform, first=self.decoder.first_id)
 
     def _ended(self, ids: Sequence[int], logprobs: Sequence[float]) -> list[int]:
-        """Which answers a token ends; their log-probs are kept by the way."""
+        """1 for each slot whose response ends with its token, else 0; the log-probs are kept too."""
         ended = [0] * len(ids)
-        for slot, answer in enumerate(self.answers):
-            if answer is not None and self.alive[slot]:
-                answer.logprobs.append(logprobs[slot])
-                old_enough = len(answer.tokens) >= self.config.min_length
-                ended[slot] = int(old_enough and self.stops(answer.tokens, ids[slot]))
+        for slot, response in enumerate(self.responses):
+            if response is not None and self.alive[slot]:
+                response.logprobs.append(logprobs[slot])
+                old_enough = len(response.tokens) >= self.config.min_length
+                ended[slot] = int(old_enough and self.stops(response.tokens, ids[slot]))
         return ended
 
     def shrink(self) -> None:
@@ -213,30 +215,32 @@ class _Desk:
         if not 0 < len(kept) <= len(self.alive) // 2:
             return
         self.decoder.cache.keep(kept)
-        self.answers, self.alive = [self.answers[slot] for slot in kept], [True] * len(kept)
-        self.tokens, self.uniforms, self.seen = (x[kept] for x in (self.tokens, self.uniforms, self.seen))
+        self.responses, self.alive = [self.responses[slot] for slot in kept], [True] * len(kept)
+        self.tokens, self.uniform, self.seen = (x[kept] for x in (self.tokens, self.uniform, self.seen))
 
 
-def _rollout(answers: Sequence[_Answer]) -> Rollout:
-    starts = [len(answer.prompt.tokens) for answer in answers]
-    ends = [start + len(answer.tokens) for start, answer in zip(starts, answers, strict=True)]
-    shape = (len(answers), max(ends, default=1))
+def _rollout(responses: Sequence[_Response]) -> Rollout:
+    starts = [len(response.prompt.tokens) for response in responses]
+    ends = [start + len(response.tokens) for start, response in zip(starts, responses, strict=True)]
+    shape = (len(responses), max(ends, default=1))
     tokens = torch.zeros(shape, dtype=torch.int64)
     mask = torch.zeros(shape, dtype=torch.bool)
     logprobs = torch.zeros(shape)
-    for row, (answer, start, end) in enumerate(zip(answers, starts, ends, strict=True)):
-        tokens[row, :end] = torch.tensor([*answer.prompt.tokens, *answer.tokens])
+    for row, (response, start, end) in enumerate(zip(responses, starts, ends, strict=True)):
+        tokens[row, :end] = torch.tensor([*response.prompt.tokens, *response.tokens])
         mask[row, start:end] = True
         if world.is_last_stage():
-            logprobs[row, start:end] = torch.tensor(answer.logprobs)
-    if answers:
-        logprobs = collectives.from_last_stage(logprobs if world.is_last_stage() else None, shape).cpu()
+            logprobs[row, start:end] = torch.tensor(response.logprobs)
+    if responses:
+        logprobs = collectives.broadcast_from_last_stage(
+            logprobs if world.is_last_stage() else None, shape
+        ).cpu()
     return Rollout(
         tokens=tokens,
-        mask=mask,
+        loss_mask=mask,
         lengths=torch.tensor(ends, dtype=torch.int64),
         prompt_lengths=torch.tensor(starts, dtype=torch.int64),
-        finished=torch.tensor([answer.finished for answer in answers], dtype=torch.bool),
-        group=torch.tensor([answer.prompt.number for answer in answers], dtype=torch.int64),
+        finished=torch.tensor([response.finished for response in responses], dtype=torch.bool),
+        group=torch.tensor([response.prompt.number for response in responses], dtype=torch.int64),
         sampler_logprobs=logprobs,
     )

@@ -34,7 +34,7 @@ HEAD_DTYPES = {
 
 @dataclass(frozen=True, kw_only=True)
 class HeadConfig:
-    """What the head gives."""
+    """The outputs of a scalar head."""
 
     outputs: int = 1  # numbers of a position
     dtype: torch.dtype = torch.float32  # of its product; its weights have the model's
@@ -48,7 +48,7 @@ def head_config(config: Mapping[str, Any]) -> HeadConfig | None:
         return None
     if kind not in ("binary_ranking", "regression"):
         raise UserError(
-            f"model.reward_model_type={kind} is not known", cure="set it to binary_ranking or regression"
+            f"model.reward_model_type={kind} is not known", fix="set it to binary_ranking or regression"
         )
     regression = config.get("regression") or {}
     return HeadConfig(
@@ -61,7 +61,7 @@ def head_config(config: Mapping[str, Any]) -> HeadConfig | None:
 def _dtype(name: str) -> torch.dtype:
     if name not in HEAD_DTYPES:
         raise UserError(
-            f"model.force_head_dtype={name} is not known", cure=f"set it to one of {', '.join(HEAD_DTYPES)}"
+            f"model.force_head_dtype={name} is not known", fix=f"set it to one of {', '.join(HEAD_DTYPES)}"
         )
     return HEAD_DTYPES[name]
 

@@ -70,12 +70,12 @@ class InputEmbedding(VocabParallelEmbedding):
         return super().forward(input_)
 
 
-def may_be_added(weight: Tensor) -> Tensor:
-    """``weight``, whose user either gives it a gradient or, giving None, has put it where DDP gathers it."""
-    return _MayBeAdded.apply(weight)
+def added_to_main_grad(weight: Tensor) -> Tensor:
+    """``weight``, whose user returns its gradient, or returns None if it has added it to ``main_grad``."""
+    return _AddedToMainGrad.apply(weight)
 
 
-class _MayBeAdded(torch.autograd.Function):
+class _AddedToMainGrad(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Context, weight: Tensor) -> Tensor:
         ctx.set_materialize_grads(False)

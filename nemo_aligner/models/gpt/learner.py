@@ -13,6 +13,7 @@ from torch import Tensor
 
 from nemo_aligner.batch import TokenBatch, Unit
 from nemo_aligner.models.gpt import engine
+from nemo_aligner.models.gpt.head_projection import Projection
 from nemo_aligner.models.gpt.learning_rate import OptimConfig, learning_rate
 from nemo_aligner.models.gpt.model import GPT, InterleavedGPT
 from nemo_aligner.models.gpt.optim import (
@@ -26,8 +27,7 @@ from nemo_aligner.models.gpt.optim import (
     wrap,
     zero_moments,
 )
-from nemo_aligner.models.gpt.sampling import Drawn
-from nemo_aligner.models.gpt.view import Projection
+from nemo_aligner.models.gpt.sampling import SampledDistribution
 from nemo_aligner.objectives.protocol import Metrics, ModelOutput, Objective, Sums, Wants
 from nemo_aligner.parallel import world
 
@@ -42,7 +42,7 @@ class _ForwardOnly:
     def __init__(self, wants: Wants) -> None:
         self.wants = frozenset({wants})
 
-    def weights(self, batch: TokenBatch) -> None:  # noqa: ARG002 - the protocol's
+    def logprob_grad(self, batch: TokenBatch) -> None:  # noqa: ARG002 - the protocol's
         return None
 
     def __call__(self, output: ModelOutput, batch: TokenBatch) -> tuple[Tensor, Metrics]:  # noqa: ARG002
@@ -103,19 +103,24 @@ class GPTLearner:
         self, batches: Sequence[TokenBatch], objective: Objective, *, forward_only: bool
     ) -> Sums:
         """See :class:`~nemo_aligner.models.alignable_interface.SupervisedInterface`."""
-        return self._run(batches, objective, forward_only=forward_only, drawn=None)
+        return self._run(batches, objective, forward_only=forward_only, sampled=None)
 
     def _run(
-        self, batches: Sequence[TokenBatch], objective: Objective, *, forward_only: bool, drawn: Drawn | None
+        self,
+        batches: Sequence[TokenBatch],
+        objective: Objective,
+        *,
+        forward_only: bool,
+        sampled: SampledDistribution | None,
     ) -> Sums:
         with self.inference() if forward_only else self._gradients():
-            metrics = engine.run(
+            metrics = engine.forward_backward(
                 self._model,
                 batches,
                 objective,
                 forward_only=forward_only,
                 wrapped=None if forward_only else self._ddp,
-                projection=Projection(kept_logits_bytes=self.kept_logits_bytes, drawn=drawn),
+                projection=Projection(kept_logits_bytes=self.kept_logits_bytes, sampled=sampled),
             )
         if not forward_only:
             total, count = metrics["loss"]
@@ -167,7 +172,7 @@ class GPTLearner:
                     moments[name] = value.to(device)
 
     def training_state(self) -> dict[str, Any]:
-        """What training needs beside the weights, the optimizer's own memory and numbers: to save, or to load into.
+        """The optimizer's state and counters, without the weights: to save, or to load into.
 
         It may be loaded at another layout than it was saved at.
         """
@@ -189,14 +194,16 @@ class GPTLearner:
         self._optimizer_steps, self._backwards = state["optimizer_steps"], state["backwards"]
 
     def _ask(
-        self, batches: Sequence[TokenBatch], wants: Wants, *, drawn: Drawn | None = None
+        self, batches: Sequence[TokenBatch], wants: Wants, *, sampled: SampledDistribution | None = None
     ) -> list[ModelOutput]:
-        """What the head says of each micro-batch, on the last pipeline stage's ranks; [] elsewhere."""
+        """The head's output of each micro-batch, on the last pipeline stage's ranks; [] elsewhere."""
         outputs: list[ModelOutput] = []
         with self.inference():
-            projection = Projection(drawn=drawn)
+            projection = Projection(sampled=sampled)
             asks = _ForwardOnly(wants)
-            engine.run(self._model, batches, asks, forward_only=True, projection=projection, outputs=outputs)
+            engine.forward_backward(
+                self._model, batches, asks, forward_only=True, projection=projection, outputs=outputs
+            )
         return outputs
 
     @contextlib.contextmanager

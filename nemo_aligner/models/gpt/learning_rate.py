@@ -32,7 +32,7 @@ class SchedConfig:
 
     @property
     def decays(self) -> bool:
-        """Whether the rate falls from lr to min_lr."""
+        """True if the rate falls from lr to min_lr."""
         return self.name in ("CosineAnnealing", "WarmupAnnealing", "WSD")
 
     def in_steps(self, max_steps: int) -> "SchedSteps":
@@ -48,13 +48,13 @@ class SchedConfig:
         return SchedSteps(*(int(part * max_steps) if isinstance(part, float) else part for part in parts))
 
     def check(self, block: str) -> None:
-        """Refuse what is neither a number of steps nor a share of them."""
+        """Raise UserError for what is neither a number of steps nor a share of them."""
         for name in ("warmup_steps", "constant_steps", "decay_steps"):
             value = getattr(self, name)
             if value is not None and (value < 0 or (isinstance(value, float) and value >= 1)):
                 raise UserError(
                     f"{block}.{name}={value} is neither a number of steps nor a share of the run",
-                    cure=f"set {block}.{name} to a whole number, 0 or more, or to a share from 0.0 to below 1.0",
+                    fix=f"set {block}.{name} to a whole number, 0 or more, or to a share from 0.0 to below 1.0",
                 )
 
 
@@ -73,41 +73,41 @@ class OptimConfig:
     # AdamW, its state dealt out over data parallel ranks; adam, adamw and fused_adam mean the same
     name: Literal["distributed_fused_adam", "fused_adam", "adam", "adamw"] = "distributed_fused_adam"
     # peak learning rate
-    lr: float = bounded(3e-5, above=0, told=(_NOT_POSITIVE, "set {key}, for instance to 5e-6"))
+    lr: float = bounded(3e-5, above=0, message=(_NOT_POSITIVE, "set {key}, for instance to 5e-6"))
     weight_decay: float = 0.01  # decoupled weight decay, on matrices only
     betas: tuple[float, float] = (0.9, 0.98)  # decay of Adam's first and second moment
     eps: float = 1e-8  # added to Adam's denominator
     overlap_grad_sync: bool = False  # sum gradients over data parallel ranks while the backward goes on
     overlap_param_sync: bool = False  # gather weights while the next forward goes on; needs overlap_grad_sync
     # with overlap: MiB of fp32 gradients that are summed together
-    bucket_cap_mb: float = bounded(200.0, above=0, told=(_NOT_POSITIVE, "set {key}, for instance to 200"))
+    bucket_cap_mb: float = bounded(200.0, above=0, message=(_NOT_POSITIVE, "set {key}, for instance to 200"))
     # learning rate over the optimizer steps
     sched: SchedConfig = field(default_factory=SchedConfig)
 
     def check(self) -> None:
-        """Refuse what would train nothing or the wrong way."""
+        """Raise UserError for a rate or schedule that cannot train."""
         check_bounds(self, "model.optim")
         self.sched.check("model.optim.sched")
         if self.overlap_param_sync and not self.overlap_grad_sync:
             raise UserError(
                 "model.optim.overlap_param_sync=True needs model.optim.overlap_grad_sync=True",
-                cure="set both to True, or both to False",
+                fix="set both to True, or both to False",
             )
         if self.sched.name == "WSD" and not self.sched.decay_steps:
             raise UserError(
                 "model.optim.sched.name=WSD needs model.optim.sched.decay_steps, the steps of its decay",
-                cure="set model.optim.sched.decay_steps, for instance to a tenth of the run's steps",
+                fix="set model.optim.sched.decay_steps, for instance to a tenth of the run's steps",
             )
         if self.sched.name != "WSD" and self.sched.decay_steps is not None:
             raise UserError(
                 f"model.optim.sched.decay_steps={self.sched.decay_steps} is for model.optim.sched.name=WSD, which is "
                 f"{self.sched.name}",
-                cure="set model.optim.sched.name=WSD, or model.optim.sched.decay_steps=null",
+                fix="set model.optim.sched.name=WSD, or model.optim.sched.decay_steps=null",
             )
         if self.sched.decays and self.sched.min_lr > self.lr:
             raise UserError(
                 f"model.optim.sched.min_lr={self.sched.min_lr} is above model.optim.lr={self.lr}",
-                cure="set model.optim.sched.min_lr to a tenth of model.optim.lr, or to 0",
+                fix="set model.optim.sched.min_lr to a tenth of model.optim.lr, or to 0",
             )
 
 
@@ -143,7 +143,7 @@ def learning_rate(step: int, *, peak: float, sched: SchedConfig, max_steps: int)
 
 
 def _remaining(share: float, style: str) -> float:
-    """What is left of the way from peak to the end after ``share`` of the decay: 1 at 0, 0 at 1."""
+    """The remaining fraction between peak and end after ``share`` of the decay: 1 at 0, 0 at 1."""
     match style:
         case "cosine":
             return 0.5 * (1 + math.cos(math.pi * share))

@@ -18,7 +18,7 @@ from nemo_aligner.batch import TokenBatch
 from nemo_aligner.models.gpt.attention import RowParams
 from nemo_aligner.models.gpt.config import GPTConfig
 from nemo_aligner.models.gpt.heads import HeadConfig, ScalarHead
-from nemo_aligner.models.gpt.layers import InputEmbedding, Rotation, RowRotary, may_be_added
+from nemo_aligner.models.gpt.layers import InputEmbedding, Rotation, RowRotary, added_to_main_grad
 from nemo_aligner.models.gpt.recompute import Recompute
 from nemo_aligner.models.gpt.spec import layer_spec
 from nemo_aligner.models.gpt.transformer import transformer_config
@@ -42,25 +42,27 @@ class VocabHead(tensor_parallel.ColumnParallelLinear):
         weight: Tensor | None = None,
         *,
         request: HeadRequest | None = None,
-        weights: Tensor | None = None,
-        exact: bool = False,
+        logprob_grad: Tensor | None = None,
+        grad_is_exact: bool = False,
     ) -> HeadOutput | Tensor:
         """[n, H] hidden and [n] targets to :class:`HeadOutput`; without targets to [n, V / TP] logits.
 
-        ``exact`` says that ``weights`` are the gradient itself and not only in proportion to it.
+        ``grad_is_exact`` says that ``logprob_grad`` is the gradient itself and not only in proportion to it.
         """
         weight = self.weight if weight is None else weight
         assert weight is not None
         if targets is None:
             return hidden @ weight.t()
         assert request is not None
-        gathered: Tensor | None = getattr(weight, "main_grad", None) if exact else None
-        if gathered is not None and gathered.dtype != hidden.dtype:
-            gathered = None
-        if gathered is not None and weight is self.weight:
+        main_grad: Tensor | None = getattr(weight, "main_grad", None) if grad_is_exact else None
+        if main_grad is not None and main_grad.dtype != hidden.dtype:
+            main_grad = None
+        if main_grad is not None and weight is self.weight:
             # The embedding's, where it is tied, is given a gradient by the embedding.
-            weight = may_be_added(weight)
-        return head_outputs(hidden, weight, targets, request=request, weights=weights, gathered=gathered)
+            weight = added_to_main_grad(weight)
+        return head_outputs(
+            hidden, weight, targets, request=request, logprob_grad=logprob_grad, main_grad=main_grad
+        )
 
 
 class GPT(GPTModel):
@@ -112,21 +114,21 @@ class GPT(GPTModel):
         """This rank's parts of the model, in the order in which a batch passes them: this one."""
         return [self]
 
-    def inputs(self, batch: TokenBatch, read: Tensor | None = None) -> dict[str, object]:
+    def inputs(self, batch: TokenBatch, selected: Tensor | None = None) -> dict[str, object]:
         """The arguments of a call of this module (or of the DDP around it) on ``batch``.
 
         The call returns hidden states [S, B, H], or [S / TP, B, H] with sequence parallelism; before the last stage,
         what the next one takes.
 
         Args:
-            read: [n] places in [S * B]: the call returns the hidden states of these alone, [n, 1, H].
+            selected: [n] places in [S * B]: the call returns the hidden states of these alone, [n, 1, H].
         """
         boundaries = None if batch.cu_seqlens is None else tuple(batch.cu_seqlens.tolist())
         return {
             "input_ids": batch.tokens,
             "position_ids": batch.positions(),
             "attention_mask": None,
-            "packed_seq_params": RowParams(boundaries=boundaries, read=read),
+            "packed_seq_params": RowParams(boundaries=boundaries, selected=selected),
         }
 
     def _preprocess(

@@ -104,7 +104,7 @@ class _NotFinite(ArithmeticError):
 
 @dataclass(frozen=True, kw_only=True)
 class Taken:
-    """What came of an optimizer step."""
+    """The result of an optimizer step."""
 
     done: bool  # else the weights and the moments are as they were
     grad_norm: float  # before clipping; NaN where fp16 has overflowed
@@ -168,7 +168,7 @@ def make_moments(optimizer: MegatronOptimizer) -> None:
 
 
 def zero_moments(optimizer: MegatronOptimizer) -> None:
-    """What moments there are as before the first step."""
+    """Reset the optimizer's moments to those before the first step."""
     for moments in inner_optimizer(optimizer).state.values():
         for value in moments.values():
             if isinstance(value, Tensor):
@@ -176,7 +176,7 @@ def zero_moments(optimizer: MegatronOptimizer) -> None:
 
 
 def optimizer_shards(optimizer: MegatronOptimizer, model_state: ShardedStateDict) -> list[Shards]:
-    """What the optimizer keeps of each weight: its fp32 copy and its moments, of which each rank has a part.
+    """The optimizer's state of each weight: its fp32 copy and its moments, of which each rank has a part.
 
     They stand for the optimizer's own memory: nothing is gathered or copied, and what is written into them is loaded.
 

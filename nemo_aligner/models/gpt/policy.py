@@ -12,9 +12,9 @@ from nemo_aligner.batch import Prompt, Rollout, TokenBatch
 from nemo_aligner.models.gpt.generate import Watch, generate
 from nemo_aligner.models.gpt.learner import GPTLearner
 from nemo_aligner.models.gpt.model import GPT, InterleavedGPT
-from nemo_aligner.models.gpt.sampling import Drawn
-from nemo_aligner.models.gpt.spare import SpareWeights
-from nemo_aligner.models.gpt.stops import Speller, Stops
+from nemo_aligner.models.gpt.sampling import SampledDistribution
+from nemo_aligner.models.gpt.stops import Detokenizer, Stops
+from nemo_aligner.models.gpt.weight_swap import SwappedWeights
 from nemo_aligner.models.sampling_config import SamplingConfig
 from nemo_aligner.objectives.protocol import Objective, Sums, Wants
 from nemo_aligner.parallel import world
@@ -25,8 +25,8 @@ class GPTPolicy(GPTLearner):
 
     Args:
         model: it.
-        end_ids: the tokens that end an answer.
-        speller: a tokenizer, without which answers can have no end strings.
+        end_ids: the tokens that end a response.
+        detokenizer: a tokenizer, without which responses can have no end strings.
     """
 
     def __init__(
@@ -34,13 +34,13 @@ class GPTPolicy(GPTLearner):
         model: GPT | InterleavedGPT,
         *,
         end_ids: Sequence[int] = (),
-        speller: Speller | None = None,
+        detokenizer: Detokenizer | None = None,
         kept_logits_bytes: int = 1 << 30,
         seed: int = 1234,
     ) -> None:
         super().__init__(model, kept_logits_bytes=kept_logits_bytes, seed=seed)
-        self.end_ids, self._speller = tuple(end_ids), speller
-        self._reference: SpareWeights | None = None
+        self.end_ids, self._detokenizer = tuple(end_ids), detokenizer
+        self._reference: SwappedWeights | None = None
 
     def get_loss_and_metrics(
         self,
@@ -51,19 +51,19 @@ class GPTPolicy(GPTLearner):
         sampling: SamplingConfig | None = None,
     ) -> Sums:
         """See :class:`~nemo_aligner.models.alignable_interface.AlignableGenerativeInterface`."""
-        return self._run(batches, objective, forward_only=forward_only, drawn=self._drawn(sampling))
+        return self._run(batches, objective, forward_only=forward_only, sampled=self._sampled(sampling))
 
     def logprobs(
-        self, batch: TokenBatch, sampling: SamplingConfig | None = None, *, learned_only: bool = False
+        self, batch: TokenBatch, sampling: SamplingConfig | None = None, *, loss_tokens_only: bool = False
     ) -> Tensor:
         """[B, S] float on the last pipeline stage's ranks, zeros elsewhere.
 
         See :class:`~nemo_aligner.models.alignable_interface.AlignableGenerativeInterface`.
         """
-        if sampling is None and not learned_only:
+        if sampling is None and not loss_tokens_only:
             ends = batch.lengths[:, None] if batch.cu_seqlens is None else batch.cu_seqlens[-1]
-            batch = replace(batch, mask=torch.arange(batch.seq_length, device=ends.device)[None] < ends)
-        outputs = self._ask([batch], Wants.LOGPROBS, drawn=self._drawn(sampling))
+            batch = replace(batch, loss_mask=torch.arange(batch.seq_length, device=ends.device)[None] < ends)
+        outputs = self._ask([batch], Wants.LOGPROBS, sampled=self._sampled(sampling))
         if not outputs:
             return torch.zeros(batch.tokens.shape, device=world.device())
         assert outputs[0].logprobs is not None
@@ -73,7 +73,7 @@ class GPTPolicy(GPTLearner):
 
     def keep_reference(self) -> None:
         """Remember the weights of this moment as those of the initial policy, in CPU memory."""
-        self._reference = SpareWeights(self.model)
+        self._reference = SwappedWeights(self.model)
 
     def as_reference(self) -> contextlib.AbstractContextManager[None]:
         """See :class:`~nemo_aligner.models.alignable_interface.AlignableGenerativeInterface`."""
@@ -95,7 +95,7 @@ class GPTPolicy(GPTLearner):
             return generate(self._model, prompts, sampling, stops=stops, slots=slots, step=step, watch=watch)
 
     def _stops(self, sampling: SamplingConfig) -> Stops:
-        return Stops.of(self.end_ids, sampling.end_strings, self._speller)
+        return Stops.of(self.end_ids, sampling.end_strings, self._detokenizer)
 
-    def _drawn(self, sampling: SamplingConfig | None) -> Drawn | None:
-        return None if sampling is None else Drawn(config=sampling, end_ids=self._stops(sampling).ids)
+    def _sampled(self, sampling: SamplingConfig | None) -> SampledDistribution | None:
+        return sampling and SampledDistribution(config=sampling, end_ids=self._stops(sampling).ids)

@@ -22,7 +22,7 @@ class Recompute:
     num_layers: int | None = None  # uniform: layers of a group; block: layers of a chunk that are recomputed
 
     def check(self) -> None:
-        """Refuse what Megatron would assert on.
+        """Raise UserError for what Megatron would assert on.
 
         Raises:
             UserError: with the setting that is missing or too much.
@@ -31,22 +31,22 @@ class Recompute:
             if self.method is None:
                 raise UserError(
                     f"{_KEY}_granularity=full needs {_KEY}_method",
-                    cure=f"set {_KEY}_method=uniform (all layers, in groups) or block (some of them)",
+                    fix=f"set {_KEY}_method=uniform (all layers, in groups) or block (some of them)",
                 )
             if self.num_layers is None or self.num_layers < 1:
                 raise UserError(
                     f"{_KEY}_granularity=full needs {_KEY}_num_layers, which is {_named(self.num_layers)}",
-                    cure=f"set {_KEY}_num_layers=1 (with uniform: layers of a group; with block: layers recomputed)",
+                    fix=f"set {_KEY}_num_layers=1 (with uniform: layers of a group; with block: layers recomputed)",
                 )
         elif self.num_layers is not None:
             raise UserError(
                 f"{_KEY}_num_layers={self.num_layers} is for whole layers, but {_KEY}_granularity="
                 f"{_named(self.granularity)}",
-                cure=f"set {_KEY}_num_layers=null, or {_KEY}_granularity=full",
+                fix=f"set {_KEY}_num_layers=null, or {_KEY}_granularity=full",
             )
 
     def check_layers(self, layers: int) -> None:
-        """Refuse groups that do not divide the ``layers`` of a chunk of the model.
+        """Raise UserError if groups do not divide the ``layers`` of a chunk of the model.
 
         Raises:
             UserError: with the sizes that do.
@@ -57,7 +57,7 @@ class Recompute:
             fits = [n for n in range(1, layers + 1) if layers % n == 0]
             raise UserError(
                 f"{_KEY}_num_layers={self.num_layers} does not divide the {layers} layers of a pipeline stage",
-                cure=f"set {_KEY}_num_layers to one of {fits}",
+                fix=f"set {_KEY}_num_layers to one of {fits}",
             )
 
 

@@ -27,7 +27,7 @@ def inverse_frequencies(config: GPTConfig) -> Tensor:
 
 
 def rotation_scale(config: GPTConfig) -> float:
-    """What cosines and sines are multiplied by: 1 but for yarn, which sharpens attention over long texts."""
+    """The factor of cosines and sines: 1 but for yarn, which sharpens attention over long texts."""
     scaling = config.rope_scaling
     if scaling is None or scaling.rope_type != "yarn":
         return 1.0

@@ -25,7 +25,7 @@ from nemo_aligner.parallel.vocab import Transform
 
 # The logit of a token that can't be drawn: so far below all others that its probability is 0, and finite, as
 # 0 * -inf is no number.
-DROPPED = -1e30
+MASKED_LOGIT = -1e30
 
 BLOCK = 256  # columns whose probabilities are summed before the draw looks at single ones
 CANDIDATES = 256  # the most likely tokens that top_p looks at first
@@ -35,16 +35,16 @@ GOLDEN = 0x9E3779B97F4A7C15
 
 @dataclass(frozen=True, kw_only=True)
 class History:
-    """What the transform must know of the text before each row's token; None where no setting asks for it."""
+    """The text before each row's token, as far as the transform needs it; None if no setting does."""
 
     seen: Tensor | None = None  # [n, V] bool: the token stands in the text before
-    young: Tensor | None = None  # [n] bool: the answer is shorter than min_length
-    end_ids: tuple[int, ...] = ()  # tokens that end an answer
+    below_min_length: Tensor | None = None  # [n] bool: the response is shorter than min_length
+    end_ids: tuple[int, ...] = ()  # tokens that end a response
 
 
 @dataclass(frozen=True, kw_only=True)
-class Drawn:
-    """How the answers of a batch were drawn: with it a trainer's log-probs are those that the sampler believed."""
+class SampledDistribution:
+    """The distribution that a batch was sampled from: the trainer's log-probs are then those of the sampler."""
 
     config: SamplingConfig
     end_ids: tuple[int, ...]
@@ -52,10 +52,10 @@ class Drawn:
     def transform(self, batch: TokenBatch, row: Tensor, position: Tensor, *, first: int) -> Transform:
         """For the head: :func:`transform` of the logits of tokens ``position`` [n] in rows ``row`` [n].
 
-        An answer begins at its row's first learned token.
+        A response begins at its row's first loss token.
         """
-        config, start = self.config, batch.learned().int().argmax(1)
-        assert batch.cu_seqlens is None, "where an answer begins in a packed row is not known"
+        config, start = self.config, batch.loss_tokens().int().argmax(1)
+        assert batch.cu_seqlens is None, "where a response begins in a packed row is not known"
 
         def call(logits: Tensor, rows: slice, taken: Tensor) -> Tensor:
             at, place = row[rows], position[rows]
@@ -63,7 +63,7 @@ class Drawn:
                 seen=_seen(batch.tokens[at], place, logits.shape[1], first)
                 if config.repetition_penalty != 1
                 else None,
-                young=place - start[at] < config.min_length,
+                below_min_length=place - start[at] < config.min_length,
                 end_ids=self.end_ids,
             )
             return transform(logits, config, history, first=first, taken=taken)
@@ -87,8 +87,8 @@ def transform(
 
     In the order of transformers' generate: repetition penalty (Keskar et al. 2019, 4.1: a positive logit is divided
     by it, a negative one multiplied), min_length, temperature, top-k, top-p (Holtzman et al. 2020; on what top-k has
-    left), min-p (Nguyen et al. 2024). What is left out gets :data:`DROPPED`. Where two tokens are equally likely, both
-    are kept or none. Differentiable; which tokens are kept is taken as given.
+    left), min-p (Nguyen et al. 2024). What is left out gets :data:`MASKED_LOGIT`. Where two tokens are equally likely,
+    both are kept or none. Differentiable; which tokens are kept is taken as given.
 
     Args:
         taken: [n] int64 columns here (-1: another rank's) of tokens that count as kept whatever their logits, for
@@ -100,26 +100,26 @@ def transform(
         z = z.where(
             ~history.seen, torch.where(z > 0, z / config.repetition_penalty, z * config.repetition_penalty)
         )
-    if history.young is not None:
-        z = _without_ends(z, history.young, history.end_ids, first, taken)
+    if history.below_min_length is not None:
+        z = _without_ends(z, history.below_min_length, history.end_ids, first, taken)
     if config.scale != 1:
         z = z / config.scale
     if config.truncates:
         # One number per row, the largest of what each setting asks for, as all of them keep the most likely tokens.
         out = z < _least_kept(z.detach(), config)[:, None]
-        z = z.masked_fill(_but_taken(out, taken), DROPPED)
+        z = z.masked_fill(_but_taken(out, taken), MASKED_LOGIT)
     return z
 
 
 def _without_ends(
-    z: Tensor, young: Tensor, end_ids: tuple[int, ...], first: int, taken: Tensor | None
+    z: Tensor, below_min_length: Tensor, end_ids: tuple[int, ...], first: int, taken: Tensor | None
 ) -> Tensor:
     columns = [i - first for i in end_ids if first <= i < first + z.shape[1]]
-    if not columns or not bool(young.any()):
+    if not columns or not bool(below_min_length.any()):
         return z
     out = torch.zeros_like(z, dtype=torch.bool)
-    out[:, columns] = young[:, None]
-    return z.masked_fill(_but_taken(out, taken), DROPPED)
+    out[:, columns] = below_min_length[:, None]
+    return z.masked_fill(_but_taken(out, taken), MASKED_LOGIT)
 
 
 def _but_taken(out: Tensor, taken: Tensor | None) -> Tensor:
@@ -145,9 +145,9 @@ def _least_kept(z: Tensor, config: SamplingConfig) -> Tensor:
 
 
 def _largest(z: Tensor, k: int) -> Tensor:
-    """[n, k]: the largest logits over all ranks, descending; where there are fewer, the last ones are DROPPED."""
+    """[n, k]: the largest logits over all ranks, descending; where there are fewer, the last ones are MASKED_LOGIT."""
     mine = z.topk(min(k, z.shape[1]), dim=1).values
-    mine = F.pad(mine, (0, k - mine.shape[1]), value=DROPPED)
+    mine = F.pad(mine, (0, k - mine.shape[1]), value=MASKED_LOGIT)
     return gather_over_tensor_parallel(mine).topk(k, dim=1).values
 
 
@@ -160,7 +160,7 @@ def _nucleus(z: Tensor, best: Tensor | None, p: float) -> Tensor:
     candidates = _largest(z, CANDIDATES) if best is None else best
     while True:
         mass = (candidates - total[:, None]).double().exp().cumsum(1)
-        if best is not None or bool(((mass[:, -1] >= p) | (candidates[:, -1] < DROPPED * 1e-6)).all()):
+        if best is not None or bool(((mass[:, -1] >= p) | (candidates[:, -1] < MASKED_LOGIT * 1e-6)).all()):
             break
         candidates = _largest(z, 4 * candidates.shape[1])
     last = (mass < p).sum(1).clamp(max=candidates.shape[1] - 1)
@@ -215,7 +215,7 @@ def _blocks(x: Tensor, *, padding: float) -> Tensor:
 
 def _most_likely(z: Tensor) -> tuple[Tensor, Tensor]:
     """[n] columns here of the largest logits, and [n] bool whether that is the largest of all ranks."""
-    blocks = _blocks(z, padding=DROPPED)
+    blocks = _blocks(z, padding=MASKED_LOGIT)
     peaks = blocks.amax(2)
     block = peaks.argmax(1)
     rows = torch.arange(z.shape[0], device=z.device)
@@ -244,15 +244,15 @@ def _passed(p: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
     return column.clamp_(max=p.shape[1] - 1), mine
 
 
-def uniforms(seed: int, step: int, *, number: int, sample: int, count: int) -> Tensor:
-    """[count] float64 in [0, 1) for the first ``count`` tokens of one answer, a function of the arguments alone.
+def random_uniforms(seed: int, step: int, *, number: int, sample: int, count: int) -> Tensor:
+    """[count] float64 in [0, 1) for the first ``count`` tokens of one response, a function of the arguments alone.
 
-    SplitMix64 (Steele, Lea and Flood 2014): a stream per answer, a number of it per position.
+    SplitMix64 (Steele, Lea and Flood 2014): a stream per response, a number of it per position.
 
     Args:
         step: of training.
         number: the prompt's.
-        sample: which of the answers to it.
+        sample: which of the responses to it.
     """
     key = 0
     for word in (seed, step, number, sample):

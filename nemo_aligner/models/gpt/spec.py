@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the layers are made of: Transformer Engine's modules where it is usable, else Megatron's with our norm."""
+"""The modules of a layer: Transformer Engine's where it is usable, else Megatron's with our norm."""
 
 import functools
 from collections.abc import Mapping
@@ -27,11 +27,11 @@ class Layer(TransformerLayer):
     """After the last layer's attention no position sees another: its MLP is computed for those that are read."""
 
     def forward(self, hidden_states: Tensor, **options: Any) -> tuple[Any, Tensor | None]:  # noqa: ANN401
-        """[S, B, H] to the same; of the last layer to [n, 1, H] where ``RowParams.read`` has n places."""
+        """[S, B, H] to the same; of the last layer to [n, 1, H] where ``RowParams.selected`` has n places."""
         hidden, context = self._forward_attention(hidden_states, **options)
         rows = options["packed_seq_params"]
-        if self.layer_number == self.config.num_layers and rows is not None and rows.read is not None:
-            hidden = hidden.flatten(0, 1).index_select(0, rows.read)[:, None]
+        if self.layer_number == self.config.num_layers and rows is not None and rows.selected is not None:
+            hidden = hidden.flatten(0, 1).index_select(0, rows.selected)[:, None]
         return self._forward_mlp(hidden, padding_mask=options["padding_mask"]), context
 
 
@@ -85,7 +85,7 @@ def _with(layer: ModuleSpec, **modules: type) -> ModuleSpec:
 
 
 def _with_biases(layer: ModuleSpec, biased: Mapping[str, bool]) -> ModuleSpec:
-    """The same layer; Megatron has one setting for all biases, so linear layers that lack one are told apart here."""
+    """The same layer; Megatron has one setting for all biases, so linear layers that lack one are handled here."""
     if not any(biased.values()):
         return layer
     submodules: Any = layer.submodules

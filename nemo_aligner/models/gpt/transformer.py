@@ -102,11 +102,11 @@ def transformer_config(
         batch_p2p_comm=cuda and not interleaved,
         overlap_p2p_comm=cuda and interleaved,
     )
-    _tell_rotation_scale(config, rotation_scale(gpt))
+    _set_rotation_scale(config, rotation_scale(gpt))
     return config
 
 
-def _tell_rotation_scale(config: TransformerConfig, scale: float) -> None:
+def _set_rotation_scale(config: TransformerConfig, scale: float) -> None:
     """Have Megatron, where it turns queries and keys itself, multiply cosines and sines by ``scale``.
 
     It makes the scale of yarn's settings, 0.1 * mscale * log(factor) + 1, and knows no other way to say it.

@@ -33,7 +33,7 @@ def rollout() -> Rollout:
     lengths = torch.tensor([2, 3, 2])
     return Rollout(
         tokens=tokens,
-        mask=(torch.arange(3) >= 1) & (torch.arange(3) < lengths[:, None]),
+        loss_mask=(torch.arange(3) >= 1) & (torch.arange(3) < lengths[:, None]),
         lengths=lengths,
         prompt_lengths=torch.ones(3, dtype=torch.int64),
         finished=torch.ones(3, dtype=torch.bool),
@@ -79,7 +79,7 @@ def test_a_function_cannot_change_a_row_for_the_next_one():
         (lambda **_: [1.0], "trainer.ppo.rewards.bad: TypeError"),
     ],
 )
-def test_a_function_that_fails_is_told_with_its_row(function, words: str):
+def test_a_function_that_fails_is_reported_with_its_row(function, words: str):
     with pytest.raises(NotFinite) as found:
         score_by_functions({"bad": function}, rollout(), PROMPTS, text=text)
     assert words in found.value.error.problem
@@ -100,4 +100,4 @@ def test_functions_come_from_the_folder_of_the_command(tmp_path: Path, monkeypat
         with pytest.raises(UserError, match=words) as found:
             load_function("trainer.ppo.rewards.a.function", path)
         assert f"trainer.ppo.rewards.a.function={path}" in found.value.problem
-        assert str(tmp_path) in found.value.cure
+        assert str(tmp_path) in found.value.fix

@@ -6,7 +6,7 @@ import random
 import pytest
 import torch
 
-from nemo_aligner.algorithms.rollout import collect, deal
+from nemo_aligner.algorithms.rollout import balance_micro_batches, gather_rollouts
 from nemo_aligner.batch import Prompt
 from nemo_aligner.models.gpt.config import GPTConfig
 from nemo_aligner.models.gpt.model import build_gpt
@@ -20,7 +20,7 @@ from nemo_aligner.parallel.ranks import Layout
 def test_each_row_is_dealt_once_and_ranks_ask_equally_often(count: int, rows: int, ranks: int):
     draw = random.Random(0)
     lengths = [draw.randint(1, 500) for _ in range(count)]
-    shares = deal(lengths, rows=rows, ranks=ranks)
+    shares = balance_micro_batches(lengths, rows=rows, ranks=ranks)
     assert len({len(share) for share in shares}) == 1
     assert sorted(row for share in shares for micro in share for row in micro) == list(range(count))
     assert all(len(micro) <= rows for share in shares for micro in share)
@@ -30,7 +30,8 @@ def test_ranks_have_alike_many_tokens():
     draw = random.Random(1)
     lengths = [int(draw.lognormvariate(5, 0.6)) for _ in range(256)]
     tokens = [
-        sum(lengths[row] for micro in share for row in micro) for share in deal(lengths, rows=1, ranks=8)
+        sum(lengths[row] for micro in share for row in micro)
+        for share in balance_micro_batches(lengths, rows=1, ranks=8)
     ]
     in_order = [sum(lengths[rank * 32 : (rank + 1) * 32]) for rank in range(8)]
     assert max(tokens) - min(tokens) < 0.25 * (max(in_order) - min(in_order))
@@ -44,7 +45,7 @@ def test_a_rollout_is_padded_to_at_least_what_is_asked_for(caplog: pytest.LogCap
             torch.nn.init.normal_(weight, std=0.1)
         prompts, sampling = [Prompt(tokens=[1, 2, 3], number=0)], SamplingConfig(max_length=5)
         widths = [
-            collect(policy, prompts, sampling, draw=0, slots=1, seq_length=asked).seq_length
+            gather_rollouts(policy, prompts, sampling, draw=0, slots=1, seq_length=asked).seq_length
             for asked in (None, 12, 6)
         ]
     assert widths == [8, 12, 8]

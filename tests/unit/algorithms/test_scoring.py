@@ -16,7 +16,7 @@ from nemo_aligner.batch import Rollout, TokenBatch
 from nemo_aligner.models.sampling_config import SamplingConfig
 from nemo_aligner.parallel import world
 from nemo_aligner.run.stopwatch import Stopwatch
-from nemo_aligner.serving.shared import Pending, SharedCritic
+from nemo_aligner.serving.proxies import CriticProxy, PendingReply
 from tests.zero_critic import ZeroCritic
 
 
@@ -38,7 +38,7 @@ def scorer() -> Scorer:
         decode=str,
         end_ids=(),
     )
-    return Scorer(policy=None, sources=RewardSources(critic=SharedCritic(ZeroCritic())), rollouts=rollouts)
+    return Scorer(policy=None, sources=RewardSources(critic=CriticProxy(ZeroCritic())), rollouts=rollouts)
 
 
 def rollout(*, finished: bool = True) -> Rollout:
@@ -46,7 +46,7 @@ def rollout(*, finished: bool = True) -> Rollout:
     lengths = torch.tensor([3, 4])
     return Rollout(
         tokens=torch.ones(2, 6, dtype=torch.int64),
-        mask=torch.arange(6) < lengths[:, None],
+        loss_mask=torch.arange(6) < lengths[:, None],
         lengths=lengths,
         prompt_lengths=torch.ones(2, dtype=torch.int64),
         finished=torch.full((2,), finished),
@@ -67,13 +67,13 @@ class _Asked(ZeroCritic):
 
 
 def test_a_rollout_is_one_request(scorer: Scorer):
-    """So the critic changes to the reward model's weights once for it, however few answers are written at a time."""
+    """So the critic changes to the reward model's weights once for it, however few responses are generated at once."""
     asked = _Asked()
-    replace(scorer, sources=RewardSources(critic=SharedCritic(asked))).ask(rollout().filled(8)).result()
+    replace(scorer, sources=RewardSources(critic=CriticProxy(asked))).ask(rollout().pad_rows(8)).result()
     assert asked.rows == [8]
 
 
-def test_a_rollout_that_nothing_ended_is_told_with_what_would_end_it(
+def test_a_rollout_that_nothing_ended_is_reported_with_what_would_end_it(
     scorer: Scorer, caplog: pytest.LogCaptureFixture
 ):
     rollouts = replace(
@@ -82,15 +82,15 @@ def test_a_rollout_that_nothing_ended_is_told_with_what_would_end_it(
     rollouts.warn_of_cut(rollout())
     assert not caplog.text
     rollouts.warn_of_cut(rollout(finished=False))
-    assert "none of the 2 answers" in caplog.text
-    assert "what ends an answer: '[7]', 'User:'" in caplog.text
+    assert "none of the 2 responses" in caplog.text
+    assert "what ends a response: '[7]', 'User:'" in caplog.text
     assert "max_length, now 9" in caplog.text
 
 
-def reply(rewards: list[float], values: torch.Tensor) -> Pending[tuple[torch.Tensor, torch.Tensor]]:
+def reply(rewards: list[float], values: torch.Tensor) -> PendingReply[tuple[torch.Tensor, torch.Tensor]]:
     future: Future[tuple[torch.Tensor, torch.Tensor]] = Future()
     future.set_result((torch.tensor(rewards), values))
-    return Pending(future)
+    return PendingReply(future)
 
 
 def test_only_columns_with_tokens_are_sent_and_values_come_back_as_wide_as_the_rollout(scorer: Scorer):

@@ -24,7 +24,7 @@ NO_LOSS = {"loss": math.nan, "grad_norm": math.nan, "skipped_steps": 1.0}
 NO_GRADIENT = {"loss": 1.0, "grad_norm": math.inf, "skipped_steps": 1.0}
 
 
-def test_the_first_of_a_row_is_told_and_a_step_that_is_fine_ends_it():
+def test_the_first_of_a_row_is_reported_and_a_step_that_is_fine_ends_it():
     state = TrainerState()
     for step, metrics in enumerate((NO_LOSS, FINE, NO_GRADIENT, NO_LOSS, NO_LOSS), 1):
         state = counted(state, metrics, step=step)
@@ -43,10 +43,10 @@ def test_the_first_of_a_row_is_told_and_a_step_that_is_fine_ends_it():
 
 
 @pytest.mark.parametrize("number", [math.nan, math.inf, -math.inf, 2e15])
-def test_a_number_that_is_no_use_is_told(number: float):
+def test_a_number_that_is_no_use_is_reported(number: float):
     rewards = torch.tensor([1.0, number, number])
     with pytest.raises(NotFinite) as found:
-        check_finite({"values": torch.ones(2), "rewards": rewards}, most=1e15, cure="look")
+        check_finite({"values": torch.ones(2), "rewards": rewards}, most=1e15, fix="look")
     told = f"2 of 3 rewards of this rollout are no use, the first of them: {number:g}"
     assert found.value.error.problem == told
-    check_finite({"rewards": torch.tensor([1e15, -1e15])}, most=1e15, cure="look")
+    check_finite({"rewards": torch.tensor([1e15, -1e15])}, most=1e15, fix="look")

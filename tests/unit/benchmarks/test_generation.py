@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Both sides write answers of the same lengths to the same prompts, greedily the same ones; ratios are of ours."""
+"""Both sides write responses of the same lengths to the same prompts, greedily the same ones; ratios are of ours."""
 
 import json
 from dataclasses import asdict, replace
@@ -10,12 +10,12 @@ import pytest
 from benchmarks import sft
 from benchmarks.figures import Figure
 from benchmarks.generation import (
-    ANSWER,
     CEILING,
     FAR,
     FLOORS,
     NEAR,
     OURS,
+    RESPONSE,
     ROUNDS,
     THEIRS,
     Case,
@@ -54,9 +54,9 @@ def test_both_sides_write_the_same(theirs: Path, tmp_path: Path):
     import_from_huggingface(theirs, str(tmp_path / "x.nemo"))
     with world.ensure_single_process():
         ours, _ = written(load(tmp_path / "x.nemo"), CASE)
-    assert [len(answer) for answer in ours] == LENGTHS
+    assert [len(response) for response in ours] == LENGTHS
     batches = generate(LlamaForCausalLM.from_pretrained(theirs).eval(), asdict(CASE))
-    # Each batch of two goes on until its longer answer has ended.
+    # Each batch of two goes on until its longer response has ended.
     assert [out.shape[1] - 4 for out, _ in batches] == [9, 7, 5]
     rows = [row[4:].tolist() for out, _ in batches for row in out]
     assert [row[:n] for row, n in zip(rows, LENGTHS, strict=True)] == ours
@@ -68,12 +68,12 @@ def test_their_side_is_timed(theirs: Path, steps: bool):
     assert 0 < measured(LlamaForCausalLM.from_pretrained(theirs).eval(), case) < 60
 
 
-def test_uneven_answers_are_a_third_as_long_on_average():
+def test_uneven_responses_are_a_third_as_long_on_average():
     for count in (ROUNDS * 16, ROUNDS * 64):
         lengths = uneven(count)
         assert min(lengths) == 1
-        assert max(lengths) == ANSWER
-        assert abs(sum(lengths) / count / ANSWER - 1 / 3) < 0.02
+        assert max(lengths) == RESPONSE
+        assert abs(sum(lengths) / count / RESPONSE - 1 / 3) < 0.02
         assert lengths == uneven(count) != sorted(lengths)
 
 

@@ -6,7 +6,7 @@ import pytest
 from benchmarks.ppo import OVERHEAD_CEILING, OVERLAP_FLOOR, RUN, Step, figures_of, measured_steps
 from benchmarks.processes import ALLOCATORS
 
-# A step of 10 s that ends at 100: answers for 3 s, log-probs for 2 s, learning for 4 s, half a second of waiting.
+# A step of 10 s that ends at 100: responses for 3 s, log-probs for 2 s, learning for 4 s, half a second of waiting.
 TIMERS = {
     "step_time": 10.0,
     "rollout_time": 5.25,
@@ -71,5 +71,5 @@ def test_limits_stand_beside_the_default_allocators_figures(step: Step):
 
 
 def test_batches_are_whole():
-    assert RUN.answers % RUN.learned_at_once == RUN.learned_at_once % RUN.micro_batch == 0
-    assert RUN.prompt + RUN.answer <= RUN.model.encoder_seq_length
+    assert RUN.responses % RUN.learned_at_once == RUN.learned_at_once % RUN.micro_batch == 0
+    assert RUN.prompt + RUN.response <= RUN.model.encoder_seq_length

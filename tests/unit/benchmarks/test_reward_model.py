@@ -36,7 +36,7 @@ def test_pairs_are_full_rows_that_are_judged_at_their_end():
     batch = next(pairs(TINY))
     assert batch.tokens.shape == (4, 16)
     assert batch.lengths.sum() == TINY.tokens
-    assert batch.mask.nonzero().tolist() == [[row, 15] for row in range(4)]
+    assert batch.loss_mask.nonzero().tolist() == [[row, 15] for row in range(4)]
 
 
 def test_the_model_has_as_many_weights_as_transformers():

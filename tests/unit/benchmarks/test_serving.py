@@ -53,9 +53,9 @@ def test_the_server_notes_how_long_each_request_took():
             settings={},
         )
         for asked in (Asked(rows=1, tokens=16, times=1), Asked(rows=3, tokens=5, times=1)):
-            judged = server.infer(batch(served.model, asked))
-            assert judged.rewards is not None
-            assert judged.rewards.shape == (asked.rows,)
+            scores = server.infer(batch(served.model, asked))
+            assert scores.rewards is not None
+            assert scores.rewards.shape == (asked.rows,)
     assert list(server.computing) == ["1 x 16", "3 x 5"]
     assert all(0 < ms < 60_000 for (ms,) in server.computing.values())
 

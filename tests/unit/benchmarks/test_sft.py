@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Our side of the step: the peers' model, as many operations as torch counts, learned tokens where they belong."""
+"""Our side of the step: the peers' model, as many operations as torch counts, loss tokens where they belong."""
 
 import ast
 from dataclasses import replace
@@ -81,7 +81,7 @@ def test_the_model_has_as_many_weights_as_transformers():
 @pytest.mark.parametrize("learned", [15, 4])
 def test_only_the_end_of_a_row_is_learned(learned: int):
     batch = next(rows(TINY, learned=learned))
-    assert batch.learned().sum(1).tolist() == [learned] * TINY.rows
+    assert batch.loss_tokens().sum(1).tolist() == [learned] * TINY.rows
     assert batch.lengths.sum() == TINY.tokens
 
 

@@ -71,7 +71,7 @@ def test_a_model_is_not_saved(model: GPT, tmp_path: Path, number: float):
     with pytest.raises(UserError, match=f"x.nemo is not made of them: {BROKEN} is not finite"):
         save_nemo(model, tmp_path / "x.nemo", config={}, files={})
     assert not (tmp_path / "x.nemo").exists()
-    refuse_non_finite(model, problem="", cure="", but="decoder")
+    refuse_non_finite(model, problem="", fix="", but="decoder")
 
 
 def test_weights_are_neither_loaded_nor_exported(model: GPT, tmp_path: Path):

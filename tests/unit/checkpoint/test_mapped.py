@@ -52,9 +52,8 @@ def test_ranks_read_their_blocks_alone(hf_folder: Callable[..., Path], name: str
         torch.save({key: tensors.read(key) for key in tensors.shapes}, folder / "pytorch_model.bin")
         (folder / "model.safetensors").unlink()
     for key, tensor in whole.items():
-        halves = (
-            2 if "linear_fc1.weight" in key and name != "nemotron" else 1
-        )  # gate and up are blocks of their own
+        # gate and up are blocks of their own
+        halves = 2 if "linear_fc1.weight" in key and name != "nemotron" else 1
         for axis in range(tensor.ndim):
             for parts in (1, 2, 4):
                 if tensor.shape[axis] % (parts * halves):

@@ -218,7 +218,7 @@ def test_folders_that_are_no_nemo_are_refused(
         ("model_weights/metadata.json", '{"sharded_backend": "zarr"}', r"zarr[\s\S]*torch_dist"),
     ],
 )
-def test_old_layouts_name_the_cure(tmp_path: Path, file: str, content: str, message: str):
+def test_old_layouts_name_the_fix(tmp_path: Path, file: str, content: str, message: str):
     (tmp_path / "model_config.yaml").write_text("a: 1")
     (tmp_path / file).parent.mkdir(exist_ok=True)
     (tmp_path / file).write_text(content)

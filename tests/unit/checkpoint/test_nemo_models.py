@@ -199,7 +199,7 @@ def our_logits(nemo: Path) -> Tensor:
         load_model(model, archive.weights)
     lengths = torch.full((TOKENS.shape[0],), TOKENS.shape[1])
     found = whole_logits.logits(
-        model, TokenBatch(tokens=TOKENS, mask=torch.ones_like(TOKENS).bool(), lengths=lengths)
+        model, TokenBatch(tokens=TOKENS, loss_mask=torch.ones_like(TOKENS).bool(), lengths=lengths)
     )
     assert found is not None
     return found

@@ -91,7 +91,7 @@ def test_plain_values_are_saved_as_they_were_when_the_save_began(tmp_path: Path)
         assert load_state({}, tmp_path / "state", remedy="-")["groups"] == [{"step": 1}]
 
 
-def test_a_disk_without_room_is_told_with_its_folder(tmp_path: Path):
+def test_a_disk_without_room_is_reported_with_its_folder(tmp_path: Path):
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     with world.ensure_single_process():
         model = small_gpt(0.5)
@@ -156,7 +156,7 @@ def test_another_shape_is_refused_unless_it_is_padding(tmp_path: Path):
     with world.ensure_single_process():
         save_state({"moments": cut(values, 5)}, tmp_path / "state")
         with pytest.raises(
-            UserError, match=r"moments has shape \[4, 3\] there, \[6, 3\] here\nCure: be careful"
+            UserError, match=r"moments has shape \[4, 3\] there, \[6, 3\] here\nFix: be careful"
         ):
             load_state({"moments": cut(larger)}, tmp_path / "state", remedy="be careful")
         load_state({"moments": cut(larger, 8, may_differ=True)}, tmp_path / "state", remedy="")

@@ -48,15 +48,17 @@ def test_a_model_of_the_hub_is_downloaded_once(hf_folder: Callable[..., Path], t
     assert again.stdout.strip() == str(snapshot), again.stderr
 
 
-def test_what_the_hub_lacks_is_told_with_what_can_be_given(hf_folder: Callable[..., Path], tmp_path: Path):
+def test_what_the_hub_lacks_is_reported_with_what_can_be_given(
+    hf_folder: Callable[..., Path], tmp_path: Path
+):
     with serving("org/toy", hf_folder("llama2")) as env:
         done = ask("peek_model", "rm_model_file", "org/other", env=env, home=tmp_path / "home")
     assert "UserError: rm_model_file=org/other is no file or folder here" in done.stderr
     assert "404" in done.stderr
-    assert "Cure: give a .nemo file or its folder" in done.stderr
+    assert "Fix: give a .nemo file or its folder" in done.stderr
 
 
-def test_forms_are_told_by_their_content(hf_folder: Callable[..., Path], tmp_path: Path):
+def test_forms_are_reported_by_their_content(hf_folder: Callable[..., Path], tmp_path: Path):
     folder = hf_folder("llama2")
     assert is_huggingface(folder)
     (folder / "model_config.yaml").write_text("num_layers: 7\n")

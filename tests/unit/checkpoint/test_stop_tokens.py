@@ -41,7 +41,7 @@ TEMPLATES = {
     "no token": ("{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}", None),
     "a word": ("{% for m in messages %}{{ m.content }} and the next one {% endfor %}", None),
     "nothing": ("{% for m in messages %}{{ m.content }}{% endfor %}", None),
-    "no assistant": ("{{ raise_exception('I answer nobody') }}", None),
+    "no assistant": ("{{ raise_exception('I response nobody') }}", None),
 }
 
 

@@ -105,7 +105,7 @@ def test_no_tokenizer(tmp_path: Path, caplog: pytest.LogCaptureFixture):
 def test_what_cannot_be_loaded_is_refused(gpt2_archive: NemoArchive, block: dict[str, Any], message: str):
     with pytest.raises(UserError, match=message) as caught:
         load_archived_tokenizer(archive(gpt2_archive.folder, block))
-    assert caught.value.cure
+    assert caught.value.fix
 
 
 def test_the_published_gpt2_vocabulary(tmp_path: Path):

@@ -18,8 +18,8 @@ from megatron.core.dist_checkpointing.strategies.torch import MCoreSavePlanner, 
 from torch import Tensor
 from torch.distributed import checkpoint as dcp
 
-from nemo_aligner.checkpoint.torch_dist import FolderWriter
-from nemo_aligner.checkpoint.weights import WeightReader, check_folder, save_weights
+from nemo_aligner.checkpoint.torch_dist import FolderWriter, check_folder
+from nemo_aligner.checkpoint.weights import WeightReader, save_weights
 from nemo_aligner.errors import UserError
 
 LAYERS, FFN, HIDDEN, VOCAB = 3, 12, 8, 50

@@ -27,7 +27,7 @@ SPECIALS = [
 
 CORPUS = [
     "The capital of France is Paris. The capital of Italy is Rome.",
-    "Question: where do camels keep their water? Answer: camels use the fat in their humps.",
+    "Question: where do camels keep their water? Response: camels use the fat in their humps.",
     "User and Assistant speak; the System listens. quality:4, toxicity:0",
     "the letters abcdefghijklmnopqrstuvwxyz ABCDEFGHIJKLMNOPQRSTUVWXYZ 0 1 2 3 4 5 6 7 8 9 |,.:;?!{}<>",
 ] * 4

@@ -135,7 +135,7 @@ def test_long_conversations_end_with_a_learned_turn(request, name):
         assert PromptTokensLayout(tokenizer, EXTRA, cfg(max_seq_length=length))(chat) == []
 
 
-def test_chatml_learns_answers_and_their_end(chatml):
+def test_chatml_learns_responses_and_their_end(chatml):
     chat = conversation("Hi", "Hello", "Who?", "Me", system="Be brief.")
     assert describe(with_template(chatml, chat), chatml) == (
         "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n"
@@ -203,7 +203,7 @@ def test_bos_before_a_template_without_one(make_hf):
     assert describe(with_template(tokenizer, chat, add_bos=True), tokenizer).startswith("<s>user: ")
 
 
-def test_answers_that_look_like_the_markup(chatml):
+def test_responses_that_look_like_the_markup(chatml):
     shown = describe(with_template(chatml, conversation("Hi", "end", "Who?", "im", "So?", "")), chatml)
     assert "⟦end<|im_end|>⟧" in shown
     assert "⟦im<|im_end|>⟧" in shown
@@ -263,7 +263,7 @@ def test_a_template_is_needed(bpe):
                 "conversations": [{"from": name, "value": "a"} for name in ("User", "Assistant", "User")],
                 "mask": "Assistant",
             },
-            "mask 'Assistant' would teach the user's turns",
+            "mask 'Assistant' would train on the user's turns",
         ),
         (
             {

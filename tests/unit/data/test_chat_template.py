@@ -80,7 +80,7 @@ def test_what_the_template_drops_is_refused(make_hf, row, problem):
     with pytest.raises(UserError) as caught:
         lay_out(with_template(make_hf, TURNS + ASKS), row)
     assert problem in caught.value.problem
-    assert caught.value.cure
+    assert caught.value.fix
 
 
 def test_text_that_the_template_cuts_out_is_refused(make_hf):

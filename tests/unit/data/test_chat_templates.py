@@ -28,7 +28,7 @@ TEMPLATES = Path(__file__).parent / "templates"
 DAY = date(2026, 1, 2)
 CORPUS = [
     "What is the capital of France? The capital is Paris. system user assistant model Hello there, yes or no",
-    "<think>\nplan the answer\n</think>\n\n| a\t| b\t|\n[INST] {name: weather} | tables || and  two  spaces",
+    "<think>\nplan the response\n</think>\n\n| a\t| b\t|\n[INST] {name: weather} | tables || and  two  spaces",
     "abcdefghijklmnopqrstuvwxyz ABCDEFGHIJKLMNOPQRSTUVWXYZ 0123456789 .,:;?!{}<>()[]|/_-\"'`\\#*",
 ] * 4
 
@@ -41,9 +41,8 @@ class Kind:
     added: tuple[str, ...]
     eos: str
     bos: str | None = None
-    metaspace: str | None = (
-        None  # SentencePiece-like: "prepend" a space to each stretch of text as Llama 2, or "plain"
-    )
+    # SentencePiece-like: "prepend" a space to each stretch of text as Llama 2, or "plain"
+    metaspace: str | None = None
     strips: tuple[str, ...] = ()  # added tokens that swallow the white space after them
 
 
@@ -109,10 +108,10 @@ CONVERSATIONS: dict[str, dict[str, Any]] = {
     },
     "reasoning in history": {
         "messages": [
-            *(user("a or b?"), reply("<think>\nplan the answer\n</think>\n\na", weight=0), user("b?"), reply("no"))
+            *(user("a or b?"), reply("<think>\nplan the response\n</think>\n\na", weight=0), user("b?"), reply("no"))
         ]
     },
-    "reasoning_content": {"messages": [user("a or b?"), reply("b", reasoning_content="plan the answer")]},
+    "reasoning_content": {"messages": [user("a or b?"), reply("b", reasoning_content="plan the response")]},
     "tool call": {
         "messages": [
             user("the weather?"),
@@ -142,7 +141,7 @@ CONVERSATIONS: dict[str, dict[str, Any]] = {
     },
     "weight 0": {"messages": [user("Hello"), reply("no", weight=0), user("Hello?"), reply("yes", weight=1)]},
     "very long": {
-        "messages": [m for i in range(40) for m in (user(f"What is {i}?" * 5), reply(f"The answer is {i}. " * 9))]
+        "messages": [m for i in range(40) for m in (user(f"What is {i}?" * 5), reply(f"The response is {i}. " * 9))]
     },
 }  # fmt: skip
 

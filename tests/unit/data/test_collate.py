@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from nemo_aligner.batch import PreferenceBatch, ScoredBatch, Unit
+from nemo_aligner.batch import AttributeBatch, PreferenceBatch, Unit
 from nemo_aligner.data.collate import collate, padded_length, uncollated
 from nemo_aligner.data.row import Row, TokenSequence
 
@@ -31,11 +31,11 @@ def test_padded_length(longest, multiple, maximum, expected):
 
 
 def test_rows_are_right_padded_and_masked_by_position():
-    # The answer holds the padding id, which must stay learned.
-    answer = Row(sequences=(sequence([5, 9, 9], [False, True, True]),))
-    batch = collate([answer, answer.padding(9)], pad_id=9, seq_length=5)
+    # The response holds the padding id, which must stay learned.
+    response = Row(sequences=(sequence([5, 9, 9], [False, True, True]),))
+    batch = collate([response, response.padding(9)], pad_id=9, seq_length=5)
     assert batch.tokens.tolist() == [[5, 9, 9, 9, 9], [9] * 5]
-    assert batch.mask.tolist() == [[False, True, True, False, False], [False] * 5]
+    assert batch.loss_mask.tolist() == [[False, True, True, False, False], [False] * 5]
     assert batch.lengths.tolist() == [3, 1]
     assert batch.tokens.dtype == torch.int64
     assert batch.count(Unit.TOKEN) == 2
@@ -49,7 +49,7 @@ def test_pairs_become_rows_and_are_read_at_their_last_tokens():
     assert isinstance(batch, PreferenceBatch)
     assert batch.tokens.tolist() == [[5, 9, 6, 9, 9], [5, 7, 9, 9, 9], [9] * 5, [9] * 5]
     assert batch.lengths.tolist() == [4, 2, 1, 1]
-    assert batch.mask.nonzero().tolist() == [[0, 3], [1, 1]]
+    assert batch.loss_mask.nonzero().tolist() == [[0, 3], [1, 1]]
     assert batch.count(Unit.PAIR) == 1
     assert batch.count(Unit.SEQUENCE) == 2
 
@@ -61,8 +61,8 @@ def test_labels_stay_with_their_rows():
         for ids, labels in (([1, 2, 3], (4.0, nan)), ([1, 2], (nan, 0.5)))
     )
     flat = collate([first, second, first.padding(0)], pad_id=0, seq_length=4)
-    assert isinstance(flat, ScoredBatch)
-    assert flat.mask.nonzero().tolist() == [[0, 2], [1, 1]]
+    assert isinstance(flat, AttributeBatch)
+    assert flat.loss_mask.nonzero().tolist() == [[0, 2], [1, 1]]
     expected = torch.tensor([[4.0, nan], [nan, 0.5], [nan, nan]])
     torch.testing.assert_close(flat.attributes, expected, equal_nan=True, rtol=0, atol=0)
     pair = Row(sequences=(*first.sequences, *second.sequences), labels=(*first.labels, *second.labels))

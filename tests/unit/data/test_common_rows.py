@@ -80,7 +80,7 @@ def test_keys_that_carry_meaning_are_refused(row, extra, key):
         return
     with pytest.raises(UserError, match=f"key '{key}' has the value") as caught:
         prompt_of({**row, **extra}, Recognised("x")) if "text" in row else read({**row, **extra})
-    assert key in caught.value.cure
+    assert key in caught.value.fix
 
 
 def test_a_field_that_the_template_names_is_read():
@@ -91,7 +91,7 @@ def test_a_field_that_the_template_names_is_read():
 def test_a_row_of_two_responses_is_ambiguous():
     with pytest.raises(UserError, match="which of them are the prompt and its response") as caught:
         read({"prompt": "1+1", "completion": "2", "response": "3"})
-    assert "prompt_template" in caught.value.cure
+    assert "prompt_template" in caught.value.fix
 
 
 def test_a_form_is_said_once(caplog):

@@ -11,7 +11,7 @@ from nemo_aligner.data.config import (
     SFTSplitConfig,
     unescape,
 )
-from nemo_aligner.data.prefix import Split
+from nemo_aligner.data.data_spec import Split
 from nemo_aligner.errors import UserError
 
 

@@ -20,7 +20,7 @@ def opened(path, tokenizer, *, answer_only_loss=True, split=None, **settings):
     return open_sft(data, split, tokenizer, answer_only_loss=answer_only_loss)
 
 
-def test_prompt_and_answer(jsonl, bpe):
+def test_prompt_and_response(jsonl, bpe):
     dataset = opened(jsonl({"input": "a", "output": "b"}, {"input": "c", "output": "d"}), bpe)
     assert [describe(dataset[i], bpe) for i in range(len(dataset))] == ["a⟦ b</s>⟧", "c⟦ d</s>⟧"]
 
@@ -40,14 +40,14 @@ def test_conversations(jsonl, chatml, chat_template, shown):
     assert describe(dataset[0], chatml) == shown
 
 
-def test_conversations_given_as_prompt_and_answer_name_the_setting(jsonl, bpe):
+def test_conversations_given_as_prompt_and_response_name_the_setting(jsonl, bpe):
     with pytest.raises(UserError, match="line 1: the row is a conversation") as caught:
         opened(jsonl(MESSAGES), bpe)
-    assert "model.data.chat=True" in caught.value.cure
+    assert "model.data.chat=True" in caught.value.fix
     assert len(opened(jsonl(MESSAGES | {"input": "a", "output": "b"}), bpe)) == 1
     with pytest.raises(UserError, match="line 1: key 'conversations' is missing") as caught:
         opened(jsonl({"txt": "a"}), bpe, chat=True)
-    assert "model.data.chat=False" in caught.value.cure
+    assert "model.data.chat=False" in caught.value.fix
 
 
 @pytest.mark.parametrize(

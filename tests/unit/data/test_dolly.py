@@ -21,7 +21,7 @@ ROWS = [
     {
         "instruction": f"Question {i}?",
         "context": f"Context {i}. é" if i % 4 else "",
-        "response": f" Answer {i} ",
+        "response": f" Response {i} ",
         "category": "qa",
     }
     for i in range(40)
@@ -72,7 +72,7 @@ def test_the_script_never_overwrites_unasked(raw):
     output.write_text("precious")
     refused = preprocess("--input", raw, "--dataset-impl", "text")
     assert refused.returncode == 2
-    assert f"{output} exists\nCure: add --overwrite" in refused.stderr
+    assert f"{output} exists\nFix: add --overwrite" in refused.stderr
     assert output.read_text() == "precious"
     assert preprocess("--input", raw, "--overwrite").returncode == 0
     assert len(output.read_text().splitlines()) == 40
@@ -137,7 +137,7 @@ def test_a_template_may_name_dollys_own_fields(raw, bpe):
     )
     data = SFTDataConfig(train_ds=split, validation_ds=split)
     sample = open_sft(data, split, bpe, answer_only_loss=True)[0]
-    assert bpe.decode(sample.tokens) == "Question 0?|Answer 0</s>"
+    assert bpe.decode(sample.tokens) == "Question 0?|Response 0</s>"
 
 
 def test_raw_rows_with_bad_fields_are_refused(jsonl, bpe):

@@ -48,7 +48,7 @@ def test_conversations_that_training_reads_pass(tmp_path: Path, row: dict):
     check(tmp_path / "rows.jsonl", row, chat=True)
 
 
-def test_a_bad_row_is_told_with_its_line(tmp_path: Path):
+def test_a_bad_row_is_reported_with_its_line(tmp_path: Path):
     path = tmp_path / "rows.jsonl"
     with pytest.raises(UserError, match=rf"{path}, line 2: key 'output' is missing"):
         check(path, GOOD, {"input": "a"})

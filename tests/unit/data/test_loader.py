@@ -10,7 +10,7 @@ from nemo_aligner.batch import Unit
 from nemo_aligner.data.collate import collate, uncollated
 from nemo_aligner.data.loader import BatchLoader
 from nemo_aligner.data.row import Row, TokenSequence
-from nemo_aligner.data.sampler import GlobalBatchSampler, Share
+from nemo_aligner.data.sampler import BlendSource, GlobalBatchSampler
 from nemo_aligner.errors import UserError
 
 
@@ -60,7 +60,7 @@ def loader(
 
 def as_lists(steps):
     return [
-        [(b.tokens.tolist(), b.mask.tolist(), b.lengths.tolist()) for b in micro_batches]
+        [(b.tokens.tolist(), b.loss_mask.tolist(), b.lengths.tolist()) for b in micro_batches]
         for micro_batches in steps
     ]
 
@@ -127,7 +127,7 @@ def test_a_bad_row_is_reported_from_a_thread_too(num_workers):
     class Bad(Rows):
         def __getitem__(self, index):
             if index == 5:
-                raise UserError("rows.jsonl, line 6: bad", cure="mend it")
+                raise UserError("rows.jsonl, line 6: bad", fix="mend it")
             return super().__getitem__(index)
 
     with pytest.raises(UserError, match="line 6"):
@@ -138,7 +138,7 @@ def test_neighbours_do_not_change_a_row():
     random.seed(0)
     for step in random.sample(range(40), 5):
         for batch in loader().batch(step):
-            for row, mask, length in zip(batch.tokens, batch.mask, batch.lengths, strict=True):
+            for row, mask, length in zip(batch.tokens, batch.loss_mask, batch.lengths, strict=True):
                 n = int(length)
                 assert torch.equal(row[n:], torch.full_like(row[n:], 999))
                 assert not mask[n:].any()
@@ -203,11 +203,13 @@ def test_a_micro_batch_counts_pairs_and_keeps_them_together(dp_size, micro_batch
         ]
         assert sum(int(b.count(Unit.PAIR)) for b in flat) == len(rows)
         for b in flat:
-            for length, mask, row in zip(b.lengths, b.mask, b.tokens, strict=True):
+            for length, mask, row in zip(b.lengths, b.loss_mask, b.tokens, strict=True):
                 assert mask.nonzero().flatten().tolist() == ([] if row[0] == 999 else [int(length) - 1])
 
 
-@pytest.mark.parametrize("blend", [(), (Share(num_rows=5, weight=3), Share(num_rows=15, weight=1))])
+@pytest.mark.parametrize(
+    "blend", [(), (BlendSource(num_rows=5, weight=3), BlendSource(num_rows=15, weight=1))]
+)
 @pytest.mark.parametrize("num_workers", [0, 2])
 @pytest.mark.parametrize("start", [1, 6])
 def test_pairs_go_on_where_they_stopped(blend, num_workers, start):

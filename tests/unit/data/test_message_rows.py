@@ -118,7 +118,10 @@ def test_identical_pairs_are_left_out_and_counted(jsonl, tokenizer, caplog):
     with caplog.at_level(logging.INFO):
         pairs = comparisons(jsonl(PAIRS[0], same, PAIRS[1], same), tokenizer)
     assert (len(pairs), pairs.num_dropped) == (2, 2)
-    assert "2 of 4 pairs are of the same text twice, which teaches nothing, and are left out" in caplog.text
+    assert (
+        "2 of 4 pairs are of the same text twice, which has no training signal, and are left out"
+        in caplog.text
+    )
     with pytest.raises(UserError, match="of 1 pairs 1 are of the same text twice"):
         comparisons(jsonl(same), tokenizer)
 
@@ -157,6 +160,6 @@ def test_a_generated_response_ends_with_its_turn(jsonl, tokenizer, render):
         prefix(jsonl(PAIRS[0])), tokenizer, max_length=400, append_eod=True, generates=True
     )
     asked = render(ASK, add_generation_prompt=True)
-    for sequence, answer in zip(rows[0].sequences, (GOOD, BAD), strict=True):
-        assert sequence.tokens == render(ASK, answer)
+    for sequence, response in zip(rows[0].sequences, (GOOD, BAD), strict=True):
+        assert sequence.tokens == render(ASK, response)
         assert sequence.loss_mask == [False] * len(asked) + [True] * (len(sequence.tokens) - len(asked))

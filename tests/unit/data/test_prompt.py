@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Prompt and answer token by token: pieces, special tokens, masks, truncation."""
+"""Prompt and response token by token: pieces, special tokens, masks, truncation."""
 
 import pytest
 from transformers import AutoTokenizer
@@ -28,9 +28,9 @@ ROW = {"input": "  The capital of France is ", "output": " Paris "}
 
 def test_pieces_are_tokenised_by_themselves(bpe):
     sample = lay_out(bpe, ROW)
-    prompt, answer = bpe.encode("The capital of France is"), bpe.encode(" Paris")
-    assert sample.tokens == [*prompt, *answer, bpe.eos_id]
-    assert sample.sequences[0].loss_mask == [False] * len(prompt) + [True] * (len(answer) + 1)
+    prompt, response = bpe.encode("The capital of France is"), bpe.encode(" Paris")
+    assert sample.tokens == [*prompt, *response, bpe.eos_id]
+    assert sample.sequences[0].loss_mask == [False] * len(prompt) + [True] * (len(response) + 1)
     assert not sample.truncated
 
 
@@ -110,7 +110,7 @@ def test_without_eos(bpe):
     assert learned(lay_out(bpe, ROW, add_eos=False)) == bpe.encode(" Paris")
 
 
-def test_separator_before_the_answer(make_hf):
+def test_separator_before_the_response(make_hf):
     tokenizer = load_tokenizer("huggingface", make_hf(sep_token="<extra_id_0>"))
     sample = lay_out(tokenizer, ROW, add_sep=True)
     first = sample.sequences[0].loss_mask.index(True)

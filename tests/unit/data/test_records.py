@@ -48,13 +48,13 @@ GOOD = '{"input": "a", "output": "b"}'
         ),
     ],
 )
-def test_bad_lines_name_file_line_and_cure(tmp_path, line, problem):
+def test_bad_lines_name_file_line_and_fix(tmp_path, line, problem):
     path = tmp_path / "bad.jsonl"
     path.write_bytes(f"{GOOD}\n\n".encode() + line + f"\n{GOOD}\n".encode())
     with pytest.raises(UserError) as caught:
         RecordFile(path, read)
     assert caught.value.problem.startswith(f"{path}, line 3: {problem}")
-    assert str(caught.value).splitlines()[-1].startswith("Cure: ")
+    assert str(caught.value).splitlines()[-1].startswith("Fix: ")
 
 
 def test_missing_and_empty_files(tmp_path):
@@ -113,7 +113,7 @@ def test_a_bad_array_names_its_line(tmp_path, content, problem):
 
 
 @pytest.mark.parametrize(
-    ("content", "problem", "cure"),
+    ("content", "problem", "fix"),
     [
         (gzip.compress(b"x" * 999, mtime=0)[:-9], "is not a whole gzip file", "again"),
         (b"\x1f\x8bnot gzip", "is not a whole gzip file", "again"),
@@ -121,12 +121,12 @@ def test_a_bad_array_names_its_line(tmp_path, content, problem):
         (b"\x28\xb5\x2f\xfd123", "is compressed by zstd", "unzstd"),
     ],
 )
-def test_other_formats_are_named(tmp_path, content, problem, cure):
+def test_other_formats_are_named(tmp_path, content, problem, fix):
     path = tmp_path / "rows.jsonl"
     path.write_bytes(content)
     with pytest.raises(UserError, match=problem) as caught:
         RecordFile(path, read)
-    assert cure in caught.value.cure
+    assert fix in caught.value.fix
 
 
 def test_any_edit_changes_the_fingerprint(tmp_path):

@@ -12,10 +12,10 @@ from nemo_aligner.errors import UserError
 @pytest.mark.parametrize("name", ["bpe", "llama_like", "spm"])
 def test_learned_tokens_are_marked(request, name):
     tokenizer = request.getfixturevalue(name)
-    prompt, answer = tokenizer.encode("camels use"), tokenizer.encode("camels use fat")
-    answer = answer[len(prompt) :]
-    mask = [False] * len(prompt) + [True] * len(answer)
-    row = Row(sequences=(TokenSequence(tokens=prompt + answer, loss_mask=mask),))
+    prompt, response = tokenizer.encode("camels use"), tokenizer.encode("camels use fat")
+    response = response[len(prompt) :]
+    mask = [False] * len(prompt) + [True] * len(response)
+    row = Row(sequences=(TokenSequence(tokens=prompt + response, loss_mask=mask),))
     assert describe(row, tokenizer) == "camels use⟦ fat⟧"
 
 

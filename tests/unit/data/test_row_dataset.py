@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Data sets of judged texts and prompts: what fits, what is left out and counted, and how files are joined."""
+"""Data sets of labeled texts and prompts: what fits, what is left out and counted, and how files are joined."""
 
 import json
 import logging
@@ -105,7 +105,7 @@ def test_a_file_of_which_nothing_fits(jsonl, bpe):
         UserError, match="has nothing to learn: of 2 pairs 2 have more than 10 tokens"
     ) as caught:
         comparisons(by_name(path), bpe, max_length=10, append_eod=True)
-    assert "seq_length" in caught.value.cure
+    assert "seq_length" in caught.value.fix
 
 
 @pytest.mark.parametrize(("text", "tokens"), [("", 0), ("1", 1), ("</s>", 1)])
@@ -198,7 +198,7 @@ def test_a_pair_of_unlike_preferences_names_its_line(jsonl, bpe):
         labeled_rows(data, bpe, max_length=9, num_attributes=1, paired=True)
 
 
-def test_prompts_leave_room_for_an_answer(jsonl, llama_like, caplog):
+def test_prompts_leave_room_for_a_response(jsonl, llama_like, caplog):
     path = jsonl({"text": "User: camels?\n\nAssistant:", "source": 1}, {"text": "1" * 90}, {"text": "22"})
     data = PromptDataConfig(data_prefix=by_name(path))
     with caplog.at_level(logging.INFO):
@@ -227,7 +227,7 @@ def test_bad_prompts_name_their_line(jsonl, bpe, row, problem):
 def test_a_missing_file_is_named(bpe, tmp_path):
     with pytest.raises(UserError, match=r"there is no data file .*absent\.jsonl") as caught:
         comparisons(by_name(tmp_path / "absent.jsonl"), bpe)
-    assert "under model.data" in caught.value.cure
+    assert "under model.data" in caught.value.fix
 
 
 def test_generated_responses_stand_after_the_tokens_of_their_prompt(jsonl, llama_like):

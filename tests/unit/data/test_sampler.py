@@ -7,7 +7,7 @@ from itertools import chain
 import numpy as np
 import pytest
 
-from nemo_aligner.data.sampler import GlobalBatchSampler, Share, rank_rows
+from nemo_aligner.data.sampler import BlendSource, GlobalBatchSampler, rank_rows
 from nemo_aligner.errors import UserError
 
 
@@ -75,7 +75,11 @@ def test_ranks_share_a_batch(num_rows, dp_size, micro_batch_size):
     assert all(len(micro) <= micro_batch_size for micro in alone)
 
 
-BLEND = (Share(num_rows=10, weight=0.25), Share(num_rows=50, weight=0.25), Share(num_rows=40, weight=0.5))
+BLEND = (
+    BlendSource(num_rows=10, weight=0.25),
+    BlendSource(num_rows=50, weight=0.25),
+    BlendSource(num_rows=40, weight=0.5),
+)
 
 
 def blended(*, shuffle=True, seed=7, blend=BLEND, global_batch_size=7):
@@ -130,13 +134,13 @@ def test_a_batch_of_a_blend_is_a_function_of_seed_and_index():
 )
 def test_shares_are_rounded_to_whole_rows(weights, quotas):
     sizes = (20, 20, 60)
-    blend = tuple(Share(num_rows=n, weight=w) for n, w in zip(sizes, weights, strict=True))
+    blend = tuple(BlendSource(num_rows=n, weight=w) for n, w in zip(sizes, weights, strict=True))
     rows = epoch_rows(blended(blend=blend), 0)
     assert np.histogram(rows, [0, 20, 40, 100])[0].tolist() == quotas
 
 
 def test_a_weight_that_draws_nothing_is_refused():
-    blend = (Share(num_rows=3, weight=1), Share(num_rows=3, weight=0.01))
+    blend = (BlendSource(num_rows=3, weight=1), BlendSource(num_rows=3, weight=0.01))
     with pytest.raises(UserError, match=r"weight 0.0099\d* of file 2 .* no row in an epoch of 6"):
         blended(blend=blend)
 

@@ -44,10 +44,10 @@ def test_a_pair_is_found_by_the_number_of_its_line(jsonl):
 
 
 @pytest.mark.parametrize(
-    ("rows", "line", "problem", "cure"),
+    ("rows", "line", "problem", "fix"),
     [
-        (TUTORIAL[:3], 3, "two lines make a pair, and the last of 3 has no other", "add the other answer"),
-        (TUTORIAL[:1], 1, "two lines make a pair", "add the other answer"),
+        (TUTORIAL[:3], 3, "two lines make a pair, and the last of 3 has no other", "add the other response"),
+        (TUTORIAL[:1], 1, "two lines make a pair", "add the other response"),
         ([*TUTORIAL[:2], ROWS[0]], 3, "has \\['chosen', 'prompt', .* unlike the file's first", "not both"),
         ([*ROWS, TUTORIAL[0]], 3, "the row has \\['text'\\], unlike the file's first", "not both"),
         ([TUTORIAL[0], {"txt": "a"}], 2, "no pair and no text; it has \\['txt'\\]", "alternate lines"),
@@ -58,12 +58,12 @@ def test_a_pair_is_found_by_the_number_of_its_line(jsonl):
         (["{broken"], 1, "not JSON", "one whole JSON object"),
     ],
 )
-def test_bad_pairs_name_their_line(jsonl, rows, line, problem, cure):
+def test_bad_pairs_name_their_line(jsonl, rows, line, problem, fix):
     path = jsonl(*rows)
     with pytest.raises(UserError, match=problem) as caught:
         open_pairs(path)
     assert caught.value.problem.startswith(f"{path}, line {line}: ")
-    assert cure in caught.value.cure
+    assert fix in caught.value.fix
 
 
 def test_labels(jsonl):
@@ -110,7 +110,7 @@ def test_a_pair_has_one_preference(jsonl, labels):
     pairs = open_labeled(jsonl(*rows), Labels(num_attributes=2, missing=-100, paired=True))
     with pytest.raises(UserError, match="the first numbers of the labels of a pair are") as caught:
         pairs[0]
-    assert "below 0 if the first is better" in caught.value.cure
+    assert "below 0 if the first is better" in caught.value.fix
 
 
 def test_the_fingerprint_changes_with_the_rows(jsonl):

@@ -128,7 +128,7 @@ def test_bad_folders(tmp_path, library, files, problem):
             (folder / name).write_text(text)
     with pytest.raises(UserError, match=problem) as caught:
         load_tokenizer(library, folder)
-    assert caught.value.cure
+    assert caught.value.fix
 
 
 def test_a_file_that_is_no_sentencepiece_model(tmp_path):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How scripts end, in a process of their own: message, cure last, exit code, nothing overwritten."""
+"""How scripts end, in a process of their own: message, fix last, exit code, nothing overwritten."""
 
 import os
 import subprocess
@@ -27,7 +27,7 @@ def fail_with(error: BaseException) -> Callable[[], None]:
     ("main", "code", "message"),
     [
         (lambda: None, 0, ""),
-        (fail_with(UserError("a=1 is wrong", cure="set a=2")), 2, "error: a=1 is wrong\nCure: set a=2\n"),
+        (fail_with(UserError("a=1 is wrong", fix="set a=2")), 2, "error: a=1 is wrong\nFix: set a=2\n"),
         (fail_with(KeyboardInterrupt()), 130, "stopped\n"),
     ],
 )
@@ -38,7 +38,7 @@ def test_endings(main: Callable[[], None], code: int, message: str, capsys: pyte
     assert capsys.readouterr().err == message
 
 
-def test_a_file_that_cannot_be_read_is_told_plainly(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def test_a_file_that_cannot_be_read_is_reported_plainly(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     with pytest.raises(SystemExit) as left:
         run_cli(lambda: (tmp_path / "nothing").read_text() and None)
     assert left.value.code == USER_ERROR_CODE
@@ -53,15 +53,13 @@ def test_a_bug_keeps_its_traceback():
 @pytest.mark.parametrize(
     ("script", "source", "out", "last_line"),
     [
-        ("import_hf.py", "--in-file=nothing", "new.nemo", "Cure: give a Hugging Face folder"),
-        ("export_hf.py", "--in-file=cut.nemo", "new", "Cure: get the file again"),
-        ("convert_nemo_gpt_to_mcore.py", "--in-folder=empty", "new.nemo", "Cure: give a .nemo file"),
-        ("convert_hf_llama_to_nemo.py", "--in-file=empty", "cut.nemo", "Cure: give another output"),
+        ("import_hf.py", "--in-file=nothing", "new.nemo", "Fix: give a Hugging Face folder"),
+        ("export_hf.py", "--in-file=cut.nemo", "new", "Fix: get the file again"),
+        ("convert_nemo_gpt_to_mcore.py", "--in-folder=empty", "new.nemo", "Fix: give a .nemo file"),
+        ("convert_hf_llama_to_nemo.py", "--in-file=empty", "cut.nemo", "Fix: give another output"),
     ],
 )
-def test_scripts_refuse_with_the_cure_last(
-    tmp_path: Path, script: str, source: str, out: str, last_line: str
-):
+def test_scripts_refuse_with_the_fix_last(tmp_path: Path, script: str, source: str, out: str, last_line: str):
     (tmp_path / "empty").mkdir()
     (tmp_path / "cut.nemo").write_bytes(b"cut")
     command = [sys.executable, str(SCRIPTS / script), source, f"--out-file={out}"]

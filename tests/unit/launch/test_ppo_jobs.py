@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from nemo_aligner.errors import UserError
+from nemo_aligner.launch.job_group import Program
 from nemo_aligner.launch.ppo_jobs import plan_jobs
-from nemo_aligner.launch.together import Program
 
 SCRIPTS = Path("/scripts")
 
@@ -86,7 +86,7 @@ def test_folders():
 @pytest.mark.parametrize(
     ("words", "told"),
     [
-        (["trainer.devices=2"], ("trainer.devices=2 is for no job", "actor.trainer.devices=2")),
+        (["trainer.devices=2"], ("trainer.devices=2 does not name a job", "actor.trainer.devices=2")),
         (["reward.trainer.devices=2"], ("reward.rm_model_file=FILE",)),
         (
             ["critic.trainer.ppo.port=1", "actor.remote_critic_rm.critic.port=2"],

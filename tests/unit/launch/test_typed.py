@@ -113,15 +113,15 @@ def test_what_is_no_text_is_hydras():
 
 
 @pytest.mark.parametrize(
-    ("word", "cure"),
+    ("word", "fix"),
     [
         ("model.optim.lr=1,5e-3", "model.optim.lr=1.5e-3"),
         ("model.optim.weight_decay=0,1", "model.optim.weight_decay=0.1"),
         ("trainer.devices=1,0", "trainer.devices=1"),
     ],
 )
-def test_a_decimal_comma_is_told(word: str, cure: str):
-    with pytest.raises(UserError, match=rf"Cure: .*{cure}$"):
+def test_a_decimal_comma_is_reported(word: str, fix: str):
+    with pytest.raises(UserError, match=rf"Fix: .*{fix}$"):
         job(word)
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Judged answers of uneven length, to which the tests of credit, losses and whitening apply."""
+"""Scored responses of uneven length, to which the tests of credit, losses and whitening apply."""
 
 from collections.abc import Callable
 
@@ -7,15 +7,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from nemo_aligner.batch import Scored
+from nemo_aligner.batch import ScoredRollout
 
 PROMPTS = (2, 1, 4, 3)
-LENGTHS = (7, 2, 9, 6)  # the second answer is one token long
+LENGTHS = (7, 2, 9, 6)  # the second response is one token long
 SEQ_LENGTH = 11
 
 
-def scored(*, dtype: torch.dtype = torch.float64, seq_length: int = SEQ_LENGTH, fill: float = 0.0) -> Scored:
-    """Four answers, the third of them cut by the length limit. ``fill`` stands wherever no answer is."""
+def scored(
+    *, dtype: torch.dtype = torch.float64, seq_length: int = SEQ_LENGTH, fill: float = 0.0
+) -> ScoredRollout:
+    """Four responses, the third of them cut by the length limit. ``fill`` stands wherever no response is."""
     draw = torch.Generator().manual_seed(5)
     tokens = torch.randint(0, 50, (len(LENGTHS), SEQ_LENGTH), generator=draw)
     index = torch.arange(seq_length)
@@ -27,9 +29,9 @@ def scored(*, dtype: torch.dtype = torch.float64, seq_length: int = SEQ_LENGTH, 
         full[:, :SEQ_LENGTH] = drawn
         return torch.where(mask, full, fill).to(dtype)
 
-    return Scored(
+    return ScoredRollout(
         tokens=torch.nn.functional.pad(tokens, (0, seq_length - SEQ_LENGTH)),
-        mask=mask,
+        loss_mask=mask,
         lengths=torch.tensor(LENGTHS),
         prompt_lengths=torch.tensor(PROMPTS),
         finished=torch.tensor([True, True, False, True]),
@@ -43,6 +45,6 @@ def scored(*, dtype: torch.dtype = torch.float64, seq_length: int = SEQ_LENGTH, 
 
 
 @pytest.fixture(name="scored")
-def scored_fixture() -> Callable[..., Scored]:
+def scored_fixture() -> Callable[..., ScoredRollout]:
     """The function :func:`scored`."""
     return scored

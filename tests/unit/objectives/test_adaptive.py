@@ -13,7 +13,7 @@ from nemo_aligner.objectives.reduce import Moments
 
 
 @pytest.mark.parametrize(
-    ("kl", "answers", "expected"),
+    ("kl", "responses", "expected"),
     [
         (6.0, 500, 0.1),  # on target
         (6.6, 500, 0.1 * (1 + 0.1 * 0.05)),  # 10 % above it
@@ -23,9 +23,9 @@ from nemo_aligner.objectives.reduce import Moments
         (0.0, 10**9, 0.1 * 0.8),  # never more than a whole horizon's step
     ],
 )
-def test_the_proportional_rule(kl: float, answers: int, expected: float):
+def test_the_proportional_rule(kl: float, responses: int, expected: float):
     controller = AdaptiveKL(coefficient=0.1, target=6.0, horizon=10000)
-    assert controller.update(kl, answers).coefficient == pytest.approx(expected, rel=1e-14)
+    assert controller.update(kl, responses).coefficient == pytest.approx(expected, rel=1e-14)
     assert controller.coefficient == 0.1
 
 

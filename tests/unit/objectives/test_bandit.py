@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from nemo_aligner.batch import Scored, Unit
+from nemo_aligner.batch import ScoredRollout, Unit
 from nemo_aligner.objectives.config import CreditConfig, PolicyConfig, ValueConfig
 from nemo_aligner.objectives.credit import credit, value_batch
 from nemo_aligner.objectives.policy import PolicyGradient
@@ -36,8 +36,8 @@ class Tables:
         return torch.nn.functional.pad(self.values[tokens[:, 0]], (1, 0))
 
     @torch.no_grad()
-    def rollout(self, rewards: Tensor, rows: int, reference: Tensor, draw: torch.Generator) -> Scored:
-        """Sampled arms with what each is worth; rewards: [contexts, steps, arms], summed over an answer."""
+    def rollout(self, rewards: Tensor, rows: int, reference: Tensor, draw: torch.Generator) -> ScoredRollout:
+        """Sampled arms with what each is worth; rewards: [contexts, steps, arms], summed over a response."""
         context = torch.arange(rows) % CONTEXTS
         probabilities = self.logits.softmax(-1)[context].flatten(0, 1)
         arms = torch.multinomial(probabilities, 1, generator=draw).view(rows, self.steps)
@@ -46,9 +46,9 @@ class Tables:
         known = reference.log_softmax(-1)[context].gather(2, arms[..., None])[..., 0]
         mask = torch.ones_like(tokens, dtype=torch.bool)
         mask[:, 0] = False
-        return Scored(
+        return ScoredRollout(
             tokens=tokens,
-            mask=mask,
+            loss_mask=mask,
             lengths=torch.full((rows,), 1 + self.steps),
             prompt_lengths=torch.ones(rows, dtype=torch.int64),
             finished=torch.ones(rows, dtype=torch.bool),
@@ -72,10 +72,10 @@ def train(
     for _ in range(rollouts):
         scored = tables.rollout(rewards, rows, reference, draw)
         experience = credit(scored, config, kl_coefficient=config.initial_policy_kl_penalty)
-        lesson = value_batch(scored, experience)
+        train_batch = value_batch(scored, experience)
         for _ in range(4):
             loss, _ = policy(ModelOutput(logprobs=tables.logprobs(scored.tokens)), experience)
-            error, _ = critic(ModelOutput(values=tables.values_of(scored.tokens)), lesson)
+            error, _ = critic(ModelOutput(values=tables.values_of(scored.tokens)), train_batch)
             for optimizer, total in zip(optimizers, (loss, error), strict=True):
                 optimizer.zero_grad()
                 (total / experience.count(Unit.TOKEN)).backward()

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from nemo_aligner.batch import Scored, Unit
+from nemo_aligner.batch import ScoredRollout, Unit
 from nemo_aligner.errors import UserError
 from nemo_aligner.objectives.adaptive import AdaptiveKL, FixedKL, RewardScaling
 from nemo_aligner.objectives.config import CreditConfig
@@ -27,22 +27,22 @@ from nemo_aligner.objectives.protocol import ModelOutput
 from nemo_aligner.objectives.reduce import Moments
 from nemo_aligner.objectives.value import ValueLoss
 
-Make = Callable[..., Scored]
+Make = Callable[..., ScoredRollout]
 
 
-def answer(batch: Scored, name: str, row: int) -> np.ndarray:
-    """What one row's answer has of a field: [tokens of the answer]."""
+def response(batch: ScoredRollout, name: str, row: int) -> np.ndarray:
+    """What one row's answer has of a field: [tokens of the response]."""
     return getattr(batch, name)[row, int(batch.prompt_lengths[row]) : int(batch.lengths[row])].numpy()
 
 
-def taken(batch: Scored, rows: torch.Tensor) -> Scored:
+def taken(batch: ScoredRollout, rows: torch.Tensor) -> ScoredRollout:
     """These rows of a batch."""
     return replace(
         batch, **{f.name: getattr(batch, f.name)[rows] for f in fields(batch) if f.name != "cu_seqlens"}
     )
 
 
-def in_output_positions(batch: Scored, beta: float) -> dict[str, np.ndarray]:
+def in_output_positions(batch: ScoredRollout, beta: float) -> dict[str, np.ndarray]:
     """PPO's data in the layout [B, S - 1], where position t speaks of token t + 1, loop by loop."""
     logprobs, reference, values = (
         getattr(batch, name).numpy()[:, 1:].copy() for name in ("logprobs", "reference_logprobs", "values")
@@ -62,7 +62,7 @@ def in_output_positions(batch: Scored, beta: float) -> dict[str, np.ndarray]:
     returns = advantages + values
     chosen = advantages[mask > 0]
     white = (advantages - chosen.mean()) / np.sqrt(np.mean((chosen - chosen.mean()) ** 2) + 1e-8)
-    return {"advantages": white, "returns": returns, "values": values, "mask": mask}
+    return {"advantages": white, "returns": returns, "values": values, "loss_mask": mask}
 
 
 def test_the_defaults_are_the_reference_formulas(scored: Make):
@@ -70,16 +70,16 @@ def test_the_defaults_are_the_reference_formulas(scored: Make):
     expected = in_output_positions(batch, 0.01)
     config = CreditConfig()
     experience = credit(batch, config, kl_coefficient=config.initial_policy_kl_penalty)
-    inside = expected["mask"] > 0
+    inside = expected["loss_mask"] > 0
     for name in ("advantages", "returns", "values"):
         found = getattr(experience, name).numpy()
         np.testing.assert_allclose(found[:, 1:][inside], expected[name][inside], rtol=1e-12, atol=1e-13)
         assert not found[:, 0].any()
         assert not found[:, 1:][~inside].any()
-    ended = expected["mask"] * batch.finished.numpy()[:, None]
-    np.testing.assert_array_equal(experience.mask.numpy()[:, 1:], ended > 0)
+    ended = expected["loss_mask"] * batch.finished.numpy()[:, None]
+    np.testing.assert_array_equal(experience.loss_mask.numpy()[:, 1:], ended > 0)
     critic = value_batch(batch, experience)
-    np.testing.assert_array_equal(critic.mask.numpy()[:, 1:], inside)
+    np.testing.assert_array_equal(critic.loss_mask.numpy()[:, 1:], inside)
 
 
 def test_both_losses_of_the_defaults_are_the_reference_formulas(scored: Make):
@@ -87,13 +87,13 @@ def test_both_losses_of_the_defaults_are_the_reference_formulas(scored: Make):
     expected = in_output_positions(batch, 0.01)
     experience = credit(batch, CreditConfig(), kl_coefficient=0.01)
     draw = torch.Generator().manual_seed(9)
-    now = batch.logprobs + 0.3 * torch.randn(batch.mask.shape, generator=draw, dtype=torch.float64)
-    values = batch.values + 0.3 * torch.randn(batch.mask.shape, generator=draw, dtype=torch.float64)
+    now = batch.logprobs + 0.3 * torch.randn(batch.loss_mask.shape, generator=draw, dtype=torch.float64)
+    values = batch.values + 0.3 * torch.randn(batch.loss_mask.shape, generator=draw, dtype=torch.float64)
 
     ratio = np.exp(now.numpy() - batch.logprobs.numpy())[:, 1:]
     advantages = expected["advantages"]
     surrogate = np.maximum(-advantages * ratio, -advantages * np.clip(ratio, 0.8, 1.2))
-    weight = expected["mask"] * batch.finished.numpy()[:, None]
+    weight = expected["loss_mask"] * batch.finished.numpy()[:, None]
     loss, _ = PolicyGradient()(ModelOutput(logprobs=now), experience)
     mean = loss.item() / experience.count(Unit.TOKEN).item()
     assert mean == pytest.approx((surrogate * weight).sum() / weight.sum(), rel=1e-12)
@@ -104,7 +104,7 @@ def test_both_losses_of_the_defaults_are_the_reference_formulas(scored: Make):
     critic = value_batch(batch, experience)
     loss, _ = ValueLoss()(ModelOutput(values=values), critic)
     mean = loss.item() / critic.count(Unit.TOKEN).item()
-    assert mean == pytest.approx((error * expected["mask"]).sum() / expected["mask"].sum(), rel=1e-12)
+    assert mean == pytest.approx(np.average(error, weights=expected["loss_mask"]), rel=1e-12)
 
 
 def test_gae_by_hand():
@@ -120,10 +120,10 @@ def test_gae_by_hand():
 @pytest.mark.parametrize("lam", [0.95, 1.0, 0.0])
 def test_gae_is_the_published_sum(scored: Make, gamma: float, lam: float):
     batch = scored()
-    rewards = torch.randn(batch.mask.shape, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
-    advantages, returns = gae(batch.values, rewards, batch.mask, gamma=gamma, lam=lam)
+    rewards = torch.randn(batch.values.shape, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    advantages, returns = gae(batch.values, rewards, batch.loss_mask, gamma=gamma, lam=lam)
     for row in range(len(batch.lengths)):
-        v = np.append(answer(batch, "values", row), 0)
+        v = np.append(response(batch, "values", row), 0)
         start, end = int(batch.prompt_lengths[row]), int(batch.lengths[row])
         r = rewards[row, start:end].numpy()
         delta = r + gamma * v[1:] - v[:-1]
@@ -131,11 +131,11 @@ def test_gae_is_the_published_sum(scored: Make, gamma: float, lam: float):
             expected = sum((gamma * lam) ** k * delta[t + k] for k in range(len(r) - t))
             assert advantages[row, start + t].item() == pytest.approx(expected, rel=1e-12, abs=1e-14)
             assert returns[row, start + t].item() == pytest.approx(expected + v[t], rel=1e-12, abs=1e-14)
-    assert not advantages[~batch.mask].any()
-    assert not returns[~batch.mask].any()
+    assert not advantages[~batch.loss_mask].any()
+    assert not returns[~batch.loss_mask].any()
 
 
-def test_an_answer_in_two_parts_is_credited_as_if_nothing_stood_between():
+def test_a_response_in_two_parts_is_credited_as_if_nothing_stood_between():
     draw = torch.Generator().manual_seed(0)
     values, rewards = torch.randn(2, 1, 5, generator=draw, dtype=torch.float64)
     whole = torch.ones(1, 5, dtype=torch.bool)
@@ -163,12 +163,12 @@ def test_the_kl_penalty(scored: Make, config: CreditConfig, penalty: Callable, p
     batch = scored()
     shaped = shape_rewards(batch, replace(config, kl_placement=placement), kl_coefficient=0.3)
     for row in range(len(batch.lengths)):
-        kl = penalty(answer(batch, "logprobs", row), answer(batch, "reference_logprobs", row))
+        kl = penalty(response(batch, "logprobs", row), response(batch, "reference_logprobs", row))
         expected = -0.3 * (kl if placement == "token" else np.append(np.zeros(len(kl) - 1), kl.sum()))
         expected[-1] += float(batch.rewards[row])
         start, end = int(batch.prompt_lengths[row]), int(batch.lengths[row])
         np.testing.assert_allclose(shaped[row, start:end], expected, rtol=1e-12, atol=1e-14)
-    assert not shaped[~batch.mask].any()
+    assert not shaped[~batch.loss_mask].any()
 
 
 def test_without_a_penalty_the_initial_policy_is_not_read(scored: Make):
@@ -181,7 +181,7 @@ def test_without_a_penalty_the_initial_policy_is_not_read(scored: Make):
     assert (logged["init_policy_kl"].mean, logged["answer_kl"].mean) == (0, 0)
 
 
-def test_an_answers_reward_is_clipped_before_the_penalty(scored: Make):
+def test_a_responses_reward_is_clipped_before_the_penalty(scored: Make):
     batch = scored()
     config = CreditConfig(reward_clip=1.0)
     shaped = shape_rewards(batch, config, kl_coefficient=100.0)
@@ -206,10 +206,12 @@ def test_rewards_are_scaled_by_the_spread_of_their_rolling_sums(scored: Make):
                 seen.append(rolling)
         assert scaling.divisor == pytest.approx(np.std(seen), rel=1e-12)
     found = credit(batch, config, kl_coefficient=0.2, scaling=scaling)
-    expected, _ = gae(batch.values, shaped / np.std(seen), batch.mask, gamma=0.9, lam=0.95)
+    expected, _ = gae(batch.values, shaped / np.std(seen), batch.loss_mask, gamma=0.9, lam=0.95)
     torch.testing.assert_close(found.advantages, expected, rtol=1e-12, atol=1e-13)
     clipped = credit(batch, replace(config, scaled_reward_clip=0.5), kl_coefficient=0.2, scaling=scaling)
-    expected, _ = gae(batch.values, (shaped / np.std(seen)).clamp(-0.5, 0.5), batch.mask, gamma=0.9, lam=0.95)
+    expected, _ = gae(
+        batch.values, (shaped / np.std(seen)).clamp(-0.5, 0.5), batch.loss_mask, gamma=0.9, lam=0.95
+    )
     torch.testing.assert_close(clipped.advantages, expected, rtol=1e-12, atol=1e-13)
 
 
@@ -218,7 +220,7 @@ def test_rewards_that_are_not_scaled_leave_the_scaling_alone(scored: Make):
     assert observe(scaling, scored(), CreditConfig(), kl_coefficient=0.1) is scaling
 
 
-def test_rolling_sums_step_over_what_is_no_answer():
+def test_rolling_sums_step_over_what_is_no_response():
     rewards = torch.tensor([[9.0, 1.0, 9.0, 2.0, 9.0]])
     mask = torch.tensor([[False, True, False, True, False]])
     assert rolling_returns(rewards, mask, gamma=0.5).tolist() == [[0.0, 1.0, 0.0, 2.5, 0.0]]
@@ -227,7 +229,7 @@ def test_rolling_sums_step_over_what_is_no_answer():
 @pytest.mark.parametrize("fill", [float("nan"), float("inf"), -1e30])
 @pytest.mark.parametrize("estimator", ["k1", "k2", "k3"])
 @pytest.mark.parametrize("placement", ["token", "last"])
-def test_what_stands_outside_the_answers_does_not_matter(
+def test_what_stands_outside_the_responses_does_not_matter(
     scored: Make, estimator: str, placement: str, fill: float
 ):
     config = CreditConfig(kl_estimator=estimator, kl_placement=placement)
@@ -235,7 +237,7 @@ def test_what_stands_outside_the_answers_does_not_matter(
     rewards = [shape_rewards(batch, config, kl_coefficient=0.1) for batch in batches]
     assert torch.equal(*rewards)
     clean, littered = (credit(batch, config, kl_coefficient=0.1) for batch in batches)
-    for name in ("advantages", "returns", "values", "mask"):
+    for name in ("advantages", "returns", "values", "loss_mask"):
         assert torch.equal(getattr(clean, name), getattr(littered, name))
 
 
@@ -245,11 +247,11 @@ def test_filler_rows_and_more_padding_change_nothing(scored: Make):
     longer = credit(scored(seq_length=16), config, kl_coefficient=0.1)
     rows = torch.tensor([2, 1, 0, 0, 3])
     filler = taken(batch, rows)
-    filler.mask[3] = False
+    filler.loss_mask[3] = False
     filler.rewards[3] = float("nan")
     filled = credit(filler, config, kl_coefficient=0.1)
     kept = torch.tensor([0, 1, 2, 4])
-    for name in ("advantages", "returns", "values", "mask"):
+    for name in ("advantages", "returns", "values", "loss_mask"):
         assert torch.equal(getattr(longer, name)[:, :11], getattr(whole, name)), name
         assert not getattr(longer, name)[:, 11:].any()
         found, expected = getattr(filled, name), getattr(whole, name)[rows[kept]]
@@ -275,7 +277,7 @@ def test_ranks_that_share_a_rollout_credit_as_one(scored: Make, cut: int):
             call(shard, lambda sums: asked.append(sums) or sums)
         return [call(shard, lambda _: torch.stack(asked).sum(0)) for shard in shards]
 
-    def seen(shard: Scored, sum_over_ranks: Callable) -> RewardScaling:
+    def seen(shard: ScoredRollout, sum_over_ranks: Callable) -> RewardScaling:
         return observe(RewardScaling(), shard, config, kl_coefficient=0.1, sum_over_ranks=sum_over_ranks)
 
     whole = seen(batch, lambda sums: sums)
@@ -286,7 +288,7 @@ def test_ranks_that_share_a_rollout_credit_as_one(scored: Make, cut: int):
         lambda shard, over: credit(shard, config, kl_coefficient=0.1, scaling=whole, sum_over_ranks=over)
     )
     together = credit(batch, config, kl_coefficient=0.1, scaling=whole)
-    for name in ("advantages", "returns", "values", "mask", "logprobs"):
+    for name in ("advantages", "returns", "values", "loss_mask", "logprobs"):
         found = torch.cat([getattr(experience, name) for experience in experiences])
         torch.testing.assert_close(found, getattr(together, name), rtol=1e-12, atol=1e-14)
     logged = [statistics(*both, config, kl_coefficient=0.1) for both in zip(shards, experiences, strict=True)]
@@ -299,21 +301,21 @@ def test_advantages_without_whitening_are_gaes(scored: Make):
     config = CreditConfig(normalize_advantages=False)
     experience = credit(batch, config, kl_coefficient=0.1)
     rewards = shape_rewards(batch, config, kl_coefficient=0.1)
-    advantages, returns = gae(batch.values, rewards, batch.mask, gamma=1.0, lam=0.95)
+    advantages, returns = gae(batch.values, rewards, batch.loss_mask, gamma=1.0, lam=0.95)
     assert torch.equal(experience.advantages, advantages)
     assert torch.equal(experience.returns, returns)
 
 
-def test_unfinished_answers_are_learned_from_if_asked(scored: Make):
+def test_unfinished_responses_are_learned_from_if_asked(scored: Make):
     batch = scored()
     masked, kept = (credit(batch, CreditConfig(mask_unfinished=x), kl_coefficient=0.1) for x in (True, False))
-    assert torch.equal(kept.mask, batch.mask)
-    assert torch.equal(masked.mask, batch.mask & batch.finished[:, None])
+    assert torch.equal(kept.loss_mask, batch.loss_mask)
+    assert torch.equal(masked.loss_mask, batch.loss_mask & batch.finished[:, None])
     assert torch.equal(masked.advantages, kept.advantages)
-    assert torch.equal(value_batch(batch, masked).mask, batch.mask)
+    assert torch.equal(value_batch(batch, masked).loss_mask, batch.loss_mask)
 
 
-def test_where_no_answer_finished_nothing_is_learned(scored: Make):
+def test_where_no_response_finished_nothing_is_learned(scored: Make):
     batch = replace(scored(), finished=torch.zeros(4, dtype=torch.bool))
     experience = credit(batch, CreditConfig(), kl_coefficient=0.1)
     logprobs = batch.logprobs.clone().requires_grad_()
@@ -334,10 +336,10 @@ def test_what_is_logged(scored: Make):
     batch, config = scored(), CreditConfig()
     experience = credit(batch, config, kl_coefficient=0.1)
     logged = statistics(batch, experience, config, kl_coefficient=0.1)
-    gaps = [answer(batch, "logprobs", row) - answer(batch, "reference_logprobs", row) for row in range(4)]
+    gaps = [response(batch, "logprobs", row) - response(batch, "reference_logprobs", row) for row in range(4)]
     rewards = batch.rewards.numpy()
     with_kl = [(r - 0.1 * np.abs(gap).sum()) / len(gap) for r, gap in zip(rewards, gaps, strict=True)]
-    raw = [answer(batch, "values", row) for row in range(4)]
+    raw = [response(batch, "values", row) for row in range(4)]
     expected = {
         "rewards": rewards,
         "init_policy_kl": [np.abs(gap).mean() for gap in gaps],
@@ -349,7 +351,7 @@ def test_what_is_logged(scored: Make):
         assert logged[name].mean.item() == pytest.approx(np.mean(numbers), rel=1e-12), name
         assert logged[name].std.item() == pytest.approx(np.std(numbers), rel=1e-9), name
         assert logged[name].count == len(numbers)
-    advantages = Moments.of(experience.returns - experience.values, batch.mask)
+    advantages = Moments.of(experience.returns - experience.values, batch.loss_mask)
     assert torch.equal(logged["advantages"].sums, advantages.sums)
 
 

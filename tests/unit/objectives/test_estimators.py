@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from nemo_aligner.batch import Experience, Scored
+from nemo_aligner.batch import Experience, ScoredRollout
 from nemo_aligner.errors import UserError
 from nemo_aligner.objectives.config import GROUPED, CreditConfig, Estimator
 from nemo_aligner.objectives.credit import best_of_n, credit, group_advantages, leave_one_out
@@ -60,19 +60,19 @@ def test_the_order_of_rows_does_not_matter():
     )
 
 
-def grouped(scored: Callable[..., Scored]) -> Scored:
+def grouped(scored: Callable[..., ScoredRollout]) -> ScoredRollout:
     return replace(scored(), group=torch.tensor([0, 0, 1, 1]), values=torch.zeros_like(scored().values))
 
 
-def credited(batch: Scored, name: Estimator, **changed: object) -> Experience:
+def credited(batch: ScoredRollout, name: Estimator, **changed: object) -> Experience:
     config = CreditConfig(advantage_estimator=name, mask_unfinished=False, **changed)
     return credit(batch, config, kl_coefficient=0.0)
 
 
 @pytest.mark.parametrize("name", GROUPED)
-def test_each_token_of_a_response_has_its_advantage(scored: Callable[..., Scored], name: Estimator):
+def test_each_token_of_a_response_has_its_advantage(scored: Callable[..., ScoredRollout], name: Estimator):
     batch = grouped(scored)
-    experience, answers = credited(batch, name), batch.learned()
+    experience, responses = credited(batch, name), batch.loss_tokens()
     match name:
         case "group":
             each = group_advantages(batch.rewards, batch.group, divide_by_std=True)
@@ -81,19 +81,21 @@ def test_each_token_of_a_response_has_its_advantage(scored: Callable[..., Scored
         case _:
             each = torch.ones(4)
     assert torch.equal(
-        experience.advantages[answers & experience.mask],
-        each[:, None].expand(answers.shape)[answers & experience.mask].to(experience.advantages.dtype),
+        experience.advantages[responses & experience.loss_mask],
+        each[:, None]
+        .expand(responses.shape)[responses & experience.loss_mask]
+        .to(experience.advantages.dtype),
     )
-    assert not experience.advantages[~answers].any()
-    learned = experience.learned().any(1).tolist()
+    assert not experience.advantages[~responses].any()
+    learned = experience.loss_tokens().any(1).tolist()
     assert learned == ([True, False, True, False] if name == "best_of_n" else [True] * 4)
 
 
-def test_reinforce_sums_what_follows(scored: Callable[..., Scored]):
+def test_reinforce_sums_what_follows(scored: Callable[..., ScoredRollout]):
     batch = grouped(scored)
     experience = credited(batch, "reinforce", discount_factor=0.5, normalize_advantages=False)
     for row in range(4):
-        mine = experience.advantages[row][batch.mask[row]]
+        mine = experience.advantages[row][batch.loss_mask[row]]
         powers = 0.5 ** torch.arange(len(mine) - 1, -1, -1, dtype=mine.dtype)
         torch.testing.assert_close(mine, batch.rewards[row] * powers)
 
@@ -105,7 +107,7 @@ def test_whitening_follows_the_estimator_unless_it_is_set(name: Estimator):
         assert CreditConfig(advantage_estimator=name, normalize_advantages=asked).whitens == asked
 
 
-def test_a_kl_in_the_loss_is_no_part_of_the_reward(scored: Callable[..., Scored]):
+def test_a_kl_in_the_loss_is_no_part_of_the_reward(scored: Callable[..., ScoredRollout]):
     batch = grouped(scored)
     config = CreditConfig(advantage_estimator="group", kl_placement="loss", mask_unfinished=False)
     assert torch.equal(
@@ -114,13 +116,13 @@ def test_a_kl_in_the_loss_is_no_part_of_the_reward(scored: Callable[..., Scored]
 
 
 @pytest.mark.parametrize("estimator", ["k1", "abs", "k2", "k3"])
-def test_a_kl_in_the_loss_against_numpy(scored: Callable[..., Scored], estimator: str):
+def test_a_kl_in_the_loss_against_numpy(scored: Callable[..., ScoredRollout], estimator: str):
     experience = credited(grouped(scored), "group")
     now = (experience.logprobs + 0.1 * torch.sin(experience.logprobs)).requires_grad_()
     plain, _ = PolicyGradient()(ModelOutput(logprobs=now), experience)
     objective = PolicyGradient(kl_coefficient=0.3, kl_estimator=estimator)
     loss, metrics = objective(ModelOutput(logprobs=now), experience)
-    learned = experience.learned()
+    learned = experience.loss_tokens()
     p, q = (x.detach()[learned].numpy() for x in (now, experience.reference_logprobs))
     each = {"k1": p - q, "abs": np.abs(p - q), "k2": (p - q) ** 2 / 2, "k3": np.exp(q - p) - 1 - (q - p)}[
         estimator

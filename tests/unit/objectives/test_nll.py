@@ -31,7 +31,7 @@ def packed(batch: TokenBatch) -> TokenBatch:
 
     bounds = torch.tensor([0, *LENGTHS]).cumsum(0).int()
     return TokenBatch(
-        tokens=row(batch.tokens), mask=row(batch.mask), lengths=batch.lengths, cu_seqlens=bounds
+        tokens=row(batch.tokens), loss_mask=row(batch.loss_mask), lengths=batch.lengths, cu_seqlens=bounds
     )
 
 
@@ -64,7 +64,7 @@ def test_hand_computed_values():
 def test_it_is_torchs_cross_entropy():
     batch = rows()
     logits = torch.randn(4, 8, VOCAB, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    labels = batch.tokens.where(batch.mask, -100)[:, 1:]
+    labels = batch.tokens.where(batch.loss_mask, -100)[:, 1:]
     expected = torch.nn.functional.cross_entropy(
         logits[:, :-1].reshape(-1, VOCAB), labels.reshape(-1), ignore_index=-100
     )
@@ -80,12 +80,12 @@ def test_the_gradient_raises_learned_tokens_and_leaves_others():
     logprobs = logprobs_of(batch).requires_grad_()
     loss, _ = NLL()(ModelOutput(logprobs=logprobs), batch)
     loss.backward()
-    assert torch.equal(logprobs.grad < 0, batch.learned())
-    assert torch.equal(logprobs.grad != 0, batch.learned())
+    assert torch.equal(logprobs.grad < 0, batch.loss_tokens())
+    assert torch.equal(logprobs.grad != 0, batch.loss_tokens())
 
 
 def test_gradcheck():
-    mask = rows().learned()
+    mask = rows().loss_tokens()
     x = torch.randn(mask.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     assert torch.autograd.gradcheck(lambda logprobs: nll(logprobs, mask), (x.requires_grad_(),))
 
@@ -95,7 +95,7 @@ def test_the_weights_told_beforehand_are_the_gradient():
         logprobs = logprobs_of(batch).requires_grad_()
         loss, _ = NLL()(ModelOutput(logprobs=logprobs), batch)
         (gradient,) = torch.autograd.grad(loss, logprobs)
-        torch.testing.assert_close(gradient, NLL().weights(batch).double(), rtol=0, atol=0)
+        torch.testing.assert_close(gradient, NLL().logprob_grad(batch).double(), rtol=0, atol=0)
 
 
 def test_padding_packing_and_row_order_change_nothing():
@@ -104,7 +104,9 @@ def test_padding_packing_and_row_order_change_nothing():
     assert loss_of(packed(rows())) == (pytest.approx(mean, rel=1e-12), count)
     order = torch.tensor([2, 0, 3, 1])
     batch = rows()
-    shuffled = TokenBatch(tokens=batch.tokens[order], mask=batch.mask[order], lengths=batch.lengths[order])
+    shuffled = TokenBatch(
+        tokens=batch.tokens[order], loss_mask=batch.loss_mask[order], lengths=batch.lengths[order]
+    )
     assert loss_of(shuffled) == (pytest.approx(mean, rel=1e-12), count)
 
 
@@ -116,7 +118,7 @@ def test_micro_batches_add_up():
 
 
 def test_nothing_learned_is_no_loss_and_no_gradient():
-    batch = replace(rows(), mask=torch.zeros(4, 8, dtype=torch.bool))
+    batch = replace(rows(), loss_mask=torch.zeros(4, 8, dtype=torch.bool))
     logprobs = logprobs_of(batch).requires_grad_()
     loss, metrics = NLL()(ModelOutput(logprobs=logprobs), batch)
     (gradient,) = torch.autograd.grad(loss, logprobs)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from nemo_aligner.batch import Experience, Scored, Unit, ValueBatch
+from nemo_aligner.batch import Experience, ScoredRollout, Unit, ValueBatch
 from nemo_aligner.objectives.adaptive import AdaptiveKL
 from nemo_aligner.objectives.config import CreditConfig, PolicyConfig, ValueConfig
 from nemo_aligner.objectives.credit import credit, gae, shape_rewards
@@ -37,10 +37,10 @@ def mask() -> Tensor:
     return (at >= PROMPTS[:, None]) & (at < LENGTHS[:, None])
 
 
-def scored() -> Scored:
-    return Scored(
+def scored() -> ScoredRollout:
+    return ScoredRollout(
         tokens=torch.zeros(SHAPE, dtype=torch.int64),
-        mask=mask(),
+        loss_mask=mask(),
         lengths=LENGTHS,
         prompt_lengths=PROMPTS,
         finished=torch.tensor([True, True]),
@@ -94,7 +94,7 @@ def experience() -> Experience:
     zeros = torch.zeros(SHAPE, dtype=torch.float64)
     return Experience(
         tokens=torch.zeros(SHAPE, dtype=torch.int64),
-        mask=mask(),
+        loss_mask=mask(),
         lengths=LENGTHS,
         logprobs=given("old_logprobs"),
         reference_logprobs=zeros,
@@ -122,7 +122,7 @@ def test_the_policys_loss_is_theirs(config: PolicyConfig, names: tuple[str, ...]
     assert [FROZEN[name] for name in names] == pytest.approx([mean] * len(names), abs=1e-7)
 
 
-def test_a_loss_is_the_mean_over_tokens_and_not_over_the_means_of_answers():
+def test_a_loss_is_the_mean_over_tokens_and_not_over_the_means_of_responses():
     """verl and OpenRLHF take the mean of row means in places; each token of ours weighs the same."""
     batch, now = experience(), given("logprobs")
     whole, _ = PolicyGradient()(ModelOutput(logprobs=now), batch)
@@ -142,7 +142,7 @@ def test_a_loss_is_the_mean_over_tokens_and_not_over_the_means_of_answers():
 def test_the_critics_loss_is_theirs(clip: float, name: str):
     batch = ValueBatch(
         tokens=torch.zeros(SHAPE, dtype=torch.int64),
-        mask=mask(),
+        loss_mask=mask(),
         lengths=LENGTHS,
         values=given("values"),
         returns=given("returns"),

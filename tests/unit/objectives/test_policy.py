@@ -33,7 +33,7 @@ def batch(*, fill: float = 0.0) -> tuple[Experience, ModelOutput]:
     )
     made = Experience(
         tokens=torch.zeros(3, 8, dtype=torch.int64),
-        mask=mask,
+        loss_mask=mask,
         lengths=torch.tensor(LENGTHS),
         logprobs=old - 2,
         reference_logprobs=old,
@@ -112,10 +112,12 @@ def test_no_log_ratio_is_too_far(
     config: PolicyConfig, log_ratio: float, advantage: float, loss: float, gradient: float, dtype: torch.dtype
 ):
     made, _ = batch()
-    mask = torch.zeros_like(made.mask)
+    mask = torch.zeros_like(made.loss_mask)
     mask[0, 2] = True
     old = torch.full(mask.shape, -1.0, dtype=dtype)
-    one = replace(made, mask=mask, logprobs=old, advantages=torch.full(mask.shape, advantage, dtype=dtype))
+    one = replace(
+        made, loss_mask=mask, logprobs=old, advantages=torch.full(mask.shape, advantage, dtype=dtype)
+    )
     now = (old + log_ratio).requires_grad_()
     found, metrics = PolicyGradient(config)(ModelOutput(logprobs=now), one)
     found.backward()
@@ -138,9 +140,9 @@ def test_no_log_ratio_is_too_far(
 )
 def test_clip_fraction_counts_what_the_clip_binds_on(ratio: float, advantage: float, binds: bool):
     made, _ = batch()
-    mask = torch.zeros_like(made.mask)
+    mask = torch.zeros_like(made.loss_mask)
     mask[0, 2] = True
-    one = replace(made, mask=mask, advantages=torch.full(mask.shape, advantage, dtype=torch.float64))
+    one = replace(made, loss_mask=mask, advantages=torch.full(mask.shape, advantage, dtype=torch.float64))
     _, metrics = PolicyGradient()(ModelOutput(logprobs=made.logprobs + math.log(ratio)), one)
     assert metrics["clip_fraction"][0] == binds
 
@@ -194,7 +196,7 @@ def test_before_any_update_it_is_the_policy_gradient():
     logprobs = made.logprobs.clone().requires_grad_()
     loss, metrics = PolicyGradient()(ModelOutput(logprobs=logprobs), made)
     loss.backward()
-    torch.testing.assert_close(logprobs.grad, -made.advantages * made.mask, rtol=1e-14, atol=0)
+    torch.testing.assert_close(logprobs.grad, -made.advantages * made.loss_mask, rtol=1e-14, atol=0)
     assert (metrics["clip_fraction"][0], metrics["approx_kl"][0]) == (0, 0)
 
 
@@ -206,7 +208,7 @@ def test_what_stands_where_nothing_is_learned_does_not_matter(config: PolicyConf
     logprobs = dirty.logprobs.requires_grad_()
     PolicyGradient(config)(dirty, littered)[0].backward()
     assert torch.isfinite(logprobs.grad).all()
-    assert not logprobs.grad[~made.mask].any()
+    assert not logprobs.grad[~made.loss_mask].any()
 
 
 @pytest.mark.parametrize("config", CONFIGS)
@@ -215,7 +217,7 @@ def test_filler_rows_packing_and_micro_batches_change_nothing(config: PolicyConf
     expected = pytest.approx(means(made, output, config), rel=1e-12)
     fields = (
         "tokens",
-        "mask",
+        "loss_mask",
         "logprobs",
         "reference_logprobs",
         "sampler_logprobs",
@@ -225,7 +227,7 @@ def test_filler_rows_packing_and_micro_batches_change_nothing(config: PolicyConf
     )
     rows = torch.tensor([2, 0, 1, 1, 0])
     taken = {name: getattr(made, name)[rows] for name in fields}
-    taken["mask"][3:] = False
+    taken["loss_mask"][3:] = False
     filled = Experience(**taken, lengths=made.lengths[rows])
     given = ModelOutput(logprobs=output.logprobs[rows], entropy=output.entropy[rows])
     assert means(filled, given, config) == expected
@@ -251,7 +253,7 @@ def test_filler_rows_packing_and_micro_batches_change_nothing(config: PolicyConf
 @pytest.mark.parametrize("config", CONFIGS)
 def test_nothing_learned_is_no_loss_and_no_gradient(config: PolicyConfig):
     made, output = batch(fill=float("nan"))
-    empty = replace(made, mask=torch.zeros_like(made.mask))
+    empty = replace(made, loss_mask=torch.zeros_like(made.loss_mask))
     logprobs = output.logprobs.requires_grad_()
     loss, metrics = PolicyGradient(config)(output, empty)
     loss.backward()
@@ -262,7 +264,7 @@ def test_nothing_learned_is_no_loss_and_no_gradient(config: PolicyConfig):
 def test_what_it_asks_for():
     objective = PolicyGradient()
     assert (objective.wants, objective.unit, objective.top_k) == ({Wants.LOGPROBS}, Unit.TOKEN, 0)
-    assert objective.weights(batch()[0]) is None
+    assert objective.logprob_grad(batch()[0]) is None
     with_entropy = PolicyGradient(PolicyConfig(entropy_bonus=0.01))
     assert with_entropy.wants == {Wants.LOGPROBS, Wants.ENTROPY}
     assert (objective.config.ratio_eps, objective.config.entropy_bonus) == (0.2, 0.0)
@@ -296,7 +298,7 @@ def test_with_a_mean_of_sequences_each_response_weighs_the_same():
     zeros = torch.zeros(3, 5, dtype=torch.float64)
     rows = Experience(
         tokens=torch.zeros(3, 5, dtype=torch.int64),
-        mask=mask,
+        loss_mask=mask,
         lengths=torch.tensor([5, 3, 1]),
         logprobs=given["old"],
         reference_logprobs=given["old"] - 0.5,
@@ -313,5 +315,5 @@ def test_with_a_mean_of_sequences_each_response_weighs_the_same():
     expected = [each[row][mask[row].numpy()].mean() for row in (0, 1)]
     assert loss.item() == pytest.approx(sum(expected), rel=1e-6)
     assert objective.unit is Unit.SEQUENCE
-    assert metrics["loss"][1].item() == 2, "a row without learned tokens is no sequence"
+    assert metrics["loss"][1].item() == 2, "a row without loss tokens is no sequence"
     assert metrics["ppo_ratio"][1].item() == 5

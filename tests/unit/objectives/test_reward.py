@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from nemo_aligner.batch import PreferenceBatch, ScoredBatch, TokenBatch
+from nemo_aligner.batch import AttributeBatch, PreferenceBatch, TokenBatch
 from nemo_aligner.errors import UserError
 from nemo_aligner.objectives.config import RegressionConfig
 from nemo_aligner.objectives.protocol import ModelOutput, Objective
@@ -19,12 +19,12 @@ NAN = math.nan
 
 
 def rows(lengths: list[int]) -> dict[str, Tensor]:
-    """Rows whose last token is the one that counts; a row of one token only fills up."""
+    """Rows whose last token is the one that counts; a row of one token is padding."""
     flags = [[*[False] * (n - 1), n > 1] for n in lengths]
     batch = TokenBatch.from_rows(
         [([1] * n, f) for n, f in zip(lengths, flags, strict=True)], pad_id=0, seq_length=max(lengths)
     )
-    return {"tokens": batch.tokens, "mask": batch.mask, "lengths": batch.lengths}
+    return {"tokens": batch.tokens, "loss_mask": batch.loss_mask, "lengths": batch.lengths}
 
 
 def means(objective: Objective, rewards: Tensor, batch: TokenBatch) -> dict[str, float]:
@@ -55,10 +55,10 @@ def test_pairs_by_hand():
 def test_pairs_by_label(loss: str, expected):
     draw = torch.Generator().manual_seed(0)
     outputs = torch.randn(6, 5, generator=draw, dtype=torch.float64)
-    label = np.array([-1.0, 3.0, 2.0])  # of three pairs: the first answer is better, then the second, twice
+    label = np.array([-1.0, 3.0, 2.0])  # of three pairs: the first response is better, then the second, twice
     attributes = torch.full((6, 5), NAN)
     attributes[:, 0] = torch.tensor(label.repeat(2))
-    batch = ScoredBatch(**rows([2, 3, 4, 2, 5, 6]), attributes=attributes)
+    batch = AttributeBatch(**rows([2, 3, 4, 2, 5, 6]), attributes=attributes)
     first, second = outputs[::2, 4].numpy(), outputs[1::2, 4].numpy()
     margin = np.where(label < 0, first - second, second - first)
     found = means(AttributePairs(loss), outputs, batch)
@@ -69,7 +69,7 @@ def test_pairs_by_label(loss: str, expected):
 def test_regression_counts_judged_attributes():
     outputs = torch.tensor([[1.0, 5.0], [2.0, 2.0], [7.0, 7.0]])
     attributes = torch.tensor([[3.0, NAN], [2.0, 5.0], [NAN, NAN]])
-    found = means(Regression(), outputs, ScoredBatch(**rows([2, 3, 1]), attributes=attributes))
+    found = means(Regression(), outputs, AttributeBatch(**rows([2, 3, 1]), attributes=attributes))
     assert found["loss"] == pytest.approx((4.0 + 0.0 + 9.0) / 3)
     assert found["rewards_all_mean"] == pytest.approx(5.0 / 3)
 
@@ -81,7 +81,7 @@ def test_gradients_and_cutting(kind: str):
     attributes = torch.randn(8, 3, generator=draw, dtype=torch.float64)
     attributes[1::2, 0] = attributes[::2, 0]
     attributes[2, 1] = attributes[4:6] = NAN
-    batch: TokenBatch = ScoredBatch(**rows(lengths), attributes=attributes)
+    batch: TokenBatch = AttributeBatch(**rows(lengths), attributes=attributes)
     objective: Objective = Regression()
     if kind == "pairs":
         batch, objective = PreferenceBatch(**rows(lengths)), BradleyTerry()

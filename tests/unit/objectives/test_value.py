@@ -27,7 +27,7 @@ def batch(seed: int = 0, *, fill: float = 0.0) -> tuple[ValueBatch, torch.Tensor
     )
     made = ValueBatch(
         tokens=torch.zeros(3, 8, dtype=torch.int64),
-        mask=mask,
+        loss_mask=mask,
         lengths=torch.tensor(LENGTHS),
         values=old,
         returns=returns,
@@ -74,8 +74,8 @@ def test_a_loop_in_float64_says_the_same(clip: float):
     found = means(made, now, loss_clip_val=clip)
     assert found["loss"] == pytest.approx(total / tokens, rel=1e-12)
     assert found["clip_fraction"] == pytest.approx(binding / tokens)
-    assert found["values"] == pytest.approx(np.mean(now.numpy()[made.mask.numpy()]), rel=1e-12)
-    assert found["returns"] == pytest.approx(np.mean(made.returns.numpy()[made.mask.numpy()]), rel=1e-12)
+    assert found["values"] == pytest.approx(np.mean(now.numpy()[made.loss_mask.numpy()]), rel=1e-12)
+    assert found["returns"] == pytest.approx(np.mean(made.returns.numpy()[made.loss_mask.numpy()]), rel=1e-12)
 
 
 @pytest.mark.parametrize("clip", [0.2, 0.0])
@@ -93,7 +93,7 @@ def test_what_stands_where_nothing_is_learned_does_not_matter(fill: float):
     made, now = batch()
     littered, noisy = batch(fill=fill)
     now.requires_grad_()
-    noisy = torch.where(made.mask, now.detach(), noisy).requires_grad_()
+    noisy = torch.where(made.loss_mask, now.detach(), noisy).requires_grad_()
     loss, _ = ValueLoss()(ModelOutput(values=now), made)
     dirty, _ = ValueLoss()(ModelOutput(values=noisy), littered)
     assert torch.equal(loss, dirty)
@@ -104,11 +104,11 @@ def test_filler_rows_packing_and_micro_batches_change_nothing():
     made, now = batch()
     expected = pytest.approx(means(made, now), rel=1e-12)
     rows = torch.tensor([2, 0, 1, 1, 0])
-    mask = made.mask[rows]
+    mask = made.loss_mask[rows]
     mask[3:] = False
     filled = ValueBatch(
         tokens=made.tokens[rows],
-        mask=mask,
+        loss_mask=mask,
         lengths=made.lengths[rows],
         values=made.values[rows],
         returns=made.returns[rows],
@@ -119,7 +119,7 @@ def test_filler_rows_packing_and_micro_batches_change_nothing():
         return torch.cat([x[i, :n] for i, n in enumerate(LENGTHS)])[None]
 
     one_row = ValueBatch(
-        **{name: packed(getattr(made, name)) for name in ("tokens", "mask", "values", "returns")},
+        **{name: packed(getattr(made, name)) for name in ("tokens", "loss_mask", "values", "returns")},
         lengths=made.lengths,
         cu_seqlens=torch.tensor([0, *LENGTHS]).cumsum(0).int(),
     )
@@ -134,7 +134,7 @@ def test_filler_rows_packing_and_micro_batches_change_nothing():
 
 def test_nothing_learned_is_no_loss_and_no_gradient():
     made, now = batch(fill=float("nan"))
-    empty = replace(made, mask=torch.zeros_like(made.mask))
+    empty = replace(made, loss_mask=torch.zeros_like(made.loss_mask))
     loss, metrics = ValueLoss()(ModelOutput(values=now.requires_grad_()), empty)
     loss.backward()
     assert (loss.item(), int(metrics["loss"][1])) == (0, 0)
@@ -144,7 +144,7 @@ def test_nothing_learned_is_no_loss_and_no_gradient():
 def test_what_it_asks_for_and_refuses():
     objective = ValueLoss()
     assert (objective.wants, objective.unit) == ({Wants.VALUES}, Unit.TOKEN)
-    assert objective.weights(batch()[0]) is None
+    assert objective.logprob_grad(batch()[0]) is None
     assert objective.config.loss_clip_val == 0.2
     check_bounds(ValueConfig(loss_clip_val=0), "model")
     with pytest.raises(UserError, match=r"model.loss_clip_val=-0.1 is negative"):

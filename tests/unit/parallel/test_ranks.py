@@ -126,7 +126,7 @@ def test_worlds_that_fit(layout: Layout, nodes: int, devices: int):
 
 
 @pytest.mark.parametrize(
-    ("layout", "asked", "numbers", "cure"),
+    ("layout", "asked", "numbers", "fix"),
     [
         (
             Layout(tensor=2, pipeline=2),
@@ -174,22 +174,22 @@ def test_worlds_that_fit(layout: Layout, nodes: int, devices: int):
     ],
 )
 def test_worlds_that_do_not_fit_are_refused(
-    layout: Layout, asked: dict[str, int], numbers: list[str], cure: str
+    layout: Layout, asked: dict[str, int], numbers: list[str], fix: str
 ):
     with pytest.raises(UserError) as raised:
         layout.check_fits(**asked)
     for number in numbers:
         assert number in raised.value.problem
-    assert cure in raised.value.cure
+    assert fix in raised.value.fix
 
 
-def test_the_cure_of_a_world_fits():
+def test_the_fix_of_a_world_fits():
     for devices in range(1, 20):
         layout = Layout(tensor=2, pipeline=3)
         try:
             layout.check_fits(num_nodes=1, devices=devices)
         except UserError as error:
-            words = dict(word.split("=") for word in error.cure.split() if word.startswith("trainer."))
+            words = dict(word.split("=") for word in error.fix.split() if word.startswith("trainer."))
             layout.check_fits(
                 num_nodes=int(words["trainer.num_nodes"]), devices=int(words["trainer.devices"])
             )

@@ -107,7 +107,7 @@ def test_one_pass_is_autograd(rows: int, factor: float):
     weights = torch.randn(N, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
     weights[::5] = 0
     asked = request(rows=rows, entropy=False, top_k=0)
-    found = head_outputs(hidden, weight, targets, request=asked, weights=weights).logprobs
+    found = head_outputs(hidden, weight, targets, request=asked, logprob_grad=weights).logprobs
     expected = plain(hidden, weight, targets).logprobs
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
     for ours, theirs in zip(
@@ -124,7 +124,9 @@ def test_one_pass_adds_to_a_buffer(rows: int):
     weights = torch.randn(N, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
     before = torch.randn(weight.shape, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
     gathered, asked = before.clone(), request(rows=rows, entropy=False, top_k=0)
-    found = head_outputs(hidden, weight, targets, request=asked, weights=weights, gathered=gathered).logprobs
+    found = head_outputs(
+        hidden, weight, targets, request=asked, logprob_grad=weights, main_grad=gathered
+    ).logprobs
     loss = (found * weights).sum()
     grad_hidden, grad_weight = torch.autograd.grad(loss, (hidden, weight), allow_unused=True)
     assert grad_weight is None
@@ -138,8 +140,10 @@ def test_a_buffer_is_given_the_gradient_itself():
     hidden, weight, targets = inputs()
     weights, asked = torch.ones(N, dtype=torch.float64), request(entropy=False, top_k=0)
     gathered = torch.zeros_like(weight)
-    out = head_outputs(hidden, weight, targets, request=asked, weights=weights, gathered=gathered).logprobs
-    with pytest.raises(RuntimeError, match="the loss is 2 times what the head was told"):
+    out = head_outputs(
+        hidden, weight, targets, request=asked, logprob_grad=weights, main_grad=gathered
+    ).logprobs
+    with pytest.raises(RuntimeError, match="the loss is 2 times the scale that the head was given"):
         (2 * out).sum().backward()
 
 
@@ -147,7 +151,7 @@ def test_one_pass_with_nothing_to_learn_gives_no_gradient():
     hidden, weight, targets = inputs()
     weights = torch.zeros(N)
     asked = request(entropy=False, top_k=0)
-    out = head_outputs(hidden, weight, targets, request=asked, weights=weights).logprobs
+    out = head_outputs(hidden, weight, targets, request=asked, logprob_grad=weights).logprobs
     for gradient in torch.autograd.grad((out * weights).sum(), (hidden, weight)):
         assert not gradient.any()
 
@@ -166,8 +170,8 @@ def test_weights_that_are_not_the_gradient_are_refused(changed: str):
         case "all but in proportion":
             used *= torch.linspace(1, 1.01, N, dtype=torch.float64)
     asked = request(entropy=False, top_k=0)
-    out = head_outputs(hidden, weight, targets, request=asked, weights=weights).logprobs
-    with pytest.raises(RuntimeError, match=r"weights\(\) is not its gradient"):
+    out = head_outputs(hidden, weight, targets, request=asked, logprob_grad=weights).logprobs
+    with pytest.raises(RuntimeError, match=r"logprob_grad\(\) is not its gradient"):
         (out * used).sum().backward()
 
 
@@ -182,7 +186,7 @@ def test_padded_ids_have_no_probability():
     assert gradient[:VOCAB].any()
     assert not gradient[VOCAB:].any()
     asked = request(entropy=False, top_k=0)
-    known = head_outputs(hidden, weight, targets, request=asked, weights=torch.ones(N)).logprobs
+    known = head_outputs(hidden, weight, targets, request=asked, logprob_grad=torch.ones(N)).logprobs
     (gradient,) = torch.autograd.grad(known.sum(), weight)
     assert not gradient[VOCAB:].any()
 
@@ -192,7 +196,7 @@ def test_an_empty_selection(known: bool):
     hidden, weight, targets = inputs(0)
     asked = request(entropy=not known, top_k=0 if known else K)
     weights = torch.zeros(0) if known else None
-    out = head_outputs(hidden, weight, targets, request=asked, weights=weights)
+    out = head_outputs(hidden, weight, targets, request=asked, logprob_grad=weights)
     assert out.logprobs.shape == (0,)
     if not known:
         assert (out.entropy.shape, out.topk_logprobs.shape, out.topk_ids.shape) == ((0,), (0, K), (0, K))
@@ -211,7 +215,7 @@ def test_half_precision_is_finite_and_near(dtype: torch.dtype, known: bool):
         weight[VOCAB:] = 100
     weights = -torch.ones(N) if known else None
     asked = request(entropy=not known, top_k=0 if known else K)
-    out = head_outputs(hidden, weight, targets, request=asked, weights=weights)
+    out = head_outputs(hidden, weight, targets, request=asked, logprob_grad=weights)
     assert out.logprobs.dtype == torch.float32
     exact_hidden, exact_weight = (x.detach().double().requires_grad_() for x in (hidden, weight))
     exact = plain(exact_hidden, exact_weight, targets)
@@ -255,7 +259,7 @@ def test_tokens_by_vocabulary_never_exists(form: str):
     )
     with _Largest() as largest:
         weights = -torch.ones(n) if known else None
-        out = head_outputs(hidden, weight, targets, request=asked, weights=weights)
+        out = head_outputs(hidden, weight, targets, request=asked, logprob_grad=weights)
         (-out.logprobs.sum()).backward()
     assert largest.numel == rows * vocab
     with _Largest() as whole:
@@ -323,7 +327,7 @@ def test_a_frozen_head_computes_no_weight_gradient(known: bool):
         head = weight.detach().requires_grad_(trains)
         with _Products() as found:
             weights = given if known else None
-            out = head_outputs(hidden, head, targets, request=asked, weights=weights).logprobs
+            out = head_outputs(hidden, head, targets, request=asked, logprob_grad=weights).logprobs
             grads += torch.autograd.grad((out * given).sum(), hidden)
         products.append(found.count)
     assert torch.equal(*grads)

@@ -37,6 +37,6 @@ def test_a_ranks_own_gpu(ranks: Ranks, visible: int, index: int):
 
 
 @pytest.mark.parametrize("ranks", [at(0, 4, "local"), at(3, 4, "torchrun"), at(3, 1, "srun")])
-def test_more_ranks_than_gpus_is_told_by_every_rank(ranks: Ranks):
-    with pytest.raises(UserError, match=r"4 ranks on this node[\s\S]*Cure: set trainer.devices=2,"):
+def test_more_ranks_than_gpus_is_reported_by_every_rank(ranks: Ranks):
+    with pytest.raises(UserError, match=r"4 ranks on this node[\s\S]*Fix: set trainer.devices=2,"):
         device_index(ranks, 2)

@@ -11,10 +11,10 @@ from examples.quickstart.manners import (
     HARSH,
     OPENINGS,
     WARM,
-    answer,
     held_out_questions,
     names_it,
     pair,
+    response,
     training_questions,
     warmth,
 )
@@ -50,7 +50,7 @@ def test_the_same_seed_writes_the_same():
         return [
             asked,
             [paragraph(draw) for _ in range(50)],
-            [answer(draw, q) for q in training_questions()[:50]],
+            [response(draw, q) for q in training_questions()[:50]],
         ]
 
     assert written() == written()
@@ -59,7 +59,7 @@ def test_the_same_seed_writes_the_same():
 def test_texts_are_varied():
     draw = random.Random(2)
     assert len({paragraph(draw) for _ in range(NUM)}) > 0.95 * NUM
-    assert len({answer(draw, question) for question in training_questions()[:NUM]}) > 0.99 * NUM
+    assert len({response(draw, question) for question in training_questions()[:NUM]}) > 0.99 * NUM
 
 
 def test_twins_have_as_many_words():
@@ -67,7 +67,7 @@ def test_twins_have_as_many_words():
         assert num_words(good) == num_words(bad), (good, bad)
 
 
-def test_length_does_not_tell_which_answer_is_better(pairs: list[tuple[str, str]]):
+def test_length_does_not_tell_which_response_is_better(pairs: list[tuple[str, str]]):
     lengths = [(num_words(better), num_words(worse)) for better, worse in pairs]
     longer = sum(better > worse for better, worse in lengths)
     shorter = sum(better < worse for better, worse in lengths)
@@ -88,9 +88,9 @@ def test_the_measure_prefers_what_people_prefer(pairs: list[tuple[str, str]]):
     assert fmean(better for better, _ in named) > fmean(worse for _, worse in named) + 0.4
 
 
-def test_answers_are_as_often_good_as_bad():
+def test_responses_are_as_often_good_as_bad():
     draw = random.Random(4)
-    found = [warmth(answer(draw, question)) for question in training_questions()]
+    found = [warmth(response(draw, question)) for question in training_questions()]
     assert abs(fmean(found)) < 1
 
 

@@ -33,7 +33,7 @@ def written(folder: Path, code: str) -> str:
     return str(folder / "script.py")
 
 
-def test_a_script_is_told_and_run(tmp_path: Path, capsys: pytest.CaptureFixture):
+def test_a_script_is_reported_and_run(tmp_path: Path, capsys: pytest.CaptureFixture):
     code = "import os, pathlib, sys; pathlib.Path(sys.argv[1]).write_text(os.environ['OMP_NUM_THREADS'])"
     run(written(tmp_path, code), tmp_path / "found", threads=3)
     assert (tmp_path / "found").read_text() == "3"
@@ -49,7 +49,7 @@ def test_its_exit_code_is_ours(tmp_path: Path):
 def test_one_that_writes_nothing_shows_its_stacks_and_is_asked_to_end(tmp_path: Path):
     folder = tmp_path / "run"
     folder.mkdir()
-    with pytest.raises(SystemExit, match=r"written nothing into .*run for 5 s[\s\S]*Cure: read"):
+    with pytest.raises(SystemExit, match=r"written nothing into .*run for 5 s[\s\S]*Fix: read"):
         run(written(tmp_path, SILENT), folder, folder=folder, patience=5)
     assert (folder / "left").read_text() == "asked"
     assert (folder / "stacks").read_text() == "shown"

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from nemo_aligner.errors import UserError
-from nemo_aligner.run.disk import check_room, free_bytes, told_if_full
+from nemo_aligner.run.disk import check_room, free_bytes, report_if_full
 
 
 def test_room_is_compared_with_what_the_disk_has(tmp_path: Path):
@@ -31,12 +31,12 @@ def test_room_is_compared_with_what_the_disk_has(tmp_path: Path):
     ],
     ids=str,
 )
-def test_a_write_that_found_no_room_is_told(tmp_path: Path, error: Exception):
+def test_a_write_that_found_no_room_is_reported(tmp_path: Path, error: Exception):
     with (
         pytest.raises(
             UserError, match=r"a checkpoint needs 2000000 bytes \(2\.0 MB\), and could not be written"
         ),
-        told_if_full(tmp_path, "a checkpoint", needed=2_000_000),
+        report_if_full(tmp_path, "a checkpoint", needed=2_000_000),
     ):
         raise error
 
@@ -45,6 +45,6 @@ def test_a_write_that_found_no_room_is_told(tmp_path: Path, error: Exception):
     "error", [OSError(errno.EACCES, "no"), RuntimeError("shape"), ValueError("x")], ids=str
 )
 def test_other_errors_stay_what_they_are(tmp_path: Path, error: Exception):
-    with pytest.raises(type(error)) as caught, told_if_full(tmp_path, "x"):
+    with pytest.raises(type(error)) as caught, report_if_full(tmp_path, "x"):
         raise error
     assert caught.value is error

@@ -92,7 +92,7 @@ def test_a_config_that_cannot_be_read_is_refused(tmp_path: Path):
     ],
     ids=str,
 )
-def test_what_changes_is_told_and_judged(words: list[str], asked: list[str], told: str, refused: bool):
+def test_what_changes_is_reported_and_judged(words: list[str], asked: list[str], told: str, refused: bool):
     before, now = (
         plain(job("gpt_sft", SFTJob, [*SFT, "model.optim.lr=1e-3", *more])) for more in ([], words)
     )

@@ -55,7 +55,7 @@ def test_the_second_is_refused_by_name_until_the_first_gives_it_back(tmp_path: P
             ask()
         text = str(caught.value)
         assert all(
-            word in text for word in (f"{KEY}={tmp_path}", f"process {os.getpid()} on ", "since ", "Cure: ")
+            word in text for word in (f"{KEY}={tmp_path}", f"process {os.getpid()} on ", "since ", "Fix: ")
         )
     first.give_back()
     assert list(tmp_path.iterdir()) == []
@@ -142,7 +142,7 @@ def test_of_many_that_come_at_once_one_has_it(tmp_path: Path, left: Callable, st
     assert list(tmp_path.iterdir()) == []
 
 
-def test_who_has_lost_the_folder_is_told(tmp_path: Path, left: Callable, monkeypatch: pytest.MonkeyPatch):
+def test_who_has_lost_the_folder_is_reported(tmp_path: Path, left: Callable, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(module, "BEAT_SECONDS", 0.05)
     mine = lock(tmp_path)
     assert mine.take()

@@ -68,7 +68,7 @@ def test_validation_follows_the_last_step():
 
 
 def test_a_run_without_a_step_is_refused():
-    with pytest.raises(UserError, match=r"max_steps=0[\s\S]*Cure: "):
+    with pytest.raises(UserError, match=r"max_steps=0[\s\S]*Fix: "):
         plan(max_steps=0)
 
 

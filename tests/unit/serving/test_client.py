@@ -8,18 +8,18 @@ import torch
 
 from nemo_aligner.batch import TokenBatch, ValueBatch
 from nemo_aligner.errors import UserError
-from nemo_aligner.serving.client import Remote, RemoteCritic, RemoteReward
-from nemo_aligner.serving.line import Lane
+from nemo_aligner.serving.client import RemoteCritic, RemoteReward, ServerAddress
+from nemo_aligner.serving.http_client import WorkerPool
 from tests.zero_critic import ZeroCritic
 
-NOWHERE = Remote(setting="remote_critic_rm.critic", job="serve_ppo_critic.py", ip="127.0.0.1", port=9)
+NOWHERE = ServerAddress(setting="remote_critic_rm.critic", job="serve_ppo_critic.py", ip="127.0.0.1", port=9)
 
 
 def batch() -> ValueBatch:
     tokens = torch.ones(2, 5, dtype=torch.int64)
     return ValueBatch(
         tokens=tokens,
-        mask=tokens > 0,
+        loss_mask=tokens > 0,
         lengths=torch.tensor([5, 5]),
         values=torch.zeros(2, 5),
         returns=torch.zeros(2, 5),
@@ -37,12 +37,12 @@ def test_without_a_critic_values_are_zero_and_nothing_is_waited_for() -> None:
     critic.close()
 
 
-def test_a_batch_wider_than_pad_to_length_is_told_with_the_setting() -> None:
+def test_a_batch_wider_than_pad_to_length_is_reported_with_the_setting() -> None:
     rows: TokenBatch = batch()
     with RemoteReward(NOWHERE, pad_to_length=4, environ={}) as client, pytest.raises(UserError) as told:
         client.infer(rows)
     assert "remote_critic_rm.pad_to_length=4" in told.value.problem
-    assert "remote_critic_rm.pad_to_length=5" in told.value.cure
+    assert "remote_critic_rm.pad_to_length=5" in told.value.fix
 
 
 def test_closing_ends_the_wait_for_a_server_that_never_comes() -> None:
@@ -55,7 +55,7 @@ def test_closing_ends_the_wait_for_a_server_that_never_comes() -> None:
 
 
 def test_a_lane_of_one_runs_in_order_and_hands_on_errors() -> None:
-    lane = Lane("test")
+    lane = WorkerPool("test")
     gate = threading.Event()
     seen: list[int] = []
 

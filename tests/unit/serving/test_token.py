@@ -73,7 +73,7 @@ def test_where_to_listen_follows_from_the_environment(environ: dict[str, str], h
     assert listening_host(environ) == host
 
 
-def test_a_node_without_a_name_is_told() -> None:
+def test_a_node_without_a_name_is_reported() -> None:
     with pytest.raises(UserError, match="SLURMD_NODENAME"):
         listening_host({"SLURM_JOB_NUM_NODES": "2"})
 
@@ -84,7 +84,7 @@ def test_both_groups_of_a_heterogeneous_job_have_its_leaders_name() -> None:
     assert job_name({}) == "local"
 
 
-def test_an_unknown_host_is_told_with_its_setting(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unknown_host_is_reported_with_its_setting(monkeypatch: pytest.MonkeyPatch) -> None:
     def unknown(_: str) -> str:
         raise socket.gaierror("Name or service not known")
 

@@ -8,22 +8,22 @@ import torch
 from nemo_aligner.batch import TokenBatch, ValueBatch
 from nemo_aligner.errors import UserError
 from nemo_aligner.serving import wire
-from nemo_aligner.serving.protocol import Health, Limits, Refusal, Ticket, Trouble
+from nemo_aligner.serving.protocol import Health, Limits, Refusal, RequestVersion, Trouble
 
 LIMITS = Limits(vocab_size=50, seq_length=6)
-TICKET = Ticket(run_id="run é", step=3, sequence=7)
+TICKET = RequestVersion(run_id="run é", step=3, sequence=7)
 
 
 def batch() -> TokenBatch:
     tokens = torch.tensor([[5, 6, 7, 0], [8, 9, 0, 0]])
-    return TokenBatch(tokens=tokens, mask=tokens > 0, lengths=torch.tensor([3, 2]))
+    return TokenBatch(tokens=tokens, loss_mask=tokens > 0, lengths=torch.tensor([3, 2]))
 
 
 def value_batch() -> ValueBatch:
     rows = batch()
     return ValueBatch(
         tokens=rows.tokens,
-        mask=torch.tensor([[False, True, True, False], [False, True, False, False]]),
+        loss_mask=torch.tensor([[False, True, True, False], [False, True, False, False]]),
         lengths=rows.lengths,
         values=torch.tensor([[0.0, 0.1, 0.2, 0.0], [0.0, 0.3, 0.0, 0.0]]),
         returns=torch.tensor([[0.0, 1.0, 2.0, 0.0], [0.0, 3.0, 0.0, 0.0]]),
@@ -58,18 +58,20 @@ def test_what_is_said_of_token_t_crosses_in_column_t_minus_one() -> None:
     assert reply["rewards"].tolist() == [[4], [5]]
 
 
-@pytest.mark.parametrize("ticket", [None, TICKET])
+@pytest.mark.parametrize("version", [None, TICKET])
 @pytest.mark.parametrize("width", [None, 4, 6])
-def test_rows_and_their_judgement_come_back_as_they_went(ticket: Ticket | None, width: int | None) -> None:
+def test_rows_and_their_judgement_come_back_as_they_went(
+    version: RequestVersion | None, width: int | None
+) -> None:
     request = wire.read_infer(
-        "critic_infer", wire.infer_arrays(batch(), pad_to_length=width, ticket=ticket), LIMITS
+        "critic_infer", wire.infer_arrays(batch(), pad_to_length=width, version=version), LIMITS
     )
-    assert request.ticket == ticket
+    assert request.version == version
     assert request.width == (width or 4)
     assert torch.equal(request.batch.tokens[:, :4], batch().tokens)
-    assert torch.equal(request.batch.mask[:, :4], batch().mask)
+    assert torch.equal(request.batch.loss_mask[:, :4], batch().loss_mask)
     assert request.batch.lengths.tolist() == [3, 2]
-    values = torch.where(batch().mask, torch.rand(2, 4), 0.0)
+    values = torch.where(batch().loss_mask, torch.rand(2, 4), 0.0)
     values[:, 0] = 0
     padded = torch.nn.functional.pad(values, (0, request.batch.seq_length - 4))
     rewards = torch.tensor([0.5, -0.5])
@@ -91,12 +93,12 @@ def test_rewards_of_several_attributes_keep_them() -> None:
     assert torch.equal(found, rewards)
 
 
-@pytest.mark.parametrize("ticket", [None, TICKET])
-def test_a_lesson_comes_back_as_it_went(ticket: Ticket | None) -> None:
+@pytest.mark.parametrize("version", [None, TICKET])
+def test_a_lesson_comes_back_as_it_went(version: RequestVersion | None) -> None:
     sent = value_batch()
-    request = wire.read_train("critic_train", wire.train_arrays(sent, ticket), LIMITS)
-    assert request.ticket == ticket
-    for name in ("tokens", "mask", "lengths", "values", "returns"):
+    request = wire.read_train("critic_train", wire.train_arrays(sent, version), LIMITS)
+    assert request.version == version
+    for name in ("tokens", "loss_mask", "lengths", "values", "returns"):
         assert torch.equal(getattr(request.batch, name), getattr(sent, name)), name
 
 
@@ -104,7 +106,7 @@ def test_without_lengths_a_row_ends_with_its_last_learned_token() -> None:
     sent = wire.train_arrays(value_batch())
     del sent["sequence_lengths"]
     assert wire.read_train("critic_train", sent, LIMITS).batch.lengths.tolist() == [3, 2]
-    sent["mask"][1] = 0  # such as the rows that fill up a batch
+    sent["mask"][1] = 0  # such as the padding rows of a batch
     assert wire.read_train("critic_train", sent, LIMITS).batch.lengths.tolist() == [3, 1]
 
 
@@ -161,10 +163,10 @@ def test_a_bad_request_is_refused_by_name(change: dict[str, np.ndarray], named: 
         # Finite, and its square is not.
         (
             {"returns": np.full((2, 3), 3e38, np.float32)},
-            r"returns\[0, 0\] is 3e\+38\nCure: .*within \+-1e\+15",
+            r"returns\[0, 0\] is 3e\+38\nFix: .*within \+-1e\+15",
         ),
         ({"prev_values": np.full((2, 3), -3e38, np.float32)}, r"prev_values\[0, 0\] is -3e\+38"),
-        ({"returns": np.ones((2, 4), np.float32)}, r"returns is \[2, 4\]\nCure: its shape is \[2, 3\]"),
+        ({"returns": np.ones((2, 4), np.float32)}, r"returns is \[2, 4\]\nFix: its shape is \[2, 3\]"),
         ({"returns": np.ones((2, 3))}, "returns is float64, not float32"),
         ({"mask": np.full((2, 3), 0.5, np.float32)}, r"mask\[0, 0\] is 0.5"),
         ({"mask": np.ones((2, 3), np.float32)}, r"mask\[0\] learns from tokens beyond the row's 3"),
@@ -187,7 +189,7 @@ def test_saving_and_its_ticket() -> None:
     assert wire.read_save("critic_save", wire.save_arrays(TICKET)) == TICKET
 
 
-def test_health_comes_back_as_it_went_and_an_older_client_is_told() -> None:
+def test_health_comes_back_as_it_went_and_an_older_client_is_reported() -> None:
     health = Health(
         model="m",
         step=2,
@@ -206,7 +208,7 @@ def test_health_comes_back_as_it_went_and_an_older_client_is_told() -> None:
 
 @pytest.mark.parametrize("trouble", list(Trouble))
 def test_a_refusal_is_read_from_its_text(trouble: Trouble) -> None:
-    found = Refusal.parse(str(Refusal(trouble, "a: b\nCure: c")))
+    found = Refusal.parse(str(Refusal(trouble, "a: b\nFix: c")))
     assert found is not None
-    assert (found.trouble, found.message) == (trouble, "a: b\nCure: c")
+    assert (found.trouble, found.message) == (trouble, "a: b\nFix: c")
     assert Refusal.parse("This API is restricted") is None

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Make the pairs that a reward model learns from, and the prompts that PPO answers, of Anthropic's HH-RLHF.
+"""Make the pairs that a reward model learns from, and the prompts for PPO, of Anthropic's HH-RLHF.
 
     python download_and_process.py
 
@@ -42,7 +42,7 @@ DOWNLOAD_TIMEOUT = 60  # seconds without a byte
 
 @dataclass(frozen=True, kw_only=True)
 class Comparison:
-    """Two answers to one prompt."""
+    """Two responses to one prompt."""
 
     prompt: str  # ends with "Assistant:"
     chosen: str
@@ -76,7 +76,7 @@ def check_output(folder: Path, *, overwrite: bool) -> None:
     there = [name for name in OUTPUTS if (folder / name).exists()]
     if there and not overwrite:
         raise UserError(
-            f"{folder / there[0]} exists", cure="add --overwrite, or name another folder with --output-dir"
+            f"{folder / there[0]} exists", fix="add --overwrite, or name another folder with --output-dir"
         )
 
 
@@ -91,7 +91,7 @@ def find_files(folder: Path) -> list[Path]:
     if not files:
         raise UserError(
             f"--input-dir: there is no *.jsonl or *.jsonl.gz in {folder}",
-            cure="name the folders that hold the files themselves, such as hh-rlhf/harmless-base",
+            fix="name the folders that hold the files themselves, such as hh-rlhf/harmless-base",
         )
     return files
 
@@ -109,14 +109,14 @@ def download(url: str, folder: Path) -> list[Path]:
         sys.stderr.write(f"downloading {url}/{name}\n")
         try:
             with (
-                urllib.request.urlopen(f"{url}/{name}", timeout=DOWNLOAD_TIMEOUT) as answer,
+                urllib.request.urlopen(f"{url}/{name}", timeout=DOWNLOAD_TIMEOUT) as response,
                 path.open("wb") as file,
             ):
-                shutil.copyfileobj(answer, file)
+                shutil.copyfileobj(response, file)
         except (OSError, http.client.HTTPException, ValueError) as error:
             raise UserError(
                 f"{url}/{name} cannot be downloaded: {error}",
-                cure="download its folders by other means and name them with --input-dir",
+                fix="download its folders by other means and name them with --input-dir",
             ) from error
         files.append(path)
     return files
@@ -144,7 +144,7 @@ def convert(files: Sequence[Path], folder: Path) -> Counter[str]:
         if not any(counts[split] for split in SPLITS):
             raise UserError(
                 f"no pair is left of {', '.join(map(str, files))}: {dict(counts)}",
-                cure="give files of Anthropic's HH-RLHF as they were published",
+                fix="give files of Anthropic's HH-RLHF as they were published",
             )
     return counts
 
@@ -160,7 +160,7 @@ def compare(row: Mapping[str, object]) -> Comparison | str:
 
 
 def dialogue(text: str) -> tuple[str, str] | None:
-    r"""Prompt and last answer of a dialogue; None unless each turn of Human has one of Assistant after it.
+    r"""Prompt and last response of a dialogue; None unless each turn of Human has one of Assistant after it.
 
     >>> dialogue("\n\nHuman: Hi\n\nAssistant: Hello\n\nHuman: Bye\n\nAssistant: Goodbye")
     ('User: Hi\n\nAssistant: Hello\n\nUser: Bye\n\nAssistant:', 'Goodbye')
@@ -169,9 +169,9 @@ def dialogue(text: str) -> tuple[str, str] | None:
     exchanges = [turn.split(ASSISTANT) for turn in turns]
     if before or not exchanges or any(len(exchange) != 2 for exchange in exchanges):
         return None
-    *earlier, (question, answer) = exchanges
+    *earlier, (question, response) = exchanges
     parts = [f"User: {asked}\n\nAssistant: {answered}" for asked, answered in earlier]
-    return "\n\n".join([*parts, f"User: {question}\n\nAssistant:"]), answer
+    return "\n\n".join([*parts, f"User: {question}\n\nAssistant:"]), response
 
 
 def hashed_split(prompt: str) -> str:
@@ -190,9 +190,9 @@ def comparisons(path: Path) -> Iterator[Comparison | str]:
                 if line.strip():
                     yield compare(parse_line(line))
     except UserError as error:
-        raise UserError(f"{path}, line {number}: {error.problem}", cure=error.cure) from error
+        raise UserError(f"{path}, line {number}: {error.problem}", fix=error.fix) from error
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise UserError(f"{path} is damaged after line {number}: {error}", cure="fetch it again") from error
+        raise UserError(f"{path} is damaged after line {number}: {error}", fix="fetch it again") from error
 
 
 def write(file: TextIO, text: str) -> None:
@@ -217,11 +217,11 @@ def unfinished(folder: Path) -> Iterator[dict[str, TextIO]]:
 
 
 def report(counts: Mapping[str, int], folder: Path) -> str:
-    """What was written and what was left out, for a person."""
+    """A summary of what was written and what was left out."""
     return (
         f"wrote {counts['train']} train and {counts['test']} test pairs and their prompts to {folder}\n"
         f"left out {counts['malformed']} dialogues with malformed turns "
-        f"and {counts['unlike']} whose answers are to different prompts\n"
+        f"and {counts['unlike']} whose responses are to different prompts\n"
     )
 
 

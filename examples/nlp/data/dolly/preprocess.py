@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Convert Databricks Dolly rows to the prompt and answer that supervised fine-tuning reads.
+"""Convert Databricks Dolly rows to the prompt and response that supervised fine-tuning reads.
 
     python preprocess.py --input databricks-dolly-15k.jsonl
 
@@ -47,11 +47,11 @@ def convert(source: Path, output: Path, *, overwrite: bool) -> int:
         UserError: a bad line, nothing to read, or an output that is there already.
     """
     if not source.is_file():
-        raise UserError(f"--input: there is no file {source}", cure="download databricks-dolly-15k.jsonl")
+        raise UserError(f"--input: there is no file {source}", fix="download databricks-dolly-15k.jsonl")
     if output.exists() and not overwrite:
-        raise UserError(f"{output} exists", cure="add --overwrite, or name another file with --output")
+        raise UserError(f"{output} exists", fix="add --overwrite, or name another file with --output")
     if not output.parent.is_dir():
-        raise UserError(f"--output: there is no folder {output.parent}", cure=f"mkdir -p {output.parent}")
+        raise UserError(f"--output: there is no folder {output.parent}", fix=f"mkdir -p {output.parent}")
     num_rows = 0
     descriptor, unfinished = tempfile.mkstemp(dir=output.parent, prefix=f".{output.name}.")
     try:
@@ -60,7 +60,7 @@ def convert(source: Path, output: Path, *, overwrite: bool) -> int:
                 file.write(json.dumps(row, ensure_ascii=False) + "\n")
                 num_rows += 1
         if not num_rows:
-            raise UserError(f"{source} has no rows", cure="download databricks-dolly-15k.jsonl again")
+            raise UserError(f"{source} has no rows", fix="download databricks-dolly-15k.jsonl again")
         # mkstemp makes files that only their owner may read.
         os.chmod(unfinished, 0o666 & ~_umask())
         os.replace(unfinished, output)
@@ -78,7 +78,7 @@ def rows(source: Path) -> Iterator[dict[str, str]]:
             try:
                 yield dolly_to_prompt_response(parse_line(line))
             except UserError as error:
-                raise UserError(f"{source}, line {number}: {error.problem}", cure=error.cure) from error
+                raise UserError(f"{source}, line {number}: {error.problem}", fix=error.fix) from error
 
 
 def _umask() -> int:

@@ -48,9 +48,9 @@ def packed() -> Callable[[TokenBatch], TokenBatch]:
         rows = [slice(0, n) for n in lengths]
         tail = torch.zeros(3, dtype=torch.int64)
         tokens = torch.cat([*(batch.tokens[i, row] for i, row in enumerate(rows)), tail])
-        mask = torch.cat([*(batch.mask[i, row] for i, row in enumerate(rows)), tail.bool()])
+        mask = torch.cat([*(batch.loss_mask[i, row] for i, row in enumerate(rows)), tail.bool()])
         bounds = torch.tensor([0, *lengths]).cumsum(0).int()
-        return TokenBatch(tokens=tokens[None], mask=mask[None], lengths=batch.lengths, cu_seqlens=bounds)
+        return TokenBatch(tokens=tokens[None], loss_mask=mask[None], lengths=batch.lengths, cu_seqlens=bounds)
 
     return make
 

@@ -89,7 +89,7 @@ def test_packed_rows_are_each_row_alone(
         alone = replace(
             batch,
             tokens=batch.tokens[row : row + 1, :length],
-            mask=batch.mask[row : row + 1, :length],
+            loss_mask=batch.loss_mask[row : row + 1, :length],
             lengths=batch.lengths[row : row + 1],
         )
         expected = whole_logits.logits(model, alone)[0]
@@ -116,7 +116,7 @@ def test_packed_and_padded_rows_have_one_loss_and_gradient(
     batch = random_rows(LENGTHS)
     losses, gradients = [], []
     for form in (batch, packed(batch)):
-        losses.append(means(engine.run(model, [form], NLL(), forward_only=False))["loss"])
+        losses.append(means(engine.forward_backward(model, [form], NLL(), forward_only=False))["loss"])
         gradients.append([parameter.grad.clone() for parameter in model.parameters()])
         model.zero_grad()
     assert losses[0] == pytest.approx(losses[1], rel=1e-6)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""model_config.yaml, read: defaults, NeMo's own names, and what is refused with a cure."""
+"""model_config.yaml, read: defaults, NeMo's own names, and what is refused with a fix."""
 
 import pytest
 import torch
@@ -34,7 +34,7 @@ def test_precisions(precision: str | int, dtype: torch.dtype):
 
 
 def test_an_unknown_precision_is_refused():
-    with pytest.raises(UserError, match=r"precision='fp8'[\s\S]*Cure: .*32, bf16 or 16"):
+    with pytest.raises(UserError, match=r"precision='fp8'[\s\S]*Fix: .*32, bf16, 16 or auto"):
         dtype_of("fp8")
 
 
@@ -148,4 +148,4 @@ def test_keys_may_be_fewer_than_ranks(groups: int, fits: list[int]):
             continue
         with pytest.raises(UserError, match=f"tensor_model_parallel_size={ranks} ") as refused:
             config.check_layout(Layout(tensor=ranks))
-        assert refused.value.cure.endswith(f"one of {fits}")
+        assert refused.value.fix.endswith(f"one of {fits}")

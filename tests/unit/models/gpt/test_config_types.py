@@ -44,7 +44,7 @@ def test_another_type_is_refused_by_key(key, value):
     assert len(str(caught.value)) < 4000
 
 
-def test_the_file_and_its_own_name_of_the_key_are_told():
+def test_the_file_and_its_own_name_of_the_key_are_reported():
     with pytest.raises(
         UserError, match=r"x/config\.json: num_hidden_layers='3' is not a whole number from 1"
     ):

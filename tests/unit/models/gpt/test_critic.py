@@ -19,7 +19,7 @@ from nemo_aligner.models.gpt.config import GPTConfig
 from nemo_aligner.models.gpt.critic import GPTCritic, RewardScale, RewardWeights
 from nemo_aligner.models.gpt.heads import head_config
 from nemo_aligner.models.gpt.model import build_gpt
-from nemo_aligner.models.gpt.spare import SpareWeights
+from nemo_aligner.models.gpt.weight_swap import SwappedWeights
 from nemo_aligner.parallel.ranks import Layout
 
 PAD = 0
@@ -75,7 +75,7 @@ def test_rewards_are_those_of_transformers(
     batch = random_rows([9, 1, 17, 5], pad_id=PAD)
     real = torch.arange(17)[None] < batch.lengths[:, None]
     tokens = batch.tokens.clamp(min=1) * real
-    batch = TokenBatch(tokens=tokens, mask=batch.mask, lengths=batch.lengths)
+    batch = TokenBatch(tokens=tokens, loss_mask=batch.loss_mask, lengths=batch.lengths)
     theirs = AutoModelForSequenceClassification.from_pretrained(source).eval()
     with torch.no_grad():
         expected = theirs(tokens, attention_mask=real.long()).logits
@@ -103,7 +103,7 @@ def test_packed_rows_give_the_same_rewards_and_values(folder: Callable[[str], Pa
     padded = TokenBatch.from_rows([(row, [True] * len(row)) for row in rows], pad_id=PAD, seq_length=7)
     packed = TokenBatch(
         tokens=torch.tensor([[token for row in rows for token in row]]),
-        mask=torch.ones(1, 13, dtype=torch.bool),
+        loss_mask=torch.ones(1, 13, dtype=torch.bool),
         lengths=padded.lengths,
         cu_seqlens=torch.tensor([0, 4, 11, 13], dtype=torch.int32),
     )
@@ -111,7 +111,7 @@ def test_packed_rows_give_the_same_rewards_and_values(folder: Callable[[str], Pa
     values = critic.values(padded)
     torch.testing.assert_close(
         critic.values(packed)[0],
-        values[padded.mask.logical_and(torch.arange(7) < padded.lengths[:, None])],
+        values[padded.loss_mask.logical_and(torch.arange(7) < padded.lengths[:, None])],
         rtol=1e-5,
         atol=1e-5,
     )
@@ -159,7 +159,7 @@ def test_a_request_swaps_the_reward_model_in_once_and_out_once(
     """All values come first. Where a layer finds its weights tells which set is in place at each forward pass."""
     import_from_huggingface(folder("llama"), str(tmp_path / "rm.nemo"))
     alone = critic_of(tmp_path / "rm.nemo")
-    reward = RewardWeights(spare=SpareWeights(alone.model), outputs=1)
+    reward = RewardWeights(weights=SwappedWeights(alone.model), outputs=1)
     critic = GPTCritic(alone.model, head=alone.head, reward=reward)
     batch = random_rows([9, 3, 17, 5, 11, 8], pad_id=PAD)
     expected = alone.infer(batch, micro_batch_size=2)

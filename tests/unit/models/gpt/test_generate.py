@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is written: greedy text against transformers.generate, and answers that depend on nothing but their prompt."""
+"""What is written: greedy text against transformers.generate, and responses that depend on nothing but their prompt."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -23,10 +23,10 @@ from nemo_aligner.batch import Prompt, Rollout, TokenBatch, Unit
 from nemo_aligner.errors import UserError
 from nemo_aligner.models.gpt import engine
 from nemo_aligner.models.gpt.config import GPTConfig
+from nemo_aligner.models.gpt.head_projection import Projection
 from nemo_aligner.models.gpt.model import GPT
 from nemo_aligner.models.gpt.policy import GPTPolicy
-from nemo_aligner.models.gpt.sampling import Drawn
-from nemo_aligner.models.gpt.view import Projection
+from nemo_aligner.models.gpt.sampling import SampledDistribution
 from nemo_aligner.models.sampling_config import SamplingConfig
 from nemo_aligner.objectives.protocol import ModelOutput, Wants
 
@@ -50,8 +50,8 @@ MODELS: dict[str, Callable[[], PreTrainedModel]] = {
 }
 
 
-def answers(rollout: Rollout) -> list[list[int]]:
-    return [rollout.answer(row) for row in range(rollout.num_rows)]
+def responses(rollout: Rollout) -> list[list[int]]:
+    return [rollout.response(row) for row in range(rollout.num_rows)]
 
 
 def numbered(prompts: Sequence[Sequence[int]]) -> list[Prompt]:
@@ -92,13 +92,13 @@ def test_greedy_is_transformers(
 
     greedy = SamplingConfig(use_greedy=True, max_length=new, min_length=0)
     free = [continuation(prompt, None) for prompt in prompts]
-    assert answers(GPTPolicy(ours).generate(numbered(prompts), greedy)) == free
+    assert responses(GPTPolicy(ours).generate(numbered(prompts), greedy)) == free
     eos = free[0][3]
     ended = [continuation(prompt, eos) for prompt in prompts]
     assert len({len(row) for row in ended}) > 1, "rows must end at different steps"
     for slots in (64, 2, 1):
         found = GPTPolicy(ours, end_ids=(eos,)).generate(numbered(prompts), greedy, slots=slots)
-        assert answers(found) == ended
+        assert responses(found) == ended
         assert found.finished.tolist() == [row[-1] == eos for row in ended]
 
 
@@ -131,7 +131,7 @@ class Letters:
 
 @pytest.fixture(scope="module")
 def policy(random_model: Callable[..., GPT]) -> GPTPolicy:
-    return GPTPolicy(random_model(CONFIG), end_ids=(EOS,), speller=Letters())
+    return GPTPolicy(random_model(CONFIG), end_ids=(EOS,), detokenizer=Letters())
 
 
 @pytest.fixture(scope="module")
@@ -156,28 +156,28 @@ def test_a_rollout_says_what_was_written(policy: GPTPolicy, prompts: list[Prompt
     rollout = policy.generate(prompts, SAMPLED, slots=5)
     assert rollout.group.tolist() == [prompt.number for prompt in prompts]
     assert rollout.prompt_lengths.tolist() == [len(prompt.tokens) for prompt in prompts]
-    lengths = [len(answer) for answer in answers(rollout)]
+    lengths = [len(response) for response in responses(rollout)]
     assert (rollout.lengths - rollout.prompt_lengths).tolist() == lengths
-    assert len(set(lengths)) > 7, "answers must end at different steps"
-    for prompt, row, mask, answer, finished in zip(
-        prompts, rollout.tokens, rollout.mask, answers(rollout), rollout.finished.tolist(), strict=True
+    assert len(set(lengths)) > 7, "responses must end at different steps"
+    for prompt, row, mask, response, finished in zip(
+        prompts, rollout.tokens, rollout.loss_mask, responses(rollout), rollout.finished.tolist(), strict=True
     ):
         assert row[: len(prompt.tokens)].tolist() == list(prompt.tokens)
         assert not mask[: len(prompt.tokens)].any()
-        assert finished == (answer[-1] == EOS)
-        assert EOS not in answer[:-1]
-        assert finished or len(answer) == SAMPLED.max_length
-    assert torch.equal(rollout.sampler_logprobs != 0, rollout.mask)
+        assert finished == (response[-1] == EOS)
+        assert EOS not in response[:-1]
+        assert finished or len(response) == SAMPLED.max_length
+    assert torch.equal(rollout.sampler_logprobs != 0, rollout.loss_mask)
 
 
 @pytest.mark.parametrize("name", SAMPLINGS)
-def test_an_answer_depends_on_its_prompt_alone(policy: GPTPolicy, prompts: list[Prompt], name: str):
+def test_a_response_depends_on_its_prompt_alone(policy: GPTPolicy, prompts: list[Prompt], name: str):
     """At other numbers of slots, in another order, without its neighbours: refilled slots hide what was in them."""
-    expected = answers(policy.generate(prompts, SAMPLINGS[name], slots=64))
+    expected = responses(policy.generate(prompts, SAMPLINGS[name], slots=64))
     for slots in (1, 3, 10):
-        assert answers(policy.generate(prompts, SAMPLINGS[name], slots=slots)) == expected
+        assert responses(policy.generate(prompts, SAMPLINGS[name], slots=slots)) == expected
     some = slice(20, 2, -2)
-    assert answers(policy.generate(prompts[some], SAMPLINGS[name], slots=2)) == expected[some]
+    assert responses(policy.generate(prompts[some], SAMPLINGS[name], slots=2)) == expected[some]
 
 
 def test_the_same_call_gives_the_same_bits(policy: GPTPolicy, prompts: list[Prompt]):
@@ -186,39 +186,41 @@ def test_the_same_call_gives_the_same_bits(policy: GPTPolicy, prompts: list[Prom
     assert torch.equal(first.sampler_logprobs, again.sampler_logprobs)
 
 
-def test_seed_step_prompt_and_sample_give_other_answers(policy: GPTPolicy):
+def test_seed_step_prompt_and_sample_give_other_responses(policy: GPTPolicy):
     one = [Prompt(tokens=[5, 6], number=0)]
     found = [
-        answers(policy.generate(one, SAMPLED)),
-        answers(policy.generate(one, SAMPLED, step=1)),
-        answers(policy.generate(one, replace(SAMPLED, seed=1))),
-        answers(policy.generate([replace(one[0], number=1)], SAMPLED)),
-        answers(policy.generate([replace(one[0], sample=1)], SAMPLED)),
+        responses(policy.generate(one, SAMPLED)),
+        responses(policy.generate(one, SAMPLED, step=1)),
+        responses(policy.generate(one, replace(SAMPLED, seed=1))),
+        responses(policy.generate([replace(one[0], number=1)], SAMPLED)),
+        responses(policy.generate([replace(one[0], sample=1)], SAMPLED)),
     ]
-    assert len({str(answer) for answer in found}) == len(found)
+    assert len({str(response) for response in found}) == len(found)
 
 
 @pytest.mark.parametrize("name", SAMPLINGS)
 def test_the_trainer_believes_what_the_sampler_did(policy: GPTPolicy, prompts: list[Prompt], name: str):
     rollout = policy.generate(prompts, SAMPLINGS[name], slots=6)
     found = policy.logprobs(rollout, SAMPLINGS[name])
-    apart = (found - rollout.sampler_logprobs)[rollout.mask].abs()
+    apart = (found - rollout.sampler_logprobs)[rollout.loss_mask].abs()
     # Where two roundings disagree about a token on the border of the kept, the others share its probability.
     assert float(apart.max()) < 0.02
     assert float((apart < 1e-4).float().mean()) > 0.99
-    assert name == "greedy" or not torch.allclose(found, policy.logprobs(rollout) * rollout.mask, atol=1e-2)
+    assert name == "greedy" or not torch.allclose(
+        found, policy.logprobs(rollout) * rollout.loss_mask, atol=1e-2
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision(random_model: Callable[..., GPT], prompts: list[Prompt], dtype: torch.dtype):
     half = GPTPolicy(random_model(CONFIG, dtype=dtype), end_ids=(EOS,))
     rollout = half.generate(prompts, SAMPLED)
-    apart = (half.logprobs(rollout, SAMPLED) - rollout.sampler_logprobs)[rollout.mask].abs()
+    apart = (half.logprobs(rollout, SAMPLED) - rollout.sampler_logprobs)[rollout.loss_mask].abs()
     assert float(apart.mean()) < 4 * torch.finfo(dtype).eps
 
 
 def test_first_tokens_are_drawn_as_scoring_says(policy: GPTPolicy):
-    """2000 answers of one token to one prompt, by chi-square against the model's own log-probs."""
+    """2000 responses of one token to one prompt, by chi-square against the model's own log-probs."""
     n, config = 2000, SamplingConfig(max_length=1, min_length=0)
     prompt = [17, 4, 42]
     first = policy.generate([Prompt(tokens=prompt, number=0, sample=i) for i in range(n)], config).tokens[
@@ -235,36 +237,36 @@ def test_first_tokens_are_drawn_as_scoring_says(policy: GPTPolicy):
     assert torch.special.gammaincc(freedom, distance / 2) > 1e-3
 
 
-def test_no_answer_is_shorter_than_min_length(policy: GPTPolicy, prompts: list[Prompt]):
-    found = answers(policy.generate(prompts, replace(SAMPLED, min_length=12)))
-    free = answers(policy.generate(prompts, replace(SAMPLED, min_length=0)))
-    assert min(len(answer) for answer in found) > 12
-    assert min(len(answer) for answer in free) < 12
+def test_no_response_is_shorter_than_min_length(policy: GPTPolicy, prompts: list[Prompt]):
+    found = responses(policy.generate(prompts, replace(SAMPLED, min_length=12)))
+    free = responses(policy.generate(prompts, replace(SAMPLED, min_length=0)))
+    assert min(len(response) for response in found) > 12
+    assert min(len(response) for response in free) < 12
 
 
 def test_a_prompt_may_ask_for_fewer_tokens(policy: GPTPolicy, prompts: list[Prompt]):
     limits = [None, 1, 5, 1000] * 6
     asked = [replace(prompt, max_length=limit) for prompt, limit in zip(prompts, limits, strict=True)]
     free, rollout = (policy.generate(some, SAMPLED, slots=4) for some in (prompts, asked))
-    for before, answer, limit in zip(answers(free), answers(rollout), limits, strict=True):
-        assert answer == before[:limit]
+    for before, response, limit in zip(responses(free), responses(rollout), limits, strict=True):
+        assert response == before[:limit]
 
 
-def test_end_strings_end_answers(policy: GPTPolicy, prompts: list[Prompt]):
+def test_end_strings_end_responses(policy: GPTPolicy, prompts: list[Prompt]):
     sampled = replace(SAMPLED, min_length=0)
     plain = policy.generate(prompts, sampled)
-    longest = max(answers(plain), key=len)
-    # Two tokens in the middle of an answer, and a token that is a string by itself.
+    longest = max(responses(plain), key=len)
+    # Two tokens in the middle of a response, and a token that is a string by itself.
     text = Letters().decode(longest[10:12])
     config = replace(sampled, end_strings=(text, "<end>"))
     rollout = policy.generate(prompts, config, slots=4)
     ended = 0
-    for before, answer, finished in zip(
-        answers(plain), answers(rollout), rollout.finished.tolist(), strict=True
+    for before, response, finished in zip(
+        responses(plain), responses(rollout), rollout.finished.tolist(), strict=True
     ):
         cuts = [i + 1 for i, token in enumerate(before) if token == 9]
         cuts += [i + 2 for i in range(len(before)) if before[i : i + 2] == longest[10:12]]
-        assert answer == before[: min(cuts, default=len(before))]
+        assert response == before[: min(cuts, default=len(before))]
         assert finished == (bool(cuts) or before[-1] == EOS)
         ended += bool(cuts)
     assert ended > 2
@@ -272,18 +274,18 @@ def test_end_strings_end_answers(policy: GPTPolicy, prompts: list[Prompt]):
         GPTPolicy(policy.model).generate(prompts, config)
 
 
-def test_progress_is_told(policy: GPTPolicy, prompts: list[Prompt]):
+def test_progress_is_reported(policy: GPTPolicy, prompts: list[Prompt]):
     ended: list[int] = []
     tokens: list[int] = []
 
-    def watch(answers: int, step: Sequence[int]) -> None:
-        ended.append(answers)
+    def watch(responses: int, step: Sequence[int]) -> None:
+        ended.append(responses)
         tokens.extend(step)
 
     rollout = policy.generate(prompts, SAMPLED, slots=4, watch=watch)
     assert ended == sorted(ended)
     assert ended[-1] == len(prompts)
-    assert sorted(tokens) == rollout.tokens[rollout.mask].sort().values.tolist()
+    assert sorted(tokens) == rollout.tokens[rollout.loss_mask].sort().values.tolist()
 
 
 def test_no_prompts_make_an_empty_rollout(policy: GPTPolicy):
@@ -306,7 +308,7 @@ def test_the_models_positions_bound_the_text(random_model: Callable[..., GPT], p
         policy.generate(numbered([[]]), greedy)
 
 
-def test_a_step_costs_no_more_than_the_longest_answer_asks_for(policy: GPTPolicy):
+def test_a_step_costs_no_more_than_the_longest_response_asks_for(policy: GPTPolicy):
     """The cache grows with what is written, not with what might be."""
     from nemo_aligner.models.gpt.decoder import Decoder
 
@@ -330,17 +332,19 @@ def test_gradients_are_of_the_distribution_that_was_drawn_from(
     sampling = SAMPLINGS["all"]
     rollout = GPTPolicy(model, end_ids=(EOS,)).generate(prompts[:5], sampling)
     objective = LogprobsAndEntropy()
-    drawn = Drawn(config=sampling, end_ids=(EOS,))
-    engine.run(model, [rollout], objective, forward_only=False, projection=Projection(drawn=drawn))
+    sampled = SampledDistribution(config=sampling, end_ids=(EOS,))
+    engine.forward_backward(
+        model, [rollout], objective, forward_only=False, projection=Projection(sampled=sampled)
+    )
     found = model.output_layer.weight.grad.clone()
     model.zero_grad()
-    row, position = rollout.mask.nonzero(as_tuple=True)
+    row, position = rollout.loss_mask.nonzero(as_tuple=True)
     hidden = model(**model.inputs(rollout)).transpose(0, 1)[row, position - 1]
     z = (hidden @ model.output_layer.weight.t())[:, :101]
     taken = rollout.tokens[row, position]
-    logp = drawn.transform(rollout, row, position, first=0)(z, slice(None), taken).log_softmax(-1)
+    logp = sampled.transform(rollout, row, position, first=0)(z, slice(None), taken).log_softmax(-1)
     loss = logp.gather(1, taken[:, None]).sum() + (logp.exp() * logp).sum()
-    (expected,) = torch.autograd.grad(loss / rollout.mask.sum(), model.output_layer.weight)
+    (expected,) = torch.autograd.grad(loss / rollout.loss_mask.sum(), model.output_layer.weight)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
@@ -350,7 +354,7 @@ class LogprobsAndEntropy:
     unit = Unit.TOKEN
     metrics = ()
 
-    def weights(self, batch: TokenBatch) -> None:  # noqa: ARG002
+    def logprob_grad(self, batch: TokenBatch) -> None:  # noqa: ARG002
         return None
 
     def __call__(self, output: ModelOutput, batch: TokenBatch) -> tuple[torch.Tensor, dict]:  # noqa: ARG002

@@ -255,17 +255,17 @@ def test_dropout_is_on_in_training_alone(
     policy = GPTPolicy(model)
 
     def training_loss() -> float:
-        return means(engine.run(model.train(), [batch], NLL(), forward_only=True))["loss"]
+        return means(engine.forward_backward(model.train(), [batch], NLL(), forward_only=True))["loss"]
 
     # Scoring turns dropout off by itself, whatever mode the model is in, and leaves the mode as it was.
     model.train()
     assert torch.equal(policy.logprobs(batch), plain.logprobs(batch))
     assert model.training
-    without = means(engine.run(plain.model.eval(), [batch], NLL(), forward_only=True))["loss"]
+    without = means(engine.forward_backward(plain.model.eval(), [batch], NLL(), forward_only=True))["loss"]
     first, second = training_loss(), training_loss()
     assert len({without, first, second}) == 3
     model.eval()
-    assert means(engine.run(model, [batch], NLL(), forward_only=True))["loss"] == without
+    assert means(engine.forward_backward(model, [batch], NLL(), forward_only=True))["loss"] == without
 
 
 def test_the_view_is_the_plain_loss(random_model: Callable[..., GPT], random_rows: Callable[..., TokenBatch]):
@@ -273,8 +273,8 @@ def test_the_view_is_the_plain_loss(random_model: Callable[..., GPT], random_row
     model = random_model(GPTConfig(**SIZES))
     batch = random_rows((12, 9, 5))
     draw = torch.Generator().manual_seed(1)
-    mask = batch.mask & (torch.rand(batch.mask.shape, generator=draw) < 0.6)
-    batch = TokenBatch(tokens=batch.tokens, mask=mask, lengths=batch.lengths)
+    mask = batch.loss_mask & (torch.rand(batch.loss_mask.shape, generator=draw) < 0.6)
+    batch = TokenBatch(tokens=batch.tokens, loss_mask=mask, lengths=batch.lengths)
 
     hidden = model(**model.inputs(batch))
     logits = model.head(hidden)[..., :VOCAB].transpose(0, 1)
@@ -286,7 +286,7 @@ def test_the_view_is_the_plain_loss(random_model: Callable[..., GPT], random_row
     gradients = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
     model.zero_grad()
 
-    found = means(engine.run(model, [batch], NLL(), forward_only=False))["loss"]
+    found = means(engine.forward_backward(model, [batch], NLL(), forward_only=False))["loss"]
     assert found == pytest.approx(expected.item(), rel=1e-6)
     for name, parameter in model.named_parameters():
         torch.testing.assert_close(parameter.grad, gradients[name], rtol=1e-4, atol=1e-6)

@@ -205,7 +205,7 @@ class _Spoiled(NLL):
     def __init__(self, factor: float, *, gradient_only: bool) -> None:
         self.factor, self.gradient_only = factor, gradient_only
 
-    def weights(self, batch: TokenBatch) -> None:
+    def logprob_grad(self, batch: TokenBatch) -> None:
         """The gradient is not known before."""
 
     def __call__(self, output: ModelOutput, batch: TokenBatch) -> tuple[torch.Tensor, Metrics]:

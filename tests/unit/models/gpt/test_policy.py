@@ -35,8 +35,8 @@ def batch(random_rows: Callable[..., TokenBatch]) -> TokenBatch:
     """6 rows of uneven length, of which between none and all is learned."""
     batch = random_rows((9, 4, 12, 2, 7, 10))
     share = torch.tensor([0.1, 0.9, 0.5, 0.0, 1.0, 0.3])[:, None]
-    learned = torch.rand(batch.mask.shape, generator=torch.Generator().manual_seed(1)) < share
-    return replace(batch, mask=batch.mask & learned)
+    learned = torch.rand(batch.loss_mask.shape, generator=torch.Generator().manual_seed(1)) < share
+    return replace(batch, loss_mask=batch.loss_mask & learned)
 
 
 def trained(model: GPT, batches: list[TokenBatch], *, steps: int = 3) -> list[tuple[float, float]]:

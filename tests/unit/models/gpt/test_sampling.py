@@ -18,7 +18,7 @@ from transformers.generation.logits_process import (
 )
 
 from nemo_aligner.errors import UserError
-from nemo_aligner.models.gpt.sampling import DROPPED, History, choose, transform, uniforms
+from nemo_aligner.models.gpt.sampling import MASKED_LOGIT, History, choose, random_uniforms, transform
 from nemo_aligner.models.sampling_config import SamplingConfig
 
 V, END = 700, 5
@@ -91,12 +91,12 @@ def test_the_distribution_is_transformers(name: str, scale: float):
     expected = theirs(PROMPTS, z.clone()).softmax(-1)
     history = History(
         seen=seen(PROMPTS) if config.repetition_penalty != 1 else None,
-        young=torch.tensor([config.min_length > 0] * 2),
+        below_min_length=torch.tensor([config.min_length > 0] * 2),
         end_ids=(END,),
     )
     found = transform(z, config, history)
     torch.testing.assert_close(found.softmax(-1), expected)
-    assert torch.equal(found <= DROPPED * 1e-3, expected == 0)
+    assert torch.equal(found <= MASKED_LOGIT * 1e-3, expected == 0)
 
 
 def test_greedy_leaves_probabilities_alone_but_not_penalties():
@@ -115,14 +115,14 @@ def test_a_taken_token_counts_as_kept():
     torch.testing.assert_close(found[0, :2], kept)
     torch.testing.assert_close(found[2, :2], kept)
     torch.testing.assert_close(found[1, [0, 1, 3]], torch.tensor([4.0, 3.0, 1.0]).log_softmax(0))
-    young = History(young=torch.tensor([True] * 3), end_ids=(0,))
-    found = transform(z, SamplingConfig(), young, taken=torch.tensor([0, 1, 1]))
-    assert (found[:, 0] == DROPPED).tolist() == [False, True, True]
+    below_min_length = History(below_min_length=torch.tensor([True] * 3), end_ids=(0,))
+    found = transform(z, SamplingConfig(), below_min_length, taken=torch.tensor([0, 1, 1]))
+    assert (found[:, 0] == MASKED_LOGIT).tolist() == [False, True, True]
 
 
 def test_gradients_are_those_of_the_kept_tokens():
     config = SamplingConfig(temperature=0.6, top_p=0.7, repetition_penalty=1.5, min_length=1)
-    history = History(seen=seen(PROMPTS), young=torch.tensor([True, False]), end_ids=(END,))
+    history = History(seen=seen(PROMPTS), below_min_length=torch.tensor([True, False]), end_ids=(END,))
     taken = torch.tensor([11, 500])
 
     def logprobs(z: Tensor) -> Tensor:
@@ -136,9 +136,9 @@ def test_frequencies_are_the_probabilities(columns: int):
     """100 000 draws with numbers of our own source, by chi-square; columns without probability are never drawn."""
     n = 100_000
     z = logits(1, columns=columns, scale=1.5)
-    z[:, ::5] = DROPPED
+    z[:, ::5] = MASKED_LOGIT
     p = z[0].double().softmax(0)
-    u = uniforms(7, 3, number=11, sample=2, count=n)
+    u = random_uniforms(7, 3, number=11, sample=2, count=n)
     ids, logprobs = choose(z.expand(n, -1)[: n // 100].clone(), u[: n // 100])
     found = torch.cat([choose(z.expand(1000, -1).clone(), part)[0] for part in u.split(1000)])
     assert torch.equal(found[: ids.numel()], ids)
@@ -154,7 +154,7 @@ def test_frequencies_are_the_probabilities(columns: int):
 
 
 def test_the_ends_of_the_unit_interval_are_tokens_with_a_probability():
-    z = torch.full((2, 600), DROPPED)
+    z = torch.full((2, 600), MASKED_LOGIT)
     z[:, 100], z[:, 400] = 1.0, 2.0
     ids, _ = choose(z, torch.tensor([0.0, 1 - 2**-53], dtype=torch.float64))
     assert ids.tolist() == [100, 400]
@@ -173,7 +173,7 @@ def test_uniforms_are_uniform_and_apart():
     """Kolmogorov-Smirnov on each stream; neighbouring arguments give streams that have nothing in common."""
     arguments = [(1, 0, 0, 0), (1, 0, 0, 1), (1, 0, 1, 0), (1, 1, 0, 0), (2, 0, 0, 0), (-1, 0, 0, 0)]
     streams = torch.stack(
-        [uniforms(seed, step, number=n, sample=s, count=5000) for seed, step, n, s in arguments]
+        [random_uniforms(seed, step, number=n, sample=s, count=5000) for seed, step, n, s in arguments]
     )
     assert streams.dtype == torch.float64
     assert float(streams.min()) >= 0
@@ -182,9 +182,9 @@ def test_uniforms_are_uniform_and_apart():
         assert uniform(stream)
     correlation = torch.corrcoef(streams) - torch.eye(len(arguments))
     assert float(correlation.abs().max()) < 5 / math.sqrt(5000)
-    first = torch.stack([uniforms(1, 0, number=n, sample=0, count=1)[0] for n in range(3000)])
+    first = torch.stack([random_uniforms(1, 0, number=n, sample=0, count=1)[0] for n in range(3000)])
     assert uniform(first)
-    assert torch.equal(uniforms(1, 0, number=0, sample=0, count=10), streams[0, :10])
+    assert torch.equal(random_uniforms(1, 0, number=0, sample=0, count=10), streams[0, :10])
 
 
 def test_the_stream_is_splitmix64():

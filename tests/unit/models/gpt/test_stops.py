@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where answers end, with a tokenizer whose tokens are parts of words and of characters."""
+"""Where responses end, with a tokenizer whose tokens are parts of words and of characters."""
 
 from collections.abc import Sequence
 
@@ -22,7 +22,7 @@ class Bytes:
 
 
 def first_end(tokens: Sequence[int], stops: Stops) -> int | None:
-    """How many tokens an answer of these has when it ends."""
+    """How many tokens a response of these has when it ends."""
     return next((i + 1 for i, token in enumerate(tokens) if stops(tokens[:i], token)), None)
 
 
@@ -39,7 +39,7 @@ def first_end(tokens: Sequence[int], stops: Stops) -> int | None:
         ([0, 7, 8, 0], ("é",), 3),  # ends within a character's bytes
         ([0, 1, 2], ("world", "lo w"), 2),
         ([3, 4, 9, 9, 5], ("User:",), 5),  # tokens without a text in between
-        ([5], ("User:",), None),  # the prompt is no part of the answer
+        ([5], ("User:",), None),  # the prompt is no part of the response
     ],
 )
 def test_ends(tokens: list[int], ends: tuple[str, ...], expected: int | None):

@@ -144,7 +144,7 @@ def test_logprobs(both: tuple[PreTrainedModel, GPT], random_rows: Callable[..., 
     torch.testing.assert_close(found, expected * real(batch), rtol=0, atol=1e-4)
 
 
-def test_answers_are_what_transformers_finds_most_likely(
+def test_responses_are_what_transformers_finds_most_likely(
     both: tuple[PreTrainedModel, GPT], random_rows: Callable[..., TokenBatch]
 ):
     """Token by token from the cache, past the original context of the stretched ropes."""
@@ -153,7 +153,7 @@ def test_answers_are_what_transformers_finds_most_likely(
     asked = [Prompt(tokens=prompts.tokens[i, :n].tolist(), number=i) for i, n in enumerate((25, 4))]
     rollout = GPTPolicy(ours).generate(asked, SamplingConfig(use_greedy=True, max_length=40))
     expected = logits_of(theirs, rollout).argmax(-1)[:, :-1]
-    written = rollout.mask[:, 1:]
+    written = rollout.loss_mask[:, 1:]
     assert int(written.sum()) == 80
     assert torch.equal(rollout.tokens[:, 1:][written], expected[written])
 
@@ -166,7 +166,7 @@ def test_rows_depend_neither_on_padding_nor_on_neighbours(
     seen = real(batch)
     tokens = batch.tokens.where(seen, 77)
     tokens[0] = other.tokens[0]
-    changed = TokenBatch(tokens=tokens, mask=batch.mask, lengths=batch.lengths)
+    changed = TokenBatch(tokens=tokens, loss_mask=batch.loss_mask, lengths=batch.lengths)
     before, after = (GPTPolicy(ours).logprobs(x) for x in (batch, changed))
     assert torch.equal(before[1:], after[1:])
     assert not torch.equal(before[0], after[0])
@@ -202,7 +202,7 @@ def test_what_we_saved_gives_transformers_the_same_logits(
     assert torch.equal(logits_of(again, batch), logits_of(theirs, batch))
 
 
-def test_a_published_model_answers_as_published(tmp_path: Path, imported: Callable[[Path, Path], GPT]):
+def test_a_published_model_responses_as_published(tmp_path: Path, imported: Callable[[Path, Path], GPT]):
     data = os.environ.get("NEMO_ALIGNER_TEST_DATA")
     if not data or not (folder := Path(data, "stories260k_hf")).is_dir():
         pytest.skip("NEMO_ALIGNER_TEST_DATA names no folder with stories260k_hf, which is optional data")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whether an actor and the servers that it asks can work together: by what each says of itself at the start."""
+"""A check that an actor and its servers are compatible, by what each reports at the start."""
 
 from dataclasses import dataclass
 
@@ -9,10 +9,10 @@ from nemo_aligner.serving.protocol import Health
 
 @dataclass(frozen=True, kw_only=True)
 class Actor:
-    """What an actor says of itself."""
+    """The settings of an actor that servers must fit."""
 
     vocab_size: int
-    longest: int  # tokens of the longest prompt and answer together
+    longest: int  # tokens of the longest prompt and response together
     tokenizer: str  # a digest; "" where there is none
     request_rows: int  # of a request to infer
     request_rows_setting: str
@@ -21,7 +21,7 @@ class Actor:
 
 
 def compare(name: str, server: Health, actor: Actor) -> list[str]:
-    """What only costs time, in words; ``name`` is the server's, for messages.
+    """Warnings about what only costs time; ``name`` is the server's, for messages.
 
     Raises:
         UserError: results would be wrong, or requests refused.
@@ -33,43 +33,43 @@ def compare(name: str, server: Health, actor: Actor) -> list[str]:
     if not knows and server.vocab_size != actor.vocab_size:
         raise UserError(
             f"{name} serves a model of {server.vocab_size} tokens, and the actor's vocabulary has {actor.vocab_size}",
-            cure="serve a model with the actor's tokenizer, and as many tokens or more",
+            fix="serve a model with the actor's tokenizer, and as many tokens or more",
         )
     if tokenizer and actor.tokenizer and tokenizer != actor.tokenizer:
         raise UserError(
             f"{name} serves a model with another tokenizer than the actor's: both cut one text differently",
-            cure="start actor and critic from models with the same tokenizer",
+            fix="start actor and critic from models with the same tokenizer",
         )
     if server.seq_length < actor.longest:
         raise UserError(
             f"{name} takes {server.seq_length} tokens, and the actor may send {actor.longest}",
-            cure=f"set model.encoder_seq_length={server.seq_length} in the actor's job, or a smaller "
+            fix=f"set model.encoder_seq_length={server.seq_length} in the actor's job, or a smaller "
             "model.ppo.length_params.max_length and model.data.seq_length",
         )
     attributes = settings.get("num_rewards")
     if isinstance(attributes, int) and attributes > 1:
         raise UserError(
             f"{name} gives {attributes} attributes, and PPO learns from one reward",
-            cure="set model.regression.merge_attributes=True there, and model.regression.attribute_weights",
+            fix="set model.regression.merge_attributes=True there, and model.regression.attribute_weights",
         )
     for setting, most in settings.items():
         if setting.endswith(".max_request_rows") and isinstance(most, int) and actor.request_rows > most:
             raise UserError(
                 f"{name} takes {setting}={most} rows in a request, and the actor sends "
                 f"{actor.request_rows_setting}={actor.request_rows}",
-                cure=f"set {setting}={actor.request_rows} there, or {actor.request_rows_setting} lower",
+                fix=f"set {setting}={actor.request_rows} there, or {actor.request_rows_setting} lower",
             )
     combined = settings.get("combine_rm_and_critic_server")
     if combined is False and actor.needs_rewards:
         raise UserError(
             f"{name} has no reward model (trainer.ppo.combine_rm_and_critic_server=False there), and "
             "remote_critic_rm.combine_rm_and_critic_server=True here",
-            cure="set both alike; where they are False, start serve_reward_model.py too",
+            fix="set both alike; where they are False, start serve_reward_model.py too",
         )
     if settings.get("saves") is False and actor.saves:
         raise UserError(
             f"{name} saves nothing (exp_manager.create_checkpoint_callback=False there), and the actor does",
-            cure="set exp_manager.create_checkpoint_callback alike in both jobs",
+            fix="set exp_manager.create_checkpoint_callback alike in both jobs",
         )
     return _slow(name, server, actor)
 

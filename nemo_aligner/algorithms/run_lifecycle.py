@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What comes between two steps of any loop: a checkpoint, a signal, the time limit; and where a loop goes on."""
+"""The work between two steps of any loop: checkpoints, signals, the time limit; and where a loop resumes."""
 
 import logging
 import signal
@@ -19,7 +19,7 @@ from nemo_aligner.run.stop import StoppedEarly, StopRequest, TimeLimit, saved_co
 logger = logging.getLogger(__name__)
 
 
-class Milestones:
+class RunLifecycle:
     """Saves where it is due, and ends a run where it is asked to.
 
     Args:
@@ -66,7 +66,7 @@ class Milestones:
         if step >= last and self.run.nemo_path.exists():
             raise UserError(
                 f"the run in {self.run.folder} is finished: {step} of {last} steps are done",
-                cure=f"to go on, set {self._block}.max_steps (or {self._block}.max_epochs) higher; for another run, "
+                fix=f"to go on, set {self._block}.max_steps (or {self._block}.max_epochs) higher; for another run, "
                 "set exp_manager.explicit_log_dir to a new folder",
             )
         assert self.checkpoints is not None
@@ -76,20 +76,20 @@ class Milestones:
         return replace(start.state, data=data)
 
     def _refuse_other_batches(self, start: Checkpoint, changed: dict[str, tuple[object, object]]) -> None:
-        told = ", ".join(f"{name} was {old} and is {new}" for name, (old, new) in changed.items())
+        listed = ", ".join(f"{name} was {old} and is {new}" for name, (old, new) in changed.items())
         if not self.run.config.resume_with_changes:
             raise UserError(
-                f"{start.path} was trained on other batches: {told}",
-                cure="give the run's own data and batch size; or set exp_manager.resume_with_changes=True to go on "
+                f"{start.path} was trained on other batches: {listed}",
+                fix="give the run's own data and batch size; or set exp_manager.resume_with_changes=True to go on "
                 "with these; or start a new run in another exp_manager.explicit_log_dir, from this checkpoint",
             )
         if world.is_logging_rank():
             logger.warning(
-                "exp_manager.resume_with_changes=True: the run goes on with other batches: %s", told
+                "exp_manager.resume_with_changes=True: the run goes on with other batches: %s", listed
             )
 
     def check_room(self) -> None:
-        """Refuse to train where a checkpoint has no room.
+        """Raise UserError if the disk has no room for a checkpoint.
 
         Raises:
             UserError: the disk has less than one takes.
@@ -107,7 +107,9 @@ class Milestones:
         ends = step == self.plan.max_steps
         with world.phase(f"step {step}, whether to go on"):
             lost = self.run.lost_to is not None
-            number, up, writing, lost = collectives.maxima([request.number, self.limit.is_up, writing, lost])
+            number, up, writing, lost = collectives.all_reduce_max(
+                [request.number, self.limit.is_up, writing, lost]
+            )
         if lost:
             raise self._folder_is_lost(step)
         if self.checkpoints is not None:
@@ -128,7 +130,7 @@ class Milestones:
         try:
             self.save(wait=True)
         except UserError as broken:
-            raise UserError(f"{error.problem}; {broken.problem}", cure=error.cure) from broken
+            raise UserError(f"{error.problem}; {broken.problem}", fix=error.fix) from broken
         raise error
 
     def _folder_is_lost(self, step: int) -> UserError:
@@ -137,7 +139,7 @@ class Milestones:
         return UserError(
             f"{self.run.folder} was taken over by another run ({other}); this one ends after step {step} and writes "
             "nothing more",
-            cure="let the other run go on, or stop it and start this one again",
+            fix="let the other run go on, or stop it and start this one again",
         )
 
     def save(self, *, wait: bool) -> None:

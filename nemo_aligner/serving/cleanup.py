@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a Triton may leave behind, and its end: processes, shared memory, its folder and an empty one in /tmp."""
+"""Cleanup after a Triton: its processes, shared memory, its folder and an empty one in /tmp."""
 
 import os
 import shutil
@@ -22,8 +22,8 @@ MAX_SOCKET_PATH = 107  # bytes, of Linux
 
 
 @dataclass(frozen=True, kw_only=True)
-class Remains:
-    """What is left of a Triton, alive or not."""
+class OrphanedTriton:
+    """The processes and files of a Triton without an owner, alive or not."""
 
     SHARED_MEMORY: ClassVar[str] = "shm"  # in the folder: how the names of its shared memory begin
 
@@ -85,7 +85,7 @@ def end_abandoned(name: str) -> bool:
     folder = folder_of(name)
     if not folder.exists() or folder.stat().st_uid != os.getuid() or owner_lives(folder):
         return False
-    Remains.of(folder).end(wait_seconds=ORPHAN_SECONDS)
+    OrphanedTriton.of(folder).end(wait_seconds=ORPHAN_SECONDS)
     shutil.rmtree(folder, ignore_errors=True)
     return True
 
@@ -96,7 +96,7 @@ def mark_owner(folder: Path) -> None:
 
 
 def owner_lives(folder: Path) -> bool:
-    """Whether the process that marked the folder as its own is still there."""
+    """True if the process that marked the folder as its own is still there."""
     try:
         pid, started = (folder / OWNER).read_text().split()
         return str(psutil.Process(int(pid)).create_time()) == started
@@ -108,7 +108,7 @@ def owner_lives(folder: Path) -> bool:
 def remove_environments() -> Iterator[None]:
     """Remove the folder that a Triton which starts within it makes for Python environments: none is ever unpacked.
 
-    Its name is not told, so it goes by time, owner and being empty.
+    Its name is not known, so it goes by time, owner and being empty.
     """
     before, began = set(_environments()), time.time()
     try:
@@ -141,14 +141,14 @@ def own_folder(name: str, *, longest_name: int) -> Iterator[Path]:
     if too_long or " " in str(folder):
         raise UserError(
             f"TMPDIR={folder.parent} has blanks or is too long for the paths of sockets",
-            cure="set a short TMPDIR",
+            fix="set a short TMPDIR",
         )
     end_abandoned(name)
     try:
         folder.mkdir(mode=0o700)
     except FileExistsError:
         raise UserError(
-            f"{folder} belongs to another server", cure="end it, or choose another port or TMPDIR"
+            f"{folder} belongs to another server", fix="end it, or choose another port or TMPDIR"
         ) from None
     mark_owner(folder)
     try:

@@ -37,7 +37,7 @@ REPORT_SECONDS = 30.0  # between two lines that say what is waited for
 
 
 @dataclass(frozen=True, kw_only=True)
-class Remote:
+class ServerAddress:
     """Where a server is, and how long to wait for it."""
 
     setting: str  # the section of .ip and .port, to name in errors: remote_critic_rm.critic
@@ -53,20 +53,20 @@ class _NotNow(Exception):
     """A call that may succeed later."""
 
 
-class Line:
+class HttpClient:
     """Calls to one server, from any thread.
 
     Raises:
         UserError: the address is not known.
     """
 
-    def __init__(self, remote: Remote, *, environ: Mapping[str, str] = os.environ) -> None:
+    def __init__(self, remote: ServerAddress, *, environ: Mapping[str, str] = os.environ) -> None:
         self.remote = remote
         self._environ = environ
         self._address = resolve(remote.ip, setting=f"{remote.setting}.ip")
         self._token = self._find_token()
         self._reached = False
-        self._reported_at = -REPORT_SECONDS  # several threads may wait, and one tells
+        self._reported_at = -REPORT_SECONDS  # several threads may wait, and one logs
         self._closed = threading.Event()
 
     @property
@@ -94,18 +94,18 @@ class Line:
             patience = self.remote.return_seconds if self._reached else self.remote.start_seconds
             if now - lost_at + delay > patience:
                 raise UserError(
-                    f"{self.name} did not answer for {patience:g} s: {reason}",
-                    cure=f"start {self.remote.job}, or set {self.remote.setting}.ip and .port to where it runs",
+                    f"{self.name} did not reply for {patience:g} s: {reason}",
+                    fix=f"start {self.remote.job}, or set {self.remote.setting}.ip and .port to where it runs",
                 )
             if now - self._reported_at >= REPORT_SECONDS:
                 self._reported_at = now
                 logger.info("waiting for %s (%.0f s of %g s): %s", self.name, now - lost_at, patience, reason)
             if self._closed.wait(delay):
-                raise UserError(f"the wait for {self.name} was ended", cure="none is needed if this job ends")
+                raise UserError(f"the wait for {self.name} was ended", fix="none is needed if this job ends")
             delay = min(2 * delay, LONGEST_DELAY_SECONDS)
 
     def call_once(self, endpoint: str, arrays: Arrays) -> bool:
-        """Ask without insisting; whether there was a reply."""
+        """Ask once, without retries; True if there was a reply."""
         try:
             self._ask(endpoint, _encode(arrays))
         except _NotNow:
@@ -132,7 +132,7 @@ class Line:
                 raise _NotNow(str(error)) from error
             raise UserError(
                 f"{self.name} took {endpoint} and did not reply within {patience:g} s",
-                cure="see that job's log; if it only needs longer, set remote_critic_rm.reply_timeout higher",
+                fix="see that job's log; if it only needs longer, set remote_critic_rm.reply_timeout higher",
             ) from error
         except (OSError, http.client.HTTPException) as error:
             raise _NotNow(str(error) or type(error).__name__) from error
@@ -157,26 +157,26 @@ class Line:
             connection.close()
 
     def _error(self, endpoint: str, status: int, payload: bytes) -> Exception:
-        """What to raise for an error that the server tells."""
+        """The exception for an error that the server reports."""
         text = error_text(payload)
         if status == 403:
             return self._token_error(text)
         if refusal := Refusal.parse(text):
             return self._refusal_error(refusal)
-        return UserError(f"{self.name}: {endpoint}: {text}", cure="send what the endpoint takes")
+        return UserError(f"{self.name}: {endpoint}: {text}", fix="send what the endpoint takes")
 
     def _refusal_error(self, refusal: Refusal) -> Exception:
         match refusal.trouble:
             case Trouble.REFUSED:
-                problem, _, cure = refusal.message.partition("\nCure: ")
-                return UserError(f"{self.name} refused: {problem}", cure=cure)
+                problem, _, fix = refusal.message.partition("\nFix: ")
+                return UserError(f"{self.name} refused: {problem}", fix=fix)
             case Trouble.FAILED:
                 return UserError(
-                    f"{self.name} failed: {refusal.message}", cure="see the end of that job's log"
+                    f"{self.name} failed: {refusal.message}", fix="see the end of that job's log"
                 )
             case Trouble.STOPPING | Trouble.BUSY:
                 return _NotNow(refusal.message)
-            case Trouble.BEHIND:
+            case Trouble.STALE:
                 return refusal
 
     def _token_error(self, text: str) -> Exception:
@@ -186,7 +186,7 @@ class Line:
         shown = f"the token of {before.origin}" if before else "no token"
         return UserError(
             f"{self.name} does not accept {shown}: {text}",
-            cure=f"set {TOKEN_VARIABLE} to the same text in both jobs",
+            fix=f"set {TOKEN_VARIABLE} to the same text in both jobs",
         )
 
 
@@ -212,7 +212,7 @@ def _decode(payload: bytes, json_size: str | None) -> dict[str, NDArray[Any]]:
     return arrays
 
 
-class Lane:
+class WorkerPool:
     """Runs calls in threads of its own, in order where there is one, and gives futures.
 
     The threads do not hold up the end of the process, as those of concurrent.futures would.

@@ -7,13 +7,13 @@ from torch import nn
 
 from nemo_aligner.models.gpt.critic import RewardScale
 from nemo_aligner.models.gpt.heads import HeadConfig, ScalarHead, fold_head
-from nemo_aligner.models.gpt.spare import SpareWeights
+from nemo_aligner.models.gpt.weight_swap import SwappedWeights
 
 
 def test_weights_are_exchanged_and_come_back_to_the_bit():
     model = nn.Linear(3, 2)
     early = {name: value.detach().clone() for name, value in model.named_parameters()}
-    spare = SpareWeights(model)
+    spare = SwappedWeights(model)
     with torch.no_grad():
         for value in model.parameters():
             value.add_(1.0)
@@ -28,7 +28,7 @@ def test_weights_are_exchanged_and_come_back_to_the_bit():
 
 def test_weights_come_back_after_an_error():
     model, seen = nn.Linear(2, 2), []
-    spare = SpareWeights(model)
+    spare = SwappedWeights(model)
     with torch.no_grad():
         model.weight.zero_()
     try:

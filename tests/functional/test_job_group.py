@@ -13,19 +13,19 @@ from pathlib import Path
 import psutil
 import pytest
 
-from nemo_aligner.launch.together import free_ports
+from nemo_aligner.launch.job_group import free_ports
 
 # Runs LEADER and SERVER, each a Python text.
 TOGETHER = """
 import sys
 from pathlib import Path
-from nemo_aligner.launch import together
+from nemo_aligner.launch import job_group
 leader, server, port = sys.argv[1:]
 def program(name, text, address=None):
     command = [sys.executable, "-uc", text]
-    return together.Program(name=name, command=command, log=Path(name, "output.log"), address=address)
-together.CLOSING_SECONDS = 1.0
-sys.exit(together.run_together(program("lead", leader), [program("serve", server, ("127.0.0.1", int(port)))]))
+    return job_group.Program(name=name, command=command, log=Path(name, "output.log"), address=address)
+job_group.CLOSING_SECONDS = 1.0
+sys.exit(job_group.run_job_group(program("lead", leader), [program("serve", server, ("127.0.0.1", int(port)))]))
 """
 QUICK = "print('done')"
 FOREVER = "import time; print('up'); time.sleep(600)"
@@ -174,7 +174,9 @@ def test_signals_that_do_not_wait(run: Callable, first: signal.Signals):
 
 
 def test_jobs_are_asked_to_end_when_their_starter_is_gone(run: Callable, tmp_path: Path):
-    follow = "import signal\nfrom nemo_aligner.launch.children import follow_parent\nfollow_parent(signal.SIGTERM)\n"
+    follow = (
+        "import signal\nfrom nemo_aligner.launch.subprocesses import follow_parent as f\nf(signal.SIGTERM)\n"
+    )
     one = run(follow + SAVING, follow + SAVING)
     jobs = one.wait_for("lead  | up", "serve | up")
     one.process.kill()

@@ -29,7 +29,7 @@ class Split:
     def rows(self, num_rows: int) -> range:
         """Which of a file's ``num_rows`` rows belong to this split.
 
-        >>> parts = parse_data_prefix(["a.jsonl"], "98,1,1")
+        >>> parts = parse_data_spec(["a.jsonl"], "98,1,1")
         >>> parts.train.rows(300), parts.test.rows(300)
         (range(0, 294), range(297, 300))
         """
@@ -45,7 +45,7 @@ class Split:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class DataPrefix:
+class DataSpec:
     """The splits of a run."""
 
     train: Split
@@ -70,7 +70,7 @@ def share_of(value: object) -> float:
     return share if 0 < share < 1 else 0.0
 
 
-def parse_data_prefix(value: object, splits_string: str | None) -> DataPrefix:
+def parse_data_spec(value: object, splits_string: str | None) -> DataSpec:
     """The splits that ``model.data.data_prefix`` and ``model.data.splits_string`` describe.
 
     Each split is a path, a list of paths, or weights before paths, ``[0.3, a.jsonl, 0.7, b.jsonl]``.
@@ -86,29 +86,29 @@ def parse_data_prefix(value: object, splits_string: str | None) -> DataPrefix:
     """
     match value:
         case None:
-            raise UserError(f"{_KEY} is not set", cure=f'set it, as in "{_EXAMPLE}"')
+            raise UserError(f"{_KEY} is not set", fix=f'set it, as in "{_EXAMPLE}"')
         case Mapping():
             if splits_string is not None:
                 raise UserError(
                     f"model.data.splits_string={splits_string!r} cuts files, but {_KEY} names them split by split",
-                    cure="set model.data.splits_string=null",
+                    fix="set model.data.splits_string=null",
                 )
             return _by_name({str(name): split for name, split in value.items()})
         case _:
             return _by_share(_split(value, _KEY), splits_string)
 
 
-def _by_name(given: Mapping[str, object]) -> DataPrefix:
+def _by_name(given: Mapping[str, object]) -> DataSpec:
     for name in given:
         if name not in ("train", "test") and not name.startswith("validation"):
             near = difflib.get_close_matches(name, ("train", "validation", "test"), n=1, cutoff=0.4)
             known = near[0] if near else "train, validation, test"
             raise UserError(
                 f"{_KEY} has the key {name!r}",
-                cure=f"use {known}; further validation sets have names that start with validation",
+                fix=f"use {known}; further validation sets have names that start with validation",
             )
     if given.get("train") is None:
-        raise UserError(f"{_KEY} has no 'train'; it has {sorted(given)}", cure=f'write "{_EXAMPLE}"')
+        raise UserError(f"{_KEY} has no 'train'; it has {sorted(given)}", fix=f'write "{_EXAMPLE}"')
     share = share_of(given.get("validation"))
     splits = {
         name: _split(split, f"{_KEY}.{name}")
@@ -118,7 +118,7 @@ def _by_name(given: Mapping[str, object]) -> DataPrefix:
     if share:
         splits["train"], splits["validation"] = splits["train"].cut(share)
     extra = {name: split for name, split in splits.items() if name not in ("train", "validation", "test")}
-    return DataPrefix(
+    return DataSpec(
         train=splits["train"],
         validation=splits.get("validation"),
         test=splits.get("test"),
@@ -126,11 +126,11 @@ def _by_name(given: Mapping[str, object]) -> DataPrefix:
     )
 
 
-def _by_share(split: Split, splits_string: str | None) -> DataPrefix:
+def _by_share(split: Split, splits_string: str | None) -> DataSpec:
     if splits_string is None:
         raise UserError(
             f"{_KEY} names files for all splits, and model.data.splits_string does not say how to cut them",
-            cure=f'set model.data.splits_string="98,1,1", or write "{_EXAMPLE}"',
+            fix=f'set model.data.splits_string="98,1,1", or write "{_EXAMPLE}"',
         )
     words = [word.strip() for word in re.split("[,/]", splits_string)]
     shares = [float(word) for word in words if _NUMBER.fullmatch(word)]
@@ -138,17 +138,17 @@ def _by_share(split: Split, splits_string: str | None) -> DataPrefix:
     if not (are_shares and math.isfinite(sum(shares))):
         raise UserError(
             f"model.data.splits_string={splits_string!r} is not two or three numbers",
-            cure='write the shares of train, validation and test, as in "98,1,1"',
+            fix='write the shares of train, validation and test, as in "98,1,1"',
         )
     if not (shares[0] > 0 and shares[1] > 0):
         raise UserError(
             f"model.data.splits_string={splits_string!r} leaves nothing for {'validation' if shares[0] else 'train'}",
-            cure='give both a share, as in "98,1,1"',
+            fix='give both a share, as in "98,1,1"',
         )
     total = sum(shares)
     train_stop, validation_stop = shares[0] / total, (shares[0] + shares[1]) / total
     has_test = len(shares) == 3 and shares[2] > 0
-    return DataPrefix(
+    return DataSpec(
         train=replace(split, stop=train_stop),
         validation=replace(split, start=train_stop, stop=validation_stop if has_test else 1.0),
         test=replace(split, start=validation_stop) if has_test else None,
@@ -159,7 +159,7 @@ def _by_share(split: Split, splits_string: str | None) -> DataPrefix:
 def _split(value: object, key: str) -> Split:
     items = value if isinstance(value, list | tuple) else [value]
     if not items:
-        raise UserError(f"{key} is an empty list", cure="name at least one JSONL file")
+        raise UserError(f"{key} is an empty list", fix="name at least one JSONL file")
     if _is_number(items[0]):
         return _weighted(items, key)
     return Split(paths=tuple(_path(item, key, place) for place, item in enumerate(items, start=1)))
@@ -174,11 +174,11 @@ def _weighted(items: Sequence[object], key: str) -> Split:
             paths.append(_path(item, key, place))
     if len(weights) != len(paths):
         raise UserError(
-            f"{key} ends with the weight {items[-1]}", cure="name the file that it belongs to after it"
+            f"{key} ends with the weight {items[-1]}", fix="name the file that it belongs to after it"
         )
     total = sum(weights)
     if not math.isfinite(total):
-        raise UserError(f"the weights of {key} add up to more than any number", cure="give smaller weights")
+        raise UserError(f"the weights of {key} add up to more than any number", fix="give smaller weights")
     return Split(paths=tuple(paths), weights=tuple(weight / total for weight in weights))
 
 
@@ -195,14 +195,14 @@ def _weight(item: object, key: str, place: int) -> float:
     if not _is_number(item):
         raise UserError(
             f"entry {place} of {key} is {item!r}, where a weight belongs",
-            cure="write weights before their paths, as in [0.3, a.jsonl, 0.7, b.jsonl]",
+            fix="write weights before their paths, as in [0.3, a.jsonl, 0.7, b.jsonl]",
         )
     assert isinstance(item, int | float | str)
     weight = float(item)
     if not (math.isfinite(weight) and weight > 0):
         raise UserError(
             f"entry {place} of {key} is the weight {weight:g}",
-            cure="give a weight above 0, or leave its file out",
+            fix="give a weight above 0, or leave its file out",
         )
     return weight
 
@@ -211,6 +211,6 @@ def _path(item: object, key: str, place: int) -> str:
     if not isinstance(item, str) or _is_number(item) or not item:
         raise UserError(
             f"entry {place} of {key} is {item!r}, where a path belongs",
-            cure="write paths alone, [a.jsonl, b.jsonl], or a weight before each, [0.3, a.jsonl, 0.7, b.jsonl]",
+            fix="write paths alone, [a.jsonl, b.jsonl], or a weight before each, [0.3, a.jsonl, 0.7, b.jsonl]",
         )
     return expand_home(item)

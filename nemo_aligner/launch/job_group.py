@@ -15,18 +15,24 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from nemo_aligner.launch.children import STARTER_VARIABLE, Interrupted, end, exit_code, stop_signals_handled
 from nemo_aligner.launch.local import GRACE_SECONDS
 from nemo_aligner.launch.stacks import STACKS_SIGNAL, forward_stacks_request
+from nemo_aligner.launch.subprocesses import (
+    STARTER_VARIABLE,
+    Interrupted,
+    end,
+    exit_code,
+    stop_signals_handled,
+)
 from nemo_aligner.run.progress import ProgressBar, read_line
-from nemo_aligner.serving.leftovers import end_abandoned
+from nemo_aligner.serving.cleanup import end_abandoned
 
 LOCAL = "127.0.0.1"
 FIRST_PORT = 10000  # below are the well-known ones
 GIVEN_PORTS = Path("/proc/sys/net/ipv4/ip_local_port_range")
 POLL_SECONDS = 0.1
 END_SECONDS = GRACE_SECONDS + 4.0  # for a job to end its own ranks and what they have started
-CLOSING_SECONDS = 10.0  # for a server that was told to stop to close its port
+CLOSING_SECONDS = 10.0  # for a server that was asked to stop to close its port
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,7 +79,7 @@ def _first_given_port() -> int:
     return max(first, FIRST_PORT + 1000)
 
 
-def run_together(leader: Program, servers: Sequence[Program]) -> int:
+def run_job_group(leader: Program, servers: Sequence[Program]) -> int:
     """Run all of them until the leader and the servers have ended; their output goes to this terminal too.
 
     A job that ends badly ends the others: the leader is asked first (SIGTERM, at which jobs save), the servers after
@@ -85,21 +91,21 @@ def run_together(leader: Program, servers: Sequence[Program]) -> int:
         The exit code of the first that ended badly, of those that nobody had asked to end; of the leader after SIGTERM;
         128 + N after another signal N.
     """
-    jobs: list[_Job] = []
+    jobs: list[_RunningProgram] = []
     programs = (*servers, leader)
     with stop_signals_handled(lambda _: None) as asked:
         try:
             for program in programs:
-                jobs.append(_Job(program, width=max(len(one.name) for one in programs)))
+                jobs.append(_RunningProgram(program, width=max(len(one.name) for one in programs)))
             signal.signal(STACKS_SIGNAL, forward_stacks_request([(job.name, job.process) for job in jobs]))
             jobs[-1].leads = True
             code = _run(jobs[-1], jobs[:-1], asked)
             if code and signal.SIGINT in asked:
-                _tell(f"the same command goes on: {shlex.join(sys.orig_argv)}")
+                _report(f"the same command goes on: {shlex.join(sys.orig_argv)}")
                 return 128 + signal.SIGINT
             return code
         except Interrupted as stop:
-            _tell(f"{stop.signal.name}: the jobs are stopped")
+            _report(f"{stop.signal.name}: the jobs are stopped")
             return 128 + stop.signal
         finally:
             end([job.process for job in jobs], first=signal.SIGINT, seconds=END_SECONDS)
@@ -110,7 +116,7 @@ def run_together(leader: Program, servers: Sequence[Program]) -> int:
                     end_abandoned("{}-{}".format(*job.program.address))
 
 
-class _Job:
+class _RunningProgram:
     """A program that runs; its log is read as it grows, so that it never waits for a terminal."""
 
     def __init__(self, program: Program, *, width: int) -> None:
@@ -132,7 +138,7 @@ class _Job:
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
             )
-        _tell(f"{self.name}: {shlex.join(program.command)}\n{self.name}: output goes to {program.log}")
+        _report(f"{self.name}: {shlex.join(program.command)}\n{self.name}: output goes to {program.log}")
 
     @property
     def runs(self) -> bool:
@@ -140,11 +146,11 @@ class _Job:
 
     @property
     def failed(self) -> bool:
-        """Whether it has ended badly, and by itself."""
+        """True if it has ended badly, and by itself."""
         return not self.was_asked and bool(self.process.poll())
 
     def ask(self) -> None:
-        """Have it save and end."""
+        """Ask it to save and end."""
         if self.runs:
             self.was_asked = True
             self.process.send_signal(signal.SIGTERM)
@@ -178,18 +184,18 @@ def _environ(program: Program) -> dict[str, str]:
     return own | {STARTER_VARIABLE: str(os.getpid())} | dict(program.environ)
 
 
-def _run(leader: _Job, servers: Sequence[_Job], asked: Sequence[int]) -> int:
+def _run(leader: _RunningProgram, servers: Sequence[_RunningProgram], asked: Sequence[int]) -> int:
     jobs = [leader, *servers]
     _watch(jobs, lambda: bool(asked) or not leader.runs or any(job.failed for job in jobs))
     failed = next((job for job in jobs if job.failed), None)
     if asked:
         more = "; once more ends them at once" if asked[0] == signal.SIGINT else ""
-        _tell(
+        _report(
             f"{signal.Signals(asked[0]).name}: the jobs are asked to save and end, {leader.name} first{more}"
         )
     elif failed:
         others = " and ".join(job.name for job in jobs if job.runs) or "nothing"
-        _tell(
+        _report(
             f"{failed.name} has ended with exit code {exit_code(failed.process)}; asked to save and end: {others}"
         )
     leader.ask()
@@ -203,15 +209,15 @@ def _run(leader: _Job, servers: Sequence[_Job], asked: Sequence[int]) -> int:
     return exit_code(failed.process)
 
 
-def _watch(jobs: Sequence[_Job], until: Callable[[], bool]) -> None:
+def _watch(jobs: Sequence[_RunningProgram], until: Callable[[], bool]) -> None:
     while not until():
         time.sleep(POLL_SECONDS)
         for job in jobs:
             job.show_output()
 
 
-def _let_it_save(server: _Job, jobs: Sequence[_Job]) -> None:
-    """Wait for a server that was told to stop: it closes its port, and saves what a signal would interrupt."""
+def _let_it_save(server: _RunningProgram, jobs: Sequence[_RunningProgram]) -> None:
+    """Wait for a server that was asked to stop: it closes its port, and saves what a signal would interrupt."""
     until = time.monotonic() + CLOSING_SECONDS
     _watch(jobs, lambda: not server.runs or time.monotonic() > until)
     if not _listens(server.program.address):
@@ -228,6 +234,6 @@ def _listens(address: tuple[str, int] | None) -> bool:
         return False
 
 
-def _tell(text: str) -> None:
+def _report(text: str) -> None:
     sys.stderr.write(f"{text}\n")
     sys.stderr.flush()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A model that answers: a file of prompts, or a person at the terminal. Nothing is learned."""
+"""Generation without training: for a file of prompts, or for a person at the terminal."""
 
 import contextlib
 import json
@@ -16,7 +16,7 @@ from typing import Any
 
 from nemo_aligner.batch import Prompt, Rollout
 from nemo_aligner.data.records import RecordFile
-from nemo_aligner.data.requests import Request, tokens_of
+from nemo_aligner.data.requests import GenerateRequest, tokens_of
 from nemo_aligner.data.tokenizer import Message, Tokenizer
 from nemo_aligner.errors import UserError
 from nemo_aligner.models.alignable_interface import AlignableGenerativeInterface
@@ -33,27 +33,29 @@ HELP = "Type to the model; /new starts another conversation, /exit or Ctrl-D end
 
 
 @dataclass(frozen=True, kw_only=True)
-class Answerer:
+class TextGenerator:
     """A model, its tokenizer and how it is to write."""
 
     policy: AlignableGenerativeInterface
     tokenizer: Tokenizer
     sampling: SamplingConfig
-    end_ids: Sequence[int]  # tokens that end an answer
-    slots: int  # answers that each data parallel rank writes at once
+    end_ids: Sequence[int]  # tokens that end a response
+    slots: int  # responses that each data parallel rank generates at once
 
-    def answer_file(self, requests: RecordFile[Request], output: Path, *, num_samples: int) -> None:
-        """Answer every request and write a line of JSON for each answer, in the order of the requests.
+    def generate_file(self, requests: RecordFile[GenerateRequest], output: Path, *, num_samples: int) -> None:
+        """Generate responses to every request and write a line of JSON for each, in the order of the requests.
 
         Its keys: prompt, answer, finished (False where max_length or the model's positions cut it), logprob (the sum
-        over the answer's tokens, of the distribution that they were drawn from), num_tokens.
+        over the response's tokens, of the distribution that they were drawn from), num_tokens.
 
         Raises:
-            UserError: a prompt leaves no room for an answer, or its answer has no finite log-prob; naming its line.
+            UserError: a prompt leaves no room for a response, or its response has no finite log-prob; naming its line.
         """
         mine = range(len(requests) * num_samples)[world.dp_rank() :: world.dp_size()]
         prompts = [self._prompt(requests, *divmod(i, num_samples)) for i in mine]
-        bar = ProgressBar(total=len(prompts), enabled=world.is_logging_rank(), name="answer", unit="answer")
+        bar = ProgressBar(
+            total=len(prompts), enabled=world.is_logging_rank(), name="response", unit="response"
+        )
         began, written = time.monotonic(), 0
 
         def watch(ended: int, tokens: Sequence[int]) -> None:
@@ -67,7 +69,7 @@ class Answerer:
         finally:
             bar.close()
         rows = {i: row for i, row in zip(mine, self._rows(requests, rollout), strict=True)}
-        gathered = collectives.over_data_parallel(rows)
+        gathered = collectives.all_gather_objects_dp(rows)
         for i, row in ((i, row) for part in gathered for i, row in part.items()):
             if not math.isfinite(row["logprob"]):
                 raise _not_finite(requests.where(i // num_samples))
@@ -76,20 +78,20 @@ class Answerer:
             lines = [json.dumps(every[i], ensure_ascii=False) + "\n" for i in sorted(every)]
             output.parent.mkdir(parents=True, exist_ok=True)
             output.write_text("".join(lines), encoding="utf-8")
-            logger.info("%d answers in %s", len(lines), output)
+            logger.info("%d responses in %s", len(lines), output)
 
-    def _prompt(self, requests: RecordFile[Request], number: int, sample: int) -> Prompt:
+    def _prompt(self, requests: RecordFile[GenerateRequest], number: int, sample: int) -> Prompt:
         try:
             request = requests[number]
             tokens = tokens_of(request.prompt, self.tokenizer, tools=request.tools)
         except UserError as error:
-            raise UserError(f"{requests.where(number)}: {error.problem}", cure=error.cure) from error
+            raise UserError(f"{requests.where(number)}: {error.problem}", fix=error.fix) from error
         return Prompt(tokens=tokens, number=number, sample=sample)
 
-    def _rows(self, requests: RecordFile[Request], rollout: Rollout) -> Iterator[Mapping[str, Any]]:
+    def _rows(self, requests: RecordFile[GenerateRequest], rollout: Rollout) -> Iterator[Mapping[str, Any]]:
         sums = rollout.per_sequence(rollout.sampler_logprobs.double())
         for row in range(rollout.num_rows):
-            tokens = rollout.answer(row)
+            tokens = rollout.response(row)
             finished = bool(rollout.finished[row])
             yield {
                 "prompt": requests[int(rollout.group[row])].prompt,
@@ -100,7 +102,7 @@ class Answerer:
             }
 
     def text(self, tokens: Sequence[int], *, finished: bool) -> str:
-        """An answer's text without what ended it."""
+        """A response's text without what ended it."""
         if finished and tokens[-1] in self.end_ids:
             return self.tokenizer.decode(tokens[:-1])
         text = self.tokenizer.decode(tokens)
@@ -130,25 +132,25 @@ class Answerer:
             _invite()
 
     def _reply(self, messages: list[Message], line: str, turn: int) -> None:
-        """Write the answer to ``line``, piece by piece; it and the answer are added to ``messages``."""
+        """Write the response to ``line``, piece by piece; both are added to ``messages``."""
         chats = self.tokenizer.chat_template is not None
         asked: list[Message] = [*messages, {"role": "user", "content": line}]
         prompt = Prompt(tokens=tokens_of(asked if chats else line, self.tokenizer), number=turn)
-        aloud = Aloud(self.tokenizer, self.end_ids, self.sampling.end_strings)
+        stream = StreamedResponse(self.tokenizer, self.end_ids, self.sampling.end_strings)
 
         def watch(_: int, tokens: Sequence[int]) -> None:
-            _write(aloud.more(tokens))
+            _write(stream.more(tokens))
 
         rollout = self.policy.generate([prompt], self.sampling, slots=1, watch=watch)
         if not rollout.sampler_logprobs.isfinite().all():
             raise _not_finite("this turn")
-        answer = self.text(rollout.answer(0), finished=bool(rollout.finished[0]))
-        _write(f"{aloud.rest(answer)}\n")
-        messages[:] = [*asked, {"role": "assistant", "content": answer}]
+        response = self.text(rollout.response(0), finished=bool(rollout.finished[0]))
+        _write(f"{stream.rest(response)}\n")
+        messages[:] = [*asked, {"role": "assistant", "content": response}]
 
 
-class Aloud:
-    """An answer that is shown while it is written: as much of it as no later token can change."""
+class StreamedResponse:
+    """A response that is shown while it is generated: the part that no later token can change."""
 
     def __init__(self, tokenizer: Tokenizer, end_ids: Sequence[int], end_strings: Sequence[str]) -> None:
         self._tokenizer, self._end_ids, self._end_strings = tokenizer, end_ids, end_strings
@@ -156,7 +158,7 @@ class Aloud:
         self._shown = ""
 
     def more(self, tokens: Sequence[int]) -> str:
-        """What ``tokens`` add to the text that is shown."""
+        """Return the text that ``tokens`` add to what is shown."""
         self._tokens += [token for token in tokens if token not in self._end_ids]
         # The rest of a character that takes several tokens may come, of an end string, or nothing after white space.
         text = self._tokenizer.decode(self._tokens).rstrip("\ufffd")
@@ -172,10 +174,10 @@ class Aloud:
         news, self._shown = text[len(self._shown) :], text
         return news
 
-    def rest(self, answer: str) -> str:
-        """What is still to be shown of the whole ``answer``: all of it, on a new line, where it came out otherwise."""
-        answer = answer.strip()
-        return answer[len(self._shown) :] if answer.startswith(self._shown) else f"\n{answer}"
+    def rest(self, response: str) -> str:
+        """The part of the ``response`` that is not shown yet; all of it, on a new line, if it came out otherwise."""
+        response = response.strip()
+        return response[len(self._shown) :] if response.startswith(self._shown) else f"\n{response}"
 
 
 def _write(text: str) -> None:
@@ -194,12 +196,12 @@ def _invite() -> None:
 def _not_finite(where: str) -> UserError:
     return UserError(
         f"{where}: the model's log-probs are infinite or NaN",
-        cure="take an earlier checkpoint; with trainer.precision=16 try bf16 or 32",
+        fix="take an earlier checkpoint; with trainer.precision=16 try bf16 or 32",
     )
 
 
 def _lines() -> Iterator[str]:
-    """What the person types, on every rank, until the end of the input or /exit."""
+    """The lines that the person types, on every rank, until the end of the input or /exit."""
     typed: queue.Queue[str | None] = queue.Queue()
     if world.is_logging_rank():
         threading.Thread(target=_listen, args=(typed,), daemon=True).start()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How good answers are: by the reward model, run by transformers, and by counts that no model was trained on."""
+"""How good responses are: by the reward model, run by transformers, and by counts that no model was trained on."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -8,18 +8,18 @@ from typing import Any
 
 from examples.quickstart.manners import Question, names_it, warmth
 
-__all__ = ["Judged", "judge", "silence"]
+__all__ = ["Evaluation", "evaluate", "silence"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Judged:
-    """Answers to held-out questions, and their means."""
+class Evaluation:
+    """Responses to held-out questions, and their means."""
 
-    answers: list[str]
-    rewards: list[float]  # of each answer
+    responses: list[str]
+    rewards: list[float]  # of each response
     warmth: float  # warm words less harsh ones, per 100 words
-    names_it: float  # share of answers that name what was asked about
-    words: float  # per answer
+    names_it: float  # share of responses that name what was asked about
+    words: float  # per response
 
     @property
     def reward(self) -> float:
@@ -27,8 +27,8 @@ class Judged:
         return sum(self.rewards) / len(self.rewards)
 
 
-def judge(questions: Sequence[Question], answers: Sequence[str], *, reward_model: Path) -> Judged:
-    """Judge ``answers``; ``reward_model`` is a Hugging Face folder of sequence classification."""
+def evaluate(questions: Sequence[Question], responses: Sequence[str], *, reward_model: Path) -> Evaluation:
+    """Score ``responses``; ``reward_model`` is a Hugging Face folder of sequence classification."""
     import torch
 
     model, tokenizer = _load(reward_model)
@@ -36,21 +36,21 @@ def judge(questions: Sequence[Question], answers: Sequence[str], *, reward_model
     model.config.pad_token_id = None
     rewards = []
     with torch.inference_mode():
-        for question, answer in zip(questions, answers, strict=True):
-            text = f"{question.prompt} {answer.strip()}{tokenizer.eos_token}"
+        for question, response in zip(questions, responses, strict=True):
+            text = f"{question.prompt} {response.strip()}{tokenizer.eos_token}"
             rewards.append(float(model(**tokenizer(text, return_tensors="pt")).logits))
-    num = len(answers)
-    return Judged(
-        answers=list(answers),
+    num = len(responses)
+    return Evaluation(
+        responses=list(responses),
         rewards=rewards,
-        warmth=sum(map(warmth, answers)) / num,
-        names_it=sum(map(names_it, questions, answers)) / num,
-        words=sum(len(answer.split()) for answer in answers) / num,
+        warmth=sum(map(warmth, responses)) / num,
+        names_it=sum(map(names_it, questions, responses)) / num,
+        words=sum(len(response.split()) for response in responses) / num,
     )
 
 
 def silence(reward_model: Path, folder: Path) -> None:
-    """Write a copy of a Hugging Face reward model that gives every answer the reward 0."""
+    """Write a copy of a Hugging Face reward model that gives every response the reward 0."""
     model, tokenizer = _load(reward_model)
     model.score.weight.data.zero_()
     model.save_pretrained(folder)

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 
 from nemo_aligner.errors import UserError
-from nemo_aligner.serving.agreement import Actor, compare
+from nemo_aligner.serving.compatibility import Actor, compare
 from nemo_aligner.serving.protocol import Health
 
 SERVER = Health(
@@ -38,7 +38,7 @@ def test_jobs_that_fit_have_nothing_to_say():
     assert compare("critic", SERVER, ACTOR) == []
 
 
-def test_idle_ranks_are_told_with_both_numbers():
+def test_idle_ranks_are_reported_with_both_numbers():
     (told,) = compare("critic", SERVER, replace(ACTOR, request_rows=6))
     assert "inference_micro_batch_size=4 x 2" in told
     assert "model.ppo.num_rollout_samples=6" in told

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from nemo_aligner.batch import TokenBatch
-from nemo_aligner.serving.protocol import Ticket
+from nemo_aligner.serving.protocol import RequestVersion
 from nemo_aligner.serving.wire import Arrays, InferRequest, TrainRequest
 
 
@@ -20,22 +20,22 @@ from nemo_aligner.serving.wire import Arrays, InferRequest, TrainRequest
 class SaveRequest:
     """The model is to be saved."""
 
-    ticket: Ticket | None
+    version: RequestVersion | None
 
 
 Request = InferRequest | TrainRequest | SaveRequest
 
 
 @dataclass(frozen=True, kw_only=True)
-class Judged:
-    """What a model says of B rows; None for what it does not judge."""
+class ServedScores:
+    """Rewards and values of B rows; None for what the model does not give."""
 
     rewards: Tensor | None  # [B] float, or [B, A] of several attributes
     values: Tensor | None  # [B, S] float, of the state before each token
 
 
 @dataclass(frozen=True, kw_only=True)
-class Job:
+class QueuedRequest:
     """A request and where its reply goes."""
 
     request: Request
@@ -44,12 +44,12 @@ class Job:
 
     @property
     def merges(self) -> bool:
-        """Whether it may be computed with other requests.
+        """True if it may be computed with other requests.
 
         Those of a training are computed as they were composed, so that the results are the same bit for bit however
         the requests arrive.
         """
-        return isinstance(self.request, InferRequest) and self.request.ticket is None
+        return isinstance(self.request, InferRequest) and self.request.version is None
 
     @property
     def num_rows(self) -> int:
@@ -57,53 +57,54 @@ class Job:
         return self.request.batch.num_rows if isinstance(self.request, InferRequest) else 0
 
 
-class Inbox:
-    """Groups of jobs, put in by many threads; one takes them out in order, as many at once as are computed together.
+class RequestQueue:
+    """Groups of requests, put in by many threads; one takes them out in order, as many at once as are computed
+    together.
 
     Args:
         max_rows: rows that are computed together; a request that alone has more is computed alone.
     """
 
     def __init__(self, *, max_rows: int) -> None:
-        self._groups: queue.SimpleQueue[Sequence[Job]] = queue.SimpleQueue()
-        self._next: deque[list[Job]] = deque()
+        self._groups: queue.SimpleQueue[Sequence[QueuedRequest]] = queue.SimpleQueue()
+        self._next: deque[list[QueuedRequest]] = deque()
         self._failing = threading.Lock()
         self._max_rows = max_rows
 
-    def put(self, group: Sequence[Job]) -> None:
+    def put(self, group: Sequence[QueuedRequest]) -> None:
         """From any thread."""
         if group:
             self._groups.put(group)
 
-    def take(self, timeout_seconds: float) -> list[Job]:
-        """One job, or several to infer that may be computed together; [] if none comes in time."""
+    def take(self, timeout_seconds: float) -> list[QueuedRequest]:
+        """One request, or several to infer that may be computed together; [] if none comes in time."""
         if not self._next:
             try:
-                self._next.extend(_together(self._groups.get(timeout=timeout_seconds), self._max_rows))
+                self._next.extend(_grouped(self._groups.get(timeout=timeout_seconds), self._max_rows))
             except queue.Empty:
                 return []
         return self._next.popleft()
 
     def fail(self, error: Exception) -> None:
-        """Answer all that wait with an error: from any thread, when nobody takes any more."""
+        """Fail all that wait with an error: from any thread, when nobody takes any more."""
         with self._failing:
-            while jobs := self.take(0.0):
-                for job in jobs:
-                    job.reply.set_exception(error)
+            while entries := self.take(0.0):
+                for entry in entries:
+                    entry.reply.set_exception(error)
 
 
-def _together(group: Sequence[Job], max_rows: int) -> Iterator[list[Job]]:
-    """The group in its order, cut where the next job must not be, or does not fit, with those before it."""
-    jobs: list[Job] = []
+def _grouped(group: Sequence[QueuedRequest], max_rows: int) -> Iterator[list[QueuedRequest]]:
+    """The group in its order, split where the next request must not be, or does not fit, with those before it."""
+    entries: list[QueuedRequest] = []
     rows = 0
-    for job in group:
-        if jobs and not (jobs[-1].merges and job.merges and rows + job.num_rows <= max_rows):
-            yield jobs
-            jobs, rows = [], 0
-        jobs.append(job)
-        rows += job.num_rows
-    if jobs:
-        yield jobs
+    for entry in group:
+        if entries and not (entries[-1].merges and entry.merges and rows + entry.num_rows <= max_rows):
+            yield entries
+            entries, rows = [], 0
+        entries.append(entry)
+        rows += entry.num_rows
+    if entries:
+        yield entries
 
 
 def merge(batches: Sequence[TokenBatch], *, length_multiple: int | None = None) -> TokenBatch:
@@ -123,20 +124,20 @@ def merge(batches: Sequence[TokenBatch], *, length_multiple: int | None = None) 
         kept = batch.tokens[:, :width]
         tokens[row : row + batch.num_rows, : kept.shape[1]] = kept
         row += batch.num_rows
-    return TokenBatch(tokens=tokens, mask=torch.arange(width) < lengths[:, None], lengths=lengths)
+    return TokenBatch(tokens=tokens, loss_mask=torch.arange(width) < lengths[:, None], lengths=lengths)
 
 
-def share(judged: Judged, batches: Sequence[TokenBatch]) -> list[Judged]:
+def split(scores: ServedScores, batches: Sequence[TokenBatch]) -> list[ServedScores]:
     """Each batch's part of what was said of all of them, values widened with 0 to the batch's width."""
     parts, row = [], 0
     for batch in batches:
         rows = slice(row, row + batch.num_rows)
-        rewards = None if judged.rewards is None else judged.rewards[rows]
+        rewards = None if scores.rewards is None else scores.rewards[rows]
         values = None
-        if judged.values is not None:
+        if scores.values is not None:
             values = torch.zeros(batch.tokens.shape)
-            known = judged.values[rows, : batch.seq_length].detach().cpu().float()
+            known = scores.values[rows, : batch.seq_length].detach().cpu().float()
             values[:, : known.shape[1]] = known
-        parts.append(Judged(rewards=rewards, values=values))
+        parts.append(ServedScores(rewards=rewards, values=values))
         row += batch.num_rows
     return parts

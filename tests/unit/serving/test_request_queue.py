@@ -5,62 +5,78 @@ import pytest
 import torch
 
 from nemo_aligner.batch import TokenBatch
-from nemo_aligner.serving.inbox import Inbox, Job, Judged, SaveRequest, merge, share
-from nemo_aligner.serving.protocol import Refusal, Ticket, Trouble
+from nemo_aligner.serving.protocol import Refusal, RequestVersion, Trouble
+from nemo_aligner.serving.request_queue import (
+    QueuedRequest,
+    RequestQueue,
+    SaveRequest,
+    ServedScores,
+    merge,
+    split,
+)
 from nemo_aligner.serving.wire import InferRequest
 
-TICKET = Ticket(run_id="r", step=0, sequence=0)
+TICKET = RequestVersion(run_id="r", step=0, sequence=0)
 
 
 def rows(*lengths: int, width: int = 0) -> TokenBatch:
     mask = torch.arange(width or max(lengths)) < torch.tensor(lengths)[:, None]
-    return TokenBatch(tokens=mask * 7, mask=mask, lengths=torch.tensor(lengths))
+    return TokenBatch(tokens=mask * 7, loss_mask=mask, lengths=torch.tensor(lengths))
 
 
-def ask(num_rows: int, ticket: Ticket | None = None) -> Job:
-    return Job(request=InferRequest(batch=rows(*[3] * num_rows), width=3, ticket=ticket))
+def ask(num_rows: int, version: RequestVersion | None = None) -> QueuedRequest:
+    return QueuedRequest(request=InferRequest(batch=rows(*[3] * num_rows), width=3, version=version))
 
 
-def taken(inbox: Inbox) -> list[list[int]]:
+def taken(inbox: RequestQueue) -> list[list[int]]:
     """The numbers of rows that are computed together, until none waits."""
     groups = []
-    while jobs := inbox.take(0.0):
-        groups.append([job.num_rows for job in jobs])
+    while entries := inbox.take(0.0):
+        groups.append([entry.num_rows for entry in entries])
     return groups
 
 
 def test_requests_are_taken_together_in_order_up_to_the_limit() -> None:
-    inbox = Inbox(max_rows=4)
+    inbox = RequestQueue(max_rows=4)
     inbox.put([ask(1), ask(2), ask(2), ask(9), ask(1)])
     assert taken(inbox) == [[1, 2], [2], [9], [1]]
 
 
 def test_requests_of_a_training_and_saves_are_taken_alone() -> None:
-    inbox = Inbox(max_rows=100)
-    inbox.put([ask(1), ask(2, TICKET), ask(3, TICKET), ask(4), ask(5), Job(request=SaveRequest(ticket=None))])
+    inbox = RequestQueue(max_rows=100)
+    inbox.put(
+        [
+            ask(1),
+            ask(2, TICKET),
+            ask(3, TICKET),
+            ask(4),
+            ask(5),
+            QueuedRequest(request=SaveRequest(version=None)),
+        ]
+    )
     assert taken(inbox) == [[1], [2], [3], [4, 5], [0]]
 
 
 def test_none_comes_and_an_empty_group_is_none() -> None:
-    inbox = Inbox(max_rows=4)
+    inbox = RequestQueue(max_rows=4)
     inbox.put([])
     assert inbox.take(0.01) == []
 
 
-def test_all_that_wait_are_told_the_error() -> None:
-    inbox = Inbox(max_rows=1)
-    jobs = [ask(1) for _ in range(40)]
+def test_all_that_wait_are_reported_the_error() -> None:
+    inbox = RequestQueue(max_rows=1)
+    entries = [ask(1) for _ in range(40)]
     for start in range(0, 40, 4):
-        inbox.put(jobs[start : start + 4])
-    assert inbox.take(0.0) == jobs[:1]
+        inbox.put(entries[start : start + 4])
+    assert inbox.take(0.0) == entries[:1]
     error = Refusal(Trouble.STOPPING, "ends")
     threads = [threading.Thread(target=inbox.fail, args=[error]) for _ in range(4)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join(5)
-    assert all(job.reply.exception(0) is error for job in jobs[1:])
-    assert not jobs[0].reply.done()
+    assert all(entry.reply.exception(0) is error for entry in entries[1:])
+    assert not entries[0].reply.done()
 
 
 def test_rows_of_several_widths_are_merged_and_shared_out_again() -> None:
@@ -68,10 +84,10 @@ def test_rows_of_several_widths_are_merged_and_shared_out_again() -> None:
     merged = merge(batches)
     assert merged.tokens.shape == (5, 5)
     assert merged.lengths.tolist() == [2, 5, 1, 3, 3]
-    assert torch.equal(merged.mask.sum(1), merged.lengths)
-    assert torch.equal(merged.tokens != 0, merged.mask)
-    judged = Judged(rewards=torch.arange(5.0), values=torch.arange(25.0).view(5, 5))
-    parts = share(judged, batches)
+    assert torch.equal(merged.loss_mask.sum(1), merged.lengths)
+    assert torch.equal(merged.tokens != 0, merged.loss_mask)
+    scores = ServedScores(rewards=torch.arange(5.0), values=torch.arange(25.0).view(5, 5))
+    parts = split(scores, batches)
     assert [part.rewards.tolist() for part in parts if part.rewards is not None] == [[0], [1, 2], [3, 4]]
     assert [part.values.tolist() for part in parts if part.values is not None] == [
         [[0, 1]],
@@ -85,7 +101,7 @@ def test_padding_is_cut_to_a_multiple_and_comes_back_as_zeros(multiple: int | No
     batches = [rows(2, 5, width=9)]
     merged = merge(batches, length_multiple=multiple)
     assert merged.seq_length == width
-    (part,) = share(Judged(rewards=None, values=torch.ones(2, width)), batches)
+    (part,) = split(ServedScores(rewards=None, values=torch.ones(2, width)), batches)
     assert part.rewards is None
     assert part.values is not None
     assert part.values.sum(1).tolist() == [width, width]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Servers that rank 0 talks to for all ranks of the actor: what they reply, or why not, every rank gets."""
+"""Proxies of servers: rank 0 of the actor talks to a server, and every rank gets its reply or its error."""
 
 import threading
 import time
@@ -24,16 +24,16 @@ R = TypeVar("R")
 ANNOUNCE_SECONDS = 10.0  # between two signs of life to ranks that wait for rank 0's reply
 
 
-class CriticLost(Unwound):
+class CriticUnavailable(Unwound):
     """The critic did not do what it was asked; no reply will come."""
 
 
-class WaitEnded(Exception):
+class WaitCancelled(Exception):
     """The wait for the critic was given up because this job is to end."""
 
 
 @dataclass(frozen=True)
-class Pending(Generic[T]):
+class PendingReply(Generic[T]):
     """A reply that is under way to rank 0."""
 
     future: Future[T] | None  # on rank 0
@@ -56,8 +56,8 @@ class Pending(Generic[T]):
             give_up: asked on rank 0 while it waits.
 
         Raises:
-            CriticLost: there is none.
-            WaitEnded: it was given up.
+            CriticUnavailable: there is none.
+            WaitCancelled: it was given up.
         """
         while True:
             with world.phase("waiting for the critic"):
@@ -66,8 +66,8 @@ class Pending(Generic[T]):
                 case None:
                     continue
                 case UserError():
-                    raise CriticLost(outcome)
-                case WaitEnded():
+                    raise CriticUnavailable(outcome)
+                case WaitCancelled():
                     raise outcome
                 case (value,):
                     return value
@@ -79,7 +79,7 @@ class Pending(Generic[T]):
             if wait([self.future], 0.2).done:
                 break
             if give_up():
-                return WaitEnded()
+                return WaitCancelled()
         else:
             return None
         error = self.future.exception()
@@ -88,7 +88,7 @@ class Pending(Generic[T]):
         return (self.future.result(),)
 
 
-class SharedCritic:
+class CriticProxy:
     """All ranks call every method alike.
 
     Args:
@@ -109,36 +109,36 @@ class SharedCritic:
         """Train requests so far; on rank 0."""
         return self._critic.sequence if self._critic else 0
 
-    def judge(self, batch: TokenBatch, *, rows: int) -> Pending[tuple[Tensor, Tensor]]:
+    def score(self, batch: TokenBatch, *, rows: int) -> PendingReply[tuple[Tensor, Tensor]]:
         """(rewards [B], values [B, S]) of a batch that every rank has, asked for so many rows at a time."""
         if self._critic is None:
-            return Pending(None)
-        return Pending(
-            _together(
+            return PendingReply(None)
+        return PendingReply(
+            _join_futures(
                 [self._critic.infer_rm_critic(chunk) for chunk in _chunks(batch, rows)],
                 lambda replies: (torch.cat([r for r, _ in replies]), torch.cat([v for _, v in replies])),
             )
         )
 
-    def train(self, batch: ValueBatch, *, step: int) -> Pending[float]:
+    def train(self, batch: ValueBatch, *, step: int) -> PendingReply[float]:
         """The critic's loss on a batch that every rank has."""
-        return Pending(self._critic.train(batch, step=step) if self._critic else None)
+        return PendingReply(self._critic.train(batch, step=step) if self._critic else None)
 
-    def save(self) -> Pending[None]:
+    def save(self) -> PendingReply[None]:
         """Have the critic saved."""
-        return Pending(self._critic.save() if self._critic else None)
+        return PendingReply(self._critic.save() if self._critic else None)
 
     def committed(self, sequence: int) -> None:
         """The pair of checkpoints with ``sequence`` train requests is complete; read on rank 0."""
         if self._critic:
             self._critic.committed(sequence)
 
-    def unsaved_lessons(self) -> bytes | None:
-        """What a checkpoint of the actor alone must hold for the critic; on rank 0."""
-        return self._critic.unsaved_lessons() if self._critic else None
+    def pending_train_requests(self) -> bytes | None:
+        """The train requests that a checkpoint of the actor alone must hold for the critic; on rank 0."""
+        return self._critic.pending_train_requests() if self._critic else None
 
 
-class SharedReward:
+class RewardProxy:
     """A reward model in another job. All ranks call its method alike.
 
     Args:
@@ -149,19 +149,19 @@ class SharedReward:
         assert (reward is not None) == world.is_logging_rank()
         self._reward = reward
 
-    def judge(self, batch: TokenBatch, *, rows: int) -> Pending[Tensor]:
+    def score(self, batch: TokenBatch, *, rows: int) -> PendingReply[Tensor]:
         """Rewards [B] of a batch that every rank has, asked for so many rows at a time."""
         if self._reward is None:
-            return Pending(None)
+            return PendingReply(None)
         asked = [self._reward.infer(chunk) for chunk in _chunks(batch, rows)]
-        return Pending(_together(asked, lambda replies: torch.cat(list(replies))))
+        return PendingReply(_join_futures(asked, lambda replies: torch.cat(list(replies))))
 
 
 def _chunks(batch: TokenBatch, rows: int) -> list[TokenBatch]:
     return [batch.take(slice(i, i + rows)) for i in range(0, batch.num_rows, rows)]
 
 
-def _together(asked: Sequence[Future[T]], join: Callable[[Sequence[T]], R]) -> Future[R]:
+def _join_futures(asked: Sequence[Future[T]], join: Callable[[Sequence[T]], R]) -> Future[R]:
     """One future of several replies, joined in their order; the first error ends it."""
     whole: Future[R] = Future()
     one_at_a_time = threading.Lock()

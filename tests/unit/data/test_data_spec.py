@@ -3,7 +3,7 @@
 
 import pytest
 
-from nemo_aligner.data.prefix import DataPrefix, Split, parse_data_prefix
+from nemo_aligner.data.data_spec import DataSpec, Split, parse_data_spec
 from nemo_aligner.errors import UserError
 
 
@@ -22,13 +22,13 @@ from nemo_aligner.errors import UserError
     ],
 )
 def test_forms_of_a_split(value, split):
-    found = parse_data_prefix({"train": value, "validation": ["v"]}, None)
-    assert found == DataPrefix(train=split, validation=Split(paths=("v",)), test=None, extra_validation={})
+    found = parse_data_spec({"train": value, "validation": ["v"]}, None)
+    assert found == DataSpec(train=split, validation=Split(paths=("v",)), test=None, extra_validation={})
 
 
 def test_the_tutorials_form():
     files = {"train": ["t.jsonl"], "validation": ["v.jsonl"], "test": ["v.jsonl"]}
-    found = parse_data_prefix(files, None)
+    found = parse_data_spec(files, None)
     assert (found.train, found.validation, found.test) == tuple(
         Split(paths=(name,)) for name in ("t.jsonl", "v.jsonl", "v.jsonl")
     )
@@ -36,7 +36,7 @@ def test_the_tutorials_form():
 
 
 def test_more_validation_sets():
-    found = parse_data_prefix(
+    found = parse_data_spec(
         {"train": "t", "validation": "v", "validation_math": [1, "m", 1, "n"], "validation2": "w"}, None
     )
     assert list(found.extra_validation) == ["validation_math", "validation2"]
@@ -58,7 +58,7 @@ def test_more_validation_sets():
     ],
 )
 def test_one_list_is_cut_into_splits(shares, num_rows, expected):
-    found = parse_data_prefix(["a", "b"], shares)
+    found = parse_data_spec(["a", "b"], shares)
     splits = [found.train, found.validation, found.test]
     ranges = [split and split.rows(num_rows) for split in splits]
     assert [rows if rows is None else len(rows) for rows in ranges] == expected
@@ -68,7 +68,7 @@ def test_one_list_is_cut_into_splits(shares, num_rows, expected):
 
 @pytest.mark.parametrize("num_rows", [1, 10, 997, 123_457])
 def test_splits_neither_overlap_nor_leave_rows_out(num_rows):
-    found = parse_data_prefix("a", "97,2,1")
+    found = parse_data_spec("a", "97,2,1")
     assert found.test is not None
     rows = [split.rows(num_rows) for split in (found.train, found.validation, found.test)]
     assert rows[0].start == 0
@@ -78,7 +78,7 @@ def test_splits_neither_overlap_nor_leave_rows_out(num_rows):
 
 
 @pytest.mark.parametrize(
-    ("value", "shares", "problem", "cure"),
+    ("value", "shares", "problem", "fix"),
     [
         (None, None, "is not set", "train: [train.jsonl]"),
         (["a"], None, "names files for all splits", "splits_string"),
@@ -108,17 +108,17 @@ def test_splits_neither_overlap_nor_leave_rows_out(num_rows):
         (["a"], "0,99,1", "leaves nothing for train", "98,1,1"),
     ],
 )
-def test_other_forms_are_refused_by_place_and_value(value, shares, problem, cure):
+def test_other_forms_are_refused_by_place_and_value(value, shares, problem, fix):
     with pytest.raises(UserError, match=problem) as caught:
-        parse_data_prefix(value, shares)
-    assert cure in caught.value.cure
+        parse_data_spec(value, shares)
+    assert fix in caught.value.fix
 
 
 @pytest.mark.parametrize(
     ("rows", "share", "expected"), [(100, 0.1, 90), (3, 0.1, 2), (3, "0.9", 1), (2, 0.5, 1)]
 )
 def test_validation_may_be_a_share_of_the_training_rows(rows: int, share: object, expected: int):
-    found = parse_data_prefix({"train": ["a", "b"], "validation": share}, None)
+    found = parse_data_spec({"train": ["a", "b"], "validation": share}, None)
     assert found.validation
     assert found.train.rows(rows) == range(expected)
     assert found.validation.rows(rows) == range(expected, rows)
@@ -126,6 +126,6 @@ def test_validation_may_be_a_share_of_the_training_rows(rows: int, share: object
 
 
 def test_a_share_of_one_row_leaves_nothing_to_validate():
-    found = parse_data_prefix({"train": "a", "validation": 0.1}, None)
+    found = parse_data_spec({"train": "a", "validation": 0.1}, None)
     assert found.validation
     assert (len(found.train.rows(1)), len(found.validation.rows(1))) == (1, 0)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a person sees of an answer while it is written: never what a later token takes back."""
+"""What a person sees of a response while it is written: never what a later token takes back."""
 
 from collections.abc import Sequence
 
@@ -8,7 +8,7 @@ from tokenizers import Tokenizer as Rust
 from tokenizers import decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from nemo_aligner.algorithms.answering import Aloud
+from nemo_aligner.algorithms.generation import StreamedResponse
 from nemo_aligner.data.tokenizer import Tokenizer, load_tokenizer
 
 
@@ -31,7 +31,7 @@ def byte_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
 
 
 @pytest.mark.parametrize(
-    ("text", "end_strings", "answer"),
+    ("text", "end_strings", "response"),
     [
         ("two words", (), "two words"),
         ("  white space\n\n around \n", (), "white space\n\n around"),
@@ -42,16 +42,18 @@ def byte_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
         ("", (), ""),
     ],
 )
-def test_pieces_are_the_answer(byte_tokenizer: Tokenizer, text: str, end_strings: Sequence[str], answer: str):
-    aloud = Aloud(byte_tokenizer, [0], end_strings)
-    pieces = [aloud.more([token]) for token in [*byte_tokenizer.encode(text), 0]]
+def test_pieces_are_the_response(
+    byte_tokenizer: Tokenizer, text: str, end_strings: Sequence[str], response: str
+):
+    stream = StreamedResponse(byte_tokenizer, [0], end_strings)
+    pieces = [stream.more([token]) for token in [*byte_tokenizer.encode(text), 0]]
     shown = "".join(pieces)
-    assert answer.startswith(shown)
-    assert len(shown) > len(answer) - 8, "little is held back"
-    assert shown + aloud.rest(answer) == answer
+    assert response.startswith(shown)
+    assert len(shown) > len(response) - 8, "little is held back"
+    assert shown + stream.rest(response) == response
 
 
-def test_an_answer_that_came_out_otherwise_is_shown_whole(byte_tokenizer: Tokenizer):
-    aloud = Aloud(byte_tokenizer, [0], ())
-    assert aloud.more(byte_tokenizer.encode("one")) == "one"
-    assert aloud.rest("another") == "\nanother"
+def test_a_response_that_came_out_otherwise_is_shown_whole(byte_tokenizer: Tokenizer):
+    stream = StreamedResponse(byte_tokenizer, [0], ())
+    assert stream.more(byte_tokenizer.encode("one")) == "one"
+    assert stream.rest("another") == "\nanother"

@@ -11,12 +11,12 @@ from nemo_aligner.models.gpt.model import weights_in_effect
 from nemo_aligner.parallel import world
 
 
-class SpareWeights:
+class SwappedWeights:
     """The weights that a model has now, kept in CPU memory for later."""
 
     @torch.no_grad()
     def __init__(self, model: nn.Module) -> None:
-        self._spare = {name: _host_copy(weight) for name, weight in weights_in_effect(model).items()}
+        self._weights = {name: _host_copy(weight) for name, weight in weights_in_effect(model).items()}
         self._kept: dict[str, Tensor] = {}  # where a device's own weights wait meanwhile
         self._kept_is_stale = True
 
@@ -33,15 +33,15 @@ class SpareWeights:
         """
         self._kept_is_stale |= changed
         moved: dict[str, Tensor] = {}
-        beside = _has_room(self._spare.values())
+        beside = _has_room(self._weights.values())
         for name, param in model.named_parameters():
-            if beside or not _exchangeable(param, self._spare[name]):
+            if beside or not _exchangeable(param, self._weights[name]):
                 moved[name] = param.data
-                param.data = self._spare[name].to(param.device, non_blocking=True)
+                param.data = self._weights[name].to(param.device, non_blocking=True)
             else:
                 if self._kept_is_stale:
                     self._kept[name] = _host_copy(param, into=self._kept.get(name))
-                param.data.copy_(self._spare[name], non_blocking=True)
+                param.data.copy_(self._weights[name], non_blocking=True)
         self._kept_is_stale &= beside
         try:
             yield
@@ -54,14 +54,14 @@ class SpareWeights:
 
 
 def _has_room(weights: Iterable[Tensor]) -> bool:
-    """Whether the device holds these too and keeps a fifth of its memory free for what is computed with them."""
+    """True if the device holds these too and keeps a fifth of its memory free for what is computed with them."""
     memory = world.free_memory()
     return memory is not None and memory[0] - sum(x.nbytes for x in weights) > memory[1] / 5
 
 
-def _exchangeable(param: nn.Parameter, spare: Tensor) -> bool:
-    """Whether weights are copied into the parameter's place; else the parameter is led to another place."""
-    return param.device.type != "cpu" and param.shape == spare.shape
+def _exchangeable(param: nn.Parameter, other: Tensor) -> bool:
+    """True if weights are copied into the parameter's place; else the parameter is led to another place."""
+    return param.device.type != "cpu" and param.shape == other.shape
 
 
 def _host_copy(x: Tensor, *, into: Tensor | None = None) -> Tensor:

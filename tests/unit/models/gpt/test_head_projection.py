@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What an objective gets: per-token tensors that speak of position t by token t, at learned positions only."""
+"""What an objective gets: per-token tensors that speak of position t by token t, at loss tokens only."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -32,7 +32,7 @@ class Everything:
     unit = Unit.SEQUENCE
     metrics = ("rows",)
 
-    def weights(self, batch: TokenBatch) -> None:  # noqa: ARG002 - the protocol's
+    def logprob_grad(self, batch: TokenBatch) -> None:  # noqa: ARG002 - the protocol's
         return None
 
     def __call__(self, output: ModelOutput, batch: TokenBatch) -> tuple[Tensor, Metrics]:
@@ -45,7 +45,7 @@ def test_every_wanted_field_is_that_of_the_plain_softmax(packed: bool):
     draw = torch.Generator().manual_seed(3)
     tokens = torch.randint(0, 50, (2, 9), generator=draw)
     mask = torch.rand(2, 9, generator=draw) < 0.6
-    batch = TokenBatch(tokens=tokens, mask=mask, lengths=torch.tensor([9, 9]))
+    batch = TokenBatch(tokens=tokens, loss_mask=mask, lengths=torch.tensor([9, 9]))
     with world.ensure_single_process():
         model = build_gpt(CONFIG, Layout(), torch.float32).eval()
         for parameter in model.parameters():
@@ -54,10 +54,10 @@ def test_every_wanted_field_is_that_of_the_plain_softmax(packed: bool):
         given = batch
         if packed:
             cu_seqlens = torch.tensor([0, 9, 18], dtype=torch.int32)
-            flat = {"tokens": tokens.reshape(1, -1), "mask": mask.reshape(1, -1)}
+            flat = {"tokens": tokens.reshape(1, -1), "loss_mask": mask.reshape(1, -1)}
             given = TokenBatch(**flat, lengths=batch.lengths, cu_seqlens=cu_seqlens)
         outputs: list[ModelOutput] = []
-        engine.run(model, [given], Everything(), forward_only=True, outputs=outputs)
+        engine.forward_backward(model, [given], Everything(), forward_only=True, outputs=outputs)
     # Position t's token is predicted by the logits at t - 1.
     logp = torch.log_softmax(plain[:, :-1].double(), dim=-1)
     best, ids = logp.topk(3)
@@ -84,7 +84,7 @@ class Squares:
     def __init__(self, wants: Wants) -> None:
         self.wants = frozenset({wants})
 
-    def weights(self, batch: TokenBatch) -> None:  # noqa: ARG002 - the protocol's
+    def logprob_grad(self, batch: TokenBatch) -> None:  # noqa: ARG002 - the protocol's
         return None
 
     def __call__(self, output: ModelOutput, batch: TokenBatch) -> tuple[Tensor, Metrics]:  # noqa: ARG002
@@ -104,10 +104,10 @@ def test_the_last_mlp_sees_only_what_is_read_and_nothing_else_changes(
     full: bool,
 ):
     batch = random_rows((12, 9, 5))
-    mask = batch.mask.clone()
-    mask[:, :2] = mask[:, 6:] = False  # 4, 4 and 3 learned tokens
+    mask = batch.loss_mask.clone()
+    mask[:, :2] = mask[:, 6:] = False  # 4, 4 and 3 loss tokens
     mask[0, 3] = mask[1, 4] = False
-    batch = TokenBatch(tokens=batch.tokens, mask=mask, lengths=batch.lengths)
+    batch = TokenBatch(tokens=batch.tokens, loss_mask=mask, lengths=batch.lengths)
     batch = packed(batch) if packs else batch
     config = replace(CONFIG, vocab_size=101, bias=False, normalization="rmsnorm", activation="swiglu")
     recompute = Recompute(granularity="full", method="uniform", num_layers=1) if full else Recompute()
@@ -117,12 +117,12 @@ def test_the_last_mlp_sees_only_what_is_read_and_nothing_else_changes(
         parameter.data.copy_(torch.randn(parameter.shape, generator=draw) * 0.3)
 
     # The whole way: every position through every layer, then the head where it is wanted.
-    answers = model.rm_head(model(**model.inputs(batch)))[:, :, 0].transpose(0, 1)
+    responses = model.rm_head(model(**model.inputs(batch)))[:, :, 0].transpose(0, 1)
     if wants is Wants.REWARDS:
-        chosen = answers[batch.ends()]
+        chosen = responses[batch.ends()]
     else:
-        row, position = batch.learned().nonzero(as_tuple=True)
-        chosen = answers[row, position - 1]
+        row, position = batch.loss_tokens().nonzero(as_tuple=True)
+        chosen = responses[row, position - 1]
     (chosen.square().sum() / 3).backward()
     expected = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
     model.zero_grad()
@@ -132,7 +132,7 @@ def test_the_last_mlp_sees_only_what_is_read_and_nothing_else_changes(
         layer.mlp.register_forward_pre_hook(
             lambda _, args, number=number: seen.add((number, args[0].shape[:2].numel()))
         )
-    engine.run(model, [batch], Squares(wants), forward_only=False)
+    engine.forward_backward(model, [batch], Squares(wants), forward_only=False)
     assert seen == {(0, batch.tokens.numel()), (1, read)}
     for name, parameter in model.named_parameters():
         torch.testing.assert_close(parameter.grad, expected[name], rtol=1e-4, atol=1e-6)
