@@ -29,6 +29,15 @@ def test_scripts_exist(page: Path):
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name)
+def test_named_files_exist(page: Path):
+    folders = ("", "nemo_aligner", "examples/nlp/gpt")
+    named = [path for path in re.findall(r"`([\w.]+(?:/[\w.]+)+\.(?:py|yaml))`", page.read_text())]
+    # An algorithm that the reader is to add is called foo.
+    missing = [path for path in named if not any((ROOT / folder / path).is_file() for folder in folders)]
+    assert [path for path in missing if "foo" not in path] == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name)
 def test_links_lead_to_files(page: Path):
     links = re.findall(r"\]\((?!https?://|#)([^)#\s]+)", page.read_text())
     missing = [
