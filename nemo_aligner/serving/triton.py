@@ -364,10 +364,8 @@ def _hide(secret: str) -> None:
             if not any(secret in argument for argument in child.cmdline()):
                 continue
             fields = Path(f"/proc/{child.pid}/stat").read_text().rpartition(")")[2].split()
-            start, end = (
-                int(fields[45]),
-                int(fields[46]),
-            )  # arg_start and arg_end of proc(5), which counts from pid
+            # arg_start and arg_end of proc(5), which counts from pid.
+            start, end = int(fields[45]), int(fields[46])
             with Path(f"/proc/{child.pid}/mem").open("r+b", buffering=0) as memory:
                 memory.seek(start)
                 arguments = memory.read(end - start)
