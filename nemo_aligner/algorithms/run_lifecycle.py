@@ -113,7 +113,8 @@ class RunLifecycle:
         if lost:
             raise self._folder_is_lost(step)
         if self.checkpoints is not None:
-            self.checkpoints.poll(all_ranks_done=not writing)
+            if not writing:
+                self.checkpoints.finish()
             if ends or number or up or self.plan.saves_after(step):
                 self.save(wait=bool(ends or number or up))
         if not ends and (number or up):

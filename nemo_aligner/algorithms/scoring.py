@@ -27,9 +27,8 @@ class RewardSources:
     # gives values, and rewards too where it has a reward model; None: no critic
     critic: CriticProxy | None = None
     reward: RewardProxy | None = None  # a reward model where there is no critic
-    functions: Mapping[str, RewardFunction] = field(
-        default_factory=dict[str, RewardFunction]
-    )  # by name in trainer.ppo.rewards
+    # by name in trainer.ppo.rewards
+    functions: Mapping[str, RewardFunction] = field(default_factory=dict[str, RewardFunction])
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -63,14 +63,11 @@ class GgufTensors:
         heads = {"q": "num_attention_heads", "k": "num_key_value_heads"}
         self._heads: dict[str, int] = {part: file.hf_config[key] for part, key in heads.items()}
         self._tensors = {_hf_name(tensor.name, path): tensor for tensor in file.reader.tensors}
-        self._shapes = {name: tuple(int(n) for n in reversed(t.shape)) for name, t in self._tensors.items()}
+        self.shapes: dict[str, tuple[int, ...]] = {
+            name: tuple(int(n) for n in reversed(t.shape)) for name, t in self._tensors.items()
+        }
         with damaged_gguf(path):
             self._dtype = self._common_dtype()
-
-    @property
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        """See TensorSource."""
-        return self._shapes
 
     def dtype_of(self, name: str) -> torch.dtype:  # noqa: ARG002
         """See TensorSource."""
@@ -79,7 +76,7 @@ class GgufTensors:
     def read(self, name: str, block: tuple[slice, ...] = ()) -> Tensor:
         """See TensorSource."""
         with damaged_gguf(self._path):
-            tensor = _dequantise(self._tensors[name]).reshape(self._shapes[name])
+            tensor = _dequantise(self._tensors[name]).reshape(self.shapes[name])
             if rotated := _ROTATED.fullmatch(name):
                 tensor = _unpermute(tensor, self._heads[rotated[1]])
             return tensor[block].to(self._dtype)

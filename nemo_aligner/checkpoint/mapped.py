@@ -90,17 +90,18 @@ def _kinds(rule: Rule, config: dict[str, Any]) -> tuple[str, ...]:
     return ("weight", "bias") if any(config.get(key) for key in rule.biased_by) else ("weight",)
 
 
-def _mapped(rule: Rule, dims: Dims, *, layer: int = 0, kind: str = "") -> MappedTensor:
-    def name(pattern: str) -> str:
-        return pattern.format(i=layer) + (f".{kind}" if kind else "")
-
+def _mapped(rule: Rule, dims: Dims, *, layer: int | None = None, kind: str = "") -> MappedTensor:
+    ours, theirs = ("", "") if layer is None else (f"decoder.layers.{layer}.", f"model.layers.{layer}.")
+    end = kind and f".{kind}"
     sources = {
-        name(pattern): tuple(getattr(dims, axis) for axis in (axes[:1] if kind == "bias" else axes))
-        for pattern, axes in rule.sources.items()
+        f"{theirs}{name}{end}": tuple(getattr(dims, axis) for axis in (axes[:1] if kind == "bias" else axes))
+        for name, axes in rule.sources.items()
     }
-    groups = dims.groups if rule.by_group else 1
     return MappedTensor(
-        name=name(rule.nemo), sources=sources, groups=groups, is_vocabulary=rule.is_vocabulary
+        name=f"{ours}{rule.nemo}{end}",
+        sources=sources,
+        groups=dims.groups if rule.by_group else 1,
+        is_vocabulary=rule.is_vocabulary,
     )
 
 

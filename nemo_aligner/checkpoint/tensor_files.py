@@ -29,10 +29,7 @@ Plan = dict[str, int]  # tensor name to its bytes, in the order of writing
 class TensorSource(Protocol):
     """Tensors by Hugging Face name, wherever they are stored."""
 
-    @property
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Every tensor's name and shape."""
-        ...
+    shapes: dict[str, tuple[int, ...]]
 
     def dtype_of(self, name: str) -> torch.dtype:
         """The dtype that :meth:`read` gives."""
@@ -53,7 +50,7 @@ class HuggingFaceTensors:
     def __init__(self, folder: Path) -> None:
         self._pickled: tuple[Path, dict[str, Tensor]] | None = None
         self._file_of: dict[str, Path] = {}
-        self._shapes: dict[str, tuple[int, ...]] = {}
+        self.shapes: dict[str, tuple[int, ...]] = {}
         files, place = weight_files(folder)
         for file in files:
             found = self._shapes_in(file)
@@ -61,21 +58,16 @@ class HuggingFaceTensors:
                 found if place is None else {name: found[name] for name in found if place.get(name) == file}
             )
             self._file_of |= dict.fromkeys(mine, file)
-            self._shapes |= mine
+            self.shapes |= mine
             if ignored := found.keys() - mine.keys():
                 _log.warning(
                     "%s holds tensors that the index does not look for there, and that are not read: %s",
                     *(file, shortened(ignored)),
                 )
-        if place is not None and (lost := sorted(place.keys() - self._shapes.keys())):
+        if place is not None and (lost := sorted(place.keys() - self.shapes.keys())):
             raise UserError(
                 f"{place[lost[0]]} lacks tensors that its index names: {shortened(lost)}", fix=GET_AGAIN
             )
-
-    @property
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        """See TensorSource."""
-        return self._shapes
 
     def dtype_of(self, name: str) -> torch.dtype:
         """See TensorSource."""

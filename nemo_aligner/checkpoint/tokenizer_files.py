@@ -33,10 +33,8 @@ _TOKENIZER_FILES = (
     "vocab.txt",
 )
 
-_GPT2_NAMES = (
-    "GPT2BPETokenizer",
-    "megatron-gpt-345m",
-)  # GPT-2's byte-level BPE, in NeMo's ``library: megatron``
+# GPT-2's byte-level BPE, in NeMo's ``library: megatron``.
+_GPT2_NAMES = ("GPT2BPETokenizer", "megatron-gpt-345m")
 
 _log = logging.getLogger(__name__)
 

@@ -24,12 +24,10 @@ class TrainerState:
 
     step: int = 0  # optimizer steps done
     consumed_samples: int = 0
-    metrics: dict[str, float] = field(
-        default_factory=dict
-    )  # of the last validation, by monitor name: val_loss
-    data: dict[str, Any] = field(
-        default_factory=dict
-    )  # what makes up the batches; another value, other batches
+    # of the last validation, by monitor name: val_loss
+    metrics: dict[str, float] = field(default_factory=dict)
+    # what makes up the batches; another value, other batches
+    data: dict[str, Any] = field(default_factory=dict)
     algorithm: dict[str, Any] = field(default_factory=dict)  # the loop's own dataclass, by its fields
     skipped_steps: int = 0  # optimizer steps in a row, up to now, whose loss or gradient was not finite
     first_skipped: str = ""  # what was not finite in the first of them

@@ -149,7 +149,7 @@ class TrainingCheckpoints:
         extra: bytes | None = None,
         also: Callable[[], None] | None = None,
     ) -> None:
-        """Write a checkpoint; with ``async_save`` it is finished by a later :meth:`poll` or :meth:`finish`.
+        """Write a checkpoint; with ``async_save`` it is finished by a later :meth:`finish`.
 
         Args:
             extra: what :func:`read_extra` is to give.
@@ -224,11 +224,6 @@ class TrainingCheckpoints:
         return self._pending is not None and not all(
             future.done() for future in self._pending.written.values()
         )
-
-    def poll(self, *, all_ranks_done: bool) -> None:
-        """Finish a save in the background once no rank is writing any more."""
-        if self._pending is not None and all_ranks_done:
-            self.finish()
 
     def finish(self) -> None:
         """Wait for the save in the background, if there is one, and make it a checkpoint."""

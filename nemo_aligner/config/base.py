@@ -60,9 +60,8 @@ class ModelConfig:
     # chunks of layers on each of them: a batch passes each rank so often
     virtual_pipeline_model_parallel_size: int | None = None
     context_parallel_size: int = only(1, what="context parallelism")  # ranks that share each sequence; only 1
-    expert_model_parallel_size: int = only(
-        1, what="expert parallelism"
-    )  # ranks that share the experts of a layer; only 1
+    # ranks that share the experts of a layer; only 1
+    expert_model_parallel_size: int = only(1, what="expert parallelism")
     # with tensor parallelism: norms and dropout on a slice of the sequence each
     sequence_parallel: bool = False
     # logits above this many MiB are computed again in the backward (losses other than plain NLL)

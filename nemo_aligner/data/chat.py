@@ -18,6 +18,8 @@ from nemo_aligner.data.turns import GrowingText, LearnedTurn, continuation, end_
 from nemo_aligner.errors import UserError
 
 _SPEAKERS = {"User", "Assistant"}  # those that chat templates know
+# Keys of a message that only some chat templates show.
+_MEANINGFUL = ("reasoning_content", "reasoning", "thinking", "tool_calls", "function_call", "name")
 
 
 class PromptTokensLayout:
@@ -194,16 +196,6 @@ class TemplateLayout:
             closing=closing,
             eos=eos,
         )
-
-
-_MEANINGFUL = (
-    "reasoning_content",
-    "reasoning",
-    "thinking",
-    "tool_calls",
-    "function_call",
-    "name",
-)  # keys of a message that only some chat templates show
 
 
 def _chosen(chat: Chat, learn: str) -> list[int]:

@@ -98,16 +98,14 @@ class SFTDataConfig:
     chat: bool = False  # True: rows are conversations; False: prompt and response
     # of conversations: tokenizer (its own template), prompt_tokens (the block below); null: the first there is
     chat_template: str | None = one_of(None, "prompt_tokens", "tokenizer")
-    learn: str = one_of(
-        "all", "last"
-    )  # of conversations: all turns that are to be learned, or the last of them
+    # of conversations: all turns that are to be learned, or the last of them
+    learn: str = one_of("all", "last")
     # YYYY-MM-DD that a template which reads the clock sees; null: the model's, else the run's first day
     chat_date: str | None = None
     # text that marks turns; escapes such as \n are understood
     chat_prompt_tokens: ChatPromptTokens = field(default_factory=ChatPromptTokens)
-    sample: bool = only(
-        False, what="drawing rows with replacement"
-    )  # only False: rows are drawn by shuffle, never with replacement
+    # only False: rows are drawn by shuffle, never with replacement
+    sample: bool = only(False, what="drawing rows with replacement")
     # threads that tokenise ahead of training; 0: in the training thread
     num_workers: int = bounded(0, at_least=0, message=_NEGATIVE)
 

@@ -23,19 +23,12 @@ R_co = TypeVar("R_co", covariant=True)
 class Records(Protocol[R_co]):
     """The records of one file, in its order."""
 
+    path: Path
+    fingerprint: str  # a digest of what the records follow from
+
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: int, /) -> R_co: ...
-
-    @property
-    def path(self) -> Path:
-        """The file."""
-        ...
-
-    @property
-    def fingerprint(self) -> str:
-        """A digest of what the records follow from."""
-        ...
 
     def where(self, index: int) -> str:
         """The place of a record as messages name it."""

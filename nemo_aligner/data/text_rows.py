@@ -47,22 +47,13 @@ class LinePairs:
                 fix="add the other response of its pair, or remove the line",
             )
         self._lines, self._join = lines, join
+        self.path, self.fingerprint = lines.path, lines.fingerprint
 
     def __len__(self) -> int:
         return len(self._lines) // 2
 
     def __getitem__(self, index: int) -> TextRow:
         return self._join(self._lines[2 * index], self._lines[2 * index + 1])
-
-    @property
-    def path(self) -> Path:
-        """The file."""
-        return self._lines.path
-
-    @property
-    def fingerprint(self) -> str:
-        """As the file's."""
-        return self._lines.fingerprint
 
     def where(self, index: int) -> str:
         """The place of a pair as messages name it, that of its first line."""

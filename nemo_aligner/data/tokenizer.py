@@ -34,59 +34,23 @@ if TYPE_CHECKING:
 class Tokenizer(Protocol):
     """The interface of a tokenizer for data, generation and checkpoints."""
 
-    @property
-    def vocab_size(self) -> int:
-        """One more than the highest id, added tokens included."""
-        ...
-
-    @property
-    def bos_id(self) -> int | None:
-        """The token that starts a text, None where the model has none."""
-        ...
-
-    @property
-    def eos_id(self) -> int:
-        """The token that ends a text."""
-        ...
-
-    @property
-    def pad_id(self) -> int:
-        """Fills rows; may equal ``eos_id``, since masks go by position and never by id."""
-        ...
-
-    @property
-    def bos_token(self) -> str | None:
-        """The text of the token that starts a text, as chat templates write it."""
-        ...
-
-    @property
-    def sep_id(self) -> int | None:
-        """The token that ``add_sep`` puts between prompt and response, None where there is none."""
-        ...
-
-    @property
-    def adds_bos(self) -> bool:
-        """True if the tokenizer, left to itself, starts a text with BOS."""
-        ...
-
-    @property
-    def adds_eos(self) -> bool:
-        """True if the tokenizer, left to itself, ends a text with EOS."""
-        ...
-
-    @property
-    def prefixes_space(self) -> bool:
-        """True if ``encode`` puts a space of its own before the text."""
-        ...
+    vocab_size: int  # one more than the highest id, added tokens included
+    bos_id: int | None  # the token that starts a text, None where the model has none
+    bos_token: str | None  # its text, as chat templates write it
+    eos_id: int  # the token that ends a text
+    pad_id: int  # fills rows; may equal ``eos_id``, since masks go by position and never by id
+    sep_id: (
+        int | None
+    )  # the token that ``add_sep`` puts between prompt and response, None where there is none
+    adds_bos: bool  # whether the tokenizer, left to itself, starts a text with BOS
+    adds_eos: bool  # and ends it with EOS
+    prefixes_space: bool  # whether ``encode`` puts a space of its own before the text
+    # the ids that stand for whole pieces of text, such as a turn's end, whatever stands around them
+    added_ids: frozenset[int]
 
     @property
     def chat_template(self) -> str | None:
         """The Jinja chat template, None where there is none."""
-        ...
-
-    @property
-    def added_ids(self) -> frozenset[int]:
-        """The ids that stand for whole pieces of text, such as a turn's end, whatever stands around them."""
         ...
 
     def encode(self, text: str) -> list[int]:

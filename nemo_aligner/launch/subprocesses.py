@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 from nemo_aligner.launch.stacks import STACKS_SIGNAL
@@ -38,17 +38,6 @@ def interrupt(number: int, _: object) -> None:
 
 
 @contextmanager
-def handled(handlers: Mapping[signal.Signals, Handler]) -> Iterator[None]:
-    """Within it, these handle signals."""
-    before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-@contextmanager
 def stop_signals_handled(act: Callable[[int], None]) -> Iterator[list[int]]:
     """Within it, SIGTERM, SIGUSR1 and SIGINT are acted upon, and kept in the list that it gives.
 
@@ -66,8 +55,12 @@ def stop_signals_handled(act: Callable[[int], None]) -> Iterator[list[int]]:
     handlers |= dict.fromkeys((signal.SIGINT, *STOP_SIGNALS), note)
     # Inherited until a child has a handler of its own, before which the signal would end it.
     handlers[STACKS_SIGNAL] = signal.SIG_IGN
-    with handled(handlers):
+    before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
+    try:
         yield asked
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def follow_parent(number: signal.Signals) -> None:

@@ -7,20 +7,24 @@ Each is a frozen value; an update makes the next one. What of it must outlive a 
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Protocol, Self
+from typing import Self
 
 from nemo_aligner.objectives.reduce import Moments
 
 _MAX_ERROR = 0.2
 
 
-class KLController(Protocol):
-    """Where the KL penalty's coefficient comes from."""
+@dataclass(frozen=True, kw_only=True)
+class KLController:
+    """The KL penalty's coefficient; with a target it is raised while the KL is above, and lowered while it is below.
 
-    @property
-    def coefficient(self) -> float:
-        """The cost of a nat."""
-        ...
+    Ziegler 2019 (arXiv 1909.08593, section 2.2): ``e = clip((KL - target) / target, -0.2, 0.2)``,
+    ``coefficient *= 1 + K e``, with ``K = num_responses / horizon`` as in the authors' code.
+    """
+
+    coefficient: float  # the cost of a nat
+    target: float | None = None  # nats in a whole response; None: one coefficient for the whole run
+    horizon: float = 1.0  # responses
 
     def update(self, kl: float, num_responses: int) -> Self:
         """The controller after a rollout.
@@ -28,55 +32,12 @@ class KLController(Protocol):
         Args:
             kl: mean over the responses of all ranks of KL(policy || initial policy), nats in a whole response.
             num_responses: how many they were.
-        """
-        ...
 
-    def state_dict(self) -> dict[str, float]:
-        """The state that a checkpoint keeps."""
-        ...
-
-    def restored(self, state: Mapping[str, float]) -> Self:
-        """This controller where the one that gave ``state`` was; settings that are not state stay."""
-        ...
-
-
-@dataclass(frozen=True, kw_only=True)
-class FixedKL:
-    """One coefficient for the whole run."""
-
-    coefficient: float
-
-    def update(self, kl: float, num_responses: int) -> Self:  # noqa: ARG002
-        """Itself."""
-        return self
-
-    def state_dict(self) -> dict[str, float]:
-        """Nothing: the setting says it all."""
-        return {}
-
-    def restored(self, state: Mapping[str, float]) -> Self:  # noqa: ARG002
-        """Itself."""
-        return self
-
-
-@dataclass(frozen=True, kw_only=True)
-class AdaptiveKL:
-    """A coefficient that is raised while the KL is above its target and lowered while it is below.
-
-    Ziegler 2019 (arXiv 1909.08593, section 2.2): ``e = clip((KL - target) / target, -0.2, 0.2)``,
-    ``coefficient *= 1 + K e``, with ``K = num_responses / horizon`` as in the authors' code.
-    """
-
-    coefficient: float
-    target: float  # nats in a whole response
-    horizon: float  # responses
-
-    def update(self, kl: float, num_responses: int) -> Self:
-        """The controller after ``num_responses`` responses of mean KL ``kl``, nats in a whole response.
-
-        >>> AdaptiveKL(coefficient=0.1, target=6.0, horizon=10000).update(12.0, 500).coefficient
+        >>> KLController(coefficient=0.1, target=6.0, horizon=10000).update(12.0, 500).coefficient
         0.101
         """
+        if self.target is None:
+            return self
         assert math.isfinite(kl), kl
         error = min(max(kl / self.target - 1, -_MAX_ERROR), _MAX_ERROR)
         # Of more responses than the horizon has, K would exceed 1, and a coefficient might turn negative.
@@ -85,12 +46,12 @@ class AdaptiveKL:
         )
 
     def state_dict(self) -> dict[str, float]:
-        """The coefficient."""
-        return {"coefficient": self.coefficient}
+        """The state that a checkpoint keeps: nothing of a fixed coefficient, which the setting says."""
+        return {} if self.target is None else {"coefficient": self.coefficient}
 
     def restored(self, state: Mapping[str, float]) -> Self:
-        """This controller with the coefficient of ``state``; its own one where a fixed controller wrote it."""
-        return replace(self, coefficient=state.get("coefficient", self.coefficient))
+        """This controller with the coefficient of ``state``; settings, a fixed coefficient among them, stay."""
+        return self if self.target is None else replace(self, **state)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from nemo_aligner.batch import Experience, ScoredRollout, ValueBatch
-from nemo_aligner.objectives.adaptive import AdaptiveKL, FixedKL, KLController, RewardScaling
+from nemo_aligner.objectives.adaptive import KLController, RewardScaling
 from nemo_aligner.objectives.config import CreditConfig
 from nemo_aligner.objectives.reduce import Moments, SumOverRanks, estimate_kl, kl_k1, masked_mean, whiten
 
@@ -17,9 +17,7 @@ _GROUP_EPS = 1e-6  # as verl has it
 
 def kl_controller(config: CreditConfig) -> KLController:
     """Where the penalty's coefficient comes from: fixed, or steered where there is a target."""
-    if config.adaptive_kl_target is None:
-        return FixedKL(coefficient=config.initial_policy_kl_penalty)
-    return AdaptiveKL(
+    return KLController(
         coefficient=config.initial_policy_kl_penalty,
         target=config.adaptive_kl_target,
         horizon=config.adaptive_kl_horizon,

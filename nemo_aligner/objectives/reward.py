@@ -46,9 +46,8 @@ class BradleyTerry:
     unit = Unit.PAIR
     metrics = PAIR_METRICS
 
-    def logprob_grad(self, batch: TokenBatch) -> None:  # noqa: ARG002 - the protocol's
+    def logprob_grad(self, batch: TokenBatch) -> None:
         """No log-probs are asked for."""
-        return
 
     def __call__(self, output: ModelOutput, batch: TokenBatch) -> tuple[Tensor, Metrics]:
         """The summed loss; accuracy, means and mean square of the rewards."""
@@ -72,9 +71,8 @@ class AttributePairs:
     def __init__(self, loss: PairLoss) -> None:
         self.loss = loss
 
-    def logprob_grad(self, batch: TokenBatch) -> None:  # noqa: ARG002 - the protocol's
+    def logprob_grad(self, batch: TokenBatch) -> None:
         """No log-probs are asked for."""
-        return
 
     def __call__(self, output: ModelOutput, batch: TokenBatch) -> tuple[Tensor, Metrics]:
         """As :class:`BradleyTerry`, with the pair's strength as a margin or as a factor."""
@@ -103,9 +101,8 @@ class Regression:
     unit = Unit.LABEL
     metrics = ("loss", "rewards_all_mean", "rewards_all_square")
 
-    def logprob_grad(self, batch: TokenBatch) -> None:  # noqa: ARG002 - the protocol's
+    def logprob_grad(self, batch: TokenBatch) -> None:
         """No log-probs are asked for."""
-        return
 
     def __call__(self, output: ModelOutput, batch: TokenBatch) -> tuple[Tensor, Metrics]:
         """The summed loss; mean and mean square of what the head gives."""

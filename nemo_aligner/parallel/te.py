@@ -42,9 +42,8 @@ def has_flash_attn() -> bool:
 def _import_problem() -> str | None:
     try:
         importlib.import_module(f"{NAME}.pytorch")
-    except (
-        Exception
-    ) as error:  # RuntimeError of the meta package, OSError of another CUDA, and what else is broken
+    # RuntimeError of the meta package, OSError of another CUDA, and what else is broken.
+    except Exception as error:
         first_line = (str(error).splitlines() or [""])[0]
         return f"its import fails with {type(error).__name__}: {first_line}"
     return None

@@ -3,7 +3,6 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 from nemo_aligner.serving.checks import TensorSpec
 from nemo_aligner.serving.protocol import Refusal
@@ -16,18 +15,6 @@ class Call:
 
     arrays: Arrays
     is_gone: Callable[[], bool] = lambda: False  # whether nobody waits for the reply any more
-
-
-class Calls(Protocol):
-    """The calls that Triton has been handed, by their numbers; its methods are called from any thread."""
-
-    def arrived(self, number: str) -> None:
-        """The call is at its endpoint's function."""
-        ...
-
-    def is_gone(self, number: str) -> bool:
-        """True if nobody waits for its reply any more."""
-        ...
 
 
 Handle = Callable[[Sequence[Call]], Sequence[Arrays | Refusal]]

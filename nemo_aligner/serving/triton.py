@@ -39,7 +39,8 @@ from tritonclient.utils import np_to_triton_dtype
 
 from nemo_aligner.serving.checks import TensorSpec
 from nemo_aligner.serving.cleanup import OrphanedTriton, remove_environments
-from nemo_aligner.serving.endpoint import Call, Calls, Endpoint
+from nemo_aligner.serving.endpoint import Call, Endpoint
+from nemo_aligner.serving.front import Front
 from nemo_aligner.serving.protocol import CALL_HEADER, TOKEN_HEADER, Refusal, Trouble, error_text
 from nemo_aligner.serving.wire import Arrays
 
@@ -110,12 +111,12 @@ class PrivateTriton(Triton):
 
     Args:
         endpoints: what it serves.
-        calls: asked about each request that arrives.
+        front: asked about each request that arrives.
         folder: for all its files.
         port: of 127.0.0.1.
     """
 
-    def __init__(self, endpoints: Sequence[Endpoint], calls: Calls, *, folder: Path, port: int) -> None:
+    def __init__(self, endpoints: Sequence[Endpoint], front: Front, *, folder: Path, port: int) -> None:
         self.secret = secrets.token_urlsafe(32)
         self.port, self.folder = port, folder
         self._endpoints = endpoints
@@ -142,7 +143,7 @@ class PrivateTriton(Triton):
             ),
         )
         for endpoint in endpoints:
-            self._add(endpoint, calls)
+            self._add(endpoint, front)
 
     def _prepare_triton_config(self, workspace: Workspace) -> None:
         super()._prepare_triton_config(workspace)
@@ -240,7 +241,7 @@ class PrivateTriton(Triton):
         finally:
             connection.close()
 
-    def _add(self, endpoint: Endpoint, calls: Calls) -> None:
+    def _add(self, endpoint: Endpoint, front: Front) -> None:
         batches = endpoint.linger_seconds is not None
 
         def tensor(spec: TensorSpec) -> Tensor:
@@ -253,7 +254,7 @@ class PrivateTriton(Triton):
         model = _Model(
             model_name=endpoint.name,
             model_version=1,
-            inference_fn=_inference_function(endpoint, calls),
+            inference_fn=_inference_function(endpoint, front),
             inputs=[tensor(spec) for spec in endpoint.inputs],
             outputs=[tensor(spec) for spec in endpoint.outputs],
             config=ModelConfig(
@@ -291,7 +292,7 @@ _PROBED = Refusal(Trouble.REFUSED, PROBE)
 
 
 def _inference_function(
-    endpoint: Endpoint, calls: Calls
+    endpoint: Endpoint, front: Front
 ) -> Callable[[list[Request]], list[dict[str, NDArray[Any]]]]:
     def refuse_at_once(request: Request, number: str) -> Refusal | None:
         if number == PROBE:
@@ -310,10 +311,10 @@ def _inference_function(
     def infer(requests: list[Request]) -> list[dict[str, NDArray[Any]]]:
         numbers = [str((request.parameters or {}).get(CALL_HEADER, "")) for request in requests]
         for number in numbers:
-            calls.arrived(number)
+            front.arrived(number)
         refused = [refuse_at_once(*pair) for pair in zip(requests, numbers, strict=True)]
         asked = [
-            Call(arrays=request.data, is_gone=functools.partial(calls.is_gone, number))
+            Call(arrays=request.data, is_gone=functools.partial(front.is_gone, number))
             for request, number, refusal in zip(requests, numbers, refused, strict=True)
             if refusal is None
         ]
@@ -363,10 +364,8 @@ def _hide(secret: str) -> None:
             if not any(secret in argument for argument in child.cmdline()):
                 continue
             fields = Path(f"/proc/{child.pid}/stat").read_text().rpartition(")")[2].split()
-            start, end = (
-                int(fields[45]),
-                int(fields[46]),
-            )  # arg_start and arg_end of proc(5), which counts from pid
+            # arg_start and arg_end of proc(5), which counts from pid.
+            start, end = int(fields[45]), int(fields[46])
             with Path(f"/proc/{child.pid}/mem").open("r+b", buffering=0) as memory:
                 memory.seek(start)
                 arguments = memory.read(end - start)

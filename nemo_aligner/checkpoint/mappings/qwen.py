@@ -3,48 +3,35 @@
 norm on each query and key head.
 """
 
-from nemo_aligner.checkpoint.mappings.llama import KEYS, LAYER, NEMO, OUTER, OUTPUT
-from nemo_aligner.checkpoint.mappings.table import Family, Key, copy, with_own
+from dataclasses import replace
 
-_KEYS = with_own(
-    KEYS,
-    Key("num_key_value_heads", "num_query_groups", 32),
-    Key("max_position_embeddings", "max_position_embeddings", 32768),
-)
+from nemo_aligner.checkpoint.mappings.llama import LLAMA
+from nemo_aligner.checkpoint.mappings.table import Key, copy, with_own
 
-QWEN2 = Family(
+QWEN2 = replace(
+    LLAMA,
     architecture="Qwen2ForCausalLM",
     model_type="qwen2",
-    keys=_KEYS,
-    must_be={"hidden_act": "silu"},
+    keys=with_own(
+        LLAMA.keys,
+        Key("num_key_value_heads", "num_query_groups", 32),
+        Key("max_position_embeddings", "max_position_embeddings", 32768),
+    ),
+    bias_keys=(),
     window_by_layer=True,
-    nemo=NEMO | {"qkv_bias": True},
-    outer=OUTER,
-    layer=LAYER,
-    head=OUTPUT,
+    nemo=LLAMA.nemo | {"qkv_bias": True},
 )
 
-QWEN3 = Family(
+QWEN3 = replace(
+    QWEN2,
     architecture="Qwen3ForCausalLM",
     model_type="qwen3",
-    keys=with_own(_KEYS, Key("head_dim", "kv_channels", 128)),
-    must_be={"hidden_act": "silu"},
+    keys=with_own(QWEN2.keys, Key("head_dim", "kv_channels", 128)),
     bias_keys=("attention_bias",),
-    window_by_layer=True,
-    nemo=NEMO | {"qk_layernorm": True},
-    outer=OUTER,
+    nemo=LLAMA.nemo | {"qk_layernorm": True},
     layer=(
-        *LAYER,
-        copy(
-            "decoder.layers.{i}.self_attention.q_layernorm.weight",
-            "model.layers.{i}.self_attn.q_norm.weight",
-            ("head_dim",),
-        ),
-        copy(
-            "decoder.layers.{i}.self_attention.k_layernorm.weight",
-            "model.layers.{i}.self_attn.k_norm.weight",
-            ("head_dim",),
-        ),
+        *LLAMA.layer,
+        copy("self_attention.q_layernorm.weight", "self_attn.q_norm.weight", ("head_dim",)),
+        copy("self_attention.k_layernorm.weight", "self_attn.k_norm.weight", ("head_dim",)),
     ),
-    head=OUTPUT,
 )

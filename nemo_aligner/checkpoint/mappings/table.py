@@ -2,8 +2,8 @@
 """The vocabulary that the mapping tables are written in: how a family's config keys and weights correspond
 to ours.
 
-A weight rule names one canonical tensor and the Hugging Face tensors it is made of; ``{i}`` stands for the
-layer. Knows no file format, and no torch: settings are checked before that is loaded.
+A weight rule names one canonical tensor and the Hugging Face tensors it is made of, those of a layer by their names
+within it. Knows no file format, and no torch: settings are checked before that is loaded.
 """
 
 from collections.abc import Iterable, Mapping

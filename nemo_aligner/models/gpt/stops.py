@@ -33,9 +33,8 @@ class Stops:
     ids: tuple[int, ...]
     texts: tuple[str, ...] = ()
     detokenizer: Detokenizer | None = None
-    _may_end: dict[int, bool] = field(
-        default_factory=dict, init=False
-    )  # by token: whether a text may end in it
+    # by token: whether a text may end in it
+    _may_end: dict[int, bool] = field(default_factory=dict, init=False)
 
     @classmethod
     def of(

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from nemo_aligner.objectives.adaptive import AdaptiveKL, FixedKL, RewardScaling
+from nemo_aligner.objectives.adaptive import KLController, RewardScaling
 from nemo_aligner.objectives.reduce import Moments
 
 
@@ -24,13 +24,13 @@ from nemo_aligner.objectives.reduce import Moments
     ],
 )
 def test_the_proportional_rule(kl: float, responses: int, expected: float):
-    controller = AdaptiveKL(coefficient=0.1, target=6.0, horizon=10000)
+    controller = KLController(coefficient=0.1, target=6.0, horizon=10000)
     assert controller.update(kl, responses).coefficient == pytest.approx(expected, rel=1e-14)
     assert controller.coefficient == 0.1
 
 
 def test_it_steers_to_its_target():
-    controller = AdaptiveKL(coefficient=1.0, target=4.0, horizon=1000)
+    controller = KLController(coefficient=1.0, target=4.0, horizon=1000)
     for _ in range(300):
         controller = controller.update(
             2.0 / controller.coefficient, 256
@@ -40,25 +40,25 @@ def test_it_steers_to_its_target():
 
 def test_a_kl_that_is_no_number_is_not_learned_from():
     with pytest.raises(AssertionError):
-        AdaptiveKL(coefficient=0.1, target=6.0, horizon=10000).update(math.nan, 5)
+        KLController(coefficient=0.1, target=6.0, horizon=10000).update(math.nan, 5)
 
 
 def test_a_fixed_one_stays():
-    fixed = FixedKL(coefficient=0.02)
+    fixed = KLController(coefficient=0.02)
     assert fixed.update(1e9, 10**6) == fixed
-    assert fixed.restored(AdaptiveKL(coefficient=5.0, target=1.0, horizon=1.0).state_dict()) == fixed
+    assert fixed.restored(KLController(coefficient=5.0, target=1.0, horizon=1.0).state_dict()) == fixed
 
 
 def test_states_outlive_a_restart_bit_for_bit():
-    controller = AdaptiveKL(coefficient=0.1, target=6.0, horizon=10000).update(7.123, 33)
+    controller = KLController(coefficient=0.1, target=6.0, horizon=10000).update(7.123, 33)
     scaling = RewardScaling().update(Moments.of(torch.tensor([0.1, 0.7, -3.0])))
     state = json.loads(json.dumps([controller.state_dict(), scaling.state_dict()]))
     # The target that stands in the settings now is the one that holds.
-    fresh = AdaptiveKL(coefficient=0.1, target=5.0, horizon=10000)
-    assert fresh.restored(state[0]) == AdaptiveKL(
+    fresh = KLController(coefficient=0.1, target=5.0, horizon=10000)
+    assert fresh.restored(state[0]) == KLController(
         coefficient=controller.coefficient, target=5.0, horizon=10000
     )
-    assert fresh.restored(FixedKL(coefficient=9.0).state_dict()) == fresh
+    assert fresh.restored(KLController(coefficient=9.0).state_dict()) == fresh
     assert RewardScaling().restored(state[1]) == scaling
     assert RewardScaling().restored({}) == RewardScaling()
 

@@ -10,7 +10,7 @@ import torch
 
 from nemo_aligner.batch import ScoredRollout, Unit
 from nemo_aligner.errors import UserError
-from nemo_aligner.objectives.adaptive import AdaptiveKL, FixedKL, RewardScaling
+from nemo_aligner.objectives.adaptive import KLController, RewardScaling
 from nemo_aligner.objectives.config import CreditConfig
 from nemo_aligner.objectives.credit import (
     credit,
@@ -363,9 +363,9 @@ def test_float32_stays_float32(scored: Make):
 
 
 def test_the_controller_that_the_settings_ask_for():
-    assert kl_controller(CreditConfig()) == FixedKL(coefficient=0.01)
+    assert kl_controller(CreditConfig()) == KLController(coefficient=0.01, horizon=10000.0)
     steered = kl_controller(CreditConfig(adaptive_kl_target=6.0))
-    assert steered == AdaptiveKL(coefficient=0.01, target=6.0, horizon=10000.0)
+    assert steered == KLController(coefficient=0.01, target=6.0, horizon=10000.0)
 
 
 @pytest.mark.parametrize(

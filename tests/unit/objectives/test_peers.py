@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from nemo_aligner.batch import Experience, ScoredRollout, Unit, ValueBatch
-from nemo_aligner.objectives.adaptive import AdaptiveKL
+from nemo_aligner.objectives.adaptive import KLController
 from nemo_aligner.objectives.config import CreditConfig, PolicyConfig, ValueConfig
 from nemo_aligner.objectives.credit import credit, gae, shape_rewards
 from nemo_aligner.objectives.policy import PolicyGradient
@@ -165,5 +165,5 @@ def test_the_loss_of_pairs_is_openrlhfs():
 
 
 def test_the_adaptive_coefficient_is_verls():
-    found = AdaptiveKL(coefficient=0.05, target=6.0, horizon=10000.0).update(9.0, 512).coefficient
+    found = KLController(coefficient=0.05, target=6.0, horizon=10000.0).update(9.0, 512).coefficient
     assert found == pytest.approx(FROZEN["verl AdaptiveKL .05, target 6, horizon 10000, kl 9, n 512"])
