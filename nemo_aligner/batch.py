@@ -11,13 +11,15 @@ Shapes: B rows, S positions, N sequences (N = B unless packed).
 
 import enum
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import ClassVar, Self, TypeVar
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 T = TypeVar("T", bound="TokenBatch")
+_PER_SEQUENCE = "per_sequence"  # marks a field of two sizes that is not per token
 
 
 class Unit(enum.Enum):
@@ -161,13 +163,15 @@ class TokenBatch:
         """The batch with rows of ``seq_length`` positions; what is cut off must be padding."""
         assert self.cu_seqlens is None and int(self.lengths.max()) <= seq_length, (self.lengths, seq_length)
         width = self.seq_length
-        if seq_length <= width:
-            return self._changed(lambda x: x[:, :seq_length] if _is_per_token(x, width) else x)
-        more = self._changed(
-            lambda x: torch.nn.functional.pad(x, (0, seq_length - width)) if _is_per_token(x, width) else x
-        )
-        more.tokens[:, width:] = pad_id
-        return more
+        names = {spec.name for spec in fields(self) if not spec.metadata.get(_PER_SEQUENCE)}
+        given = {
+            name: x[:, :seq_length] if seq_length <= width else pad(x, (0, seq_length - width))
+            for name in names
+            if isinstance(x := getattr(self, name), Tensor) and x.ndim == 2 and x.shape[1] == width
+        }
+        if seq_length > width:
+            given["tokens"][:, width:] = pad_id
+        return replace(self, **given)
 
     def _changed(self, change: Callable[[Tensor], Tensor]) -> Self:
         given = {f.name: change(x) for f in fields(self) if isinstance(x := getattr(self, f.name), Tensor)}
@@ -196,11 +200,6 @@ class TokenBatch:
         return TokenBatch(tokens=tokens, loss_mask=mask, lengths=lengths)
 
 
-def _is_per_token(x: Tensor, width: int) -> bool:
-    # The only fields with two sizes, of batches whose rows are whole sequences, are per token.
-    return x.ndim == 2 and x.shape[1] == width
-
-
 def concatenated(batches: Sequence[T]) -> T:
     """The rows of several batches in one, as wide as the widest."""
     present = [batch for batch in batches if batch.num_rows] or batches[:1]
@@ -216,15 +215,21 @@ class PreferenceBatch(TokenBatch):
 
     rows_per_sample: ClassVar[int] = 2
 
-    # [N] float: the reference's, of each sequence's loss tokens in sum; None where no loss needs it
-    reference_logprobs: Tensor | None = None
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReferencedPairs(PreferenceBatch):
+    """Pairs, and what the reference believes of them."""
+
+    reference_logprobs: Tensor  # [N] float: in sum over each sequence's loss tokens
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AttributeBatch(TokenBatch):
     """Sequences with attribute labels."""
 
-    attributes: Tensor  # [N, A] float, NaN where an attribute has no label
+    attributes: Tensor = field(
+        metadata={_PER_SEQUENCE: True}
+    )  # [N, A] float, NaN where an attribute has no label
 
     def labeled(self) -> Tensor:
         """[N, A] bool: attributes that have a label, in rows that are not padding."""
@@ -287,7 +292,6 @@ class Experience(TokenBatch):
 
     logprobs: Tensor  # [B, S] float: the policy's before the update
     reference_logprobs: Tensor  # [B, S] float
-    sampler_logprobs: Tensor  # [B, S] float
     advantages: Tensor  # [B, S] float
     returns: Tensor  # [B, S] float
     values: Tensor  # [B, S] float

@@ -19,9 +19,10 @@ from nemo_aligner.algorithms.sampler import Sampler
 from nemo_aligner.algorithms.scoring import RewardSources, Scorer, Scores
 from nemo_aligner.algorithms.skips import NotFinite, check_finite, refuse_to_end
 from nemo_aligner.algorithms.updates import Updates
-from nemo_aligner.batch import Experience, ScoredRollout
+from nemo_aligner.batch import Experience, Rollout, ScoredRollout
 from nemo_aligner.checkpoint.trainer_state import Checkpoint, TrainerState, read_extra
 from nemo_aligner.checkpoint.training import TrainingCheckpoints, monitor_name
+from nemo_aligner.data.row import Row
 from nemo_aligner.models.alignable_interface import AlignableGenerativeInterface
 from nemo_aligner.objectives.adaptive import RewardScaling
 from nemo_aligner.objectives.credit import credit, kl_controller, observe, statistics, value_batch
@@ -155,7 +156,9 @@ class PPOTrainer:
         """A rollout that only the critic learns from."""
         assert self.critic is not None, "settings without a critic have no warm-up"
         # Draws of steps that the run does not have.
-        scored, _ = self._scored(round_, self.plan.max_steps + round_, Stopwatch())
+        watch, draw = Stopwatch(), self.plan.max_steps + round_
+        rollout, prompts = self._generate(round_, draw, watch)
+        scored, _ = self.scorer.score(rollout, prompts, watch, with_reference=bool(self.kl.coefficient))
         pending = self.critic.train(value_batch(scored, self._credit(scored)), step=0)
         loss, rounds = self.critic.loss(pending), self.config.critic_warmup_steps
         if world.is_logging_rank():
@@ -169,19 +172,20 @@ class PPOTrainer:
             )
 
     def _advance(self, bar: ProgressBar) -> None:
-        """One step: responses, what they are worth, and an update."""
+        """One step: generate, score, credit, update."""
         watch, step, began = Stopwatch(), self.state.step + 1, time.perf_counter()
         with watch("rollout_time"):
-            scored, scores = self._scored(self.state.step, self.state.step, watch)
+            rollout, prompts = self._generate(self.state.step, self.state.step, watch)
+            scored, scores = self.scorer.score(
+                rollout, prompts, watch, with_reference=bool(self.kl.coefficient)
+            )
             experience = self._credit(scored)
         pending = self.critic.train(value_batch(scored, experience), step=step) if self.critic else None
-        moments = statistics(scored, experience, self.config, kl_coefficient=self.kl.coefficient)
-        metrics = rollout_metrics("train_rollouts", scored, scores)
-        metrics |= learning_metrics("train_rollouts", moments, self.kl.coefficient)
+        metrics = self._describe(scored, scores, experience)
         with watch("train_time"):
             done = self.own.ppo_optimization_step
-            means, self.state = self.updates.learn(experience, self.state, step=step, done=done)
-            metrics |= means
+            learned, self.state = self.updates.learn(experience, self.state, step=step, done=done)
+        metrics |= learned
         self._note_step(step, scored, metrics)
         try:
             if self.critic is not None and pending is not None:
@@ -227,17 +231,15 @@ class PPOTrainer:
             "train_optim/optim_step": done,
         }
 
-    def _scored(self, index: int, draw: int, watch: Stopwatch) -> tuple[ScoredRollout, Scores]:
+    def _generate(self, index: int, draw: int, watch: Stopwatch) -> tuple[Rollout, dict[int, Row]]:
         config = self.rollouts.config
-        rollout, prompts = self.sampler.sample(
-            self.train,
-            index,
-            draw,
-            responses=config.num_responses_per_prompt,
-            slots=config.rollout_micro_batch_size,
-            watch=watch,
-        )
-        return self.scorer.score(rollout, prompts, watch, with_reference=bool(self.kl.coefficient))
+        responses, slots = config.num_responses_per_prompt, config.rollout_micro_batch_size
+        return self.sampler.sample(self.train, index, draw, responses=responses, slots=slots, watch=watch)
+
+    def _describe(self, scored: ScoredRollout, scores: Scores, experience: Experience) -> dict[str, float]:
+        moments = statistics(scored, experience, self.config, kl_coefficient=self.kl.coefficient)
+        metrics = rollout_metrics("train_rollouts", scored, scores)
+        return metrics | learning_metrics("train_rollouts", moments, self.kl.coefficient)
 
     def _credit(self, scored: ScoredRollout) -> Experience:
         coefficient = self.kl.coefficient

@@ -7,13 +7,13 @@ Either its weights are swapped in at each step, or its log-probs are computed on
 import json
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from nemo_aligner.batch import PreferenceBatch, TokenBatch
+from nemo_aligner.batch import PreferenceBatch, ReferencedPairs, TokenBatch
 from nemo_aligner.data.loader import BatchLoader, Rows
 from nemo_aligner.data.row import Row
 from nemo_aligner.data.sampler import GlobalBatchSampler, rank_rows
@@ -23,19 +23,22 @@ from nemo_aligner.parallel import collectives, world
 logger = logging.getLogger(__name__)
 
 
-def annotate_by_swap(policy: AlignableGenerativeInterface, batches: Sequence[TokenBatch]) -> list[TokenBatch]:
+def annotate_by_swap(
+    policy: AlignableGenerativeInterface, batches: Sequence[TokenBatch]
+) -> list[ReferencedPairs]:
     """Return the batches of pairs with the reference's log-probs, by the policy with the reference's weights."""
     with policy.as_reference():
         return _annotated(policy, batches)
 
 
-def _annotated(policy: AlignableGenerativeInterface, batches: Sequence[TokenBatch]) -> list[TokenBatch]:
-    found: list[TokenBatch] = []
+def _annotated(policy: AlignableGenerativeInterface, batches: Sequence[TokenBatch]) -> list[ReferencedPairs]:
+    found: list[ReferencedPairs] = []
     for batch in batches:
         assert isinstance(batch, PreferenceBatch), type(batch)
         batch = batch.to(world.device())
         logprobs = policy.logprobs(batch, loss_tokens_only=True)
-        found.append(replace(batch, reference_logprobs=batch.per_sequence(logprobs)))
+        shared = {spec.name: getattr(batch, spec.name) for spec in fields(batch)}
+        found.append(ReferencedPairs(**shared, reference_logprobs=batch.per_sequence(logprobs)))
     return found
 
 
@@ -102,7 +105,6 @@ def _logprobs(policy: AlignableGenerativeInterface, loader: BatchLoader[TokenBat
             micro_batch_size=loader.micro_batch_size,
         )
         for rows, batch in zip(places, _annotated(policy, ordered.batch(index)), strict=True):
-            assert isinstance(batch, PreferenceBatch) and batch.reference_logprobs is not None
             table[rows] = batch.reference_logprobs.view(-1, table.shape[1])[: len(rows)].cpu()
     # Every row is one data parallel rank's, and 0 elsewhere.
     whole = collectives.sum_over_data_parallel(table.to(world.device()))

@@ -47,7 +47,7 @@ class SupervisedState:
 
 
 class SupervisedTrainer:
-    """Trains ``model`` on ``objective`` (SFT, reward models, SteerLM, distillation).
+    """Trains ``model`` on ``objective`` (supervised fine-tuning, reward models, DPO).
 
     Args:
         checkpoints: where to save while training; None: nowhere.
@@ -209,23 +209,26 @@ class SupervisedTrainer:
             **metrics,
             "step_time": seconds,
             "tokens_per_s": counts["tokens"] / seconds,
-            "learned_tokens": counts["units"],
+            "learned_tokens": counts["learned_tokens"],
             "samples": counts["samples"],
         }
 
     def _count(self, batches: Sequence[TokenBatch]) -> dict[str, int]:
-        """Samples, tokens and the objective's units of the global batch; padding rows are not counted."""
+        """Samples, tokens and loss tokens of the global batch; padding rows are not counted."""
         rows = torch.tensor(
             [
                 sum(int((batch.lengths > 1).sum()) // batch.rows_per_sample for batch in batches),
                 sum(int(batch.lengths[batch.lengths > 1].sum()) for batch in batches),
-                sum(int(batch.count(self.objective.unit)) for batch in batches),
+                sum(int(batch.loss_tokens().sum()) for batch in batches),
             ],
             dtype=torch.int64,
             device=world.device(),
         )
         totals = collectives.sum_over_data_parallel(rows)
-        return {name: int(total) for name, total in zip(("samples", "tokens", "units"), totals, strict=True)}
+        return {
+            name: int(total)
+            for name, total in zip(("samples", "tokens", "learned_tokens"), totals, strict=True)
+        }
 
     def _training_batches(self) -> Iterator[list[TokenBatch]]:
         """Global batches from the step that is reached on, epoch by epoch."""

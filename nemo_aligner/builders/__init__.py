@@ -12,7 +12,7 @@ from nemo_aligner.builders.models import (
     require_tokenizer,
     standardize,
 )
-from nemo_aligner.builders.reference import beside_reference
+from nemo_aligner.builders.reference import with_reference_logprobs
 from nemo_aligner.builders.resume import resume_point
 from nemo_aligner.builders.runs import (
     open_experiment,
@@ -24,7 +24,6 @@ from nemo_aligner.builders.runs import (
 
 __all__ = [
     "Pretrained",
-    "beside_reference",
     "load_policy",
     "load_reward_model",
     "open_experiment",
@@ -38,4 +37,5 @@ __all__ = [
     "standardize",
     "supervised_trainer",
     "training_checkpoints",
+    "with_reference_logprobs",
 ]

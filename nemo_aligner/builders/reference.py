@@ -12,7 +12,7 @@ from nemo_aligner.models.gpt.policy import GPTPolicy
 from nemo_aligner.run.experiment import Experiment
 
 
-def beside_reference(
+def with_reference_logprobs(
     run: Experiment,
     pretrained: Pretrained[GPTPolicy],
     start: Checkpoint | None,

@@ -22,6 +22,7 @@ from nemo_aligner.parallel import collectives, world
 from nemo_aligner.run.disk import report_if_full
 from nemo_aligner.run.experiment import Experiment, ExperimentConfig
 from nemo_aligner.run.lock import FolderLock
+from nemo_aligner.run.schedule import SupervisedConfig
 
 logger = logging.getLogger(__name__)
 
@@ -89,6 +90,7 @@ def supervised_trainer(
 ) -> SupervisedTrainer:
     """Return a trainer that is ready to fit, its optimizer made."""
     checkpoints = training_checkpoints(job, run, pretrained)
+    assert isinstance(job.loop, SupervisedConfig)
     trainer = SupervisedTrainer(job.loop, pretrained.learner, objective, data, run, checkpoints)
     prepare_training(job, pretrained, max_steps=trainer.plan.max_steps)
     return trainer
@@ -98,6 +100,7 @@ def prepare_training(
     job: SFTJob | PairJob | ActorJob, pretrained: Pretrained[Any], *, max_steps: int
 ) -> None:
     """Make the optimizer of a run of ``max_steps`` optimizer steps."""
+    assert job.loop is not None
     _warn_of_schedule(job.model.optim, max_steps=max_steps)
     pretrained.learner.prepare_training(
         job.model.optim, clip_grad=job.loop.gradient_clip_val, max_steps=max_steps

@@ -178,7 +178,7 @@ class TrainingJob(ModelJob):
     @property
     def loop(self) -> LoopConfig | None:
         """The algorithm's block under ``trainer``; None where another job decides how long the run is."""
-        return None
+        return next((block for block in vars(self.trainer).values() if isinstance(block, LoopConfig)), None)
 
     @property
     def batches(self) -> dict[str, tuple[int, int]]:

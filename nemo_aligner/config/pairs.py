@@ -34,11 +34,14 @@ class PairJob(PretrainedJob):
     """All settings of such a script."""
 
     model: PairModelConfig
+    name: str = "megatron_gpt"
 
     @property
     def loop(self) -> PairLoopConfig:
         """See TrainingJob."""
-        raise NotImplementedError
+        loop = super().loop
+        assert isinstance(loop, PairLoopConfig)
+        return loop
 
     @property
     def labels(self) -> RegressionConfig | None:

@@ -147,11 +147,6 @@ class ActorJob(PretrainedJob):
     name: str = "megatron_gpt_ppo_actor"
 
     @property
-    def loop(self) -> ActorConfig:
-        """See TrainingJob."""
-        return self.trainer.ppo
-
-    @property
     def files(self) -> Mapping[str, Sequence[str]]:
         """See TrainingJob."""
         return {"model.data.data_prefix": self.model.data.splits.paths}

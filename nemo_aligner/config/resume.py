@@ -47,7 +47,7 @@ RULES: tuple[tuple[str, Effect, str], ...] = (
     ("trainer.*.val_random_sampler", "free", _VALIDATION),
     ("trainer.*.gradient_clip_val", "asked", _OPTIMIZER),
     ("trainer.*.limit_train_batches", "fixed", _DRAWS),
-    ("trainer.rm.train_random_sampler", "fixed", _DRAWS),
+    ("trainer.*.train_random_sampler", "fixed", _DRAWS),
     ("trainer.ppo.trt_llm.*", "free", _INERT),
     ("trainer.ppo.model_?bs", "free", _INERT),
     ("trainer.ppo.ip", "free", _ADDRESS),
@@ -101,6 +101,10 @@ RULES: tuple[tuple[str, Effect, str], ...] = (
     ("model.ppo.num_rollout_samples", "fixed", _DRAWS),
     ("model.ppo.num_responses_per_prompt", "fixed", _DRAWS),
     ("model.ppo.*", "asked", _PPO),
+    ("model.regression.*", "fixed", _NETWORK),
+    ("model.rope_scaling*", "fixed", _NETWORK),
+    # A block that no line above names is an algorithm's own.
+    ("model.*.*", "asked", "the loss of the algorithm"),
     ("model.*", "fixed", _NETWORK),
 )
 

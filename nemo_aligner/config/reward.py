@@ -84,12 +84,6 @@ class RMJob(PairJob):
             ExperimentConfig, checkpoint_callback_params=CheckpointCallbackConfig(save_top_k=3)
         )
     )
-    name: str = "megatron_gpt"
-
-    @property
-    def loop(self) -> RMConfig:
-        """See TrainingJob."""
-        return self.trainer.rm
 
     @property
     def labels(self) -> RegressionConfig | None:

@@ -43,11 +43,6 @@ class SFTJob(TrainingJob):
         return "model.restore_from_path", self.model.restore_from_path
 
     @property
-    def loop(self) -> SupervisedConfig:
-        """See TrainingJob."""
-        return self.trainer.sft
-
-    @property
     def batches(self) -> dict[str, tuple[int, int]]:
         """See TrainingJob."""
         splits = {"train_ds": self.model.data.train_ds, **self.model.data.validation}

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 import torch
 
-from nemo_aligner.batch import AttributeBatch, PreferenceBatch, TokenBatch
+from nemo_aligner.batch import AttributeBatch, PreferenceBatch, ReferencedPairs, TokenBatch
 from nemo_aligner.data.row import Row
 
 
@@ -37,11 +37,13 @@ def collate(rows: Sequence[Row], *, pad_id: int, seq_length: int) -> TokenBatch:
         return AttributeBatch(**shared, attributes=attributes)
     if len(rows[0].sequences) == 1:
         return batch
+    if not rows[0].reference_logprobs:
+        return PreferenceBatch(**shared)
     known = [number for row in rows for number in row.reference_logprobs]
-    return PreferenceBatch(**shared, reference_logprobs=torch.tensor(known) if known else None)
+    return ReferencedPairs(**shared, reference_logprobs=torch.tensor(known))
 
 
 def uncollated(rows: Sequence[Row], *, pad_id: int, seq_length: int) -> list[Row]:
-    """The rows as they are: whoever responses these prompts lays them out."""
+    """The rows as they are: the sampler pads prompts itself."""
     del pad_id, seq_length
     return list(rows)

@@ -230,7 +230,7 @@ def credit(
         sum_over_ranks: adds up a tensor over all ranks that hold a part of this rollout; called on every rank alike.
 
     Returns:
-        Rows as they came. ``mask`` is that of the responses, less those that are unfinished with
+        Rows as they came. ``loss_mask`` is that of the responses, less those that are unfinished with
         ``config.mask_unfinished``; advantages are whitened over the responses, the unfinished included.
     """
     responses = scored.loss_tokens()
@@ -249,7 +249,6 @@ def credit(
         lengths=scored.lengths,
         logprobs=scored.logprobs,
         reference_logprobs=scored.reference_logprobs,
-        sampler_logprobs=scored.sampler_logprobs,
         advantages=advantages,
         returns=returns,
         values=torch.where(responses, scored.values, 0),

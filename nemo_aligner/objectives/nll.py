@@ -23,7 +23,6 @@ class NLL:
     """The mean of :func:`nll` over every loss token of the global batch."""
 
     wants = frozenset({Wants.LOGPROBS})
-    top_k = 0
     unit = Unit.TOKEN
     metrics = ("loss",)
 

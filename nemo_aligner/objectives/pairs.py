@@ -15,7 +15,7 @@ PAIR_METRICS = (
 )
 
 
-def compared(chosen: Tensor, rejected: Tensor, losses: Tensor, *, real: Tensor) -> tuple[Tensor, Metrics]:
+def pair_loss(chosen: Tensor, rejected: Tensor, losses: Tensor, *, real: Tensor) -> tuple[Tensor, Metrics]:
     """Return the sum of the losses of real pairs, and :data:`PAIR_METRICS`.
 
     chosen, rejected: [P] float, rewards; losses: [P] float; real: [P] bool, False for padding rows.

@@ -49,8 +49,6 @@ class PolicyGradient:
     kl_coefficient: float = 0.0  # of the KL to the initial policy in the loss; 0: none
     kl_estimator: KLEstimator = "k3"
 
-    top_k = 0
-
     @property
     def unit(self) -> Unit:
         """See Objective."""
@@ -66,9 +64,6 @@ class PolicyGradient:
     def wants(self) -> frozenset[Wants]:
         """Log-probs; the entropy too where it has a weight."""
         return frozenset({Wants.LOGPROBS, Wants.ENTROPY} if self.config.entropy_bonus else {Wants.LOGPROBS})
-
-    def logprob_grad(self, batch: TokenBatch) -> None:
-        """None: the gradient depends on the ratio."""
 
     def __call__(self, output: ModelOutput, batch: TokenBatch) -> tuple[Tensor, Metrics]:
         """The summed loss, and per loss token (what is a part of the loss: per unit of the loss):

@@ -3,7 +3,7 @@
 
 import enum
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from torch import Tensor
 
@@ -47,11 +47,6 @@ class Objective(Protocol):
         ...
 
     @property
-    def top_k(self) -> int:
-        """K of ``Wants.TOPK``; 0 where that is not wanted."""
-        ...
-
-    @property
     def unit(self) -> Unit:
         """The unit that the loss is a mean over."""
         ...
@@ -61,13 +56,28 @@ class Objective(Protocol):
         """The names that a call returns, in any order."""
         ...
 
-    def logprob_grad(self, batch: TokenBatch) -> Tensor | None:
-        """[B, S]: dL/dlogprobs where it is known before the forward, else None.
-
-        A loss linear in the log-probs gets its gradient in one pass over the head.
-        """
-        ...
-
     def __call__(self, output: ModelOutput, batch: TokenBatch) -> tuple[Tensor, Metrics]:
         """The loss as a sum over its unit, and metrics as (sum, count)."""
+        ...
+
+
+@runtime_checkable
+class LinearObjective(Objective, Protocol):
+    """A loss that is linear in the log-probs: its gradient by them is known before the forward.
+
+    It gets the gradient in one pass over the head.
+    """
+
+    def logprob_grad(self, batch: TokenBatch) -> Tensor:
+        """[B, S]: dL/dlogprobs."""
+        ...
+
+
+@runtime_checkable
+class TopKObjective(Objective, Protocol):
+    """A loss that wants the most likely tokens."""
+
+    @property
+    def top_k(self) -> int:
+        """K of ``Wants.TOPK``."""
         ...

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from nemo_aligner.batch import AttributeBatch, PreferenceBatch, TokenBatch, Unit
 from nemo_aligner.objectives.config import PairLoss
-from nemo_aligner.objectives.pairs import PAIR_METRICS, compared
+from nemo_aligner.objectives.pairs import PAIR_METRICS, pair_loss
 from nemo_aligner.objectives.protocol import Metrics, ModelOutput, Wants
 
 HELPFULNESS = 4  # the attribute that pairs are compared by, where there are that many
@@ -42,19 +42,15 @@ class BradleyTerry:
     """The mean of :func:`bradley_terry` over every pair of the global batch."""
 
     wants = frozenset({Wants.REWARDS})
-    top_k = 0
     unit = Unit.PAIR
     metrics = PAIR_METRICS
-
-    def logprob_grad(self, batch: TokenBatch) -> None:
-        """No log-probs are asked for."""
 
     def __call__(self, output: ModelOutput, batch: TokenBatch) -> tuple[Tensor, Metrics]:
         """The summed loss; accuracy, means and mean square of the rewards."""
         assert isinstance(batch, PreferenceBatch)
         assert output.rewards is not None
         chosen, rejected = output.rewards[:, 0].view(-1, 2).unbind(1)
-        return compared(chosen, rejected, bradley_terry(chosen, rejected), real=batch.real_pairs())
+        return pair_loss(chosen, rejected, bradley_terry(chosen, rejected), real=batch.real_pairs())
 
 
 class AttributePairs:
@@ -64,15 +60,11 @@ class AttributePairs:
     """
 
     wants = frozenset({Wants.REWARDS})
-    top_k = 0
     unit = Unit.PAIR
     metrics = PAIR_METRICS
 
     def __init__(self, loss: PairLoss) -> None:
         self.loss = loss
-
-    def logprob_grad(self, batch: TokenBatch) -> None:
-        """No log-probs are asked for."""
 
     def __call__(self, output: ModelOutput, batch: TokenBatch) -> tuple[Tensor, Metrics]:
         """As :class:`BradleyTerry`, with the pair's strength as a margin or as a factor."""
@@ -90,19 +82,15 @@ class AttributePairs:
                 loss = label.abs() * bradley_terry(chosen, rejected)
             case _:
                 loss = bradley_terry(chosen, rejected)
-        return compared(chosen, rejected, loss, real=batch.real_pairs())
+        return pair_loss(chosen, rejected, loss, real=batch.real_pairs())
 
 
 class Regression:
     """The mean of :func:`regression` over every labeled attribute of the global batch."""
 
     wants = frozenset({Wants.REWARDS})
-    top_k = 0
     unit = Unit.LABEL
     metrics = ("loss", "rewards_all_mean", "rewards_all_square")
-
-    def logprob_grad(self, batch: TokenBatch) -> None:
-        """No log-probs are asked for."""
 
     def __call__(self, output: ModelOutput, batch: TokenBatch) -> tuple[Tensor, Metrics]:
         """The summed loss; mean and mean square of what the head gives."""

@@ -44,12 +44,8 @@ class ValueLoss:
     config: ValueConfig = field(default_factory=ValueConfig)
 
     wants = frozenset({Wants.VALUES})
-    top_k = 0
     unit = Unit.TOKEN
     metrics = ("loss", "values", "returns", "clip_fraction")
-
-    def logprob_grad(self, batch: TokenBatch) -> None:
-        """None: no log-probs are asked for."""
 
     def __call__(self, output: ModelOutput, batch: TokenBatch) -> tuple[Tensor, Metrics]:
         """The summed loss, and per response token "values", "returns" and "clip_fraction": how often the clip binds.

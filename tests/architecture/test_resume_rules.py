@@ -14,9 +14,12 @@ from nemo_aligner.config.resume import RULES, rule_for
 from nemo_aligner.config.reward import RMJob
 from nemo_aligner.config.serve import CriticJob
 from nemo_aligner.config.sft import SFTJob
+from nemo_aligner.launch.command import find_commands, load_script
 from nemo_aligner.models.gpt.config import ARCHITECTURE_KEYS
 
-JOBS = (SFTJob, RMJob, ActorJob, CriticJob)
+# Those of algorithms stand in their scripts.
+SCRIPTS = [load_script(path) for name, path in find_commands().items() if path.name == f"train_gpt_{name}.py"]
+JOBS = tuple(dict.fromkeys((SFTJob, RMJob, ActorJob, CriticJob, *(script.kind for script in SCRIPTS))))
 
 
 def keys(kind: type, prefix: str = "") -> Iterator[str]:
@@ -57,6 +60,9 @@ def test_every_rule_has_a_key_and_a_reason():
         ("model.optim.lr", "asked"),
         ("model.hidden_dropout", "asked"),
         ("trainer.ppo.initial_policy_kl_penalty", "asked"),
+        ("model.dpo.ref_policy_kl_penalty", "asked"),
+        ("trainer.dpo.train_random_sampler", "fixed"),
+        ("model.rope_scaling.factor", "fixed"),
         *(
             (key, "fixed")
             for key in (

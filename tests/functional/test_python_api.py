@@ -32,7 +32,7 @@ policy.export("hf")
 theirs = AutoModelForCausalLM.from_pretrained("hf")(batch.tokens).logits.log_softmax(-1)
 ours = policy.logprobs(batch)
 picked = theirs[:, :-1].gather(-1, batch.tokens[:, 1:, None])[..., 0]
-assert torch.allclose((ours[:, 1:] * batch.mask[:, 1:]), picked * batch.mask[:, 1:], atol=1e-4)
+assert torch.allclose((ours[:, 1:] * batch.loss_mask[:, 1:]), picked * batch.loss_mask[:, 1:], atol=1e-4)
 assert len(policy.texts(policy.generate(["a", "b"], na.SamplingConfig(max_length=2), samples=3))) * (
     size // (tp * pp)
 ) == 6

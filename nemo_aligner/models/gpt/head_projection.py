@@ -14,7 +14,7 @@ from nemo_aligner.batch import TokenBatch
 from nemo_aligner.models.gpt.heads import ScalarHead
 from nemo_aligner.models.gpt.model import GPT
 from nemo_aligner.models.gpt.sampling import SampledDistribution
-from nemo_aligner.objectives.protocol import ModelOutput, Objective, Wants
+from nemo_aligner.objectives.protocol import LinearObjective, ModelOutput, Objective, TopKObjective, Wants
 from nemo_aligner.parallel import world
 from nemo_aligner.parallel.vocab import HeadRequest
 
@@ -85,7 +85,9 @@ def head_projection(
     selected = _select(hidden, row, position - 1, preselected=preselected)
     if not model.config.sequence_parallel and world.tp_size() > 1:
         selected = tensor_parallel.copy_to_tensor_model_parallel_region(selected)
-    logprob_grad, sampled = objective.logprob_grad(batch), projection.sampled
+    logprob_grad, sampled = None, projection.sampled
+    if isinstance(objective, LinearObjective):
+        logprob_grad = objective.logprob_grad(batch)[loss_tokens] * (projection.loss_scale or 1.0)
     first = world.tp_rank() * (model.gpt_config.padded_vocab_size(world.tp_size()) // world.tp_size())
     out = model.head(
         selected,
@@ -93,13 +95,11 @@ def head_projection(
         request=HeadRequest(
             vocab_size=model.gpt_config.vocab_size,
             entropy=Wants.ENTROPY in objective.wants,
-            top_k=objective.top_k if Wants.TOPK in objective.wants else 0,
+            top_k=objective.top_k if isinstance(objective, TopKObjective) else 0,
             kept_logits_bytes=projection.kept_logits_bytes,
             transform=sampled.transform(batch, row, position, first=first) if sampled else None,
         ),
-        logprob_grad=None
-        if logprob_grad is None
-        else logprob_grad[loss_tokens] * (projection.loss_scale or 1.0),
+        logprob_grad=logprob_grad,
         grad_is_exact=projection.loss_scale is not None,
     )
     assert not isinstance(out, Tensor)

@@ -35,15 +35,11 @@ from nemo_aligner.parallel import world
 class _ForwardOnly:
     """The objective of asking: it wants one thing of the head and has no loss."""
 
-    top_k = 0
     unit = Unit.TOKEN
     metrics: tuple[str, ...] = ()
 
     def __init__(self, wants: Wants) -> None:
         self.wants = frozenset({wants})
-
-    def logprob_grad(self, batch: TokenBatch) -> None:  # noqa: ARG002 - the protocol's
-        return None
 
     def __call__(self, output: ModelOutput, batch: TokenBatch) -> tuple[Tensor, Metrics]:  # noqa: ARG002
         return torch.zeros((), device=world.device()), {}

@@ -98,7 +98,6 @@ def experience() -> Experience:
         lengths=LENGTHS,
         logprobs=given("old_logprobs"),
         reference_logprobs=zeros,
-        sampler_logprobs=zeros,
         advantages=given("advantages"),
         returns=zeros,
         values=zeros,

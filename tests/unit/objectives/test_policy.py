@@ -37,7 +37,6 @@ def batch(*, fill: float = 0.0) -> tuple[Experience, ModelOutput]:
         lengths=torch.tensor(LENGTHS),
         logprobs=old - 2,
         reference_logprobs=old,
-        sampler_logprobs=old,
         advantages=advantages,
         returns=advantages,
         values=advantages,
@@ -215,16 +214,7 @@ def test_what_stands_where_nothing_is_learned_does_not_matter(config: PolicyConf
 def test_filler_rows_packing_and_micro_batches_change_nothing(config: PolicyConfig):
     made, output = batch()
     expected = pytest.approx(means(made, output, config), rel=1e-12)
-    fields = (
-        "tokens",
-        "loss_mask",
-        "logprobs",
-        "reference_logprobs",
-        "sampler_logprobs",
-        "advantages",
-        "returns",
-        "values",
-    )
+    fields = ("tokens", "loss_mask", "logprobs", "reference_logprobs", "advantages", "returns", "values")
     rows = torch.tensor([2, 0, 1, 1, 0])
     taken = {name: getattr(made, name)[rows] for name in fields}
     taken["loss_mask"][3:] = False
@@ -263,8 +253,7 @@ def test_nothing_learned_is_no_loss_and_no_gradient(config: PolicyConfig):
 
 def test_what_it_asks_for():
     objective = PolicyGradient()
-    assert (objective.wants, objective.unit, objective.top_k) == ({Wants.LOGPROBS}, Unit.TOKEN, 0)
-    assert objective.logprob_grad(batch()[0]) is None
+    assert (objective.wants, objective.unit) == ({Wants.LOGPROBS}, Unit.TOKEN)
     with_entropy = PolicyGradient(PolicyConfig(entropy_bonus=0.01))
     assert with_entropy.wants == {Wants.LOGPROBS, Wants.ENTROPY}
     assert (objective.config.ratio_eps, objective.config.entropy_bonus) == (0.2, 0.0)
@@ -302,7 +291,6 @@ def test_with_a_mean_of_sequences_each_response_weighs_the_same():
         lengths=torch.tensor([5, 3, 1]),
         logprobs=given["old"],
         reference_logprobs=given["old"] - 0.5,
-        sampler_logprobs=zeros,
         advantages=given["gain"],
         returns=zeros,
         values=zeros,

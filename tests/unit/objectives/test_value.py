@@ -144,7 +144,6 @@ def test_nothing_learned_is_no_loss_and_no_gradient():
 def test_what_it_asks_for_and_refuses():
     objective = ValueLoss()
     assert (objective.wants, objective.unit) == ({Wants.VALUES}, Unit.TOKEN)
-    assert objective.logprob_grad(batch()[0]) is None
     assert objective.config.loss_clip_val == 0.2
     check_bounds(ValueConfig(loss_clip_val=0), "model")
     with pytest.raises(UserError, match=r"model.loss_clip_val=-0.1 is negative"):

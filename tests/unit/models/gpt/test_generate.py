@@ -350,12 +350,8 @@ def test_gradients_are_of_the_distribution_that_was_drawn_from(
 
 class LogprobsAndEntropy:
     wants = frozenset({Wants.LOGPROBS, Wants.ENTROPY})
-    top_k = 0
     unit = Unit.TOKEN
     metrics = ()
-
-    def logprob_grad(self, batch: TokenBatch) -> None:  # noqa: ARG002
-        return None
 
     def __call__(self, output: ModelOutput, batch: TokenBatch) -> tuple[torch.Tensor, dict]:  # noqa: ARG002
         return output.logprobs.sum() - output.entropy.sum(), {}

@@ -32,9 +32,6 @@ class Everything:
     unit = Unit.SEQUENCE
     metrics = ("rows",)
 
-    def logprob_grad(self, batch: TokenBatch) -> None:  # noqa: ARG002 - the protocol's
-        return None
-
     def __call__(self, output: ModelOutput, batch: TokenBatch) -> tuple[Tensor, Metrics]:
         count = batch.count(self.unit)
         return output.logprobs.sum(), {"rows": (count, count)}
@@ -77,15 +74,11 @@ def test_every_wanted_field_is_that_of_the_plain_softmax(packed: bool):
 class Squares:
     """The squares of what the head of a reward model or of a critic gives."""
 
-    top_k = 0
     unit = Unit.SEQUENCE
     metrics = ()
 
     def __init__(self, wants: Wants) -> None:
         self.wants = frozenset({wants})
-
-    def logprob_grad(self, batch: TokenBatch) -> None:  # noqa: ARG002 - the protocol's
-        return None
 
     def __call__(self, output: ModelOutput, batch: TokenBatch) -> tuple[Tensor, Metrics]:  # noqa: ARG002
         (found,) = (x for x in (output.rewards, output.values) if x is not None)

@@ -199,17 +199,16 @@ def test_steps_too_small_for_bf16_are_not_lost(
     assert 1e-3 < torch.stack(moved).mean() < 4e-3
 
 
-class _Spoiled(NLL):
-    """NLL whose value, or only its gradient, is multiplied with a number."""
+class _Spoiled:
+    """NLL whose value, or only its gradient, is multiplied with a number; its gradient is not known before."""
+
+    wants, unit, metrics = NLL.wants, NLL.unit, NLL.metrics
 
     def __init__(self, factor: float, *, gradient_only: bool) -> None:
         self.factor, self.gradient_only = factor, gradient_only
 
-    def logprob_grad(self, batch: TokenBatch) -> None:
-        """The gradient is not known before."""
-
     def __call__(self, output: ModelOutput, batch: TokenBatch) -> tuple[torch.Tensor, Metrics]:
-        loss, metrics = super().__call__(output, batch)
+        loss, metrics = NLL()(output, batch)
         spoiled = loss * self.factor
         return spoiled, metrics if self.gradient_only else {"loss": (spoiled.detach(), metrics["loss"][1])}
 
