@@ -51,7 +51,16 @@ def sft_loaders(job: SFTJob, pretrained: Pretrained[GPTPolicy]) -> SupervisedDat
         for name, split in {"train_ds": data.train_ds, **data.validation}.items():
             setting = f"model.data.{name}.max_seq_length"
             longest = longest_sequence(setting, split.max_seq_length, gpt, multiple)
-            loaders[name] = _loader(data, replace(split, max_seq_length=longest), tokenizer, model)
+            split = replace(split, max_seq_length=longest)
+            loaders[name] = _batches(
+                open_sft(data, split, tokenizer, answer_only_loss=model.answer_only_loss),
+                tokenizer,
+                model,
+                sizes=split,
+                max_length=longest,
+                shuffle=split.shuffle,
+                drop_last=split.drop_last,
+            )
     train, validation = loaders.pop("train_ds"), loaders.pop("validation_ds", None)
     if data.chat:
         _keep_markers(data, tokenizer, pretrained)
@@ -113,20 +122,6 @@ def _warn_of_positions(longest: int, setting: str, asked: int, positions: int) -
         "further ones are new to it; set model.encoder_seq_length=%d, or stretch the model by "
         "++model.max_position_embeddings and ++model.rope_scaling",
         *(longest, setting, asked, positions, positions),
-    )
-
-
-def _loader(
-    data: SFTDataConfig, split: SFTSplitConfig, tokenizer: Tokenizer, model: SFTModelConfig
-) -> Batches:
-    return _batches(
-        open_sft(data, split, tokenizer, answer_only_loss=model.answer_only_loss),
-        tokenizer,
-        model,
-        sizes=split,
-        max_length=split.max_seq_length,
-        shuffle=split.shuffle,
-        drop_last=split.drop_last,
     )
 
 

@@ -7,8 +7,6 @@ stored dtype.
 
 import json
 import logging
-import shutil
-import tempfile
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +25,7 @@ from nemo_aligner.checkpoint.hf_config import (
 )
 from nemo_aligner.checkpoint.mapped import HEAD_BIAS, HEAD_WEIGHT, MappedTensor, MappedWeights, mapped_tensors
 from nemo_aligner.checkpoint.mappings.table import Family
-from nemo_aligner.checkpoint.nemo_archive import is_taken, replace_folder
+from nemo_aligner.checkpoint.nemo_archive import is_taken, replace_folder, staged, write_files
 from nemo_aligner.checkpoint.sources import read_hf_config, read_json
 from nemo_aligner.checkpoint.tensor_files import (
     HuggingFaceTensors,
@@ -144,21 +142,14 @@ def export_huggingface(
     if vocab_size is not None:
         config["vocab_size"] = vocab_size
         entries = mapped_tensors(family, config)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    staging = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
-    try:
+    with staged(out) as staging:
         _write_json(staging / "config.json", to_hf_config(family, config))
         generation_config = (config.get("huggingface") or {}).get("generation_config")
         if generation_config is not None:
             _write_json(staging / "generation_config.json", generation_config)
-        for name, content in tokenizer_files.items():
-            (staging / name).parent.mkdir(exist_ok=True)
-            (staging / name).write_bytes(content if isinstance(content, bytes) else content.read_bytes())
+        write_files(staging, tokenizer_files)
         _write_weights(staging, entries, reader, max_shard_bytes)
-        staging.chmod(0o755)
         replace_folder(staging, out)
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
     _log.info("wrote %s", out)
 
 

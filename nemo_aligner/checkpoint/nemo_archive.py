@@ -26,6 +26,7 @@ from nemo_aligner.errors import UserError
 
 WEIGHTS_NAME = "model_weights"
 
+_PACKED = ".packed"  # the archive, until it is whole
 _COPY_BYTES = 16 * 1024**2
 _GET_AGAIN = "get the file again from its publisher; a .nemo is a tar of plain files"
 _CONVERTER = "python examples/nlp/gpt/convert_nemo_gpt_to_mcore.py"
@@ -175,35 +176,39 @@ def write_nemo(
     check_output(path, overwrite=overwrite)
     as_folder = _is_folder(path)
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    staging = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
-    finished = path.with_name(path.name + ".tmp")
-    try:
+    with staged(path) as staging:
         write_contents(staging, config=config, files=files)
         known = weights(staging / WEIGHTS_NAME) or {}
         write_digests(staging, {f"{WEIGHTS_NAME}/{name}": digest for name, digest in known.items()})
         if as_folder:
-            staging.chmod(0o755)
             replace_folder(staging, path)
         else:
-            _pack(staging, finished)
-            finished.replace(path)
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
-        finished.unlink(missing_ok=True)
+            _pack(staging, staging / _PACKED)
+            (staging / _PACKED).replace(path)
     _log.info("wrote %s", path)
+
+
+@contextlib.contextmanager
+def staged(path: Path) -> Iterator[Path]:
+    """A new folder beside ``path``, from which what is whole is renamed to ``path``; the rest is removed."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = {"prefix": f".{path.name}.", "dir": path.parent, "ignore_cleanup_errors": True}
+    with tempfile.TemporaryDirectory(**beside) as folder:
+        yield Path(folder)
 
 
 def write_contents(folder: Path, *, config: Mapping[str, Any], files: Mapping[str, Path | bytes]) -> None:
     """Write everything of an extracted .nemo but the weights into ``folder``; see :func:`write_nemo`."""
     (folder / CONFIG_NAME).write_text(yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True))
+    write_files(folder, files)
+
+
+def write_files(folder: Path, files: Mapping[str, Path | bytes]) -> None:
+    """Write files, or copies of them, into ``folder`` by their names there."""
     for name, content in files.items():
         target = folder / name
         target.parent.mkdir(parents=True, exist_ok=True)
-        if isinstance(content, bytes):
-            target.write_bytes(content)
-        else:
-            shutil.copyfile(content, target)
+        target.write_bytes(content if isinstance(content, bytes) else content.read_bytes())
 
 
 def check_output(path: Path | str, *, overwrite: bool) -> None:
@@ -350,6 +355,7 @@ def _pack(staging: Path, target: Path) -> None:
 
 def replace_folder(new: Path, path: Path) -> None:
     """Renames ``new`` to ``path``, which it replaces where it exists; both lie in one folder."""
+    new.chmod(0o755)
     if not path.exists():
         new.rename(path)
         return

@@ -10,7 +10,7 @@ from datetime import date
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from nemo_aligner.checkpoint.nemo_archive import ModelArchive
+from nemo_aligner.checkpoint.nemo_archive import ModelArchive, write_files
 from nemo_aligner.data.sentencepiece_tokenizer import TEMPLATE_FILE
 from nemo_aligner.data.tokenizer import Tokenizer, load_tokenizer
 from nemo_aligner.errors import UserError
@@ -185,8 +185,5 @@ def _gpt2_files(vocab: Path, merges: Path) -> dict[str, bytes]:
 def as_folder(files: Mapping[str, Path | bytes]) -> Iterator[Path]:
     """The files in a temporary folder."""
     with tempfile.TemporaryDirectory(prefix="nemo_aligner_") as folder:
-        for name, content in files.items():
-            target = Path(folder) / name
-            target.parent.mkdir(parents=True, exist_ok=True)
-            target.write_bytes(content if isinstance(content, bytes) else content.read_bytes())
+        write_files(Path(folder), files)
         yield Path(folder)

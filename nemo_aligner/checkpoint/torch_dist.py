@@ -15,7 +15,6 @@ import math
 import pickle
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, ClassVar, Self
 
@@ -104,15 +103,6 @@ def check_folder(folder: Path) -> None:
         _check_extra_state(value, where=f"{folder}: {key}")
 
 
-@dataclass(frozen=True, kw_only=True)
-class TensorEntry:
-    """A tensor of the folder: its whole shape, its dtype and the chunks that make it up."""
-
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-    chunks: tuple[ChunkStorageMetadata, ...]
-
-
 class FolderReader:
     """Reads any block of any tensor of a torch_dist folder, whatever sharding it was saved with.
 
@@ -131,12 +121,8 @@ class FolderReader:
         self._object_keys = [
             k for k, v in metadata.state_dict_metadata.items() if isinstance(v, BytesStorageMetadata)
         ]
-        self.tensors: dict[str, TensorEntry] = {
-            key: TensorEntry(
-                shape=tuple(entry.size), dtype=entry.properties.dtype, chunks=tuple(entry.chunks)
-            )
-            for key, entry in metadata.state_dict_metadata.items()
-            if isinstance(entry, TensorStorageMetadata)
+        self.tensors = {
+            k: v for k, v in metadata.state_dict_metadata.items() if isinstance(v, TensorStorageMetadata)
         }
 
     def read(self, key: str, start: tuple[int, ...], size: tuple[int, ...]) -> Tensor:
@@ -157,7 +143,7 @@ class FolderReader:
                 f"{self._folder}: {stored} of {math.prod(size)} values of {key} at {start} are stored",
                 fix=_DOWNLOAD_AGAIN,
             )
-        block = torch.empty(size, dtype=entry.dtype)
+        block = torch.empty(size, dtype=entry.properties.dtype)
         for chunk, low, high in parts:
             source = self._read_chunk(key, chunk)
             inner = source[
@@ -178,7 +164,7 @@ class FolderReader:
             return _load_safely(path.open("rb"), where=str(path))
         if _COMMON_KEY not in self._object_keys:
             raise UserError(f"{self._folder} has no common.pt", fix=_DOWNLOAD_AGAIN)
-        match self._load(MetadataIndex(_COMMON_KEY), _COMMON_KEY):
+        match self._load(MetadataIndex(_COMMON_KEY)):
             case [dict(common)]:
                 return common
             case other:
@@ -189,18 +175,18 @@ class FolderReader:
     def objects(self) -> Iterator[tuple[str, Any]]:
         """Every entry that is not a tensor, with its value."""
         for key in self._object_keys:
-            yield key, self._load(MetadataIndex(key), key)
+            yield key, self._load(MetadataIndex(key))
 
     def _read_chunk(self, key: str, chunk: ChunkStorageMetadata) -> Tensor:
-        tensor = self._load(MetadataIndex(key, chunk.offsets), key)
+        tensor = self._load(MetadataIndex(key, chunk.offsets))
         if not isinstance(tensor, Tensor) or tensor.shape != torch.Size(chunk.sizes):
             raise UserError(
                 f"{self._folder}: the part of {key} at {tuple(chunk.offsets)} is damaged", fix=_DOWNLOAD_AGAIN
             )
         return tensor
 
-    def _load(self, index: MetadataIndex, key: str) -> Any:  # noqa: ANN401
-        info = self._storage.get(index)
+    def _load(self, index: MetadataIndex) -> Any:  # noqa: ANN401
+        key, info = index.fqn, self._storage.get(index)
         if info is None:
             raise UserError(
                 f"{self._folder}: .metadata does not say where {key} is stored", fix=_DOWNLOAD_AGAIN

@@ -106,17 +106,18 @@ class WeightReader:
                 self._places[name] = key, None
                 continue
             rest = name.removeprefix("decoder.layers.")
-            if not entry.shape or entry.shape[0] > _MOST_LAYERS:
+            shape = tuple(entry.size)
+            if not shape or shape[0] > _MOST_LAYERS:
                 raise UserError(
-                    f"{folder}: {key} has shape {entry.shape}, whose first axis is to be layers",
+                    f"{folder}: {key} has shape {shape}, whose first axis is to be layers",
                     fix="get the checkpoint again from where it came",
                 )
-            for layer in range(entry.shape[0]):
+            for layer in range(shape[0]):
                 self._places[f"decoder.layers.{layer}.{rest}"] = key, layer
 
         # By canonical name; rows of the vocabulary include the padding.
         self.shapes: dict[str, Shape] = {
-            name: self._reader.tensors[key].shape[0 if layer is None else 1 :]
+            name: tuple(self._reader.tensors[key].size)[0 if layer is None else 1 :]
             for name, (key, layer) in self._places.items()
         }
 
@@ -130,7 +131,7 @@ class WeightReader:
 
     def dtype_of(self, name: str) -> torch.dtype:
         """The dtype that a tensor is stored in."""
-        return self._reader.tensors[self._places[name][0]].dtype
+        return self._reader.tensors[self._places[name][0]].properties.dtype
 
 
 def precision_of(dtype: torch.dtype, where: str) -> str | int:

@@ -46,12 +46,18 @@ def pinned(template: str, day: date) -> str:
     return found
 
 
-def render(write: Callable[[], str], messages: Sequence[Mapping[str, Any]]) -> str:
-    """The rendering of the messages that ``write`` makes with a chat template.
+def render(template: str | None, write: Callable[[], str], messages: Sequence[Mapping[str, Any]]) -> str:
+    """The rendering of the messages that ``write`` makes with the tokenizer's chat template.
 
     Raises:
-        UserError: the template refuses them, fails at them, or they hold what is no text.
+        UserError: there is none, it refuses the messages or fails at them, or they hold what is no text.
     """
+    if template is None:
+        raise UserError(
+            "the tokenizer has no chat template",
+            fix="put a chat_template.jinja beside its files and import the model again, fine-tune it on "
+            "conversations, which stores one with it, or give text instead of messages",
+        )
     try:
         text = write()
         if not text.isascii():
@@ -69,12 +75,3 @@ def render(write: Callable[[], str], messages: Sequence[Mapping[str, Any]]) -> s
             "(training: model.data.chat_template=prompt_tokens)",
         ) from error
     return text
-
-
-def no_chat_template() -> UserError:
-    """The error for a conversation if the tokenizer has no template."""
-    return UserError(
-        "the tokenizer has no chat template",
-        fix="put a chat_template.jinja beside its files and import the model again, fine-tune it on "
-        "conversations, which stores one with it, or give text instead of messages",
-    )

@@ -178,8 +178,3 @@ class PairDataConfig(DataSpecConfig):
     """``model.data`` of a reward model: pairs of responses, or responses with labels."""
 
     append_eod: bool = False  # end each response with EOS, where its reward is then read
-
-
-@dataclass(frozen=True, kw_only=True)
-class PromptDataConfig(DataSpecConfig):
-    """``model.data`` of an actor: prompts that responses are generated for."""

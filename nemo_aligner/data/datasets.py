@@ -9,8 +9,8 @@ from typing import Any, Generic, TypeVar
 from nemo_aligner.data.chat import PromptTokensLayout, TemplateLayout
 from nemo_aligner.data.config import (
     ChatPromptTokens,
+    DataSpecConfig,
     PairDataConfig,
-    PromptDataConfig,
     SFTDataConfig,
     SFTSplitConfig,
 )
@@ -37,7 +37,7 @@ class _CutLayout(Generic[R]):
 
     lay_out: Callable[[R], list[Row]]
     max_seq_length: int
-    fits: Callable[[R], bool] = lambda _: False
+    surely_fits: Callable[[R], bool] = lambda _: False
     unit: str = "rows"
 
     @property
@@ -53,9 +53,6 @@ class _CutLayout(Generic[R]):
 
     def left_out(self, record: R) -> str | None:
         return "say that they are not learned (weight or train)" if record.masked else None
-
-    def surely_fits(self, record: R) -> bool:
-        return self.fits(record)
 
     def __call__(self, record: R) -> list[Row]:
         return self.lay_out(record)
@@ -80,7 +77,7 @@ def open_sft(
         _hint_at_template(split.file_path, tokenizer, "set model.data.chat=True")
         texts = PromptResponseLayout(tokenizer, split, answer_only_loss=answer_only_loss)
         read = texts.read
-        layout = _CutLayout(lay_out=texts, fits=texts.surely_fits, max_seq_length=split.max_seq_length)
+        layout = _CutLayout(lay_out=texts, surely_fits=texts.surely_fits, max_seq_length=split.max_seq_length)
     else:
         chats = (
             PromptTokensLayout(tokenizer, data.chat_prompt_tokens, split, learn=data.learn)
@@ -134,7 +131,7 @@ def open_response_rows(
 
 
 def open_prompt_rows(
-    data: PromptDataConfig, split: Split, tokenizer: Tokenizer, *, max_length: int
+    data: DataSpecConfig, split: Split, tokenizer: Tokenizer, *, max_length: int
 ) -> BlendedDataset:
     """Prompts; one is left out where it has more than ``max_length`` tokens, so that a response has room after it.
 

@@ -7,7 +7,7 @@ from datetime import date
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nemo_aligner.data.chat_template import Message, Tools, no_chat_template, pinned, reads_clock, render
+from nemo_aligner.data.chat_template import Message, Tools, pinned, reads_clock, render
 from nemo_aligner.errors import UserError
 
 if TYPE_CHECKING:
@@ -62,10 +62,9 @@ class SentencePieceTokenizer:
         """The conversation as the template beside the file writes it."""
         from transformers.utils.chat_template_utils import render_jinja_template
 
-        if self.chat_template is None:
-            raise no_chat_template()
         rows = [[{key: value for key, value in entry.items() if value is not None} for entry in messages]]
         return render(
+            self.chat_template,
             lambda: render_jinja_template(
                 rows,
                 tools=None if tools is None else [*tools],

@@ -7,17 +7,9 @@
 from collections.abc import Sequence
 from datetime import date
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
-from nemo_aligner.data.chat_template import (
-    Message,
-    Tools,
-    marks_generations,
-    no_chat_template,
-    pinned,
-    reads_clock,
-    render,
-)
+from nemo_aligner.data.chat_template import Message, Tools, marks_generations, pinned, reads_clock, render
 from nemo_aligner.data.sentencepiece_tokenizer import (
     ANCHORS,
     SentencePieceTokenizer,
@@ -124,7 +116,7 @@ def check_fits(tokenizer: Tokenizer, vocab_size: int) -> None:
         )
 
 
-def load_tokenizer(library: str, path: str | Path) -> Tokenizer:
+def load_tokenizer(library: Literal["huggingface", "sentencepiece"], path: str | Path) -> Tokenizer:
     """Load a tokenizer from local files; the network is never asked.
 
     Args:
@@ -132,7 +124,7 @@ def load_tokenizer(library: str, path: str | Path) -> Tokenizer:
         path: where it lies.
 
     Raises:
-        UserError: unknown library, nothing there, or files that do not load.
+        UserError: nothing there, or files that do not load.
     """
     path = Path(path)
     match library:
@@ -144,10 +136,6 @@ def load_tokenizer(library: str, path: str | Path) -> Tokenizer:
                 return HuggingFaceTokenizer(path)
         case "sentencepiece":
             return SentencePieceTokenizer(path)
-        case _:
-            raise UserError(
-                f"model.tokenizer.library={library!r} is not known", fix="use huggingface or sentencepiece"
-            )
 
 
 class HuggingFaceTokenizer:
@@ -218,9 +206,8 @@ class HuggingFaceTokenizer:
         self, messages: Sequence[Message], *, add_generation_prompt: bool = False, tools: Tools = None
     ) -> str:
         """The conversation as transformers' apply_chat_template writes it."""
-        if self.chat_template is None:
-            raise no_chat_template()
         text = render(
+            self.chat_template,
             lambda: self._tokenizer.apply_chat_template(
                 list(messages), tools=tools, tokenize=False, add_generation_prompt=add_generation_prompt
             ),

@@ -56,12 +56,6 @@ class Script(Generic[J]):
         gc.disable()
         ranks = discover()
         _prepare_process(ranks)
-        try:
-            sys.argv[1:] = as_hydra_reads(sys.argv[1:], self.kind)
-        except UserError as error:
-            if _talks(ranks):
-                sys.stderr.write(f"error: {error}\n")
-            sys.exit(USER_ERROR_CODE)
 
         def task(config: DictConfig) -> None:
             _run(config, self, ranks)
@@ -70,10 +64,12 @@ class Script(Generic[J]):
         os.environ["HYDRA_FULL_ERROR"] = "1"
         conf = str(self.file.parent / "conf")
         try:
+            sys.argv[1:] = as_hydra_reads(sys.argv[1:], self.kind)
             hydra.main(version_base="1.3", config_path=conf, config_name=self.config_name)(task)()
-        except (HydraException, OmegaConfBaseException) as error:
+        except (UserError, HydraException, OmegaConfBaseException) as error:
             if _talks(ranks):
-                sys.stderr.write(f"error: {_hydra_problem(error)}\n")
+                problem = error if isinstance(error, UserError) else _hydra_problem(error)
+                sys.stderr.write(f"error: {problem}\n")
             sys.exit(USER_ERROR_CODE)
 
 

@@ -46,6 +46,11 @@ def as_hydra_reads(words: Sequence[str], kind: type[object]) -> list[str]:
     return [_read(word, kind) for word in words]
 
 
+def quoted(text: str) -> str:
+    """A text in Hydra's quotes."""
+    return QuotedString(text=text, quote=Quote.single).with_quotes()
+
+
 def is_quoted(value: str) -> bool:
     """True if the user has put all of a value into quotes, which are then not part of it."""
     return len(value) > 1 and value[0] == value[-1] and value[0] in "'\""
@@ -58,7 +63,7 @@ def _read(word: str, kind: type[object]) -> str:
         return word
     value = found["value"]
     if _is_text(value, _type_of(kind, found["key"])):
-        value = QuotedString(text=value, quote=Quote.single).with_quotes()
+        value = quoted(value)
     else:
         _check(word)
     return f"{found['sign'] or '++'}{found['key']}={value}"

@@ -7,11 +7,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from hydra.core.override_parser.types import Quote, QuotedString
 from omegaconf import DictConfig, OmegaConf
 
 from nemo_aligner.config.short_names import command_defaults, short_names
 from nemo_aligner.errors import UserError, report_damage
+from nemo_aligner.launch.typed import quoted
 from nemo_aligner.settings import is_field, refuse_unknown
 
 _SHORT = re.compile(r"(?P<sign>\+{0,2})(?P<name>[A-Za-z_]\w*)=(?P<value>.*)", re.DOTALL)
@@ -48,7 +48,7 @@ def _full(word: str, names: Mapping[str, str], kind: type[object]) -> str:
         return word
     key = names[name]
     if not is_field(kind, key) and ".data_prefix." in key and not _TYPED.fullmatch(value):
-        value = _quoted(value)
+        value = quoted(value)
     return f"{found['sign']}{key}={value}"
 
 
@@ -80,13 +80,9 @@ def _in_hydras_grammar(value: object) -> str:
         case None:
             return "null"
         case str():
-            return _quoted(value)
+            return quoted(value)
         case list():
             return f"[{','.join(map(_in_hydras_grammar, value))}]"
         case dict():
             return f"{{{','.join(f'{key}:{_in_hydras_grammar(one)}' for key, one in value.items())}}}"
     return str(value)
-
-
-def _quoted(text: str) -> str:
-    return QuotedString(text=text, quote=Quote.single).with_quotes()

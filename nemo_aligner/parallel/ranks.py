@@ -54,12 +54,8 @@ class Layout:
                 f"trainer.num_nodes={num_nodes} and trainer.devices={devices} make no world of ranks",
                 fix="set both to 1 or more",
             )
-        for name, size in (
-            ("tensor", self.tensor),
-            ("pipeline", self.pipeline),
-            ("virtual_pipeline", self.virtual_pipeline),
-        ):
-            if size < 1:
+        for name in ("tensor", "pipeline", "virtual_pipeline"):
+            if (size := getattr(self, name)) < 1:
                 raise UserError(
                     f"model.{name}_model_parallel_size={size} is not 1 or more",
                     fix=f"set model.{name}_model_parallel_size=1",

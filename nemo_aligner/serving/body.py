@@ -22,13 +22,8 @@ _NOT_BRACKETS = bytes(set(range(256)) - set(b"[]{}"))
 class Refused(Exception):
     """A refusal with the status of its HTTP reply."""
 
-    def __init__(self, status: int, refusal: Refusal) -> None:
-        self.status, self.refusal = status, refusal
-
-
-def refused(trouble: Trouble, message: str, *, status: int | None = None) -> Refused:
-    """The exception to raise."""
-    return Refused(status or STATUS[trouble], Refusal(trouble, message))
+    def __init__(self, trouble: Trouble, message: str, *, status: int | None = None) -> None:
+        self.status, self.refusal = status or STATUS[trouble], Refusal(trouble, message)
 
 
 async def read_body(name: str, request: web.Request, *, limit: int, setting: str) -> bytearray:
@@ -43,7 +38,7 @@ async def read_body(name: str, request: web.Request, *, limit: int, setting: str
         Refused: it is too large, comes too slowly, cannot be read, or is nested too deep.
     """
     key, body = f"{setting}.max_request_bytes", bytearray()
-    too_large = refused(
+    too_large = Refused(
         Trouble.REFUSED,
         f"{name}: the request has more than {key}={limit} bytes\n"
         f"Fix: send fewer rows in a request, or set {key} higher",
@@ -58,15 +53,15 @@ async def read_body(name: str, request: web.Request, *, limit: int, setting: str
                 raise too_large
     except TimeoutError:
         text = f"{name}: no byte of the body came for {BODY_SECONDS:g} s\nFix: send it whole"
-        raise refused(Trouble.REFUSED, text, status=408) from None
+        raise Refused(Trouble.REFUSED, text, status=408) from None
     except (HttpProcessingError, aiohttp.ClientPayloadError, web.RequestPayloadError) as error:
         text = f"{name}: the body cannot be read: {error}\nFix: send it whole"
-        raise refused(Trouble.REFUSED, text) from None
+        raise Refused(Trouble.REFUSED, text) from None
     # The JSON comes first; where its size is not a plain number, all of it is checked.
     json_size = re.fullmatch(r"[1-9][0-9]{0,17}", request.headers.get("Inference-Header-Content-Length", ""))
     if nesting(body[: int(json_size[0])] if json_size else body) > MAX_NESTING:
         text = f"the request's JSON is nested more than {MAX_NESTING} deep\nFix: send tensors as flat lists"
-        raise refused(Trouble.REFUSED, f"{name}: {text}")
+        raise Refused(Trouble.REFUSED, f"{name}: {text}")
     return body
 
 

@@ -26,7 +26,7 @@ from aiohttp import web
 
 from nemo_aligner.errors import UserError
 from nemo_aligner.serving.address import keep_alive
-from nemo_aligner.serving.body import Refused, read_body, refused
+from nemo_aligner.serving.body import Refused, read_body
 from nemo_aligner.serving.protocol import (
     CALL_HEADER,
     TOKEN_HEADER,
@@ -229,11 +229,11 @@ class Front:
             return web.json_response({"error": text}, status=405)
         upstream = self._upstream
         if upstream is None:
-            raise refused(Trouble.STOPPING, self._reason)
+            raise Refused(Trouble.STOPPING, self._reason)
         if self._trouble:
-            raise refused(Trouble.STOPPING, f"Triton is about to be started again: {self._trouble}")
+            raise Refused(Trouble.STOPPING, f"Triton is about to be started again: {self._trouble}")
         if model and model["name"] not in self._endpoints:
-            raise refused(
+            raise Refused(
                 Trouble.REFUSED,
                 f"the server has no endpoint {model['name']}\nFix: ask one of {', '.join(self._endpoints)}",
                 status=404,
@@ -245,7 +245,7 @@ class Front:
                 return await self._infer(upstream, model["name"], request)
         except TimeoutError:
             key = f"{self._setting}.request_timeout"
-            raise refused(
+            raise Refused(
                 Trouble.REFUSED,
                 f"{model['name']}: no reply within {key}={self._limits.seconds:g} s\n"
                 f"Fix: send fewer rows, or set {key} higher",
@@ -258,7 +258,7 @@ class Front:
         waiting = sum(call.endpoint not in self._unlimited for call in self._calls.values())
         if counted and waiting >= self._limits.waiting:
             key = f"{self._setting}.max_waiting_requests"
-            raise refused(Trouble.BUSY, f"{name}: {key}={self._limits.waiting} requests wait already")
+            raise Refused(Trouble.BUSY, f"{name}: {key}={self._limits.waiting} requests wait already")
         number = str(next(self._numbers))
         call = self._calls[number] = _Call(endpoint=name)
         asked = asyncio.create_task(
@@ -294,9 +294,9 @@ class Front:
                 payload = await reply.read()
         except aiohttp.ClientConnectorError as error:
             self._note(upstream, f"it does not listen: {error}")
-            raise refused(Trouble.STOPPING, "Triton does not listen; ask again") from None
+            raise Refused(Trouble.STOPPING, "Triton does not listen; ask again") from None
         except (aiohttp.ClientError, OSError) as error:
-            raise refused(Trouble.STOPPING, f"Triton ended under the request ({error}); ask again") from None
+            raise Refused(Trouble.STOPPING, f"Triton ended under the request ({error}); ask again") from None
         if reply.status >= 400:
             self._check_ending(upstream, payload)
         kept = {name: reply.headers[name] for name in RECEIVED if name in reply.headers}
@@ -311,7 +311,7 @@ class Front:
             self._note(upstream, text)
         elif self._upstream is upstream and not any(sign in text for sign in ENDING):
             return
-        raise refused(Trouble.STOPPING, f"Triton ends: {text}; ask again")
+        raise Refused(Trouble.STOPPING, f"Triton ends: {text}; ask again")
 
     def _note(self, upstream: Upstream, trouble: str) -> None:
         if self._upstream is upstream and not self._trouble:

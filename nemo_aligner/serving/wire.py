@@ -52,7 +52,7 @@ class InferRequest:
     batch: TokenBatch
     width: int  # S of the request, and so of its reply
     version: RequestVersion | None
-    exceeded: NDArray[np.bool_] | None = None  # [N]: which rows were cut to what the model takes; None: none
+    exceeded: NDArray[np.bool_]  # [N]: which rows were cut to what the model takes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -190,7 +190,7 @@ def read_infer(endpoint: str, arrays: Arrays, limits: Limits, encode: Encode | N
             tokens, lengths, exceeded = _encode(endpoint, arrays, limits, encode)
         case False, True:
             tokens = arrays[TOKENS.name]
-            exceeded = None
+            exceeded = np.zeros(tokens.shape[0], dtype=np.bool_)
             lengths = np.full(tokens.shape[0], tokens.shape[1], dtype=np.int64)
             if LENGTHS.name in arrays:
                 lengths = arrays[LENGTHS.name][:, 0]
@@ -224,11 +224,7 @@ def infer_reply(request: InferRequest, rewards: Tensor | None, values: Tensor | 
         reply[VALUES.name] = sent
     if rewards is not None:
         reply["rewards"] = rewards.detach().cpu().float().reshape(request.batch.num_rows, -1).numpy()
-    cut = request.exceeded
-    reply[EXCEEDED.name] = np.zeros((request.batch.num_rows, 1), dtype=np.int32)
-    if cut is not None:
-        reply[EXCEEDED.name][cut] = 1
-    return reply
+    return reply | {EXCEEDED.name: request.exceeded[:, None].astype(np.int32)}
 
 
 def read_infer_reply(arrays: Arrays, batch: TokenBatch) -> tuple[Tensor | None, Tensor | None]:

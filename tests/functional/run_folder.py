@@ -14,7 +14,7 @@ def tensors(folder: Path) -> dict[str, torch.Tensor]:
     for part in ("model_weights", "training_state"):
         reader = FolderReader(folder / "checkpoints/last" / part)
         for key, entry in reader.tensors.items():
-            found[f"{part}/{key}"] = reader.read(key, (0,) * len(entry.shape), entry.shape)
+            found[f"{part}/{key}"] = reader.read(key, (0,) * len(entry.size), tuple(entry.size))
     return found
 
 

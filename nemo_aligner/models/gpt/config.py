@@ -210,17 +210,12 @@ class GPTConfig:
         Raises:
             UserError: naming the model's size, the layout's, and values that fit.
         """
-        for name, size in (
-            ("num_attention_heads", self.num_attention_heads),
-            ("num_query_groups", self.query_groups),
-            ("ffn_hidden_size", self.ffn_hidden_size),
-        ):
-            if name in self._uncut(layout.tensor):
-                fits = [n for n in range(1, self.num_attention_heads + 1) if not self._uncut(n)]
-                raise UserError(
-                    f"model.tensor_model_parallel_size={layout.tensor} does not divide the model's {name}={size}",
-                    fix=f"set model.tensor_model_parallel_size to one of {fits}",
-                )
+        if uncut := self._uncut(layout.tensor):
+            fits = [n for n in range(1, self.num_attention_heads + 1) if not self._uncut(n)]
+            raise UserError(
+                f"model.tensor_model_parallel_size={layout.tensor} does not divide the model's {uncut[0]}",
+                fix=f"set model.tensor_model_parallel_size to one of {fits}",
+            )
         if self.num_layers % layout.pipeline:
             raise UserError(
                 f"model.pipeline_model_parallel_size={layout.pipeline} does not divide the model's "
@@ -236,15 +231,15 @@ class GPTConfig:
                 fix=f"set model.virtual_pipeline_model_parallel_size to one of {_divisors(layers)}",
             )
 
-    def _uncut(self, ranks: int) -> set[str]:
+    def _uncut(self, ranks: int) -> list[str]:
         """The sizes that ``ranks`` ranks cannot share; key/value heads that are fewer go to several ranks each."""
         groups, fused = self.query_groups, (self.num_attention_heads + 2 * self.query_groups) * self.head_dim
         wrong = {
-            "num_attention_heads": self.num_attention_heads % ranks,
-            "num_query_groups": (groups % ranks and ranks % groups) or fused % ranks,
-            "ffn_hidden_size": self.ffn_hidden_size % ranks,
+            f"num_attention_heads={self.num_attention_heads}": self.num_attention_heads % ranks,
+            f"num_query_groups={groups}": (groups % ranks and ranks % groups) or fused % ranks,
+            f"ffn_hidden_size={self.ffn_hidden_size}": self.ffn_hidden_size % ranks,
         }
-        return {name for name, rest in wrong.items() if rest}
+        return [size for size, rest in wrong.items() if rest]
 
 
 # What a configuration may say of the architecture: our fields, and NeMo's names for rope_scaling.

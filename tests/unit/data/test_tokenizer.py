@@ -117,7 +117,6 @@ def test_saved_files_make_the_same_tokenizer(request, tmp_path, name):
         ("huggingface", {"tokenizer.json": "{broken"}, "does not load"),
         ("huggingface", {"config.json": '{"model_type": "llama"}'}, "does not load"),
         ("sentencepiece", {}, "no tokenizer file"),
-        ("tiktoken", {}, "tiktoken"),
     ],
 )
 def test_bad_folders(tmp_path, library, files, problem):

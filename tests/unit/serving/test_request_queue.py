@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 import threading
 
+import numpy as np
 import pytest
 import torch
 
@@ -25,7 +26,11 @@ def rows(*lengths: int, width: int = 0) -> TokenBatch:
 
 
 def ask(num_rows: int, version: RequestVersion | None = None) -> QueuedRequest:
-    return QueuedRequest(request=InferRequest(batch=rows(*[3] * num_rows), width=3, version=version))
+    return QueuedRequest(
+        request=InferRequest(
+            batch=rows(*[3] * num_rows), width=3, version=version, exceeded=np.zeros(num_rows, dtype=np.bool_)
+        )
+    )
 
 
 def taken(inbox: RequestQueue) -> list[list[int]]:
