@@ -4,7 +4,7 @@
 One convention holds everywhere: **position t speaks of token t**. ``logprobs[b, t]`` is
 ``log p(tokens[b, t] | tokens[b, :t])`` and 0 at the start of every sequence; ``loss_mask[b, t]`` says that
 token t counts in the loss. Every per-token tensor is ``[B, S]``. The shift by one happens in
-``models/gpt/head_projection.py`` alone.
+``models/gpt/head_projection.py``, and for NeMo-Aligner's protocol in ``serving/wire.py``.
 
 Shapes: B rows, S positions, N sequences (N = B unless packed).
 """

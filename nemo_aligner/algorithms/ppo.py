@@ -46,8 +46,7 @@ class PPOTrainer:
 
     Args:
         objective: of the policy.
-        prompts: of training, and of validation; None: there is none.
-        checkpoints: where to save; None: nowhere.
+        prompts: of training, and of validation if there is any.
     """
 
     def __init__(
