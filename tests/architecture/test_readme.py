@@ -48,6 +48,19 @@ def test_links_lead_to_files(page: Path):
     assert missing == []
 
 
+def test_every_cited_paper_is_in_the_index():
+    index = (ROOT / "docs/paper_index.md").read_text()
+    cited = {
+        (number, path.name)
+        for path in (ROOT / "nemo_aligner/objectives").glob("*.py")
+        for number in re.findall(r"arXiv\s+(\d{4}\.\d{5})", path.read_text())
+    }
+    assert len(cited) > 10
+    rows = [line for line in index.splitlines() if line.startswith("|")]
+    missing = [pair for pair in sorted(cited) if not any(pair[0] in row and pair[1] in row for row in rows)]
+    assert missing == []
+
+
 def test_each_target_has_a_short_help():
     phony = re.search(r"^\.PHONY: (.+)$", (ROOT / "Makefile").read_text(), re.MULTILINE)
     helps = dict(re.findall(r"^([a-z-]+):.*## (.+)$", (ROOT / "Makefile").read_text(), re.MULTILINE))

@@ -65,7 +65,7 @@ KEPT = {
     "answer_only_loss": "NeMo's setting",
     "_answer_only_loss": "NeMo's setting",
     "tell": "a file's position",
-    "spare": "bytes of a disk, in checkpoint/room.py",
+    "spare": "bytes of a disk, in checkpoint/sharded.py",
 }
 OPENINGS = {
     "What": "a noun, or 'Return ...'",
