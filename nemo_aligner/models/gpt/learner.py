@@ -42,8 +42,8 @@ class _ForwardOnly:
     def __init__(self, wants: Wants) -> None:
         self.wants = frozenset({wants})
 
-    def logprob_grad(self, batch: TokenBatch) -> None:  # noqa: ARG002 - the protocol's
-        return None
+    def logprob_grad(self, batch: TokenBatch) -> None:
+        """None: there is no loss."""
 
     def __call__(self, output: ModelOutput, batch: TokenBatch) -> tuple[Tensor, Metrics]:  # noqa: ARG002
         return torch.zeros((), device=world.device()), {}
