@@ -61,6 +61,15 @@ def _rebuild(problem: str, fix: str) -> UserError:
 
 
 @contextlib.contextmanager
+def located(where: Callable[[], str]) -> Generator[None]:
+    """Within it, the problem of a UserError begins with what ``where`` says, as in "FILE, line 3: "."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{where()}{error.problem}", fix=error.fix) from error
+
+
+@contextlib.contextmanager
 def report_damage(what: str, *, fix: str) -> Generator[None]:
     """Raise whatever a reader of foreign bytes raises as a UserError that begins with ``what``.
 

@@ -247,11 +247,8 @@ class CriticServerTrainer:
         if self._start is not None:
             found.append(self._start)
         states = [(one.algorithm(CriticState), one) for one in found]
-        early = [
-            (state.sequence, one)
-            for state, one in states
-            if state.run_id == version.run_id and state.sequence <= version.sequence
-        ]
+        own = [(state.sequence, one) for state, one in states if state.run_id == version.run_id]
+        early = [pair for pair in own if pair[0] <= version.sequence]
         return max(early, key=lambda pair: pair[0], default=(0, None))[1]
 
     def health(self) -> Health:

@@ -18,7 +18,7 @@ from nemo_aligner.batch import Prompt, Rollout
 from nemo_aligner.data.records import RecordFile
 from nemo_aligner.data.requests import GenerateRequest, tokens_of
 from nemo_aligner.data.tokenizer import Message, Tokenizer
-from nemo_aligner.errors import UserError
+from nemo_aligner.errors import UserError, located
 from nemo_aligner.models.alignable_interface import AlignableGenerativeInterface
 from nemo_aligner.models.sampling_config import SamplingConfig
 from nemo_aligner.parallel import collectives, world
@@ -69,23 +69,20 @@ class TextGenerator:
         finally:
             bar.close()
         rows = {i: row for i, row in zip(mine, self._rows(requests, rollout), strict=True)}
-        gathered = collectives.all_gather_objects_dp(rows)
-        for i, row in ((i, row) for part in gathered for i, row in part.items()):
+        every = {i: row for part in collectives.all_gather_objects_dp(rows) for i, row in part.items()}
+        for i, row in every.items():
             if not math.isfinite(row["logprob"]):
                 raise _not_finite(requests.where(i // num_samples))
         if world.is_logging_rank():
-            every = {i: row for part in gathered for i, row in part.items()}
             lines = [json.dumps(every[i], ensure_ascii=False) + "\n" for i in sorted(every)]
             output.parent.mkdir(parents=True, exist_ok=True)
             output.write_text("".join(lines), encoding="utf-8")
             logger.info("%d responses in %s", len(lines), output)
 
     def _prompt(self, requests: RecordFile[GenerateRequest], number: int, sample: int) -> Prompt:
-        try:
+        with located(lambda: f"{requests.where(number)}: "):
             request = requests[number]
             tokens = tokens_of(request.prompt, self.tokenizer, tools=request.tools)
-        except UserError as error:
-            raise UserError(f"{requests.where(number)}: {error.problem}", fix=error.fix) from error
         return Prompt(tokens=tokens, number=number, sample=sample)
 
     def _rows(self, requests: RecordFile[GenerateRequest], rollout: Rollout) -> Iterator[Mapping[str, Any]]:

@@ -12,7 +12,7 @@ from dataclasses import asdict, replace
 
 from nemo_aligner.algorithms.critic_link import CriticLink, PPOState
 from nemo_aligner.algorithms.ppo_config import PPOConfig
-from nemo_aligner.algorithms.rollout import PromptSource, Rollouts
+from nemo_aligner.algorithms.rollout import PromptSource, RolloutSettings
 from nemo_aligner.algorithms.rollout_metrics import learning_metrics, rollout_metrics, summary, table_rows
 from nemo_aligner.algorithms.run_lifecycle import RunLifecycle
 from nemo_aligner.algorithms.sampler import Sampler
@@ -25,7 +25,13 @@ from nemo_aligner.checkpoint.training import TrainingCheckpoints, monitor_name
 from nemo_aligner.data.row import Row
 from nemo_aligner.models.alignable_interface import AlignableGenerativeInterface
 from nemo_aligner.objectives.adaptive import RewardScaling
-from nemo_aligner.objectives.credit import credit, kl_controller, observe, statistics, value_batch
+from nemo_aligner.objectives.credit import (
+    credit,
+    kl_controller,
+    statistics,
+    update_reward_scaling,
+    value_batch,
+)
 from nemo_aligner.objectives.protocol import Objective
 from nemo_aligner.objectives.value import MAX_RETURN
 from nemo_aligner.parallel import collectives, world
@@ -52,7 +58,7 @@ class PPOTrainer:
     def __init__(
         self,
         config: PPOConfig,
-        rollouts: Rollouts,
+        rollouts: RolloutSettings,
         policy: AlignableGenerativeInterface,
         objective: Objective,
         prompts: tuple[PromptSource, PromptSource | None],
@@ -242,7 +248,7 @@ class PPOTrainer:
 
     def _credit(self, scored: ScoredRollout) -> Experience:
         coefficient = self.kl.coefficient
-        scaling = observe(self.scaling, scored, self.config, kl_coefficient=coefficient)
+        scaling = update_reward_scaling(self.scaling, scored, self.config, kl_coefficient=coefficient)
         found = credit(scored, self.config, kl_coefficient=coefficient, scaling=scaling)
         fix = "look at the reward model; set trainer.ppo.reward_clip, or trainer.ppo.scale_rewards=True"
         check_finite({"advantages": found.advantages, "returns": found.returns}, most=MAX_RETURN, fix=fix)
@@ -258,7 +264,7 @@ class PPOTrainer:
             rollout, prompts = self.sampler.sample(
                 self.validation, 0, VALIDATION_DRAW, responses=1, slots=slots, watch=watch
             )
-            scores = self.scorer.scores(self.scorer.ask(rollout), rollout, prompts, watch)
+            scores = self.scorer.collect_scores(self.scorer.request_scores(rollout), rollout, prompts, watch)
         metrics = rollout_metrics("val_rollouts", rollout, scores)
         self.run.log(metrics | {"timers/validation_time": watch.seconds["validation_time"]}, step=step)
         self.run.log_rows(

@@ -32,7 +32,7 @@ PromptSource = BatchLoader[list[Row]]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Rollouts:
+class RolloutSettings:
     """The sizes of a rollout, and of the work on it."""
 
     config: RolloutConfig

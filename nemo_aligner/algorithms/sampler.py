@@ -3,7 +3,7 @@
 
 from dataclasses import dataclass
 
-from nemo_aligner.algorithms.rollout import PromptSource, Rollouts, gather_rollouts
+from nemo_aligner.algorithms.rollout import PromptSource, RolloutSettings, gather_rollouts
 from nemo_aligner.batch import Prompt, Rollout
 from nemo_aligner.data.row import Row
 from nemo_aligner.models.alignable_interface import AlignableGenerativeInterface
@@ -16,7 +16,7 @@ class Sampler:
     """Has ``policy`` write."""
 
     policy: AlignableGenerativeInterface
-    rollouts: Rollouts
+    rollouts: RolloutSettings
     seq_length: int | None  # the least that rollouts are padded to; None: their longest
 
     def sample(

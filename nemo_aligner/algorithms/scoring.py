@@ -9,7 +9,7 @@ from torch import Tensor
 
 from nemo_aligner.algorithms.ppo_config import RewardConfig
 from nemo_aligner.algorithms.rewards import RewardFunction, score_by_functions, weighted_sum
-from nemo_aligner.algorithms.rollout import Rollouts, per_token_over_ranks, trim_padding
+from nemo_aligner.algorithms.rollout import RolloutSettings, per_token_over_ranks, trim_padding
 from nemo_aligner.algorithms.skips import check_finite
 from nemo_aligner.batch import Rollout, ScoredRollout
 from nemo_aligner.data.row import Row
@@ -48,7 +48,7 @@ class Scorer:
     """
 
     policy: AlignableGenerativeInterface
-    rollouts: Rollouts
+    rollouts: RolloutSettings
     sources: RewardSources
     served: str | None = "reward_model"  # the served reward's name; None: there is none
     rewards: Mapping[str, RewardConfig] = field(default_factory=dict[str, RewardConfig])
@@ -68,13 +68,13 @@ class Scorer:
             NotFinite: a number is infinite or NaN, or a reward function failed.
             WaitCancelled: it was given up.
         """
-        asked = self.ask(rollout)
+        asked = self.request_scores(rollout)
         with watch("logprobs"):
             own = reference = self._logprobs(rollout)
         if with_reference:
             with watch("init_logprobs"), self.policy.as_reference():
                 reference = self._logprobs(rollout)
-        scores = self.scores(asked, rollout, prompts, watch)
+        scores = self.collect_scores(asked, rollout, prompts, watch)
         if asked is not None:
             watch.note("critic_infer_time", asked.seconds)
         responses = rollout.loss_tokens()
@@ -98,7 +98,7 @@ class Scorer:
             multiple=self.rollouts.length_multiple,
         )
 
-    def ask(self, rollout: Rollout) -> Reply:
+    def request_scores(self, rollout: Rollout) -> Reply:
         """Ask the servers for scores while this job works on; None if there is no server.
 
         A rollout is one request: the critic changes to the reward model's weights once for it.
@@ -108,7 +108,9 @@ class Scorer:
         server = self.sources.critic or self.sources.reward
         return None if server is None else server.score(batch, rows=rows)
 
-    def scores(self, asked: Reply, rollout: Rollout, prompts: Mapping[int, Row], watch: Stopwatch) -> Scores:
+    def collect_scores(
+        self, asked: Reply, rollout: Rollout, prompts: Mapping[int, Row], watch: Stopwatch
+    ) -> Scores:
         """Collect the scores of reward functions, and of servers that were ``asked``.
 
         Raises:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from nemo_aligner.algorithms.rollout import Rollouts, balance_micro_batches, lengths_of, trim_padding
+from nemo_aligner.algorithms.rollout import RolloutSettings, balance_micro_batches, lengths_of, trim_padding
 from nemo_aligner.algorithms.skips import counted
 from nemo_aligner.batch import Experience
 from nemo_aligner.checkpoint.trainer_state import TrainerState
@@ -25,7 +25,7 @@ class Updates:
 
     policy: AlignableGenerativeInterface
     objective: Objective
-    rollouts: Rollouts
+    rollouts: RolloutSettings
     num_epochs: int  # passes over each rollout
 
     @property

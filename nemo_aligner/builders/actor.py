@@ -11,7 +11,7 @@ from pathlib import Path
 from nemo_aligner.algorithms.critic_link import PPOState
 from nemo_aligner.algorithms.ppo import PPOTrainer
 from nemo_aligner.algorithms.rewards import load_function
-from nemo_aligner.algorithms.rollout import PromptSource, Rollouts
+from nemo_aligner.algorithms.rollout import PromptSource, RolloutSettings
 from nemo_aligner.algorithms.scoring import RewardSources
 from nemo_aligner.builders.loaders import longest_sequence
 from nemo_aligner.builders.models import Pretrained, go_on_from, load_policy, require_tokenizer
@@ -95,10 +95,10 @@ def _sampling(job: ActorJob, pretrained: Pretrained[GPTPolicy]) -> SamplingConfi
     return job.model.ppo.sampling(max_length=half, seed=job.model.seed)
 
 
-def actor_rollouts(job: ActorJob, pretrained: Pretrained[GPTPolicy]) -> Rollouts:
+def actor_rollouts(job: ActorJob, pretrained: Pretrained[GPTPolicy]) -> RolloutSettings:
     """The sizes of a rollout, and of the work on it."""
     model = job.model
-    return Rollouts(
+    return RolloutSettings(
         config=model.ppo,
         sampling=_sampling(job, pretrained),
         global_batch_size=model.global_batch_size,

@@ -5,7 +5,7 @@ dequantised.
 
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -46,11 +46,13 @@ def import_gguf(path: Path) -> ImportedModel:
     lost; dequantised ones are float32, because no shorter dtype holds them exactly.
     """
     file = read_gguf(path)
+    with report_damage(f"{path}: its tokenizer is damaged", fix="download it again"):
+        tokenizer_files = build_tokenizer_files(file.metadata, where=str(path))
     return import_model(
         GgufTensors(file, path),
         hf_config=file.hf_config,
         generation_config=file.generation_config,
-        tokenizer_files=_tokenizer_files(file.metadata, path),
+        tokenizer_files=tokenizer_files,
         where=str(path),
     )
 
@@ -88,11 +90,6 @@ class GgufTensors:
         vectors = [_dequantise(tensor) for tensor in self._tensors.values() if len(tensor.shape) == 1]
         exact = all(torch.equal(vector.to(dtype).float(), vector) for vector in vectors)
         return dtype if exact else torch.float32
-
-
-def _tokenizer_files(metadata: dict[str, Any], path: Path) -> dict[str, Path | bytes]:
-    with report_damage(f"{path}: its tokenizer is damaged", fix="download it again"):
-        return build_tokenizer_files(metadata, where=str(path))
 
 
 def _dequantise(tensor: "ReaderTensor") -> Tensor:

@@ -313,16 +313,14 @@ def _check_weights_layout(archive: NemoArchive) -> None:
     # It needs torch, which whoever looks at a config alone need not wait for.
     from nemo_aligner.checkpoint.torch_dist import read_backend
 
-    match read_backend(archive.weights):
-        case "torch_dist":
-            return
-        case None:
-            pass
-        case other:
-            raise UserError(
-                f"{archive.source}: the weights are in the {other} format",
-                fix="save it again in the NeMo release that wrote it, with dist_ckpt_format: torch_dist",
-            )
+    backend = read_backend(archive.weights)
+    if backend == "torch_dist":
+        return
+    if backend is not None:
+        raise UserError(
+            f"{archive.source}: the weights are in the {backend} format",
+            fix="save it again in the NeMo release that wrote it, with dist_ckpt_format: torch_dist",
+        )
     if any(archive.folder.glob("*model_weights.ckpt")) or any(
         archive.folder.glob("*_rank_*/model_weights.ckpt")
     ):

@@ -44,7 +44,7 @@ _ALPACA_INPUT = (
 )
 _ALPACA_ASKS = "Write a response that appropriately completes the request."
 
-Row = Mapping[str, object]
+JsonRow = Mapping[str, object]
 
 
 @dataclass
@@ -62,7 +62,7 @@ class Recognised:
             _LOG.info("%s holds %s: read as %s", self.path, form, how)
 
 
-def refuse_unread(row: Row, *, read: Collection[str], fix: str) -> None:
+def refuse_unread(row: JsonRow, *, read: Collection[str], fix: str) -> None:
     """Raise UserError for a key that changes the meaning of a row and is not among those ``read``.
 
     Raises:
@@ -78,7 +78,7 @@ def refuse_unread(row: Row, *, read: Collection[str], fix: str) -> None:
             )
 
 
-def as_input_output(row: Row, *, keys: Sequence[str], recognised: Recognised) -> Row:
+def as_input_output(row: JsonRow, *, keys: Sequence[str], recognised: Recognised) -> JsonRow:
     """A row of a prompt and its response as one that has ``keys``, those of the prompt template.
 
     Args:
@@ -97,7 +97,7 @@ def as_input_output(row: Row, *, keys: Sequence[str], recognised: Recognised) ->
     return row
 
 
-def _converted(row: Row, keys: Sequence[str], recognised: Recognised) -> Row | None:
+def _converted(row: JsonRow, keys: Sequence[str], recognised: Recognised) -> JsonRow | None:
     if "output" not in keys or not set(keys) <= {"input", "output", "category"}:
         return None
     is_plain = row.keys() >= set(keys)
@@ -120,7 +120,7 @@ def _converted(row: Row, keys: Sequence[str], recognised: Recognised) -> Row | N
     return {"input": row[prompt], "output": row[response]}
 
 
-def _pair(row: Row) -> tuple[str, str] | None:
+def _pair(row: JsonRow) -> tuple[str, str] | None:
     """The row's keys of prompt and response; UserError where there are two of them."""
     found = [(key, name) for key in _PROMPTS if key in row for name in _RESPONSES[key] if name in row]
     if len(found) > 1:
@@ -132,7 +132,7 @@ def _pair(row: Row) -> tuple[str, str] | None:
     return found[0] if found else None
 
 
-def alpaca_prompt(row: Row) -> str:
+def alpaca_prompt(row: JsonRow) -> str:
     """Alpaca's prompt of {instruction, input}, where input may be missing or empty."""
     instruction = text_field(row, "instruction")
     given = "" if row.get("input") is None else text_field(row, "input")
@@ -141,7 +141,7 @@ def alpaca_prompt(row: Row) -> str:
     return f"{_ALPACA_INPUT}{_ALPACA_ASKS}\n\n### Instruction:\n{instruction}\n\n### Input:\n{given}\n\n### Response:"
 
 
-def prompt_of(row: Row, recognised: Recognised) -> str | Sequence[Row]:
+def prompt_of(row: JsonRow, recognised: Recognised) -> str | Sequence[JsonRow]:
     """The prompt of a row: a text, or the entries of a conversation whose next turn is the assistant's.
 
     Raises:
@@ -177,7 +177,7 @@ def prompt_of(row: Row, recognised: Recognised) -> str | Sequence[Row]:
     return text_field(row, found[0])
 
 
-def entries_of(row: Row, key: str) -> list[Row]:
+def entries_of(row: JsonRow, key: str) -> list[JsonRow]:
     """The messages under ``key`` as {role, content}, in whichever of the two dialects they are written.
 
     ShareGPT's entries are {from, value}. A row's own ``system`` text becomes the first message.
@@ -198,7 +198,7 @@ def entries_of(row: Row, key: str) -> list[Row]:
     return messages
 
 
-def _entry(entry: Row) -> Row:
+def _entry(entry: JsonRow) -> JsonRow:
     if "role" in entry or "from" not in entry:
         return entry
     speaker = text_field(entry, "from")
@@ -208,7 +208,7 @@ def _entry(entry: Row) -> Row:
     return {**others, "role": _ROLES[speaker.lower()], "content": entry.get("value")}
 
 
-def messages_row(row: Row, recognised: Recognised) -> Row:
+def messages_row(row: JsonRow, recognised: Recognised) -> JsonRow:
     """A row that is to be read as a conversation, with it under ``messages`` unless NeMo's own form says more.
 
     Raises:
@@ -229,7 +229,7 @@ def messages_row(row: Row, recognised: Recognised) -> Row:
     return _with_messages(row, entries_of(row, key))
 
 
-def _is_nemo(row: Row) -> bool:
+def _is_nemo(row: JsonRow) -> bool:
     """NeMo's own form names whom to mask or the kind of its labels, or its speakers are not ShareGPT's."""
     entries = row["conversations"]
     if row.get("mask") or row.get("type") or not isinstance(entries, list):
@@ -240,9 +240,9 @@ def _is_nemo(row: Row) -> bool:
     )
 
 
-def _as_two_turns(row: Row, recognised: Recognised) -> Row:
+def _as_two_turns(row: JsonRow, recognised: Recognised) -> JsonRow:
     if is_dolly(row):
-        fields: Row = dolly_to_prompt_response(row)
+        fields: JsonRow = dolly_to_prompt_response(row)
         form = "{instruction, context, response}"
     elif row.get("instruction") and "output" in row:
         parts = [text_field(row, "instruction"), "" if row.get("input") is None else text_field(row, "input")]
@@ -262,6 +262,6 @@ def _as_two_turns(row: Row, recognised: Recognised) -> Row:
     return _with_messages(row, [*system, *turns])
 
 
-def _with_messages(row: Row, messages: Sequence[Row]) -> dict[str, Any]:
+def _with_messages(row: JsonRow, messages: Sequence[JsonRow]) -> dict[str, Any]:
     kept = {key: row[key] for key in ("tools", "weight", "train") if key in row}
     return {**kept, "messages": list(messages)}

@@ -74,10 +74,7 @@ class PromptResponseLayout:
             return []
         prompt = [*(token for piece in pieces[:-1] for token in piece), *self._sep]
         response = [*pieces[-1], *eos]
-        mask = [False] * len(bos) + [not self._answer_only_loss] * len(prompt) + [True] * len(response)
-        return [
-            finish([*bos, *prompt, *response], mask, truncated=truncated, max_seq_length=cfg.max_seq_length)
-        ]
+        return [self._row(bos, prompt, response, truncated=truncated)]
 
     def _whole(self, values: Mapping[str, str]) -> Row | None:
         """The sample of a row that needs no cut; None for one that does."""
@@ -87,13 +84,15 @@ class PromptResponseLayout:
         pieces = [ids, continuation(self._tokenizer, prompt, ids, response) if response else []]
         bos = split_bos(pieces, tokenizer=self._tokenizer, add_bos=self._cfg.add_bos)
         eos = self._take_eos(pieces[1])
-        before = [*bos, *pieces[0], *self._sep]
-        tokens = [*before, *pieces[1], *eos]
-        if len(tokens) > self._cfg.max_seq_length:
+        prompt_ids, response_ids = [*pieces[0], *self._sep], [*pieces[1], *eos]
+        if len(bos) + len(prompt_ids) + len(response_ids) > self._cfg.max_seq_length:
             return None
-        mask = [False] * len(bos) + [not self._answer_only_loss] * (len(before) - len(bos))
-        mask += [True] * (len(tokens) - len(before))
-        return finish(tokens, mask, truncated=False, max_seq_length=self._cfg.max_seq_length)
+        return self._row(bos, prompt_ids, response_ids, truncated=False)
+
+    def _row(self, bos: list[int], prompt: list[int], response: list[int], *, truncated: bool) -> Row:
+        mask = [False] * len(bos) + [not self._answer_only_loss] * len(prompt) + [True] * len(response)
+        tokens, limit = [*bos, *prompt, *response], self._cfg.max_seq_length
+        return finish(tokens, mask, truncated=truncated, max_seq_length=limit)
 
     def _texts(self, values: Mapping[str, str]) -> list[str]:
         """The text of each piece; a value without its outer spaces, and nothing where it is empty."""

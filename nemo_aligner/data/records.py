@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Generic, Protocol, TypeVar
 
 from nemo_aligner.data.row_files import Place, find_rows, keys_of, map_file, parse_line, shorten
-from nemo_aligner.errors import UserError
+from nemo_aligner.errors import UserError, located
 
 R = TypeVar("R")
 R_co = TypeVar("R_co", covariant=True)
@@ -102,10 +102,8 @@ class RecordFile(Generic[R]):
         return f"{self.path}, line {self._lines[index]}"
 
     def _places(self) -> Iterator[Place]:
-        try:
+        with located(lambda: f"{self.path}, "):
             yield from find_rows(self._bytes)
-        except UserError as error:
-            raise UserError(f"{self.path}, {error.problem}", fix=error.fix) from error
 
 
 def read_prompt_response(row: Mapping[str, object], *, keys: Sequence[str]) -> PromptResponse:

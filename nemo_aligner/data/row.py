@@ -89,14 +89,9 @@ class TextEncoder:
 def most_tokens(text: str) -> int:
     """The most tokens that ``text`` can have, BOS, EOS and a space before it included."""
     # A token is at least one byte of the text as the tokenizer normalises it, and no form is longer than NFKD.
-    longest = (
-        len(text) if text.isascii() else max(map(_num_bytes, (text, unicodedata.normalize("NFKD", text))))
-    )
-    return longest + 3
-
-
-def _num_bytes(text: str) -> int:
-    return len(text.encode())
+    if text.isascii():
+        return len(text) + 3
+    return max(len(form.encode()) for form in (text, unicodedata.normalize("NFKD", text))) + 3
 
 
 def finish(tokens: list[int], mask: list[bool], *, truncated: bool, max_seq_length: int) -> Row:

@@ -15,7 +15,7 @@ from typing import Generic, Protocol, TypeVar
 from nemo_aligner.data.records import Records
 from nemo_aligner.data.row import Row
 from nemo_aligner.data.sampler import BlendSource
-from nemo_aligner.errors import UserError
+from nemo_aligner.errors import UserError, located
 
 _LOG = logging.getLogger(__name__)
 _LISTED = 10  # lines that a message names
@@ -76,19 +76,21 @@ class RowDataset(Generic[R]):
         self._total = len(records) if within is None else len(within)
         self._left_out: dict[str, list[int]] = {}
         cut = 0
-        for place in within or range(len(records)):
-            record = self._read(place)
-            why = layout.left_out(record)
-            count = 1
-            if not why and not layout.surely_fits(record):
-                rows = self._lay_out(place, record)
-                count, cut = len(rows), cut + sum(row.truncated for row in rows)
-                why = None if rows else layout.too_long[0]
-            if why:
-                self._left_out.setdefault(why, []).append(place)
-            else:
-                self._places.extend([place] * count)
-                self._parts.extend(range(count))
+        place = 0
+        with located(lambda: f"{records.where(place)}: "):
+            for place in within or range(len(records)):
+                record = records[place]
+                why = layout.left_out(record)
+                count = 1
+                if not why and not layout.surely_fits(record):
+                    rows = layout(record)
+                    count, cut = len(rows), cut + sum(row.truncated for row in rows)
+                    why = None if rows else layout.too_long[0]
+                if why:
+                    self._left_out.setdefault(why, []).append(place)
+                else:
+                    self._places.extend([place] * count)
+                    self._parts.extend(range(count))
         self._report(cut)
 
     def __len__(self) -> int:
@@ -110,28 +112,14 @@ class RowDataset(Generic[R]):
 
     def __getitem__(self, index: int) -> Row:
         place, part = self._places[index], self._parts[index]
-        rows = self._lay_out(place, self._read(place))
+        with located(lambda: f"{self.records.where(place)}: "):
+            rows = self._layout(self.records[place])
         if part >= len(rows):
             raise UserError(
                 f"{self.records.where(place)}: the tokenizer makes more tokens of the text than it has bytes",
                 fix="remove the row",
             )
         return rows[part]
-
-    def _read(self, place: int) -> R:
-        try:
-            return self.records[place]
-        except UserError as error:
-            raise self._located(place, error) from error
-
-    def _lay_out(self, place: int, record: R) -> list[Row]:
-        try:
-            return self._layout(record)
-        except UserError as error:
-            raise self._located(place, error) from error
-
-    def _located(self, place: int, error: UserError) -> UserError:
-        return UserError(f"{self.records.where(place)}: {error.problem}", fix=error.fix)
 
     def _report(self, cut: int) -> None:
         path, unit, total = self.records.path, self._layout.unit, self._total

@@ -3,14 +3,15 @@
 
 import difflib
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from nemo_aligner.config.resume import flat
 from nemo_aligner.config.short_names import command_defaults, short_names
-from nemo_aligner.errors import UserError, report_damage
+from nemo_aligner.errors import UserError, located, report_damage
 from nemo_aligner.launch.typed import quoted
 from nemo_aligner.settings import is_field, refuse_unknown
 
@@ -60,19 +61,9 @@ def _words_of(path: Path, kind: type[object]) -> list[str]:
     if not isinstance(config, DictConfig):
         raise UserError(f"{path} is a list", fix="write KEY: VALUE, blocks indented")
     values: Any = OmegaConf.to_container(config)
-    try:
+    with located(lambda: f"{path}: "):
         refuse_unknown(values, kind)
-    except UserError as error:
-        raise UserError(f"{path}: {error.problem}", fix=error.fix) from error
-    return [f"{key}={value}" for key, value in _leaves(values)]
-
-
-def _leaves(values: Mapping[Any, Any], block: str = "") -> Iterator[tuple[str, str]]:
-    for name, value in values.items():
-        if isinstance(value, dict) and value:
-            yield from _leaves(value, f"{block}{name}.")
-        else:
-            yield f"{block}{name}", _in_hydras_grammar(value)
+    return [f"{key}={_in_hydras_grammar(value)}" for key, value in flat(values).items()]
 
 
 def _in_hydras_grammar(value: object) -> str:

@@ -197,7 +197,7 @@ def rolling_returns(rewards: Tensor, mask: Tensor, *, gamma: float) -> Tensor:
     return rolling
 
 
-def observe(
+def update_reward_scaling(
     scaling: RewardScaling,
     scored: ScoredRollout,
     config: CreditConfig,
@@ -226,7 +226,7 @@ def credit(
 
     Args:
         kl_coefficient: what a nat of KL to the initial policy costs; :func:`kl_controller` has it.
-        scaling: what :func:`observe` gave for this rollout; read where ``config.scale_rewards``.
+        scaling: what :func:`update_reward_scaling` gave for this rollout; read where ``config.scale_rewards``.
         sum_over_ranks: adds up a tensor over all ranks that hold a part of this rollout; called on every rank alike.
 
     Returns:
@@ -236,7 +236,7 @@ def credit(
     responses = scored.loss_tokens()
     rewards = shape_rewards(scored, config, kl_coefficient=kl_coefficient)
     if config.scale_rewards:
-        assert scaling is not None, "observe() comes first"
+        assert scaling is not None, "update_reward_scaling() comes first"
         rewards, limit = rewards / scaling.divisor, config.scaled_reward_clip
         if limit is not None:
             rewards = rewards.clamp(-limit, limit)

@@ -86,9 +86,7 @@ def all_reduce_sums(sums: dict[str, Tensor] | None, names: tuple[str, ...]) -> d
         for row, name in enumerate(names):
             table[row] = sums[name]
         sum_over_data_parallel(table)
-    if world.pp_size() > 1:
-        group: Any = parallel_state.get_pipeline_model_parallel_group()
-        dist.broadcast(table, parallel_state.get_pipeline_model_parallel_last_rank(), group=group)
+    table = broadcast_from_last_stage(table, tuple(table.shape), dtype=torch.float64)
     return dict(zip(names, table.cpu().unbind(0), strict=True))
 
 

@@ -23,7 +23,7 @@ from tritonclient.utils import np_to_triton_dtype
 from nemo_aligner.errors import UserError
 from nemo_aligner.serving.address import keep_alive, resolve
 from nemo_aligner.serving.protocol import TOKEN_HEADER, Refusal, Trouble, error_text
-from nemo_aligner.serving.token import TOKEN_VARIABLE, Token, find_token
+from nemo_aligner.serving.token import TOKEN_VARIABLE, find_token
 from nemo_aligner.serving.wire import Arrays
 
 logger = logging.getLogger(__name__)
@@ -64,7 +64,7 @@ class HttpClient:
         self.remote = remote
         self._environ = environ
         self._address = resolve(remote.ip, setting=f"{remote.setting}.ip")
-        self._token = self._find_token()
+        self._token = find_token(self._address, remote.port, environ)
         self._reached = False
         self._reported_at = -REPORT_SECONDS  # several threads may wait, and one logs
         self._closed = threading.Event()
@@ -119,9 +119,6 @@ class HttpClient:
     def close(self) -> None:
         """End all waits."""
         self._closed.set()
-
-    def _find_token(self) -> Token | None:
-        return find_token(self._address, self.remote.port, self._environ)
 
     def _ask(self, endpoint: str, message: tuple[bytes, int]) -> dict[str, NDArray[Any]]:
         began, patience = time.monotonic(), self.remote.timeout_seconds
@@ -180,7 +177,8 @@ class HttpClient:
                 return refusal
 
     def _token_error(self, text: str) -> Exception:
-        before, self._token = self._token, self._find_token()
+        before = self._token
+        self._token = find_token(self._address, self.remote.port, self._environ)
         if self._token != before:
             return _NotNow(f"{text}; the token has changed")
         shown = f"the token of {before.origin}" if before else "no token"

@@ -44,7 +44,7 @@ class TritonProcess:
         self._front.bind(patience_seconds=PORT_SECONDS if end_abandoned(self._name) else 0.0)
         with ExitStack() as within:
             within.enter_context(self._front)
-            within.callback(self._stop_triton)
+            within.callback(lambda: self._triton_within.close())  # of that time
             self._start_triton()
             self._within = within.pop_all()
         return self
@@ -69,11 +69,8 @@ class TritonProcess:
             UserError: it does not start.
         """
         self._front.close("Triton is started again; ask again")
-        self._stop_triton()
-        self._start_triton()
-
-    def _stop_triton(self) -> None:
         self._triton_within.close()
+        self._start_triton()
 
     def _start_triton(self) -> None:
         reasons = []

@@ -36,11 +36,6 @@ class Token:
             self.path.unlink(missing_ok=True)
 
 
-def token_path(port: int, environ: Mapping[str, str]) -> Path:
-    """``~/.nemo_aligner/JOB-PORT.token``."""
-    return Path(environ.get("HOME") or Path.home()) / ".nemo_aligner" / f"{job_name(environ)}-{port}.token"
-
-
 def find_token(address: str, port: int, environ: Mapping[str, str]) -> Token | None:
     """The token for a server at ``address``; None where it asks none.
 
@@ -54,7 +49,8 @@ def find_token(address: str, port: int, environ: Mapping[str, str]) -> Token | N
         return Token(text=_valid(text, TOKEN_VARIABLE), path=None)
     if address == LOCAL:
         return None
-    path = token_path(port, environ)
+    home = Path(environ.get("HOME") or Path.home())
+    path = home / ".nemo_aligner" / f"{job_name(environ)}-{port}.token"
     path.parent.mkdir(mode=0o700, exist_ok=True)
     if not path.exists():
         _create(path)

@@ -50,20 +50,16 @@ def head_config(config: Mapping[str, Any]) -> HeadConfig | None:
         raise UserError(
             f"model.reward_model_type={kind} is not known", fix="set it to binary_ranking or regression"
         )
+    if (dtype := str(config.get("force_head_dtype") or "float32")) not in HEAD_DTYPES:
+        raise UserError(
+            f"model.force_head_dtype={dtype} is not known", fix=f"set it to one of {', '.join(HEAD_DTYPES)}"
+        )
     regression = config.get("regression") or {}
     return HeadConfig(
         outputs=int(regression.get("num_attributes", 1)) if kind == "regression" else 1,
-        dtype=_dtype(str(config.get("force_head_dtype") or "float32")),
+        dtype=HEAD_DTYPES[dtype],
         average=bool(config.get("use_avg_pool", False)),
     )
-
-
-def _dtype(name: str) -> torch.dtype:
-    if name not in HEAD_DTYPES:
-        raise UserError(
-            f"model.force_head_dtype={name} is not known", fix=f"set it to one of {', '.join(HEAD_DTYPES)}"
-        )
-    return HEAD_DTYPES[name]
 
 
 class ScalarHead(nn.Module):

@@ -17,7 +17,7 @@ from nemo_aligner.models.gpt.head_projection import Projection
 from nemo_aligner.models.gpt.learning_rate import OptimConfig, learning_rate
 from nemo_aligner.models.gpt.model import GPT, InterleavedGPT
 from nemo_aligner.models.gpt.optim import (
-    Taken,
+    StepResult,
     build_optimizer,
     inner_optimizer,
     load_optimizer,
@@ -148,7 +148,9 @@ class GPTLearner:
             group["lr"] = lr
         # Every rank has the same loss and the same norm, so all of them leave the step out, or none.
         taken = (
-            take_step(self._optimizer) if math.isfinite(self._loss) else Taken(done=False, grad_norm=math.nan)
+            take_step(self._optimizer)
+            if math.isfinite(self._loss)
+            else StepResult(done=False, grad_norm=math.nan)
         )
         self._optimizer_steps += not taken.seeks_scale
         self.changes += 1

@@ -103,7 +103,7 @@ class _NotFinite(ArithmeticError):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Taken:
+class StepResult:
     """The result of an optimizer step."""
 
     done: bool  # else the weights and the moments are as they were
@@ -111,19 +111,19 @@ class Taken:
     seeks_scale: bool = False  # fp16: not done, for the loss scale was too large and is lower now
 
 
-def take_step(optimizer: MegatronOptimizer) -> Taken:
+def take_step(optimizer: MegatronOptimizer) -> StepResult:
     """Clip and step, unless the gradient's norm is not finite. The same on every rank."""
     stepped: Any
     try:
         stepped = optimizer.step()
     except _NotFinite as found:
-        return Taken(done=False, grad_norm=found.norm)
+        return StepResult(done=False, grad_norm=found.norm)
     done, norm, _ = stepped
     if done:
-        return Taken(done=True, grad_norm=float(norm))
+        return StepResult(done=True, grad_norm=float(norm))
     # Below the least scale there is nothing to seek: the gradient itself is not finite.
     scale = float(optimizer.get_loss_scale())
-    return Taken(done=False, grad_norm=math.nan, seeks_scale=scale > optimizer.config.min_loss_scale)
+    return StepResult(done=False, grad_norm=math.nan, seeks_scale=scale > optimizer.config.min_loss_scale)
 
 
 def load_optimizer(optim: OptimConfig, optimizer: MegatronOptimizer, state: dict[str, Any]) -> None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from nemo_aligner.algorithms.ppo_config import RolloutConfig
-from nemo_aligner.algorithms.rollout import Rollouts
+from nemo_aligner.algorithms.rollout import RolloutSettings
 from nemo_aligner.algorithms.scoring import RewardSources, Scorer
 from nemo_aligner.algorithms.skips import NotFinite
 from nemo_aligner.batch import Rollout, TokenBatch
@@ -28,7 +28,7 @@ def _one_rank() -> Iterator[None]:
 
 @pytest.fixture
 def scorer() -> Scorer:
-    rollouts = Rollouts(
+    rollouts = RolloutSettings(
         config=RolloutConfig(rollout_micro_batch_size=2),
         sampling=SamplingConfig(),
         global_batch_size=2,
@@ -94,10 +94,10 @@ def reply(rewards: list[float], values: torch.Tensor) -> PendingReply[tuple[torc
 
 
 def test_only_columns_with_tokens_are_sent_and_values_come_back_as_wide_as_the_rollout(scorer: Scorer):
-    rewards, values = scorer.ask(rollout()).result()
+    rewards, values = scorer.request_scores(rollout()).result()
     assert rewards.shape == (2,)
     assert values.shape == (2, 4)
-    scores = scorer.scores(reply([1.0, 2.0], torch.ones(2, 4)), rollout(), {}, Stopwatch())
+    scores = scorer.collect_scores(reply([1.0, 2.0], torch.ones(2, 4)), rollout(), {}, Stopwatch())
     assert scores.values.tolist() == [[1, 1, 1, 1, 0, 0]] * 2
     assert scores.rewards.tolist() == [1.0, 2.0]
 
@@ -113,5 +113,5 @@ def test_a_reply_that_is_no_number_ends_the_step_before_it_spoils_the_weights(
     scorer: Scorer, rewards: list[float], values: torch.Tensor, words: str
 ):
     with pytest.raises(NotFinite) as found:
-        scorer.scores(reply(rewards, values), rollout(), {}, Stopwatch())
+        scorer.collect_scores(reply(rewards, values), rollout(), {}, Stopwatch())
     assert words in found.value.error.problem

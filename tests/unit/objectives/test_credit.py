@@ -16,10 +16,10 @@ from nemo_aligner.objectives.credit import (
     credit,
     gae,
     kl_controller,
-    observe,
     rolling_returns,
     shape_rewards,
     statistics,
+    update_reward_scaling,
     value_batch,
 )
 from nemo_aligner.objectives.policy import PolicyGradient
@@ -197,7 +197,7 @@ def test_rewards_are_scaled_by_the_spread_of_their_rolling_sums(scored: Make):
     seen: list[float] = []
     scaling = RewardScaling()
     for beta in (0.1, 0.2):  # two rollouts: what was seen in the first counts in the second
-        scaling = observe(scaling, batch, config, kl_coefficient=beta)
+        scaling = update_reward_scaling(scaling, batch, config, kl_coefficient=beta)
         shaped = shape_rewards(batch, config, kl_coefficient=beta)
         for row in range(len(batch.lengths)):
             rolling = 0.0
@@ -217,7 +217,7 @@ def test_rewards_are_scaled_by_the_spread_of_their_rolling_sums(scored: Make):
 
 def test_rewards_that_are_not_scaled_leave_the_scaling_alone(scored: Make):
     scaling = RewardScaling(total=1.0, total_of_squares=2.0, count=3.0)
-    assert observe(scaling, scored(), CreditConfig(), kl_coefficient=0.1) is scaling
+    assert update_reward_scaling(scaling, scored(), CreditConfig(), kl_coefficient=0.1) is scaling
 
 
 def test_rolling_sums_step_over_what_is_no_response():
@@ -278,7 +278,9 @@ def test_ranks_that_share_a_rollout_credit_as_one(scored: Make, cut: int):
         return [call(shard, lambda _: torch.stack(asked).sum(0)) for shard in shards]
 
     def seen(shard: ScoredRollout, sum_over_ranks: Callable) -> RewardScaling:
-        return observe(RewardScaling(), shard, config, kl_coefficient=0.1, sum_over_ranks=sum_over_ranks)
+        return update_reward_scaling(
+            RewardScaling(), shard, config, kl_coefficient=0.1, sum_over_ranks=sum_over_ranks
+        )
 
     whole = seen(batch, lambda sums: sums)
     scalings = summed(seen)
