@@ -15,7 +15,7 @@ from nemo_aligner.checkpoint.stop_tokens import stop_ids
 from nemo_aligner.checkpoint.tokenizer_files import as_folder, find_tokenizer_files
 from nemo_aligner.data.reading import Reading
 from nemo_aligner.data.row import TextEncoder
-from nemo_aligner.data.tokenizer import Tokenizer
+from nemo_aligner.data.tokenizer import Tokenizer, load_with_transformers
 
 PAD = "<|pad|>"
 _UNUSED = re.compile(r"pad|reserved|unused", re.IGNORECASE)
@@ -54,7 +54,7 @@ def reward_tokens(
         )
         return unchanged
     with as_folder({**files, "config.json": b'{"model_type": "llama"}'}) as folder:
-        theirs = _load(folder)
+        theirs: Any = load_with_transformers(folder)
         pad = _pad_id(config, theirs, tokenizer)
         if pad is None:
             theirs.add_special_tokens({"pad_token": PAD})
@@ -71,12 +71,6 @@ def reward_tokens(
         settings={name: value for name, value in known.items() if value is not None},
         vocab_size=max(vocab, pad + 1),
     )
-
-
-def _load(folder: Path) -> Any:  # noqa: ANN401 - transformers' tokenizer
-    from transformers import AutoTokenizer
-
-    return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
 
 
 def _pad_id(config: Mapping[str, Any], theirs: Any, tokenizer: Tokenizer) -> int | None:  # noqa: ANN401
@@ -103,7 +97,7 @@ def _saved(theirs: Any, encode: TextEncoder, folder: Path) -> dict[str, bytes]: 
             setattr(theirs, name, value)
             theirs.init_kwargs[name] = value
     theirs.save_pretrained(folder)
-    if not _agree(_load(folder), encode):
+    if not _agree(load_with_transformers(folder), encode):
         _log.warning(
             "transformers' tokenizer of this model writes other tokens than ours: give the exported model the ids that "
             "were trained, with append_eod=%s and add_bos=%s",

@@ -91,8 +91,6 @@ class TextLayout:
         shared = 0
         while shared < min(map(len, texts)) - 1 and len({ids[shared] for ids in texts}) == 1:
             shared += 1
-        shared = max(shared, 1)
-        return [
-            TokenSequence(tokens=ids, loss_mask=[False] * shared + [True] * (len(ids) - shared))
-            for ids in texts
-        ]
+        # Nothing predicts the first token.
+        border = max(shared, 1)
+        return [TokenSequence(tokens=ids, loss_mask=[i >= border for i in range(len(ids))]) for ids in texts]

@@ -147,7 +147,7 @@ class HuggingFaceTokenizer:
                 f"there is no tokenizer folder {folder}",
                 fix="name the folder that holds tokenizer.json and tokenizer_config.json",
             )
-        self._tokenizer: Any = _load_hugging_face(folder)
+        self._tokenizer: Any = load_with_transformers(folder)
         vocabulary = self._tokenizer.get_vocab()
         if len(vocabulary) <= len(self._tokenizer.get_added_vocab()):
             raise UserError(
@@ -250,7 +250,8 @@ class HuggingFaceTokenizer:
         self._tokenizer.save_pretrained(folder)
 
 
-def _load_hugging_face(folder: Path) -> "PreTrainedTokenizerFast":
+def load_with_transformers(folder: Path) -> "PreTrainedTokenizerFast":
+    """The tokenizer as transformers loads it; UserError where it cannot."""
     from transformers import AutoTokenizer
 
     # The Rust loader raises bare Exception, and panics, over a file that it cannot read.

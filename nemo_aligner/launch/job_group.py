@@ -17,14 +17,9 @@ from pathlib import Path
 
 from nemo_aligner.launch.local import GRACE_SECONDS
 from nemo_aligner.launch.stacks import STACKS_SIGNAL, forward_stacks_request
-from nemo_aligner.launch.subprocesses import (
-    STARTER_VARIABLE,
-    Interrupted,
-    end,
-    exit_code,
-    stop_signals_handled,
-)
+from nemo_aligner.launch.subprocesses import STARTER_VARIABLE, end, exit_code, stop_signals_handled
 from nemo_aligner.run.progress import ProgressBar, read_line
+from nemo_aligner.run.stop import Terminated
 from nemo_aligner.serving.cleanup import end_abandoned
 
 LOCAL = "127.0.0.1"
@@ -104,7 +99,7 @@ def run_job_group(leader: Program, servers: Sequence[Program]) -> int:
                 _report(f"the same command goes on: {shlex.join(sys.orig_argv)}")
                 return 128 + signal.SIGINT
             return code
-        except Interrupted as stop:
+        except Terminated as stop:
             _report(f"{stop.signal.name}: the jobs are stopped")
             return 128 + stop.signal
         finally:

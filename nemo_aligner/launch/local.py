@@ -15,14 +15,8 @@ from pathlib import Path
 import psutil
 
 from nemo_aligner.launch.stacks import STACKS_SIGNAL, forward_stacks_request
-from nemo_aligner.launch.subprocesses import (
-    STARTER_VARIABLE,
-    Interrupted,
-    end,
-    exit_code,
-    settle,
-    stop_signals_handled,
-)
+from nemo_aligner.launch.subprocesses import STARTER_VARIABLE, end, exit_code, settle, stop_signals_handled
+from nemo_aligner.run.stop import Terminated
 from nemo_aligner.serving.cleanup import OWNER, mark_owner, owner_lives
 
 FOLDER_PREFIX = "nemo_aligner_ranks_"
@@ -55,7 +49,7 @@ def start_ranks(count: int) -> int:
             names = [(f"rank {rank}", process) for rank, process in enumerate(ranks)]
             signal.signal(STACKS_SIGNAL, forward_stacks_request(names))
             return _wait(ranks)
-        except Interrupted as stop:
+        except Terminated as stop:
             sys.stderr.write(f"{stop.signal.name}: the {count} ranks are stopped\n")
             end(ranks, first=signal.SIGINT, seconds=GRACE_SECONDS)
             return 128 + stop.signal

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 from nemo_aligner.launch.stacks import STACKS_SIGNAL
-from nemo_aligner.run.stop import STOP_SIGNALS
+from nemo_aligner.run.stop import STOP_SIGNALS, Terminated
 
 END_SIGNALS = (signal.SIGINT, signal.SIGHUP)
 STARTER_VARIABLE = "NEMO_ALIGNER_STARTER"  # the process id of who started this process
@@ -21,27 +21,19 @@ _POLL_SECONDS = 0.05
 Handler = Callable[[int, object], None] | signal.Handlers  # as signal.signal takes it
 
 
-class Interrupted(Exception):
-    """A signal that children are to be ended for within seconds."""
-
-    def __init__(self, number: int) -> None:
-        self.signal = signal.Signals(number)
-        super().__init__(self.signal.name)
-
-
 def interrupt(number: int, _: object) -> None:
-    """A handler that raises :class:`Interrupted`."""
+    """A handler that raises :class:`Terminated`: children are to be ended within seconds."""
     # From here on signals are ignored. Ending takes seconds at most, and another one would leave children behind.
     for other in (*END_SIGNALS, *STOP_SIGNALS):
         signal.signal(other, signal.SIG_IGN)
-    raise Interrupted(number)
+    raise Terminated(number)
 
 
 @contextmanager
 def stop_signals_handled(act: Callable[[int], None]) -> Iterator[list[int]]:
     """Within it, SIGTERM, SIGUSR1 and SIGINT are acted upon, and kept in the list that it gives.
 
-    SIGHUP, and a SIGTERM or SIGINT after another signal, raise :class:`Interrupted`.
+    SIGHUP, and a SIGTERM or SIGINT after another signal, raise :class:`Terminated`.
     """
     asked: list[int] = []
 

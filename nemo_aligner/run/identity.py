@@ -40,20 +40,14 @@ class RunIdentity:
     command: str = field(default_factory=command_line)
     started: str = field(default_factory=lambda: time.strftime("%Y-%m-%d %H:%M:%S %z"))
 
-    @property
-    def files(self) -> dict[str, bytes]:
-        """The files that a folder keeps of it, by name."""
+    def write(self, folder: Path) -> None:
+        """Put its files, the command and the settings, into ``folder``."""
         where = f"on {socket.gethostname()}, in {shlex.quote(os.getcwd())}"
         settings = yaml.safe_dump(dict(self.settings), sort_keys=False, allow_unicode=True)
-        return {
-            COMMAND: f"# {self.started} {where}\n{self.command}\n".encode(errors="surrogateescape"),
-            CONFIG: f"# every setting of the run, resolved; written {self.started}\n{settings}".encode(),
-        }
-
-    def write(self, folder: Path) -> None:
-        """Put the files there."""
-        for name, content in self.files.items():
-            (folder / name).write_bytes(content)
+        command = f"# {self.started} {where}\n{self.command}\n"
+        settings = f"# every setting of the run, resolved; written {self.started}\n{settings}"
+        (folder / COMMAND).write_bytes(command.encode(errors="surrogateescape"))
+        (folder / CONFIG).write_bytes(settings.encode())
 
 
 def read_settings(folder: Path) -> dict[str, Any] | None:

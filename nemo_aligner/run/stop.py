@@ -39,7 +39,7 @@ class StoppedEarly(Exception):
 
 
 class Terminated(BaseException):
-    """SIGTERM or SIGUSR1 outside of training, unwound as Ctrl-C is, so that temporary files go."""
+    """A signal that ends the process, unwound as Ctrl-C is, so that temporary files and child processes go."""
 
     def __init__(self, number: int) -> None:
         self.signal = signal.Signals(number)

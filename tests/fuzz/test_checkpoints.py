@@ -23,7 +23,8 @@ from nemo_aligner.checkpoint.huggingface import import_huggingface
 from nemo_aligner.checkpoint.legacy import import_legacy
 from nemo_aligner.checkpoint.nemo_archive import open_nemo
 from nemo_aligner.checkpoint.tokenizer_files import load_archived_tokenizer
-from nemo_aligner.checkpoint.weights import WeightReader, check_folder
+from nemo_aligner.checkpoint.torch_dist import check_folder
+from nemo_aligner.checkpoint.weights import WeightReader
 from nemo_aligner.data.tokenizer import Tokenizer, load_tokenizer
 from nemo_aligner.models.gpt.config import GPTConfig
 from tests.fuzz.guard import run

@@ -97,9 +97,7 @@ def _grad_norm(
 
 
 class _NotFinite(ArithmeticError):
-    def __init__(self, norm: float) -> None:
-        super().__init__(norm)
-        self.norm = norm
+    """The gradient's norm, its one argument, is infinite or NaN."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,7 +115,7 @@ def take_step(optimizer: MegatronOptimizer) -> StepResult:
     try:
         stepped = optimizer.step()
     except _NotFinite as found:
-        return StepResult(done=False, grad_norm=found.norm)
+        return StepResult(done=False, grad_norm=found.args[0])
     done, norm, _ = stepped
     if done:
         return StepResult(done=True, grad_norm=float(norm))

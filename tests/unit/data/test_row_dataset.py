@@ -247,6 +247,11 @@ def test_generated_responses_stand_after_the_tokens_of_their_prompt(jsonl, llama
         assert llama_like.decode(sequence.tokens[1:-1]) == prompt + response
 
 
+def test_an_empty_response_names_its_line(jsonl, bpe):
+    with pytest.raises(UserError, match="line 1: a text has 0 tokens"):
+        comparisons(by_name(jsonl(*pair_rows(("", "12")))), bpe, generates=True)
+
+
 def test_responses_without_a_border_part_where_their_tokens_do(jsonl, bpe):
     rows = comparisons(by_name(jsonl(*pair_rows(("1234", "1256"), ("12", "123")))), bpe, generates=True)
     masks = [[sequence.loss_mask for sequence in rows[i].sequences] for i in range(2)]
