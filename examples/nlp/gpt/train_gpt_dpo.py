@@ -1,0 +1,84 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Direct Preference Optimization, IPO and conservative DPO: a language model learns from pairs of responses.
+
+python examples/nlp/gpt/train_gpt_dpo.py pretrained_checkpoint.restore_from_path=sft.nemo \
+    "model.data.data_prefix={train: [a.jsonl], validation: [b.jsonl], test: [b.jsonl]}"
+"""
+
+from dataclasses import dataclass, field
+from functools import partial
+from typing import ClassVar, Literal
+
+from nemo_aligner.bounds import bounded
+from nemo_aligner.config.base import TrainerConfig
+from nemo_aligner.config.pairs import PairJob, PairLoopConfig, PairModelConfig
+from nemo_aligner.data.config import PairDataConfig
+from nemo_aligner.launch.script import script
+from nemo_aligner.models.gpt.learning_rate import OptimConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class DPOConfig:
+    # beta: implicit reward per nat that the policy is above the reference
+    ref_policy_kl_penalty: float = bounded(0.2, above=0)
+    preference_loss: Literal["dpo", "ipo"] = "dpo"  # dpo: the sigmoid of the margin; ipo: its square
+    # of dpo: the probability that a pair is labeled the wrong way round
+    label_smoothing: float = bounded(0.0, at_least=0, below=0.5, to="0 or more, and below 0.5")
+    # a response counts by its tokens' mean log-prob, as IPO's authors compute it; False: by their sum
+    preference_average_log_probs: bool = False
+    preference_loss_weight: float = bounded(1.0, at_least=0)  # of the loss of pairs
+    # of the chosen responses' negative log-likelihood; 0: none
+    sft_loss_weight: float = bounded(0.0, at_least=0)
+    sft_average_log_probs: bool = False  # True: that of a response is its tokens' mean, not their sum
+    # compute the reference's log-probs once and keep them in the run's folder; False: swap its weights in at each step
+    store_reference: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class DPOLoopConfig(PairLoopConfig):
+    block: ClassVar[str] = "trainer.dpo"
+
+
+@dataclass(frozen=True, kw_only=True)
+class DPOTrainerConfig(TrainerConfig):
+    dpo: DPOLoopConfig = field(default_factory=DPOLoopConfig)  # the loop
+
+
+@dataclass(frozen=True, kw_only=True)
+class DPODataConfig(PairDataConfig):
+    append_eod: bool = True  # end each response with EOS, unless it ends with the token that ends a turn
+
+
+@dataclass(frozen=True, kw_only=True)
+class DPOModelConfig(PairModelConfig):
+    data: DPODataConfig  # where pairs come from
+    dpo: DPOConfig = field(default_factory=DPOConfig)  # the loss
+    optim: OptimConfig = field(default_factory=partial(OptimConfig, lr=9e-7, weight_decay=0.1))
+
+
+@dataclass(frozen=True, kw_only=True)
+class DPOJob(PairJob):
+    model: DPOModelConfig
+    trainer: DPOTrainerConfig = field(default_factory=DPOTrainerConfig)
+
+
+@script("gpt_dpo", DPOJob)
+def main(job: DPOJob) -> None:
+    """Have a language model prefer the chosen responses."""
+    from nemo_aligner import builders
+    from nemo_aligner.objectives.preference import DPO
+
+    loss = dict(vars(job.model.dpo))
+    stored = loss.pop("store_reference")
+    with builders.open_experiment(job) as run:
+        start = builders.resume_point(job, run)
+        pretrained = builders.load_policy(job)
+        data = builders.pair_loaders(job, pretrained, generates=True)
+        data = builders.with_reference_logprobs(run, pretrained, start, data, stored=stored)
+        trainer = builders.supervised_trainer(job, run, pretrained, DPO(**loss), data)
+        trainer.fit(start)
+        builders.save_result(job, run, pretrained, trainer.checkpoints)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,78 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Losses of pairs of responses by a language model itself, against a reference: no reward model between."""
+
+from dataclasses import dataclass
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from nemo_aligner.batch import ReferencedPairs, TokenBatch, Unit
+from nemo_aligner.objectives.pairs import PAIR_METRICS, pair_loss
+from nemo_aligner.objectives.protocol import Metrics, ModelOutput, Wants
+
+
+def margins(policy: Tensor, reference: Tensor) -> Tensor:
+    """Return [P], by how many nats the policy prefers the chosen responses more than the reference does.
+
+    policy, reference: [P, 2] float, log-probs of the chosen and of the rejected response.
+    """
+    return (policy - reference).diff(dim=1)[:, 0].neg()
+
+
+def dpo(policy: Tensor, reference: Tensor, *, beta: float, label_smoothing: float = 0.0) -> Tensor:
+    """Return ``-log sigmoid(beta margin)`` of each pair (Rafailov 2023, arXiv 2305.18290, eq. 7).
+
+    With label smoothing ``e``: ``-(1 - e) log sigmoid(beta margin) - e log sigmoid(-beta margin)``, for labels that are
+    wrong with probability e (conservative DPO, Mitchell 2023). Shapes as of :func:`margins`.
+
+    >>> import torch
+    >>> dpo(torch.tensor([[-1.0, -2.0]]), torch.tensor([[-2.0, -2.0]]), beta=2.0, label_smoothing=0.1)
+    tensor([0.3269])
+    """
+    reward = beta * margins(policy, reference)
+    return -(1 - label_smoothing) * F.logsigmoid(reward) - label_smoothing * F.logsigmoid(-reward)
+
+
+def ipo(policy: Tensor, reference: Tensor, *, beta: float) -> Tensor:
+    """Return ``(margin - 1 / (2 beta))^2`` of each pair (Azar 2023, arXiv 2310.12036, eq. 17), shapes as of `margins`.
+
+    >>> import torch
+    >>> ipo(torch.tensor([[-1.0, -2.0]]), torch.tensor([[-2.0, -2.0]]), beta=0.5)
+    tensor([0.])
+    """
+    return (margins(policy, reference) - 1 / (2 * beta)).square()
+
+
+@dataclass(frozen=True, kw_only=True)
+class DPO:
+    """The mean over pairs of :func:`dpo` or :func:`ipo`, plus the chosen responses' negative log-likelihood."""
+
+    ref_policy_kl_penalty: float  # beta
+    preference_loss: str
+    label_smoothing: float
+    preference_average_log_probs: bool
+    preference_loss_weight: float
+    sft_loss_weight: float
+    sft_average_log_probs: bool
+
+    wants = frozenset({Wants.LOGPROBS})
+    unit = Unit.PAIR
+    metrics = (*PAIR_METRICS, "preference_loss", "sft_loss")
+
+    def __call__(self, output: ModelOutput, batch: TokenBatch) -> tuple[Tensor, Metrics]:
+        """The summed loss; its two parts, accuracy and implicit rewards, ``beta (log p - log p_ref)``."""
+        assert isinstance(batch, ReferencedPairs) and output.logprobs is not None
+        beta, real = self.ref_policy_kl_penalty, batch.real_pairs()
+        sums, lengths = batch.per_sequence(output.logprobs), batch.loss_lengths().clamp(min=1)
+        size = lengths if self.preference_average_log_probs else 1
+        policy, reference = ((x / size).view(-1, 2) for x in (sums, batch.reference_logprobs))
+        if self.preference_loss == "ipo":
+            losses = ipo(policy, reference, beta=beta)
+        else:
+            losses = dpo(policy, reference, beta=beta, label_smoothing=self.label_smoothing)
+        nll = -(sums / (lengths if self.sft_average_log_probs else 1))[::2]
+        total = self.preference_loss_weight * losses + self.sft_loss_weight * nll
+        chosen, rejected = (beta * (policy - reference)).unbind(1)
+        loss, metrics = pair_loss(chosen, rejected, total, real=real)
+        parts = {"preference_loss": losses, "sft_loss": nll}
+        return loss, metrics | {name: ((x.detach() * real).sum(), real.sum()) for name, x in parts.items()}

@@ -1,0 +1,123 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Direct preference optimisation, end to end: what is learned, where it starts, layouts, kills, both references."""
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tests.functional.conftest import ROOT
+from tests.functional.ppo_pair import metrics
+from tests.functional.test_ppo_resume import kill
+from tests.functional.test_resume import TIMINGS, assert_same_run
+
+DPO = ROOT / "examples/nlp/gpt/train_gpt_dpo.py"
+COLOURS = ("red", "green", "blue", "white")  # the earlier one is preferred
+STEPS = 16
+
+
+@pytest.fixture
+def settings(nemo: Path, tmp_path: Path) -> Callable[..., dict[str, object]]:
+    """Settings of a toy run in a folder of the name."""
+    pairs = tmp_path / "pairs.jsonl"
+    rows = [
+        {"prompt": f"thing {i}:", "chosen": f" {COLOURS[i % 3]}", "rejected": f" {COLOURS[i % 3 + 1]}"}
+        for i in range(32)
+    ]
+    pairs.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    def make(name: str, **changed: object) -> dict[str, object]:
+        return {
+            "pretrained_checkpoint.restore_from_path": nemo,
+            "model.data.data_prefix": f"{{train: [{pairs}], validation: [{pairs}], test: [{pairs}]}}",
+            "model.micro_batch_size": 4,
+            "model.global_batch_size": 8,
+            "model.optim.lr": 1e-3,
+            "model.optim.sched.warmup_steps": 2,
+            "model.optim.sched.constant_steps": 0,
+            "model.hidden_dropout": 0.1,
+            "trainer.precision": 32,
+            "trainer.dpo.max_epochs": STEPS // 4,
+            "trainer.dpo.val_check_interval": 8,
+            "trainer.dpo.save_interval": 4,
+            "exp_manager.explicit_log_dir": tmp_path / name,
+            "exp_manager.checkpoint_callback_params.save_top_k": 1,
+            "exp_manager.create_tensorboard_logger": False,
+        } | changed
+
+    return make
+
+
+def steps(folder: Path) -> list[dict[str, float]]:
+    lines = [line for line in metrics(folder) if "train/loss" in line]
+    return [{name: value for name, value in line.items() if name not in TIMINGS} for line in lines]
+
+
+@pytest.mark.parametrize("loss", ["dpo", "ipo"])
+def test_the_chosen_responses_are_learned(settings: Callable, run: Callable, tmp_path: Path, loss: str):
+    job = run(
+        settings("run", **{"model.dpo.preference_loss": loss, "model.hidden_dropout": 0.0}), command=[DPO]
+    )
+    assert job.process.returncode == 0, job.err[-3000:]
+    first, last = steps(tmp_path / "run")[0], steps(tmp_path / "run")[-1]
+    start = math.log(2) if loss == "dpo" else (1 / (2 * 0.2)) ** 2
+    assert first["train/preference_loss"] == pytest.approx(start, abs=1e-6)
+    assert first["train/rewards_all_mean"] == 0
+    assert last["train/acc"] == 1
+    assert last["train/loss"] < 0.8 * start
+    assert last["train/rewards_chosen_mean"] > last["train/rewards_rejected_mean"]
+    assert "⟦ red</s>⟧" in job.err
+
+
+def test_a_stored_reference_is_the_swapped_one(settings: Callable, run: Callable, tmp_path: Path):
+    few = {"trainer.dpo.max_epochs": 1, "model.hidden_dropout": 0.0}
+    for name, stored in (("swapped", False), ("stored", True)):
+        job = run(settings(name, **few, **{"model.dpo.store_reference": stored}), command=[DPO])
+        assert job.process.returncode == 0, job.err[-3000:]
+    # Batches of other widths round differently.
+    for ours, theirs in zip(steps(tmp_path / "stored"), steps(tmp_path / "swapped"), strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-4, abs=1e-5)
+
+
+@pytest.mark.parametrize("stored", [False, True])
+def test_a_killed_run_goes_on_bit_for_bit(
+    settings: Callable, run: Callable, start: Callable, tmp_path: Path, stored: bool
+):
+    asked = {"model.dpo.store_reference": stored, "model.dpo.sft_loss_weight": 0.1, "trainer.devices": 2}
+    assert run(settings("whole", **asked), command=[DPO]).process.returncode == 0
+    job = start(settings("killed", **asked), command=[DPO])
+    job.wait_for("-step=8-consumed_samples", timeout=120)
+    kill(psutil.Process(job.process.pid))
+    job.wait()
+    again = run(settings("killed", **asked), command=[DPO])
+    assert again.process.returncode == 0, again.err[-3000:]
+    assert "resumed after step" in again.err
+    assert_same_run(tmp_path / "killed", tmp_path / "whole", steps=STEPS)
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [
+        {"trainer.devices": 2, "model.tensor_model_parallel_size": 2, "model.sequence_parallel": True},
+        {"trainer.devices": 4, "model.pipeline_model_parallel_size": 2, "model.micro_batch_size": 2},
+    ],
+    ids=["TP2", "PP2 x DP2"],
+)
+@pytest.mark.parametrize("stored", [False, True])
+def test_results_do_not_depend_on_the_layout(
+    settings: Callable, run: Callable, tmp_path: Path, layout: dict[str, object], stored: bool
+):
+    same = {
+        "trainer.dpo.max_epochs": 1,
+        "model.hidden_dropout": 0.0,
+        "model.dpo.store_reference": stored,
+        "model.dpo.label_smoothing": 0.1,
+    }
+    for name, changed in (("one", {}), ("many", layout)):
+        job = run(settings(name, **same, **changed), command=[DPO])
+        assert job.process.returncode == 0, job.err[-3000:]
+    for ours, theirs in zip(steps(tmp_path / "many"), steps(tmp_path / "one"), strict=True):
+        assert ours == pytest.approx(theirs, rel=2e-4, abs=2e-5)
