@@ -1,0 +1,114 @@
+# SPDX-License-Identifier: Apache-2.0
+"""GRPO, end to end, without a critic: what is learned, kills, layouts, both means of the loss."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tests.functional.conftest import ROOT
+from tests.functional.ppo_pair import metrics
+from tests.functional.run_folder import tensors
+from tests.functional.test_ppo_resume import kill
+
+GRPO = ROOT / "examples/nlp/gpt/train_gpt_grpo.py"
+RULE = """
+def score(prompt, response, row, **_):
+    assert prompt == row["text"]
+    return sum(letter in row["wanted"] for letter in response) / 8
+"""
+
+
+@pytest.fixture
+def settings(nemo: Path, tmp_path: Path) -> Callable[..., dict[str, object]]:
+    """Settings of a toy run in a folder of the name."""
+    (tmp_path / "my_rewards.py").write_text(RULE)
+    prompts = tmp_path / "prompts.jsonl"
+    rows = [{"text": f"thing {i}:", "wanted": ("aeiou", "rstln")[i % 2]} for i in range(32)]
+    prompts.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    def make(name: str, **changed: object) -> dict[str, object]:
+        return {
+            "pretrained_checkpoint.restore_from_path": nemo,
+            "model.data.data_prefix": f"{{train: [{prompts}], validation: [{prompts}]}}",
+            "trainer.ppo.rewards.rule.function": "my_rewards.score",
+            "model.ppo.num_rollout_samples": 32,
+            "model.ppo.num_responses_per_prompt": 4,
+            "model.ppo.num_val_samples": 8,
+            "model.ppo.length_params.max_length": 8,
+            "model.ppo.rollout_micro_batch_size": 16,
+            "model.global_batch_size": 16,
+            "model.micro_batch_size": 4,
+            "model.optim.lr": 3e-3,
+            "model.optim.sched.warmup_steps": 0,
+            "trainer.precision": 32,
+            "trainer.ppo.max_steps": 8,
+            "trainer.ppo.save_interval": 2,
+            "trainer.ppo.val_check_interval": 4,
+            "exp_manager.explicit_log_dir": tmp_path / name,
+            "exp_manager.create_tensorboard_logger": False,
+        } | changed
+
+    return make
+
+
+@pytest.mark.parametrize("mean", ["token", "sequence"])
+def test_a_rule_is_learned(settings: Callable, run: Callable, tmp_path: Path, mean: str):
+    job = run(settings("run", **{"model.ppo.loss_mean": mean, "trainer.ppo.max_steps": 25}), command=[GRPO])
+    assert job.process.returncode == 0, job.err[-3000:]
+    steps = [line for line in metrics(tmp_path / "run") if "train_optim/loss" in line]
+    rewards = [line["train_rollouts/rewards"] for line in steps]
+    assert sum(rewards[-5:]) > 2 * sum(rewards[:5])
+    assert all(line["train_optim/scaled_kl"] >= 0 for line in steps)
+    assert all("train_critic/loss" not in line for line in steps)
+    assert "tritonserver" not in job.err
+
+
+@pytest.mark.parametrize("mean", ["token", "sequence"])
+def test_a_killed_run_goes_on_bit_for_bit(
+    settings: Callable, run: Callable, start: Callable, tmp_path: Path, mean: str
+):
+    asked = {"model.ppo.loss_mean": mean, "trainer.devices": 2}
+    assert run(settings("whole", **asked), command=[GRPO]).process.returncode == 0
+    job = start(settings("killed", **asked), command=[GRPO])
+    job.wait_for("-step=4-consumed_samples", timeout=120)
+    kill(psutil.Process(job.process.pid))
+    job.wait()
+    again = run(settings("killed", **asked), command=[GRPO])
+    assert again.process.returncode == 0, again.err[-3000:]
+    assert "resumed after step" in again.err
+    ours, theirs = tensors(tmp_path / "killed"), tensors(tmp_path / "whole")
+    assert ours.keys() == theirs.keys()
+    assert [name for name in ours if not ours[name].equal(theirs[name])] == []
+    assert metrics(tmp_path / "killed") == metrics(tmp_path / "whole")
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [
+        {"trainer.devices": 2, "model.tensor_model_parallel_size": 2, "model.sequence_parallel": True},
+        {"trainer.devices": 4, "model.pipeline_model_parallel_size": 2, "model.micro_batch_size": 2},
+    ],
+    ids=["TP2", "PP2 x DP2"],
+)
+def test_results_do_not_depend_on_the_layout(
+    settings: Callable, run: Callable, tmp_path: Path, layout: dict[str, object]
+):
+    few = {"trainer.ppo.max_steps": 2, "trainer.ppo.save_interval": 0, "model.ppo.loss_mean": "sequence"}
+    for name, changed in (("one", {}), ("many", layout)):
+        job = run(settings(name, **few, **changed), command=[GRPO])
+        assert job.process.returncode == 0, job.err[-3000:]
+    for ours, theirs in zip(metrics(tmp_path / "many"), metrics(tmp_path / "one"), strict=True):
+        assert ours.keys() == theirs.keys()
+        for name in ours:
+            bound = 2e-5 if "logprob_difference" in name or "kl" in name else 2e-6
+            assert ours[name] == pytest.approx(theirs[name], rel=2e-4, abs=bound), name
+
+
+def test_without_a_reward_the_fix_is_named(settings: Callable, run: Callable):
+    asked = {name: value for name, value in settings("run").items() if "rewards" not in name}
+    job = run(asked, command=[GRPO])
+    assert job.process.returncode == 2
+    assert "trainer.ppo.rewards.NAME.function=MODULE.NAME" in job.err
