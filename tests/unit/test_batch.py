@@ -4,7 +4,7 @@
 import pytest
 import torch
 
-from nemo_aligner.batch import TokenBatch, Unit, ValueBatch, concatenated
+from nemo_aligner.batch import AttributeBatch, TokenBatch, Unit, ValueBatch, concatenated
 
 ROWS = [
     ([5, 6, 7], [False, True, True]),
@@ -147,3 +147,24 @@ def test_rows_are_widened_and_narrowed_but_never_cut():
     assert torch.equal(back.returns, batch.returns)
     with pytest.raises(AssertionError):
         batch.with_length(2)
+
+
+def test_attributes_are_not_padded_with_the_tokens():
+    rows = TokenBatch.from_rows([([1, 2], [False, True]), ([3], [False])], pad_id=0, seq_length=4)
+    labels = torch.arange(8.0).view(2, 4)  # as many attributes as positions
+    batch = AttributeBatch(
+        tokens=rows.tokens, loss_mask=rows.loss_mask, lengths=rows.lengths, attributes=labels
+    )
+    for length in (2, 6):
+        changed = batch.with_length(length, pad_id=9)
+        assert changed.tokens.shape == changed.loss_mask.shape == (2, length)
+        assert torch.equal(changed.attributes, labels)
+
+
+@pytest.mark.parametrize("unit", [Unit.TOKEN, Unit.SEQUENCE])
+def test_the_tokens_of_a_unit_weigh_one_together(unit):
+    rows = [([1, 2, 3], [False, True, True]), ([1, 2], [False, True]), ([1], [False])]
+    batch = TokenBatch.from_rows(rows, pad_id=0, seq_length=3)
+    weights = batch.token_weights(unit)
+    assert weights.sum() == batch.count(unit)
+    assert not weights[~batch.loss_tokens()].any()

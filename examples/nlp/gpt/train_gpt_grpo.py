@@ -40,6 +40,7 @@ class GRPOTrainerConfig(ActorTrainerConfig):
 class GRPORolloutConfig(ActorRolloutConfig):
     num_rollout_samples: int = 64
     num_responses_per_prompt: int = 8
+    rollout_micro_batch_size: int = 32
     ratio_eps_high: float | None = 0.28
 
 
