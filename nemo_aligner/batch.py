@@ -19,7 +19,9 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 T = TypeVar("T", bound="TokenBatch")
-_PER_SEQUENCE = "per_sequence"  # marks a field of two sizes that is not per token
+_PER_SEQUENCE = (
+    "per_sequence"  # marks a field of two dimensions whose second is not S, though it may be as long
+)
 
 
 class Unit(enum.Enum):
@@ -220,16 +222,15 @@ class PreferenceBatch(TokenBatch):
 class ReferencedPairs(PreferenceBatch):
     """Pairs, and what the reference believes of them."""
 
-    reference_logprobs: Tensor  # [N] float: in sum over each sequence's loss tokens
+    reference_logprobs: Tensor  # [N] float, not [B, S]: each sequence's sum over its loss tokens
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AttributeBatch(TokenBatch):
     """Sequences with attribute labels."""
 
-    attributes: Tensor = field(
-        metadata={_PER_SEQUENCE: True}
-    )  # [N, A] float, NaN where an attribute has no label
+    # [N, A] float, NaN where an attribute has no label
+    attributes: Tensor = field(metadata={_PER_SEQUENCE: True})
 
     def labeled(self) -> Tensor:
         """[N, A] bool: attributes that have a label, in rows that are not padding."""
@@ -281,17 +282,17 @@ class ScoredRollout(Rollout):
     """Responses with their scores, before any update."""
 
     logprobs: Tensor  # [B, S] float: the policy's, by the trainer
-    reference_logprobs: Tensor  # [B, S] float: the initial policy's
+    reference_logprobs: Tensor  # [B, S] float: the initial policy's; where it is not asked, as logprobs
     rewards: Tensor  # [B] float
     values: Tensor  # [B, S] float: of the state before each token; zeros where there is no critic
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Experience(TokenBatch):
-    """The inputs of an update of the policy and of the critic, and nothing else."""
+    """The inputs of an update of the policy and of the critic."""
 
     logprobs: Tensor  # [B, S] float: the policy's before the update
-    reference_logprobs: Tensor  # [B, S] float
-    advantages: Tensor  # [B, S] float
-    returns: Tensor  # [B, S] float
-    values: Tensor  # [B, S] float
+    reference_logprobs: Tensor  # [B, S] float: as in ScoredRollout
+    advantages: Tensor  # [B, S] float: whitened where CreditConfig.whitens; 0 outside the responses
+    returns: Tensor  # [B, S] float: before whitening; the critic's target
+    values: Tensor  # [B, S] float: the critic's before the update; zeros where there is none

@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass, replace
 from nemo_aligner.batch import ValueBatch
 from nemo_aligner.checkpoint.trainer_state import TrainerState
 from nemo_aligner.checkpoint.training import TrainingCheckpoints
+from nemo_aligner.run.stopwatch import Stopwatch
 from nemo_aligner.serving.proxies import CriticProxy, PendingReply
 
 SIGNAL_SECONDS = 15.0  # that a critic has to save after a signal
@@ -56,6 +57,14 @@ class CriticLink:
         if not saves:
             self.critic.committed(self.critic.sequence)
         return loss
+
+    def report_loss(
+        self, pending: PendingReply[float], metrics: dict[str, float], watch: Stopwatch, *, saves: bool
+    ) -> None:
+        """Add :meth:`loss` to the step's metrics, and how long the wait and the training took."""
+        with watch("critic_train_wait"):
+            metrics["train_critic/loss"] = self.loss(pending, saves=saves)
+        watch.note("critic_train_time", pending.seconds)
 
     def save_critic(self) -> None:
         """Have the critic saved, with all that it was sent before."""

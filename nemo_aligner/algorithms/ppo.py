@@ -105,7 +105,9 @@ class PPOTrainer:
         """
         if sources.critic is not None:
             self.critic = CriticLink(
-                critic=sources.critic, give_up=self._gives_up, steps_per_epoch=self.plan.steps_per_epoch
+                critic=sources.critic,
+                give_up=lambda: self._request.number != 0,
+                steps_per_epoch=self.plan.steps_per_epoch,
             )
         self.scorer = Scorer(
             policy=self.policy,
@@ -113,7 +115,7 @@ class PPOTrainer:
             sources=sources,
             served=self.config.served_reward,
             rewards=self.config.rewards,
-            give_up=self._gives_up,
+            give_up=lambda: self._request.number != 0,
         )
         self.lifecycle.check_room()
         self.run.begin(self.state.step, max_steps=self.plan.max_steps)
@@ -133,19 +135,8 @@ class PPOTrainer:
         finally:
             bar.close()
 
-    def _gives_up(self) -> bool:
-        return self._request.number != 0
-
     def _loop(self, bar: ProgressBar) -> None:
-        if self.state.step == 0:
-            for round_ in range(self.config.critic_warmup_steps):
-                self._warm_up(round_)
-        elif self.critic is not None and self._needs_replay:
-            # The last step was saved without the critic: it is saved now, and a validation that was due is done.
-            self.critic.save_critic()
-            step = self.state.step
-            if self.plan.validates_after(step) and self.own.validated_step != step:
-                self._validate()
+        self._begin()
         while self.state.step < self.plan.max_steps:
             with world.phase(f"step {self.state.step + 1}"):
                 self._advance(bar)
@@ -156,25 +147,6 @@ class PPOTrainer:
         if self.lifecycle.checkpoints is not None:
             self.lifecycle.checkpoints.finish()
         refuse_to_end(self.state)
-
-    def _warm_up(self, round_: int) -> None:
-        """A rollout that only the critic learns from."""
-        assert self.critic is not None, "settings without a critic have no warm-up"
-        # Draws of steps that the run does not have.
-        watch, draw = Stopwatch(), self.plan.max_steps + round_
-        rollout, prompts = self._generate(round_, draw, watch)
-        scored, _ = self.scorer.score(rollout, prompts, watch, with_reference=bool(self.kl.coefficient))
-        pending = self.critic.train(value_batch(scored, self._credit(scored)), step=0)
-        loss, rounds = self.critic.loss(pending), self.config.critic_warmup_steps
-        if world.is_logging_rank():
-            logger.info("critic warm-up %d/%d: loss %.4f", round_ + 1, rounds, loss)
-        (number,) = collectives.all_reduce_max([self._request.number])
-        if number:
-            raise StoppedEarly(
-                f"stopped in round {round_ + 1} of {rounds} of the critic's warm-up; the same command begins anew",
-                reason=signal.Signals(int(number)).name,
-                exit_code=128 + int(number),
-            )
 
     def _advance(self, bar: ProgressBar) -> None:
         """One step: generate, score, credit, update."""
@@ -194,11 +166,8 @@ class PPOTrainer:
         self._note_step(step, scored, metrics)
         try:
             if self.critic is not None and pending is not None:
-                with watch("critic_train_wait"):
-                    metrics["train_critic/loss"] = self.critic.loss(
-                        pending, saves=self.lifecycle.checkpoints is not None
-                    )
-                watch.note("critic_train_time", pending.seconds)
+                saves = self.lifecycle.checkpoints is not None
+                self.critic.report_loss(pending, metrics, watch, saves=saves)
         finally:
             # The step is done where the critic is lost, too.
             watch.note("step_time", time.perf_counter() - began)
@@ -221,6 +190,37 @@ class PPOTrainer:
             "train_rollouts", table_rows(scored, scores.rewards, self.rollouts.decode), step=step
         )
         bar.show(step, summary(metrics))
+
+    def _begin(self) -> None:
+        """Do what comes before the next step: the critic's warm-up, or what the last step was saved without."""
+        if self.state.step == 0:
+            for round_ in range(self.config.critic_warmup_steps):
+                self._warm_up(round_)
+        elif self.critic is not None and self._needs_replay:
+            # The last step was saved without the critic: it is saved now, and a validation that was due is done.
+            self.critic.save_critic()
+            step = self.state.step
+            if self.plan.validates_after(step) and self.own.validated_step != step:
+                self._validate()
+
+    def _warm_up(self, round_: int) -> None:
+        """A rollout that only the critic learns from."""
+        assert self.critic is not None, "settings without a critic have no warm-up"
+        # Draws of steps that the run does not have.
+        watch, draw = Stopwatch(), self.plan.max_steps + round_
+        rollout, prompts = self._generate(round_, draw, watch)
+        scored, _ = self.scorer.score(rollout, prompts, watch, with_reference=bool(self.kl.coefficient))
+        pending = self.critic.train(value_batch(scored, self._credit(scored)), step=0)
+        loss, rounds = self.critic.loss(pending), self.config.critic_warmup_steps
+        if world.is_logging_rank():
+            logger.info("critic warm-up %d/%d: loss %.4f", round_ + 1, rounds, loss)
+        (number,) = collectives.all_reduce_max([self._request.number])
+        if number:
+            raise StoppedEarly(
+                f"stopped in round {round_ + 1} of {rounds} of the critic's warm-up; the same command begins anew",
+                reason=signal.Signals(int(number)).name,
+                exit_code=128 + int(number),
+            )
 
     def _note_step(self, step: int, scored: ScoredRollout, metrics: dict[str, float]) -> None:
         """The policy has learned from a step's rollout; the critic is about to."""

@@ -2,6 +2,7 @@
 """Losses of pairs of responses by a language model itself, against a reference: no reward model between."""
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch.nn.functional as F
 from torch import Tensor
@@ -48,7 +49,7 @@ class DPO:
     """The mean over pairs of :func:`dpo` or :func:`ipo`, plus the chosen responses' negative log-likelihood."""
 
     ref_policy_kl_penalty: float  # beta
-    preference_loss: str
+    preference_loss: Literal["dpo", "ipo"]
     label_smoothing: float
     preference_average_log_probs: bool
     preference_loss_weight: float
@@ -66,10 +67,11 @@ class DPO:
         sums, lengths = batch.per_sequence(output.logprobs), batch.loss_lengths().clamp(min=1)
         size = lengths if self.preference_average_log_probs else 1
         policy, reference = ((x / size).view(-1, 2) for x in (sums, batch.reference_logprobs))
-        if self.preference_loss == "ipo":
-            losses = ipo(policy, reference, beta=beta)
-        else:
-            losses = dpo(policy, reference, beta=beta, label_smoothing=self.label_smoothing)
+        match self.preference_loss:
+            case "dpo":
+                losses = dpo(policy, reference, beta=beta, label_smoothing=self.label_smoothing)
+            case "ipo":
+                losses = ipo(policy, reference, beta=beta)
         nll = -(sums / (lengths if self.sft_average_log_probs else 1))[::2]
         total = self.preference_loss_weight * losses + self.sft_loss_weight * nll
         chosen, rejected = (beta * (policy - reference)).unbind(1)

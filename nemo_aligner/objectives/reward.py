@@ -15,7 +15,7 @@ HELPFULNESS = 4  # the attribute that pairs are compared by, where there are tha
 def bradley_terry(chosen: Tensor, rejected: Tensor, margin: Tensor | float = 0.0) -> Tensor:
     """-log sigmoid(r_chosen - r_rejected - margin) of each pair.
 
-    Ouyang et al. 2022, eq. 1; with the margin Touvron et al. 2023, eq. 2.
+    Ouyang 2022, arXiv 2203.02155, eq. 1; with the margin Touvron 2023, arXiv 2307.09288, eq. 2.
 
     chosen, rejected: [P] float. Returns [P].
 

@@ -68,7 +68,7 @@ def _manual_seed(seed: int) -> None:
     torch.random.default_generator.manual_seed(seed)
 
 
-# What ``torch.cuda`` is inside megatron-core: (name, replacement, reason).
+# What ``torch.cuda`` is inside megatron-core of both series: (name, replacement, reason).
 CUDA: tuple[tuple[str, Any, str], ...] = (
     ("is_available", lambda: False, "asked before device choices"),
     ("current_device", lambda: CPU, "device= of buffers in layers, mappings, p2p, DDP"),
@@ -91,7 +91,7 @@ CUDA: tuple[tuple[str, Any, str], ...] = (
     ("random", types.SimpleNamespace(get_rng_state=_get_rng_state), "tensor_parallel.random"),
 )
 
-# Factories that megatron-core calls with device="cuda".
+# Factories that megatron-core of both series calls with device="cuda".
 FACTORIES = ("empty", "zeros", "ones", "full", "tensor", "arange", "empty_like", "zeros_like", "ones_like")
 
 

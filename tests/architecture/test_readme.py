@@ -61,6 +61,18 @@ def test_every_cited_paper_is_in_the_index():
     assert missing == []
 
 
+def test_every_paper_of_the_index_is_cited_where_it_says():
+    rows = (ROOT / "docs/paper_index.md").read_text().splitlines()
+    missing = [
+        (number, file)
+        for row in rows
+        for number in re.findall(r"abs/(\d{4}\.\d{5})", row)
+        for file in re.findall(r"`(\w+(?:/\w+)+\.py)`", row)
+        if number not in (ROOT / "nemo_aligner" / file).read_text()
+    ]
+    assert missing == []
+
+
 def test_each_target_has_a_short_help():
     phony = re.search(r"^\.PHONY: (.+)$", (ROOT / "Makefile").read_text(), re.MULTILINE)
     helps = dict(re.findall(r"^([a-z-]+):.*## (.+)$", (ROOT / "Makefile").read_text(), re.MULTILINE))

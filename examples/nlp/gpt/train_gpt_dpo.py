@@ -5,7 +5,7 @@ python examples/nlp/gpt/train_gpt_dpo.py pretrained_checkpoint.restore_from_path
     "model.data.data_prefix={train: [a.jsonl], validation: [b.jsonl], test: [b.jsonl]}"
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from functools import partial
 from typing import ClassVar, Literal
 
@@ -68,14 +68,14 @@ def main(job: DPOJob) -> None:
     from nemo_aligner import builders
     from nemo_aligner.objectives.preference import DPO
 
-    loss = dict(vars(job.model.dpo))
-    stored = loss.pop("store_reference")
+    settings = job.model.dpo
+    loss = DPO(**{spec.name: getattr(settings, spec.name) for spec in fields(DPO)})
     with builders.open_experiment(job) as run:
         start = builders.resume_point(job, run)
         pretrained = builders.load_policy(job)
         data = builders.pair_loaders(job, pretrained, generates=True)
-        data = builders.with_reference_logprobs(run, pretrained, start, data, stored=stored)
-        trainer = builders.supervised_trainer(job, run, pretrained, DPO(**loss), data)
+        data = builders.with_reference_logprobs(run, pretrained, start, data, stored=settings.store_reference)
+        trainer = builders.supervised_trainer(job, run, pretrained, loss, data)
         trainer.fit(start)
         builders.save_result(job, run, pretrained, trainer.checkpoints)
 

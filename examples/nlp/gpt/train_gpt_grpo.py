@@ -24,6 +24,8 @@ from nemo_aligner.objectives.config import Estimator
 
 @dataclass(frozen=True, kw_only=True)
 class GRPOConfig(ActorConfig):
+    """Advantages within a group, and the KL in the loss by k3 (Shao 2024, arXiv 2402.03300, eq. 3)."""
+
     advantage_estimator: Estimator = "group"
     initial_policy_kl_penalty: float = 0.001
     kl_estimator: Literal["k1", "k2", "k3"] = "k3"
@@ -38,6 +40,8 @@ class GRPOTrainerConfig(ActorTrainerConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class GRPORolloutConfig(ActorRolloutConfig):
+    """Eight responses to a prompt; clip-higher's 0.28 is DAPO's (Yu 2025, arXiv 2503.14476)."""
+
     num_rollout_samples: int = 64
     num_responses_per_prompt: int = 8
     rollout_micro_batch_size: int = 32

@@ -69,7 +69,9 @@ class _Asked(ZeroCritic):
 def test_a_rollout_is_one_request(scorer: Scorer):
     """So the critic changes to the reward model's weights once for it, however few responses are generated at once."""
     asked = _Asked()
-    replace(scorer, sources=RewardSources(critic=CriticProxy(asked))).ask(rollout().pad_rows(8)).result()
+    replace(scorer, sources=RewardSources(critic=CriticProxy(asked))).request_scores(
+        rollout().pad_rows(8)
+    ).result()
     assert asked.rows == [8]
 
 
