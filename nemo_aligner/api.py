@@ -162,8 +162,7 @@ class RewardModel(_Loaded[GPTCritic]):
 
     def batch(self, rows: Sequence[tuple[str, str]]) -> PreferenceBatch:
         """Pairs of whole texts, the chosen one and the rejected one."""
-        flat = self._read([text for row in rows for text in row])
-        return PreferenceBatch(tokens=flat.tokens, loss_mask=flat.loss_mask, lengths=flat.lengths)
+        return self._read([text for row in rows for text in row]).extended(PreferenceBatch)
 
     def score(self, texts: Sequence[str]) -> Tensor:
         """[N] rewards of whole texts, or [N, A] where several attributes are not merged."""

@@ -179,6 +179,10 @@ class TokenBatch:
         given = {f.name: change(x) for f in fields(self) if isinstance(x := getattr(self, f.name), Tensor)}
         return replace(self, **given)
 
+    def extended(self, kind: type[T], **added: Tensor) -> T:
+        """The same sequences as a batch of ``kind``, a subclass, with the fields that it adds."""
+        return kind(**{spec.name: getattr(self, spec.name) for spec in fields(self)}, **added)
+
     def to(self, device: torch.device) -> Self:
         """The same batch on ``device``."""
         return self._changed(lambda x: x.to(device))

@@ -7,7 +7,7 @@ Either its weights are swapped in at each step, or its log-probs are computed on
 import json
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -36,9 +36,8 @@ def _annotated(policy: AlignableGenerativeInterface, batches: Sequence[TokenBatc
     for batch in batches:
         assert isinstance(batch, PreferenceBatch), type(batch)
         batch = batch.to(world.device())
-        logprobs = policy.logprobs(batch, loss_tokens_only=True)
-        shared = {spec.name: getattr(batch, spec.name) for spec in fields(batch)}
-        found.append(ReferencedPairs(**shared, reference_logprobs=batch.per_sequence(logprobs)))
+        logprobs = batch.per_sequence(policy.logprobs(batch, loss_tokens_only=True))
+        found.append(batch.extended(ReferencedPairs, reference_logprobs=logprobs))
     return found
 
 

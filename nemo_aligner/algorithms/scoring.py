@@ -2,7 +2,7 @@
 """Scores of responses before the update: rewards, values, and log-probs of two policies."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -81,8 +81,8 @@ class Scorer:
         known = {"log-probs": own[responses], "initial policy's log-probs": reference[responses]}
         fix = "set model.optim.lr lower; with trainer.precision=16 try bf16 or 32"
         check_finite(known, fix=fix)
-        scored = ScoredRollout(
-            **{field.name: getattr(rollout, field.name) for field in fields(rollout)},
+        scored = rollout.extended(
+            ScoredRollout,
             logprobs=torch.where(responses, own, 0),
             reference_logprobs=torch.where(responses, reference, 0),
             rewards=scores.rewards,

@@ -31,16 +31,15 @@ def collate(rows: Sequence[Row], *, pad_id: int, seq_length: int) -> TokenBatch:
         pad_id=pad_id,
         seq_length=seq_length,
     )
-    shared = {"tokens": batch.tokens, "loss_mask": batch.loss_mask, "lengths": batch.lengths}
     if rows[0].labels:
         attributes = torch.tensor([label for row in rows for label in row.labels], dtype=torch.float32)
-        return AttributeBatch(**shared, attributes=attributes)
+        return batch.extended(AttributeBatch, attributes=attributes)
     if len(rows[0].sequences) == 1:
         return batch
     if not rows[0].reference_logprobs:
-        return PreferenceBatch(**shared)
+        return batch.extended(PreferenceBatch)
     known = [number for row in rows for number in row.reference_logprobs]
-    return ReferencedPairs(**shared, reference_logprobs=torch.tensor(known))
+    return batch.extended(ReferencedPairs, reference_logprobs=torch.tensor(known))
 
 
 def uncollated(rows: Sequence[Row], *, pad_id: int, seq_length: int) -> list[Row]:

@@ -74,9 +74,10 @@ class TextLayout:
             return self._where_they_part(record)
         tokenizer, prompt = self.encode.tokenizer, record.prompt
         ids = self.encode(prompt, rendered=record.rendered, append_eos=False)
+        asked = tokenizer.encode(prompt)
         sequences = []
         for response in record.responses:
-            own = continuation(tokenizer, prompt, tokenizer.encode(prompt), response)
+            own = continuation(tokenizer, prompt, asked, response)
             if stop := end_of_turn(tokenizer, own):
                 own = own[:stop]
             elif self.encode.append_eos:

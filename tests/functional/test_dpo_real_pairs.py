@@ -4,7 +4,7 @@
 import gzip
 import json
 import os
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,9 +17,9 @@ from nemo_aligner.data.collate import collate
 from nemo_aligner.data.config import PairDataConfig
 from nemo_aligner.data.datasets import open_response_rows
 from nemo_aligner.data.text_rows import open_pairs
-from nemo_aligner.objectives.preference import DPO
 from nemo_aligner.objectives.protocol import ModelOutput
 from nemo_aligner.parallel import world
+from tests.unit.objectives import test_preference
 
 # DPOTrainer of TRL 1.16.0 with beta 0.1 on the same pairs and models: the first eight losses, and the mean of all.
 TRL = {
@@ -29,15 +29,7 @@ TRL = {
         25.072527,
     ),
 }
-PLAIN = DPO(
-    ref_policy_kl_penalty=0.1,
-    preference_loss="dpo",
-    label_smoothing=0.0,
-    preference_average_log_probs=False,
-    preference_loss_weight=1.0,
-    sft_loss_weight=0.0,
-    sft_average_log_probs=False,
-)
+PLAIN = replace(test_preference.PLAIN, ref_policy_kl_penalty=0.1)
 
 
 @pytest.fixture
@@ -89,8 +81,7 @@ def test_real_pairs_cost_what_trl_says(real: Path):
             given, wanted = (
                 model.learner.logprobs(batch, loss_tokens_only=True) for model in (policy, reference)
             )
-            shared = {spec.name: getattr(batch, spec.name) for spec in fields(batch)}
-            batch = ReferencedPairs(**shared, reference_logprobs=batch.per_sequence(wanted))
+            batch = batch.extended(ReferencedPairs, reference_logprobs=batch.per_sequence(wanted))
             for name, objective in (
                 ("dpo", PLAIN),
                 ("ipo", replace(PLAIN, preference_loss="ipo", preference_average_log_probs=True)),

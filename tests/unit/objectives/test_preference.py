@@ -26,12 +26,7 @@ def batch(*, padding: int = 0, pairs: int = 2) -> ReferencedPairs:
     """Pairs of responses of 2 and 3 tokens after a prompt of 2, and as many positions of padding."""
     rows = [([1, 2, 3, 4], [False, False, True, True]), ([1, 2, 5, 6, 7], [False] * 2 + [True] * 3)] * pairs
     whole = TokenBatch.from_rows(rows, pad_id=0, seq_length=5 + padding)
-    return ReferencedPairs(
-        tokens=whole.tokens,
-        loss_mask=whole.loss_mask,
-        lengths=whole.lengths,
-        reference_logprobs=torch.tensor([-3.0, -4.0] * pairs),
-    )
+    return whole.extended(ReferencedPairs, reference_logprobs=torch.tensor([-3.0, -4.0] * pairs))
 
 
 def output(rows: ReferencedPairs, *, chosen: float, rejected: float) -> ModelOutput:
