@@ -12,33 +12,33 @@ from datetime import timedelta
 from pathlib import Path
 
 import torch
+import whole_logits
 from fork import fork_ranks
 from megatron.core import tensor_parallel
+from objective_cases import OBJECTIVES, VOCAB
 
-import whole_logits
 from nemo_aligner.batch import TokenBatch
 from nemo_aligner.checkpoint.sharded import load_model, load_state, save_model, save_state
-from nemo_aligner.data.collate import collate
-from nemo_aligner.data.row import Row, TokenSequence
 from nemo_aligner.data.sampler import rank_rows
 from nemo_aligner.models.gpt.config import GPTConfig
-from nemo_aligner.models.gpt.model import GPT, build_gpt
+from nemo_aligner.models.gpt.critic import GPTCritic
+from nemo_aligner.models.gpt.learner import GPTLearner
 from nemo_aligner.models.gpt.learning_rate import OptimConfig, SchedConfig
+from nemo_aligner.models.gpt.model import GPT, build_gpt
 from nemo_aligner.models.gpt.policy import GPTPolicy
 from nemo_aligner.models.gpt.recompute import Recompute
-from nemo_aligner.objectives.nll import NLL
 from nemo_aligner.parallel import collectives, world
 from nemo_aligner.parallel.ranks import Layout, Ranks
 from nemo_aligner.run.metrics import means
 
-VOCAB = 101  # odd, so that every tensor parallel size pads it
 TIMEOUT = timedelta(seconds=60)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """A layout of 8 ranks; what is left over from tp x pp is data parallel."""
+    """A layout of 8 ranks, what is left over from tp x pp being data parallel, and what is trained in it."""
 
+    objective: str = "nll"  # of OBJECTIVES
     tp: int = 1
     pp: int = 1
     vp: int = 1
@@ -53,9 +53,19 @@ class Case:
 
     @property
     def layout(self) -> Layout:
-        return Layout(
-            tensor=self.tp, pipeline=self.pp, virtual_pipeline=self.vp, sequence_parallel=self.sp
-        )
+        return Layout(tensor=self.tp, pipeline=self.pp, virtual_pipeline=self.vp, sequence_parallel=self.sp)
+
+    @property
+    def weights(self) -> str:
+        """The folder of the weights that it begins with."""
+        head = OBJECTIVES[self.objective].head
+        kind = "" if head is None else f"-head{head.outputs}"
+        return f"weights-tied-{self.tied}{kind}"
+
+    @property
+    def oracle(self) -> "Case":
+        """What it is compared with: one rank, one micro-batch."""
+        return Case(objective=self.objective, tied=self.tied, mbs=13)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -65,7 +75,15 @@ class Case:
         flags = [word for word in ("sp", "tied", "overlap", "bf16", "local_count") if getattr(self, word)]
         recompute = [str(x) for x in astuple(self.recompute) if x is not None]
         return "-".join(
-            [f"tp{self.tp}", f"pp{self.pp}", f"vp{self.vp}", f"mbs{self.mbs}", *flags, *recompute]
+            [
+                self.objective,
+                f"tp{self.tp}",
+                f"pp{self.pp}",
+                f"vp{self.vp}",
+                f"mbs{self.mbs}",
+                *flags,
+                *recompute,
+            ]
         )
 
 
@@ -93,6 +111,19 @@ CASES = (
     Case(tp=2, pp=2, vp=2, sp=True, mbs=3, recompute=replace(UNIFORM, num_layers=1)),
     Case(tp=2, pp=4, mbs=2),
     Case(tp=4, pp=2, sp=True, mbs=4),
+)
+# Every other objective, cut in every way: data parallel alone, tensor, sequence, pipeline, interleaved, levelled.
+OBJECTIVE_CASES = tuple(
+    replace(case, objective=name)
+    for name in OBJECTIVES
+    if name != "nll"
+    for case in (
+        Case(mbs=2, overlap=True),
+        Case(tp=2, sp=True, mbs=2, recompute=SELECTIVE),
+        Case(pp=2, vp=2, mbs=1, tied=False, overlap=True),
+        Case(tp=2, pp=2, mbs=3, tied=False),
+        Case(tp=4, pp=2, sp=True, mbs=4),
+    )
 )
 BF16 = (
     Case(bf16=True, mbs=2),
@@ -161,24 +192,12 @@ def config(*, tied: bool) -> GPTConfig:
     )
 
 
-def samples(step: int) -> list[Row]:
-    """13 rows of uneven length, 10 to 90 % learned, one with nothing learned."""
-    draw = torch.Generator().manual_seed(100 + step)
-    rows = []
-    for row in range(13):
-        length = int(torch.randint(5, 30, (), generator=draw))
-        share = 0.1 + 0.8 * row / 12
-        mask = (torch.rand(length, generator=draw) < share).tolist() if row != 4 else [False] * length
-        tokens = torch.randint(0, VOCAB, (length,), generator=draw).tolist()
-        rows.append(Row(sequences=(TokenSequence(tokens=tokens, loss_mask=[False, *mask[1:]]),)))
-    return rows
-
-
-def micro_batches(step: int, *, dp_rank: int, dp_size: int, mbs: int) -> list[TokenBatch]:
-    rows = samples(step)
+def micro_batches(case: Case, step: int, *, dp_rank: int, dp_size: int) -> list[TokenBatch]:
+    subject, mbs = OBJECTIVES[case.objective], case.mbs
+    rows = subject.rows(step)
     mine = rank_rows(range(len(rows)), dp_rank=dp_rank, dp_size=dp_size, micro_batch_size=mbs)
     return [
-        collate([*(rows[i] for i in micro), *[rows[0].padding(0)] * (mbs - len(micro))], pad_id=0, seq_length=32)
+        subject.batch([*(rows[i] for i in micro), *[rows[0].padding(0)] * (mbs - len(micro))])
         for micro in mine
     ]
 
@@ -192,38 +211,41 @@ def randomize(model: GPT) -> None:
             parameter.data.add_(0.7)
 
 
-def loaded(case: Case, weights: Path) -> GPTPolicy:
-    """A policy ready to train from the weights saved in ``weights``."""
-    model = build_gpt(config(tied=case.tied), case.layout, case.dtype, recompute=case.recompute)
+def loaded(case: Case, weights: Path) -> GPTLearner:
+    """A model ready to train from the weights saved in ``weights``."""
+    head = OBJECTIVES[case.objective].head
+    model = build_gpt(config(tied=case.tied), case.layout, case.dtype, recompute=case.recompute, head=head)
     load_model(model, weights)
-    policy = GPTPolicy(model)
+    learner = GPTPolicy(model) if head is None else GPTCritic(model, head=head)
     optim = OptimConfig(
-        lr=1e-2,
+        lr=3e-4,
         sched=SchedConfig(name="constant", warmup_steps=0),
         overlap_grad_sync=case.overlap,
         overlap_param_sync=case.overlap,
         bucket_cap_mb=case.bucket_cap_mb,
     )
-    policy.prepare_training(optim, clip_grad=0.5, max_steps=5)
-    return policy
+    learner.prepare_training(optim, clip_grad=0.5, max_steps=5)
+    return learner
 
 
-def train(policy: GPTPolicy, case: Case, steps: Iterable[int]) -> dict[str, list[float]]:
-    """Losses and grad norms of ``steps``; with overlap, validation losses of what the second step is about to learn."""
-    curve: dict[str, list[float]] = {"loss": [], "grad_norm": [], "validation": []}
+def train(learner: GPTLearner, case: Case, steps: Iterable[int]) -> dict[str, list[dict[str, float]]]:
+    """The metrics of ``steps``; with overlap, those of a validation of what the second step is about to learn."""
+    objective = OBJECTIVES[case.objective].objective
+    curve: dict[str, list[dict[str, float]]] = {"steps": [], "validation": []}
     for step in steps:
-        batches = micro_batches(step, dp_rank=world.dp_rank(), dp_size=world.dp_size(), mbs=case.mbs)
+        batches = micro_batches(case, step, dp_rank=world.dp_rank(), dp_size=world.dp_size())
         if step == 1 and case.overlap:
-            curve["validation"].append(means(policy.get_loss_and_metrics(batches, NLL(), forward_only=True))["loss"])
-        metrics = means(policy.get_loss_and_metrics(batches, NLL(), forward_only=False)) | policy.optimizer_step()
-        for name in ("loss", "grad_norm"):
-            curve[name].append(metrics[name])
+            curve["validation"].append(
+                means(learner.get_loss_and_metrics(batches, objective, forward_only=True))
+            )
+        metrics = means(learner.get_loss_and_metrics(batches, objective, forward_only=False))
+        curve["steps"].append(metrics | {"grad_norm": learner.optimizer_step()["grad_norm"]})
     return curve
 
 
-def replicas_agree(policy: GPTPolicy) -> bool:
+def replicas_agree(learner: GPTLearner) -> bool:
     """Whether all data parallel ranks hold the same weights."""
-    mine = torch.cat([p.detach().float().flatten() for p in policy.model.parameters()])
+    mine = torch.cat([p.detach().float().flatten() for p in learner.model.parameters()])
     mean = collectives.sum_over_data_parallel(mine.double()) / world.dp_size()
     return torch.equal(mean.float(), mine)
 
@@ -245,15 +267,15 @@ def logits(case: Case, weights: Path) -> torch.Tensor | None:
 def train_all(layout: Layout, rank: int, out: Path) -> None:
     """CASES and their kin of this layout."""
     sum_over_ranks = collectives.sum_over_data_parallel
-    for case in (*CASES, *BF16, LOCAL_COUNT):
+    for case in (*CASES, *OBJECTIVE_CASES, *BF16, LOCAL_COUNT):
         if case.layout != layout:
             continue
         if case.local_count:
             collectives.sum_over_data_parallel = lambda x: x if x.ndim == 0 else sum_over_ranks(x)
-        policy = loaded(case, out / f"weights-tied-{case.tied}")
-        curve: dict = train(policy, case, range(3))
+        learner = loaded(case, out / case.weights)
+        curve: dict = train(learner, case, range(3))
         collectives.sum_over_data_parallel = sum_over_ranks
-        curve["agree"] = replicas_agree(policy)
+        curve["agree"] = replicas_agree(learner)
         if rank == 0:
             torch.save(curve, out / f"{case}.pt")
 

@@ -1,0 +1,144 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every objective of the package: settings that use all of its terms, the head that it needs, and batches for it."""
+
+import importlib
+import math
+import pkgutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from nemo_aligner import objectives
+from nemo_aligner.batch import Experience, PreferenceBatch, ReferencedPairs, TokenBatch, ValueBatch
+from nemo_aligner.data.collate import collate
+from nemo_aligner.data.row import Row, TokenSequence
+from nemo_aligner.models.gpt.heads import HeadConfig
+from nemo_aligner.objectives.config import PolicyConfig, ValueConfig
+from nemo_aligner.objectives.nll import NLL
+from nemo_aligner.objectives.policy import PolicyGradient
+from nemo_aligner.objectives.preference import DPO
+from nemo_aligner.objectives.protocol import Objective
+from nemo_aligner.objectives.reward import AttributePairs, BradleyTerry, Regression
+from nemo_aligner.objectives.value import ValueLoss
+
+VOCAB = 101  # odd, so that every tensor parallel size pads it
+SEQ_LENGTH = 32
+_HEAD = HeadConfig(outputs=3)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ObjectiveCase:
+    """An objective, and what it is tried with."""
+
+    objective: Objective
+    head: HeadConfig | None = None  # None: a language model
+    pairs: bool = False  # two sequences a row
+    labels: bool = False
+    extended: Callable[[TokenBatch], TokenBatch] = lambda batch: (
+        batch
+    )  # with the tensors that the objective reads
+
+    def batch(self, rows: Sequence[Row]) -> TokenBatch:
+        """A micro-batch of ``rows``; what it says of a token depends on the token and its position alone."""
+        return self.extended(collate(rows, pad_id=0, seq_length=SEQ_LENGTH))
+
+    def rows(self, step: int) -> list[Row]:
+        """13 rows of uneven length, 10 to 90 % learned, one with nothing learned, some attributes without a label."""
+        draw = torch.Generator().manual_seed(100 + step)
+        return [self._row(place, draw) for place in range(13)]
+
+    def _row(self, place: int, draw: torch.Generator) -> Row:
+        sequences = tuple(_sequence(place, draw) for _ in range(1 + self.pairs))
+        if not self.labels:
+            return Row(sequences=sequences)
+        labels = torch.randn(3, generator=draw).tolist()
+        if not self.pairs and place % 3 == 1:
+            labels[place % 2] = math.nan
+        return Row(sequences=sequences, labels=(tuple(labels),) * len(sequences))
+
+
+def _sequence(place: int, draw: torch.Generator) -> TokenSequence:
+    length = int(torch.randint(5, 30, (), generator=draw))
+    share = 0.1 + 0.8 * place / 12
+    mask = (torch.rand(length, generator=draw) < share).tolist() if place != 4 else [False] * length
+    tokens = torch.randint(0, VOCAB, (length,), generator=draw).tolist()
+    return TokenSequence(tokens=tokens, loss_mask=[False, *mask[1:]])
+
+
+def _drawn(batch: TokenBatch, *, seed: int, mean: float = 0.0) -> Tensor:
+    """[B, S]: numbers about ``mean``, a function of token and position, so that they follow a row to any rank."""
+    table = torch.randn(VOCAB, SEQ_LENGTH, generator=torch.Generator().manual_seed(seed))
+    return mean + table[batch.tokens, batch.positions()]
+
+
+_LOGPROB = -math.log(VOCAB)  # about what random weights give
+
+
+def _experience(batch: TokenBatch) -> Experience:
+    seeds = {"advantages": 1, "returns": 2, "values": 3}
+    drawn = {name: _drawn(batch, seed=seed) for name, seed in seeds.items()}
+    beliefs = {"logprobs": 4, "reference_logprobs": 5}
+    drawn |= {name: _drawn(batch, seed=seed, mean=_LOGPROB) for name, seed in beliefs.items()}
+    return batch.extended(Experience, **drawn)
+
+
+def _with_values(batch: TokenBatch) -> ValueBatch:
+    return batch.extended(ValueBatch, values=_drawn(batch, seed=3), returns=_drawn(batch, seed=2))
+
+
+def _with_reference(batch: TokenBatch) -> ReferencedPairs:
+    assert isinstance(batch, PreferenceBatch)
+    reference = batch.per_sequence(_drawn(batch, seed=5, mean=_LOGPROB))
+    return batch.extended(ReferencedPairs, reference_logprobs=reference)
+
+
+_DPO = DPO(
+    ref_policy_kl_penalty=0.2,
+    preference_loss="dpo",
+    label_smoothing=0.1,
+    preference_average_log_probs=False,
+    preference_loss_weight=1.0,
+    sft_loss_weight=0.3,
+    sft_average_log_probs=True,
+)
+_PPO = PolicyConfig(ratio_eps=0.2, ratio_eps_high=0.3, dual_clip=3.0, entropy_bonus=0.01)
+OBJECTIVES: dict[str, ObjectiveCase] = {
+    "nll": ObjectiveCase(objective=NLL()),
+    "ppo": ObjectiveCase(objective=PolicyGradient(_PPO), extended=_experience),
+    "grpo": ObjectiveCase(
+        objective=PolicyGradient(PolicyConfig(loss_mean="sequence"), kl_coefficient=0.1), extended=_experience
+    ),
+    "dpo": ObjectiveCase(objective=_DPO, pairs=True, extended=_with_reference),
+    "ipo": ObjectiveCase(
+        objective=replace(_DPO, preference_loss="ipo", preference_average_log_probs=True),
+        pairs=True,
+        extended=_with_reference,
+    ),
+    "bradley_terry": ObjectiveCase(objective=BradleyTerry(), head=_HEAD, pairs=True),
+    "average_bradley_terry": ObjectiveCase(
+        objective=BradleyTerry(), head=replace(_HEAD, average=True), pairs=True
+    ),
+    "margin_bt": ObjectiveCase(objective=AttributePairs("margin_bt"), head=_HEAD, pairs=True, labels=True),
+    "scaled_bt": ObjectiveCase(objective=AttributePairs("scaled_bt"), head=_HEAD, pairs=True, labels=True),
+    "regression": ObjectiveCase(objective=Regression(), head=_HEAD, labels=True),
+    "value": ObjectiveCase(
+        objective=ValueLoss(ValueConfig(loss_clip_val=0.2)), head=HeadConfig(), extended=_with_values
+    ),
+}
+
+
+def found_in_package() -> set[type]:
+    """The classes of nemo_aligner/objectives that are objectives."""
+    modules = [
+        importlib.import_module(f"{objectives.__name__}.{info.name}")
+        for info in pkgutil.iter_modules(objectives.__path__)
+        if info.name != "protocol"
+    ]
+    return {
+        kind
+        for module in modules
+        for kind in vars(module).values()
+        if isinstance(kind, type) and kind.__module__ == module.__name__ and hasattr(kind, "wants")
+    }
