@@ -120,7 +120,11 @@ class SFTDataConfig:
     def part(self, split: SFTSplitConfig) -> Split:
         """The rows of its file that a split has."""
         whole, share = Split(paths=(split.file_path,)), share_of(self.validation_ds.file_path)
-        return whole.cut(share)[isinstance(split, ValidationSplitConfig)] if share else whole
+        if not share:
+            return whole
+        return whole.cut(share, "model.data.validation_ds.file_path")[
+            isinstance(split, ValidationSplitConfig)
+        ]
 
     def __post_init__(self) -> None:
         if self.chat_date is not None:

@@ -25,6 +25,7 @@ class Split:
     start: float = 0.0  # the part of each file that is read, as shares of its rows
     stop: float = 1.0
     in_two: bool = False  # each part of a cut has a row where there are two
+    cut_by: str = ""  # the setting that cuts the files, as messages name it
 
     def rows(self, num_rows: int) -> range:
         """Which of a file's ``num_rows`` rows belong to this split.
@@ -35,9 +36,27 @@ class Split:
         """
         return range(self._border(self.start, num_rows), self._border(self.stop, num_rows))
 
-    def cut(self, share: float) -> tuple["Split", "Split"]:
-        """All but the last ``share`` of its rows, and those; each has a row where there are two."""
-        return replace(self, stop=1 - share, in_two=True), replace(self, start=1 - share, in_two=True)
+    def rows_of(self, path: str, num_rows: int, *, unit: str) -> range:
+        """As :meth:`rows`, of the file ``path``.
+
+        Raises:
+            UserError: the file has rows, and none of them belongs to this split.
+        """
+        rows = self.rows(num_rows)
+        if num_rows and not rows:
+            raise UserError(
+                f"{self.cut_by} leaves none of the {num_rows} {unit} of {path} for a split",
+                fix="give the split a greater share, or a file of its own",
+            )
+        return rows
+
+    def cut(self, share: float, setting: str) -> tuple["Split", "Split"]:
+        """All but the last ``share`` of its rows, and those; each has a row where there are two.
+
+        ``setting`` is the name of what says the share.
+        """
+        both = replace(self, in_two=True, cut_by=f"{setting}={share}")
+        return replace(both, stop=1 - share), replace(both, start=1 - share)
 
     def _border(self, share: float, num_rows: int) -> int:
         border = round(share * num_rows)
@@ -116,7 +135,7 @@ def _by_name(given: Mapping[str, object]) -> DataSpec:
         if split is not None and not (share and name == "validation")
     }
     if share:
-        splits["train"], splits["validation"] = splits["train"].cut(share)
+        splits["train"], splits["validation"] = splits["train"].cut(share, f"{_KEY}.validation")
     extra = {name: split for name, split in splits.items() if name not in ("train", "validation", "test")}
     return DataSpec(
         train=splits["train"],
@@ -146,6 +165,7 @@ def _by_share(split: Split, splits_string: str | None) -> DataSpec:
             fix='give both a share, as in "98,1,1"',
         )
     total = sum(shares)
+    split = replace(split, cut_by=f"model.data.splits_string={splits_string!r}")
     train_stop, validation_stop = shares[0] / total, (shares[0] + shares[1]) / total
     has_test = len(shares) == 3 and shares[2] > 0
     return DataSpec(

@@ -24,7 +24,6 @@ from nemo_aligner.data.row_dataset import BlendedDataset, RowDataset
 from nemo_aligner.data.text_layout import TextLayout
 from nemo_aligner.data.text_rows import open_prompts
 from nemo_aligner.data.tokenizer import Tokenizer
-from nemo_aligner.errors import UserError
 
 _LOG = logging.getLogger(__name__)
 
@@ -86,7 +85,8 @@ def open_sft(
         )
         read, layout = chats.read, _CutLayout(lay_out=chats, max_seq_length=split.max_seq_length)
     records = RecordFile(split.file_path, read)
-    return RowDataset(records, layout, within=data.part(split).rows(len(records)))
+    within = data.part(split).rows_of(records.path, len(records), unit=layout.unit)
+    return RowDataset(records, layout, within=within)
 
 
 def uses_prompt_tokens(data: SFTDataConfig, tokenizer: Tokenizer) -> bool:
@@ -157,13 +157,8 @@ def _open(split: Split, read: Callable[[str], Records[TextRow]], layout: TextLay
     parts = []
     for path in split.paths:
         records = read(path)
-        rows = split.rows(len(records))
-        if not rows:
-            raise UserError(
-                f"model.data.splits_string leaves none of the {len(records)} {layout.unit} of {path} for a split",
-                fix="give the split a greater share, or name files for it under model.data.data_prefix",
-            )
-        if not records[rows[0]].rendered:
+        rows = split.rows_of(path, len(records), unit=layout.unit)
+        if rows and not records[rows[0]].rendered:
             _hint_at_template(path, layout.encode.tokenizer, "write them as messages")
         parts.append(RowDataset(records, layout, within=rows))
     return BlendedDataset(parts, split.weights)

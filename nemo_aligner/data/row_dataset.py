@@ -78,7 +78,7 @@ class RowDataset(Generic[R]):
         cut = 0
         place = 0
         with located(lambda: f"{records.where(place)}: "):
-            for place in within or range(len(records)):
+            for place in range(len(records)) if within is None else within:
                 record = records[place]
                 why = layout.left_out(record)
                 count = 1

@@ -125,7 +125,11 @@ def test_validation_may_be_a_share_of_the_training_rows(rows: int, share: object
     assert found.train.paths == found.validation.paths == ("a", "b")
 
 
-def test_a_share_of_one_row_leaves_nothing_to_validate():
+def test_a_share_of_one_row_is_refused_by_its_setting():
     found = parse_data_spec({"train": "a", "validation": 0.1}, None)
     assert found.validation
-    assert (len(found.train.rows(1)), len(found.validation.rows(1))) == (1, 0)
+    assert found.train.rows_of("a", 1, unit="pairs") == range(1)
+    with pytest.raises(
+        UserError, match=r"data_prefix.validation=0.1 leaves none of the 1 pairs of a for a split"
+    ):
+        found.validation.rows_of("a", 1, unit="pairs")

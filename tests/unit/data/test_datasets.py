@@ -2,10 +2,11 @@
 """Data sets from files: which layout is chosen, and where errors are said to be."""
 
 import logging
+from dataclasses import replace
 
 import pytest
 
-from nemo_aligner.data.config import ChatPromptTokens, SFTDataConfig, SFTSplitConfig
+from nemo_aligner.data.config import ChatPromptTokens, SFTDataConfig, SFTSplitConfig, ValidationSplitConfig
 from nemo_aligner.data.datasets import open_sft
 from nemo_aligner.data.row import describe
 from nemo_aligner.data.tokenizer import load_tokenizer
@@ -23,6 +24,15 @@ def opened(path, tokenizer, *, answer_only_loss=True, split=None, **settings):
 def test_prompt_and_response(jsonl, bpe):
     dataset = opened(jsonl({"input": "a", "output": "b"}, {"input": "c", "output": "d"}), bpe)
     assert [describe(dataset[i], bpe) for i in range(len(dataset))] == ["a⟦ b</s>⟧", "c⟦ d</s>⟧"]
+
+
+def test_a_share_of_one_row_is_refused(jsonl, bpe):
+    path = str(jsonl({"input": "a", "output": "b"}))
+    share = ValidationSplitConfig(file_path="0.1")
+    data = SFTDataConfig(train_ds=SFTSplitConfig(file_path=path), validation_ds=share)
+    assert len(open_sft(data, data.train_ds, bpe, answer_only_loss=True)) == 1
+    with pytest.raises(UserError, match=r"validation_ds.file_path=0.1 leaves none of the 1 rows of"):
+        open_sft(data, replace(share, file_path=path), bpe, answer_only_loss=True)
 
 
 @pytest.mark.parametrize(

@@ -154,7 +154,7 @@ def test_one_list_is_cut_by_pairs_before_any_is_left_out(jsonl, bpe):
 
 def test_a_split_without_rows_is_refused(jsonl, bpe):
     path = str(jsonl(*pair_rows(("11", "22"), ("33", "44"))))
-    with pytest.raises(UserError, match="splits_string leaves none of the 2 pairs of"):
+    with pytest.raises(UserError, match="splits_string='98,1,1' leaves none of the 2 pairs of"):
         comparisons(path, bpe, split="validation", splits_string="98,1,1")
 
 
