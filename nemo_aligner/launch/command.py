@@ -7,7 +7,6 @@ A script ``train_gpt_NAME.py`` is the command NAME; what a script can do, and it
 import ast
 import difflib
 import importlib.util
-import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -15,6 +14,8 @@ from typing import Any
 
 import nemo_aligner
 from nemo_aligner.errors import UserError
+from nemo_aligner.launch.cli import USER_ERROR_CODE, run_cli
+from nemo_aligner.parallel.ranks import discover, speaks
 
 # What a script's file name does not say.
 IRREGULAR = {
@@ -46,9 +47,9 @@ def main() -> None:
     try:
         run = _prepare(sys.argv[1:])
     except UserError as error:
-        if int(os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or 0) == 0:
+        if speaks(discover()):
             sys.stderr.write(f"error: {error}\n")
-        sys.exit(2)
+        sys.exit(USER_ERROR_CODE)
     run()
 
 
@@ -96,8 +97,6 @@ def _prepare(words: Sequence[str]) -> Callable[[], object]:
 
         sys.argv = [str(script), *full_words(rest, kind)]
         return entry
-    from nemo_aligner.launch.cli import run_cli
-
     if name == "ppo":
         from nemo_aligner.launch.ppo_jobs import words_of_jobs
 

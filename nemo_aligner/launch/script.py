@@ -27,7 +27,7 @@ from nemo_aligner.launch.cli import INTERRUPTED_CODE, OS_ERROR_FIX, USER_ERROR_C
 from nemo_aligner.launch.stacks import show_stacks_on_signal
 from nemo_aligner.launch.subprocesses import STARTER_VARIABLE, follow_parent
 from nemo_aligner.launch.typed import as_hydra_reads
-from nemo_aligner.parallel.ranks import Ranks, discover
+from nemo_aligner.parallel.ranks import Ranks, discover, speaks
 from nemo_aligner.run.experiment import keep_early_records
 from nemo_aligner.run.stop import STOP_SIGNALS, StoppedEarly, Terminated
 
@@ -67,7 +67,7 @@ class Script(Generic[J]):
             sys.argv[1:] = as_hydra_reads(sys.argv[1:], self.kind)
             hydra.main(version_base="1.3", config_path=conf, config_name=self.config_name)(task)()
         except (UserError, HydraException, OmegaConfBaseException) as error:
-            if _talks(ranks):
+            if speaks(ranks):
                 problem = error if isinstance(error, UserError) else _hydra_problem(error)
                 sys.stderr.write(f"error: {problem}\n")
             sys.exit(USER_ERROR_CODE)
@@ -104,10 +104,6 @@ def compose(script: Script[Any], words: Sequence[str]) -> dict[str, Any]:
     return values
 
 
-def _talks(ranks: Ranks | None) -> bool:
-    return ranks is None or ranks.rank == 0
-
-
 def _hydra_problem(error: Exception) -> UserError:
     """The error for a config that Hydra cannot compose, in one line, with its fix."""
     line = str(error).splitlines()[0]
@@ -126,7 +122,7 @@ def _prepare_process(ranks: Ranks | None) -> None:
         follow_parent(signal.SIGKILL)
     elif ranks is None and STARTER_VARIABLE in os.environ:
         follow_parent(signal.SIGTERM)  # which has it save first
-    talks = _talks(ranks)
+    talks = speaks(ranks)
     logging.basicConfig(
         level=logging.INFO if talks else logging.WARNING,
         format="[%(asctime)s] %(message)s",
@@ -149,7 +145,7 @@ def _signals() -> tuple[signal.Signals, ...]:
 
 def _run(config: DictConfig, script: Script[J], ranks: Ranks | None) -> None:
     def leave(number: int, _: object) -> None:
-        if _talks(ranks):
+        if speaks(ranks):
             name = signal.Signals(number).name
             os.write(sys.stderr.fileno(), f"stopped by {name}, before anything was done\n".encode())
         os._exit(128 + number)
@@ -161,7 +157,7 @@ def _run(config: DictConfig, script: Script[J], ranks: Ranks | None) -> None:
         code = _start(config, script, ranks)
     except (KeyboardInterrupt, Terminated) as stop:
         code = INTERRUPTED_CODE if isinstance(stop, KeyboardInterrupt) else 128 + stop.signal
-        if _talks(ranks):
+        if speaks(ranks):
             name = "Ctrl-C" if isinstance(stop, KeyboardInterrupt) else stop.signal.name
             sys.stderr.write(f"stopped by {name}; nothing was saved for it\n")
     if code:
@@ -189,14 +185,14 @@ def _start(config: DictConfig, script: Script[J], ranks: Ranks | None) -> int:
                     f"trainer.num_nodes=1 trainer.devices={ranks_in_all}",
                 )
     except UserError as error:
-        if _talks(ranks):
+        if speaks(ranks):
             sys.stderr.write(f"error: {error}\n")
         return USER_ERROR_CODE
     if ranks is None and job.trainer.devices > 1:
         gc.enable()
         return local.start_ranks(job.trainer.devices)
     instructions = amx.decide()
-    if _talks(ranks):
+    if speaks(ranks):
         # Torch takes seconds, and a person should not wait for a sign of life.
         logger.info("%s: the settings are read; torch is loaded next", script.file.name)
         if instructions:

@@ -129,6 +129,11 @@ def discover(env: Mapping[str, str] = os.environ) -> Ranks | None:
     return None
 
 
+def speaks(ranks: Ranks | None) -> bool:
+    """True for the one process of a job that reports a mistake to people."""
+    return ranks is None or ranks.rank == 0
+
+
 def _is_shell(env: Mapping[str, str]) -> bool:
     """True if the step is a terminal of one task, as ``srun --pty bash`` makes: there, we start the ranks."""
     return "SLURM_PTY_PORT" in env and env.get("SLURM_STEP_NUM_TASKS") == "1"

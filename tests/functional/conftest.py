@@ -29,6 +29,11 @@ from nemo_aligner.checkpoint.convert import import_from_huggingface
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "examples/nlp/gpt/train_gpt_sft.py"
 COLOURS = ("red", "green", "blue", "white")
+# Settings of other layouts than one rank, by what a test calls them.
+LAYOUTS = {
+    "TP2": {"trainer.devices": 2, "model.tensor_model_parallel_size": 2, "model.sequence_parallel": True},
+    "PP2 x DP2": {"trainer.devices": 4, "model.pipeline_model_parallel_size": 2, "model.micro_batch_size": 2},
+}
 
 
 def toy_config(**changed: object) -> LlamaConfig:
@@ -175,6 +180,15 @@ class Job:
             time.sleep(0.05)
         self.ranks = psutil.Process(self.process.pid).children()
 
+    def kill(self) -> None:
+        """SIGKILL the job's own processes, not Triton's, which have to see to themselves."""
+        process = psutil.Process(self.process.pid)
+        own = [process, *(child for child in process.children() if "python" in child.name())]
+        for one in own:
+            one.send_signal(signal.SIGKILL)
+        psutil.wait_procs(own, timeout=10)
+        self.process.wait()
+
     def alive(self) -> list[psutil.Process]:
         """Ranks that have not ended."""
         dead = (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD)
@@ -242,3 +256,20 @@ def run(start: Callable[..., Job]) -> Callable[..., Job]:
         return job
 
     return complete
+
+
+@pytest.fixture
+def kill_and_resume(start: Callable[..., Job], run: Callable[..., Job]) -> Callable[..., None]:
+    """Runs a script in the folder "whole"; and in "killed", killed once a step is saved, and again to its end."""
+
+    def twice(settings: Callable[[str], dict[str, object]], *, command: Sequence[object], step: int) -> None:
+        whole = run(settings("whole"), command=command)
+        assert whole.process.returncode == 0, whole.err[-3000:]
+        job = start(settings("killed"), command=command)
+        job.wait_for(f"-step={step}-consumed_samples", timeout=120)
+        job.kill()
+        again = run(settings("killed"), command=command)
+        assert again.process.returncode == 0, again.err[-3000:]
+        assert "resumed after step" in again.err
+
+    return twice

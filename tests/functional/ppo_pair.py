@@ -131,13 +131,3 @@ class Pair:
         assert told is not None
         health = json.loads(told[0])
         return health["busy"], health["sequence"]
-
-
-def metrics(folder: Path) -> list[dict[str, float]]:
-    """metrics.jsonl without its timing fields."""
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    timing = ("time", "train/step_time")
-    return [
-        {name: value for name, value in line.items() if name not in timing and not name.startswith("timers/")}
-        for line in lines
-    ]

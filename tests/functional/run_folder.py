@@ -1,11 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a run has left in its folder."""
 
+import json
 from pathlib import Path
 
 import torch
 
 from nemo_aligner.checkpoint.torch_dist import FolderReader
+
+TIMINGS = ("time", "train/step_time", "train/tokens_per_s", "validation/step_time")
 
 
 def tensors(folder: Path) -> dict[str, torch.Tensor]:
@@ -16,6 +19,28 @@ def tensors(folder: Path) -> dict[str, torch.Tensor]:
         for key, entry in reader.tensors.items():
             found[f"{part}/{key}"] = reader.read(key, (0,) * len(entry.size), tuple(entry.size))
     return found
+
+
+def metrics(folder: Path) -> list[dict[str, float]]:
+    """metrics.jsonl without its timing fields."""
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [
+        {
+            name: value
+            for name, value in line.items()
+            if name not in TIMINGS and not name.startswith("timers/")
+        }
+        for line in lines
+    ]
+
+
+def assert_same_learning(found: Path, wanted: Path) -> None:
+    """The same weights, optimizer and metrics, bit for bit."""
+    ours, theirs = tensors(found), tensors(wanted)
+    assert ours.keys() == theirs.keys()
+    assert any("exp_avg_sq" in key for key in ours)
+    assert [key for key in ours if not torch.equal(ours[key], theirs[key])] == []
+    assert metrics(found) == metrics(wanted)
 
 
 def is_saving(folder: Path) -> bool:

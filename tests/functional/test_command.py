@@ -21,12 +21,15 @@ runpy.run_module("nemo_aligner", run_name="__main__")
 """
 
 
-def quick(*words: object, folder: Path) -> subprocess.CompletedProcess[str]:
+def quick(
+    *words: object, folder: Path, env: dict[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
     """What needs no torch."""
     return subprocess.run(
         [sys.executable, "-c", WITHOUT_TORCH, *map(str, words)],
         cwd=folder,
-        env={"PATH": "", "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "SECRET_TOKEN": "hunter2"},
+        env={"PATH": "", "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "SECRET_TOKEN": "hunter2"}
+        | (env or {}),
         capture_output=True,
         text=True,
         check=False,
@@ -110,6 +113,14 @@ def test_a_file_with_an_unknown_key_is_named(tmp_path: Path):
 )
 def test_mistakes_are_reported_before_torch(words: list[str], told: str, tmp_path: Path):
     assert told in refused(*words, folder=tmp_path)
+
+
+def test_one_rank_of_many_reports_a_mistake(tmp_path: Path):
+    torchrun = {"WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+    for rank, says in (("0", True), ("1", False)):
+        done = quick("stf", folder=tmp_path, env=torchrun | {"RANK": rank})
+        assert done.returncode == 2
+        assert ("did you mean sft?" in done.stderr) is says
 
 
 def test_help_says_what_each_command_does_and_takes(tmp_path: Path):

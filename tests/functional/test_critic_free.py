@@ -5,13 +5,12 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
-import psutil
 import pytest
 
 from nemo_aligner.launch.job_group import free_ports
-from tests.functional.ppo_pair import ACTOR, LONG, Pair, metrics
-from tests.functional.run_folder import tensors
-from tests.functional.test_ppo_resume import kill
+from tests.functional.conftest import LAYOUTS
+from tests.functional.ppo_pair import ACTOR, LONG, Pair
+from tests.functional.run_folder import assert_same_learning, metrics
 
 RULES = """
 def vowels(*, response, **_):
@@ -72,37 +71,17 @@ def test_rewards_by_functions_are_learned_from(alone: Callable, run: Callable, t
 
 @pytest.mark.parametrize("estimator", ["group", "leave_one_out", "reinforce", "best_of_n"])
 def test_a_killed_run_goes_on_bit_for_bit(
-    alone: Callable, run: Callable, start: Callable, tmp_path: Path, estimator: str
+    alone: Callable, kill_and_resume: Callable, tmp_path: Path, estimator: str
 ):
     asked = {"trainer.ppo.advantage_estimator": estimator, "trainer.ppo.max_steps": 12}
-    assert run(alone("whole", **asked), command=[ACTOR]).process.returncode == 0
-    job = start(alone("killed", **asked), command=[ACTOR])
-    job.wait_for("-step=4-consumed_samples")
-    kill(psutil.Process(job.process.pid))
-    job.wait()
-    again = run(alone("killed", **asked), command=[ACTOR])
-    assert again.process.returncode == 0, again.err[-3000:]
-    assert "resumed after step" in again.err
-    killed, whole = tmp_path / "killed/actor", tmp_path / "whole/actor"
-    ours, theirs = tensors(killed), tensors(whole)
-    assert ours.keys() == theirs.keys()
-    assert [name for name in ours if not ours[name].equal(theirs[name])] == []
-    assert metrics(killed) == metrics(whole)
+    kill_and_resume(lambda name: alone(name, **asked), command=[ACTOR], step=4)
+    assert_same_learning(tmp_path / "killed/actor", tmp_path / "whole/actor")
 
 
-@pytest.mark.parametrize(
-    "layout",
-    [
-        {"trainer.devices": 2, "model.tensor_model_parallel_size": 2, "model.sequence_parallel": True},
-        {"trainer.devices": 4, "model.pipeline_model_parallel_size": 2, "model.micro_batch_size": 2},
-    ],
-    ids=["TP2", "PP2 x DP2"],
-)
-def test_results_do_not_depend_on_the_layout(
-    alone: Callable, run: Callable, tmp_path: Path, layout: dict[str, object]
-):
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_results_do_not_depend_on_the_layout(alone: Callable, run: Callable, tmp_path: Path, layout: str):
     few = {"trainer.ppo.max_steps": 2, "trainer.ppo.save_interval": 0, "trainer.ppo.val_check_interval": 2}
-    for name, changed in (("one", {}), ("many", layout)):
+    for name, changed in (("one", {}), ("many", LAYOUTS[layout])):
         job = run(alone(name, **few, **changed), command=[ACTOR])
         assert job.process.returncode == 0, job.err[-3000:]
     for ours, theirs in zip(metrics(tmp_path / "many/actor"), metrics(tmp_path / "one/actor"), strict=True):

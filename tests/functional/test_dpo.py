@@ -6,16 +6,13 @@ import math
 from collections.abc import Callable
 from pathlib import Path
 
-import psutil
 import pytest
 
-from tests.functional.conftest import ROOT
-from tests.functional.ppo_pair import metrics
-from tests.functional.test_ppo_resume import kill
-from tests.functional.test_resume import TIMINGS, assert_same_run
+from tests.functional.conftest import COLOURS, LAYOUTS, ROOT
+from tests.functional.run_folder import metrics
+from tests.functional.test_resume import assert_same_run
 
 DPO = ROOT / "examples/nlp/gpt/train_gpt_dpo.py"
-COLOURS = ("red", "green", "blue", "white")  # the earlier one is preferred
 STEPS = 16
 
 
@@ -23,6 +20,7 @@ STEPS = 16
 def settings(nemo: Path, tmp_path: Path) -> Callable[..., dict[str, object]]:
     """Settings of a toy run in a folder of the name."""
     pairs = tmp_path / "pairs.jsonl"
+    # The earlier colour is preferred.
     rows = [
         {"prompt": f"thing {i}:", "chosen": f" {COLOURS[i % 3]}", "rejected": f" {COLOURS[i % 3 + 1]}"}
         for i in range(32)
@@ -52,8 +50,7 @@ def settings(nemo: Path, tmp_path: Path) -> Callable[..., dict[str, object]]:
 
 
 def steps(folder: Path) -> list[dict[str, float]]:
-    lines = [line for line in metrics(folder) if "train/loss" in line]
-    return [{name: value for name, value in line.items() if name not in TIMINGS} for line in lines]
+    return [line for line in metrics(folder) if "train/loss" in line]
 
 
 @pytest.mark.parametrize("loss", ["dpo", "ipo"])
@@ -84,31 +81,17 @@ def test_a_stored_reference_is_the_swapped_one(settings: Callable, run: Callable
 
 @pytest.mark.parametrize("stored", [False, True])
 def test_a_killed_run_goes_on_bit_for_bit(
-    settings: Callable, run: Callable, start: Callable, tmp_path: Path, stored: bool
+    settings: Callable, kill_and_resume: Callable, tmp_path: Path, stored: bool
 ):
     asked = {"model.dpo.store_reference": stored, "model.dpo.sft_loss_weight": 0.1, "trainer.devices": 2}
-    assert run(settings("whole", **asked), command=[DPO]).process.returncode == 0
-    job = start(settings("killed", **asked), command=[DPO])
-    job.wait_for("-step=8-consumed_samples", timeout=120)
-    kill(psutil.Process(job.process.pid))
-    job.wait()
-    again = run(settings("killed", **asked), command=[DPO])
-    assert again.process.returncode == 0, again.err[-3000:]
-    assert "resumed after step" in again.err
+    kill_and_resume(lambda name: settings(name, **asked), command=[DPO], step=8)
     assert_same_run(tmp_path / "killed", tmp_path / "whole", steps=STEPS)
 
 
-@pytest.mark.parametrize(
-    "layout",
-    [
-        {"trainer.devices": 2, "model.tensor_model_parallel_size": 2, "model.sequence_parallel": True},
-        {"trainer.devices": 4, "model.pipeline_model_parallel_size": 2, "model.micro_batch_size": 2},
-    ],
-    ids=["TP2", "PP2 x DP2"],
-)
+@pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("stored", [False, True])
 def test_results_do_not_depend_on_the_layout(
-    settings: Callable, run: Callable, tmp_path: Path, layout: dict[str, object], stored: bool
+    settings: Callable, run: Callable, tmp_path: Path, layout: str, stored: bool
 ):
     same = {
         "trainer.dpo.max_epochs": 1,
@@ -116,7 +99,7 @@ def test_results_do_not_depend_on_the_layout(
         "model.dpo.store_reference": stored,
         "model.dpo.label_smoothing": 0.1,
     }
-    for name, changed in (("one", {}), ("many", layout)):
+    for name, changed in (("one", {}), ("many", LAYOUTS[layout])):
         job = run(settings(name, **same, **changed), command=[DPO])
         assert job.process.returncode == 0, job.err[-3000:]
     for ours, theirs in zip(steps(tmp_path / "many"), steps(tmp_path / "one"), strict=True):

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.functional.ppo_pair import LONG, Pair, metrics
-from tests.functional.run_folder import tensors
+from tests.functional.ppo_pair import LONG, Pair
+from tests.functional.run_folder import metrics, tensors
 
 
 @pytest.fixture

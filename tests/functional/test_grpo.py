@@ -5,13 +5,10 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
-import psutil
 import pytest
 
-from tests.functional.conftest import ROOT
-from tests.functional.ppo_pair import metrics
-from tests.functional.run_folder import tensors
-from tests.functional.test_ppo_resume import kill
+from tests.functional.conftest import LAYOUTS, ROOT
+from tests.functional.run_folder import assert_same_learning, metrics
 
 GRPO = ROOT / "examples/nlp/gpt/train_gpt_grpo.py"
 RULE = """
@@ -68,36 +65,17 @@ def test_a_rule_is_learned(settings: Callable, run: Callable, tmp_path: Path, me
 
 @pytest.mark.parametrize("mean", ["token", "sequence"])
 def test_a_killed_run_goes_on_bit_for_bit(
-    settings: Callable, run: Callable, start: Callable, tmp_path: Path, mean: str
+    settings: Callable, kill_and_resume: Callable, tmp_path: Path, mean: str
 ):
     asked = {"model.ppo.loss_mean": mean, "trainer.devices": 2}
-    assert run(settings("whole", **asked), command=[GRPO]).process.returncode == 0
-    job = start(settings("killed", **asked), command=[GRPO])
-    job.wait_for("-step=4-consumed_samples", timeout=120)
-    kill(psutil.Process(job.process.pid))
-    job.wait()
-    again = run(settings("killed", **asked), command=[GRPO])
-    assert again.process.returncode == 0, again.err[-3000:]
-    assert "resumed after step" in again.err
-    ours, theirs = tensors(tmp_path / "killed"), tensors(tmp_path / "whole")
-    assert ours.keys() == theirs.keys()
-    assert [name for name in ours if not ours[name].equal(theirs[name])] == []
-    assert metrics(tmp_path / "killed") == metrics(tmp_path / "whole")
+    kill_and_resume(lambda name: settings(name, **asked), command=[GRPO], step=4)
+    assert_same_learning(tmp_path / "killed", tmp_path / "whole")
 
 
-@pytest.mark.parametrize(
-    "layout",
-    [
-        {"trainer.devices": 2, "model.tensor_model_parallel_size": 2, "model.sequence_parallel": True},
-        {"trainer.devices": 4, "model.pipeline_model_parallel_size": 2, "model.micro_batch_size": 2},
-    ],
-    ids=["TP2", "PP2 x DP2"],
-)
-def test_results_do_not_depend_on_the_layout(
-    settings: Callable, run: Callable, tmp_path: Path, layout: dict[str, object]
-):
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_results_do_not_depend_on_the_layout(settings: Callable, run: Callable, tmp_path: Path, layout: str):
     few = {"trainer.ppo.max_steps": 2, "trainer.ppo.save_interval": 0, "model.ppo.loss_mean": "sequence"}
-    for name, changed in (("one", {}), ("many", layout)):
+    for name, changed in (("one", {}), ("many", LAYOUTS[layout])):
         job = run(settings(name, **few, **changed), command=[GRPO])
         assert job.process.returncode == 0, job.err[-3000:]
     for ours, theirs in zip(metrics(tmp_path / "many"), metrics(tmp_path / "one"), strict=True):

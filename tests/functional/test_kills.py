@@ -18,7 +18,7 @@ import pytest
 
 from tests.functional.conftest import Job
 from tests.functional.ppo_pair import Pair
-from tests.functional.test_ppo_resume import assert_same, kill
+from tests.functional.test_ppo_resume import assert_same
 from tests.functional.test_resume import assert_same_run
 
 PATIENCE = 120.0  # seconds, on an idle machine; what takes longer hangs
@@ -274,8 +274,7 @@ def test_a_pair_goes_on_after_every_kill(
         name = draw.choice(("actor", "critic"))
         doomed: Job = getattr(jobs, name)
         if doomed.process.poll() is None:
-            kill(psutil.Process(doomed.process.pid))
-            doomed.process.wait()
+            doomed.kill()
             since = time.time()
             hits.append(f"{name} after step {step}")
             jobs.start_again(name)

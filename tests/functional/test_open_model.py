@@ -26,7 +26,8 @@ from nemo_aligner.config.serve import CriticJob, RewardServerJob
 from nemo_aligner.parallel import world
 from nemo_aligner.settings import parse
 from tests.functional.conftest import SCRIPT, toy_config, write_toy_tokenizer
-from tests.functional.ppo_pair import Pair, metrics
+from tests.functional.ppo_pair import Pair
+from tests.functional.run_folder import metrics
 from tests.hub import serving
 from tests.unit.checkpoint.conftest import build_tokenizer
 from tests.unit.checkpoint.test_gguf import write_gguf

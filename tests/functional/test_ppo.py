@@ -18,7 +18,8 @@ from nemo_aligner.checkpoint.nemo_archive import open_nemo
 from nemo_aligner.checkpoint.tokenizer_files import load_archived_tokenizer
 from nemo_aligner.launch.job_group import free_ports
 from tests.functional.conftest import toy_config, write_toy_tokenizer
-from tests.functional.ppo_pair import LONG, Pair, metrics
+from tests.functional.ppo_pair import LONG, Pair
+from tests.functional.run_folder import metrics
 
 
 @pytest.fixture

@@ -6,13 +6,12 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-import psutil
 import pytest
 import torch
 from tritonclient.utils import InferenceServerException
 
-from tests.functional.ppo_pair import LONG, Pair, metrics
-from tests.functional.run_folder import is_saving, tensors
+from tests.functional.ppo_pair import LONG, Pair
+from tests.functional.run_folder import assert_same_learning, is_saving, tensors
 
 
 @pytest.fixture(scope="session")
@@ -50,31 +49,18 @@ MOMENTS: dict[str, tuple[str, Callable[[Pair], bool]]] = {
 }
 
 
-def kill(process: psutil.Process) -> None:
-    """SIGKILL the job's own processes, not Triton's, which have to see to themselves."""
-    own = [process, *(c for c in process.children() if "python" in c.name())]
-    for one in own:
-        one.send_signal(signal.SIGKILL)
-    psutil.wait_procs(own, timeout=10)
-
-
 def kill_at(job, pair: Pair, moment: Callable[[Pair], bool]) -> None:
     deadline = time.monotonic() + LONG
     while not moment(pair):
         assert time.monotonic() < deadline, job.err[-4000:]
         assert job.process.poll() is None, f"it ended before the moment to kill it: {job.err[-4000:]}"
         time.sleep(0.002)
-    kill(psutil.Process(job.process.pid))
-    job.process.wait()
+    job.kill()
 
 
 def assert_same(found: Pair, wanted: Path) -> None:
     for name in ("actor", "critic"):
-        ours, theirs = tensors(found.folder / name), tensors(wanted / name)
-        assert ours.keys() == theirs.keys()
-        assert any("exp_avg_sq" in key for key in ours)
-        assert [key for key in ours if not torch.equal(ours[key], theirs[key])] == [], name
-        assert metrics(found.folder / name) == metrics(wanted / name)
+        assert_same_learning(found.folder / name, wanted / name)
     tables = [(folder / "actor/table_train_rollouts.jsonl").read_text() for folder in (found.folder, wanted)]
     assert tables[0] == tables[1]
 

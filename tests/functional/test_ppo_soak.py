@@ -9,7 +9,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.functional.ppo_pair import LONG, Pair, metrics
+from tests.functional.ppo_pair import LONG, Pair
+from tests.functional.run_folder import metrics
 
 STEPS = 200
 

@@ -4,7 +4,6 @@
 ``make test-resume`` runs every seed of every case; the other targets run the first of each.
 """
 
-import json
 import random
 import signal
 import time
@@ -13,12 +12,10 @@ from pathlib import Path
 
 import psutil
 import pytest
-import torch
 
-from tests.functional.run_folder import is_saving, tensors
+from tests.functional.run_folder import assert_same_learning, is_saving, metrics
 
 STEPS = 12  # three epochs of four steps
-TIMINGS = ("time", "train/step_time", "train/tokens_per_s", "validation/step_time")
 
 
 @pytest.fixture(scope="session")
@@ -50,17 +47,8 @@ def resumable(settings: dict[str, object]) -> Callable[..., dict[str, object]]:
     return make
 
 
-def metrics(folder: Path) -> list[dict[str, object]]:
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [{name: value for name, value in line.items() if name not in TIMINGS} for line in lines]
-
-
 def assert_same_run(found: Path, wanted: Path, *, steps: int = STEPS) -> None:
-    ours, theirs = tensors(found), tensors(wanted)
-    assert ours.keys() == theirs.keys()
-    assert any("exp_avg_sq" in key for key in ours)
-    assert [key for key in ours if not torch.equal(ours[key], theirs[key])] == []
-    assert metrics(found) == metrics(wanted)
+    assert_same_learning(found, wanted)
     assert [line["step"] for line in metrics(found) if "train/loss" in line] == list(range(1, steps + 1))
     checkpoints = [sorted(path.name for path in (f / "checkpoints").iterdir()) for f in (found, wanted)]
     assert checkpoints[0] == checkpoints[1]
