@@ -6,7 +6,7 @@ One convention holds everywhere: **position t speaks of token t**. ``logprobs[b,
 token t counts in the loss. Every per-token tensor is ``[B, S]``. The shift by one happens in
 ``models/gpt/head_projection.py``, and for NeMo-Aligner's protocol in ``serving/wire.py``.
 
-Shapes: B rows, S positions, N sequences (N = B unless packed).
+Shapes: B rows, S positions, N sequences (N = B unless packed), A attributes of a sequence.
 """
 
 import enum
@@ -19,9 +19,8 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 T = TypeVar("T", bound="TokenBatch")
-_PER_SEQUENCE = (
-    "per_sequence"  # marks a field of two dimensions whose second is not S, though it may be as long
-)
+# Marks a field of two dimensions whose second is not S, though it may be as long.
+_PER_SEQUENCE = "per_sequence"
 
 
 class Unit(enum.Enum):
@@ -226,7 +225,7 @@ class PreferenceBatch(TokenBatch):
 class ReferencedPairs(PreferenceBatch):
     """Pairs, and what the reference believes of them."""
 
-    reference_logprobs: Tensor  # [N] float, not [B, S]: each sequence's sum over its loss tokens
+    reference_sums: Tensor  # [N] float: the reference's log-probs, summed over each sequence's loss tokens
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -243,6 +242,13 @@ class AttributeBatch(TokenBatch):
     def count(self, unit: Unit) -> Tensor:
         """As for other batches; labels are the attributes that have one."""
         return self.labeled().sum() if unit is Unit.LABEL else TokenBatch.count(self, unit)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LabeledPairs(AttributeBatch):
+    """Pairs whose labels say which is the better one: both sequences of a pair carry the same ones."""
+
+    rows_per_sample: ClassVar[int] = 2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -270,7 +276,8 @@ class Rollout(TokenBatch):
     prompt_lengths: Tensor  # [B] int64
     finished: Tensor  # [B] bool: ended by EOS or a stop string, not by the length limit
     group: Tensor  # [B] int64: the prompt's number; responses to one prompt share it
-    sampler_logprobs: Tensor  # [B, S] float: the sampler's own log-probs
+    # [B, S] float: by the sampler, of the distribution drawn from (after temperature, top-k, top-p)
+    sampler_logprobs: Tensor
 
     def prompt(self, row: int) -> list[int]:
         """The tokens of a row's prompt."""
@@ -293,7 +300,10 @@ class ScoredRollout(Rollout):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Experience(TokenBatch):
-    """The inputs of an update of the policy and of the critic."""
+    """The inputs of an update of the policy and of the critic; ``loss_mask`` marks what the policy learns from.
+
+    That is the responses' tokens, without those that the estimator or ``CreditConfig.mask_unfinished`` leaves out.
+    """
 
     logprobs: Tensor  # [B, S] float: the policy's before the update
     reference_logprobs: Tensor  # [B, S] float: as in ScoredRollout

@@ -20,9 +20,10 @@ __all__ = ["CONF", "written"]
 
 ROOT = Path(__file__).parents[1]
 CONF = ROOT / "examples/nlp/gpt/conf"
-PAGES = (ROOT / "docs/RLHFTraining.md", ROOT / "docs/ppo_details.md")
+PAGES = tuple(ROOT / "docs" / name for name in ("RLHFTraining.md", "ppo_details.md", "grpo.md"))
 COMMAND_PAGE = ROOT / "docs/command.md"
-JOBS = {"actor": "gpt_ppo_actor", "critic": "gpt_ppo_critic"}
+# By what a table's header calls them; the actor where it says nothing.
+JOBS = {"actor": "gpt_ppo_actor", "critic": "gpt_ppo_critic", "GRPO": "gpt_grpo"}
 # A row of a table in docs: what comes before the default, key and job in it, the default, what comes after.
 _ROW = re.compile(r"(\|(?:[^|`]*\|)* `([\w.]+)`(?: \((critic)\))? \| )(?:as )?`[^`]*`( \|.*)")
 
@@ -104,7 +105,7 @@ def page(content: str) -> str:
     """A page of docs with the defaults of the keys in its tables that have such a column."""
     known, job, lines = {name: defaults(name) for name in JOBS}, "", []
     for line in content.splitlines():
-        if header := re.match(r"\|.* key(?: of the (\w+))? \| default \|", line):
+        if header := re.match(r"\|.* key(?: of (?:the )?(\w+))? \| default \|", line):
             job = header[1] or "actor"
         elif not line.startswith("|"):
             job = ""

@@ -37,7 +37,7 @@ def _annotated(policy: AlignableGenerativeInterface, batches: Sequence[TokenBatc
         assert isinstance(batch, PreferenceBatch), type(batch)
         batch = batch.to(world.device())
         logprobs = batch.per_sequence(policy.logprobs(batch, loss_tokens_only=True))
-        found.append(batch.extended(ReferencedPairs, reference_logprobs=logprobs))
+        found.append(batch.extended(ReferencedPairs, reference_sums=logprobs))
     return found
 
 
@@ -104,7 +104,7 @@ def _logprobs(policy: AlignableGenerativeInterface, loader: BatchLoader[TokenBat
             micro_batch_size=loader.micro_batch_size,
         )
         for rows, batch in zip(places, _annotated(policy, ordered.batch(index)), strict=True):
-            table[rows] = batch.reference_logprobs.view(-1, table.shape[1])[: len(rows)].cpu()
+            table[rows] = batch.reference_sums.view(-1, table.shape[1])[: len(rows)].cpu()
     # Every row is one data parallel rank's, and 0 elsewhere.
     whole = collectives.sum_over_data_parallel(table.to(world.device()))
     return collectives.broadcast_from_last_stage(whole, tuple(whole.shape)).cpu()

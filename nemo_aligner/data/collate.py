@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 import torch
 
-from nemo_aligner.batch import AttributeBatch, PreferenceBatch, ReferencedPairs, TokenBatch
+from nemo_aligner.batch import AttributeBatch, LabeledPairs, PreferenceBatch, ReferencedPairs, TokenBatch
 from nemo_aligner.data.row import Row
 
 
@@ -22,8 +22,8 @@ def padded_length(longest: int, *, multiple: int, maximum: int) -> int:
 def collate(rows: Sequence[Row], *, pad_id: int, seq_length: int) -> TokenBatch:
     """[len(rows) x sequences of a row, seq_length], right padded; every sequence fits.
 
-    Labeled rows make an AttributeBatch, pairs a PreferenceBatch: sequence 2i is the chosen one of row i, 2i + 1 the
-    other.
+    Labeled rows make an AttributeBatch, and where they are pairs LabeledPairs. Other pairs make a PreferenceBatch:
+    sequence 2i is the chosen one of row i, 2i + 1 the other.
     """
     sequences = [sequence for row in rows for sequence in row.sequences]
     batch = TokenBatch.from_rows(
@@ -33,13 +33,14 @@ def collate(rows: Sequence[Row], *, pad_id: int, seq_length: int) -> TokenBatch:
     )
     if rows[0].labels:
         attributes = torch.tensor([label for row in rows for label in row.labels], dtype=torch.float32)
-        return batch.extended(AttributeBatch, attributes=attributes)
+        kind = AttributeBatch if len(rows[0].sequences) == 1 else LabeledPairs
+        return batch.extended(kind, attributes=attributes)
     if len(rows[0].sequences) == 1:
         return batch
     if not rows[0].reference_logprobs:
         return batch.extended(PreferenceBatch)
     known = [number for row in rows for number in row.reference_logprobs]
-    return batch.extended(ReferencedPairs, reference_logprobs=torch.tensor(known))
+    return batch.extended(ReferencedPairs, reference_sums=torch.tensor(known))
 
 
 def uncollated(rows: Sequence[Row], *, pad_id: int, seq_length: int) -> list[Row]:

@@ -6,7 +6,8 @@ import math
 import re
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 from nemo_aligner.errors import UserError
 from nemo_aligner.paths import expand_home
@@ -25,7 +26,7 @@ class Split:
     start: float = 0.0  # the part of each file that is read, as shares of its rows
     stop: float = 1.0
     in_two: bool = False  # each part of a cut has a row where there are two
-    cut_by: str = ""  # the setting that cuts the files, as messages name it
+    cut_by: str = field(default="", compare=False)  # the setting that cuts the files, as messages name it
 
     def rows(self, num_rows: int) -> range:
         """Which of a file's ``num_rows`` rows belong to this split.
@@ -36,7 +37,7 @@ class Split:
         """
         return range(self._border(self.start, num_rows), self._border(self.stop, num_rows))
 
-    def rows_of(self, path: str, num_rows: int, *, unit: str) -> range:
+    def rows_of(self, path: str | Path, num_rows: int, *, unit: str) -> range:
         """As :meth:`rows`, of the file ``path``.
 
         Raises:

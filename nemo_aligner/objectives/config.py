@@ -67,6 +67,23 @@ class PolicyConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class DPOConfig:
+    """The part of the ``model.dpo`` block that shapes the loss."""
+
+    # beta: implicit reward per nat that the policy is above the reference
+    ref_policy_kl_penalty: float = bounded(0.2, above=0)
+    preference_loss: Literal["dpo", "ipo"] = "dpo"  # dpo: the sigmoid of the margin; ipo: its square
+    # of dpo: the probability that a pair is labeled the wrong way round
+    label_smoothing: float = bounded(0.0, at_least=0, below=0.5, to="0 or more, and below 0.5")
+    # a response counts by its tokens' mean log-prob, as IPO's authors compute it; False: by their sum
+    preference_average_log_probs: bool = False
+    preference_loss_weight: float = bounded(1.0, at_least=0)  # of the loss of pairs
+    # of the chosen responses' negative log-likelihood; 0: none
+    sft_loss_weight: float = bounded(0.0, at_least=0)
+    sft_average_log_probs: bool = False  # True: that of a response is its tokens' mean, not their sum
+
+
+@dataclass(frozen=True, kw_only=True)
 class ValueConfig:
     """The part of a critic's ``model`` block that shapes its loss."""
 

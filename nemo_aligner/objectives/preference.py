@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Losses of pairs of responses by a language model itself, against a reference: no reward model between."""
 
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, field
 
 import torch.nn.functional as F
 from torch import Tensor
 
 from nemo_aligner.batch import ReferencedPairs, TokenBatch, Unit
+from nemo_aligner.objectives.config import DPOConfig
 from nemo_aligner.objectives.pairs import PAIR_METRICS, pair_loss
 from nemo_aligner.objectives.protocol import Metrics, ModelOutput, Wants
 
@@ -44,17 +44,11 @@ def ipo(policy: Tensor, reference: Tensor, *, beta: float) -> Tensor:
     return (margins(policy, reference) - 1 / (2 * beta)).square()
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class DPO:
     """The mean over pairs of :func:`dpo` or :func:`ipo`, plus the chosen responses' negative log-likelihood."""
 
-    ref_policy_kl_penalty: float  # beta
-    preference_loss: Literal["dpo", "ipo"]
-    label_smoothing: float
-    preference_average_log_probs: bool
-    preference_loss_weight: float
-    sft_loss_weight: float
-    sft_average_log_probs: bool
+    config: DPOConfig = field(default_factory=DPOConfig)
 
     wants = frozenset({Wants.LOGPROBS})
     unit = Unit.PAIR
@@ -63,17 +57,17 @@ class DPO:
     def __call__(self, output: ModelOutput, batch: TokenBatch) -> tuple[Tensor, Metrics]:
         """The summed loss; its two parts, accuracy and implicit rewards, ``beta (log p - log p_ref)``."""
         assert isinstance(batch, ReferencedPairs) and output.logprobs is not None
-        beta, real = self.ref_policy_kl_penalty, batch.real_pairs()
+        config, beta, real = self.config, self.config.ref_policy_kl_penalty, batch.real_pairs()
         sums, lengths = batch.per_sequence(output.logprobs), batch.loss_lengths().clamp(min=1)
-        size = lengths if self.preference_average_log_probs else 1
-        policy, reference = ((x / size).view(-1, 2) for x in (sums, batch.reference_logprobs))
-        match self.preference_loss:
+        size = lengths if config.preference_average_log_probs else 1
+        policy, reference = ((x / size).view(-1, 2) for x in (sums, batch.reference_sums))
+        match config.preference_loss:
             case "dpo":
-                losses = dpo(policy, reference, beta=beta, label_smoothing=self.label_smoothing)
+                losses = dpo(policy, reference, beta=beta, label_smoothing=config.label_smoothing)
             case "ipo":
                 losses = ipo(policy, reference, beta=beta)
-        nll = -(sums / (lengths if self.sft_average_log_probs else 1))[::2]
-        total = self.preference_loss_weight * losses + self.sft_loss_weight * nll
+        nll = -(sums / (lengths if config.sft_average_log_probs else 1))[::2]
+        total = config.preference_loss_weight * losses + config.sft_loss_weight * nll
         chosen, rejected = (beta * (policy - reference)).unbind(1)
         loss, metrics = pair_loss(chosen, rejected, total, real=real)
         parts = {"preference_loss": losses, "sft_loss": nll}

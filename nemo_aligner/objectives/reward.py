@@ -4,7 +4,7 @@
 import torch.nn.functional as F
 from torch import Tensor
 
-from nemo_aligner.batch import AttributeBatch, PreferenceBatch, TokenBatch, Unit
+from nemo_aligner.batch import AttributeBatch, LabeledPairs, PreferenceBatch, TokenBatch, Unit
 from nemo_aligner.objectives.config import PairLoss
 from nemo_aligner.objectives.pairs import PAIR_METRICS, pair_loss
 from nemo_aligner.objectives.protocol import Metrics, ModelOutput, Wants
@@ -68,7 +68,7 @@ class AttributePairs:
 
     def __call__(self, output: ModelOutput, batch: TokenBatch) -> tuple[Tensor, Metrics]:
         """As :class:`BradleyTerry`, with the pair's strength as a margin or as a factor."""
-        assert isinstance(batch, AttributeBatch)
+        assert isinstance(batch, LabeledPairs)
         assert output.rewards is not None
         scores = output.rewards[:, min(HELPFULNESS, output.rewards.shape[1] - 1)].view(-1, 2)
         label = batch.attributes[::2, 0].nan_to_num()

@@ -48,6 +48,22 @@ def test_links_lead_to_files(page: Path):
     assert missing == []
 
 
+def anchors(page: Path) -> set[str]:
+    """The anchors of a page's headings, as GitHub makes them."""
+    titles = re.findall(r"^#+ (.+)$", page.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name)
+def test_links_lead_to_headings(page: Path):
+    links = re.findall(r"\]\((?!https?://)([^)#\s]*)#([^)\s]+)\)", page.read_text())
+    targets = [
+        (ROOT / file.lstrip("/") if file.startswith("/") else page.parent / file if file else page, anchor)
+        for file, anchor in links
+    ]
+    assert [anchor for target, anchor in targets if anchor not in anchors(target)] == []
+
+
 def test_every_cited_paper_is_in_the_index():
     index = (ROOT / "docs/paper_index.md").read_text()
     cited = {

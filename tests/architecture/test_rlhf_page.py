@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""docs/RLHFTraining.md names settings that there are, all of PPO's, with the defaults that the YAML files have."""
+"""Docs name settings that there are; docs/RLHFTraining.md all of PPO's, with the defaults that the YAML files have."""
 
 import re
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -10,15 +11,20 @@ import yaml
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
+from nemo_aligner.compatibility import ACCEPTED
+from nemo_aligner.models.gpt.config import GPTConfig
 from tests.architecture.test_yaml import keys
 
 ROOT = Path(__file__).parents[2]
 CONF = ROOT / "examples/nlp/gpt/conf"
+PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
 PAGE = (ROOT / "docs/RLHFTraining.md").read_text()
 BLOCKS = "trainer|model|remote_critic_rm|inference|exp_manager|pretrained_checkpoint|sampling"
 # A key of one of these blocks, also behind a job's name as run_ppo.py takes it.
-KEY = re.compile(rf"(?<![\w/.])(?:actor\.|critic\.)?((?:{BLOCKS})\.[A-Za-z_]+(?:\.[A-Za-z_]+)*)")
+KEY = re.compile(rf"(?<![\w/.])(?:actor\.|critic\.)?((?:{BLOCKS})\.[A-Za-z_]\w*(?:\.[A-Za-z_]\w*)*)(?![\w*])")
 JOBS = {"actor": "gpt_ppo_actor", "critic": "gpt_ppo_critic", "reward": "inference_rm", "writer": "generate"}
+# Names of the user's follow there.
+OWN = ("trainer.ppo.rewards.", "model.data.data_prefix.")
 # What the page is to have whole, by job.
 WHOLE = [
     ("actor", "trainer.ppo"),
@@ -69,12 +75,25 @@ def without_effect(config_name: str) -> tuple[str, ...]:
     return tuple(key for key, index in keys(yaml.compose(text)) if silent.search(lines[index]))
 
 
-def test_every_key_that_is_named_exists(known: dict[str, dict[str, Any]]):
-    named = set(KEY.findall(PAGE))
-    assert len(named) > 60
-    # Names of the user's follow there.
-    named = {key for key in named if not key.startswith("trainer.ppo.rewards.")}
-    assert sorted(named - {key for keys in known.values() for key in keys}) == []
+def is_file(word: str) -> bool:
+    return word.endswith((".md", ".nemo", ".py"))
+
+
+@pytest.fixture(scope="module")
+def every_key() -> set[str]:
+    """The keys of all scripts, of a model_config.yaml, and those without an effect."""
+    scripts = {key for path in CONF.glob("*.yaml") for key in settings(path.stem)}
+    return scripts | {f"model.{field.name}" for field in fields(GPTConfig)} | ACCEPTED
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_every_key_that_is_named_exists(page: Path, every_key: set[str]):
+    named = {key for key in KEY.findall(page.read_text()) if not key.startswith(OWN) and not is_file(key)}
+    assert sorted(named - every_key) == []
+
+
+def test_the_guide_names_many_keys():
+    assert len(set(KEY.findall(PAGE))) > 60
 
 
 @pytest.mark.parametrize(("job", "key", "default"), tables(), ids=[f"{j}-{k}" for j, k, _ in tables()])

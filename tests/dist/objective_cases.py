@@ -15,7 +15,8 @@ from nemo_aligner.batch import Experience, PreferenceBatch, ReferencedPairs, Tok
 from nemo_aligner.data.collate import collate
 from nemo_aligner.data.row import Row, TokenSequence
 from nemo_aligner.models.gpt.heads import HeadConfig
-from nemo_aligner.objectives.config import PolicyConfig, ValueConfig
+from nemo_aligner.models.sampling_config import SamplingConfig
+from nemo_aligner.objectives.config import DPOConfig, PolicyConfig, ValueConfig
 from nemo_aligner.objectives.nll import NLL
 from nemo_aligner.objectives.policy import PolicyGradient
 from nemo_aligner.objectives.preference import DPO
@@ -36,9 +37,9 @@ class ObjectiveCase:
     head: HeadConfig | None = None  # None: a language model
     pairs: bool = False  # two sequences a row
     labels: bool = False
-    extended: Callable[[TokenBatch], TokenBatch] = lambda batch: (
-        batch
-    )  # with the tensors that the objective reads
+    sampling: SamplingConfig | None = None  # log-probs are of the distribution drawn from
+    # with the tensors that the objective reads
+    extended: Callable[[TokenBatch], TokenBatch] = lambda batch: batch
 
     def batch(self, rows: Sequence[Row]) -> TokenBatch:
         """A micro-batch of ``rows``; what it says of a token depends on the token and its position alone."""
@@ -91,31 +92,23 @@ def _with_values(batch: TokenBatch) -> ValueBatch:
 def _with_reference(batch: TokenBatch) -> ReferencedPairs:
     assert isinstance(batch, PreferenceBatch)
     reference = batch.per_sequence(_drawn(batch, seed=5, mean=_LOGPROB))
-    return batch.extended(ReferencedPairs, reference_logprobs=reference)
+    return batch.extended(ReferencedPairs, reference_sums=reference)
 
 
-_DPO = DPO(
-    ref_policy_kl_penalty=0.2,
-    preference_loss="dpo",
-    label_smoothing=0.1,
-    preference_average_log_probs=False,
-    preference_loss_weight=1.0,
-    sft_loss_weight=0.3,
-    sft_average_log_probs=True,
-)
+_DPO = DPOConfig(label_smoothing=0.1, sft_loss_weight=0.3, sft_average_log_probs=True)
+_IPO = replace(_DPO, preference_loss="ipo", preference_average_log_probs=True)
 _PPO = PolicyConfig(ratio_eps=0.2, ratio_eps_high=0.3, dual_clip=3.0, entropy_bonus=0.01)
 OBJECTIVES: dict[str, ObjectiveCase] = {
     "nll": ObjectiveCase(objective=NLL()),
     "ppo": ObjectiveCase(objective=PolicyGradient(_PPO), extended=_experience),
+    "ppo_sampled": ObjectiveCase(
+        objective=PolicyGradient(_PPO), sampling=SamplingConfig(temperature=0.7), extended=_experience
+    ),
     "grpo": ObjectiveCase(
         objective=PolicyGradient(PolicyConfig(loss_mean="sequence"), kl_coefficient=0.1), extended=_experience
     ),
-    "dpo": ObjectiveCase(objective=_DPO, pairs=True, extended=_with_reference),
-    "ipo": ObjectiveCase(
-        objective=replace(_DPO, preference_loss="ipo", preference_average_log_probs=True),
-        pairs=True,
-        extended=_with_reference,
-    ),
+    "dpo": ObjectiveCase(objective=DPO(_DPO), pairs=True, extended=_with_reference),
+    "ipo": ObjectiveCase(objective=DPO(_IPO), pairs=True, extended=_with_reference),
     "bradley_terry": ObjectiveCase(objective=BradleyTerry(), head=_HEAD, pairs=True),
     "average_bradley_terry": ObjectiveCase(
         objective=BradleyTerry(), head=replace(_HEAD, average=True), pairs=True

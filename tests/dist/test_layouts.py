@@ -66,9 +66,8 @@ def without_offset(case: ObjectiveCase, step: int, metrics: dict[str, float]) ->
     if not (case.head and case.pairs):
         return metrics
     found = metrics | {"margin": metrics["rewards_chosen_mean"] - metrics["rewards_rejected_mean"]}
-    found["variance"] = (
-        found.pop("rewards_all_std") ** 2
-    )  # a difference of squares: its root has larger errors
+    # A difference of squares, whose root has larger errors.
+    found["variance"] = found.pop("rewards_all_std") ** 2
     return {name: value for name, value in found.items() if step == 0 or not name.startswith("rewards_")}
 
 

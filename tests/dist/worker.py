@@ -9,6 +9,7 @@ import gc
 from collections.abc import Iterable, Iterator
 from dataclasses import astuple, dataclass, replace
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -230,15 +231,20 @@ def loaded(case: Case, weights: Path) -> GPTLearner:
 
 def train(learner: GPTLearner, case: Case, steps: Iterable[int]) -> dict[str, list[dict[str, float]]]:
     """The metrics of ``steps``; with overlap, those of a validation of what the second step is about to learn."""
-    objective = OBJECTIVES[case.objective].objective
+    subject = OBJECTIVES[case.objective]
+    learn = partial(
+        learner.get_loss_and_metrics,
+        objective=subject.objective,
+        **({"sampling": subject.sampling} if subject.sampling else {}),
+    )
     curve: dict[str, list[dict[str, float]]] = {"steps": [], "validation": []}
     for step in steps:
         batches = micro_batches(case, step, dp_rank=world.dp_rank(), dp_size=world.dp_size())
         if step == 1 and case.overlap:
             curve["validation"].append(
-                means(learner.get_loss_and_metrics(batches, objective, forward_only=True))
+                means(learn(batches, forward_only=True))
             )
-        metrics = means(learner.get_loss_and_metrics(batches, objective, forward_only=False))
+        metrics = means(learn(batches, forward_only=False))
         curve["steps"].append(metrics | {"grad_norm": learner.optimizer_step()["grad_norm"]})
     return curve
 

@@ -81,7 +81,7 @@ def test_real_pairs_cost_what_trl_says(real: Path):
             given, wanted = (
                 model.learner.logprobs(batch, loss_tokens_only=True) for model in (policy, reference)
             )
-            batch = batch.extended(ReferencedPairs, reference_logprobs=batch.per_sequence(wanted))
+            batch = batch.extended(ReferencedPairs, reference_sums=batch.per_sequence(wanted))
             for name, objective in (
                 ("dpo", PLAIN),
                 ("ipo", replace(PLAIN, preference_loss="ipo", preference_average_log_probs=True)),

@@ -169,7 +169,10 @@ def test_labelled_responses(run: Callable, settings: dict[str, object], tmp_path
     }
     job = run(settings | judged, command=SCRIPT)
     assert job.wait() == 0, job.err
-    found = [line for line in lines(tmp_path / "run/metrics.jsonl") if "validation/loss" in line]
+    found = lines(tmp_path / "run/metrics.jsonl")
+    last = [line for line in found if "train/loss" in line][-1]
+    assert last["train/consumed_samples"] == last["step"] * 16, "labeled responses, or pairs of them"
+    found = [line for line in found if "validation/loss" in line]
     assert found[-1]["validation/loss"] < 0.5 * found[0]["validation/loss"] or (
         found[-1].get("validation/acc") == 1.0
     )

@@ -17,6 +17,7 @@ from nemo_aligner.config.sft import SFTJob
 from nemo_aligner.data.config import PairDataConfig
 from nemo_aligner.data.data_spec import Split
 from nemo_aligner.errors import UserError
+from nemo_aligner.launch.command import find_commands, load_script
 from nemo_aligner.settings import is_field, log_no_effect, parse
 
 CONF = Path(__file__).parents[2] / "examples/nlp/gpt/conf"
@@ -156,6 +157,19 @@ TESTED = {
         "++model.data.shuffle_documents=False",
         "model.data.data_prefix={train: [a], validation: [b], test: [c]}",
         "++model.dist_ckpt_load_strictness=log_all",
+    ),
+    # And what its gpt_dpo.yaml has.
+    ("gpt_dpo", load_script(find_commands()["dpo"]).kind): (
+        "pretrained_checkpoint.restore_from_path=a",
+        "++model.data.data_impl=jsonl",
+        "model.data.data_prefix={train: [a], validation: [b], test: [c]}",
+        "++model.dpo.log_prob_forward_micro_batch_size=1",
+        "++model.dpo.gt_reward_scale=1.0",
+        "++model.data.default_chosen_reward=1.0",
+        "++model.data.default_rejected_reward=0.0",
+        "++model.data.pad_length_to_multiple_of=null",
+        "++model.overwrite_base_config.data.data_prefix=True",
+        "++model.peft.peft_scheme=none",
     ),
 }
 

@@ -5,31 +5,20 @@ python examples/nlp/gpt/train_gpt_dpo.py pretrained_checkpoint.restore_from_path
     "model.data.data_prefix={train: [a.jsonl], validation: [b.jsonl], test: [b.jsonl]}"
 """
 
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from functools import partial
-from typing import ClassVar, Literal
+from typing import ClassVar
 
-from nemo_aligner.bounds import bounded
 from nemo_aligner.config.base import TrainerConfig
 from nemo_aligner.config.pairs import PairJob, PairLoopConfig, PairModelConfig
 from nemo_aligner.data.config import PairDataConfig
 from nemo_aligner.launch.script import script
 from nemo_aligner.models.gpt.learning_rate import OptimConfig
+from nemo_aligner.objectives.config import DPOConfig
 
 
 @dataclass(frozen=True, kw_only=True)
-class DPOConfig:
-    # beta: implicit reward per nat that the policy is above the reference
-    ref_policy_kl_penalty: float = bounded(0.2, above=0)
-    preference_loss: Literal["dpo", "ipo"] = "dpo"  # dpo: the sigmoid of the margin; ipo: its square
-    # of dpo: the probability that a pair is labeled the wrong way round
-    label_smoothing: float = bounded(0.0, at_least=0, below=0.5, to="0 or more, and below 0.5")
-    # a response counts by its tokens' mean log-prob, as IPO's authors compute it; False: by their sum
-    preference_average_log_probs: bool = False
-    preference_loss_weight: float = bounded(1.0, at_least=0)  # of the loss of pairs
-    # of the chosen responses' negative log-likelihood; 0: none
-    sft_loss_weight: float = bounded(0.0, at_least=0)
-    sft_average_log_probs: bool = False  # True: that of a response is its tokens' mean, not their sum
+class DPOSettings(DPOConfig):
     # compute the reference's log-probs once and keep them in the run's folder; False: swap its weights in at each step
     store_reference: bool = False
 
@@ -52,7 +41,7 @@ class DPODataConfig(PairDataConfig):
 @dataclass(frozen=True, kw_only=True)
 class DPOModelConfig(PairModelConfig):
     data: DPODataConfig  # where pairs come from
-    dpo: DPOConfig = field(default_factory=DPOConfig)  # the loss
+    dpo: DPOSettings = field(default_factory=DPOSettings)  # the loss
     optim: OptimConfig = field(default_factory=partial(OptimConfig, lr=9e-7, weight_decay=0.1))
 
 
@@ -68,13 +57,12 @@ def main(job: DPOJob) -> None:
     from nemo_aligner import builders
     from nemo_aligner.objectives.preference import DPO
 
-    settings = job.model.dpo
-    loss = DPO(**{spec.name: getattr(settings, spec.name) for spec in fields(DPO)})
+    loss, stored = DPO(job.model.dpo), job.model.dpo.store_reference
     with builders.open_experiment(job) as run:
         start = builders.resume_point(job, run)
         pretrained = builders.load_policy(job)
         data = builders.pair_loaders(job, pretrained, generates=True)
-        data = builders.with_reference_logprobs(run, pretrained, start, data, stored=settings.store_reference)
+        data = builders.with_reference_logprobs(run, pretrained, start, data, stored=stored)
         trainer = builders.supervised_trainer(job, run, pretrained, loss, data)
         trainer.fit(start)
         builders.save_result(job, run, pretrained, trainer.checkpoints)

@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from nemo_aligner.batch import AttributeBatch, PreferenceBatch, Unit
+from nemo_aligner.batch import AttributeBatch, LabeledPairs, PreferenceBatch, Unit
 from nemo_aligner.data.collate import collate, padded_length, uncollated
 from nemo_aligner.data.row import Row, TokenSequence
 
@@ -70,6 +70,7 @@ def test_labels_stay_with_their_rows():
     assert paired.tokens.tolist() == [*flat.tokens.tolist(), [0] * 4]
     torch.testing.assert_close(paired.attributes[:3], expected, equal_nan=True, rtol=0, atol=0)
     assert paired.count(Unit.PAIR) == 1
+    assert (type(flat).rows_per_sample, type(paired)) == (1, LabeledPairs)
 
 
 def test_prompts_stay_as_they_are():

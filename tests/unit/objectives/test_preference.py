@@ -8,25 +8,22 @@ import pytest
 import torch
 
 from nemo_aligner.batch import ReferencedPairs, TokenBatch
+from nemo_aligner.objectives.config import DPOConfig
 from nemo_aligner.objectives.preference import DPO, dpo, ipo
 from nemo_aligner.objectives.protocol import ModelOutput
 
-PLAIN = DPO(
-    ref_policy_kl_penalty=0.5,
-    preference_loss="dpo",
-    label_smoothing=0.0,
-    preference_average_log_probs=False,
-    preference_loss_weight=1.0,
-    sft_loss_weight=0.0,
-    sft_average_log_probs=False,
-)
+PLAIN = DPO(DPOConfig(ref_policy_kl_penalty=0.5))
+
+
+def changed(**settings) -> DPO:
+    return DPO(replace(PLAIN.config, **settings))
 
 
 def batch(*, padding: int = 0, pairs: int = 2) -> ReferencedPairs:
     """Pairs of responses of 2 and 3 tokens after a prompt of 2, and as many positions of padding."""
     rows = [([1, 2, 3, 4], [False, False, True, True]), ([1, 2, 5, 6, 7], [False] * 2 + [True] * 3)] * pairs
     whole = TokenBatch.from_rows(rows, pad_id=0, seq_length=5 + padding)
-    return whole.extended(ReferencedPairs, reference_logprobs=torch.tensor([-3.0, -4.0] * pairs))
+    return whole.extended(ReferencedPairs, reference_sums=torch.tensor([-3.0, -4.0] * pairs))
 
 
 def output(rows: ReferencedPairs, *, chosen: float, rejected: float) -> ModelOutput:
@@ -35,7 +32,7 @@ def output(rows: ReferencedPairs, *, chosen: float, rejected: float) -> ModelOut
     return ModelOutput(logprobs=whole / rows.loss_lengths()[:, None] * rows.loss_mask)
 
 
-@pytest.mark.parametrize("objective", [PLAIN, replace(PLAIN, label_smoothing=0.3)])
+@pytest.mark.parametrize("objective", [PLAIN, changed(label_smoothing=0.3)])
 def test_a_policy_that_is_the_reference_starts_at_ln_2(objective):
     rows = batch()
     loss, metrics = objective(output(rows, chosen=-3.0, rejected=-4.0), rows)
@@ -48,12 +45,12 @@ def test_values_worked_by_hand():
     given = output(rows, chosen=-2.0, rejected=-6.0)  # rewards 0.5 and -1: a margin of 1.5
     for objective, expected in (
         (PLAIN, math.log(1 + math.exp(-1.5))),
-        (replace(PLAIN, label_smoothing=0.1), math.log(1 + math.exp(-1.5)) + 0.1 * 1.5),
-        (replace(PLAIN, preference_loss="ipo"), (3.0 - 1.0) ** 2),
-        (replace(PLAIN, preference_loss="ipo", preference_average_log_probs=True), (1 / 2 + 2 / 3 - 1) ** 2),
-        (replace(PLAIN, sft_loss_weight=2.0), math.log(1 + math.exp(-1.5)) + 2.0 * 2),
-        (replace(PLAIN, sft_loss_weight=2.0, sft_average_log_probs=True), math.log(1 + math.exp(-1.5)) + 2.0),
-        (replace(PLAIN, preference_loss_weight=0.0, sft_loss_weight=1.0), 2.0),
+        (changed(label_smoothing=0.1), math.log(1 + math.exp(-1.5)) + 0.1 * 1.5),
+        (changed(preference_loss="ipo"), (3.0 - 1.0) ** 2),
+        (changed(preference_loss="ipo", preference_average_log_probs=True), (1 / 2 + 2 / 3 - 1) ** 2),
+        (changed(sft_loss_weight=2.0), math.log(1 + math.exp(-1.5)) + 2.0 * 2),
+        (changed(sft_loss_weight=2.0, sft_average_log_probs=True), math.log(1 + math.exp(-1.5)) + 2.0),
+        (changed(preference_loss_weight=0.0, sft_loss_weight=1.0), 2.0),
     ):
         loss, metrics = objective(given, rows)
         assert loss.item() == pytest.approx(expected, abs=1e-6), objective
@@ -65,8 +62,8 @@ def test_values_worked_by_hand():
 
 def test_padding_changes_nothing():
     few, many = batch(pairs=1), batch(pairs=1, padding=3).pad_rows(4)
-    many = replace(many, reference_logprobs=torch.tensor([-3.0, -4.0, 9.0, -9.0]))
-    objective = replace(PLAIN, sft_loss_weight=1.0)
+    many = replace(many, reference_sums=torch.tensor([-3.0, -4.0, 9.0, -9.0]))
+    objective = changed(sft_loss_weight=1.0)
     whole, metrics = objective(output(few, chosen=-2.0, rejected=-6.0), few)
     logprobs = torch.where(many.loss_mask, output(many, chosen=-2.0, rejected=-6.0).logprobs, 0.0)
     padded, found = objective(ModelOutput(logprobs=logprobs), many)
@@ -83,7 +80,7 @@ def test_gradients():
     assert torch.autograd.gradcheck(lambda x: ipo(x, reference, beta=0.3), pairs)
     rows = batch()
     logprobs = torch.randn(rows.tokens.shape, dtype=torch.float64, requires_grad=True)
-    objective = replace(PLAIN, sft_loss_weight=0.5, preference_average_log_probs=True)
+    objective = changed(sft_loss_weight=0.5, preference_average_log_probs=True)
     assert torch.autograd.gradcheck(lambda x: objective(ModelOutput(logprobs=x), rows)[0], logprobs)
     objective(ModelOutput(logprobs=logprobs), rows)[0].backward()
     assert not logprobs.grad[~rows.loss_mask].any()

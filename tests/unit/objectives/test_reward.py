@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from nemo_aligner.batch import AttributeBatch, PreferenceBatch, TokenBatch
+from nemo_aligner.batch import AttributeBatch, LabeledPairs, PreferenceBatch, TokenBatch
 from nemo_aligner.errors import UserError
 from nemo_aligner.objectives.config import RegressionConfig
 from nemo_aligner.objectives.protocol import ModelOutput, Objective
@@ -58,7 +58,7 @@ def test_pairs_by_label(loss: str, expected):
     label = np.array([-1.0, 3.0, 2.0])  # of three pairs: the first response is better, then the second, twice
     attributes = torch.full((6, 5), NAN)
     attributes[:, 0] = torch.tensor(label.repeat(2))
-    batch = AttributeBatch(**rows([2, 3, 4, 2, 5, 6]), attributes=attributes)
+    batch = LabeledPairs(**rows([2, 3, 4, 2, 5, 6]), attributes=attributes)
     first, second = outputs[::2, 4].numpy(), outputs[1::2, 4].numpy()
     margin = np.where(label < 0, first - second, second - first)
     found = means(AttributePairs(loss), outputs, batch)
@@ -86,6 +86,7 @@ def test_gradients_and_cutting(kind: str):
     if kind == "pairs":
         batch, objective = PreferenceBatch(**rows(lengths)), BradleyTerry()
     elif kind == "labelled pairs":
+        batch = LabeledPairs(**rows(lengths), attributes=attributes)
         objective = AttributePairs("margin_bt")
     outputs = torch.randn(8, 3, generator=draw, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(lambda x: objective(ModelOutput(rewards=x), batch)[0], outputs)
