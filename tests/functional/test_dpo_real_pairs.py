@@ -17,9 +17,10 @@ from nemo_aligner.data.collate import collate
 from nemo_aligner.data.config import PairDataConfig
 from nemo_aligner.data.datasets import open_response_rows
 from nemo_aligner.data.text_rows import open_pairs
+from nemo_aligner.objectives.config import DPOConfig
+from nemo_aligner.objectives.preference import DPO
 from nemo_aligner.objectives.protocol import ModelOutput
 from nemo_aligner.parallel import world
-from tests.unit.objectives import test_preference
 
 # DPOTrainer of TRL 1.16.0 with beta 0.1 on the same pairs and models: the first eight losses, and the mean of all.
 TRL = {
@@ -29,7 +30,11 @@ TRL = {
         25.072527,
     ),
 }
-PLAIN = replace(test_preference.PLAIN, ref_policy_kl_penalty=0.1)
+PLAIN = DPOConfig(ref_policy_kl_penalty=0.1)
+OBJECTIVES = {
+    "dpo": DPO(PLAIN),
+    "ipo": DPO(replace(PLAIN, preference_loss="ipo", preference_average_log_probs=True)),
+}
 
 
 @pytest.fixture
@@ -75,17 +80,14 @@ def test_real_pairs_cost_what_trl_says(real: Path):
             unit="pairs",
             generates=True,
         )
-        found: dict[str, list[float]] = {"dpo": [], "ipo": []}
+        found: dict[str, list[float]] = {name: [] for name in OBJECTIVES}
         for i in range(len(rows)):
             batch = collate([rows[i]], pad_id=policy.tokenizer.pad_id, seq_length=rows[i].num_tokens)
             given, wanted = (
                 model.learner.logprobs(batch, loss_tokens_only=True) for model in (policy, reference)
             )
             batch = batch.extended(ReferencedPairs, reference_sums=batch.per_sequence(wanted))
-            for name, objective in (
-                ("dpo", PLAIN),
-                ("ipo", replace(PLAIN, preference_loss="ipo", preference_average_log_probs=True)),
-            ):
+            for name, objective in OBJECTIVES.items():
                 found[name].append(float(objective(ModelOutput(logprobs=given), batch)[0]))
     assert len(rows) == 64
     for name, (first, mean) in TRL.items():
