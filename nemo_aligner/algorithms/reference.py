@@ -17,8 +17,10 @@ from nemo_aligner.batch import PreferenceBatch, ReferencedPairs, TokenBatch
 from nemo_aligner.data.loader import BatchLoader, Rows
 from nemo_aligner.data.row import Row
 from nemo_aligner.data.sampler import GlobalBatchSampler, rank_rows
+from nemo_aligner.errors import report_damage
 from nemo_aligner.models.alignable_interface import AlignableGenerativeInterface
 from nemo_aligner.parallel import collectives, world
+from nemo_aligner.run.disk import report_if_full
 
 logger = logging.getLogger(__name__)
 
@@ -68,25 +70,33 @@ def with_stored_reference(
     Args:
         policy: with the reference's weights.
         path: where the log-probs are kept; a run that goes on takes them from there, if the rows are the same.
+
+    Raises:
+        UserError: the file is damaged, or the disk is full.
     """
     digest = json.dumps(loader.dataset.fingerprint, sort_keys=True)
-    known = collectives.broadcast_object(_read(path, digest) if world.is_logging_rank() else None)
+    known = collectives.from_rank_0(lambda: _read(path, digest))
     if known is None:
         known = _logprobs(policy, loader)
-        if world.is_logging_rank():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            fresh = path.with_suffix(".tmp")
-            torch.save({"rows": digest, "logprobs": known}, fresh)
-            fresh.replace(path)
-            logger.info("the reference's log-probs of %d rows are computed and kept in %s", len(known), path)
+        collectives.from_rank_0(lambda: _keep(path, digest, known))
     return replace(loader, dataset=_ReferencedRows(loader.dataset, known))
 
 
 def _read(path: Path, digest: str) -> Tensor | None:
     if not path.exists():
         return None
-    kept = torch.load(path, weights_only=True)
-    return kept["logprobs"] if kept["rows"] == digest else None
+    with report_damage(f"{path} is damaged", fix="remove it: the reference's log-probs are computed again"):
+        kept = torch.load(path, weights_only=True)
+        return kept["logprobs"] if kept["rows"] == digest else None
+
+
+def _keep(path: Path, digest: str, logprobs: Tensor) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    fresh = path.with_suffix(".tmp")
+    with report_if_full(path.parent, "the reference's log-probs"):
+        torch.save({"rows": digest, "logprobs": logprobs}, fresh)
+        fresh.replace(path)
+    logger.info("the reference's log-probs of %d rows are computed and kept in %s", len(logprobs), path)
 
 
 @world.phase("computing the reference's log-probs")

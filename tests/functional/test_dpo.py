@@ -79,6 +79,17 @@ def test_a_stored_reference_is_the_swapped_one(settings: Callable, run: Callable
         assert ours == pytest.approx(theirs, rel=1e-4, abs=1e-5)
 
 
+def test_damaged_log_probs_of_the_reference_are_reported(settings: Callable, run: Callable, tmp_path: Path):
+    asked = settings("run", **{"model.dpo.store_reference": True, "trainer.dpo.max_steps": 1})
+    assert run(asked, command=[DPO]).process.returncode == 0
+    kept = tmp_path / "run/reference_logprobs/train.pt"
+    kept.write_bytes(kept.read_bytes()[:-100])
+    job = run(asked | {"trainer.dpo.max_steps": 2}, command=[DPO])
+    assert job.process.returncode == 2, job.err[-3000:]
+    assert f"{kept} is damaged" in job.err
+    assert "Fix: remove it" in job.err
+
+
 @pytest.mark.parametrize("stored", [False, True])
 def test_a_killed_run_goes_on_bit_for_bit(
     settings: Callable, kill_and_resume: Callable, tmp_path: Path, stored: bool
