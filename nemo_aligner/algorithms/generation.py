@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from nemo_aligner.algorithms.rollout import text_of_response
 from nemo_aligner.batch import Prompt, Rollout
 from nemo_aligner.data.records import RecordFile
 from nemo_aligner.data.requests import GenerateRequest, tokens_of
@@ -100,11 +101,8 @@ class TextGenerator:
 
     def text(self, tokens: Sequence[int], *, finished: bool) -> str:
         """A response's text without what ended it."""
-        if finished and tokens[-1] in self.end_ids:
-            return self.tokenizer.decode(tokens[:-1])
-        text = self.tokenizer.decode(tokens)
-        ends = [text.rfind(end) for end in self.sampling.end_strings if finished and end in text]
-        return text[: max(ends)] if ends else text
+        ends = self.end_ids, self.sampling.end_strings
+        return text_of_response(tokens, *ends, finished=finished, decode=self.tokenizer.decode)
 
     def converse(self) -> None:
         """Talk with a person on stdin and stdout, who has the first word and the last.

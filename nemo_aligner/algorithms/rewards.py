@@ -63,7 +63,7 @@ def score_by_functions(
     rollout: Rollout,
     prompts: Mapping[int, Row],
     *,
-    text: Callable[[Sequence[int]], str],
+    text: Callable[[Rollout, int], str],
 ) -> dict[str, Tensor]:
     """Return each function's [N] float32 rewards, on every rank. Called by all ranks.
 
@@ -71,7 +71,7 @@ def score_by_functions(
         functions: by the reward's name.
         rollout: the whole one.
         prompts: those of this data parallel rank, by number; it scores the responses to them.
-        text: of a response's tokens.
+        text: of the response in a row.
 
     Raises:
         NotFinite: a function failed, or its reward is no finite number.
@@ -95,14 +95,14 @@ def _score(
     functions: Mapping[str, RewardFunction],
     rollout: Rollout,
     prompts: Mapping[int, Row],
-    text: Callable[[Sequence[int]], str],
+    text: Callable[[Rollout, int], str],
 ) -> dict[int, list[float]] | _Failed:
     found: dict[int, list[float]] = {}
     for row, number in enumerate(map(int, rollout.group)):
         if number not in prompts:
             continue
         prompt, tokens = prompts[number], rollout.response(row)
-        given = {"prompt": prompt.text, "response": text(tokens), "tokens": tokens}
+        given = {"prompt": prompt.text, "response": text(rollout, row), "tokens": tokens}
         found[row] = []
         for name, function in functions.items():
             try:

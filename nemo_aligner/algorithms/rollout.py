@@ -44,9 +44,10 @@ class RolloutSettings:
     decode: Callable[[Sequence[int]], str]  # token ids to text
     end_ids: Sequence[int]  # tokens that end a response
 
-    def response_text(self, tokens: Sequence[int]) -> str:
-        """The text of a response, without the token that ends it."""
-        return self.decode(tokens[:-1] if tokens and tokens[-1] in self.end_ids else tokens)
+    def response_text(self, rollout: Rollout, row: int) -> str:
+        """The text of a response, without what ended it."""
+        finished, ends = bool(rollout.finished[row]), (self.end_ids, self.sampling.end_strings)
+        return text_of_response(rollout.response(row), *ends, finished=finished, decode=self.decode)
 
     def warn_of_cut(self, rollout: Rollout) -> None:
         """Warn if no response of ``rollout`` has ended by itself: with mask_unfinished none is trained on."""
@@ -59,6 +60,26 @@ class RolloutSettings:
             "its turns with in model.ppo.sampling_params.end_strings; or start from a model that was fine-tuned to end",
             *(rollout.num_rows, ", ".join(map(repr, ends)), self.sampling.max_length),
         )
+
+
+def text_of_response(
+    tokens: Sequence[int],
+    end_ids: Sequence[int],
+    end_strings: Sequence[str],
+    *,
+    finished: bool,
+    decode: Callable[[Sequence[int]], str],
+) -> str:
+    """A response's text without the end token or the end string that ended it.
+
+    >>> text_of_response([7, 8], [2], ["!"], finished=True, decode=lambda tokens: "4" * len(tokens) + "!")
+    '44'
+    """
+    if finished and tokens[-1] in end_ids:
+        return decode(tokens[:-1])
+    text = decode(tokens)
+    ends = [text.rfind(end) for end in end_strings if finished and end in text]
+    return text[: max(ends)] if ends else text
 
 
 def balance_micro_batches(lengths: Sequence[int], *, rows: int, ranks: int) -> list[list[list[int]]]:

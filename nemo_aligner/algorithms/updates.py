@@ -55,8 +55,9 @@ class Updates:
         world.synchronize()
         if empty and world.is_logging_rank():
             logger.warning(
-                "nothing was learned in %d of %d updates: none of their responses ended within "
-                "model.ppo.length_params.max_length=%d tokens, and trainer.ppo.mask_unfinished=True",
+                "no response of %d of %d updates counts in the loss: all were cut at "
+                "model.ppo.length_params.max_length=%d tokens with trainer.ppo.mask_unfinished=True, "
+                "or, with best_of_n, none is the best to its prompt",
                 *(len(empty), self.per_rollout, self.rollouts.sampling.max_length),
             )
         of = found or empty or skipped

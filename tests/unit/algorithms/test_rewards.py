@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Rewards by Python functions: what they are called with, and how their failures are told."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -42,8 +42,8 @@ def rollout() -> Rollout:
     )
 
 
-def text(tokens: Sequence[int]) -> str:
-    return "".join(map(str, tokens))
+def text(rollout: Rollout, row: int) -> str:
+    return "".join(map(str, rollout.response(row)))
 
 
 def exact(*, prompt: str, response: str, tokens: list[int], row: dict) -> float:
