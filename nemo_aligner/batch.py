@@ -36,7 +36,7 @@ class Unit(enum.Enum):
 class TokenBatch:
     """Rows of tokens, right padded; or, with ``cu_seqlens``, one row that holds N sequences end to end."""
 
-    rows_per_sample: ClassVar[int] = 1  # sequences that one line of data makes
+    rows_per_sample: ClassVar[int] = 1  # sequences of a sample, which batch sizes count
 
     tokens: Tensor  # [B, S] int64, right padded
     loss_mask: Tensor  # [B, S] bool, tokens that count in the loss
@@ -220,6 +220,8 @@ class PreferenceBatch(TokenBatch):
 
     rows_per_sample: ClassVar[int] = 2
 
+    given_rewards: Tensor | None = None  # [N] float: of each response, where the data give them
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ReferencedPairs(PreferenceBatch):
@@ -246,7 +248,10 @@ class AttributeBatch(TokenBatch):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LabeledPairs(AttributeBatch):
-    """Pairs whose labels say which is the better one: both sequences of a pair carry the same ones."""
+    """Pairs whose first label says which is the better one, and by how much: both sequences carry the same first label.
+
+    Others are each sequence's own.
+    """
 
     rows_per_sample: ClassVar[int] = 2
 

@@ -42,15 +42,6 @@ NO_EFFECT: tuple[tuple[str, tuple[object, ...], str], ...] = (
     ("model.data.shuffle_documents", (False,), "a row is a document, and the trainer's sampler orders rows"),
     ("model.overwrite_base_config", ({"data": {"data_prefix": True}},), "a checkpoint's data are not read"),
     (
-        "model.dpo.log_prob_forward_micro_batch_size",
-        (),
-        "the reference's log-probs are made in micro-batches of the loss",
-    ),
-    ("model.dpo.gt_reward_scale", (1.0,), "the losses dpo and ipo read no rewards"),
-    ("model.data.default_chosen_reward", (1.0,), "the losses dpo and ipo read no rewards"),
-    ("model.data.default_rejected_reward", (0.0,), "the losses dpo and ipo read no rewards"),
-    ("model.data.pad_length_to_multiple_of", (), "rows are padded to their longest"),
-    (
         "trainer.ppo.batch_iterator",
         ({"use_flask": False, "port": 5557},),
         "each rank's slots refill, and rows are dealt out by length",

@@ -6,7 +6,7 @@ Either its weights are swapped in at each step, or its log-probs are computed on
 
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -26,20 +26,28 @@ logger = logging.getLogger(__name__)
 
 
 def annotate_by_swap(
-    policy: AlignableGenerativeInterface, batches: Sequence[TokenBatch]
+    policy: AlignableGenerativeInterface, batches: Sequence[TokenBatch], *, pairs: int | None = None
 ) -> list[ReferencedPairs]:
-    """Return the batches of pairs with the reference's log-probs, by the policy with the reference's weights."""
+    """Return the batches of pairs with the reference's log-probs, by the policy with the reference's weights.
+
+    Args:
+        pairs: of a forward pass; None: a micro-batch.
+    """
     with policy.as_reference():
-        return _annotated(policy, batches)
+        return _annotated(policy, batches, pairs)
 
 
-def _annotated(policy: AlignableGenerativeInterface, batches: Sequence[TokenBatch]) -> list[ReferencedPairs]:
+def _annotated(
+    policy: AlignableGenerativeInterface, batches: Sequence[TokenBatch], pairs: int | None
+) -> list[ReferencedPairs]:
     found: list[ReferencedPairs] = []
     for batch in batches:
         assert isinstance(batch, PreferenceBatch), type(batch)
         batch = batch.to(world.device())
-        logprobs = batch.per_sequence(policy.logprobs(batch, loss_tokens_only=True))
-        found.append(batch.extended(ReferencedPairs, reference_sums=logprobs))
+        size = batch.rows_per_sample * (pairs or batch.num_rows)
+        parts = [batch.take(slice(i, i + size)) for i in range(0, batch.num_rows, size)]
+        sums = [part.per_sequence(policy.logprobs(part, loss_tokens_only=True)) for part in parts]
+        found.append(batch.extended(ReferencedPairs, reference_sums=torch.cat(sums)))
     return found
 
 
@@ -63,21 +71,29 @@ class _ReferencedRows:
 
 
 def with_stored_reference(
-    policy: AlignableGenerativeInterface, loader: BatchLoader[TokenBatch], path: Path
+    policy: AlignableGenerativeInterface,
+    loader: BatchLoader[TokenBatch],
+    path: Path,
+    *,
+    source: Mapping[str, object],
+    pairs: int | None = None,
 ) -> BatchLoader[TokenBatch]:
     """Return the loader with rows that carry the log-probs of ``policy`` as it is now. Called by every rank.
 
     Args:
         policy: with the reference's weights.
-        path: where the log-probs are kept; a run that goes on takes them from there, if the rows are the same.
+        path: where the log-probs are kept; a run that goes on takes them from there, if they are of the same rows and
+            the same ``source``.
+        pairs: as in :func:`annotate_by_swap`.
+        source: whatever besides the rows' texts the log-probs follow from: the model, how texts become tokens.
 
     Raises:
         UserError: the file is damaged, or the disk is full.
     """
-    digest = json.dumps(loader.dataset.fingerprint, sort_keys=True)
+    digest = json.dumps([loader.dataset.fingerprint, source], sort_keys=True, default=str)
     known = collectives.from_rank_0(lambda: _read(path, digest))
     if known is None:
-        known = _logprobs(policy, loader)
+        known = _logprobs(policy, loader, pairs)
         collectives.from_rank_0(lambda: _keep(path, digest, known))
     return replace(loader, dataset=_ReferencedRows(loader.dataset, known))
 
@@ -100,7 +116,9 @@ def _keep(path: Path, digest: str, logprobs: Tensor) -> None:
 
 
 @world.phase("computing the reference's log-probs")
-def _logprobs(policy: AlignableGenerativeInterface, loader: BatchLoader[TokenBatch]) -> Tensor:
+def _logprobs(
+    policy: AlignableGenerativeInterface, loader: BatchLoader[TokenBatch], pairs: int | None
+) -> Tensor:
     """[rows, sequences of a row] float on every rank, in the order of the data set."""
     size, total = loader.sampler.global_batch_size, len(loader.dataset)
     sampler = GlobalBatchSampler(total, size, shuffle=False, seed=0, drop_last=False)
@@ -113,7 +131,7 @@ def _logprobs(policy: AlignableGenerativeInterface, loader: BatchLoader[TokenBat
             dp_size=world.dp_size(),
             micro_batch_size=loader.micro_batch_size,
         )
-        for rows, batch in zip(places, _annotated(policy, ordered.batch(index)), strict=True):
+        for rows, batch in zip(places, _annotated(policy, ordered.batch(index), pairs), strict=True):
             table[rows] = batch.reference_sums.view(-1, table.shape[1])[: len(rows)].cpu()
     # Every row is one data parallel rank's, and 0 elsewhere.
     whole = collectives.sum_over_data_parallel(table.to(world.device()))

@@ -5,6 +5,7 @@ import functools
 import logging
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 
 from nemo_aligner.algorithms.supervised import Batches, SupervisedData
 from nemo_aligner.builders.models import Pretrained, pin_clock, require_tokenizer
@@ -174,7 +175,7 @@ def _reader(job: PairJob, tokenizer: Tokenizer) -> tuple[Callable[[str], Records
     """(what opens a file of the job's kind, what its rows are called in messages)."""
     regression = job.labels
     if regression is None:
-        return lambda path: open_pairs(path, tokenizer), "pairs"
+        return partial(open_pairs, tokenizer=tokenizer, default_rewards=job.default_rewards), "pairs"
     paired = regression.loss_func != "regression"
     labels = Labels(num_attributes=regression.num_attributes, missing=regression.loss_mask_val, paired=paired)
     return lambda path: open_labeled(path, labels, tokenizer), "pairs" if paired else "rows"

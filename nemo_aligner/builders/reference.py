@@ -19,12 +19,14 @@ def with_reference_logprobs(
     data: SupervisedData,
     *,
     stored: bool,
+    pairs: int | None = None,
 ) -> SupervisedData:
     """Keep the model as it is now as the reference, then go on from ``start``.
 
     Args:
         stored: compute the reference's log-probs of all batches now, and keep them in the run's folder; else keep its
             weights beside the model's, and swap them in at each step.
+        pairs: of a forward pass of the reference; None: a micro-batch.
 
     Returns:
         The data, whose batches come with the reference's log-probs.
@@ -32,15 +34,23 @@ def with_reference_logprobs(
     policy = pretrained.learner
     if stored:
         folder = run.folder / "reference_logprobs"
+        store = partial(with_stored_reference, policy, source=_source(run), pairs=pairs)
         data = SupervisedData(
-            train=with_stored_reference(policy, data.train, folder / "train.pt"),
+            train=store(data.train, folder / "train.pt"),
             validation={
-                name: with_stored_reference(policy, batches, folder / f"{name}.pt")
-                for name, batches in data.validation.items()
+                name: store(batches, folder / f"{name}.pt") for name, batches in data.validation.items()
             },
         )
     else:
         policy.keep_reference()
-        data = replace(data, annotate=partial(annotate_by_swap, policy))
+        data = replace(data, annotate=partial(annotate_by_swap, policy, pairs=pairs))
     go_on_from(pretrained, start)
     return data
+
+
+def _source(run: Experiment) -> dict[str, object]:
+    """The model and the settings that log-probs follow from; {} on ranks that keep no files."""
+    if run.identity is None:
+        return {}
+    model, trainer = run.identity.settings["model"], run.identity.settings["trainer"]
+    return {"model": run.identity.base_model, "data": model["data"], "precision": trainer["precision"]}

@@ -49,6 +49,11 @@ class PairJob(PretrainedJob):
         return None
 
     @property
+    def default_rewards(self) -> tuple[float, float] | None:
+        """Rewards of the chosen and of the rejected response where a row has none; None: the loss reads none."""
+        return None
+
+    @property
     def files(self) -> Mapping[str, Sequence[str]]:
         """See TrainingJob."""
         return {"model.data.data_prefix": self.model.data.splits.paths}

@@ -42,6 +42,7 @@ class TextRow:
     prompt: str  # empty where the row does not say where the responses begin
     responses: tuple[str, ...] = ()  # none: the prompt is to be answered
     labels: tuple[tuple[float, ...], ...] = ()  # of each response: its attributes, NaN where one is unlabeled
+    rewards: tuple[float, ...] = ()  # of each response, where the data give them
     rendered: bool = False  # by a chat template, which writes BOS where the model wants it
     extras: Mapping[str, object] = field(default_factory=dict)  # the JSON object that it stands in
 

@@ -34,6 +34,7 @@ class Row:
 
     sequences: tuple[TokenSequence, ...]
     labels: tuple[tuple[float, ...], ...] = ()  # of each sequence: its attributes, NaN where one is unlabeled
+    rewards: tuple[float, ...] = ()  # of each sequence, where the data give them
     reference_logprobs: tuple[float, ...] = ()  # of each sequence, where they are computed before training
     text: str = ""  # of a prompt
     extras: Mapping[str, object] = field(default_factory=dict)  # the JSON object that it stands in

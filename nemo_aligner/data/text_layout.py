@@ -59,7 +59,15 @@ class TextLayout:
         if max(counts) > self.lengths[-1]:
             return []
         prompt = "" if record.responses else record.prompt
-        return [Row(sequences=tuple(sequences), labels=record.labels, text=prompt, extras=record.extras)]
+        return [
+            Row(
+                sequences=tuple(sequences),
+                labels=record.labels,
+                rewards=record.rewards,
+                text=prompt,
+                extras=record.extras,
+            )
+        ]
 
     def _whole(self, text: str, record: TextRow) -> TokenSequence:
         """The tokens of a text; of a response the last one counts, where its reward is read."""

@@ -77,7 +77,12 @@ def open_prompts(path: str | Path, tokenizer: Tokenizer) -> Records[TextRow]:
     return RecordFile(path, read)
 
 
-def open_pairs(path: str | Path, tokenizer: Tokenizer | None = None) -> Records[TextRow]:
+def open_pairs(
+    path: str | Path,
+    tokenizer: Tokenizer | None = None,
+    *,
+    default_rewards: tuple[float, float] | None = None,
+) -> Records[TextRow]:
     """The pairs of a file whose first row says how all of them are written.
 
     Rows are {prompt, chosen, rejected}, where a text is the prompt with the response after it, or where the three
@@ -86,15 +91,31 @@ def open_pairs(path: str | Path, tokenizer: Tokenizer | None = None) -> Records[
     Args:
         path: the file.
         tokenizer: lays out messages; None where there are none.
+        default_rewards: of the chosen and of the rejected response, where a row has no chosen_reward, rejected_reward;
+            None: rewards are not read.
 
     Raises:
         UserError: the file or a line cannot be read, a row is not like the first one, or a line is left over.
     """
     reader = _PairReader(path, tokenizer)
-    lines = RecordFile(path, reader)
+    lines = RecordFile(path, lambda row: replace(reader(row), rewards=_rewards(row, default_rewards)))
     if not reader.alternates:
         return lines
     return LinePairs(lines, lambda one, other: replace(one, responses=(*one.responses, *other.responses)))
+
+
+def _rewards(row: Mapping[str, object], default: tuple[float, float] | None) -> tuple[float, ...]:
+    if default is None:
+        return ()
+    found: list[float] = []
+    for key, usual in zip(("chosen_reward", "rejected_reward"), default, strict=True):
+        reward = row.get(key, usual)
+        if not _is_finite_number(reward):
+            raise UserError(
+                f"key {key!r} is {shorten(reward)}", fix="give it a number, or remove it from the row"
+            )
+        found.append(float(reward))  # type: ignore[arg-type] - see above
+    return tuple(found)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

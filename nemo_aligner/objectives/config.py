@@ -8,6 +8,7 @@ from nemo_aligner.bounds import bounded, check_bounds
 from nemo_aligner.errors import UserError
 
 PairLoss = Literal["regression", "regular_bt", "margin_bt", "scaled_bt"]
+PreferenceLoss = Literal["dpo", "ipo", "robust", "rpo_sq", "rpo_bwd_kl", "rpo_fwd_kl", "simpo", "orpo"]
 Estimator = Literal["gae", "group", "leave_one_out", "reinforce", "best_of_n"]
 # Estimators that compare the responses to one prompt.
 GROUPED: tuple[Estimator, ...] = ("group", "leave_one_out", "best_of_n")
@@ -70,17 +71,45 @@ class PolicyConfig:
 class DPOConfig:
     """The part of the ``model.dpo`` block that shapes the loss."""
 
-    # beta: implicit reward per nat that the policy is above the reference
+    # beta: implicit reward per nat that the policy is above the reference, or of simpo per nat alone
     ref_policy_kl_penalty: float = bounded(0.2, above=0)
-    preference_loss: Literal["dpo", "ipo"] = "dpo"  # dpo: the sigmoid of the margin; ipo: its square
-    # of dpo: the probability that a pair is labeled the wrong way round
+    # dpo, ipo, robust; rpo_sq, rpo_bwd_kl, rpo_fwd_kl by given rewards; simpo, orpo without a reference
+    preference_loss: PreferenceLoss = "dpo"
+    # of dpo and robust: the probability that a pair is labeled the wrong way round
     label_smoothing: float = bounded(0.0, at_least=0, below=0.5, to="0 or more, and below 0.5")
-    # a response counts by its tokens' mean log-prob, as IPO's authors compute it; False: by their sum
+    gt_reward_scale: float = 1.0  # of rpo_*: the implicit reward that one unit of a given reward asks for
+    # of simpo: gamma, by how much the reward of the chosen response is to be ahead
+    simpo_gamma: float = bounded(0.5, at_least=0)
+    # a response counts by its tokens' mean log-prob, as IPO's authors compute it; False: by their sum, but with simpo
+    # and orpo
     preference_average_log_probs: bool = False
-    preference_loss_weight: float = bounded(1.0, at_least=0)  # of the loss of pairs
+    preference_loss_weight: float = bounded(1.0, at_least=0)  # of the loss of pairs; of orpo: lambda
     # of the chosen responses' negative log-likelihood; 0: none
     sft_loss_weight: float = bounded(0.0, at_least=0)
     sft_average_log_probs: bool = False  # True: that of a response is its tokens' mean, not their sum
+
+    @property
+    def has_reference(self) -> bool:
+        """True if the loss compares with a reference."""
+        return self.preference_loss not in ("simpo", "orpo")
+
+    @property
+    def reads_rewards(self) -> bool:
+        """True if the loss reads rewards that the data give."""
+        return self.preference_loss.startswith("rpo_")
+
+    def __post_init__(self) -> None:
+        if self.label_smoothing and self.preference_loss not in ("dpo", "robust"):
+            raise UserError(
+                f"model.dpo.label_smoothing={self.label_smoothing} is of the losses dpo and robust, and "
+                f"model.dpo.preference_loss={self.preference_loss}",
+                fix="set model.dpo.label_smoothing=0",
+            )
+        if not (self.preference_loss_weight or self.sft_loss_weight):
+            raise UserError(
+                "model.dpo.preference_loss_weight and model.dpo.sft_loss_weight are 0: there is no loss",
+                fix="set one of them above 0",
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -37,6 +37,7 @@ class ObjectiveCase:
     head: HeadConfig | None = None  # None: a language model
     pairs: bool = False  # two sequences a row
     labels: bool = False
+    rewards: bool = False  # given for each sequence
     sampling: SamplingConfig | None = None  # log-probs are of the distribution drawn from
     # with the tensors that the objective reads
     extended: Callable[[TokenBatch], TokenBatch] = lambda batch: batch
@@ -52,6 +53,8 @@ class ObjectiveCase:
 
     def _row(self, place: int, draw: torch.Generator) -> Row:
         sequences = tuple(_sequence(place, draw) for _ in range(1 + self.pairs))
+        if self.rewards:
+            return Row(sequences=sequences, rewards=(1.0 + place % 3, 0.5))
         if not self.labels:
             return Row(sequences=sequences)
         labels = torch.randn(3, generator=draw).tolist()
@@ -96,7 +99,7 @@ def _with_reference(batch: TokenBatch) -> ReferencedPairs:
 
 
 _DPO = DPOConfig(label_smoothing=0.1, sft_loss_weight=0.3, sft_average_log_probs=True)
-_IPO = replace(_DPO, preference_loss="ipo", preference_average_log_probs=True)
+_IPO = replace(_DPO, preference_loss="ipo", label_smoothing=0.0, preference_average_log_probs=True)
 _PPO = PolicyConfig(ratio_eps=0.2, ratio_eps_high=0.3, dual_clip=3.0, entropy_bonus=0.01)
 OBJECTIVES: dict[str, ObjectiveCase] = {
     "nll": ObjectiveCase(objective=NLL()),
@@ -109,6 +112,20 @@ OBJECTIVES: dict[str, ObjectiveCase] = {
     ),
     "dpo": ObjectiveCase(objective=DPO(_DPO), pairs=True, extended=_with_reference),
     "ipo": ObjectiveCase(objective=DPO(_IPO), pairs=True, extended=_with_reference),
+    "robust": ObjectiveCase(
+        objective=DPO(replace(_DPO, preference_loss="robust")), pairs=True, extended=_with_reference
+    ),
+    "rpo": ObjectiveCase(
+        objective=DPO(DPOConfig(preference_loss="rpo_bwd_kl", gt_reward_scale=0.5)),
+        pairs=True,
+        rewards=True,
+        extended=_with_reference,
+    ),
+    "simpo": ObjectiveCase(objective=DPO(DPOConfig(preference_loss="simpo")), pairs=True),
+    "orpo": ObjectiveCase(
+        objective=DPO(DPOConfig(preference_loss="orpo", preference_loss_weight=0.1, sft_loss_weight=1.0)),
+        pairs=True,
+    ),
     "bradley_terry": ObjectiveCase(objective=BradleyTerry(), head=_HEAD, pairs=True),
     "average_bradley_terry": ObjectiveCase(
         objective=BradleyTerry(), head=replace(_HEAD, average=True), pairs=True

@@ -7,8 +7,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
+from transformers import LlamaForCausalLM
 
-from tests.functional.conftest import COLOURS, LAYOUTS, ROOT
+from tests.functional.conftest import COLOURS, LAYOUTS, ROOT, toy_config, write_toy_tokenizer
 from tests.functional.run_folder import metrics
 from tests.functional.test_resume import assert_same_run
 
@@ -53,26 +55,39 @@ def steps(folder: Path) -> list[dict[str, float]]:
     return [line for line in metrics(folder) if "train/loss" in line]
 
 
-@pytest.mark.parametrize("loss", ["dpo", "ipo"])
+# The loss of the first step, where the policy is the reference; None: there is no reference.
+STARTS = {
+    "dpo": math.log(2),
+    "ipo": (1 / (2 * 0.2)) ** 2,
+    "rpo_bwd_kl": math.log(2) - 0.731059 * math.log(1 + math.exp(-1)) - 0.268941 * math.log(1 + math.exp(1)),
+    "simpo": None,
+    "orpo": None,
+}
+
+
+@pytest.mark.parametrize("loss", STARTS)
 def test_the_chosen_responses_are_learned(settings: Callable, run: Callable, tmp_path: Path, loss: str):
     job = run(
         settings("run", **{"model.dpo.preference_loss": loss, "model.hidden_dropout": 0.0}), command=[DPO]
     )
     assert job.process.returncode == 0, job.err[-3000:]
     first, last = steps(tmp_path / "run")[0], steps(tmp_path / "run")[-1]
-    start = math.log(2) if loss == "dpo" else (1 / (2 * 0.2)) ** 2
-    assert first["train/preference_loss"] == pytest.approx(start, abs=1e-6)
-    assert first["train/rewards_all_mean"] == 0
+    if (start := STARTS[loss]) is not None:
+        assert first["train/preference_loss"] == pytest.approx(start, abs=1e-6)
+        assert first["train/rewards_all_mean"] == 0
     assert last["train/acc"] == 1
-    assert last["train/loss"] < 0.8 * start
+    assert last["train/loss"] < 0.8 * first["train/loss"]
     assert last["train/rewards_chosen_mean"] > last["train/rewards_rejected_mean"]
     assert "⟦ red</s>⟧" in job.err
 
 
 def test_a_stored_reference_is_the_swapped_one(settings: Callable, run: Callable, tmp_path: Path):
     few = {"trainer.dpo.max_epochs": 1, "model.hidden_dropout": 0.0}
-    for name, stored in (("swapped", False), ("stored", True)):
-        job = run(settings(name, **few, **{"model.dpo.store_reference": stored}), command=[DPO])
+    for name, changed in (
+        ("swapped", {"model.dpo.log_prob_forward_micro_batch_size": 3}),
+        ("stored", {"model.dpo.store_reference": True}),
+    ):
+        job = run(settings(name, **few, **changed), command=[DPO])
         assert job.process.returncode == 0, job.err[-3000:]
     # Batches of other widths round differently.
     for ours, theirs in zip(steps(tmp_path / "stored"), steps(tmp_path / "swapped"), strict=True):
@@ -90,11 +105,40 @@ def test_damaged_log_probs_of_the_reference_are_reported(settings: Callable, run
     assert "Fix: remove it" in job.err
 
 
-@pytest.mark.parametrize("stored", [False, True])
-def test_a_killed_run_goes_on_bit_for_bit(
-    settings: Callable, kill_and_resume: Callable, tmp_path: Path, stored: bool
+def test_stored_log_probs_are_of_this_model(
+    settings: Callable, run: Callable, hf_folder: Path, tmp_path: Path
 ):
-    asked = {"model.dpo.store_reference": stored, "model.dpo.sft_loss_weight": 0.1, "trainer.devices": 2}
+    """A folder without a checkpoint is begun anew, with whichever model is named then."""
+    other = tmp_path / "other"
+    torch.manual_seed(1)
+    LlamaForCausalLM(toy_config()).save_pretrained(other)
+    write_toy_tokenizer(other)
+    few = {"model.dpo.store_reference": True, "trainer.dpo.max_steps": 1, "model.hidden_dropout": 0.0}
+    unsaved = {
+        "exp_manager.create_checkpoint_callback": False,
+        "exp_manager.checkpoint_callback_params.save_nemo_on_train_end": False,
+    }
+    asked = settings("run", **few, **unsaved)
+    for model in (hf_folder, other):
+        job = run(asked | {"pretrained_checkpoint.restore_from_path": model}, command=[DPO])
+        assert job.process.returncode == 0, job.err[-3000:]
+        assert steps(tmp_path / "run")[0]["train/rewards_all_std"] < 1e-4
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"model.dpo.store_reference": False},
+        {"model.dpo.store_reference": True},
+        {"model.dpo.preference_loss": "rpo_sq", "model.dpo.store_reference": True},
+        {"model.dpo.preference_loss": "orpo"},
+    ],
+    ids=str,
+)
+def test_a_killed_run_goes_on_bit_for_bit(
+    settings: Callable, kill_and_resume: Callable, tmp_path: Path, changed: dict[str, object]
+):
+    asked = changed | {"model.dpo.sft_loss_weight": 0.1, "trainer.devices": 2}
     kill_and_resume(lambda name: settings(name, **asked), command=[DPO], step=8)
     assert_same_run(tmp_path / "killed", tmp_path / "whole", steps=STEPS)
 

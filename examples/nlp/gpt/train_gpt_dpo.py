@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import ClassVar
 
+from nemo_aligner.bounds import bounded, only
 from nemo_aligner.config.base import TrainerConfig
 from nemo_aligner.config.pairs import PairJob, PairLoopConfig, PairModelConfig
 from nemo_aligner.data.config import PairDataConfig
@@ -21,6 +22,8 @@ from nemo_aligner.objectives.config import DPOConfig
 class DPOSettings(DPOConfig):
     # compute the reference's log-probs once and keep them in the run's folder; False: swap its weights in at each step
     store_reference: bool = False
+    # pairs of a forward pass of the reference; null: model.micro_batch_size
+    log_prob_forward_micro_batch_size: int | None = bounded(None, at_least=1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,6 +39,12 @@ class DPOTrainerConfig(TrainerConfig):
 @dataclass(frozen=True, kw_only=True)
 class DPODataConfig(PairDataConfig):
     append_eod: bool = True  # end each response with EOS, unless it ends with the token that ends a turn
+    # of rpo_*: the reward of a chosen response, where a row has no chosen_reward
+    default_chosen_reward: float = 1.0
+    default_rejected_reward: float = 0.0  # and of a rejected one, where it has no rejected_reward
+    pad_length_to_multiple_of: int | None = only(
+        None
+    )  # only null: rows are padded to the longest of their step
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,6 +59,16 @@ class DPOJob(PairJob):
     model: DPOModelConfig
     trainer: DPOTrainerConfig = field(default_factory=DPOTrainerConfig)
 
+    @property
+    def default_rewards(self) -> tuple[float, float] | None:
+        """See PairJob."""
+        data = self.model.data
+        return (
+            (data.default_chosen_reward, data.default_rejected_reward)
+            if self.model.dpo.reads_rewards
+            else None
+        )
+
 
 @script("gpt_dpo", DPOJob)
 def main(job: DPOJob) -> None:
@@ -57,13 +76,16 @@ def main(job: DPOJob) -> None:
     from nemo_aligner import builders
     from nemo_aligner.objectives.preference import DPO
 
-    loss, stored = DPO(job.model.dpo), job.model.dpo.store_reference
+    settings = job.model.dpo
     with builders.open_experiment(job) as run:
         start = builders.resume_point(job, run)
-        pretrained = builders.load_policy(job)
+        # The reference is the policy as the run began.
+        pretrained = builders.load_policy(job, start=None if settings.has_reference else start)
         data = builders.pair_loaders(job, pretrained, generates=True)
-        data = builders.with_reference_logprobs(run, pretrained, start, data, stored=stored)
-        trainer = builders.supervised_trainer(job, run, pretrained, loss, data)
+        if settings.has_reference:
+            stored, pairs = settings.store_reference, settings.log_prob_forward_micro_batch_size
+            data = builders.with_reference_logprobs(run, pretrained, start, data, stored=stored, pairs=pairs)
+        trainer = builders.supervised_trainer(job, run, pretrained, DPO(settings), data)
         trainer.fit(start)
         builders.save_result(job, run, pretrained, trainer.checkpoints)
 

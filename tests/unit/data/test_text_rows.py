@@ -37,6 +37,18 @@ def test_the_names_of_nemo_s_preference_data_are_read(jsonl):
     assert pairs[0].extras["chosen_reward"] == 2
 
 
+@pytest.mark.parametrize("rows", [TUTORIAL[:2], [ROWS[0]]])
+def test_given_rewards_are_the_rows_or_the_usual_ones(jsonl, rows):
+    path = jsonl(*rows)
+    assert open_pairs(path)[0].rewards == ()
+    assert open_pairs(path, default_rewards=(1.0, 0.0))[0].rewards == (1.0, 0.0)
+    path = jsonl(*({**row, "rejected_reward": -2} for row in rows))
+    assert open_pairs(path, default_rewards=(1.0, 0.0))[0].rewards == (1.0, -2.0)
+    path = jsonl(*({**row, "chosen_reward": "much"} for row in rows))
+    with pytest.raises(UserError, match=r"line 1: key 'chosen_reward' is much"):
+        open_pairs(path, default_rewards=(1.0, 0.0))
+
+
 def test_a_pair_is_found_by_the_number_of_its_line(jsonl):
     path = jsonl(TUTORIAL[0], "", TUTORIAL[1], TUTORIAL[2], "", "", TUTORIAL[3])
     pairs = open_pairs(path)
