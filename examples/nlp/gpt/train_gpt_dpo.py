@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Direct Preference Optimization, IPO and conservative DPO: a language model learns from pairs of responses.
+"""DPO, IPO, RPO, SimPO, ORPO and their kin: a language model learns from pairs of responses.
 
 python examples/nlp/gpt/train_gpt_dpo.py pretrained_checkpoint.restore_from_path=sft.nemo \
     "model.data.data_prefix={train: [a.jsonl], validation: [b.jsonl], test: [b.jsonl]}"
