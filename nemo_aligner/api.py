@@ -13,7 +13,7 @@ from typing import Any, Generic, TypeVar
 from torch import Tensor
 
 from nemo_aligner import builders
-from nemo_aligner.algorithms.generation import TextGenerator
+from nemo_aligner.algorithms.rollout import text_of_response
 from nemo_aligner.batch import PreferenceBatch, Prompt, Rollout, TokenBatch, Unit
 from nemo_aligner.builders import servers
 from nemo_aligner.checkpoint.convert import export_to_huggingface
@@ -149,11 +149,8 @@ class LanguageModel(_Loaded[GPTPolicy]):
 
     def texts(self, rollout: Rollout, *, end_strings: tuple[str, ...] = ()) -> list[str]:
         """The responses, without what ended them."""
-        sampling, policy = SamplingConfig(end_strings=end_strings), self.learner
-        ends = {"end_ids": policy.end_ids, "sampling": sampling}
-        writer = TextGenerator(policy=policy, tokenizer=self.tokenizer, slots=1, **ends)
-        rows = range(rollout.num_rows)
-        return [writer.text(rollout.response(row), finished=bool(rollout.finished[row])) for row in rows]
+        ends, decode = (self.learner.end_ids, end_strings), self.tokenizer.decode
+        return [text_of_response(rollout, row, *ends, decode=decode) for row in range(rollout.num_rows)]
 
 
 @dataclass(frozen=True, kw_only=True)

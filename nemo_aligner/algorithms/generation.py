@@ -89,20 +89,17 @@ class TextGenerator:
     def _rows(self, requests: RecordFile[GenerateRequest], rollout: Rollout) -> Iterator[Mapping[str, Any]]:
         sums = rollout.per_sequence(rollout.sampler_logprobs.double())
         for row in range(rollout.num_rows):
-            tokens = rollout.response(row)
-            finished = bool(rollout.finished[row])
             yield {
                 "prompt": requests[int(rollout.group[row])].prompt,
-                "answer": self.text(tokens, finished=finished),
-                "finished": finished,
+                "answer": self._text(rollout, row),
+                "finished": bool(rollout.finished[row]),
                 "logprob": float(sums[row]),
-                "num_tokens": len(tokens),
+                "num_tokens": len(rollout.response(row)),
             }
 
-    def text(self, tokens: Sequence[int], *, finished: bool) -> str:
-        """A response's text without what ended it."""
+    def _text(self, rollout: Rollout, row: int) -> str:
         ends = self.end_ids, self.sampling.end_strings
-        return text_of_response(tokens, *ends, finished=finished, decode=self.tokenizer.decode)
+        return text_of_response(rollout, row, *ends, decode=self.tokenizer.decode)
 
     def converse(self) -> None:
         """Talk with a person on stdin and stdout, who has the first word and the last.
@@ -139,7 +136,7 @@ class TextGenerator:
         rollout = self.policy.generate([prompt], self.sampling, slots=1, watch=watch)
         if not rollout.sampler_logprobs.isfinite().all():
             raise _not_finite("this turn")
-        response = self.text(rollout.response(0), finished=bool(rollout.finished[0]))
+        response = self._text(rollout, 0)
         _write(f"{stream.rest(response)}\n")
         messages[:] = [*asked, {"role": "assistant", "content": response}]
 

@@ -46,8 +46,7 @@ class RolloutSettings:
 
     def response_text(self, rollout: Rollout, row: int) -> str:
         """The text of a response, without what ended it."""
-        finished, ends = bool(rollout.finished[row]), (self.end_ids, self.sampling.end_strings)
-        return text_of_response(rollout.response(row), *ends, finished=finished, decode=self.decode)
+        return text_of_response(rollout, row, self.end_ids, self.sampling.end_strings, decode=self.decode)
 
     def warn_of_cut(self, rollout: Rollout) -> None:
         """Warn if no response of ``rollout`` has ended by itself: with mask_unfinished none is trained on."""
@@ -63,18 +62,15 @@ class RolloutSettings:
 
 
 def text_of_response(
-    tokens: Sequence[int],
+    rollout: Rollout,
+    row: int,
     end_ids: Sequence[int],
     end_strings: Sequence[str],
     *,
-    finished: bool,
     decode: Callable[[Sequence[int]], str],
 ) -> str:
-    """A response's text without the end token or the end string that ended it.
-
-    >>> text_of_response([7, 8], [2], ["!"], finished=True, decode=lambda tokens: "4" * len(tokens) + "!")
-    '44'
-    """
+    """The text of the response in a row, without the end token or the end string that ended it."""
+    tokens, finished = rollout.response(row), bool(rollout.finished[row])
     if finished and tokens[-1] in end_ids:
         return decode(tokens[:-1])
     text = decode(tokens)

@@ -6,8 +6,8 @@ import random
 import pytest
 import torch
 
-from nemo_aligner.algorithms.rollout import balance_micro_batches, gather_rollouts
-from nemo_aligner.batch import Prompt
+from nemo_aligner.algorithms.rollout import balance_micro_batches, gather_rollouts, text_of_response
+from nemo_aligner.batch import Prompt, Rollout
 from nemo_aligner.models.gpt.config import GPTConfig
 from nemo_aligner.models.gpt.model import build_gpt
 from nemo_aligner.models.gpt.policy import GPTPolicy
@@ -35,6 +35,33 @@ def test_ranks_have_alike_many_tokens():
     ]
     in_order = [sum(lengths[rank * 32 : (rank + 1) * 32]) for rank in range(8)]
     assert max(tokens) - min(tokens) < 0.25 * (max(in_order) - min(in_order))
+
+
+@pytest.mark.parametrize(
+    ("letters", "finished", "text"),
+    [
+        ("a!b!!", True, "a!b!"),
+        ("a!b!", False, "a!b!"),
+        ("ab.", True, "ab"),
+        ("ab.", False, "ab."),
+        ("", False, ""),
+    ],
+)
+def test_the_text_of_a_response_is_without_what_ended_it(letters: str, finished: bool, text: str):
+    """The end token is "." and the end string "!"; a response that the limit cut has neither."""
+    tokens = torch.tensor([[0, *map(ord, letters)]])
+    rollout = Rollout(
+        tokens=tokens,
+        loss_mask=torch.arange(tokens.shape[1])[None] > 0,
+        lengths=torch.tensor([tokens.shape[1]]),
+        prompt_lengths=torch.tensor([1]),
+        finished=torch.tensor([finished]),
+        group=torch.tensor([0]),
+        sampler_logprobs=torch.zeros(tokens.shape),
+    )
+    decode = "".join
+    found = text_of_response(rollout, 0, [ord(".")], ["!"], decode=lambda ids: decode(map(chr, ids)))
+    assert found == text
 
 
 def test_a_rollout_is_padded_to_at_least_what_is_asked_for(caplog: pytest.LogCaptureFixture):
