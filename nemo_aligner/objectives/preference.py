@@ -102,13 +102,15 @@ def simpo(policy: Tensor, *, beta: float, gamma: float) -> Tensor:
 def orpo(policy: Tensor) -> Tensor:
     """Return ``-log sigmoid(log odds(chosen) - log odds(rejected))``, with ``odds = p / (1 - p)``.
 
-    Hong 2024, arXiv 2403.07691, eq. 7. policy: [P, 2] float, mean log-probs of the responses' tokens, below 0.
+    Hong 2024, arXiv 2403.07691, eq. 7. policy: [P, 2] float, mean log-probs of the responses' tokens.
 
     >>> import torch
     >>> orpo(torch.tensor([[0.5, 0.25]]).log())
     tensor([0.2877])
     """
-    log_odds = policy - torch.log(-torch.expm1(policy))
+    # Of padding rows log-probs are 0, and so may be those of a response that is certain.
+    others = (-torch.expm1(policy)).clamp(min=torch.finfo(policy.dtype).tiny)
+    log_odds = policy - torch.log(others)
     return -F.logsigmoid(-log_odds.diff(dim=1)[:, 0])
 
 

@@ -6,6 +6,7 @@ import math
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ import torch
 
 from nemo_aligner.batch import PreferenceBatch, ReferencedPairs, TokenBatch
 from nemo_aligner.errors import UserError
-from nemo_aligner.objectives.config import DPOConfig
+from nemo_aligner.objectives.config import DPOConfig, PreferenceLoss
 from nemo_aligner.objectives.preference import DPO, dpo, ipo, orpo, robust_dpo, rpo, simpo
 from nemo_aligner.objectives.protocol import ModelOutput
 
@@ -133,14 +134,19 @@ def test_a_loss_without_weight_is_refused():
         DPOConfig(preference_loss_weight=0.0)
 
 
-def test_padding_changes_nothing():
+@pytest.mark.parametrize("name", get_args(PreferenceLoss))
+def test_padding_changes_nothing(name: str):
     few, many = batch(pairs=1), batch(pairs=1, padding=3).pad_rows(4)
     many = replace(many, reference_sums=torch.tensor([-3.0, -4.0, 9.0, -9.0]))
-    objective = changed(sft_loss_weight=1.0)
+    few, many = (replace(rows, given_rewards=torch.arange(float(rows.num_rows))) for rows in (few, many))
+    objective = changed(preference_loss=name, sft_loss_weight=1.0)
     whole, metrics = objective(output(few, chosen=-2.0, rejected=-6.0), few)
     logprobs = torch.where(many.loss_mask, output(many, chosen=-2.0, rejected=-6.0).logprobs, 0.0)
+    logprobs.requires_grad_()
     padded, found = objective(ModelOutput(logprobs=logprobs), many)
     torch.testing.assert_close(padded, whole)
+    padded.backward()
+    assert logprobs.grad.isfinite().all()
     for name, pair in metrics.items():
         torch.testing.assert_close(torch.stack([*map(torch.as_tensor, found[name])]).double(),
                                    torch.stack([*map(torch.as_tensor, pair)]).double())  # fmt: skip
