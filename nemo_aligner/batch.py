@@ -231,15 +231,6 @@ class ReferencedPairs(PreferenceBatch):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class RatedResponses(TokenBatch):
-    """Responses that are good or bad, and what the reference believes of them."""
-
-    given_rewards: Tensor  # [N] float: above 0 of good ones
-    reference_sums: Tensor  # [N] float: as in ReferencedPairs
-    kl_baseline: Tensor  # [N] float, one number: an estimate of KL(policy || reference) over the step, nats
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class AttributeBatch(TokenBatch):
     """Sequences with attribute labels."""
 

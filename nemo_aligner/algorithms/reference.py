@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from nemo_aligner.batch import PreferenceBatch, RatedResponses, ReferencedPairs, TokenBatch
+from nemo_aligner.batch import PreferenceBatch, ReferencedPairs, TokenBatch
 from nemo_aligner.data.loader import BatchLoader, Rows
 from nemo_aligner.data.row import Row
 from nemo_aligner.data.sampler import GlobalBatchSampler, rank_rows
@@ -49,31 +49,6 @@ def _annotated(
         sums = [part.per_sequence(policy.logprobs(part, loss_tokens_only=True)) for part in parts]
         found.append(batch.extended(ReferencedPairs, reference_sums=torch.cat(sums)))
     return found
-
-
-def annotate_rated(
-    policy: AlignableGenerativeInterface, batches: Sequence[TokenBatch]
-) -> list[RatedResponses]:
-    """Return the responses alone, with the reference's log-probs and the KL that they are compared with.
-
-    The KL is estimated by responses to other prompts, over all micro-batches and ranks of the step, and is at least 0.
-
-    Args:
-        batches: of :class:`MismatchedRows`: sequence 2i is a response, 2i + 1 another prompt's response to its prompt.
-    """
-    known = annotate_by_swap(policy, batches)
-    responses, crossed = ([batch.take(slice(k, None, 2)) for batch in known] for k in (0, 1))
-    sums = torch.zeros(2, device=world.device())
-    for batch in crossed:
-        now = batch.per_sequence(policy.logprobs(batch, loss_tokens_only=True))
-        real = batch.loss_lengths() > 0
-        sums += torch.stack((((now - batch.reference_sums) * real).sum(), real.sum()))
-    total, count = collectives.sum_over_data_parallel(sums)
-    kl = (total / count.clamp(min=1)).clamp(min=0)
-    return [
-        TokenBatch.extended(batch, RatedResponses, kl_baseline=kl.expand(batch.num_rows))
-        for batch in responses
-    ]
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ from nemo_aligner.data.records import Records, TextRow
 from nemo_aligner.data.row import describe
 from nemo_aligner.data.row_dataset import BlendedDataset, RowDataset
 from nemo_aligner.data.sampler import GlobalBatchSampler
-from nemo_aligner.data.text_rows import Labels, open_labeled, open_pairs, open_rated
+from nemo_aligner.data.text_rows import Labels, open_labeled, open_pairs
 from nemo_aligner.data.tokenizer import Tokenizer
 from nemo_aligner.errors import UserError
 from nemo_aligner.models.gpt.config import GPTConfig
@@ -174,8 +174,6 @@ def reward_objective(model: RMModelConfig) -> Objective:
 def _reader(job: PairJob, tokenizer: Tokenizer) -> tuple[Callable[[str], Records[TextRow]], str]:
     """(what opens a file of the job's kind, what its rows are called in messages)."""
     regression = job.labels
-    if not job.paired:
-        return partial(open_rated, tokenizer=tokenizer), "responses"
     if regression is None:
         return partial(open_pairs, tokenizer=tokenizer, default_rewards=job.default_rewards), "pairs"
     paired = regression.loss_func != "regression"
@@ -220,5 +218,5 @@ def pair_loaders(job: PairJob, pretrained: Pretrained, *, generates: bool = Fals
         logger.info("%d training and %s samples", len(train.dataset), counts or "no validation")
         if generates:
             shown = describe(train.dataset[0], tokenizer)
-            logger.info("first response, its loss tokens between ⟦ and ⟧:\n%s", shown)
+            logger.info("first chosen response, its loss tokens between ⟦ and ⟧:\n%s", shown)
     return SupervisedData(train=train, validation=validation)

@@ -3,7 +3,6 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
 
 from nemo_aligner.config.base import BatchedModelConfig, PretrainedJob
 from nemo_aligner.data.config import PairDataConfig
@@ -36,7 +35,6 @@ class PairJob(PretrainedJob):
 
     model: PairModelConfig
     name: str = "megatron_gpt"
-    paired: ClassVar[bool] = True  # False: rows have one response each, good or bad
 
     @property
     def loop(self) -> PairLoopConfig:
@@ -63,7 +61,7 @@ class PairJob(PretrainedJob):
     def check_rows(self) -> None:
         """See TrainingJob."""
         splits = self.model.data.splits
-        if self.labels is None and self.paired:
+        if self.labels is None:
             for path in (*splits.train.paths, *(splits.validation.paths if splits.validation else ())):
                 check_pair_rows(path)
 

@@ -118,51 +118,6 @@ def _rewards(row: Mapping[str, object], default: tuple[float, float] | None) -> 
     return tuple(found)
 
 
-def open_rated(path: str | Path, tokenizer: Tokenizer | None = None) -> Records[TextRow]:
-    """The rows {prompt, response, label} of a file: a response each, and whether it is good, as its reward.
-
-    ``completion`` may stand for ``response``; for ``label``, true or false, NeMo-Aligner's ``preference``, where
-    "chosen" is good, or a number ``reward``, where above 0 is. Prompt and response may be messages.
-
-    Raises:
-        UserError: the file or a line cannot be read.
-    """
-
-    def read(row: Mapping[str, object]) -> TextRow:
-        reward = _rating(row)
-        key = "completion" if "completion" in row else "response"
-        in_messages = any(isinstance(row.get(name), list) for name in ("prompt", key, *CHATS))
-        refuse_unread(
-            row,
-            read=("system", "tools") if in_messages else (),
-            fix="write it into the prompt, or as messages",
-        )
-        if in_messages:
-            messages, _ = split_pair({**row, "chosen": row.get(key), "rejected": row.get(key)})
-            prompt, response = render_response(tokenizer, messages, row)
-        else:
-            prompt, response = text_field(row, "prompt"), text_field(row, key)
-        return TextRow(
-            prompt=prompt, responses=(response,), rewards=(reward,), rendered=in_messages, extras=row
-        )
-
-    return RecordFile(path, read)
-
-
-def _rating(row: Mapping[str, object]) -> float:
-    match row:
-        case {"label": bool(good)}:
-            return float(good)
-        case {"preference": str(word)}:
-            return float(word == "chosen")
-        case {"reward": int() | float() as reward} if _is_finite_number(reward):
-            return float(reward)
-    raise UserError(
-        f"the row does not say whether its response is good; it has {keys_of(row)}",
-        fix='add "label": true or false, or a number "reward"',
-    )
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Labels:
     """How the rows of a file are labeled."""

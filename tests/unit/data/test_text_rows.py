@@ -5,7 +5,7 @@ import math
 
 import pytest
 
-from nemo_aligner.data.text_rows import Labels, open_labeled, open_pairs, open_rated
+from nemo_aligner.data.text_rows import Labels, open_labeled, open_pairs
 from nemo_aligner.errors import UserError
 
 TUTORIAL = [
@@ -76,27 +76,6 @@ def test_bad_pairs_name_their_line(jsonl, rows, line, problem, fix):
         open_pairs(path)
     assert caught.value.problem.startswith(f"{path}, line {line}: ")
     assert fix in caught.value.fix
-
-
-@pytest.mark.parametrize(
-    ("row", "reward"),
-    [
-        ({"response": " b", "label": True}, 1.0),
-        ({"completion": " b", "label": False}, 0.0),
-        ({"response": " b", "preference": "chosen"}, 1.0),
-        ({"response": " b", "preference": "rejected"}, 0.0),
-        ({"response": " b", "reward": -0.5}, -0.5),
-    ],
-)
-def test_single_responses_are_good_or_bad(jsonl, row, reward):
-    (found,) = list(open_rated(jsonl({"prompt": "a", **row})))
-    assert (found.prompt, found.responses, found.rewards) == ("a", (" b",), (reward,))
-
-
-@pytest.mark.parametrize("row", [{}, {"label": 1}, {"label": "good"}, {"reward": True}, {"reward": "0.5"}])
-def test_a_response_without_a_rating_is_refused(jsonl, row):
-    with pytest.raises(UserError, match=r"line 1: the row does not say whether its response is good"):
-        open_rated(jsonl({"prompt": "a", "response": "b", **row}))
 
 
 def test_labels(jsonl):
