@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
+import torch
 from torch import Tensor
 
 from nemo_aligner import builders
@@ -159,7 +160,8 @@ class RewardModel(_Loaded[GPTCritic]):
 
     def batch(self, rows: Sequence[tuple[str, str]]) -> PreferenceBatch:
         """Pairs of whole texts, the chosen one and the rejected one."""
-        return self._read([text for row in rows for text in row]).extended(PreferenceBatch)
+        whole, usual = self._read([text for row in rows for text in row]), [1.0, 0.0] * len(rows)
+        return whole.extended(PreferenceBatch, given_rewards=torch.tensor(usual, device=world.device()))
 
     def score(self, texts: Sequence[str]) -> Tensor:
         """[N] rewards of whole texts, or [N, A] where several attributes are not merged."""

@@ -220,7 +220,9 @@ class PreferenceBatch(TokenBatch):
 
     rows_per_sample: ClassVar[int] = 2
 
-    given_rewards: Tensor | None = None  # [N] float: of each response, where the data give them
+    given_rewards: (
+        Tensor  # [N] float: of each response, as the data have them; else 1 of the chosen, 0 of the other
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -34,7 +34,7 @@ def with_reference_logprobs(
     policy = pretrained.learner
     if stored:
         folder = run.folder / "reference_logprobs"
-        store = partial(with_stored_reference, policy, source=_source(run), pairs=pairs)
+        store = partial(with_stored_reference, policy, source=_source(run, pretrained), pairs=pairs)
         data = SupervisedData(
             train=store(data.train, folder / "train.pt"),
             validation={
@@ -48,9 +48,9 @@ def with_reference_logprobs(
     return data
 
 
-def _source(run: Experiment) -> dict[str, object]:
-    """The model and the settings that log-probs follow from; {} on ranks that keep no files."""
+def _source(run: Experiment, pretrained: Pretrained[GPTPolicy]) -> dict[str, object]:
+    """The model, its config and the data's settings, which log-probs follow from; {} on ranks that keep no files."""
     if run.identity is None:
         return {}
-    model, trainer = run.identity.settings["model"], run.identity.settings["trainer"]
-    return {"model": run.identity.base_model, "data": model["data"], "precision": trainer["precision"]}
+    data = run.identity.settings["model"]["data"]
+    return {"model": run.identity.base_model, "config": pretrained.config, "data": data}

@@ -49,9 +49,9 @@ class PairJob(PretrainedJob):
         return None
 
     @property
-    def default_rewards(self) -> tuple[float, float] | None:
-        """Rewards of the chosen and of the rejected response where a row has none; None: the loss reads none."""
-        return None
+    def default_rewards(self) -> tuple[float, float]:
+        """Rewards of the chosen and of the rejected response where a row has none."""
+        return 1.0, 0.0
 
     @property
     def files(self) -> Mapping[str, Sequence[str]]:

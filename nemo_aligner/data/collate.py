@@ -4,7 +4,6 @@
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
 
 from nemo_aligner.batch import AttributeBatch, LabeledPairs, PreferenceBatch, ReferencedPairs, TokenBatch
 from nemo_aligner.data.row import Row
@@ -38,18 +37,12 @@ def collate(rows: Sequence[Row], *, pad_id: int, seq_length: int) -> TokenBatch:
         return batch.extended(kind, attributes=attributes)
     if len(rows[0].sequences) == 1:
         return batch
-    pairs = batch.extended(PreferenceBatch, **_of_sequences(given_rewards=[row.rewards for row in rows]))
-    known = _of_sequences(reference_sums=[row.reference_logprobs for row in rows])
-    return pairs.extended(ReferencedPairs, **known) if known else pairs
-
-
-def _of_sequences(**numbers: Sequence[tuple[float, ...]]) -> dict[str, Tensor]:
-    """{name: [N] float} of the numbers of each row, of which all rows have some, or none."""
-    return {
-        name: torch.tensor([number for row in rows for number in row])
-        for name, rows in numbers.items()
-        if rows[0]
-    }
+    rewards = [reward for row in rows for reward in row.rewards or (1.0, 0.0)]
+    pairs = batch.extended(PreferenceBatch, given_rewards=torch.tensor(rewards))
+    if not rows[0].reference_logprobs:
+        return pairs
+    known = [number for row in rows for number in row.reference_logprobs]
+    return pairs.extended(ReferencedPairs, reference_sums=torch.tensor(known))
 
 
 def uncollated(rows: Sequence[Row], *, pad_id: int, seq_length: int) -> list[Row]:

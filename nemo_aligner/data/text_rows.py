@@ -78,10 +78,7 @@ def open_prompts(path: str | Path, tokenizer: Tokenizer) -> Records[TextRow]:
 
 
 def open_pairs(
-    path: str | Path,
-    tokenizer: Tokenizer | None = None,
-    *,
-    default_rewards: tuple[float, float] | None = None,
+    path: str | Path, tokenizer: Tokenizer | None = None, *, default_rewards: tuple[float, float] = (1.0, 0.0)
 ) -> Records[TextRow]:
     """The pairs of a file whose first row says how all of them are written.
 
@@ -91,8 +88,7 @@ def open_pairs(
     Args:
         path: the file.
         tokenizer: lays out messages; None where there are none.
-        default_rewards: of the chosen and of the rejected response, where a row has no chosen_reward, rejected_reward;
-            None: rewards are not read.
+        default_rewards: of the chosen and of the rejected response, where a row has no chosen_reward, rejected_reward.
 
     Raises:
         UserError: the file or a line cannot be read, a row is not like the first one, or a line is left over.
@@ -104,9 +100,7 @@ def open_pairs(
     return LinePairs(lines, lambda one, other: replace(one, responses=(*one.responses, *other.responses)))
 
 
-def _rewards(row: Mapping[str, object], default: tuple[float, float] | None) -> tuple[float, ...]:
-    if default is None:
-        return ()
+def _rewards(row: Mapping[str, object], default: tuple[float, float]) -> tuple[float, ...]:
     found: list[float] = []
     for key, usual in zip(("chosen_reward", "rejected_reward"), default, strict=True):
         reward = row.get(key, usual)

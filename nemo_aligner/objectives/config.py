@@ -1,14 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """The settings of objectives. Imports no torch, so that they are checked before it is loaded."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 from nemo_aligner.bounds import bounded, check_bounds
 from nemo_aligner.errors import UserError
 
 PairLoss = Literal["regression", "regular_bt", "margin_bt", "scaled_bt"]
 PreferenceLoss = Literal["dpo", "ipo", "robust", "rpo_sq", "rpo_bwd_kl", "rpo_fwd_kl", "simpo", "orpo"]
+REFERENCED: tuple[PreferenceLoss, ...] = ("dpo", "ipo", "robust", "rpo_sq", "rpo_bwd_kl", "rpo_fwd_kl")
 Estimator = Literal["gae", "group", "leave_one_out", "reinforce", "best_of_n"]
 # Estimators that compare the responses to one prompt.
 GROUPED: tuple[Estimator, ...] = ("group", "leave_one_out", "best_of_n")
@@ -88,23 +90,27 @@ class DPOConfig:
     sft_loss_weight: float = bounded(0.0, at_least=0)
     sft_average_log_probs: bool = False  # True: that of a response is its tokens' mean, not their sum
 
+    # {setting: the losses that read it}; with others it is to stay as it is
+    of_losses: ClassVar[Mapping[str, tuple[PreferenceLoss, ...]]] = {
+        "label_smoothing": ("dpo", "robust"),
+        "gt_reward_scale": ("rpo_sq", "rpo_bwd_kl", "rpo_fwd_kl"),
+        "simpo_gamma": ("simpo",),
+    }
+
     @property
     def has_reference(self) -> bool:
         """True if the loss compares with a reference."""
-        return self.preference_loss not in ("simpo", "orpo")
-
-    @property
-    def reads_rewards(self) -> bool:
-        """True if the loss reads rewards that the data give."""
-        return self.preference_loss.startswith("rpo_")
+        return self.preference_loss in REFERENCED
 
     def __post_init__(self) -> None:
-        if self.label_smoothing and self.preference_loss not in ("dpo", "robust"):
-            raise UserError(
-                f"model.dpo.label_smoothing={self.label_smoothing} is of the losses dpo and robust, and "
-                f"model.dpo.preference_loss={self.preference_loss}",
-                fix="set model.dpo.label_smoothing=0",
-            )
+        for name, losses in self.of_losses.items():
+            value, usual = getattr(self, name), self.__dataclass_fields__[name].default
+            if value != usual and self.preference_loss not in losses:
+                raise UserError(
+                    f"model.dpo.{name}={value} is of the losses {', '.join(losses)}, and "
+                    f"model.dpo.preference_loss={self.preference_loss}",
+                    fix=f"set model.dpo.{name}={usual}, or one of these losses",
+                )
         if not (self.preference_loss_weight or self.sft_loss_weight):
             raise UserError(
                 "model.dpo.preference_loss_weight and model.dpo.sft_loss_weight are 0: there is no loss",

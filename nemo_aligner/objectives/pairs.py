@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The metrics of every loss of pairs: how often the chosen response is ahead, and the rewards of both."""
+"""The common parts of losses of pairs: the margin, and the metrics of who is ahead and of the rewards of both."""
 
 from torch import Tensor
 
@@ -13,6 +13,14 @@ PAIR_METRICS = (
     "rewards_all_mean",
     "rewards_all_square",
 )
+
+
+def margins(policy: Tensor, reference: Tensor) -> Tensor:
+    """Return [P], by how many nats the policy prefers the chosen responses more than the reference does.
+
+    policy, reference: [P, 2] float, log-probs of the chosen and of the rejected response.
+    """
+    return (policy - reference).diff(dim=1)[:, 0].neg()
 
 
 def pair_loss(chosen: Tensor, rejected: Tensor, losses: Tensor, *, real: Tensor) -> tuple[Tensor, Metrics]:

@@ -67,9 +67,10 @@ STARTS = {
 
 @pytest.mark.parametrize("loss", STARTS)
 def test_the_chosen_responses_are_learned(settings: Callable, run: Callable, tmp_path: Path, loss: str):
-    job = run(
-        settings("run", **{"model.dpo.preference_loss": loss, "model.hidden_dropout": 0.0}), command=[DPO]
-    )
+    asked = {"model.dpo.preference_loss": loss, "model.hidden_dropout": 0.0}
+    if loss == "simpo":
+        asked["model.dpo.ref_policy_kl_penalty"] = 2.0
+    job = run(settings("run", **asked), command=[DPO])
     assert job.process.returncode == 0, job.err[-3000:]
     first, last = steps(tmp_path / "run")[0], steps(tmp_path / "run")[-1]
     if (start := STARTS[loss]) is not None:

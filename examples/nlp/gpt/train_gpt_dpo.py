@@ -15,11 +15,13 @@ from nemo_aligner.config.pairs import PairJob, PairLoopConfig, PairModelConfig
 from nemo_aligner.data.config import PairDataConfig
 from nemo_aligner.launch.script import script
 from nemo_aligner.models.gpt.learning_rate import OptimConfig
-from nemo_aligner.objectives.config import DPOConfig
+from nemo_aligner.objectives.config import REFERENCED, DPOConfig
 
 
 @dataclass(frozen=True, kw_only=True)
 class DPOSettings(DPOConfig):
+    of_losses: ClassVar = {**DPOConfig.of_losses, "store_reference": REFERENCED}
+
     # compute the reference's log-probs once and keep them in the run's folder; False: swap its weights in at each step
     store_reference: bool = False
     # pairs of a forward pass of the reference; null: model.micro_batch_size
@@ -60,14 +62,9 @@ class DPOJob(PairJob):
     trainer: DPOTrainerConfig = field(default_factory=DPOTrainerConfig)
 
     @property
-    def default_rewards(self) -> tuple[float, float] | None:
+    def default_rewards(self) -> tuple[float, float]:
         """See PairJob."""
-        data = self.model.data
-        return (
-            (data.default_chosen_reward, data.default_rejected_reward)
-            if self.model.dpo.reads_rewards
-            else None
-        )
+        return self.model.data.default_chosen_reward, self.model.data.default_rejected_reward
 
 
 @script("gpt_dpo", DPOJob)

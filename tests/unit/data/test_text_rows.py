@@ -40,8 +40,8 @@ def test_the_names_of_nemo_s_preference_data_are_read(jsonl):
 @pytest.mark.parametrize("rows", [TUTORIAL[:2], [ROWS[0]]])
 def test_given_rewards_are_the_rows_or_the_usual_ones(jsonl, rows):
     path = jsonl(*rows)
-    assert open_pairs(path)[0].rewards == ()
-    assert open_pairs(path, default_rewards=(1.0, 0.0))[0].rewards == (1.0, 0.0)
+    assert open_pairs(path)[0].rewards == (1.0, 0.0)
+    assert open_pairs(path, default_rewards=(3.0, 0.5))[0].rewards == (3.0, 0.5)
     path = jsonl(*({**row, "rejected_reward": -2} for row in rows))
     assert open_pairs(path, default_rewards=(1.0, 0.0))[0].rewards == (1.0, -2.0)
     path = jsonl(*({**row, "chosen_reward": "much"} for row in rows))

@@ -15,7 +15,8 @@ import torch
 from nemo_aligner.batch import PreferenceBatch, ReferencedPairs, TokenBatch
 from nemo_aligner.errors import UserError
 from nemo_aligner.objectives.config import DPOConfig, PreferenceLoss
-from nemo_aligner.objectives.preference import DPO, dpo, ipo, orpo, robust_dpo, rpo, simpo
+from nemo_aligner.objectives.preference import DPO, dpo, ipo
+from nemo_aligner.objectives.preference_variants import orpo, robust_dpo, rpo, simpo
 from nemo_aligner.objectives.protocol import ModelOutput
 
 PLAIN = DPO(DPOConfig(ref_policy_kl_penalty=0.5))
@@ -31,7 +32,10 @@ PAIR = [([1, 2, 3, 4], [False, False, True, True]), ([1, 2, 5, 6, 7], [False] * 
 def batch(*, padding: int = 0, pairs: int = 2) -> ReferencedPairs:
     """Pairs of responses of 2 and 3 tokens after a prompt of 2, and as many positions of padding."""
     whole = TokenBatch.from_rows(PAIR * pairs, pad_id=0, seq_length=5 + padding)
-    return whole.extended(ReferencedPairs, reference_sums=torch.tensor([-3.0, -4.0] * pairs))
+    rewards = torch.tensor([1.0, 0.0] * pairs)
+    return whole.extended(
+        ReferencedPairs, given_rewards=rewards, reference_sums=torch.tensor([-3.0, -4.0] * pairs)
+    )
 
 
 def output(rows: PreferenceBatch, *, chosen: float, rejected: float) -> ModelOutput:
@@ -115,7 +119,8 @@ def test_a_margin_that_is_the_given_one_costs_nothing():
 
 @pytest.mark.parametrize("name", ["simpo", "orpo"])
 def test_without_a_reference_mean_log_probs_count(name: str):
-    rows = TokenBatch.from_rows(PAIR, pad_id=0, seq_length=5).extended(PreferenceBatch)
+    rows = TokenBatch.from_rows(PAIR, pad_id=0, seq_length=5)
+    rows = rows.extended(PreferenceBatch, given_rewards=torch.tensor([1.0, 0.0]))
     given = output(rows, chosen=-2.0, rejected=-6.0)  # means of -1 and -2
     loss, metrics = changed(preference_loss=name)(given, rows)
     log_odds = math.log(math.exp(-1) / (1 - math.exp(-1))) - math.log(math.exp(-2) / (1 - math.exp(-2)))
@@ -124,9 +129,12 @@ def test_without_a_reference_mean_log_probs_count(name: str):
     assert metrics["rewards_chosen_mean"][0] == pytest.approx(-0.5)
 
 
-def test_wrong_labels_are_of_two_losses():
-    with pytest.raises(UserError, match=r"label_smoothing=0.1 is of the losses dpo and robust, and .*=ipo"):
-        DPOConfig(preference_loss="ipo", label_smoothing=0.1)
+@pytest.mark.parametrize(
+    ("loss", "setting"), [("ipo", "label_smoothing"), ("dpo", "gt_reward_scale"), ("orpo", "simpo_gamma")]
+)
+def test_a_setting_of_another_loss_is_refused(loss: str, setting: str):
+    with pytest.raises(UserError, match=rf"{setting}=0.1 is of the losses .*, and .*={loss}"):
+        DPOConfig(preference_loss=loss, **{setting: 0.1})
 
 
 def test_a_loss_without_weight_is_refused():

@@ -36,7 +36,9 @@ def means(objective: Objective, rewards: Tensor, batch: TokenBatch) -> dict[str,
 
 def test_pairs_by_hand():
     rewards = torch.tensor([[2.0], [0.0], [1.0], [4.0], [9.0], [9.0]], dtype=torch.float64)
-    found = means(BradleyTerry(), rewards, PreferenceBatch(**rows([3, 5, 2, 2, 1, 1])))
+    found = means(
+        BradleyTerry(), rewards, PreferenceBatch(**rows([3, 5, 2, 2, 1, 1]), given_rewards=torch.zeros(6))
+    )
     assert found["loss"] == pytest.approx((math.log(1 + math.exp(-2)) + math.log(1 + math.exp(3))) / 2)
     assert found["acc"] == 0.5
     assert (found["rewards_chosen_mean"], found["rewards_rejected_mean"]) == (1.5, 2.0)
@@ -84,7 +86,7 @@ def test_gradients_and_cutting(kind: str):
     batch: TokenBatch = AttributeBatch(**rows(lengths), attributes=attributes)
     objective: Objective = Regression()
     if kind == "pairs":
-        batch, objective = PreferenceBatch(**rows(lengths)), BradleyTerry()
+        batch, objective = PreferenceBatch(**rows(lengths), given_rewards=torch.zeros(8)), BradleyTerry()
     elif kind == "labelled pairs":
         batch = LabeledPairs(**rows(lengths), attributes=attributes)
         objective = AttributePairs("margin_bt")
