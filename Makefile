@@ -123,7 +123,7 @@ test-kills: $(STAMP)  ## Jobs killed at 40 random moments: ten minutes
 
 # GOLDEN=write takes what the runs give now; without it they must give what was taken on this machine.
 GOLDEN ?= exact
-golden: $(STAMP)  ## Short runs of each kind, bit for bit as tests/golden has them
+golden: $(STAMP)  ## Short runs, bit for bit as tests/golden has them
 	NEMO_ALIGNER_GOLDEN=$(GOLDEN) CUDA_VISIBLE_DEVICES= $(PYTEST) tests/functional/test_golden.py
 
 test-soak: $(STAMP)  ## 200 steps of PPO, whose memory must not grow: minutes

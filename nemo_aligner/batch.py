@@ -220,9 +220,8 @@ class PreferenceBatch(TokenBatch):
 
     rows_per_sample: ClassVar[int] = 2
 
-    given_rewards: (
-        Tensor  # [N] float: of each response, as the data have them; else 1 of the chosen, 0 of the other
-    )
+    # [N] float: of each response, by its row, else PairJob.default_rewards; the losses rpo_* read it
+    given_rewards: Tensor
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

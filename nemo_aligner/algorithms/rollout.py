@@ -74,8 +74,12 @@ def text_of_response(
     if finished and tokens[-1] in end_ids:
         return decode(tokens[:-1])
     text = decode(tokens)
-    ends = [text.rfind(end) for end in end_strings if finished and end in text]
-    return text[: max(ends)] if ends else text
+    if not finished:
+        return text
+    # The last token completed the string; what stands before may hold others, as min_length has it.
+    before = len(decode(tokens[:-1]).rstrip("\ufffd"))
+    starts = [text.find(end, max(0, before - len(end) + 1)) for end in end_strings]
+    return text[: min((start for start in starts if start >= 0), default=len(text))]
 
 
 def balance_micro_batches(lengths: Sequence[int], *, rows: int, ranks: int) -> list[list[list[int]]]:

@@ -2,7 +2,6 @@
 """Files of prompts, of pairs of responses and of labeled responses. Knows no tokens."""
 
 import math
-import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -97,13 +96,19 @@ def open_pairs(
     lines = RecordFile(path, lambda row: replace(reader(row), rewards=_rewards(row, default_rewards)))
     if not reader.alternates:
         return lines
-    return LinePairs(lines, lambda one, other: replace(one, responses=(*one.responses, *other.responses)))
+    return LinePairs(lines, _join_pair)
+
+
+def _join_pair(one: TextRow, other: TextRow) -> TextRow:
+    rewards = one.rewards[0], other.rewards[1]
+    return replace(one, responses=(*one.responses, *other.responses), rewards=rewards)
 
 
 def _rewards(row: Mapping[str, object], default: tuple[float, float]) -> tuple[float, ...]:
     found: list[float] = []
     for key, usual in zip(("chosen_reward", "rejected_reward"), default, strict=True):
-        reward = row.get(key, usual)
+        given = row.get(key)
+        reward = usual if given is None else given
         if not _is_finite_number(reward):
             raise UserError(
                 f"key {key!r} is {shorten(reward)}", fix="give it a number, or remove it from the row"
@@ -261,5 +266,5 @@ def _attributes(label: object, labels: Labels, *, given: bool) -> tuple[float, .
 
 
 def _is_finite_number(value: object) -> bool:
-    # An int may be larger than any float.
-    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
+    # Finite as a float32 too, which batches hold; an int may be larger than any float.
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= 3.4028234e38

@@ -73,7 +73,8 @@ class PolicyConfig:
 class DPOConfig:
     """The part of the ``model.dpo`` block that shapes the loss."""
 
-    # beta: implicit reward per nat that the policy is above the reference, or of simpo per nat alone
+    # beta: implicit reward per nat that the policy is above the reference; of simpo per nat alone, of orpo in the
+    # metrics only
     ref_policy_kl_penalty: float = bounded(0.2, above=0)
     # dpo, ipo, robust; rpo_sq, rpo_bwd_kl, rpo_fwd_kl by given rewards; simpo, orpo without a reference
     preference_loss: PreferenceLoss = "dpo"

@@ -15,12 +15,17 @@ PAIR_METRICS = (
 )
 
 
+def lead(x: Tensor) -> Tensor:
+    """Return [P], by how much the chosen response's number is above the rejected one's; x: [P, 2] float."""
+    return x[:, 0] - x[:, 1]
+
+
 def margins(policy: Tensor, reference: Tensor) -> Tensor:
     """Return [P], by how many nats the policy prefers the chosen responses more than the reference does.
 
     policy, reference: [P, 2] float, log-probs of the chosen and of the rejected response.
     """
-    return (policy - reference).diff(dim=1)[:, 0].neg()
+    return lead(policy - reference)
 
 
 def pair_loss(chosen: Tensor, rejected: Tensor, losses: Tensor, *, real: Tensor) -> tuple[Tensor, Metrics]:

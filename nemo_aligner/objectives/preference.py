@@ -17,8 +17,11 @@ from nemo_aligner.objectives.protocol import Metrics, ModelOutput, Wants
 def dpo(policy: Tensor, reference: Tensor, *, beta: float, label_smoothing: float = 0.0) -> Tensor:
     """Return ``-log sigmoid(beta margin)`` of each pair (Rafailov 2023, arXiv 2305.18290, eq. 7).
 
+    ``margin = (log p - log p_ref)(chosen) - (log p - log p_ref)(rejected)``, of policy and reference [P, 2] float:
+    log-probs of the chosen and of the rejected response of each pair. Returns [P].
+
     With label smoothing ``e``: ``-(1 - e) log sigmoid(beta margin) - e log sigmoid(-beta margin)``, for labels that are
-    wrong with probability e (conservative DPO, Mitchell 2023). Shapes as of :func:`margins`.
+    wrong with probability e (conservative DPO, Mitchell 2023).
 
     >>> import torch
     >>> dpo(torch.tensor([[-1.0, -2.0]]), torch.tensor([[-2.0, -2.0]]), beta=2.0, label_smoothing=0.1)
@@ -79,6 +82,6 @@ def _losses(policy: Tensor, reference: Tensor, rewards: Tensor, config: DPOConfi
             return simpo(policy, beta=beta, gamma=config.simpo_gamma)
         case "orpo":
             return orpo(policy)
-        case distance:
+        case "rpo_sq" | "rpo_bwd_kl" | "rpo_fwd_kl" as distance:
             scale = config.gt_reward_scale
             return rpo(policy, reference, rewards, beta=beta, scale=scale, distance=distance)

@@ -4,11 +4,15 @@
 Shapes: P pairs.
 """
 
+from typing import Literal
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nemo_aligner.objectives.pairs import margins
+from nemo_aligner.objectives.pairs import lead, margins
+
+Distance = Literal["rpo_sq", "rpo_bwd_kl", "rpo_fwd_kl"]
 
 
 def robust_dpo(policy: Tensor, reference: Tensor, *, beta: float, label_smoothing: float) -> Tensor:
@@ -16,6 +20,10 @@ def robust_dpo(policy: Tensor, reference: Tensor, *, beta: float, label_smoothin
 
     ``(-(1 - e) log sigmoid(beta margin) + e log sigmoid(-beta margin)) / (1 - 2 e)`` (Chowdhury 2024, arXiv
     2403.00409). Shapes as of :func:`margins`.
+
+    >>> same = torch.tensor([[-1.0, -2.0]])
+    >>> robust_dpo(same, same, beta=0.5, label_smoothing=0.2)
+    tensor([0.6931])
     """
     reward = beta * margins(policy, reference)
     clean, flipped = (1 - label_smoothing) * F.logsigmoid(reward), label_smoothing * F.logsigmoid(-reward)
@@ -29,7 +37,7 @@ def bernoulli_kl(p: Tensor, q: Tensor) -> Tensor:
 
 
 def rpo(
-    policy: Tensor, reference: Tensor, rewards: Tensor, *, beta: float, scale: float, distance: str
+    policy: Tensor, reference: Tensor, rewards: Tensor, *, beta: float, scale: float, distance: Distance
 ) -> Tensor:
     """Return how far the implicit margin is from the given one (NVIDIA 2024, arXiv 2406.11704, RPO).
 
@@ -38,18 +46,17 @@ def rpo(
 
     rewards: [P, 2] float; other shapes as of :func:`margins`.
 
-    >>> import torch
     >>> same = torch.tensor([[-1.0, -2.0]])
     >>> rpo(same, same, torch.tensor([[3.0, 1.0]]), beta=1.0, scale=0.5, distance="rpo_sq")
     tensor([1.])
     """
-    implicit, given = beta * margins(policy, reference), scale * -rewards.diff(dim=1)[:, 0]
+    implicit, given = beta * margins(policy, reference), scale * lead(rewards)
     match distance:
         case "rpo_bwd_kl":
             return bernoulli_kl(given, implicit)
         case "rpo_fwd_kl":
             return bernoulli_kl(implicit, given)
-        case _:
+        case "rpo_sq":
             return (implicit - given).square()
 
 
@@ -58,11 +65,10 @@ def simpo(policy: Tensor, *, beta: float, gamma: float) -> Tensor:
 
     policy: [P, 2] float, mean log-probs of the responses' tokens.
 
-    >>> import torch
     >>> simpo(torch.tensor([[-1.0, -1.5]]), beta=2.0, gamma=1.0)
     tensor([0.6931])
     """
-    return -F.logsigmoid(beta * -policy.diff(dim=1)[:, 0] - gamma)
+    return -F.logsigmoid(beta * lead(policy) - gamma)
 
 
 def orpo(policy: Tensor) -> Tensor:
@@ -70,11 +76,10 @@ def orpo(policy: Tensor) -> Tensor:
 
     Hong 2024, arXiv 2403.07691, eq. 7. policy: [P, 2] float, mean log-probs of the responses' tokens.
 
-    >>> import torch
     >>> orpo(torch.tensor([[0.5, 0.25]]).log())
     tensor([0.2877])
     """
     # Of padding rows log-probs are 0, and so may be those of a response that is certain.
     others = (-torch.expm1(policy)).clamp(min=torch.finfo(policy.dtype).tiny)
     log_odds = policy - torch.log(others)
-    return -F.logsigmoid(-log_odds.diff(dim=1)[:, 0])
+    return -F.logsigmoid(lead(log_odds))

@@ -20,7 +20,11 @@ from nemo_aligner.objectives.config import REFERENCED, DPOConfig
 
 @dataclass(frozen=True, kw_only=True)
 class DPOSettings(DPOConfig):
-    of_losses: ClassVar = {**DPOConfig.of_losses, "store_reference": REFERENCED}
+    of_losses: ClassVar = {
+        **DPOConfig.of_losses,
+        "store_reference": REFERENCED,
+        "log_prob_forward_micro_batch_size": REFERENCED,
+    }
 
     # compute the reference's log-probs once and keep them in the run's folder; False: swap its weights in at each step
     store_reference: bool = False

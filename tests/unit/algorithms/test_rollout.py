@@ -64,6 +64,33 @@ def test_the_text_of_a_response_is_without_what_ended_it(letters: str, finished:
     assert found == text
 
 
+@pytest.mark.parametrize(
+    ("pieces", "ends", "text"),
+    [
+        (["foo", "\n\n"], ["\n"], "foo"),
+        (["foo", "###"], ["##"], "foo"),
+        (["foo", "###"], ["###", "#"], "foo"),
+        (["a#", "b#"], ["#"], "a#b"),  # the first one came before min_length
+        (["fo", "o\n", "\nbar"], ["\n\n"], "foo"),
+    ],
+)
+def test_an_end_string_is_cut_where_the_last_token_completes_it(
+    pieces: list[str], ends: list[str], text: str
+):
+    tokens = torch.arange(len(pieces) + 1)[None]
+    rollout = Rollout(
+        tokens=tokens,
+        loss_mask=tokens > 0,
+        lengths=torch.tensor([tokens.shape[1]]),
+        prompt_lengths=torch.tensor([1]),
+        finished=torch.tensor([True]),
+        group=torch.tensor([0]),
+        sampler_logprobs=torch.zeros(tokens.shape),
+    )
+    found = text_of_response(rollout, 0, [], ends, decode=lambda ids: "".join(pieces[i - 1] for i in ids))
+    assert found == text
+
+
 def test_a_rollout_is_padded_to_at_least_what_is_asked_for(caplog: pytest.LogCaptureFixture):
     config = GPTConfig(num_layers=1, hidden_size=8, num_attention_heads=2, ffn_hidden_size=8, vocab_size=11)
     with world.ensure_single_process():

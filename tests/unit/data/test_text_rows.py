@@ -42,8 +42,13 @@ def test_given_rewards_are_the_rows_or_the_usual_ones(jsonl, rows):
     path = jsonl(*rows)
     assert open_pairs(path)[0].rewards == (1.0, 0.0)
     assert open_pairs(path, default_rewards=(3.0, 0.5))[0].rewards == (3.0, 0.5)
-    path = jsonl(*({**row, "rejected_reward": -2} for row in rows))
+    path = jsonl(*({**row, "chosen_reward": None, "rejected_reward": -2} for row in rows))
     assert open_pairs(path, default_rewards=(1.0, 0.0))[0].rewards == (1.0, -2.0)
+    if len(rows) == 2:
+        path = jsonl({**rows[0], "chosen_reward": 5}, {**rows[1], "rejected_reward": 3})
+        assert open_pairs(path)[0].rewards == (5.0, 3.0)
+    with pytest.raises(UserError, match=r"line 1: key 'chosen_reward' is 1e\+39"):
+        open_pairs(jsonl(*({**row, "chosen_reward": 1e39} for row in rows)))
     path = jsonl(*({**row, "chosen_reward": "much"} for row in rows))
     with pytest.raises(UserError, match=r"line 1: key 'chosen_reward' is much"):
         open_pairs(path, default_rewards=(1.0, 0.0))
