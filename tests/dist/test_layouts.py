@@ -58,16 +58,18 @@ def test_every_objective_is_tried():
     assert {type(case.objective) for case in OBJECTIVES.values()} == found_in_package()
 
 
-def without_offset(case: ObjectiveCase, step: int, metrics: dict[str, float]) -> dict[str, float]:
-    """Rewards by their margin and variance, from the second step on without the constant that they share.
+def comparable(case: ObjectiveCase, step: int, metrics: dict[str, float]) -> dict[str, float]:
+    """The metrics, with the variance of rewards for their deviation, the root of a difference.
 
-    A loss of pairs has no gradient by that constant but for rounding, of which Adam makes whole steps.
+    Of a reward model's pairs from the second step on without the constant that rewards share: their losses have no
+    gradient by it but for rounding, of which Adam makes whole steps.
     """
+    found = dict(metrics)
+    if "rewards_all_std" in found:
+        found["variance"] = found.pop("rewards_all_std") ** 2
     if not (case.head and case.pairs):
-        return metrics
-    found = metrics | {"margin": metrics["rewards_chosen_mean"] - metrics["rewards_rejected_mean"]}
-    # A difference of squares, whose root has larger errors.
-    found["variance"] = found.pop("rewards_all_std") ** 2
+        return found
+    found["margin"] = metrics["rewards_chosen_mean"] - metrics["rewards_rejected_mean"]
     return {name: value for name, value in found.items() if step == 0 or not name.startswith("rewards_")}
 
 
@@ -83,8 +85,8 @@ def test_metrics_and_grad_norms_are_one_ranks(folder: Path, case: worker.Case):
         pairs.append((1, (validation | {"grad_norm": oracle["steps"][1]["grad_norm"]}, oracle["steps"][1])))
     for step, (ours, theirs) in pairs:
         assert set(ours) == named
-        wanted = without_offset(subject, step, theirs)
-        assert without_offset(subject, step, ours) == pytest.approx(wanted, rel=1e-5, abs=1e-6)
+        wanted = comparable(subject, step, theirs)
+        assert comparable(subject, step, ours) == pytest.approx(wanted, rel=1e-5, abs=1e-6)
     assert curve["agree"]
 
 

@@ -113,7 +113,7 @@ CASES = (
     Case(tp=2, pp=4, mbs=2),
     Case(tp=4, pp=2, sp=True, mbs=4),
 )
-# Every other objective, cut in every way: data parallel alone, tensor, sequence, pipeline, interleaved, levelled.
+# Every other objective, cut in every way: data parallel alone, tensor, sequence, pipeline, interleaved.
 OBJECTIVE_CASES = tuple(
     replace(case, objective=name)
     for name in OBJECTIVES
@@ -122,7 +122,6 @@ OBJECTIVE_CASES = tuple(
         Case(mbs=2, overlap=True),
         Case(tp=2, sp=True, mbs=2, recompute=SELECTIVE),
         Case(pp=2, vp=2, mbs=1, tied=False, overlap=True),
-        Case(tp=2, pp=2, mbs=3, tied=False),
         Case(tp=4, pp=2, sp=True, mbs=4),
     )
 )

@@ -130,7 +130,6 @@ def test_stored_log_probs_are_of_this_model(
     "changed",
     [
         {"model.dpo.store_reference": False},
-        {"model.dpo.store_reference": True},
         {"model.dpo.preference_loss": "rpo_sq", "model.dpo.store_reference": True},
         {"model.dpo.preference_loss": "orpo"},
     ],
@@ -144,8 +143,7 @@ def test_a_killed_run_goes_on_bit_for_bit(
     assert_same_run(tmp_path / "killed", tmp_path / "whole", steps=STEPS)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("stored", [False, True])
+@pytest.mark.parametrize(("layout", "stored"), [*zip(LAYOUTS, (False, True), strict=True)])
 def test_results_do_not_depend_on_the_layout(
     settings: Callable, run: Callable, tmp_path: Path, layout: str, stored: bool
 ):
