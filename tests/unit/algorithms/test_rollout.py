@@ -71,7 +71,7 @@ def test_the_text_of_a_response_is_without_what_ended_it(letters: str, finished:
         (["foo", "###"], ["##"], "foo"),
         (["foo", "###"], ["###", "#"], "foo"),
         (["a#", "b#"], ["#"], "a#b"),  # the first one came before min_length
-        (["fo", "o\n", "\nbar"], ["\n\n"], "foo"),
+        (["foo", "d\n", "\nbar"], ["\n\n"], "food"),
     ],
 )
 def test_an_end_string_is_cut_where_the_last_token_completes_it(
