@@ -25,6 +25,7 @@ from nemo_aligner.config.reward import RMJob, RMModelConfig, RMTrainerConfig
 from nemo_aligner.config.serve import RewardServerJob, ServedModelConfig
 from nemo_aligner.data.config import PairDataConfig
 from nemo_aligner.data.reading import Reading
+from nemo_aligner.data.records import USUAL_REWARDS
 from nemo_aligner.data.requests import tokens_of
 from nemo_aligner.data.row import TextEncoder
 from nemo_aligner.data.tokenizer import Message, Tokenizer, encode_after
@@ -160,7 +161,7 @@ class RewardModel(_Loaded[GPTCritic]):
 
     def batch(self, rows: Sequence[tuple[str, str]]) -> PreferenceBatch:
         """Pairs of whole texts, the chosen one and the rejected one."""
-        whole, usual = self._read([text for row in rows for text in row]), [1.0, 0.0] * len(rows)
+        whole, usual = self._read([text for row in rows for text in row]), USUAL_REWARDS * len(rows)
         return whole.extended(PreferenceBatch, given_rewards=torch.tensor(usual, device=world.device()))
 
     def score(self, texts: Sequence[str]) -> Tensor:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from nemo_aligner.config.base import BatchedModelConfig, PretrainedJob
 from nemo_aligner.data.config import PairDataConfig
 from nemo_aligner.data.first_rows import check_pair_rows
+from nemo_aligner.data.records import USUAL_REWARDS
 from nemo_aligner.objectives.config import RegressionConfig
 from nemo_aligner.run.schedule import SupervisedConfig
 
@@ -51,7 +52,7 @@ class PairJob(PretrainedJob):
     @property
     def default_rewards(self) -> tuple[float, float]:
         """Rewards of the chosen and of the rejected response where a row has none."""
-        return 1.0, 0.0
+        return USUAL_REWARDS
 
     @property
     def files(self) -> Mapping[str, Sequence[str]]:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 import torch
 
 from nemo_aligner.batch import AttributeBatch, LabeledPairs, PreferenceBatch, ReferencedPairs, TokenBatch
+from nemo_aligner.data.records import USUAL_REWARDS
 from nemo_aligner.data.row import Row
 
 
@@ -37,7 +38,7 @@ def collate(rows: Sequence[Row], *, pad_id: int, seq_length: int) -> TokenBatch:
         return batch.extended(kind, attributes=attributes)
     if len(rows[0].sequences) == 1:
         return batch
-    rewards = [reward for row in rows for reward in row.rewards or (1.0, 0.0)]
+    rewards = [reward for row in rows for reward in row.rewards or USUAL_REWARDS]
     pairs = batch.extended(PreferenceBatch, given_rewards=torch.tensor(rewards))
     if not rows[0].reference_logprobs:
         return pairs

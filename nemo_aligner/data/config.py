@@ -122,9 +122,8 @@ class SFTDataConfig:
         whole, share = Split(paths=(split.file_path,)), share_of(self.validation_ds.file_path)
         if not share:
             return whole
-        return whole.cut(share, "model.data.validation_ds.file_path")[
-            isinstance(split, ValidationSplitConfig)
-        ]
+        train, validation = whole.cut(share, "model.data.validation_ds.file_path")
+        return validation if isinstance(split, ValidationSplitConfig) else train
 
     def __post_init__(self) -> None:
         if self.chat_date is not None:

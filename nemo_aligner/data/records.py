@@ -16,6 +16,8 @@ from typing import Generic, Protocol, TypeVar
 from nemo_aligner.data.row_files import Place, find_rows, keys_of, map_file, parse_line, shorten
 from nemo_aligner.errors import UserError, located
 
+USUAL_REWARDS = (1.0, 0.0)  # of the chosen and of the rejected response, where the data give none
+
 R = TypeVar("R")
 R_co = TypeVar("R_co", covariant=True)
 

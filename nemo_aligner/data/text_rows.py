@@ -15,7 +15,7 @@ from nemo_aligner.data.common_rows import (
     refuse_unread,
 )
 from nemo_aligner.data.message_rows import render_asked, render_response, split_pair
-from nemo_aligner.data.records import RecordFile, Records, TextRow, text_field
+from nemo_aligner.data.records import USUAL_REWARDS, RecordFile, Records, TextRow, text_field
 from nemo_aligner.data.row_files import keys_of, shorten
 from nemo_aligner.data.tokenizer import Tokenizer
 from nemo_aligner.errors import UserError
@@ -77,7 +77,10 @@ def open_prompts(path: str | Path, tokenizer: Tokenizer) -> Records[TextRow]:
 
 
 def open_pairs(
-    path: str | Path, tokenizer: Tokenizer | None = None, *, default_rewards: tuple[float, float] = (1.0, 0.0)
+    path: str | Path,
+    tokenizer: Tokenizer | None = None,
+    *,
+    default_rewards: tuple[float, float] = USUAL_REWARDS,
 ) -> Records[TextRow]:
     """The pairs of a file whose first row says how all of them are written.
 

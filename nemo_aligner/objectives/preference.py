@@ -57,7 +57,10 @@ class DPO:
         config, real = self.config, batch.real_pairs()
         sums, lengths = batch.per_sequence(output.logprobs), batch.loss_lengths().clamp(min=1)
         by_mean = config.preference_average_log_probs or not config.has_reference
-        reference = batch.reference_sums if isinstance(batch, ReferencedPairs) else torch.zeros_like(sums)
+        reference = torch.zeros_like(sums)
+        if config.has_reference:
+            assert isinstance(batch, ReferencedPairs), type(batch)
+            reference = batch.reference_sums
         policy, reference = ((x / (lengths if by_mean else 1)).view(-1, 2) for x in (sums, reference))
         losses = _losses(policy, reference, batch.given_rewards.view(-1, 2), config)
         nll = -(sums / (lengths if config.sft_average_log_probs else 1))[::2]

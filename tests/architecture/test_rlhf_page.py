@@ -13,11 +13,11 @@ from omegaconf import OmegaConf
 
 from nemo_aligner.compatibility import ACCEPTED
 from nemo_aligner.models.gpt.config import GPTConfig
+from tests.architecture.test_readme import PAGES, name
 from tests.architecture.test_yaml import keys
 
 ROOT = Path(__file__).parents[2]
 CONF = ROOT / "examples/nlp/gpt/conf"
-PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
 PAGE = (ROOT / "docs/RLHFTraining.md").read_text()
 BLOCKS = "trainer|model|remote_critic_rm|inference|exp_manager|pretrained_checkpoint|sampling"
 # A key of one of these blocks, also behind a job's name as run_ppo.py takes it.
@@ -86,7 +86,7 @@ def every_key() -> set[str]:
     return scripts | {f"model.{field.name}" for field in fields(GPTConfig)} | ACCEPTED
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+@pytest.mark.parametrize("page", PAGES, ids=name)
 def test_every_key_that_is_named_exists(page: Path, every_key: set[str]):
     named = {key for key in KEY.findall(page.read_text()) if not key.startswith(OWN) and not is_file(key)}
     assert sorted(named - every_key) == []

@@ -48,9 +48,8 @@ class DPODataConfig(PairDataConfig):
     # of rpo_*: the reward of a chosen response, where a row has no chosen_reward
     default_chosen_reward: float = 1.0
     default_rejected_reward: float = 0.0  # and of a rejected one, where it has no rejected_reward
-    pad_length_to_multiple_of: int | None = only(
-        None
-    )  # only null: rows are padded to the longest of their step
+    # only null: rows are padded to the longest of their step
+    pad_length_to_multiple_of: int | None = only(None)
 
 
 @dataclass(frozen=True, kw_only=True)
