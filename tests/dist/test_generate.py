@@ -9,8 +9,8 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
 import fork
-import writing_worker
 import worker
+import writing_worker
 from writing_worker import CASES, SAMPLINGS, Case
 
 from nemo_aligner.checkpoint.sharded import save_model

@@ -7,16 +7,16 @@ Imports once and forks the ranks; each case builds its layout in the same world 
 import contextlib
 import gc
 from collections.abc import Iterable, Iterator
-from dataclasses import astuple, dataclass, replace
+from dataclasses import astuple, dataclass, field, replace
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
 
 import torch
-import whole_logits
 from fork import fork_ranks
 from megatron.core import tensor_parallel
 from objective_cases import OBJECTIVES, VOCAB
+from whole_logits import logits as logits_of
 
 from nemo_aligner.batch import TokenBatch
 from nemo_aligner.checkpoint.sharded import load_model, load_state, save_model, save_state
@@ -49,7 +49,7 @@ class Case:
     overlap: bool = False
     bucket_cap_mb: float = 0.01  # a few in a chunk
     bf16: bool = False
-    recompute: Recompute = Recompute()
+    recompute: Recompute = field(default_factory=Recompute)
     local_count: bool = False  # divide by this rank's own count: what must not be done
 
     @property
@@ -240,9 +240,7 @@ def train(learner: GPTLearner, case: Case, steps: Iterable[int]) -> dict[str, li
     for step in steps:
         batches = micro_batches(case, step, dp_rank=world.dp_rank(), dp_size=world.dp_size())
         if step == 1 and case.overlap:
-            curve["validation"].append(
-                means(learn(batches, forward_only=True))
-            )
+            curve["validation"].append(means(learn(batches, forward_only=True)))
         metrics = means(learn(batches, forward_only=False))
         curve["steps"].append(metrics | {"grad_norm": learner.optimizer_step()["grad_norm"]})
     return curve
@@ -266,7 +264,7 @@ def rows_for_logits() -> TokenBatch:
 def logits(case: Case, weights: Path) -> torch.Tensor | None:
     model = build_gpt(config(tied=case.tied), case.layout, torch.float32).eval()
     load_model(model, weights)
-    return whole_logits.logits(model, rows_for_logits())
+    return logits_of(model, rows_for_logits())
 
 
 def train_all(layout: Layout, rank: int, out: Path) -> None:

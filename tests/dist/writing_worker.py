@@ -41,9 +41,7 @@ class Case:
 
     @property
     def layout(self) -> Layout:
-        return Layout(
-            tensor=self.tp, pipeline=self.pp, virtual_pipeline=self.vp, sequence_parallel=self.sp
-        )
+        return Layout(tensor=self.tp, pipeline=self.pp, virtual_pipeline=self.vp, sequence_parallel=self.sp)
 
     def __str__(self) -> str:
         return f"tp{self.tp}-pp{self.pp}-vp{self.vp}-sp{self.sp:d}-tied{self.tied:d}"
