@@ -19,6 +19,7 @@ from nemo_aligner.data.data_spec import Split
 from nemo_aligner.data.datasets import open_response_rows, open_sft, uses_prompt_tokens
 from nemo_aligner.data.loader import BatchLoader
 from nemo_aligner.data.markers import marker_template
+from nemo_aligner.data.rated_rows import open_rated
 from nemo_aligner.data.records import Records, TextRow
 from nemo_aligner.data.row import describe
 from nemo_aligner.data.row_dataset import BlendedDataset, RowDataset
@@ -174,6 +175,8 @@ def reward_objective(model: RMModelConfig) -> Objective:
 def _reader(job: PairJob, tokenizer: Tokenizer) -> tuple[Callable[[str], Records[TextRow]], str]:
     """(what opens a file of the job's kind, what its rows are called in messages)."""
     regression = job.labels
+    if not job.paired:
+        return partial(open_rated, tokenizer=tokenizer), "responses"
     if regression is None:
         return partial(open_pairs, tokenizer=tokenizer, default_rewards=job.default_rewards), "pairs"
     paired = regression.loss_func != "regression"
@@ -183,7 +186,7 @@ def _reader(job: PairJob, tokenizer: Tokenizer) -> tuple[Callable[[str], Records
 
 @world.phase("reading data")
 def pair_loaders(job: PairJob, pretrained: Pretrained, *, generates: bool = False) -> SupervisedData:
-    """Training batches of pairs of responses, or of labeled ones, and those of each validation set.
+    """Training batches of pairs of responses, or of labeled or rated ones, and those of each validation set.
 
     Args:
         generates: the loss is of the responses' tokens; else of the reward of each whole text.
@@ -218,5 +221,5 @@ def pair_loaders(job: PairJob, pretrained: Pretrained, *, generates: bool = Fals
         logger.info("%d training and %s samples", len(train.dataset), counts or "no validation")
         if generates:
             shown = describe(train.dataset[0], tokenizer)
-            logger.info("first chosen response, its loss tokens between ⟦ and ⟧:\n%s", shown)
+            logger.info("first response, its loss tokens between ⟦ and ⟧:\n%s", shown)
     return SupervisedData(train=train, validation=validation)

@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The common settings of scripts whose data are pairs of responses, or labeled ones."""
+"""The common settings of scripts whose data are pairs of responses, or single ones that are labeled or rated."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 from nemo_aligner.config.base import BatchedModelConfig, PretrainedJob
 from nemo_aligner.data.config import PairDataConfig
-from nemo_aligner.data.first_rows import check_pair_rows
+from nemo_aligner.data.first_rows import check_pair_rows, check_rated_rows
 from nemo_aligner.data.records import USUAL_REWARDS
 from nemo_aligner.objectives.config import RegressionConfig
 from nemo_aligner.run.schedule import SupervisedConfig
@@ -16,7 +17,7 @@ from nemo_aligner.run.schedule import SupervisedConfig
 class PairLoopConfig(SupervisedConfig):
     """The algorithm's block under ``trainer``."""
 
-    # a new order of pairs each epoch, a function of model.seed and the epoch alone
+    # a new order of rows each epoch, a function of model.seed and the epoch alone
     train_random_sampler: bool = True
     val_random_sampler: bool = False  # True: validation in random order
 
@@ -25,9 +26,9 @@ class PairLoopConfig(SupervisedConfig):
 class PairModelConfig(BatchedModelConfig):
     """The ``model`` block."""
 
-    data: PairDataConfig  # where pairs come from
-    micro_batch_size: int = 2  # pairs (or labeled responses) of one forward and backward pass on one rank
-    global_batch_size: int = 64  # pairs (or labeled responses) of one optimizer step over all ranks
+    data: PairDataConfig  # where rows come from
+    micro_batch_size: int = 2  # rows (pairs, or responses) of one forward and backward pass on one rank
+    global_batch_size: int = 64  # rows (pairs, or responses) of one optimizer step over all ranks
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,6 +37,7 @@ class PairJob(PretrainedJob):
 
     model: PairModelConfig
     name: str = "megatron_gpt"
+    paired: ClassVar[bool] = True  # False: rows have one response each, good or bad
 
     @property
     def loop(self) -> PairLoopConfig:
@@ -61,10 +63,10 @@ class PairJob(PretrainedJob):
 
     def check_rows(self) -> None:
         """See TrainingJob."""
-        splits = self.model.data.splits
+        splits, check = self.model.data.splits, check_pair_rows if self.paired else check_rated_rows
         if self.labels is None:
             for path in (*splits.train.paths, *(splits.validation.paths if splits.validation else ())):
-                check_pair_rows(path)
+                check(path)
 
     @property
     def validates(self) -> bool:

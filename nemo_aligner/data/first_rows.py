@@ -11,6 +11,7 @@ from nemo_aligner.data.common_rows import Recognised, messages_row, prompt_of
 from nemo_aligner.data.config import SFTDataConfig, SFTSplitConfig
 from nemo_aligner.data.conversations import read_chat
 from nemo_aligner.data.prompt import read_row, template_keys
+from nemo_aligner.data.rated_rows import check_first_rated
 from nemo_aligner.data.records import RecordFile
 from nemo_aligner.data.text_rows import check_first_pairs
 
@@ -37,6 +38,12 @@ def check_pair_rows(path: str) -> None:
     """Of a file of pairs of responses; UserError if one of them cannot be read."""
     if not _is_packed(path):
         check_first_pairs(path, most=FIRST_ROWS)
+
+
+def check_rated_rows(path: str) -> None:
+    """Of a file of responses that are good or bad; UserError if one of them cannot be read."""
+    if not _is_packed(path):
+        check_first_rated(path, most=FIRST_ROWS)
 
 
 def check_prompt_rows(path: str) -> None:

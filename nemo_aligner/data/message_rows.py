@@ -7,6 +7,7 @@ from nemo_aligner.data.common_rows import CHATS, entries_of, refuse_unread
 from nemo_aligner.data.conversations import read_messages, read_tools
 from nemo_aligner.data.records import text_field
 from nemo_aligner.data.rendering import render_prompt, render_turn
+from nemo_aligner.data.row_files import keys_of
 from nemo_aligner.data.tokenizer import Message, Tokenizer
 from nemo_aligner.errors import UserError
 
@@ -81,6 +82,28 @@ def split_pair(row: Entry) -> tuple[list[Entry], list[Entry]]:
                 fix="let both be the assistant's responses to one prompt",
             )
     return chosen, rejected
+
+
+def conversation_of(row: Entry, key: str) -> list[Entry]:
+    """The conversation that ends with the response under ``key``, a text or messages, or the row's only conversation.
+
+    Raises:
+        UserError: there is no response, or it begins with a turn that is not the assistant's.
+    """
+    if key not in row:
+        chat = next((name for name in CHATS if name in row), None)
+        if chat is None:
+            raise UserError(
+                f"key {key!r} is missing; the row has {keys_of(row)}", fix=f"add {key!r} to the row"
+            )
+        return entries_of(row, chat)
+    response = _responses(row, key)
+    if response[0].get("role") != "assistant":
+        raise UserError(
+            f"key {key!r} begins with the role {response[0].get('role')!r}",
+            fix="let it be the assistant's, and give the turns before it as the prompt",
+        )
+    return [*_prompt(row, response), *response]
 
 
 def _responses(row: Entry, key: str) -> list[Entry]:

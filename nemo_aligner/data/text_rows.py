@@ -112,7 +112,7 @@ def _rewards(row: Mapping[str, object], default: tuple[float, float]) -> tuple[f
     for key, usual in zip(("chosen_reward", "rejected_reward"), default, strict=True):
         given = row.get(key)
         reward = usual if given is None else given
-        if not _is_finite_number(reward):
+        if not is_finite_number(reward):
             raise UserError(
                 f"key {key!r} is {shorten(reward)}", fix="give it a number, or remove it from the row"
             )
@@ -249,7 +249,7 @@ def _join_labeled(first: TextRow, second: TextRow) -> TextRow:
 
 
 def _attributes(label: object, labels: Labels, *, given: bool) -> tuple[float, ...]:
-    if not (isinstance(label, list) and label and all(map(_is_finite_number, label))):
+    if not (isinstance(label, list) and label and all(map(is_finite_number, label))):
         raise UserError(
             f"key 'label' is {shorten(label)}" if given else "key 'label' is missing",
             fix=f"give it a list of {labels.num_attributes} numbers, {labels.missing:g} where there is no label",
@@ -268,6 +268,6 @@ def _attributes(label: object, labels: Labels, *, given: bool) -> tuple[float, .
     return attributes
 
 
-def _is_finite_number(value: object) -> bool:
-    # Finite as a float32 too, which batches hold; an int may be larger than any float.
+def is_finite_number(value: object) -> bool:
+    """True for a number that is finite as a float32 too, which batches hold; an int may be larger than any float."""
     return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= 3.4028234e38
