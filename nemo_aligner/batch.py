@@ -232,6 +232,24 @@ class ReferencedPairs(PreferenceBatch):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class MismatchedResponses(TokenBatch):
+    """Sequence 2i is a response that is good or bad, 2i + 1 the response to another prompt after the same prompt."""
+
+    rows_per_sample: ClassVar[int] = 2
+
+    good: Tensor  # [N] bool: alike for 2i and 2i + 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RatedResponses(TokenBatch):
+    """Responses that are good or bad, and what the reference believes of them."""
+
+    good: Tensor  # [N] bool
+    reference_sums: Tensor  # [N] float: as in ReferencedPairs
+    kl_baseline: Tensor  # [N] float, one number: an estimate of KL(policy || reference) over the step, nats
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class AttributeBatch(TokenBatch):
     """Sequences with attribute labels."""
 

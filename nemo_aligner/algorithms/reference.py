@@ -13,12 +13,19 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from nemo_aligner.batch import PreferenceBatch, ReferencedPairs, TokenBatch
+from nemo_aligner.batch import (
+    MismatchedResponses,
+    PreferenceBatch,
+    RatedResponses,
+    ReferencedPairs,
+    TokenBatch,
+)
 from nemo_aligner.data.loader import BatchLoader, Rows
 from nemo_aligner.data.row import Row
 from nemo_aligner.data.sampler import GlobalBatchSampler, rank_rows
 from nemo_aligner.errors import report_damage
 from nemo_aligner.models.alignable_interface import AlignableGenerativeInterface
+from nemo_aligner.objectives.kto import kl_baseline
 from nemo_aligner.parallel import collectives, world
 from nemo_aligner.run.disk import report_if_full
 
@@ -46,9 +53,41 @@ def _annotated(
         batch = batch.to(world.device())
         size = batch.rows_per_sample * (pairs or batch.num_rows)
         parts = [batch.take(slice(i, i + size)) for i in range(0, batch.num_rows, size)]
-        sums = [part.per_sequence(policy.logprobs(part, loss_tokens_only=True)) for part in parts]
+        sums = [_sums(policy, part) for part in parts]
         found.append(batch.extended(ReferencedPairs, reference_sums=torch.cat(sums)))
     return found
+
+
+def _sums(policy: AlignableGenerativeInterface, batch: TokenBatch) -> Tensor:
+    """[N] float: log-probs summed over each sequence's loss tokens."""
+    return batch.per_sequence(policy.logprobs(batch, loss_tokens_only=True))
+
+
+def annotate_rated(
+    policy: AlignableGenerativeInterface, batches: Sequence[TokenBatch]
+) -> list[RatedResponses]:
+    """Return the responses alone, with the reference's log-probs and the KL that they are compared with.
+
+    The KL is one number of the step: estimated by the mismatched responses of all micro-batches and ranks.
+    """
+    mixed: list[MismatchedResponses] = []
+    for batch in batches:
+        assert isinstance(batch, MismatchedResponses), type(batch)
+        mixed.append(batch.to(world.device()))
+    with policy.as_reference():
+        references = [_sums(policy, batch) for batch in mixed]
+    total, count = torch.zeros((), device=world.device()), torch.zeros((), device=world.device())
+    for batch, reference in zip(mixed, references, strict=True):
+        mismatched = batch.take(slice(1, None, 2))
+        real = mismatched.loss_lengths() > 0
+        total += ((_sums(policy, mismatched) - reference[1::2]) * real).sum()
+        count += real.sum()
+    kl = kl_baseline(*collectives.sum_over_data_parallel(torch.stack((total, count))))
+    responses = [batch.take(slice(0, None, 2)) for batch in mixed]
+    return [
+        own.extended(RatedResponses, reference_sums=reference[::2], kl_baseline=kl.expand(own.num_rows))
+        for own, reference in zip(responses, references, strict=True)
+    ]
 
 
 @dataclass(frozen=True)

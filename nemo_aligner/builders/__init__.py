@@ -12,7 +12,7 @@ from nemo_aligner.builders.models import (
     require_tokenizer,
     standardize,
 )
-from nemo_aligner.builders.reference import with_reference_logprobs
+from nemo_aligner.builders.reference import with_kl_baseline, with_reference_logprobs
 from nemo_aligner.builders.resume import resume_point
 from nemo_aligner.builders.runs import (
     open_experiment,
@@ -37,5 +37,6 @@ __all__ = [
     "standardize",
     "supervised_trainer",
     "training_checkpoints",
+    "with_kl_baseline",
     "with_reference_logprobs",
 ]

@@ -4,10 +4,12 @@
 from dataclasses import replace
 from functools import partial
 
-from nemo_aligner.algorithms.reference import annotate_by_swap, with_stored_reference
-from nemo_aligner.algorithms.supervised import SupervisedData
+from nemo_aligner.algorithms.reference import annotate_by_swap, annotate_rated, with_stored_reference
+from nemo_aligner.algorithms.supervised import Batches, SupervisedData
 from nemo_aligner.builders.models import Pretrained, go_on_from
 from nemo_aligner.checkpoint.trainer_state import Checkpoint
+from nemo_aligner.data.collate import collate_mismatched
+from nemo_aligner.data.mismatched import MismatchedRows
 from nemo_aligner.models.gpt.policy import GPTPolicy
 from nemo_aligner.run.experiment import Experiment
 
@@ -46,6 +48,31 @@ def with_reference_logprobs(
         data = replace(data, annotate=partial(annotate_by_swap, policy, pairs=pairs))
     go_on_from(pretrained, start)
     return data
+
+
+def with_kl_baseline(
+    pretrained: Pretrained[GPTPolicy], start: Checkpoint | None, data: SupervisedData
+) -> SupervisedData:
+    """Keep the model as it is now as the reference, then go on from ``start``.
+
+    Returns:
+        The data of single responses, whose batches come with the reference's log-probs and the KL to it.
+
+    Raises:
+        UserError: the rows of a data set have one prompt.
+    """
+    pretrained.learner.keep_reference()
+    go_on_from(pretrained, start)
+
+    def mismatched(loader: Batches) -> Batches:
+        rows = MismatchedRows(loader.dataset, loader.max_length)
+        return replace(loader, dataset=rows, collate=collate_mismatched)
+
+    return SupervisedData(
+        train=mismatched(data.train),
+        validation={name: mismatched(loader) for name, loader in data.validation.items()},
+        annotate=partial(annotate_rated, pretrained.learner),
+    )
 
 
 def _source(run: Experiment, pretrained: Pretrained[GPTPolicy]) -> dict[str, object]:

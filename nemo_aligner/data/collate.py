@@ -5,7 +5,14 @@ from collections.abc import Sequence
 
 import torch
 
-from nemo_aligner.batch import AttributeBatch, LabeledPairs, PreferenceBatch, ReferencedPairs, TokenBatch
+from nemo_aligner.batch import (
+    AttributeBatch,
+    LabeledPairs,
+    MismatchedResponses,
+    PreferenceBatch,
+    ReferencedPairs,
+    TokenBatch,
+)
 from nemo_aligner.data.records import USUAL_REWARDS
 from nemo_aligner.data.row import Row
 
@@ -26,12 +33,7 @@ def collate(rows: Sequence[Row], *, pad_id: int, seq_length: int) -> TokenBatch:
     Labeled rows make an AttributeBatch, and where they are pairs LabeledPairs. Other pairs make a PreferenceBatch:
     sequence 2i is the chosen one of row i, 2i + 1 the other.
     """
-    sequences = [sequence for row in rows for sequence in row.sequences]
-    batch = TokenBatch.from_rows(
-        [(sequence.tokens, sequence.loss_mask) for sequence in sequences],
-        pad_id=pad_id,
-        seq_length=seq_length,
-    )
+    batch = _tokens(rows, pad_id=pad_id, seq_length=seq_length)
     if rows[0].labels:
         attributes = torch.tensor([label for row in rows for label in row.labels], dtype=torch.float32)
         kind = AttributeBatch if len(rows[0].sequences) == 1 else LabeledPairs
@@ -44,6 +46,18 @@ def collate(rows: Sequence[Row], *, pad_id: int, seq_length: int) -> TokenBatch:
         return pairs
     known = [number for row in rows for number in row.reference_logprobs]
     return pairs.extended(ReferencedPairs, reference_sums=torch.tensor(known))
+
+
+def collate_mismatched(rows: Sequence[Row], *, pad_id: int, seq_length: int) -> MismatchedResponses:
+    """[2 len(rows), seq_length], right padded: of MismatchedRows, a response being good if its reward is above 0."""
+    good = [row.rewards[0] > 0 for row in rows for _ in row.sequences]
+    batch = _tokens(rows, pad_id=pad_id, seq_length=seq_length)
+    return batch.extended(MismatchedResponses, good=torch.tensor(good))
+
+
+def _tokens(rows: Sequence[Row], *, pad_id: int, seq_length: int) -> TokenBatch:
+    sequences = [(sequence.tokens, sequence.loss_mask) for row in rows for sequence in row.sequences]
+    return TokenBatch.from_rows(sequences, pad_id=pad_id, seq_length=seq_length)
 
 
 def uncollated(rows: Sequence[Row], *, pad_id: int, seq_length: int) -> list[Row]:
