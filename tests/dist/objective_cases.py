@@ -11,12 +11,20 @@ import torch
 from torch import Tensor
 
 from nemo_aligner import objectives
-from nemo_aligner.batch import Experience, PreferenceBatch, ReferencedPairs, TokenBatch, ValueBatch
+from nemo_aligner.batch import (
+    Experience,
+    PreferenceBatch,
+    RatedResponses,
+    ReferencedPairs,
+    TokenBatch,
+    ValueBatch,
+)
 from nemo_aligner.data.collate import collate
 from nemo_aligner.data.row import Row, TokenSequence
 from nemo_aligner.models.gpt.heads import HeadConfig
 from nemo_aligner.models.sampling_config import SamplingConfig
 from nemo_aligner.objectives.config import DPOConfig, PolicyConfig, ValueConfig
+from nemo_aligner.objectives.kto import KTO
 from nemo_aligner.objectives.nll import NLL
 from nemo_aligner.objectives.policy import PolicyGradient
 from nemo_aligner.objectives.preference import DPO
@@ -98,6 +106,15 @@ def _with_reference(batch: TokenBatch) -> ReferencedPairs:
     return batch.extended(ReferencedPairs, reference_sums=reference)
 
 
+def _rated(batch: TokenBatch) -> RatedResponses:
+    return batch.extended(
+        RatedResponses,
+        good=batch.tokens[:, 0] % 2 == 0,
+        reference_sums=batch.per_sequence(_drawn(batch, seed=5, mean=_LOGPROB)),
+        kl_baseline=torch.full((batch.num_rows,), 0.3),
+    )
+
+
 _DPO = DPOConfig(label_smoothing=0.1, sft_loss_weight=0.3, sft_average_log_probs=True)
 _IPO = replace(_DPO, preference_loss="ipo", label_smoothing=0.0, preference_average_log_probs=True)
 _PPO = PolicyConfig(ratio_eps=0.2, ratio_eps_high=0.3, dual_clip=3.0, entropy_bonus=0.01)
@@ -125,6 +142,10 @@ OBJECTIVES: dict[str, ObjectiveCase] = {
     "orpo": ObjectiveCase(
         objective=DPO(DPOConfig(preference_loss="orpo", preference_loss_weight=0.1, sft_loss_weight=1.0)),
         pairs=True,
+    ),
+    "kto": ObjectiveCase(
+        objective=KTO(ref_policy_kl_penalty=0.2, desirable_loss_weight=1.0, undesirable_loss_weight=0.7),
+        extended=_rated,
     ),
     "bradley_terry": ObjectiveCase(objective=BradleyTerry(), head=_HEAD, pairs=True),
     "average_bradley_terry": ObjectiveCase(
