@@ -58,13 +58,12 @@ class CriticLink:
             self.critic.committed(self.critic.sequence)
         return loss
 
-    def report_loss(
-        self, pending: PendingReply[float], metrics: dict[str, float], watch: Stopwatch, *, saves: bool
-    ) -> None:
-        """Add :meth:`loss` to the step's metrics, and how long the wait and the training took."""
+    def timed_loss(self, pending: PendingReply[float], watch: Stopwatch, *, saves: bool) -> dict[str, float]:
+        """The metric of :meth:`loss`; ``watch`` gets how long the wait and the training took."""
         with watch("critic_train_wait"):
-            metrics["train_critic/loss"] = self.loss(pending, saves=saves)
+            loss = self.loss(pending, saves=saves)
         watch.note("critic_train_time", pending.seconds)
+        return {"train_critic/loss": loss}
 
     def save_critic(self) -> None:
         """Have the critic saved, with all that it was sent before."""

@@ -7,7 +7,6 @@ is none.
 
 import logging
 import signal
-import time
 from dataclasses import asdict, replace
 
 from nemo_aligner.algorithms.critic_link import CriticLink, PPOState
@@ -17,7 +16,7 @@ from nemo_aligner.algorithms.rollout_metrics import learning_metrics, rollout_me
 from nemo_aligner.algorithms.run_lifecycle import RunLifecycle
 from nemo_aligner.algorithms.sampler import Sampler
 from nemo_aligner.algorithms.scoring import RewardSources, Scorer, Scores
-from nemo_aligner.algorithms.skips import NotFinite, check_finite, refuse_to_end
+from nemo_aligner.algorithms.skips import NotFinite, check_finite
 from nemo_aligner.algorithms.updates import Updates
 from nemo_aligner.batch import Experience, Rollout, ScoredRollout
 from nemo_aligner.checkpoint.trainer_state import Checkpoint, TrainerState, read_extra
@@ -91,8 +90,7 @@ class PPOTrainer:
         """
         self.state = self.lifecycle.restore(start, self.state.data)
         self.own = start.algorithm(PPOState)
-        self.kl = self.kl.restored(self.own.kl)
-        self.scaling = self.scaling.restored(self.own.reward_scaling)
+        self.kl, self.scaling = self.kl.restored(self.own.kl), self.scaling.restored(self.own.reward_scaling)
         self._needs_replay = read_extra(start) is not None
 
     def fit(self, sources: RewardSources) -> None:
@@ -144,34 +142,67 @@ class PPOTrainer:
             if self.plan.validates_after(self.state.step):
                 self._validate()
             self.lifecycle.after(self.state.step, self._request)
-        if self.lifecycle.checkpoints is not None:
-            self.lifecycle.checkpoints.finish()
-        refuse_to_end(self.state)
+        self.lifecycle.end(self.state)
 
     def _advance(self, bar: ProgressBar) -> None:
         """One step: generate, score, credit, update."""
-        watch, step, began = Stopwatch(), self.state.step + 1, time.perf_counter()
+        watch, step = Stopwatch(), self.state.step + 1
         with watch("rollout_time"):
-            rollout, prompts = self._generate(self.state.step, self.state.step, watch)
-            scored, scores = self.scorer.score(
-                rollout, prompts, watch, with_reference=bool(self.kl.coefficient)
-            )
-            experience = self._credit(scored)
+            rollout, prompts = self._generate(batch=step - 1, draw=step - 1, watch=watch)
+            scored, scores = self._score(rollout, prompts, watch)
+            experience, self.scaling = self._credit(scored)
         pending = self.critic.train(value_batch(scored, experience), step=step) if self.critic else None
-        metrics = self._describe(scored, scores, experience)
-        with watch("train_time"):
-            done = self.own.ppo_optimization_step
-            learned, self.state = self.updates.learn(experience, self.state, step=step, done=done)
-        metrics |= learned
-        self._note_step(step, scored, metrics)
+        metrics = self._update(scored, scores, experience, watch)
         try:
             if self.critic is not None and pending is not None:
                 saves = self.lifecycle.checkpoints is not None
-                self.critic.report_loss(pending, metrics, watch, saves=saves)
+                metrics |= self.critic.timed_loss(pending, watch, saves=saves)
         finally:
             # The step is done where the critic is lost, too.
-            watch.note("step_time", time.perf_counter() - began)
             self._report(scored, scores, metrics, watch, bar)
+
+    def _generate(self, *, batch: int, draw: int, watch: Stopwatch) -> tuple[Rollout, dict[int, Row]]:
+        """Responses to the prompts of a batch, and those prompts by number; ``draw`` numbers the random draws."""
+        config = self.rollouts.config
+        responses, slots = config.num_responses_per_prompt, config.rollout_micro_batch_size
+        return self.sampler.sample(self.train, batch, draw, responses=responses, slots=slots, watch=watch)
+
+    def _score(
+        self, rollout: Rollout, prompts: dict[int, Row], watch: Stopwatch
+    ) -> tuple[ScoredRollout, Scores]:
+        return self.scorer.score(rollout, prompts, watch, with_reference=bool(self.kl.coefficient))
+
+    def _credit(self, scored: ScoredRollout) -> tuple[Experience, RewardScaling]:
+        """Advantages and returns, and the scaling of rewards with this rollout's in it."""
+        coefficient = self.kl.coefficient
+        scaling = update_reward_scaling(self.scaling, scored, self.config, kl_coefficient=coefficient)
+        found = credit(scored, self.config, kl_coefficient=coefficient, scaling=scaling)
+        fix = "look at the reward model; set trainer.ppo.reward_clip, or trainer.ppo.scale_rewards=True"
+        check_finite({"advantages": found.advantages, "returns": found.returns}, most=MAX_RETURN, fix=fix)
+        return found, scaling
+
+    def _update(
+        self, scored: ScoredRollout, scores: Scores, experience: Experience, watch: Stopwatch
+    ) -> dict[str, float]:
+        """Train the policy on a rollout; the step is done then, and the critic's may still be on its way."""
+        step, before = self.state.step + 1, self.own.ppo_optimization_step
+        coefficient = self.kl.coefficient
+        moments = statistics(scored, experience, self.config, kl_coefficient=coefficient)
+        metrics = learning_metrics("train_rollouts", scored, scores, moments, coefficient)
+        with watch("train_time"):
+            updated, state = self.updates.update(experience, self.state, step=step, done=before)
+        consumed, done = state.consumed_samples + scored.num_rows, before + self.updates.per_rollout
+        self.kl = self.kl.update(metrics["train_rollouts/answer_kl"], scored.num_rows)
+        self.state = replace(state, step=step, consumed_samples=consumed)
+        kl, scaling = self.kl.state_dict(), self.scaling.state_dict()
+        self.own = replace(self.own, kl=kl, reward_scaling=scaling, ppo_optimization_step=done)
+        return {
+            **metrics,
+            **updated,
+            "train_rollouts/consumed_samples": consumed,
+            "train_rollouts/epoch": 1 + (step - 1) // self.plan.steps_per_epoch,
+            "train_optim/optim_step": done,
+        }
 
     def _report(
         self,
@@ -181,15 +212,18 @@ class PPOTrainer:
         watch: Stopwatch,
         bar: ProgressBar,
     ) -> None:
-        step, seconds = self.state.step, watch.seconds["step_time"]
-        metrics |= {f"timers/{name}": value for name, value in watch.seconds.items()}
-        metrics["timers/samples_per_gpu_per_s"] = scored.num_rows / seconds / world.world_size()
+        step, seconds = self.state.step, watch.elapsed
+        timers = {**watch.seconds, "step_time": seconds}
+        timers["samples_per_gpu_per_s"] = scored.num_rows / seconds / world.world_size()
+        metrics |= {f"timers/{name}": value for name, value in timers.items()}
         self.lifecycle.limit.note("step", seconds)
         self.run.log(metrics, step=step)
-        self.run.log_rows(
-            "train_rollouts", table_rows(scored, scores.rewards, self.rollouts.decode), step=step
-        )
+        self._show_rows("train_rollouts", scored, scores)
         bar.show(step, summary(metrics))
+
+    def _show_rows(self, group: str, rollout: Rollout, scores: Scores) -> None:
+        rows = table_rows(rollout, scores.rewards, self.rollouts.decode)
+        self.run.log_rows(group, rows, step=self.state.step)
 
     def _begin(self) -> None:
         """Do what comes before the next step: the critic's warm-up, or what the last step was saved without."""
@@ -208,9 +242,10 @@ class PPOTrainer:
         assert self.critic is not None, "settings without a critic have no warm-up"
         # Draws of steps that the run does not have.
         watch, draw = Stopwatch(), self.plan.max_steps + round_
-        rollout, prompts = self._generate(round_, draw, watch)
-        scored, _ = self.scorer.score(rollout, prompts, watch, with_reference=bool(self.kl.coefficient))
-        pending = self.critic.train(value_batch(scored, self._credit(scored)), step=0)
+        rollout, prompts = self._generate(batch=round_, draw=draw, watch=watch)
+        scored, _ = self._score(rollout, prompts, watch)
+        experience, self.scaling = self._credit(scored)
+        pending = self.critic.train(value_batch(scored, experience), step=0)
         loss, rounds = self.critic.loss(pending), self.config.critic_warmup_steps
         if world.is_logging_rank():
             logger.info("critic warm-up %d/%d: loss %.4f", round_ + 1, rounds, loss)
@@ -221,39 +256,6 @@ class PPOTrainer:
                 reason=signal.Signals(int(number)).name,
                 exit_code=128 + int(number),
             )
-
-    def _note_step(self, step: int, scored: ScoredRollout, metrics: dict[str, float]) -> None:
-        """The policy has learned from a step's rollout; the critic is about to."""
-        consumed = self.state.consumed_samples + scored.num_rows
-        self.kl = self.kl.update(metrics["train_rollouts/answer_kl"], scored.num_rows)
-        done = self.own.ppo_optimization_step + self.updates.per_rollout
-        self.state = replace(self.state, step=step, consumed_samples=consumed)
-        kl, scaling = self.kl.state_dict(), self.scaling.state_dict()
-        self.own = replace(self.own, kl=kl, reward_scaling=scaling, ppo_optimization_step=done)
-        metrics |= {
-            "train_rollouts/consumed_samples": consumed,
-            "train_rollouts/epoch": 1 + (step - 1) // self.plan.steps_per_epoch,
-            "train_optim/optim_step": done,
-        }
-
-    def _generate(self, index: int, draw: int, watch: Stopwatch) -> tuple[Rollout, dict[int, Row]]:
-        config = self.rollouts.config
-        responses, slots = config.num_responses_per_prompt, config.rollout_micro_batch_size
-        return self.sampler.sample(self.train, index, draw, responses=responses, slots=slots, watch=watch)
-
-    def _describe(self, scored: ScoredRollout, scores: Scores, experience: Experience) -> dict[str, float]:
-        moments = statistics(scored, experience, self.config, kl_coefficient=self.kl.coefficient)
-        metrics = rollout_metrics("train_rollouts", scored, scores)
-        return metrics | learning_metrics("train_rollouts", moments, self.kl.coefficient)
-
-    def _credit(self, scored: ScoredRollout) -> Experience:
-        coefficient = self.kl.coefficient
-        scaling = update_reward_scaling(self.scaling, scored, self.config, kl_coefficient=coefficient)
-        found = credit(scored, self.config, kl_coefficient=coefficient, scaling=scaling)
-        fix = "look at the reward model; set trainer.ppo.reward_clip, or trainer.ppo.scale_rewards=True"
-        check_finite({"advantages": found.advantages, "returns": found.returns}, most=MAX_RETURN, fix=fix)
-        self.scaling = scaling
-        return found
 
     def _validate(self) -> None:
         """Responses to prompts that nothing is learned from."""
@@ -267,12 +269,9 @@ class PPOTrainer:
             scores = self.scorer.collect_scores(self.scorer.request_scores(rollout), rollout, prompts, watch)
         metrics = rollout_metrics("val_rollouts", rollout, scores)
         self.run.log(metrics | {"timers/validation_time": watch.seconds["validation_time"]}, step=step)
-        self.run.log_rows(
-            "val_rollouts", table_rows(rollout, scores.rewards, self.rollouts.decode), step=step
-        )
+        self._show_rows("val_rollouts", rollout, scores)
         self.lifecycle.limit.note("validation", watch.seconds["validation_time"])
-        monitored = {monitor_name(name): value for name, value in metrics.items()}
-        self.state = replace(self.state, metrics=monitored)
+        self.state = replace(self.state, metrics={monitor_name(name): x for name, x in metrics.items()})
         self.own = replace(self.own, validated_step=step)
         if world.is_logging_rank():
             logger.info("validation: reward %.4f", metrics["val_rollouts/rewards"])

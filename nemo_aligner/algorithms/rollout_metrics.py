@@ -57,8 +57,10 @@ def _sampler_mismatch(scored: ScoredRollout) -> dict[str, float]:
     }
 
 
-def learning_metrics(group: str, moments: dict[str, Moments], coefficient: float) -> dict[str, float]:
-    """Metrics of the credit; ``moments`` are those of credit.statistics."""
+def learning_metrics(
+    group: str, scored: ScoredRollout, scores: Scores, moments: dict[str, Moments], coefficient: float
+) -> dict[str, float]:
+    """Those of :func:`rollout_metrics`, and of the credit, of which ``moments`` are credit.statistics."""
     means = ("init_policy_kl", "rewards_with_kl", "answer_kl")
     spreads = ("advantages", "returns", "values")
     metrics = {
@@ -67,7 +69,9 @@ def learning_metrics(group: str, moments: dict[str, Moments], coefficient: float
         **{f"{name}_std": moments[name].std.item() for name in spreads},
         "kl_coefficient": coefficient,
     }
-    return {f"{group}/{name}": value for name, value in metrics.items()}
+    return rollout_metrics(group, scored, scores) | {
+        f"{group}/{key}": value for key, value in metrics.items()
+    }
 
 
 def summary(metrics: dict[str, float]) -> str:

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 
-from nemo_aligner.algorithms.skips import too_many
+from nemo_aligner.algorithms.skips import refuse_to_end, too_many
 from nemo_aligner.checkpoint.trainer_state import Checkpoint, TrainerState
 from nemo_aligner.checkpoint.training import TrainingCheckpoints
 from nemo_aligner.errors import UserError
@@ -133,6 +133,16 @@ class RunLifecycle:
         except UserError as broken:
             raise UserError(f"{error.problem}; {broken.problem}", fix=error.fix) from broken
         raise error
+
+    def end(self, state: TrainerState) -> None:
+        """Once all steps are done: wait for a save in the background.
+
+        Raises:
+            UserError: the last steps were skipped, so that the weights are not those of the end.
+        """
+        if self.checkpoints is not None:
+            self.checkpoints.finish()
+        refuse_to_end(state)
 
     def _folder_is_lost(self, step: int) -> UserError:
         """This run was suspended for so long that another one took its folder for free."""

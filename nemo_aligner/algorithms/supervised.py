@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, replace
 import torch
 
 from nemo_aligner.algorithms.run_lifecycle import RunLifecycle
-from nemo_aligner.algorithms.skips import counted, refuse_to_end
+from nemo_aligner.algorithms.skips import counted
 from nemo_aligner.batch import TokenBatch
 from nemo_aligner.checkpoint.trainer_state import Checkpoint, TrainerState
 from nemo_aligner.checkpoint.training import TrainingCheckpoints, monitor_name
@@ -34,7 +34,7 @@ class SupervisedData:
     """A source of train batches."""
 
     train: Batches
-    # sets by the name that their metrics begin with; that of "validation" rank checkpoints
+    # sets by the prefix of their metrics; the one called "validation" ranks checkpoints
     validation: Mapping[str, Batches]
     annotate: Annotate = list  # puts on batches, without gradients, what the loss needs from another model
 
@@ -101,9 +101,7 @@ class SupervisedTrainer:
                 for batches in self._training_batches():
                     self._advance(batches, bar)
                     self.lifecycle.after(self.state.step, self._request)
-                if self.checkpoints is not None:
-                    self.checkpoints.finish()
-                refuse_to_end(self.state)
+                self.lifecycle.end(self.state)
         finally:
             bar.close()
         self._report_truncated()
@@ -217,8 +215,8 @@ class SupervisedTrainer:
         """Samples, tokens and loss tokens of the global batch; padding rows are not counted."""
         rows = torch.tensor(
             [
-                sum(int((batch.lengths > 1).sum()) // batch.rows_per_sample for batch in batches),
-                sum(int(batch.lengths[batch.lengths > 1].sum()) for batch in batches),
+                sum(int(batch.real_rows().sum()) // batch.sequences_per_row for batch in batches),
+                sum(int(batch.lengths[batch.real_rows()].sum()) for batch in batches),
                 sum(int(batch.loss_tokens().sum()) for batch in batches),
             ],
             dtype=torch.int64,

@@ -33,7 +33,7 @@ class Updates:
         """Optimizer steps on one rollout."""
         return self.num_epochs * self.rollouts.config.num_rollout_samples // self.rollouts.global_batch_size
 
-    def learn(
+    def update(
         self, experience: Experience, state: TrainerState, *, step: int, done: int
     ) -> tuple[dict[str, float], TrainerState]:
         """Means over the updates that were not skipped, the number of those that were, and the state after them.

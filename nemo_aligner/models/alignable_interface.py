@@ -3,7 +3,7 @@
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from typing import Protocol, runtime_checkable
+from typing import Protocol
 
 from torch import Tensor
 
@@ -12,7 +12,6 @@ from nemo_aligner.models.sampling_config import SamplingConfig
 from nemo_aligner.objectives.protocol import Objective, Sums
 
 
-@runtime_checkable
 class SupervisedInterface(Protocol):
     """A model that learns from batches."""
 
@@ -48,7 +47,6 @@ class SupervisedInterface(Protocol):
         ...
 
 
-@runtime_checkable
 class Inferrable(Protocol):
     """A model that can be asked without learning."""
 
@@ -56,12 +54,7 @@ class Inferrable(Protocol):
         """Within it, dropout is off and no gradients are kept."""
         ...
 
-    def infer(self, batch: TokenBatch) -> Tensor:
-        """A language model: log-probs [B, S]. A reward model, or a critic with one: rewards [B]."""
-        ...
 
-
-@runtime_checkable
 class AlignableGenerativeInterface(SupervisedInterface, Inferrable, Protocol):
     """A language model that learns, scores and writes."""
 
@@ -119,7 +112,6 @@ class AlignableGenerativeInterface(SupervisedInterface, Inferrable, Protocol):
         ...
 
 
-@runtime_checkable
 class RewardModelInterface(Inferrable, Protocol):
     """A model that scores whole texts."""
 
@@ -132,7 +124,6 @@ class RewardModelInterface(Inferrable, Protocol):
         ...
 
 
-@runtime_checkable
 class CriticModelInterface(SupervisedInterface, Inferrable, Protocol):
     """A critic, which may share its job with a reward model."""
 

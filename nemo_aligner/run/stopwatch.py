@@ -7,10 +7,16 @@ from collections.abc import Iterator
 
 
 class Stopwatch:
-    """Seconds by name; a name that is timed again adds up."""
+    """Seconds by name, and since it was made; a name that is timed again adds up."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
+        self._started = time.perf_counter()
+
+    @property
+    def elapsed(self) -> float:
+        """Seconds since it was made."""
+        return time.perf_counter() - self._started
 
     @contextlib.contextmanager
     def __call__(self, name: str) -> Iterator[None]:

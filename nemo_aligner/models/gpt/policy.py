@@ -69,8 +69,6 @@ class GPTPolicy(GPTLearner):
         assert outputs[0].logprobs is not None
         return outputs[0].logprobs
 
-    infer = logprobs
-
     def keep_reference(self) -> None:
         """Remember the weights of this moment as those of the initial policy, in CPU memory."""
         self._reference = SwappedWeights(self.model)
