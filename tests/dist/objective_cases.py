@@ -5,7 +5,7 @@ import importlib
 import math
 import pkgutil
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor
@@ -158,6 +158,23 @@ OBJECTIVES: dict[str, ObjectiveCase] = {
         objective=ValueLoss(ValueConfig(loss_clip_val=0.2)), head=HeadConfig(), extended=_with_values
     ),
 }
+
+
+def packed(batch: TokenBatch, *, multiple: int) -> TokenBatch:
+    """The sequences of a padded batch end to end in one row, with a tail of padding to a multiple of tokens."""
+    real = torch.arange(batch.seq_length) < batch.lengths[:, None]
+    bounds = torch.tensor([0, *batch.lengths.tolist()]).cumsum(0).int()
+    tail = 1 + -(int(bounds[-1]) + 1) % multiple
+
+    def end_to_end(x: Tensor) -> Tensor:
+        return torch.cat([x[real], x.new_zeros(tail)])[None]
+
+    per_token = {
+        spec.name: end_to_end(x)
+        for spec in fields(batch)
+        if isinstance(x := getattr(batch, spec.name), Tensor) and x.shape == batch.tokens.shape
+    }
+    return replace(batch, **per_token, cu_seqlens=bounds)
 
 
 def found_in_package() -> set[type]:

@@ -1,14 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """The same responses at every layout: one rank is the oracle, 4 gloo ranks are cut in many ways."""
 
-import sys
 from pathlib import Path
 
+import fork
 import pytest
 import torch
-
-sys.path.insert(0, str(Path(__file__).parent))
-import fork
 import worker
 import writing_worker
 from writing_worker import CASES, SAMPLINGS, Case

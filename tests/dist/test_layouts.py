@@ -1,20 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """Results do not depend on the layout: one rank is the oracle, 8 gloo ranks are cut in many ways."""
 
-import sys
 from dataclasses import asdict
 from pathlib import Path
 
+import fork
 import pytest
 import torch
+import worker
 import yaml
+from objective_cases import OBJECTIVES, VOCAB, ObjectiveCase, found_in_package
 from safetensors.torch import load_file
 from transformers import LlamaForCausalLM
-
-sys.path.insert(0, str(Path(__file__).parent))
-import fork
-import worker
-from objective_cases import OBJECTIVES, VOCAB, ObjectiveCase, found_in_package
 
 from nemo_aligner.checkpoint.convert import export_to_huggingface
 from nemo_aligner.checkpoint.sharded import save_model

@@ -3,12 +3,9 @@
 
 import subprocess
 import sys
-from pathlib import Path
 
-import pytest
-
-sys.path.insert(0, str(Path(__file__).parent))
 import meeting_worker
+import pytest
 from meeting_worker import RANKS
 
 

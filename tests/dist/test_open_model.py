@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Weights that ranks read where they are, are those of a .nemo made first: at every layout, bit for bit."""
 
-import sys
 from pathlib import Path
 
+import fork
 import gguf
+import open_model_worker
 import torch
 from transformers import (
     LlamaConfig,
@@ -18,10 +19,6 @@ from transformers import (
     Qwen3Config,
     Qwen3ForCausalLM,
 )
-
-sys.path.insert(0, str(Path(__file__).parent))
-import fork
-import open_model_worker
 
 from nemo_aligner.checkpoint.convert import import_from_huggingface
 from tests.unit.checkpoint.conftest import build_tokenizer

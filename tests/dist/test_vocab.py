@@ -1,16 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """The vocabulary-parallel head against the plain float64 form, on every rank of TP 1, 2 and 4."""
 
-import sys
 from pathlib import Path
 
+import fork
 import pytest
 import torch
-from torch import Tensor
-
-sys.path.insert(0, str(Path(__file__).parent))
-import fork
 import vocab_worker
+from torch import Tensor
 from vocab_worker import CASES, VOCAB, Case, K, N, factors
 
 RANKS = 4

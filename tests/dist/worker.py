@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from fork import fork_ranks
 from megatron.core import tensor_parallel
-from objective_cases import OBJECTIVES, VOCAB
+from objective_cases import OBJECTIVES, VOCAB, packed
 from whole_logits import logits as logits_of
 
 from nemo_aligner.batch import TokenBatch
@@ -50,6 +50,7 @@ class Case:
     bucket_cap_mb: float = 0.01  # a few in a chunk
     bf16: bool = False
     recompute: Recompute = field(default_factory=Recompute)
+    packed: bool = False  # the sequences of a micro-batch in one row
     local_count: bool = False  # divide by this rank's own count: what must not be done
 
     @property
@@ -73,7 +74,9 @@ class Case:
         return torch.bfloat16 if self.bf16 else torch.float32
 
     def __str__(self) -> str:
-        flags = [word for word in ("sp", "tied", "overlap", "bf16", "local_count") if getattr(self, word)]
+        flags = [
+            word for word in ("sp", "tied", "overlap", "bf16", "packed", "local_count") if getattr(self, word)
+        ]
         recompute = [str(x) for x in astuple(self.recompute) if x is not None]
         return "-".join(
             [
@@ -94,6 +97,7 @@ BLOCK = Recompute(granularity="full", method="block", num_layers=1)
 CASES = (
     Case(),
     Case(mbs=3),
+    Case(mbs=3, packed=True),
     Case(tied=False, mbs=2),
     Case(mbs=2, overlap=True),
     Case(mbs=1, tied=False, overlap=True, recompute=UNIFORM),
@@ -123,7 +127,9 @@ OBJECTIVE_CASES = tuple(
         Case(tp=2, sp=True, mbs=2, recompute=SELECTIVE),
         Case(pp=2, vp=2, mbs=1, tied=False, overlap=True),
         Case(tp=4, pp=2, sp=True, mbs=4),
+        Case(tp=2, sp=True, mbs=4, packed=True),
     )
+    if not (case.packed and OBJECTIVES[name].sampling)  # drawn responses are never packed
 )
 BF16 = (
     Case(bf16=True, mbs=2),
@@ -196,10 +202,11 @@ def micro_batches(case: Case, step: int, *, dp_rank: int, dp_size: int) -> list[
     subject, mbs = OBJECTIVES[case.objective], case.mbs
     rows = subject.rows(step)
     mine = rank_rows(range(len(rows)), dp_rank=dp_rank, dp_size=dp_size, micro_batch_size=mbs)
-    return [
+    batches = [
         subject.batch([*(rows[i] for i in micro), *[rows[0].padding(0)] * (mbs - len(micro))])
         for micro in mine
     ]
+    return [packed(batch, multiple=case.tp) for batch in batches] if case.packed else batches
 
 
 def randomize(model: GPT) -> None:
