@@ -6,7 +6,8 @@ One convention holds everywhere: **position t speaks of token t**. ``logprobs[b,
 token t counts in the loss. Every per-token tensor is ``[B, S]``. The shift by one happens in
 ``models/gpt/head_projection.py``, and for NeMo-Aligner's protocol in ``serving/wire.py``.
 
-Shapes: B rows, S positions, N sequences (N = B unless packed), A attributes of a sequence.
+Shapes: B rows, S positions, N sequences (N = B unless packed), A attributes of a sequence. A row of a batch is one
+sequence, or many where it is packed; a row of data may be several sequences, as a pair is.
 """
 
 import enum
@@ -36,10 +37,12 @@ class Unit(enum.Enum):
 class TokenBatch:
     """Rows of tokens, right padded; or, with ``cu_seqlens``, one row that holds N sequences end to end."""
 
-    rows_per_sample: ClassVar[int] = 1  # sequences of a sample, which batch sizes count
+    # batch sizes count rows of data: a pair is one row of two sequences
+    sequences_per_row: ClassVar[int] = 1
 
     tokens: Tensor  # [B, S] int64, right padded
-    loss_mask: Tensor  # [B, S] bool, tokens that count in the loss
+    # [B, S] bool, the loss tokens; of a sequence's first token, which nothing predicts, it is not read
+    loss_mask: Tensor
     lengths: Tensor  # [N] int64, tokens in each sequence, prompt and response
     # [N + 1] int32, set when packed: then B == 1 and the tail after it is padding
     cu_seqlens: Tensor | None = None
@@ -95,15 +98,19 @@ class TokenBatch:
     def per_sequence(self, x: Tensor) -> Tensor:
         """[B, S] -> [N]: the sum over each sequence's loss tokens, padded and packed alike."""
         total = torch.zeros(self.lengths.numel(), dtype=x.dtype, device=x.device)
-        return total.index_add(0, self.sequence_ids().reshape(-1), (x * self.loss_mask).reshape(-1))
+        return total.index_add(0, self.sequence_ids().reshape(-1), (x * self.loss_tokens()).reshape(-1))
 
     def loss_tokens(self) -> Tensor:
-        """[B, S] bool: the loss mask without the first token of every sequence."""
+        """[B, S] bool: those that ``loss_mask`` marks, but the first token of every sequence."""
         return self.loss_mask & ~self.starts()
 
     def loss_lengths(self) -> Tensor:
         """[N] int64: the loss tokens of each sequence."""
         return self.per_sequence(self.loss_tokens().long())
+
+    def real_rows(self) -> Tensor:
+        """[N] bool: False for padding rows, which have one token."""
+        return self.lengths > 1
 
     def real_pairs(self) -> Tensor:
         """[N / 2] bool: of sequences 2i and 2i + 1, whether both have loss tokens; padding rows are no pair."""
@@ -218,15 +225,15 @@ def concatenated(batches: Sequence[T]) -> T:
 class PreferenceBatch(TokenBatch):
     """Pairs: sequence 2i is the chosen response, 2i + 1 the rejected one to the same prompt."""
 
-    rows_per_sample: ClassVar[int] = 2
+    sequences_per_row: ClassVar[int] = 2
 
-    # [N] float: of each response, by its row, else PairJob.default_rewards; the losses rpo_* read it
+    # [N] float: the reward that the data give each response, else the job's default; read by the losses rpo_* only
     given_rewards: Tensor
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ReferencedPairs(PreferenceBatch):
-    """Pairs, and what the reference believes of them."""
+    """Pairs with the reference model's log-probs."""
 
     reference_sums: Tensor  # [N] float: the reference's log-probs, summed over each sequence's loss tokens
 
@@ -235,14 +242,14 @@ class ReferencedPairs(PreferenceBatch):
 class MismatchedResponses(TokenBatch):
     """Sequence 2i is a response that is good or bad, 2i + 1 the response to another prompt after the same prompt."""
 
-    rows_per_sample: ClassVar[int] = 2
+    sequences_per_row: ClassVar[int] = 2
 
     good: Tensor  # [N] bool: alike for 2i and 2i + 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RatedResponses(TokenBatch):
-    """Responses that are good or bad, and what the reference believes of them."""
+    """Responses that are good or bad, with the reference model's log-probs and the KL to it."""
 
     good: Tensor  # [N] bool
     reference_sums: Tensor  # [N] float: as in ReferencedPairs
@@ -267,20 +274,21 @@ class AttributeBatch(TokenBatch):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LabeledPairs(AttributeBatch):
-    """Pairs whose first label says which is the better one, and by how much: both sequences carry the same first label.
+    """Pairs compared by their first label, which both sequences carry.
 
-    Others are each sequence's own.
+    Below 0 the first response is better, else the second; its size is by how much. Further labels are each sequence's.
     """
 
-    rows_per_sample: ClassVar[int] = 2
+    sequences_per_row: ClassVar[int] = 2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ValueBatch(TokenBatch):
     """A train batch of a critic; ``loss_mask`` marks the tokens of responses."""
 
-    values: Tensor  # [B, S] float, the critic's when the responses were generated
-    returns: Tensor  # [B, S] float
+    # [B, S] float: of the state before each token, when the rollout was scored; the loss is clipped around them
+    values: Tensor
+    returns: Tensor  # [B, S] float: the targets, as Experience.returns
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -288,14 +296,14 @@ class Prompt:
     """A text that a sampler responds to."""
 
     tokens: Sequence[int]
-    number: int  # the prompt's, in all of a step's prompts; responses to one prompt share it
+    number: int  # the prompt's index among all prompts of the step, over all ranks; Rollout.group holds it
     sample: int = 0  # the number of this response among those to the prompt
     max_length: int | None = None  # tokens of the response; None: as many as the sampler allows
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rollout(TokenBatch):
-    """Responses as a sampler generated them; ``loss_mask`` marks their tokens, EOS included."""
+    """Responses as a sampler generated them; ``loss_mask`` marks their tokens, EOS included. Never packed."""
 
     prompt_lengths: Tensor  # [B] int64
     finished: Tensor  # [B] bool: ended by EOS or a stop string, not by the length limit

@@ -51,7 +51,7 @@ def _annotated(
     for batch in batches:
         assert isinstance(batch, PreferenceBatch), type(batch)
         batch = batch.to(world.device())
-        size = batch.rows_per_sample * (pairs or batch.num_rows)
+        size = batch.sequences_per_row * (pairs or batch.num_rows)
         parts = [batch.take(slice(i, i + size)) for i in range(0, batch.num_rows, size)]
         sums = [_sums(policy, part) for part in parts]
         found.append(batch.extended(ReferencedPairs, reference_sums=torch.cat(sums)))

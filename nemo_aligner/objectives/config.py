@@ -73,8 +73,7 @@ class PolicyConfig:
 class DPOConfig:
     """The part of the ``model.dpo`` block that shapes the loss."""
 
-    # beta: implicit reward per nat that the policy is above the reference; of simpo per nat alone, of orpo in the
-    # metrics only
+    # beta: reward per nat of log-prob above the reference; of simpo: per nat of mean log-prob; of orpo: in metrics only
     ref_policy_kl_penalty: float = bounded(0.2, above=0)
     # dpo, ipo, robust; rpo_sq, rpo_bwd_kl, rpo_fwd_kl by given rewards; simpo, orpo without a reference
     preference_loss: PreferenceLoss = "dpo"
@@ -108,8 +107,8 @@ class DPOConfig:
             value, usual = getattr(self, name), self.__dataclass_fields__[name].default
             if value != usual and self.preference_loss not in losses:
                 raise UserError(
-                    f"model.dpo.{name}={value} is of the losses {', '.join(losses)}, and "
-                    f"model.dpo.preference_loss={self.preference_loss}",
+                    f"model.dpo.{name}={value} has no effect with model.dpo.preference_loss={self.preference_loss}: "
+                    f"only {', '.join(losses)} read it",
                     fix=f"set model.dpo.{name}={usual}, or one of these losses",
                 )
         if not (self.preference_loss_weight or self.sft_loss_weight):

@@ -11,7 +11,7 @@ from nemo_aligner.objectives.protocol import Metrics, ModelOutput, Wants
 
 
 def kl_baseline(total: Tensor, count: Tensor) -> Tensor:
-    """Return ``max(0, total / count)``, an estimate of KL(p || p_ref) in nats, no response of which has a gradient.
+    """Return the baseline ``z = max(0, total / count)``, an estimate of KL(p || p_ref) in nats that has no gradient.
 
     Ethayarajh 2024, arXiv 2402.01306, section 4.1: the mean of ``log p(y' | x) - log p_ref(y' | x)`` over responses
     ``y'`` to other prompts than ``x``.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Losses of pairs of responses by a language model itself, against a reference: no reward model between."""
+"""DPO and its kin: losses of a language model on pairs of responses, most of them against a reference model."""
 
 from dataclasses import dataclass, field
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 from nemo_aligner.batch import PreferenceBatch, ReferencedPairs, TokenBatch, Unit
 from nemo_aligner.objectives.config import DPOConfig
-from nemo_aligner.objectives.pairs import PAIR_METRICS, margins, pair_loss
+from nemo_aligner.objectives.pairs import PAIR_METRICS, pair_loss
 from nemo_aligner.objectives.preference_variants import orpo, robust_dpo, rpo, simpo
 from nemo_aligner.objectives.protocol import Metrics, ModelOutput, Wants
 
@@ -27,23 +27,28 @@ def dpo(policy: Tensor, reference: Tensor, *, beta: float, label_smoothing: floa
     >>> dpo(torch.tensor([[-1.0, -2.0]]), torch.tensor([[-2.0, -2.0]]), beta=2.0, label_smoothing=0.1)
     tensor([0.3269])
     """
-    reward = beta * margins(policy, reference)
-    return -(1 - label_smoothing) * F.logsigmoid(reward) - label_smoothing * F.logsigmoid(-reward)
+    chosen, rejected = (beta * (policy - reference)).unbind(1)  # implicit rewards
+    margin = chosen - rejected
+    return -(1 - label_smoothing) * F.logsigmoid(margin) - label_smoothing * F.logsigmoid(-margin)
 
 
 def ipo(policy: Tensor, reference: Tensor, *, beta: float) -> Tensor:
-    """Return ``(margin - 1 / (2 beta))^2`` of each pair (Azar 2023, arXiv 2310.12036, eq. 17), shapes as of `margins`.
+    """Return ``(margin - 1 / (2 beta))^2`` of each pair (Azar 2023, arXiv 2310.12036, eq. 17); shapes as of `dpo`.
 
     >>> import torch
     >>> ipo(torch.tensor([[-1.0, -2.0]]), torch.tensor([[-2.0, -2.0]]), beta=0.5)
     tensor([0.])
     """
-    return (margins(policy, reference) - 1 / (2 * beta)).square()
+    chosen, rejected = (policy - reference).unbind(1)
+    return (chosen - rejected - 1 / (2 * beta)).square()
 
 
 @dataclass(frozen=True)
 class DPO:
-    """The mean over pairs of one of the losses, plus the chosen responses' negative log-likelihood."""
+    """The mean over pairs of the loss that ``config.preference_loss`` names.
+
+    ``config.sft_loss_weight`` times the chosen responses' negative log-likelihood is added.
+    """
 
     config: DPOConfig = field(default_factory=DPOConfig)
 
@@ -56,12 +61,13 @@ class DPO:
         assert isinstance(batch, PreferenceBatch) and output.logprobs is not None
         config, real = self.config, batch.real_pairs()
         sums, lengths = batch.per_sequence(output.logprobs), batch.loss_lengths().clamp(min=1)
+        # Losses without a reference are of mean log-probs: so their papers define them.
         by_mean = config.preference_average_log_probs or not config.has_reference
-        reference = torch.zeros_like(sums)
+        reference_sums = torch.zeros_like(sums)
         if config.has_reference:
             assert isinstance(batch, ReferencedPairs), type(batch)
-            reference = batch.reference_sums
-        policy, reference = ((x / (lengths if by_mean else 1)).view(-1, 2) for x in (sums, reference))
+            reference_sums = batch.reference_sums
+        policy, reference = ((x / (lengths if by_mean else 1)).view(-1, 2) for x in (sums, reference_sums))
         losses = _losses(policy, reference, batch.given_rewards.view(-1, 2), config)
         nll = -(sums / (lengths if config.sft_average_log_probs else 1))[::2]
         total = config.preference_loss_weight * losses + config.sft_loss_weight * nll

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Losses of pairs beside DPO's: of wrong labels, by rewards that the data give, and without a reference.
+"""Preference losses besides DPO and IPO: for wrong labels, for given rewards, and without a reference (SimPO, ORPO).
 
 Shapes: P pairs.
 """
@@ -16,36 +16,38 @@ Distance = Literal["rpo_sq", "rpo_bwd_kl", "rpo_fwd_kl"]
 
 
 def robust_dpo(policy: Tensor, reference: Tensor, *, beta: float, label_smoothing: float) -> Tensor:
-    """Return the unbiased estimate of the loss of clean labels, of labels that are wrong with probability e.
+    """Return DPO's loss corrected for labels that are wrong with probability ``e``.
 
-    ``(-(1 - e) log sigmoid(beta margin) + e log sigmoid(-beta margin)) / (1 - 2 e)`` (Chowdhury 2024, arXiv
-    2403.00409). Shapes as of :func:`margins`.
+    Its mean over such labels is the loss of the right ones: ``(-(1 - e) log sigmoid(beta margin) + e log sigmoid(-beta
+    margin)) / (1 - 2 e)`` (Chowdhury 2024, arXiv 2403.00409). Shapes as of :func:`margins`.
 
+    >>> import torch
     >>> same = torch.tensor([[-1.0, -2.0]])
     >>> robust_dpo(same, same, beta=0.5, label_smoothing=0.2)
     tensor([0.6931])
     """
-    reward = beta * margins(policy, reference)
-    clean, flipped = (1 - label_smoothing) * F.logsigmoid(reward), label_smoothing * F.logsigmoid(-reward)
-    return (flipped - clean) / (1 - 2 * label_smoothing)
+    margin = beta * margins(policy, reference)
+    right, wrong = -F.logsigmoid(margin), -F.logsigmoid(-margin)
+    return ((1 - label_smoothing) * right - label_smoothing * wrong) / (1 - 2 * label_smoothing)
 
 
 def bernoulli_kl(p: Tensor, q: Tensor) -> Tensor:
     """Return KL(Bernoulli(sigmoid p) || Bernoulli(sigmoid q)) of logits, nats."""
-    right = p.sigmoid() * (F.logsigmoid(p) - F.logsigmoid(q))
-    return right + (-p).sigmoid() * (F.logsigmoid(-p) - F.logsigmoid(-q))
+    first = p.sigmoid() * (F.logsigmoid(p) - F.logsigmoid(q))
+    return first + (-p).sigmoid() * (F.logsigmoid(-p) - F.logsigmoid(-q))
 
 
 def rpo(
     policy: Tensor, reference: Tensor, rewards: Tensor, *, beta: float, scale: float, distance: Distance
 ) -> Tensor:
-    """Return how far the implicit margin is from the given one (NVIDIA 2024, arXiv 2406.11704, RPO).
+    """Return the distance of the policy's margin from the rewards' (NVIDIA 2024, arXiv 2406.11704, section 3.3.2).
 
     With ``a = beta margin`` and ``b = scale (r_chosen - r_rejected)``: "rpo_sq" is ``(a - b)^2``, "rpo_bwd_kl"
     ``KL(sigmoid b || sigmoid a)``, "rpo_fwd_kl" ``KL(sigmoid a || sigmoid b)``.
 
     rewards: [P, 2] float; other shapes as of :func:`margins`.
 
+    >>> import torch
     >>> same = torch.tensor([[-1.0, -2.0]])
     >>> rpo(same, same, torch.tensor([[3.0, 1.0]]), beta=1.0, scale=0.5, distance="rpo_sq")
     tensor([1.])
@@ -65,6 +67,7 @@ def simpo(policy: Tensor, *, beta: float, gamma: float) -> Tensor:
 
     policy: [P, 2] float, mean log-probs of the responses' tokens.
 
+    >>> import torch
     >>> simpo(torch.tensor([[-1.0, -1.5]]), beta=2.0, gamma=1.0)
     tensor([0.6931])
     """
@@ -76,10 +79,11 @@ def orpo(policy: Tensor) -> Tensor:
 
     Hong 2024, arXiv 2403.07691, eq. 7. policy: [P, 2] float, mean log-probs of the responses' tokens.
 
+    >>> import torch
     >>> orpo(torch.tensor([[0.5, 0.25]]).log())
     tensor([0.2877])
     """
-    # Of padding rows log-probs are 0, and so may be those of a response that is certain.
-    others = (-torch.expm1(policy)).clamp(min=torch.finfo(policy.dtype).tiny)
-    log_odds = policy - torch.log(others)
+    # 1 - p is 0 in padding rows, and for a response of probability 1; its log must stay finite.
+    complement = (-torch.expm1(policy)).clamp(min=torch.finfo(policy.dtype).tiny)
+    log_odds = policy - torch.log(complement)
     return -F.logsigmoid(lead(log_odds))

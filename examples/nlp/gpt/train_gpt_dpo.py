@@ -79,7 +79,7 @@ def main(job: DPOJob) -> None:
     settings = job.model.dpo
     with builders.open_experiment(job) as run:
         start = builders.resume_point(job, run)
-        # The reference is the policy as the run began.
+        # The reference is the model before training: with_reference_logprobs keeps it, then loads start.
         pretrained = builders.load_policy(job, start=None if settings.has_reference else start)
         data = builders.pair_loaders(job, pretrained, generates=True)
         if settings.has_reference:

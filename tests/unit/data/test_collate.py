@@ -70,7 +70,7 @@ def test_labels_stay_with_their_rows():
     assert paired.tokens.tolist() == [*flat.tokens.tolist(), [0] * 4]
     torch.testing.assert_close(paired.attributes[:3], expected, equal_nan=True, rtol=0, atol=0)
     assert paired.count(Unit.PAIR) == 1
-    assert (type(flat).rows_per_sample, type(paired)) == (1, LabeledPairs)
+    assert (type(flat).sequences_per_row, type(paired)) == (1, LabeledPairs)
 
 
 def test_prompts_stay_as_they_are():
