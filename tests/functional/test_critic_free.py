@@ -69,7 +69,16 @@ def test_rewards_by_functions_are_learned_from(alone: Callable, run: Callable, t
     assert len({row["response"] for row in rows[:4]}) > 1
 
 
-@pytest.mark.parametrize("estimator", ["group", "leave_one_out", "reinforce", "best_of_n"])
+@pytest.mark.parametrize(
+    "estimator",
+    [
+        "group",
+        *(
+            pytest.param(name, marks=pytest.mark.resume)
+            for name in ("leave_one_out", "reinforce", "best_of_n")
+        ),
+    ],
+)
 def test_a_killed_run_goes_on_bit_for_bit(
     alone: Callable, kill_and_resume: Callable, tmp_path: Path, estimator: str
 ):
