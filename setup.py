@@ -47,7 +47,13 @@ setup(
         "wandb": ["wandb>=0.19,<1"],
         "gpu": ["transformer-engine[pytorch]>=2.6,<3"],
         "quickstart": ["matplotlib>=3.9,<4", "gguf>=0.17,<1"],
-        "test": ["pytest>=9,<10", "pytest-timeout>=2.4,<3", "pytest-xdist>=3.8,<4", "wandb>=0.19,<1"],
+        "test": [
+            "pytest>=9,<10",
+            "pytest-timeout>=2.4,<3",
+            "pytest-xdist>=3.8,<4",
+            "wandb>=0.19,<1",
+            "peft>=0.21,<1",
+        ],
         # pyright's nodejs extra is a Node from PyPI, so that type checking needs no other download.
         "dev": [
             "ruff>=0.15,<1",

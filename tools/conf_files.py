@@ -62,7 +62,7 @@ _PREFIX_DATA = {
 _SPLIT = {"memmap_workers": None, "min_seq_length": 1, "index_mapping_dir": None, "hf_dataset": False}
 _SPLIT["output_original_text"] = True
 _TRAIN = "model.data.train_ds"
-_HIDDEN = ("model.architecture", "model.peft.lora_tuning")
+_HIDDEN = ("model.architecture",)
 # A head with one number has no logits.
 _HEAD_HIDDEN = (*_HIDDEN, "model.kept_logits_mib")
 # What a job that trains nothing shares with those that do. NeMo's reward server has two keys of recomputing.

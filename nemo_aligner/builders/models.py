@@ -9,6 +9,7 @@ from datetime import date
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
+from nemo_aligner.builders.adapters import ADAPTERS_OF, give_adapters
 from nemo_aligner.checkpoint.model_nemo import save_nemo, shared_model
 from nemo_aligner.checkpoint.nemo_archive import CONFIG_NAME, WEIGHTS_NAME, ModelArchive
 from nemo_aligner.checkpoint.open_model import OpenedModel
@@ -65,6 +66,7 @@ def load_policy(job: ModelJob, *, start: Checkpoint | None = None) -> Pretrained
             key, path = job.pretrained
             raise UserError(f"{key}={path} is a reward model and writes no text", fix="give a language model")
         built, tokenizer, files = build_model(job, archive, config, head=None)
+    _load_adapters(job, built, start)
     pin_clock(tokenizer, config)
     policy = GPTPolicy(
         built,
@@ -80,8 +82,19 @@ def load_policy(job: ModelJob, *, start: Checkpoint | None = None) -> Pretrained
 def go_on_from(pretrained: Pretrained[GPTPolicy], start: Checkpoint | None) -> None:
     """Give a model that was loaded as its run began the weights of ``start``, where there is one."""
     if start is not None:
-        with heartbeat("loading weights", enabled=world.is_logging_rank()):
-            load_model(pretrained.learner.model, start.path / WEIGHTS_NAME)
+        _load_weights(pretrained.learner.model, start)
+
+
+def _load_weights(model: GPT | InterleavedGPT, start: Checkpoint) -> None:
+    """Those of a checkpoint, of which adapters are all where the model has them."""
+    with heartbeat("loading weights", enabled=world.is_logging_rank()):
+        load_model(model, start.path / WEIGHTS_NAME)
+
+
+def _load_adapters(job: ModelJob, model: GPT | InterleavedGPT, start: Checkpoint | None) -> None:
+    """Those of ``start``, whose base was opened in its place."""
+    if job.model.peft.lora and start is not None:
+        _load_weights(model, start)
 
 
 @world.phase("loading the model")
@@ -95,7 +108,7 @@ def load_reward_model(job: RMJob, *, start: Checkpoint | None = None) -> Pretrai
         config = merged_config(job.model, archive)
         head = head_config(config)
         assert head is not None
-        own = start is not None or (
+        own = (start is not None and not job.model.peft.lora) or (
             head_config(archive.config) == head
             and (job.model.reward_model_type == "binary_ranking" or job.model.regression.load_rm_head_weights)
         )
@@ -107,6 +120,7 @@ def load_reward_model(job: RMJob, *, start: Checkpoint | None = None) -> Pretrai
         built, tokenizer, files = build_model(job, archive, config, head=head, but=None if own else HEAD_NAME)
         if not own:
             draw_head(built, seed=job.model.seed)
+    _load_adapters(job, built, start)
     pin_clock(tokenizer, config)
     critic = GPTCritic(built, head=head, seed=job.model.seed)
     return Pretrained(learner=critic, tokenizer=tokenizer, config=config, files=files)
@@ -115,13 +129,23 @@ def load_reward_model(job: RMJob, *, start: Checkpoint | None = None) -> Pretrai
 def open_checkpoint(
     job: ModelJob, start: Checkpoint | None
 ) -> contextlib.AbstractContextManager[OpenedModel]:
-    """The checkpoint that the job starts from, or goes on with."""
-    # The files of a checkpoint to go on from have been checked.
-    return shared_model(start.path if start else job.pretrained[1], check=start is None)
+    """The checkpoint that the job starts from, or goes on with; beside adapters their base."""
+    if start is None or job.model.peft.lora:
+        return shared_model(job.pretrained[1])
+    return shared_model(start.path, check=False)  # its files have been checked
 
 
 def merged_config(model: ModelConfig, archive: ModelArchive) -> dict[str, Any]:
-    """model_config.yaml as it is to be saved: the checkpoint's with the settings' own."""
+    """model_config.yaml as it is to be saved: the checkpoint's with the settings' own.
+
+    Raises:
+        UserError: the checkpoint holds adapters alone.
+    """
+    if base := archive.config.get(ADAPTERS_OF):
+        raise UserError(
+            f"{archive.folder} is a checkpoint of a run that trains adapters: it holds them alone, not {base}",
+            fix="give the .nemo that the run has written at its end, which has them merged",
+        )
     unread = [key for key in unread_keys(archive.config) if key not in HEAD_KEYS]
     if unread and world.is_logging_rank():
         logger.info("keys of model_config.yaml that are kept and not read: %s", ", ".join(unread))
@@ -152,6 +176,7 @@ def build_model(
     config["precision"] = precision
     with heartbeat("loading weights", enabled=world.is_logging_rank()):
         load_model(built, archive.weights, but=but)
+    give_adapters(job, built, config)
     tokenizer = load_archived_tokenizer(archive)
     if tokenizer is not None:
         check_fits(tokenizer, gpt.vocab_size)

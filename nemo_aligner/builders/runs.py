@@ -9,8 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from nemo_aligner.algorithms.supervised import SupervisedData, SupervisedTrainer
+from nemo_aligner.builders.adapters import ADAPTERS_OF, save_adapters
 from nemo_aligner.builders.models import Pretrained
 from nemo_aligner.builders.next_steps import say_next
+from nemo_aligner.checkpoint.nemo_archive import WEIGHTS_NAME
+from nemo_aligner.checkpoint.sharded import load_model
 from nemo_aligner.checkpoint.training import Newest, TrainingCheckpoints
 from nemo_aligner.config.base import TrainingJob
 from nemo_aligner.config.pairs import PairJob
@@ -70,11 +73,14 @@ def training_checkpoints(
     """Where the run saves, and what it keeps beside the best and the newest; None where it is not to save."""
     if not job.exp_manager.create_checkpoint_callback:
         return None
+    config = (
+        {**pretrained.config, ADAPTERS_OF: job.pretrained[1]} if job.model.peft.lora else pretrained.config
+    )
     return TrainingCheckpoints(
         run.checkpoints_folder,
         job.exp_manager.checkpoint_callback_params,
         pretrained.learner,
-        model_config=pretrained.config,
+        model_config=config,
         files=pretrained.files,
         keep=keep,
         identity=run.identity,
@@ -116,9 +122,16 @@ def save_result(
     """
     params = job.exp_manager.checkpoint_callback_params
     if params.save_best_model and checkpoints is not None:
-        checkpoints.save_best(run.nemo_path)
+        if job.model.peft.lora:
+            load_model(pretrained.learner.model, checkpoints.best().path / WEIGHTS_NAME)
+            pretrained.save(run.nemo_path, overwrite=True)
+        else:
+            checkpoints.save_best(run.nemo_path)
     elif params.save_nemo_on_train_end:
         pretrained.save(run.nemo_path, overwrite=True)
+    if job.model.peft.lora and (params.save_best_model or params.save_nemo_on_train_end):
+        folder = run.nemo_path.with_name(f"{run.nemo_path.stem}_peft")
+        save_adapters(job, pretrained.learner.model, pretrained.config, folder)
     say_next(job, run)
 
 

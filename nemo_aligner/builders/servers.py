@@ -27,6 +27,7 @@ from nemo_aligner.data.tokenizer import Tokenizer
 from nemo_aligner.errors import UserError
 from nemo_aligner.models.gpt.critic import GPTCritic, RewardScale, RewardWeights
 from nemo_aligner.models.gpt.heads import HEAD_NAME, draw_head, fold_head, head_config
+from nemo_aligner.models.gpt.lora import is_adapted
 from nemo_aligner.models.gpt.weight_swap import SwappedWeights
 from nemo_aligner.parallel import world
 from nemo_aligner.run.experiment import Experiment
@@ -168,18 +169,21 @@ def _give_one_value(job: CriticJob, built: torch.nn.Module, scale: RewardScale, 
 
 
 def _beginning(job: CriticJob, learner: GPTCritic) -> Callable[[], None]:
-    heads = {
+    adapted = is_adapted(learner.model)
+    kept = {
         name: value.detach().clone()
         for name, value in learner.model.named_parameters()
-        if HEAD_NAME in name.split(".")
+        if HEAD_NAME in name.split(".") or (adapted and value.requires_grad)
     }
 
     def start_again() -> None:
-        with open_checkpoint(job, None) as archive, torch.no_grad():
-            load_model(learner.model, archive.weights, but=HEAD_NAME)
+        if not adapted:
+            with open_checkpoint(job, None) as archive:
+                load_model(learner.model, archive.weights, but=HEAD_NAME)
+        with torch.no_grad():
             for name, value in learner.model.named_parameters():
-                if name in heads:
-                    value.copy_(heads[name])
+                if name in kept:
+                    value.copy_(kept[name])
         learner.restart_training()
 
     return start_again

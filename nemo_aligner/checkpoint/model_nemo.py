@@ -12,7 +12,7 @@ from nemo_aligner.checkpoint.digests import Digests, find_damage
 from nemo_aligner.checkpoint.finite import refuse_non_finite
 from nemo_aligner.checkpoint.nemo_archive import NemoArchive, refuse_damaged, write_nemo
 from nemo_aligner.checkpoint.open_model import OpenedModel, open_model
-from nemo_aligner.checkpoint.sharded import check_room_for_all, model_state, save_state, stored_bytes
+from nemo_aligner.checkpoint.sharded import check_room_for_all, save_state, stored_bytes, whole_state
 from nemo_aligner.errors import UserError
 from nemo_aligner.parallel import collectives, world
 from nemo_aligner.run.disk import report_if_full
@@ -72,9 +72,10 @@ def save_nemo(
     files: dict[str, Path | bytes],
     overwrite: bool = False,
 ) -> None:
-    """Write ``model`` of all ranks as one .nemo. Called by every rank; ``path`` is on a disk that all nodes share.
+    """Write ``model`` of all ranks as one .nemo, adapters merged. Called by every rank.
 
     Args:
+        path: on a disk that all nodes share.
         config: becomes model_config.yaml.
         files: name within the archive to its content; rank 0's are used.
         overwrite: whether an existing file is replaced.
@@ -88,7 +89,7 @@ def save_nemo(
         fix="set model.optim.lr lower, and go on from a checkpoint: they hold finite weights only",
     )
 
-    state = model_state(model)
+    state = whole_state(model)
     own_bytes = stored_bytes(state)
     # While it is packed, the largest of its files is there twice.
     twice = max(collectives.of_all_ranks(own_bytes))

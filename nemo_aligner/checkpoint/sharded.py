@@ -54,10 +54,10 @@ from torch.distributed.checkpoint.planner_helpers import create_read_items_for_c
 
 from nemo_aligner.checkpoint.digests import Digests, digests_of
 from nemo_aligner.checkpoint.finite import refuse_non_finite
-from nemo_aligner.checkpoint.mapped import MappedWeights
 from nemo_aligner.checkpoint.torch_dist import FolderReader, check_folder
-from nemo_aligner.checkpoint.weights import WeightReader
+from nemo_aligner.checkpoint.weights import NamedWeights, WeightReader
 from nemo_aligner.errors import UserError
+from nemo_aligner.models.gpt.lora import ADAPTERS, adapted_linears, is_adapted
 from nemo_aligner.parallel import collectives, cpu_shim, world
 from nemo_aligner.parallel.shards import Shards
 from nemo_aligner.run.disk import check_room
@@ -310,20 +310,34 @@ def load_state(state: ShardedStateDict, folder: Path, *, remedy: str) -> dict[st
     return loaded
 
 
-def save_model(model: MegatronModule, folder: Path, *, executor: Executor | None = None) -> Future[Digests]:
-    """Write the weights of all ranks; see :func:`save_state`."""
-    return save_state(model_state(model), folder, executor=executor)
+def save_model(model: MegatronModule, folder: Path) -> Future[Digests]:
+    """Write the weights of all ranks, adapters merged; see :func:`save_state`."""
+    return save_state(whole_state(model), folder)
 
 
 def model_state(model: MegatronModule) -> ShardedStateDict:
-    """The state that :func:`save_model` writes."""
-    return model.sharded_state_dict(prefix=PREFIX)
+    """The weights that are trained: all of them, or adapters and a head."""
+    state = model.sharded_state_dict(prefix=PREFIX)
+    if not is_adapted(model):
+        return state
+    trained = {f"{PREFIX}{name}" for name, weight in model.named_parameters() if weight.requires_grad}
+    return {name: value for name, value in state.items() if name in trained}
 
 
-def load_model(
-    model: MegatronModule, weights: Path | WeightReader | MappedWeights, *, but: str | None = None
-) -> None:
-    """Fill ``model`` on every rank, whatever layout its weights were saved at: each tensor in place, with its block.
+def whole_state(model: MegatronModule) -> ShardedStateDict:
+    """All weights, adapters merged into those that they are added to, which are copied to CPU memory."""
+    state = model.sharded_state_dict(prefix=PREFIX)
+    for name, weight, adapters in adapted_linears(model):
+        key = f"{PREFIX}{name}.weight"
+        state[key] = replace(state[key], data=adapters.merged(weight).cpu())
+        state = {one: value for one, value in state.items() if f"{name}.{ADAPTERS}." not in one}
+    return state
+
+
+def load_model(model: MegatronModule, weights: Path | NamedWeights, *, but: str | None = None) -> None:
+    """Fill what is trained of ``model``, whatever layout it was saved at: each tensor in place, with its block.
+
+    Called by every rank.
 
     Args:
         weights: the folder of a distributed checkpoint, or weights of another form.
@@ -359,7 +373,7 @@ def load_model(
     )
 
 
-def _read_block(source: WeightReader | MappedWeights, tensor: ShardedTensor) -> None:
+def _read_block(source: NamedWeights, tensor: ShardedTensor) -> None:
     assert tensor.data is not None
     stacked = tensor.prepend_axis_num  # 1 where layers are
     start, shape = tensor.global_offset[stacked:], tensor.global_shape[stacked:]

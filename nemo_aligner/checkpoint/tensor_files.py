@@ -79,26 +79,36 @@ class HuggingFaceTensors:
         file = self._file_of[name]
         if file.suffix == ".bin":
             return self._load_pickled(file)[name][block]
-        try:
-            with safe_open(file, framework="pt") as opened:
-                return opened.get_slice(name)[block] if block else opened.get_tensor(name)
-        except SafetensorError as error:
-            raise UserError(f"{file}: {name} cannot be read: {error}", fix=GET_AGAIN) from error
+        return read_safetensors(file, name, block)
 
     def _shapes_in(self, file: Path) -> dict[str, tuple[int, ...]]:
         if file.suffix == ".bin":
             return {name: tuple(tensor.shape) for name, tensor in self._load_pickled(file).items()}
-        try:
-            with safe_open(file, framework="pt") as opened:
-                return {name: tuple(opened.get_slice(name).get_shape()) for name in opened.keys()}  # noqa: SIM118
-        except SafetensorError as error:
-            raise UserError(f"{file} is not a whole safetensors file: {error}", fix=GET_AGAIN) from error
+        return safetensors_shapes(file)
 
     def _load_pickled(self, file: Path) -> dict[str, Tensor]:
         if self._pickled is None or self._pickled[0] != file:
             self._pickled = None  # releases one shard before the next is read
             self._pickled = (file, load_pickled(file))
         return self._pickled[1]
+
+
+def safetensors_shapes(file: Path) -> dict[str, tuple[int, ...]]:
+    """The shape of each tensor of a file, by name; UserError where it is damaged."""
+    try:
+        with safe_open(file, framework="pt") as opened:
+            return {name: tuple(opened.get_slice(name).get_shape()) for name in opened.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        raise UserError(f"{file} is not a whole safetensors file: {error}", fix=GET_AGAIN) from error
+
+
+def read_safetensors(file: Path, name: str, block: tuple[slice, ...] = ()) -> Tensor:
+    """A tensor of a file, or the block of it that the slices cut out; UserError where the file is damaged."""
+    try:
+        with safe_open(file, framework="pt") as opened:
+            return opened.get_slice(name)[block] if block else opened.get_tensor(name)
+    except SafetensorError as error:
+        raise UserError(f"{file}: {name} cannot be read: {error}", fix=GET_AGAIN) from error
 
 
 def load_pickled(file: Path) -> dict[str, Tensor]:

@@ -293,13 +293,19 @@ class TrainingCheckpoints:
             path, config=self._model_config, files=self._files, weights=copy_weights, overwrite=overwrite
         )
 
-    def save_best(self, path: Path) -> None:
-        """Write the checkpoint that the monitor ranks first as a .nemo."""
+    def best(self) -> Checkpoint:
+        """The checkpoint that the monitor ranks first."""
         self.finish()
+        found = collectives.from_rank_0(lambda: ranked(find_checkpoints(self.folder), self.config)[0])
+        if world.is_logging_rank():
+            logger.info("the best checkpoint by %s is %s", self.config.monitor, found.path.name)
+        return found
+
+    def save_best(self, path: Path) -> None:
+        """Write :meth:`best` as a .nemo."""
+        best = self.best()
         with world.phase(f"saving {path}"), world.at_own_pace():
             if world.is_logging_rank():
-                best = ranked(find_checkpoints(self.folder), self.config)[0]
-                logger.info("the best checkpoint by %s is %s", self.config.monitor, best.path.name)
                 self._pack(best.path, path, overwrite=True)
 
 

@@ -10,6 +10,7 @@ is in memory.
 import re
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -85,6 +86,17 @@ def save_weights(
 
 
 Shape = tuple[int, ...]
+
+
+class NamedWeights(Protocol):
+    """Tensors by canonical name, in whatever form they are stored."""
+
+    where: str  # names them in messages
+    shapes: dict[str, Shape]
+
+    def read(self, name: str, start: Shape, size: Shape, /) -> Tensor:
+        """The block of a tensor that begins at ``start``; start and size have one number per axis."""
+        ...
 
 
 class WeightReader:

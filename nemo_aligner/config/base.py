@@ -11,6 +11,7 @@ from nemo_aligner.checkpoint.sources import peek_model
 from nemo_aligner.errors import UserError
 from nemo_aligner.models.gpt.config import GPTConfig, precision_name
 from nemo_aligner.models.gpt.learning_rate import OptimConfig
+from nemo_aligner.models.gpt.peft_config import PeftConfig
 from nemo_aligner.models.gpt.recompute import Granularity, Method, Recompute
 from nemo_aligner.parallel.ranks import Layout
 from nemo_aligner.paths import PathText
@@ -35,16 +36,6 @@ class TrainerConfig:
     def chooses_precision(self) -> bool:
         """True if the device decides."""
         return self.precision in (None, "auto")
-
-
-@dataclass(frozen=True, kw_only=True)
-class PeftConfig:
-    """The ``model.peft`` block."""
-
-    # only none: all weights are trained
-    peft_scheme: str | None = only("none", "", None, what="parameter-efficient tuning")
-    restore_from_path: PathText | None = None  # only null
-    lora_tuning: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -148,6 +139,7 @@ class ModelJob:
         trainer, model = self.trainer, self.model
         if not trainer.chooses_precision:
             precision_name(trainer.precision or "")
+        model.peft.check()
         model.layout.check_fits(num_nodes=trainer.num_nodes, devices=trainer.devices, world_size=world_size)
 
     def check_paths(self) -> None:
@@ -201,6 +193,12 @@ class TrainingJob(ModelJob):
             )
         if self.loop is not None:
             self.loop.check(self.loop.block)
+        if model.peft.lora and self.exp_manager.checkpoint_callback_params.always_save_nemo:
+            raise UserError(
+                "exp_manager.checkpoint_callback_params.always_save_nemo=True, and with model.peft.peft_scheme=lora "
+                "checkpoints hold adapters alone",
+                fix="set always_save_nemo=False: the .nemo that is written at the end has them merged",
+            )
         model.optim.check()
         model.recompute.check()
         self.exp_manager.check()

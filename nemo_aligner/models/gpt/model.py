@@ -19,6 +19,7 @@ from nemo_aligner.models.gpt.attention import RowParams
 from nemo_aligner.models.gpt.config import GPTConfig
 from nemo_aligner.models.gpt.heads import HeadConfig, ScalarHead
 from nemo_aligner.models.gpt.layers import InputEmbedding, Rotation, RowRotary, added_to_main_grad
+from nemo_aligner.models.gpt.lora import ADAPTERS, adapted_linears
 from nemo_aligner.models.gpt.recompute import Recompute
 from nemo_aligner.models.gpt.spec import layer_spec
 from nemo_aligner.models.gpt.transformer import transformer_config
@@ -144,6 +145,9 @@ class GPT(GPTModel):
         embedded = (
             self.embedding(input_ids=input_ids, position_ids=position_ids) if self.pre_process else None
         )
+        if embedded is not None and torch.is_grad_enabled() and not embedded.requires_grad:
+            # Megatron recomputes layers for a gradient of their input alone; beside adapters nothing is learned of it.
+            embedded.requires_grad_(self.config.recompute_granularity == "full")
         rope = self.rotary_pos_emb(position_ids) if self.position_embedding_type == "rope" else None
         if rope is not None and packed_seq_params is not None:
             # Ours, once for all layers; Megatron takes the cosines anew in each.
@@ -187,11 +191,17 @@ class InterleavedGPT(MegatronModule):
 
 
 def weights_in_effect(module: nn.Module) -> dict[str, Tensor]:
-    """Return what a module computes with, by name; Transformer Engine's empty biases are left out.
+    """Return what a module computes with, by name, adapters merged; Transformer Engine's empty biases are left out.
 
-    Whoever reads a model's weights to compute or to write asks here: what is added to weights is merged in this place.
+    Whoever reads a model's weights to compute or to write asks here.
     """
-    return {name: weight.detach() for name, weight in module.named_parameters() if weight.numel()}
+    merged, own = {}, set()
+    for name, weight, adapters in adapted_linears(module):
+        prefix = f"{name}." if name else ""
+        merged[f"{prefix}weight"] = adapters.merged(weight)
+        own |= {f"{prefix}{ADAPTERS}.{one}" for one, _ in adapters.named_parameters()}
+    weights = {name: weight.detach() for name, weight in module.named_parameters() if weight.numel()}
+    return {name: merged.get(name, weight) for name, weight in weights.items() if name not in own}
 
 
 def attention_backend(use_flash_attention: bool | None) -> AttnBackend:

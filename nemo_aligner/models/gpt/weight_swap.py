@@ -7,16 +7,15 @@ from collections.abc import Iterable, Iterator
 import torch
 from torch import Tensor, nn
 
-from nemo_aligner.models.gpt.model import weights_in_effect
 from nemo_aligner.parallel import world
 
 
 class SwappedWeights:
-    """The weights that a model has now, kept in CPU memory for later."""
+    """The weights that a model has now, of those that are trained, kept in CPU memory for later."""
 
     @torch.no_grad()
     def __init__(self, model: nn.Module) -> None:
-        self._weights = {name: _host_copy(weight) for name, weight in weights_in_effect(model).items()}
+        self._weights = {name: _host_copy(weight) for name, weight in _trained(model)}
         self._kept: dict[str, Tensor] = {}  # where a device's own weights wait meanwhile
         self._kept_is_stale = True
 
@@ -34,7 +33,7 @@ class SwappedWeights:
         self._kept_is_stale |= changed
         moved: dict[str, Tensor] = {}
         beside = _has_room(self._weights.values())
-        for name, param in model.named_parameters():
+        for name, param in _trained(model):
             if beside or not _exchangeable(param, self._weights[name]):
                 moved[name] = param.data
                 param.data = self._weights[name].to(param.device, non_blocking=True)
@@ -46,11 +45,15 @@ class SwappedWeights:
         try:
             yield
         finally:
-            for name, param in model.named_parameters():
+            for name, param in _trained(model):
                 if name in moved:
                     param.data = moved[name]
                 else:
                     param.data.copy_(self._kept[name], non_blocking=True)
+
+
+def _trained(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    return [(name, weight) for name, weight in model.named_parameters() if weight.requires_grad]
 
 
 def _has_room(weights: Iterable[Tensor]) -> bool:

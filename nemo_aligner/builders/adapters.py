@@ -1,0 +1,72 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Adapters of a job's model: made, loaded, and written as PEFT's folder."""
+
+import logging
+import shutil
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from nemo_aligner.checkpoint.peft import PeftWeights, write_peft
+from nemo_aligner.checkpoint.sharded import load_model, model_state, save_state
+from nemo_aligner.checkpoint.weights import WeightReader
+from nemo_aligner.config.base import ModelJob
+from nemo_aligner.models.gpt.heads import HEAD_NAME
+from nemo_aligner.models.gpt.lora import add_adapters
+from nemo_aligner.models.gpt.model import GPT, InterleavedGPT
+from nemo_aligner.parallel import collectives, world
+
+logger = logging.getLogger(__name__)
+
+ADAPTERS_OF = "adapters_of"  # in the model_config.yaml of a checkpoint of adapters: their base
+
+
+def give_adapters(job: ModelJob, model: GPT | InterleavedGPT, config: dict[str, Any]) -> None:
+    """Add to a loaded model the adapters that the settings ask for, if they do.
+
+    Args:
+        config: model_config.yaml of the model.
+
+    Raises:
+        UserError: the layout cuts keys and values, or the adapters to begin with do not fit.
+    """
+    lora, path = job.model.peft.lora, job.model.peft.restore_from_path
+    if lora is None:
+        return
+    add_adapters(model, lora, seed=job.model.seed)
+    if path:
+        load_model(model, PeftWeights(Path(path), config, lora), but=HEAD_NAME)
+    if world.is_logging_rank():
+        logger.info("adapters: %.2f %% of this rank's weights are trained", 100 * _trained_share(model))
+
+
+def _trained_share(model: nn.Module) -> float:
+    weights = list(model.parameters())
+    return sum(x.numel() for x in weights if x.requires_grad) / sum(x.numel() for x in weights)
+
+
+def save_adapters(job: ModelJob, model: GPT | InterleavedGPT, config: dict[str, Any], folder: Path) -> None:
+    """Write a language model's adapters as PEFT reads them. Called by every rank.
+
+    Args:
+        config: model_config.yaml of the model.
+        folder: where to; an earlier one of the same run is replaced.
+    """
+    lora = job.model.peft.lora
+    assert lora is not None
+    if config.get("reward_model_type") or not config.get("huggingface"):
+        if world.is_logging_rank():
+            logger.info("no folder of adapters for PEFT: the model is no language model of Hugging Face's")
+        return
+    weights = folder.with_name(f".saving-{folder.name}-weights")
+    collectives.from_rank_0(lambda: shutil.rmtree(weights, ignore_errors=True))
+    save_state(model_state(model), weights).result()
+    world.barrier()
+
+    def write() -> None:
+        write_peft(folder, WeightReader(weights), config, lora, base=str(job.pretrained[1]))
+        shutil.rmtree(weights)
+        logger.info("the adapters alone are in %s, as PEFT reads them", folder)
+
+    collectives.from_rank_0(write)

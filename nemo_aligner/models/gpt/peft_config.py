@@ -1,0 +1,102 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The settings of adapters. Imports no torch."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+from nemo_aligner.bounds import bounded, only
+from nemo_aligner.errors import UserError
+from nemo_aligner.paths import PathText
+
+# NeMo's names of the layers that take adapters, and their places in a transformer layer.
+LINEARS = {
+    "attention_qkv": "self_attention.linear_qkv",
+    "attention_dense": "self_attention.linear_proj",
+    "mlp_fc1": "mlp.linear_fc1",
+    "mlp_fc2": "mlp.linear_fc2",
+}
+# What Hugging Face's models compute apart, each with an adapter of its own. Without a gate, mlp_fc1 is the last alone.
+PROJECTIONS = {
+    LINEARS["attention_qkv"]: ("q", "k", "v"),
+    LINEARS["attention_dense"]: ("o",),
+    LINEARS["mlp_fc1"]: ("gate", "up"),
+    LINEARS["mlp_fc2"]: ("down",),
+}
+_GROUPS = {
+    "attention": ("attention_qkv", "attention_dense"),
+    "mlp": ("mlp_fc1", "mlp_fc2"),
+    "all": tuple(LINEARS),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoRAConfig:
+    """The ``model.peft.lora_tuning`` block."""
+
+    # attention_qkv, attention_dense, mlp_fc1, mlp_fc2; attention, mlp, all: these of them
+    target_modules: Sequence[str] = ("attention_qkv",)
+    adapter_dim: int = bounded(32, at_least=1)  # the rank r
+    # the product of both matrices is multiplied with alpha / r; null: r
+    alpha: float | None = bounded(None, above=0, to="more than 0, or null")
+    # dropout of the adapters' input
+    adapter_dropout: float = bounded(0.0, at_least=0, below=1, to="0 or more, and below 1")
+    # how the matrix next to the input is drawn: xavier (normal), or kaiming (uniform, as PEFT does)
+    column_init_method: Literal["xavier", "kaiming"] = "xavier"
+    row_init_method: str = only("zero", what="an adapter that changes the model before training")  # only zero
+    layer_selection: Sequence[int] | None = only(None, what="adapters in some layers alone")  # only null
+    weight_tying: bool = only(False, what="one adapter for all layers")  # only False
+    position_embedding_strategy: str | None = only(None, what="it goes with tied adapters and")  # only null
+
+    @property
+    def linears(self) -> tuple[str, ...]:
+        """The places of the layers that get adapters.
+
+        Raises:
+            UserError: a name is not known, or there is none.
+        """
+        names = [one for name in self.target_modules for one in _GROUPS.get(name, (name,))]
+        unknown = [name for name in names if name not in LINEARS]
+        if unknown or not names:
+            key, known = "model.peft.lora_tuning.target_modules", ", ".join((*LINEARS, *_GROUPS))
+            raise UserError(
+                f"{key}: {unknown[0]} is not known" if unknown else f"{key} is empty",
+                fix=f"give a list of {known}",
+            )
+        return tuple(place for name, place in LINEARS.items() if name in names)
+
+    @property
+    def scale(self) -> float:
+        """What the product of both matrices is multiplied with."""
+        return (self.alpha or self.adapter_dim) / self.adapter_dim
+
+
+@dataclass(frozen=True, kw_only=True)
+class PeftConfig:
+    """The ``model.peft`` block."""
+
+    # lora: low-rank adapters (Hu et al. 2021) are trained, and the model is as it was; none: all weights are trained
+    peft_scheme: Literal["none", "lora"] | None = "none"
+    # adapters to begin with, a folder as PEFT writes it; null: new ones
+    restore_from_path: PathText | None = None
+    lora_tuning: LoRAConfig = field(default_factory=LoRAConfig)  # the adapters
+
+    def check(self) -> None:
+        """Raise UserError for layers that are not known, and for adapters that nobody is to have.
+
+        Raises:
+            UserError: with the setting.
+        """
+        if self.lora is not None:
+            assert self.lora.linears
+        elif self.restore_from_path:
+            raise UserError(
+                f"model.peft.restore_from_path={self.restore_from_path} names adapters, and "
+                f"model.peft.peft_scheme={self.peft_scheme or 'null'}",
+                fix="set model.peft.peft_scheme=lora",
+            )
+
+    @property
+    def lora(self) -> LoRAConfig | None:
+        """The adapters; None where all weights are trained."""
+        return self.lora_tuning if self.peft_scheme == "lora" else None
