@@ -111,7 +111,7 @@ $(MCORE_NEXT): | $(STAMP)
 $(TE): | $(STAMP)
 	$(call unpacked,transformer-engine==2.20.2,$(TE_SHA256))
 
-test-resume: $(STAMP)  ## Runs killed at the moments that `make test` leaves out, and started again: minutes
+test-resume: $(STAMP)  ## Kills that make test leaves out: minutes
 	CUDA_VISIBLE_DEVICES= $(PYTEST) -m resume tests/functional
 
 test-fuzz: $(STAMP)  ## 20,000 damaged inputs to every reader: minutes

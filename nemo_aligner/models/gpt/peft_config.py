@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The settings of adapters. Imports no torch."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -35,7 +34,7 @@ class LoRAConfig:
     """The ``model.peft.lora_tuning`` block."""
 
     # attention_qkv, attention_dense, mlp_fc1, mlp_fc2; attention, mlp, all: these of them
-    target_modules: Sequence[str] = ("attention_qkv",)
+    target_modules: tuple[str, ...] = ("attention_qkv",)
     adapter_dim: int = bounded(32, at_least=1)  # the rank r
     # the product of both matrices is multiplied with alpha / r; null: r
     alpha: float | None = bounded(None, above=0, to="more than 0, or null")
@@ -44,7 +43,7 @@ class LoRAConfig:
     # how the matrix next to the input is drawn: xavier (normal), or kaiming (uniform, as PEFT does)
     column_init_method: Literal["xavier", "kaiming"] = "xavier"
     row_init_method: str = only("zero", what="an adapter that changes the model before training")  # only zero
-    layer_selection: Sequence[int] | None = only(None, what="adapters in some layers alone")  # only null
+    layer_selection: tuple[int, ...] | None = only(None, what="adapters in some layers alone")  # only null
     weight_tying: bool = only(False, what="one adapter for all layers")  # only False
     position_embedding_strategy: str | None = only(None, what="it goes with tied adapters and")  # only null
 
@@ -67,7 +66,7 @@ class LoRAConfig:
 
     @property
     def scale(self) -> float:
-        """What the product of both matrices is multiplied with."""
+        """The factor of the product of both matrices."""
         return (self.alpha or self.adapter_dim) / self.adapter_dim
 
 
