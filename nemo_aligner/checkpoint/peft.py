@@ -26,7 +26,7 @@ _PLAIN = {
 
 
 def _places(config: dict[str, Any], where: str) -> Iterator[tuple[str, str]]:
-    """(our name, PEFT's) of every A and B that a model can have, without ".a" or ".lora_A.weight"."""
+    """(our name, PEFT's) of every A and B that a model can have, without "_a" or ".lora_A.weight"."""
     architecture = (config.get("huggingface") or {}).get("architecture")
     if architecture is None:
         raise UserError(
@@ -59,9 +59,9 @@ def write_peft(
     Raises:
         UserError: the base has no form of Hugging Face's.
     """
-    places = {ours: theirs for ours, theirs in _places(config, str(folder)) if f"{ours}.a" in weights.shapes}
+    places = {ours: theirs for ours, theirs in _places(config, str(folder)) if f"{ours}_a" in weights.shapes}
     tensors = {
-        f"{theirs}.lora_{kind}.weight": weights.read(f"{ours}.{kind.lower()}").contiguous()
+        f"{theirs}.lora_{kind}.weight": weights.read(f"{ours}_{kind.lower()}").contiguous()
         for ours, theirs in places.items()
         for kind in ("A", "B")
     }
@@ -113,7 +113,7 @@ class PeftWeights:
         self._check(settings, lora)
         stored = safetensors_shapes(self._file)
         self._names = {
-            f"{ours}.{kind.lower()}": name
+            f"{ours}_{kind.lower()}": name
             for ours, theirs in _places(config, self.where)
             for kind in ("A", "B")
             if (name := f"{theirs}.lora_{kind}.weight") in stored

@@ -25,7 +25,9 @@ from nemo_aligner.models.gpt.config import GPTConfig
 from nemo_aligner.models.gpt.critic import GPTCritic
 from nemo_aligner.models.gpt.learner import GPTLearner
 from nemo_aligner.models.gpt.learning_rate import OptimConfig, SchedConfig
+from nemo_aligner.models.gpt.lora import adapted_linears, add_adapters
 from nemo_aligner.models.gpt.model import GPT, build_gpt
+from nemo_aligner.models.gpt.peft_config import LoRAConfig
 from nemo_aligner.models.gpt.policy import GPTPolicy
 from nemo_aligner.models.gpt.recompute import Recompute
 from nemo_aligner.parallel import collectives, world
@@ -50,6 +52,7 @@ class Case:
     bucket_cap_mb: float = 0.01  # a few in a chunk
     bf16: bool = False
     recompute: Recompute = field(default_factory=Recompute)
+    lora: bool = False  # adapters in the place of all weights
     packed: bool = False  # the sequences of a micro-batch in one row
     local_count: bool = False  # divide by this rank's own count: what must not be done
 
@@ -67,7 +70,7 @@ class Case:
     @property
     def oracle(self) -> "Case":
         """What it is compared with: one rank, one micro-batch."""
-        return Case(objective=self.objective, tied=self.tied, mbs=13)
+        return Case(objective=self.objective, tied=self.tied, mbs=13, lora=self.lora)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -75,7 +78,9 @@ class Case:
 
     def __str__(self) -> str:
         flags = [
-            word for word in ("sp", "tied", "overlap", "bf16", "packed", "local_count") if getattr(self, word)
+            word
+            for word in ("sp", "tied", "overlap", "bf16", "lora", "packed", "local_count")
+            if getattr(self, word)
         ]
         recompute = [str(x) for x in astuple(self.recompute) if x is not None]
         return "-".join(
@@ -116,6 +121,10 @@ CASES = (
     Case(tp=2, pp=2, vp=2, sp=True, mbs=3, recompute=replace(UNIFORM, num_layers=1)),
     Case(tp=2, pp=4, mbs=2),
     Case(tp=4, pp=2, sp=True, mbs=4),
+    Case(mbs=2, overlap=True, lora=True, recompute=UNIFORM),
+    Case(tp=2, mbs=2, lora=True),
+    Case(tp=2, sp=True, mbs=4, lora=True, recompute=BLOCK),
+    Case(pp=2, vp=2, tied=False, lora=True),
 )
 # Every other objective, cut in every way: data parallel alone, tensor, sequence, pipeline, interleaved.
 OBJECTIVE_CASES = tuple(
@@ -128,6 +137,7 @@ OBJECTIVE_CASES = tuple(
         Case(pp=2, vp=2, mbs=1, tied=False, overlap=True),
         Case(tp=4, pp=2, sp=True, mbs=4),
         Case(tp=2, sp=True, mbs=4, packed=True),
+        Case(tp=2, pp=2, sp=True, mbs=2, lora=True),
     )
     if not (case.packed and OBJECTIVES[name].sampling)  # drawn responses are never packed
 )
@@ -218,11 +228,24 @@ def randomize(model: GPT) -> None:
             parameter.data.add_(0.7)
 
 
+@torch.no_grad()
+def fill_adapters(model: GPT) -> None:
+    """Each B with numbers that follow from their place in the whole model's."""
+    for _, _, adapters in adapted_linears(model):
+        for _, b in adapters.pairs():
+            first = 0 if adapters.cuts_input else world.tp_rank() * b.shape[0]
+            rows = torch.arange(first, first + b.shape[0])[:, None]
+            b.copy_((rows + 3 * torch.arange(b.shape[1])).sin() * 0.1)
+
+
 def loaded(case: Case, weights: Path) -> GPTLearner:
     """A model ready to train from the weights saved in ``weights``."""
     head = OBJECTIVES[case.objective].head
     model = build_gpt(config(tied=case.tied), case.layout, case.dtype, recompute=case.recompute, head=head)
     load_model(model, weights)
+    if case.lora:
+        add_adapters(model, LoRAConfig(target_modules=("all",), adapter_dim=4, alpha=8), seed=7)
+        fill_adapters(model)
     learner = GPTPolicy(model) if head is None else GPTCritic(model, head=head)
     optim = OptimConfig(
         lr=3e-4,

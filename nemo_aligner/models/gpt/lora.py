@@ -29,20 +29,14 @@ from nemo_aligner.parallel import world
 ADAPTERS = "adapters"  # of a linear layer's, among its modules
 
 
-class Adapter(nn.Module):
-    """A and B of one projection, or this rank's parts of them."""
-
-    def __init__(self, a: Tensor, b: Tensor) -> None:
-        super().__init__()
-        self.a, self.b = nn.Parameter(a), nn.Parameter(b)
-
-
-class Adapters(nn.ModuleDict):
+class Adapters(nn.Module):
     """Those of a linear layer's projections, in the order in which its outputs hold them.
+
+    The parameters are this module's own: Megatron gathers late what a module has when the module is called.
 
     Args:
         lora: rank, scale and dropout.
-        adapters: by projection.
+        pairs: A and B of each projection, or this rank's parts of them.
         cuts_input: whether tensor parallel ranks have parts of the layer's inputs; else of its outputs.
         head_dim: of q, k and v, whose outputs are arranged by key and value heads; 0: projections follow each other.
     """
@@ -50,24 +44,27 @@ class Adapters(nn.ModuleDict):
     def __init__(
         self,
         lora: LoRAConfig,
-        adapters: Mapping[str, Adapter],
+        pairs: Mapping[str, tuple[Tensor, Tensor]],
         config: TransformerConfig,
         *,
         cuts_input: bool,
         head_dim: int = 0,
     ) -> None:
-        super().__init__(adapters)
-        self.lora, self.cuts_input, self.head_dim = lora, cuts_input, head_dim
+        super().__init__()
+        self.lora, self.names, self.cuts_input, self.head_dim = lora, tuple(pairs), cuts_input, head_dim
         self.sequence_parallel = config.sequence_parallel
-        for one in self.each():
-            cut, whole = (one.a, one.b) if cuts_input else (one.b, one.a)
+        for name, (a, b) in pairs.items():
+            self.register_parameter(f"{name}_a", nn.Parameter(a))
+            self.register_parameter(f"{name}_b", nn.Parameter(b))
+        for a, b in self.pairs():
+            cut, whole = (a, b) if cuts_input else (b, a)
             tensor_parallel.set_tensor_model_parallel_attributes(cut, True, int(cuts_input), 1)
             # Where each rank has some positions only, Megatron sums the gradient over them.
             setattr(whole, "sequence_parallel", config.sequence_parallel)  # noqa: B010 - torch types no such name
 
-    def each(self) -> list[Adapter]:
-        """The adapters in order."""
-        return [cast(Adapter, one) for one in self.values()]
+    def pairs(self) -> list[tuple[Tensor, Tensor]]:
+        """A and B of each projection."""
+        return [(getattr(self, f"{name}_a"), getattr(self, f"{name}_b")) for name in self.names]
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., in] as the linear layer takes it to [..., out], which is added to what the layer gives."""
@@ -76,10 +73,10 @@ class Adapters(nn.ModuleDict):
             tracker: Any = tensor_parallel.get_cuda_rng_tracker()
             with tracker.fork() if own_draws else contextlib.nullcontext():
                 x = F.dropout(x, self.lora.adapter_dropout)
-        low = F.linear(x, torch.cat([one.a for one in self.each()])) * self.lora.scale
-        low = self._over_ranks(low)
+        pairs = self.pairs()
+        low = self._over_ranks(F.linear(x, torch.cat([a for a, _ in pairs])) * self.lora.scale)
         parts = low.split(self.lora.adapter_dim, dim=-1)
-        return self._arranged([F.linear(part, one.b) for part, one in zip(parts, self.each(), strict=True)])
+        return self._arranged([F.linear(part, b) for part, (_, b) in zip(parts, pairs, strict=True)])
 
     def _over_ranks(self, low: Tensor) -> Tensor:
         """From the product with A, of which tensor parallel ranks have parts, to what the product with B takes."""
@@ -106,12 +103,13 @@ class Adapters(nn.ModuleDict):
     def merged(self, weight: Tensor) -> Tensor:
         """[out, in]: the layer's weight, or this rank's part of it, with what the adapters add."""
         wide = torch.promote_types(weight.dtype, torch.float32)
-        added = self._arranged([one.b.to(wide) @ one.a.to(wide) for one in self.each()], dim=0)
+        added = self._arranged([b.to(wide) @ a.to(wide) for a, b in self.pairs()], dim=0)
         return (weight.to(wide) + added * self.lora.scale).to(weight.dtype)
 
     def sharded_state_dict(self, prefix: str, sharded_offsets: tuple[Any, ...]) -> dict[str, Any]:
         """Megatron's sharded tensors."""
-        cut = {f"{name}.a": 1 for name in self} if self.cuts_input else {f"{name}.b": 0 for name in self}
+        end, axis = ("a", 1) if self.cuts_input else ("b", 0)
+        cut = {f"{name}_{end}": axis for name in self.names}
         own = self.state_dict(prefix="", keep_vars=True)
         return make_sharded_tensors_for_checkpoint(own, prefix, cut, sharded_offsets)
 
@@ -195,14 +193,14 @@ def _made(
     names = PROJECTIONS[place][-len(outputs) :]
     options = {"dtype": linear.weight.dtype, "device": linear.weight.device}
     width = columns * size if cuts_input else columns
-    adapters = {}
+    pairs = {}
     for name, own in zip(names, outputs, strict=True):
         digest = hashlib.blake2b(f"{seed} {name}".encode(), digest_size=7).digest()
         draw = torch.Generator().manual_seed(int.from_bytes(digest, "little"))
         whole = _drawn(lora, width, draw)
         part = whole[:, rank * columns : (rank + 1) * columns] if cuts_input else whole
-        adapters[name] = Adapter(part.to(**options), torch.zeros(own, lora.adapter_dim, **options))
-    return Adapters(lora, adapters, config, cuts_input=cuts_input, head_dim=head_dim)
+        pairs[name] = part.to(**options), torch.zeros(own, lora.adapter_dim, **options)
+    return Adapters(lora, pairs, config, cuts_input=cuts_input, head_dim=head_dim)
 
 
 def _groups(config: TransformerConfig, size: int) -> int:

@@ -56,7 +56,7 @@ def theirs(request: pytest.FixtureRequest, tmp_path: Path) -> PreTrainedModel:
 
 
 @pytest.fixture
-def ours(theirs: PreTrainedModel, tmp_path: Path) -> tuple[GPT, dict]:
+def ours(theirs: PreTrainedModel, tmp_path: Path) -> tuple[GPT, dict]:  # noqa: ARG001 - written by it
     """The same base with adapters, and its model_config.yaml."""
     imported = import_huggingface(tmp_path / "base")
     model = build_gpt(GPTConfig.from_dict(imported.config), Layout(), torch.float32)
@@ -77,8 +77,8 @@ def drawn(model: GPT) -> None:
     draw = torch.Generator().manual_seed(3)
     with torch.no_grad():
         for _, _, adapters in adapted_linears(model):
-            for one in adapters.each():
-                one.b.copy_(torch.randn(one.b.shape, generator=draw) * 0.1)
+            for _, b in adapters.pairs():
+                b.copy_(torch.randn(b.shape, generator=draw) * 0.1)
 
 
 def with_peft(base: PreTrainedModel, folder: Path) -> peft.PeftModel:
