@@ -9,6 +9,7 @@ import pytest
 import torch
 import worker
 import yaml
+from known_weights import randomize
 from objective_cases import OBJECTIVES, VOCAB, ObjectiveCase, found_in_package
 from safetensors.torch import load_file
 from transformers import LlamaForCausalLM
@@ -32,7 +33,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
             if not weights.exists():
                 head = OBJECTIVES[oracle.objective].head
                 model = build_gpt(worker.config(tied=oracle.tied), Layout(), torch.float32, head=head)
-                worker.randomize(model)
+                randomize(model)
                 save_model(model, weights)
             torch.save(worker.train(worker.loaded(oracle, weights), oracle, range(3)), out / f"{oracle}.pt")
         torch.save(worker.logits(worker.Case(), out / "weights-tied-True"), out / "logits-oracle.pt")

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 from fork import fork_ranks
+from known_weights import fill_adapters
 from megatron.core import tensor_parallel
 from objective_cases import OBJECTIVES, VOCAB, packed
 from whole_logits import logits as logits_of
@@ -25,8 +26,8 @@ from nemo_aligner.models.gpt.config import GPTConfig
 from nemo_aligner.models.gpt.critic import GPTCritic
 from nemo_aligner.models.gpt.learner import GPTLearner
 from nemo_aligner.models.gpt.learning_rate import OptimConfig, SchedConfig
-from nemo_aligner.models.gpt.lora import adapted_linears, add_adapters
-from nemo_aligner.models.gpt.model import GPT, build_gpt
+from nemo_aligner.models.gpt.lora import add_adapters
+from nemo_aligner.models.gpt.model import build_gpt
 from nemo_aligner.models.gpt.peft_config import LoRAConfig
 from nemo_aligner.models.gpt.policy import GPTPolicy
 from nemo_aligner.models.gpt.recompute import Recompute
@@ -217,25 +218,6 @@ def micro_batches(case: Case, step: int, *, dp_rank: int, dp_size: int) -> list[
         for micro in mine
     ]
     return [packed(batch, multiple=case.tp) for batch in batches] if case.packed else batches
-
-
-def randomize(model: GPT) -> None:
-    """Weights not at their initial scale, norms and biases not trivial. One rank only."""
-    draw = torch.Generator().manual_seed(0)
-    for parameter in model.parameters():
-        parameter.data.copy_(torch.randn(parameter.shape, generator=draw) * 0.2)
-        if parameter.ndim == 1:
-            parameter.data.add_(0.7)
-
-
-@torch.no_grad()
-def fill_adapters(model: GPT) -> None:
-    """Each B with numbers that follow from their place in the whole model's."""
-    for _, _, adapters in adapted_linears(model):
-        for _, b in adapters.pairs():
-            first = 0 if adapters.cuts_input else world.tp_rank() * b.shape[0]
-            rows = torch.arange(first, first + b.shape[0])[:, None]
-            b.copy_((rows + 3 * torch.arange(b.shape[1])).sin() * 0.1)
 
 
 def loaded(case: Case, weights: Path) -> GPTLearner:

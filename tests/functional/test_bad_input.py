@@ -97,7 +97,19 @@ def refused(work: Callable[[], object], *words: str) -> None:
         ({"model.data.train_ds.global_batch_size": 6}, ["global_batch_size=6", "micro_batch_size=4", "=8"]),
         ({"model.data.train_ds.micro_batch_size": 0}, ["micro_batch_size=0", "1 or more"]),
         ({"model.sequence_parallel": True}, ["model.sequence_parallel=True", "tensor_model_parallel_size=1"]),
-        ({"model.peft.peft_scheme": "lora"}, ["model.peft.peft_scheme=lora", "none"]),
+        ({"model.peft.peft_scheme": "ptuning"}, ["model.peft.peft_scheme", "ptuning", "lora"]),
+        ({"model.peft.restore_from_path": "x"}, ["model.peft.restore_from_path=x", "peft_scheme=lora"]),
+        (
+            {"model.peft.peft_scheme": "lora", "model.peft.lora_tuning.target_modules": "[attn]"},
+            ["target_modules: attn is not known", "attention_qkv, attention_dense"],
+        ),
+        (
+            {
+                "model.peft.peft_scheme": "lora",
+                "exp_manager.checkpoint_callback_params.always_save_nemo": True,
+            },
+            ["always_save_nemo=True", "adapters alone", "always_save_nemo=False"],
+        ),
         ({"model.restore_from_path": "???"}, ["model.restore_from_path is not set"]),
         ({"model.seed": "${model.sead}"}, ["model.sead"]),
         ({"exp_manager.explicit_log_dir": __file__}, [f"exp_manager.explicit_log_dir={__file__}", "folder"]),
