@@ -8,6 +8,7 @@ import pytest
 import torch
 import worker
 import writing_worker
+from known_weights import randomize
 from writing_worker import CASES, SAMPLINGS, Case
 
 from nemo_aligner.checkpoint.sharded import save_model
@@ -25,7 +26,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with world.ensure_single_process():
         for tied in (True, False):
             model = build_gpt(worker.config(tied=tied), Layout(), torch.float32)
-            worker.randomize(model)
+            randomize(model)
             save_model(model, out / f"weights-tied-{tied}")
             policy = writing_worker.policy(Case(tied=tied), out)
             oracle = writing_worker.written(policy, writing_worker.prompts(), slots=16)
