@@ -22,6 +22,8 @@ from nemo_aligner.parallel import world
 from nemo_aligner.parallel.ranks import Layout
 from nemo_aligner.run.metrics import means
 
+pytestmark = pytest.mark.timeout(600)  # all cases run before the first test
+
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:

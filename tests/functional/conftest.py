@@ -34,6 +34,8 @@ LAYOUTS = {
     "TP2": {"trainer.devices": 2, "model.tensor_model_parallel_size": 2, "model.sequence_parallel": True},
     "PP2 x DP2": {"trainer.devices": 4, "model.pipeline_model_parallel_size": 2, "model.micro_batch_size": 2},
 }
+# For scripts whose objective tests/dist has at every layout: one that cuts data, layers and batches.
+MIXED = "PP2 x DP2"
 
 
 def toy_config(**changed: object) -> LlamaConfig:
