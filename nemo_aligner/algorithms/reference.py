@@ -25,7 +25,7 @@ from nemo_aligner.data.row import Row
 from nemo_aligner.data.sampler import GlobalBatchSampler, rank_rows
 from nemo_aligner.errors import report_damage
 from nemo_aligner.models.alignable_interface import AlignableGenerativeInterface
-from nemo_aligner.objectives.kto import kl_baseline
+from nemo_aligner.objectives.reduce import kl_baseline, log_ratios
 from nemo_aligner.parallel import collectives, world
 from nemo_aligner.run.disk import report_if_full
 
@@ -76,13 +76,12 @@ def annotate_rated(
         mixed.append(batch.to(world.device()))
     with policy.as_reference():
         references = [_sums(policy, batch) for batch in mixed]
-    total, count = torch.zeros((), device=world.device()), torch.zeros((), device=world.device())
+    ratios = torch.zeros(2, device=world.device())
     for batch, reference in zip(mixed, references, strict=True):
         mismatched = batch.take(slice(1, None, 2))
         real = mismatched.loss_lengths() > 0
-        total += ((_sums(policy, mismatched) - reference[1::2]) * real).sum()
-        count += real.sum()
-    kl = kl_baseline(*collectives.sum_over_data_parallel(torch.stack((total, count))))
+        ratios += log_ratios(_sums(policy, mismatched), reference[1::2], real)
+    kl = kl_baseline(*collectives.sum_over_data_parallel(ratios))
     responses = [batch.take(slice(0, None, 2)) for batch in mixed]
     return [
         own.extended(RatedResponses, reference_sums=reference[::2], kl_baseline=kl.expand(own.num_rows))

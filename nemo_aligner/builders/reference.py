@@ -79,5 +79,6 @@ def _source(run: Experiment, pretrained: Pretrained[GPTPolicy]) -> dict[str, obj
     """The model, its config and the data's settings, which log-probs follow from; {} on ranks that keep no files."""
     if run.identity is None:
         return {}
-    data = run.identity.settings["model"]["data"]
-    return {"model": run.identity.base_model, "config": pretrained.config, "data": data}
+    model = run.identity.settings["model"]
+    own = {name: model[name] for name in ("data", "peft", "seed")}  # the seed draws new adapters
+    return {"model": run.identity.base_model, "config": pretrained.config, **own}

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Responses beside responses to other prompts. Knows rows of tokens alone."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from nemo_aligner.data.loader import Rows
 from nemo_aligner.data.row import Row, TokenSequence
@@ -24,6 +24,9 @@ class MismatchedRows:
 
     rows: Rows
     max_length: int
+    _partners: dict[int, int] = field(
+        default_factory=dict, init=False, repr=False
+    )  # of rows that were asked for
 
     def __post_init__(self) -> None:
         self._other_prompt(0)
@@ -41,9 +44,11 @@ class MismatchedRows:
 
     def _other_prompt(self, index: int) -> Row:
         prompt, size = _prompt(self.rows[index]), len(self.rows)
+        first = self._partners.get(index, index + size // 2)
         for step in range(size):
-            other = self.rows[(index + size // 2 + step) % size]
+            other = self.rows[(first + step) % size]
             if _prompt(other) != prompt:
+                self._partners[index] = (first + step) % size
                 return other
         raise UserError(
             f"the {size} rows of a data set have one prompt, and the KL is estimated by responses to other ones",

@@ -61,6 +61,13 @@ def _read_messages(row: Mapping[str, object], tokenizer: Tokenizer | None) -> Te
 
 
 def _rating(row: Mapping[str, object]) -> float:
+    keys = [key for key in ("label", "preference", "reward") if key in row]
+    if len(keys) > 1:
+        raise UserError(
+            f"the row has {keys[0]!r} and {keys[1]!r}: which of them says if its response is good?",
+            fix=f"remove {keys[1]!r} from the row, or {keys[0]!r}",
+        )
+    given = keys[0] if keys else None
     match row:
         case {"label": bool(good)}:
             return float(good)
@@ -68,7 +75,6 @@ def _rating(row: Mapping[str, object]) -> float:
             return _PREFERENCES[word]
         case {"reward": int() | float() as reward} if is_finite_number(reward):
             return float(reward)
-    given = next((key for key in ("label", "preference", "reward") if key in row), None)
     raise UserError(
         f"key {given!r} is {shorten(row[given])}"
         if given

@@ -10,20 +10,6 @@ from nemo_aligner.batch import RatedResponses, TokenBatch, Unit
 from nemo_aligner.objectives.protocol import Metrics, ModelOutput, Wants
 
 
-def kl_baseline(total: Tensor, count: Tensor) -> Tensor:
-    """Return the baseline ``z = max(0, total / count)``, an estimate of KL(p || p_ref) in nats that has no gradient.
-
-    Ethayarajh 2024, arXiv 2402.01306, section 4.1: the mean of ``log p(y' | x) - log p_ref(y' | x)`` over responses
-    ``y'`` to other prompts than ``x``.
-
-    total: [] float, the sum of those log-ratios; count: [] int, how many they are; 0 gives 0.
-
-    >>> kl_baseline(torch.tensor(3.0), torch.tensor(2)), kl_baseline(torch.tensor(-3.0), torch.tensor(2))
-    (tensor(1.5000), tensor(0.))
-    """
-    return (total / count.clamp(min=1)).clamp(min=0)
-
-
 def kto(reward: Tensor, baseline: Tensor, good: Tensor, *, beta: float) -> Tensor:
     """Return ``1 - sigmoid(beta (r - z))`` of good responses, ``1 - sigmoid(beta (z - r))`` of bad ones.
 
@@ -35,16 +21,16 @@ def kto(reward: Tensor, baseline: Tensor, good: Tensor, *, beta: float) -> Tenso
     >>> kto(torch.tensor([1.0, 1.0]), torch.zeros(2), torch.tensor([True, False]), beta=1.0)
     tensor([0.2689, 0.7311])
     """
-    return 1 - torch.sigmoid(beta * (reward - baseline) * torch.where(good, 1.0, -1.0))
+    return torch.sigmoid(beta * (baseline - reward) * torch.where(good, 1.0, -1.0))
 
 
 @dataclass(frozen=True, kw_only=True)
 class KTO:
-    """The mean over responses of :func:`kto`, good and bad ones by their weights."""
+    """The mean over responses of :func:`kto`, times ``good_weight`` or ``bad_weight``, the paper's lambdas."""
 
-    ref_policy_kl_penalty: float  # beta
-    desirable_loss_weight: float  # of good responses
-    undesirable_loss_weight: float  # of bad ones
+    beta: float = 0.2
+    good_weight: float = 1.0
+    bad_weight: float = 1.0
 
     wants = frozenset({Wants.LOGPROBS})
     unit = Unit.SEQUENCE
@@ -53,10 +39,10 @@ class KTO:
     def __call__(self, output: ModelOutput, batch: TokenBatch) -> tuple[Tensor, Metrics]:
         """The summed loss; the KL that rewards are compared with, nats; good and bad responses' ``beta r``."""
         assert isinstance(batch, RatedResponses) and output.logprobs is not None
-        beta, real = self.ref_policy_kl_penalty, batch.loss_lengths() > 0
+        beta, real = self.beta, batch.loss_lengths() > 0
         good, bad = real & batch.good, real & ~batch.good
         reward = batch.per_sequence(output.logprobs) - batch.reference_sums
-        weight = self.desirable_loss_weight * good + self.undesirable_loss_weight * bad
+        weight = self.good_weight * good + self.bad_weight * bad
         losses = kto(reward, batch.kl_baseline, batch.good, beta=beta)
         loss, scaled = (weight * losses).sum(), beta * reward.detach()
         return loss, {

@@ -32,6 +32,28 @@ def masked_mean(x: Tensor, mask: Tensor, *, dim: int | None = None) -> Tensor:
     return kept.sum(dim) / mask.sum(dim).clamp(min=1)
 
 
+def kl_baseline(total: Tensor, count: Tensor) -> Tensor:
+    """Return the baseline ``z = max(0, total / count)``, an estimate of KL(p || p_ref) in nats that has no gradient.
+
+    Ethayarajh 2024, arXiv 2402.01306, section 4.1: the mean of :func:`log_ratios` over responses to other prompts.
+
+    total: [] float, the sum of those log-ratios; count: [] int, how many they are; 0 gives 0.
+
+    >>> kl_baseline(torch.tensor(3.0), torch.tensor(2)), kl_baseline(torch.tensor(-3.0), torch.tensor(2))
+    (tensor(1.5000), tensor(0.))
+    """
+    return (total / count.clamp(min=1)).clamp(min=0)
+
+
+def log_ratios(policy: Tensor, reference: Tensor, real: Tensor) -> Tensor:
+    """Return [2] float: the sum of ``log p - log p_ref`` over real sequences, and how many they are; all [N].
+
+    >>> log_ratios(torch.tensor([-1.0, -2.0]), torch.tensor([-3.0, 9.0]), torch.tensor([True, False]))
+    tensor([2., 1.])
+    """
+    return torch.stack((torch.where(real, policy - reference, 0).sum(), real.sum()))
+
+
 @dataclass(frozen=True, slots=True)
 class Moments:
     """Sum, sum of squares and count of numbers, from which mean and variance follow. Sums add up over ranks.

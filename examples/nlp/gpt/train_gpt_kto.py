@@ -5,7 +5,7 @@ python examples/nlp/gpt/train_gpt_kto.py pretrained_checkpoint.restore_from_path
     "model.data.data_prefix={train: [a.jsonl], validation: [b.jsonl], test: [b.jsonl]}"
 """
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import partial
 from typing import ClassVar
 
@@ -68,12 +68,18 @@ def main(job: KTOJob) -> None:
     from nemo_aligner import builders
     from nemo_aligner.objectives.kto import KTO
 
+    settings = job.model.kto
+    objective = KTO(
+        beta=settings.ref_policy_kl_penalty,
+        good_weight=settings.desirable_loss_weight,
+        bad_weight=settings.undesirable_loss_weight,
+    )
     with builders.open_experiment(job) as run:
         start = builders.resume_point(job, run)
         pretrained = builders.load_policy(job)
         data = builders.pair_loaders(job, pretrained, generates=True)
         data = builders.with_kl_baseline(pretrained, start, data)
-        trainer = builders.supervised_trainer(job, run, pretrained, KTO(**asdict(job.model.kto)), data)
+        trainer = builders.supervised_trainer(job, run, pretrained, objective, data)
         trainer.fit(start)
         builders.save_result(job, run, pretrained, trainer.checkpoints)
 

@@ -59,6 +59,7 @@ def test_messages_are_laid_out_by_the_template(jsonl, tokenizer, row):
         ({"response": "b", "preference": "Chosen"}, "key 'preference' is Chosen"),
         ({"response": "b", "reward": True}, "key 'reward' is true"),
         ({"response": "b", "reward": "high"}, "key 'reward' is high"),
+        ({"response": "b", "label": True, "reward": 1}, "the row has 'label' and 'reward'"),
         ({"label": True}, "key 'response' is missing"),
         ({"response": "", "label": True}, "key 'response' is empty"),
         ({"prompt": "", "response": "b", "label": True}, "key 'prompt' is empty"),

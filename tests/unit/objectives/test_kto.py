@@ -12,7 +12,7 @@ from nemo_aligner.batch import RatedResponses, TokenBatch
 from nemo_aligner.objectives.kto import KTO, kto
 from nemo_aligner.objectives.protocol import ModelOutput
 
-EVEN = KTO(ref_policy_kl_penalty=0.2, desirable_loss_weight=1.0, undesirable_loss_weight=1.0)
+EVEN = KTO()
 
 
 def batch(*, padding_rows: int = 0) -> RatedResponses:
@@ -36,7 +36,7 @@ def output(rows: TokenBatch) -> ModelOutput:
 
 def test_values_worked_by_hand():
     rows = batch()
-    objective = KTO(ref_policy_kl_penalty=2.0, desirable_loss_weight=3.0, undesirable_loss_weight=0.5)
+    objective = KTO(beta=2.0, good_weight=3.0, bad_weight=0.5)
     loss, metrics = objective(output(rows), rows)
     # Rewards of 1 and -2 nats, beside 0.5: sigmoid(2 * 0.5) and sigmoid(2 * 2.5) are what is gained.
     expected = 3 * (1 - 1 / (1 + np.exp(-1.0))) + 0.5 * (1 - 1 / (1 + np.exp(-5.0)))
