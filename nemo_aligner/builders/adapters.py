@@ -15,7 +15,9 @@ from nemo_aligner.config.base import ModelJob
 from nemo_aligner.models.gpt.heads import HEAD_NAME
 from nemo_aligner.models.gpt.lora import add_adapters
 from nemo_aligner.models.gpt.model import GPT, InterleavedGPT
+from nemo_aligner.models.gpt.nf4 import NF4, quantize
 from nemo_aligner.parallel import collectives, world
+from nemo_aligner.run.disk import report_if_full
 
 logger = logging.getLogger(__name__)
 
@@ -34,6 +36,8 @@ def give_adapters(job: ModelJob, model: GPT | InterleavedGPT, config: dict[str, 
     lora, path = job.model.peft.lora, job.model.peft.restore_from_path
     if lora is None:
         return
+    if job.model.peft.quantizes:
+        quantize(model)
     add_adapters(model, lora, seed=job.model.seed)
     if path:
         load_model(model, PeftWeights(Path(path), config, lora), but=HEAD_NAME)
@@ -43,7 +47,8 @@ def give_adapters(job: ModelJob, model: GPT | InterleavedGPT, config: dict[str, 
 
 def _trained_share(model: nn.Module) -> float:
     weights = list(model.parameters())
-    return sum(x.numel() for x in weights if x.requires_grad) / sum(x.numel() for x in weights)
+    packed = sum(2 * one.codes.numel() for one in model.modules() if isinstance(one, NF4))
+    return sum(x.numel() for x in weights if x.requires_grad) / (sum(x.numel() for x in weights) + packed)
 
 
 def save_adapters(job: ModelJob, model: GPT | InterleavedGPT, config: dict[str, Any], folder: Path) -> None:
@@ -60,13 +65,14 @@ def save_adapters(job: ModelJob, model: GPT | InterleavedGPT, config: dict[str, 
             logger.info("no folder of adapters for PEFT: the model is no language model of Hugging Face's")
         return
     weights = folder.with_name(f".saving-{folder.name}-weights")
-    collectives.from_rank_0(lambda: shutil.rmtree(weights, ignore_errors=True))
-    save_state(model_state(model), weights).result()
-    world.barrier()
 
     def write() -> None:
         write_peft(folder, WeightReader(weights), config, lora, base=str(job.pretrained[1]))
         shutil.rmtree(weights)
         logger.info("the adapters alone are in %s, as PEFT reads them", folder)
 
-    collectives.from_rank_0(write)
+    with report_if_full(folder.parent, folder.name):
+        collectives.from_rank_0(lambda: shutil.rmtree(weights, ignore_errors=True))
+        save_state(model_state(model), weights).result()
+        world.barrier()
+        collectives.from_rank_0(write)

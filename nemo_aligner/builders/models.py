@@ -86,13 +86,13 @@ def go_on_from(pretrained: Pretrained[GPTPolicy], start: Checkpoint | None) -> N
 
 
 def _load_weights(model: GPT | InterleavedGPT, start: Checkpoint) -> None:
-    """Those of a checkpoint, of which adapters are all where the model has them."""
+    """Load the weights of ``start``: adapters and a head where the model has adapters, else all."""
     with heartbeat("loading weights", enabled=world.is_logging_rank()):
         load_model(model, start.path / WEIGHTS_NAME)
 
 
 def _load_adapters(job: ModelJob, model: GPT | InterleavedGPT, start: Checkpoint | None) -> None:
-    """Those of ``start``, whose base was opened in its place."""
+    """Load the adapters of ``start`` onto the base model, if the run trains adapters."""
     if job.model.peft.lora and start is not None:
         _load_weights(model, start)
 
@@ -172,6 +172,7 @@ def build_model(
         use_flash_attention=job.model.use_flash_attention,
         recompute=job.model.recompute,
         head=head,
+        adapted=job.model.peft.lora is not None,
     )
     config["precision"] = precision
     with heartbeat("loading weights", enabled=world.is_logging_rank()):

@@ -21,7 +21,9 @@ _KEY = "model.peft.restore_from_path"
 # What PEFT can do beyond the plain product of A and B, by its settings' names: the value without it.
 _PLAIN = {
     "use_rslora": False, "use_dora": False, "rank_pattern": {}, "alpha_pattern": {}, "modules_to_save": None,
-    "bias": "none", "layers_to_transform": None, "trainable_token_indices": None,
+    "bias": "none", "layers_to_transform": None, "layer_replication": None, "trainable_token_indices": None,
+    "alora_invocation_tokens": None, "use_qalora": False, "lora_bias": False, "target_parameters": None,
+    "fan_in_fan_out": False,
 }  # fmt: skip
 
 
@@ -71,10 +73,9 @@ def write_peft(
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": base,
         "r": lora.adapter_dim,
-        "lora_alpha": lora.scale * lora.adapter_dim,
+        "lora_alpha": lora.numerator,
         "lora_dropout": lora.adapter_dropout,
         "target_modules": sorted({theirs.rsplit(".", 1)[1] for theirs in places.values()}),
-        "fan_in_fan_out": False,
         "inference_mode": True,
     }
     staging = folder.with_name(f".saving-{folder.name}")
@@ -91,7 +92,7 @@ class PeftWeights:
     """The adapters of a folder as PEFT writes it, by canonical name.
 
     Args:
-        folder: it.
+        folder: as PEFT's save_pretrained writes it.
         config: model_config.yaml of the base.
         lora: the adapters that the model has.
 
@@ -109,31 +110,49 @@ class PeftWeights:
         with report_damage(
             f"{folder / CONFIG_FILE} is damaged", fix="get the folder again from where it came"
         ):
-            settings = json.loads((folder / CONFIG_FILE).read_bytes())
+            settings = dict(json.loads((folder / CONFIG_FILE).read_bytes()))
         self._check(settings, lora)
         stored = safetensors_shapes(self._file)
         self._names = {
-            f"{ours}_{kind.lower()}": name
+            f"{ours}_{kind.lower()}": f"{theirs}.lora_{kind}.weight"
             for ours, theirs in _places(config, self.where)
             for kind in ("A", "B")
-            if (name := f"{theirs}.lora_{kind}.weight") in stored
+            if any(f".{place}." in ours for place in lora.linears)
         }
+        if missing := set(self._names.values()) - stored.keys():
+            raise UserError(
+                f"{self._file} lacks adapters of model.peft.lora_tuning.target_modules="
+                f"{list(lora.target_modules)}: {shortened(missing)}",
+                fix="leave these layers out of target_modules, or train PEFT's adapters of q, k and v (of gate and up) "
+                "together",
+            )
         self.shapes = {ours: stored[name] for ours, name in self._names.items()}
         if unread := stored.keys() - set(self._names.values()):
             raise UserError(
                 f"{self._file} holds tensors that the model has no place for: {shortened(unread)}",
-                fix="give adapters of this model's layers",
+                fix="set model.peft.lora_tuning.target_modules to the layers of these adapters, or give others",
             )
 
     def _check(self, settings: dict[str, Any], lora: LoRAConfig) -> None:
+        start = settings.get("init_lora_weights", True)
+        if start not in (True, False, "gaussian"):
+            raise UserError(
+                f"{self.where}/{CONFIG_FILE}: init_lora_weights={start} goes with a base that PEFT has changed",
+                fix="have PEFT convert them: save_pretrained(path_initial_model_for_weight_conversion=...)",
+            )
         for name, plain in _PLAIN.items():
             if (settings.get(name) or plain) != plain:
                 raise UserError(
                     f"{self.where}/{CONFIG_FILE}: {name}={settings[name]} is not supported",
                     fix=f"train the adapters with {name}={plain}",
                 )
+        if settings.get("peft_type") != "LORA":
+            raise UserError(
+                f"{self.where}/{CONFIG_FILE}: peft_type={settings.get('peft_type')} is not supported",
+                fix="give adapters of peft_type=LORA",
+            )
         rank, alpha = settings.get("r"), settings.get("lora_alpha")
-        if rank != lora.adapter_dim or alpha != lora.scale * lora.adapter_dim:
+        if (rank, alpha) != (lora.adapter_dim, lora.numerator):
             raise UserError(
                 f"{self.where}/{CONFIG_FILE} has r={rank} and lora_alpha={alpha}, and "
                 f"model.peft.lora_tuning.adapter_dim={lora.adapter_dim}, alpha={lora.alpha}",

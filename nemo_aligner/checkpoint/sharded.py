@@ -57,7 +57,8 @@ from nemo_aligner.checkpoint.finite import refuse_non_finite
 from nemo_aligner.checkpoint.torch_dist import FolderReader, check_folder
 from nemo_aligner.checkpoint.weights import NamedWeights, WeightReader
 from nemo_aligner.errors import UserError
-from nemo_aligner.models.gpt.lora import ADAPTERS, adapted_linears, is_adapted
+from nemo_aligner.models.gpt.lora import ADAPTERS, is_adapted
+from nemo_aligner.models.gpt.model import changed_weights
 from nemo_aligner.parallel import collectives, cpu_shim, world
 from nemo_aligner.parallel.shards import Shards
 from nemo_aligner.run.disk import check_room
@@ -327,11 +328,10 @@ def model_state(model: MegatronModule) -> ShardedStateDict:
 def whole_state(model: MegatronModule) -> ShardedStateDict:
     """All weights, adapters merged into those that they are added to, which are copied to CPU memory."""
     state = model.sharded_state_dict(prefix=PREFIX)
-    for name, weight, adapters in adapted_linears(model):
+    for name, weight in changed_weights(model):
         key = f"{PREFIX}{name}.weight"
-        state[key] = replace(state[key], data=adapters.merged(weight).cpu())
-        state = {one: value for one, value in state.items() if f"{name}.{ADAPTERS}." not in one}
-    return state
+        state[key] = replace(state[key], data=weight.cpu())
+    return {key: value for key, value in state.items() if ADAPTERS not in key.split(".")}
 
 
 def load_model(model: MegatronModule, weights: Path | NamedWeights, *, but: str | None = None) -> None:

@@ -146,7 +146,9 @@ class ModelJob:
         """Raise UserError for a missing input or an existing output, before ranks start and weights are read."""
         key, value = self.pretrained
         config = peek_model(key, value)
-        for setting, paths in self.files.items():
+        adapters = self.model.peft.restore_from_path
+        given = {"model.peft.restore_from_path": (adapters,)} if adapters else {}
+        for setting, paths in (*self.files.items(), *given.items()):
             for path in paths:
                 if not (path and Path(path).exists()):
                     raise UserError(
@@ -195,8 +197,8 @@ class TrainingJob(ModelJob):
             self.loop.check(self.loop.block)
         if model.peft.lora and self.exp_manager.checkpoint_callback_params.always_save_nemo:
             raise UserError(
-                "exp_manager.checkpoint_callback_params.always_save_nemo=True, and with model.peft.peft_scheme=lora "
-                "checkpoints hold adapters alone",
+                f"exp_manager.checkpoint_callback_params.always_save_nemo=True, and with model.peft.peft_scheme="
+                f"{model.peft.peft_scheme} checkpoints hold adapters alone",
                 fix="set always_save_nemo=False: the .nemo that is written at the end has them merged",
             )
         model.optim.check()

@@ -3,7 +3,7 @@
 
 import torch
 
-from nemo_aligner.models.gpt.lora import adapted_linears
+from nemo_aligner.models.gpt.lora import adapters_of
 from nemo_aligner.models.gpt.model import GPT
 from nemo_aligner.parallel import world
 
@@ -20,7 +20,7 @@ def randomize(model: GPT) -> None:
 @torch.no_grad()
 def fill_adapters(model: GPT) -> None:
     """Each B with numbers that follow from their place in the whole model's."""
-    for _, _, adapters in adapted_linears(model):
+    for adapters in adapters_of(model):
         for _, b in adapters.pairs():
             first = 0 if adapters.cuts_input else world.tp_rank() * b.shape[0]
             rows = torch.arange(first, first + b.shape[0])[:, None]

@@ -3,7 +3,7 @@
 
 import logging
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, cast
 
 import torch
@@ -19,7 +19,8 @@ from nemo_aligner.models.gpt.attention import RowParams
 from nemo_aligner.models.gpt.config import GPTConfig
 from nemo_aligner.models.gpt.heads import HeadConfig, ScalarHead
 from nemo_aligner.models.gpt.layers import InputEmbedding, Rotation, RowRotary, added_to_main_grad
-from nemo_aligner.models.gpt.lora import ADAPTERS, adapted_linears
+from nemo_aligner.models.gpt.lora import ADAPTERS, Adapters
+from nemo_aligner.models.gpt.nf4 import NF4
 from nemo_aligner.models.gpt.recompute import Recompute
 from nemo_aligner.models.gpt.spec import layer_spec
 from nemo_aligner.models.gpt.transformer import transformer_config
@@ -195,13 +196,22 @@ def weights_in_effect(module: nn.Module) -> dict[str, Tensor]:
 
     Whoever reads a model's weights to compute or to write asks here.
     """
-    merged, own = {}, set()
-    for name, weight, adapters in adapted_linears(module):
-        prefix = f"{name}." if name else ""
-        merged[f"{prefix}weight"] = adapters.merged(weight)
-        own |= {f"{prefix}{ADAPTERS}.{one}" for one, _ in adapters.named_parameters()}
-    weights = {name: weight.detach() for name, weight in module.named_parameters() if weight.numel()}
-    return {name: merged.get(name, weight) for name, weight in weights.items() if name not in own}
+    weights = {
+        name: weight.detach()
+        for name, weight in module.named_parameters()
+        if weight.numel() and ADAPTERS not in name.split(".")
+    }
+    return weights | {f"{name}.weight".lstrip("."): weight for name, weight in changed_weights(module)}
+
+
+def changed_weights(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """(name, weight in effect) of each linear layer with adapters or a weight in four bits, made when asked for."""
+    for name, one in module.named_modules():
+        adapters = getattr(one, ADAPTERS, None)
+        if isinstance(adapters, Adapters):
+            yield name, adapters.merged(cast(Tensor, one.weight))
+        elif isinstance(getattr(one, "nf4", None), NF4):
+            yield name, cast(Tensor, one.weight)
 
 
 def attention_backend(use_flash_attention: bool | None) -> AttnBackend:
@@ -227,6 +237,7 @@ def build_gpt(
     use_flash_attention: bool | None = None,
     recompute: Recompute = Recompute(),  # noqa: B008 - frozen
     head: HeadConfig | None = None,
+    adapted: bool = False,
 ) -> GPT | InterleavedGPT:
     """This rank's part of the model, its weights not yet loaded; several parts where the pipeline interleaves.
 
@@ -234,6 +245,7 @@ def build_gpt(
         head: of a reward model or a critic; None for a language model.
         use_flash_attention: see :func:`attention_backend`.
         recompute: activations that the backward computes again.
+        adapted: whether it is to have adapters. Transformer Engine's layers do not give what their norms give.
 
     Raises:
         UserError: the architecture cannot be cut by ``layout``.
@@ -245,10 +257,11 @@ def build_gpt(
     config = transformer_config(gpt, layout, dtype, recompute)
     config.attention_backend = attention_backend(use_flash_attention)
     cpu_shim.install()
+    with_te = te.usable() and not adapted
     if world.is_logging_rank():
-        kernels = f"Transformer Engine, {config.attention_backend.name}" if te.usable() else "torch SDPA"
+        kernels = f"Transformer Engine, {config.attention_backend.name}" if with_te else "torch SDPA"
         logger.info("attention: %s", kernels)
-    spec = layer_spec(gpt, config)
+    spec = layer_spec(gpt, config, with_te=with_te)
     if layout.virtual_pipeline == 1:
         return GPT(gpt, config, spec, head=head).to(world.device())
     chunks = [GPT(gpt, config, spec, chunk, head) for chunk in range(layout.virtual_pipeline)]

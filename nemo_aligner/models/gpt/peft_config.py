@@ -33,7 +33,7 @@ _GROUPS = {
 class LoRAConfig:
     """The ``model.peft.lora_tuning`` block."""
 
-    # attention_qkv, attention_dense, mlp_fc1, mlp_fc2; attention, mlp, all: these of them
+    # attention_qkv, attention_dense, mlp_fc1, mlp_fc2, or a group of these: attention, mlp, all
     target_modules: tuple[str, ...] = ("attention_qkv",)
     adapter_dim: int = bounded(32, at_least=1)  # the rank r
     # the product of both matrices is multiplied with alpha / r; null: r
@@ -49,45 +49,57 @@ class LoRAConfig:
 
     @property
     def linears(self) -> tuple[str, ...]:
-        """The places of the layers that get adapters.
+        """The places of the layers that get adapters."""
+        return tuple(place for name, place in LINEARS.items() if name in self._names)
+
+    @property
+    def _names(self) -> list[str]:
+        return [one for name in self.target_modules for one in _GROUPS.get(name, (name,))]
+
+    def check(self) -> None:
+        """Raise UserError for layers that are not known, or none.
 
         Raises:
-            UserError: a name is not known, or there is none.
+            UserError: with the setting.
         """
-        names = [one for name in self.target_modules for one in _GROUPS.get(name, (name,))]
-        unknown = [name for name in names if name not in LINEARS]
+        names, unknown = self._names, [name for name in self._names if name not in LINEARS]
         if unknown or not names:
             key, known = "model.peft.lora_tuning.target_modules", ", ".join((*LINEARS, *_GROUPS))
             raise UserError(
                 f"{key}: {unknown[0]} is not known" if unknown else f"{key} is empty",
                 fix=f"give a list of {known}",
             )
-        return tuple(place for name, place in LINEARS.items() if name in names)
 
     @property
     def scale(self) -> float:
         """The factor of the product of both matrices."""
-        return (self.alpha or self.adapter_dim) / self.adapter_dim
+        return self.numerator / self.adapter_dim
+
+    @property
+    def numerator(self) -> float:
+        """Alpha, or the rank where it is not given."""
+        return self.alpha or self.adapter_dim
 
 
 @dataclass(frozen=True, kw_only=True)
 class PeftConfig:
     """The ``model.peft`` block."""
 
-    # lora: low-rank adapters (Hu et al. 2021) are trained, and the model is as it was; none: all weights are trained
-    peft_scheme: Literal["none", "lora"] | None = "none"
+    # lora: low-rank adapters (Hu et al. 2021) are trained, and the model is as it was; qlora: its weights are in four
+    # bits (Dettmers et al. 2023); none: all weights are trained
+    peft_scheme: Literal["none", "lora", "qlora"] | None = "none"
     # adapters to begin with, a folder as PEFT writes it; null: new ones
     restore_from_path: PathText | None = None
     lora_tuning: LoRAConfig = field(default_factory=LoRAConfig)  # the adapters
 
     def check(self) -> None:
-        """Raise UserError for layers that are not known, and for adapters that nobody is to have.
+        """Raise UserError for unknown layers, and for adapters to begin with where none are trained.
 
         Raises:
             UserError: with the setting.
         """
         if self.lora is not None:
-            assert self.lora.linears
+            self.lora.check()
         elif self.restore_from_path:
             raise UserError(
                 f"model.peft.restore_from_path={self.restore_from_path} names adapters, and "
@@ -98,4 +110,9 @@ class PeftConfig:
     @property
     def lora(self) -> LoRAConfig | None:
         """The adapters; None where all weights are trained."""
-        return self.lora_tuning if self.peft_scheme == "lora" else None
+        return self.lora_tuning if self.peft_scheme in ("lora", "qlora") else None
+
+    @property
+    def quantizes(self) -> bool:
+        """True if the weights that are not trained are in four bits."""
+        return self.peft_scheme == "qlora"

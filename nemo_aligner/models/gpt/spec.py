@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The modules of a layer: Transformer Engine's where it is usable, else Megatron's with our norm."""
+"""The modules of a layer: Transformer Engine's, or Megatron's with our norm."""
 
 import functools
 from collections.abc import Mapping
@@ -20,7 +20,6 @@ from torch import Tensor
 from nemo_aligner.models.gpt.attention import SDPACoreAttention
 from nemo_aligner.models.gpt.config import GPTConfig
 from nemo_aligner.models.gpt.layers import ColumnLinear, GatedActivation, Norm, RowLinear
-from nemo_aligner.parallel import te
 
 
 class Layer(TransformerLayer):
@@ -35,9 +34,9 @@ class Layer(TransformerLayer):
         return self._forward_mlp(hidden, padding_mask=options["padding_mask"]), context
 
 
-def layer_spec(gpt: GPTConfig, config: TransformerConfig) -> TransformerBlockSubmodules:
+def layer_spec(gpt: GPTConfig, config: TransformerConfig, *, with_te: bool) -> TransformerBlockSubmodules:
     """The layers of this pipeline stage, and the norm after the last one."""
-    layer, norm = _te_layer(config) if te.usable() else _local_layer(config)
+    layer, norm = _te_layer(config) if with_te else _local_layer(config)
     layer = _with_biases(layer, gpt.biased)
     # Has Megatron call the layer's activation_func on all of fc1's output. Set here, as its own check of the setting
     # admits Transformer Engine's functions only.

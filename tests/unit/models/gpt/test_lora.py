@@ -3,6 +3,7 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import peft
@@ -20,7 +21,7 @@ from nemo_aligner.checkpoint.weights import WeightReader
 from nemo_aligner.errors import UserError
 from nemo_aligner.models.gpt.config import GPTConfig
 from nemo_aligner.models.gpt.learning_rate import OptimConfig, SchedConfig
-from nemo_aligner.models.gpt.lora import adapted_linears, add_adapters
+from nemo_aligner.models.gpt.lora import adapters_of, add_adapters
 from nemo_aligner.models.gpt.model import GPT, build_gpt
 from nemo_aligner.models.gpt.peft_config import LoRAConfig
 from nemo_aligner.models.gpt.policy import GPTPolicy
@@ -76,7 +77,7 @@ def drawn(model: GPT) -> None:
     """Adapters that change what the model computes."""
     draw = torch.Generator().manual_seed(3)
     with torch.no_grad():
-        for _, _, adapters in adapted_linears(model):
+        for adapters in adapters_of(model):
             for _, b in adapters.pairs():
                 b.copy_(torch.randn(b.shape, generator=draw) * 0.1)
 
@@ -180,6 +181,7 @@ def test_the_reference_has_the_adapters_of_the_beginning(ours, batch):
         ({"r": 8}, "r=8 and lora_alpha=6.0", "adapter_dim=8"),
         ({"use_dora": True}, "use_dora=True is not supported", "use_dora=False"),
         ({"rank_pattern": {"q_proj": 2}}, "rank_pattern=", "rank_pattern={}"),
+        ({"peft_type": "IA3"}, "peft_type=IA3 is not supported", "LORA"),
     ],
 )
 def test_other_adapters_are_refused(ours, tmp_path, changed, problem, fix):
@@ -191,3 +193,24 @@ def test_other_adapters_are_refused(ours, tmp_path, changed, problem, fix):
         PeftWeights(folder, config, LORA)
     assert problem in caught.value.problem
     assert fix in caught.value.fix
+
+
+@pytest.mark.parametrize(
+    ("targets", "problem"),
+    [(("attention_qkv",), "has no place for"), (("attention_qkv", "mlp"), "has no place for")],
+)
+def test_no_adapter_of_a_file_is_left_out(ours, tmp_path, targets, problem):
+    model, config = ours
+    folder = written(model, config, tmp_path)
+    with pytest.raises(UserError, match=problem):
+        PeftWeights(folder, config, replace(LORA, target_modules=targets))
+
+
+def test_a_file_without_some_of_the_adapters_is_refused(ours, theirs, tmp_path):
+    """PEFT's usual q and v alone."""
+    _, config = ours
+    names = peft.LoraConfig(r=4, lora_alpha=6, target_modules=["q_proj", "v_proj"])
+    peft.get_peft_model(theirs, names).save_pretrained(tmp_path / "adapters")
+    with pytest.raises(UserError, match=r"lacks adapters .*k_proj") as caught:
+        PeftWeights(tmp_path / "adapters", config, replace(LORA, target_modules=("attention_qkv",)))
+    assert "q, k and v" in caught.value.fix
