@@ -3,10 +3,12 @@
 
 One convention holds everywhere: **position t speaks of token t**. ``logprobs[b, t]`` is
 ``log p(tokens[b, t] | tokens[b, :t])`` and 0 at the start of every sequence; ``loss_mask[b, t]`` says that
-token t counts in the loss. Every per-token tensor is ``[B, S]``. The shift by one happens in
-``models/gpt/head_projection.py``, and for NeMo-Aligner's protocol in ``serving/wire.py``.
+token t counts in the loss. Every per-token tensor is ``[B, S]``; outside ``loss_mask`` its numbers mean nothing: who
+makes it writes 0 there, and who reads it masks first. The shift by one happens in ``models/gpt/head_projection.py``,
+and for NeMo-Aligner's protocol in ``serving/wire.py``.
 
-Shapes: B rows, S positions, N sequences (N = B unless packed), A attributes of a sequence. A row of a batch is one
+Shapes: B rows, S positions, N sequences (N = B unless packed), A attributes of a sequence, K tokens that a teacher
+names in each place. A row of a batch is one
 sequence, or many where it is packed; a row of data may be several sequences, as a pair is.
 """
 
@@ -98,7 +100,9 @@ class TokenBatch:
     def per_sequence(self, x: Tensor) -> Tensor:
         """[B, S] -> [N]: the sum over each sequence's loss tokens, padded and packed alike."""
         total = torch.zeros(self.lengths.numel(), dtype=x.dtype, device=x.device)
-        return total.index_add(0, self.sequence_ids().reshape(-1), (x * self.loss_tokens()).reshape(-1))
+        return total.index_add(
+            0, self.sequence_ids().reshape(-1), torch.where(self.loss_tokens(), x, 0).reshape(-1)
+        )
 
     def loss_tokens(self) -> Tensor:
         """[B, S] bool: those that ``loss_mask`` marks, but the first token of every sequence."""
@@ -108,8 +112,8 @@ class TokenBatch:
         """[N] int64: the loss tokens of each sequence."""
         return self.per_sequence(self.loss_tokens().long())
 
-    def real_rows(self) -> Tensor:
-        """[N] bool: False for padding rows, which have one token."""
+    def real_sequences(self) -> Tensor:
+        """[N] bool: True for sequences of two tokens or more; a padding row has one."""
         return self.lengths > 1
 
     def real_pairs(self) -> Tensor:
@@ -173,9 +177,11 @@ class TokenBatch:
         width = self.seq_length
         names = {spec.name for spec in fields(self) if not spec.metadata.get(_PER_SEQUENCE)}
         given = {
-            name: x[:, :seq_length] if seq_length <= width else pad(x, (0, seq_length - width))
+            name: x[:, :seq_length]
+            if seq_length <= width
+            else pad(x, (*(0, 0) * (x.ndim - 2), 0, seq_length - width))
             for name in names
-            if isinstance(x := getattr(self, name), Tensor) and x.ndim == 2 and x.shape[1] == width
+            if isinstance(x := getattr(self, name), Tensor) and x.ndim >= 2 and x.shape[1] == width
         }
         if seq_length > width:
             given["tokens"][:, width:] = pad_id
@@ -223,7 +229,10 @@ def concatenated(batches: Sequence[T]) -> T:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PreferenceBatch(TokenBatch):
-    """Pairs: sequence 2i is the chosen response, 2i + 1 the rejected one to the same prompt."""
+    """Pairs: sequence 2i is the chosen response, 2i + 1 the rejected one to the same prompt.
+
+    As collated; ReferencedPairs once the reference's log-probs are known.
+    """
 
     sequences_per_row: ClassVar[int] = 2
 
@@ -240,7 +249,10 @@ class ReferencedPairs(PreferenceBatch):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MismatchedResponses(TokenBatch):
-    """Sequence 2i is a response that is good or bad, 2i + 1 the response to another prompt after the same prompt."""
+    """Sequence 2i is a prompt and its response, good or bad; 2i + 1 the same prompt and the response to another prompt.
+
+    As collated. RatedResponses keeps sequences 2i; 2i + 1 only estimate the KL.
+    """
 
     sequences_per_row: ClassVar[int] = 2
 
@@ -253,7 +265,17 @@ class RatedResponses(TokenBatch):
 
     good: Tensor  # [N] bool
     reference_sums: Tensor  # [N] float: as in ReferencedPairs
-    kl_baseline: Tensor  # [N] float, one number: an estimate of KL(policy || reference) over the step, nats
+    # [N] float: one number N times, so that rows can be taken: the step's estimate of KL(policy || reference), nats, at
+    # least 0
+    kl_baseline: Tensor
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TeacherBatch(TokenBatch):
+    """Sequences with the teacher's K most likely tokens at each loss token, given those before it; 0 elsewhere."""
+
+    teacher_logprobs: Tensor  # [B, S, K] float, descending
+    teacher_ids: Tensor  # [B, S, K] int64: the tokens that teacher_logprobs are of
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -276,7 +298,8 @@ class AttributeBatch(TokenBatch):
 class LabeledPairs(AttributeBatch):
     """Pairs compared by their first label, which both sequences carry.
 
-    Below 0 the first response is better, else the second; its size is by how much. Further labels are each sequence's.
+    A first label below 0 says that the first response is better, else the second; its absolute value says by how much.
+    Further labels belong to each sequence.
     """
 
     sequences_per_row: ClassVar[int] = 2
@@ -332,7 +355,9 @@ class ScoredRollout(Rollout):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Experience(TokenBatch):
-    """The inputs of an update of the policy and of the critic; ``loss_mask`` marks what the policy learns from.
+    """The inputs of an update of the policy; ``credit.value_batch`` makes the critic's of the same responses.
+
+    ``loss_mask`` marks what the policy learns from.
 
     That is the responses' tokens, without those that the estimator or ``CreditConfig.mask_unfinished`` leaves out.
     """

@@ -209,12 +209,15 @@ FILES = {
 
 def _of_script(entry: Script[Any]) -> File:
     """The file of a script that repeats nothing of NeMo's: its docstring has the command."""
+    supervised = FILES["gpt_sft"]
     told = (inspect.getdoc(inspect.getmodule(entry.main)) or "").replace("\\\n", "").splitlines()
     return File(
         kind=entry.kind,
         command=re.sub(" +", " ", next(line for line in told if line.startswith("python "))),
         groups=_GROUPS,
-        values={
+        values=supervised.values
+        if issubclass(entry.kind, supervised.kind)
+        else {
             "model.encoder_seq_length": None,
             "model.hidden_dropout": None,
             "model.attention_dropout": None,

@@ -81,7 +81,7 @@ class SupervisedTrainer:
         self.own = SupervisedState()
 
     def fit(self, start: Checkpoint | None = None) -> None:
-        """Train to the end of the plan, from ``start`` where a run is gone on with.
+        """Train to the end of the plan, resuming from ``start`` if it is given.
 
         Raises:
             StoppedEarly: a signal or the time limit ended the run between two steps; it is saved.
@@ -123,7 +123,7 @@ class SupervisedTrainer:
             self._validate_after(step)
 
     def _catch_up(self) -> None:
-        """The validation that a signal has ended, before the next step; what it is after is saved."""
+        """Run the validation that a signal interrupted; the step before it is already saved."""
         step = self.state.step
         if self.plan.validates_after(step):
             self._validate_after(step)
@@ -132,7 +132,7 @@ class SupervisedTrainer:
             raise self.lifecycle.stopped(step, int(number))
 
     def _validate_after(self, step: int) -> None:
-        """Validate, and log what is found; a signal ends it, and it is due again."""
+        """Validate and log the means. A signal interrupts it; the next start repeats it."""
         with world.phase(f"validation after step {step}"):
             means = self._validate(lambda: self._request.number)
         self.own = SupervisedState(unvalidated_step=step if means is None else None)
@@ -215,8 +215,8 @@ class SupervisedTrainer:
         """Samples, tokens and loss tokens of the global batch; padding rows are not counted."""
         rows = torch.tensor(
             [
-                sum(int(batch.real_rows().sum()) // batch.sequences_per_row for batch in batches),
-                sum(int(batch.lengths[batch.real_rows()].sum()) for batch in batches),
+                sum(int(batch.real_sequences().sum()) // batch.sequences_per_row for batch in batches),
+                sum(int(batch.lengths[batch.real_sequences()].sum()) for batch in batches),
                 sum(int(batch.loss_tokens().sum()) for batch in batches),
             ],
             dtype=torch.int64,

@@ -21,6 +21,7 @@ from nemo_aligner.builders.runs import (
     supervised_trainer,
     training_checkpoints,
 )
+from nemo_aligner.builders.teacher import with_teacher
 
 __all__ = [
     "Pretrained",
@@ -39,4 +40,5 @@ __all__ = [
     "training_checkpoints",
     "with_kl_baseline",
     "with_reference_logprobs",
+    "with_teacher",
 ]

@@ -17,7 +17,6 @@ from nemo_aligner.builders.loaders import longest_sequence
 from nemo_aligner.builders.models import Pretrained, go_on_from, load_policy, require_tokenizer
 from nemo_aligner.builders.resume import resume_point
 from nemo_aligner.builders.runs import open_experiment, prepare_training, save_result, training_checkpoints
-from nemo_aligner.builders.servers import tokenizer_probe
 from nemo_aligner.checkpoint.trainer_state import Checkpoint, read_extra
 from nemo_aligner.config.ppo import ActorJob, CriticRemoteConfig, RemoteConfig, RewardRemoteConfig
 from nemo_aligner.data.collate import uncollated
@@ -25,7 +24,7 @@ from nemo_aligner.data.data_spec import Split
 from nemo_aligner.data.datasets import open_prompt_rows
 from nemo_aligner.data.loader import BatchLoader
 from nemo_aligner.data.sampler import GlobalBatchSampler
-from nemo_aligner.data.tokenizer import Tokenizer
+from nemo_aligner.data.tokenizer import Tokenizer, tokenizer_probe
 from nemo_aligner.errors import UserError
 from nemo_aligner.models.gpt.policy import GPTPolicy
 from nemo_aligner.models.sampling_config import SamplingConfig

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """From the settings of both servers to a reward model, a critic and the settings that clients see."""
 
-import hashlib
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -23,7 +22,7 @@ from nemo_aligner.config.base import ModelJob
 from nemo_aligner.config.serve import CriticJob, RewardServerJob, ServedModelConfig, ServingConfig
 from nemo_aligner.data.reading import Reading
 from nemo_aligner.data.row import TextEncoder
-from nemo_aligner.data.tokenizer import Tokenizer
+from nemo_aligner.data.tokenizer import tokenizer_probe
 from nemo_aligner.errors import UserError
 from nemo_aligner.models.gpt.critic import GPTCritic, RewardScale, RewardWeights
 from nemo_aligner.models.gpt.heads import HEAD_NAME, draw_head, fold_head, head_config
@@ -35,8 +34,6 @@ from nemo_aligner.serving.protocol import Limits, Scalar
 from nemo_aligner.serving.server import Server, ServerConfig
 
 logger = logging.getLogger(__name__)
-
-PROBE = "The quick brown fox; naïve 12345 你好\n\tdef f(x): return x**2"
 
 
 def reward_scale(config: Mapping[str, Any]) -> RewardScale:
@@ -212,13 +209,6 @@ def served_limits(model: ServedModelConfig, pretrained: Pretrained[GPTCritic]) -
     gpt = pretrained.learner.model.gpt_config
     longest = longest_sequence("model.encoder_seq_length", gpt.encoder_seq_length, gpt, model.length_multiple)
     return Limits(vocab_size=gpt.vocab_size, seq_length=longest)
-
-
-def tokenizer_probe(tokenizer: Tokenizer | None) -> str:
-    """Equal for tokenizers that cut a text of many kinds alike; "" where there is none."""
-    if tokenizer is None:
-        return ""
-    return hashlib.blake2b(repr(list(tokenizer.encode(PROBE))).encode(), digest_size=8).hexdigest()
 
 
 def critic_config(job: CriticJob, critic: LoadedCritic) -> CriticServerConfig:

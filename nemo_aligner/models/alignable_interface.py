@@ -112,6 +112,18 @@ class AlignableGenerativeInterface(SupervisedInterface, Inferrable, Protocol):
         ...
 
 
+class TeacherInterface(Protocol):
+    """A language model that another one learns from."""
+
+    def topk(self, batch: TokenBatch, k: int) -> tuple[Tensor, Tensor]:
+        """The ``k`` most likely tokens at the place of each loss token, given those before it.
+
+        Returns:
+            [B, S, K] float log-probs, descending, and [B, S, K] int64 tokens; 0 where nothing is learned.
+        """
+        ...
+
+
 class RewardModelInterface(Inferrable, Protocol):
     """A model that scores whole texts."""
 

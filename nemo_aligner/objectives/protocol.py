@@ -32,7 +32,7 @@ class ModelOutput:
 
     logprobs: Tensor | None = None  # [B, S] float
     entropy: Tensor | None = None  # [B, S] float, of the distribution that token t was drawn from
-    topk_logprobs: Tensor | None = None  # [B, S, K] float, descending
+    topk_logprobs: Tensor | None = None  # [B, S, K] float, descending; or of CandidateObjective.candidates
     topk_ids: Tensor | None = None  # [B, S, K] int64
     rewards: Tensor | None = None  # [N, A] float: attributes of each sequence; A = 1 for a plain reward
     values: Tensor | None = None  # [B, S] float, of the state before token t
@@ -75,9 +75,18 @@ class LinearObjective(Objective, Protocol):
 
 @runtime_checkable
 class TopKObjective(Objective, Protocol):
-    """A loss that wants the most likely tokens."""
+    """Wants the most likely tokens."""
 
     @property
     def top_k(self) -> int:
         """K of ``Wants.TOPK``."""
+        ...
+
+
+@runtime_checkable
+class CandidateObjective(Objective, Protocol):
+    """A loss that wants the log-probs of tokens that the batch names."""
+
+    def candidates(self, batch: TokenBatch) -> Tensor:
+        """[B, S, K] int64: the tokens of ``Wants.TOPK``."""
         ...

@@ -8,7 +8,7 @@ Shapes: n rows, H hidden size, V the true vocabulary, V_local this rank's slice 
 With z = hidden @ weight.T and p = softmax(z):
     logprob = z[target] - lse(z)             d/dz = onehot(target) - p
     entropy = lse(z) - sum(p * z)            d/dz = -p * (z - lse(z) + entropy)
-    top-k   = z[ids] - lse(z)                d/dz = onehot(ids) - p  for each id
+    top-k   = z[ids] - lse(z)                d/dz = onehot(ids) - p  for each id, of the most likely or of given ones
 A request may have the logits transformed before all of this.
 """
 
@@ -43,6 +43,7 @@ class HeadRequest:
     vocab_size: int  # V: ids from here on are padding and have no probability
     entropy: bool = False
     top_k: int = 0
+    ids: Tensor | None = None  # [n, K] int64: the tokens of topk_logprobs; None: the top_k most likely ones
     kept_logits_bytes: int = 1 << 30  # above this, the backward recomputes each chunk's logits
     chunk_bytes: int | None = None  # logits of one chunk, at least 16 rows; None: what suits the device
     transform: Transform | None = None
@@ -54,7 +55,7 @@ class HeadOutput:
 
     logprobs: Tensor  # [n] float
     entropy: Tensor | None  # [n] float
-    topk_logprobs: Tensor | None  # [n, K] float, descending
+    topk_logprobs: Tensor | None  # [n, K] float, descending, or in the order of HeadRequest.ids
     topk_ids: Tensor | None  # [n, K] int64
 
 
@@ -158,6 +159,14 @@ class _Head:
         ids = gather_over_tensor_parallel(ids + self.first)
         best, order = values.topk(k, dim=1)
         return best - chunk.lse[:, None], ids.gather(1, order)
+
+    def at_ids(self, chunk: _Chunk, ids: Tensor) -> Tensor:
+        column = ids - self.first
+        here = (column >= 0) & (column < chunk.logits.shape[1])
+        found = chunk.logits.new_zeros(ids.shape)
+        if chunk.logits.shape[1]:
+            found = chunk.logits.gather(1, column.where(here, 0)).where(here, 0)
+        return sum_over_tensor_parallel(found) - chunk.lse[:, None]
 
     def add_at_targets(self, dlogits: Tensor, local: Tensor, grad: Tensor) -> None:
         """Add ``grad`` [c], 0 where another rank owns the column, at the columns ``local`` [c]."""
@@ -269,18 +278,22 @@ class _Outputs(torch.autograd.Function):
         ctx: Context, hidden: Tensor, weight: Tensor, targets: Tensor, request: HeadRequest
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         head = _Head(hidden, weight, targets, request)
-        n, k = hidden.shape[0], request.top_k
+        n, k = hidden.shape[0], request.top_k if request.ids is None else request.ids.shape[1]
         new = {"dtype": head.dtype, "device": hidden.device}
         logprobs, lse = torch.empty(n, **new), torch.empty(n, **new)
         entropy = torch.empty(n if request.entropy else 0, **new)
         topk = torch.empty(n, k, **new)
-        ids = torch.empty(n, k, dtype=torch.int64, device=hidden.device)
+        ids = (
+            torch.empty(n, k, dtype=torch.int64, device=hidden.device) if request.ids is None else request.ids
+        )
         kept: list[Tensor] = []
         for chunk in head.chunks():
             logprobs[chunk.rows], lse[chunk.rows] = head.logprobs(chunk), chunk.lse
             if request.entropy:
                 entropy[chunk.rows] = head.entropy(chunk)
-            if k:
+            if request.ids is not None:
+                topk[chunk.rows] = head.at_ids(chunk, ids[chunk.rows])
+            elif k:
                 topk[chunk.rows], ids[chunk.rows] = head.topk(chunk, k)
             if any(ctx.needs_input_grad) and head.logits_bytes <= request.kept_logits_bytes:
                 kept.append(chunk.raw)
@@ -310,10 +323,10 @@ class _Outputs(torch.autograd.Function):
                 towards = towards - grad_entropy[rows][:, None] * logp.add_(entropy[rows][:, None])
             dlogits.mul_(towards)
             head.add_at_targets(dlogits, local, grad_logprobs[rows].where(owned, 0))
-            for j in range(ctx.request.top_k):
-                column = ids[rows, j] - head.first
+            if ids.shape[1] and dlogits.shape[1]:
+                column = ids[rows] - head.first
                 here = (column >= 0) & (column < dlogits.shape[1])
-                head.add_at_targets(dlogits, column.where(here, 0), grad_topk[rows, j].where(here, 0))
+                dlogits.scatter_add_(1, column.where(here, 0), grad_topk[rows].where(here, 0))
             if z is not raw:
                 (dlogits,) = torch.autograd.grad(z, raw, dlogits)
             head.project_back(dlogits, rows, grad_hidden, grad_weight)
@@ -341,7 +354,8 @@ def head_outputs(
         main_grad: [rows per rank, H], to which the one-pass head adds the weight's gradient in the forward, and which
             backward then leaves alone; ``logprob_grad`` is then the gradient itself.
     """
-    plain = not request.entropy and not request.top_k and request.transform is None
+    wants_topk = bool(request.top_k) or request.ids is not None
+    plain = not request.entropy and not wants_topk and request.transform is None
     if logprob_grad is not None and torch.is_grad_enabled() and plain:
         return HeadOutput(
             _KnownGrad.apply(hidden, weight, targets, logprob_grad, request, main_grad), None, None, None
@@ -350,6 +364,6 @@ def head_outputs(
     return HeadOutput(
         logprobs,
         entropy if request.entropy else None,
-        topk if request.top_k else None,
-        ids if request.top_k else None,
+        topk if wants_topk else None,
+        ids if wants_topk else None,
     )

@@ -127,3 +127,12 @@ def test_the_package_has_the_names_of_its_api():
     )
     assert set(names) == nemo_aligner.API
     assert not hasattr(nemo_aligner, "no_such_name")
+
+
+def test_jobs_that_serve_nothing_load_no_server():
+    servers = "{'pytriton', 'tritonclient', 'aiohttp'}"
+    code = f"import sys, nemo_aligner.builders; print(sorted({servers} & set(sys.modules)))"
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120
+    )
+    assert done.stdout.strip().splitlines()[-1] == "[]"

@@ -59,7 +59,7 @@ def test_per_sequence_sums_are_alike_padded_and_packed(tail):
         row[: int(length)] = scored
     long_scores = torch.cat([scores, torch.full((tail,), 7.0, dtype=torch.float64)])[None]
     expected = [
-        sum(float(s) for s, m in zip(chunk, mask, strict=True) if m)
+        sum(float(s) for s, m in zip(chunk[1:], mask[1:], strict=True) if m)  # nothing predicts a first token
         for chunk, (_, mask) in zip(scores.split(wide.lengths.tolist()), ROWS, strict=True)
     ]
     assert wide.per_sequence(wide_scores).tolist() == expected

@@ -14,7 +14,14 @@ from nemo_aligner.batch import TokenBatch
 from nemo_aligner.models.gpt.heads import ScalarHead
 from nemo_aligner.models.gpt.model import GPT
 from nemo_aligner.models.gpt.sampling import SampledDistribution
-from nemo_aligner.objectives.protocol import LinearObjective, ModelOutput, Objective, TopKObjective, Wants
+from nemo_aligner.objectives.protocol import (
+    CandidateObjective,
+    LinearObjective,
+    ModelOutput,
+    Objective,
+    TopKObjective,
+    Wants,
+)
 from nemo_aligner.parallel import world
 from nemo_aligner.parallel.vocab import HeadRequest
 
@@ -96,6 +103,9 @@ def head_projection(
             vocab_size=model.gpt_config.vocab_size,
             entropy=Wants.ENTROPY in objective.wants,
             top_k=objective.top_k if isinstance(objective, TopKObjective) else 0,
+            ids=objective.candidates(batch)[loss_tokens]
+            if isinstance(objective, CandidateObjective)
+            else None,
             kept_logits_bytes=projection.kept_logits_bytes,
             transform=sampled.transform(batch, row, position, first=first) if sampled else None,
         ),

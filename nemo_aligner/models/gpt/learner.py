@@ -38,8 +38,8 @@ class _ForwardOnly:
     unit = Unit.TOKEN
     metrics: tuple[str, ...] = ()
 
-    def __init__(self, wants: Wants) -> None:
-        self.wants = frozenset({wants})
+    def __init__(self, wants: Wants, *, top_k: int = 0) -> None:
+        self.wants, self.top_k = frozenset({wants}), top_k
 
     def __call__(self, output: ModelOutput, batch: TokenBatch) -> tuple[Tensor, Metrics]:  # noqa: ARG002
         return torch.zeros((), device=world.device()), {}
@@ -192,13 +192,18 @@ class GPTLearner:
         self._optimizer_steps, self._backwards = state["optimizer_steps"], state["backwards"]
 
     def _ask(
-        self, batches: Sequence[TokenBatch], wants: Wants, *, sampled: SampledDistribution | None = None
+        self,
+        batches: Sequence[TokenBatch],
+        wants: Wants,
+        *,
+        sampled: SampledDistribution | None = None,
+        top_k: int = 0,
     ) -> list[ModelOutput]:
         """The head's output of each micro-batch, on the last pipeline stage's ranks; [] elsewhere."""
         outputs: list[ModelOutput] = []
         with self.inference():
             projection = Projection(sampled=sampled)
-            asks = _ForwardOnly(wants)
+            asks = _ForwardOnly(wants, top_k=top_k)
             engine.forward_backward(
                 self._model, batches, asks, forward_only=True, projection=projection, outputs=outputs
             )

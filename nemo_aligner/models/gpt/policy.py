@@ -69,6 +69,16 @@ class GPTPolicy(GPTLearner):
         assert outputs[0].logprobs is not None
         return outputs[0].logprobs
 
+    def topk(self, batch: TokenBatch, k: int) -> tuple[Tensor, Tensor]:
+        """See :class:`~nemo_aligner.models.alignable_interface.TeacherInterface`; zeros before the last stage."""
+        outputs = self._ask([batch], Wants.TOPK, top_k=k)
+        if not outputs:
+            empty = torch.zeros(*batch.tokens.shape, k, device=world.device())
+            return empty, empty.long()
+        logprobs, ids = outputs[0].topk_logprobs, outputs[0].topk_ids
+        assert logprobs is not None and ids is not None
+        return logprobs, ids
+
     def keep_reference(self) -> None:
         """Remember the weights of this moment as those of the initial policy, in CPU memory."""
         self._reference = SwappedWeights(self.model)

@@ -78,6 +78,22 @@ def test_values_and_gradients_are_the_plain_ones(rows: int, kept: bool):
 
 
 @pytest.mark.parametrize("kept", [True, False], ids=["kept", "recomputed"])
+def test_log_probs_of_given_tokens(kept: bool):
+    """Some of them the target, and none of them the most likely."""
+    hidden, weight, targets = inputs()
+    ids = torch.stack([(targets + step) % VOCAB for step in (0, 3, 8)], dim=1)
+    asked = replace(request(rows=16, kept=kept, entropy=False, top_k=0), ids=ids)
+    found = head_outputs(hidden, weight, targets, request=asked)
+    logp = (hidden @ weight[:VOCAB].t()).log_softmax(-1)
+    expected = HeadOutput(logp.gather(1, targets[:, None])[:, 0], None, logp.gather(1, ids), ids)
+    torch.testing.assert_close(found.topk_logprobs, expected.topk_logprobs, rtol=1e-12, atol=1e-12)
+    for ours, theirs in zip(
+        gradients(found, hidden, weight), gradients(expected, hidden, weight), strict=True
+    ):
+        torch.testing.assert_close(ours, theirs, rtol=1e-11, atol=1e-12)
+
+
+@pytest.mark.parametrize("kept", [True, False], ids=["kept", "recomputed"])
 @pytest.mark.parametrize("field", ["logprobs", "entropy", "topk_logprobs"])
 def test_gradcheck(field: str, kept: bool):
     hidden, weight, targets = inputs(19)
