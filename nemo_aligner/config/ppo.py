@@ -188,6 +188,11 @@ class ActorJob(PretrainedJob):
                 f"{named} compares responses to one prompt, and model.ppo.num_responses_per_prompt={responses}",
                 fix="set model.ppo.num_responses_per_prompt to 2 or more, for instance 8",
             )
+        if config.advantage_estimator == "best_of_n" and config.top_n >= responses:
+            raise UserError(
+                f"trainer.ppo.top_n={config.top_n} leaves none of model.ppo.num_responses_per_prompt={responses} out",
+                fix=f"set trainer.ppo.top_n to {responses - 1} or less",
+            )
         if self.remote_critic_rm is not None:
             return
         if config.asks_critic:

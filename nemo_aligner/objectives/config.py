@@ -136,6 +136,9 @@ class CreditConfig:
     advantage_estimator: Estimator = "gae"
     # with group: divide by the standard deviation of the group's rewards (GRPO); False: Dr. GRPO
     group_std: bool = True
+    top_n: int = bounded(
+        1, at_least=1
+    )  # with best_of_n: responses to each prompt that the policy learns from
     # reward lost per nat of KL to the initial policy; 0: it is not asked
     initial_policy_kl_penalty: float = bounded(0.01, at_least=0, to="0 (no penalty) or more")
     use_absolute_kl: bool = True  # with kl_estimator k1: the penalty is of |log p - log p0|

@@ -134,19 +134,19 @@ def leave_one_out(rewards: Tensor, group: Tensor) -> Tensor:
     return ((rewards.double() - mean[group]) * (count / (count - 1).clamp(min=1))[group]).to(rewards.dtype)
 
 
-def best_of_n(rewards: Tensor, group: Tensor) -> Tensor:
-    """Return True for the response of the highest reward of each group, the first of equal ones: [B], [B] -> [B] bool.
+def best_of_n(rewards: Tensor, group: Tensor, *, keep: int = 1) -> Tensor:
+    """Return True for the ``keep`` highest rewards of each group, of equal ones the first: [B], [B] -> [B] bool.
+
+    What is learned from them alone is reward-ranked fine-tuning (Dong 2023, arXiv 2304.06767).
 
     >>> best_of_n(torch.tensor([1.0, 2.0, 2.0, 0.0]), torch.tensor([3, 3, 3, 4]))
     tensor([False,  True, False,  True])
     """
+    order = torch.argsort(rewards, descending=True, stable=True)
+    order = order[torch.argsort(group[order], stable=True)]  # by group, within it from the highest reward on
     count = torch.bincount(group)
-    rows, beyond = torch.arange(rewards.numel(), device=rewards.device), rewards.numel()
-    highest = torch.full_like(count, -torch.inf, dtype=rewards.dtype).scatter_reduce(
-        0, group, rewards, "amax"
-    )
-    best = torch.where(rewards == highest[group], rows, beyond)
-    return rows == torch.full_like(count, beyond).scatter_reduce(0, group, best, "amin")[group]
+    place = torch.arange(rewards.numel(), device=rewards.device) - (count.cumsum(0) - count)[group[order]]
+    return torch.zeros_like(group, dtype=torch.bool).index_copy(0, order, place < keep)
 
 
 def _group_means(rewards: Tensor, group: Tensor) -> tuple[Tensor, Tensor]:
@@ -175,7 +175,9 @@ def _estimated(scored: ScoredRollout, rewards: Tensor, config: CreditConfig) -> 
         case "leave_one_out":
             each, kept = leave_one_out(whole, scored.group), responses
         case "best_of_n":
-            best = best_of_n(whole, scored.group)
+            # What is not learned from does not take the place of what is.
+            cut = ~scored.finished if config.mask_unfinished else torch.zeros_like(scored.finished)
+            best = best_of_n(whole.masked_fill(cut, -torch.inf), scored.group, keep=config.top_n)
             each, kept = best.to(rewards.dtype), responses & best[:, None]
     advantages = torch.where(responses, each[:, None], 0)
     return advantages, advantages, kept

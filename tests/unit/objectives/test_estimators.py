@@ -40,6 +40,19 @@ def test_against_numpy():
     assert best_of_n(REWARDS, GROUPS).tolist() == [False, True, True, False, False, True, False, False]
 
 
+@pytest.mark.parametrize("keep", [1, 2, 3, 9])
+def test_the_best_of_each_group_are_kept(keep: int):
+    """Of equal rewards the first; all of a group that has fewer."""
+    rewards = torch.tensor([1.0, 3.0, 3.0, 2.0, 3.0, -1.0, -2.0])
+    group = torch.tensor([0, 0, 5, 0, 0, 5, 5])
+    wanted = [False] * 7
+    for number in (0, 5):
+        rows = [row for row in range(7) if group[row] == number]
+        for row in sorted(rows, key=lambda row: -float(rewards[row]))[:keep]:
+            wanted[row] = True
+    assert best_of_n(rewards, group, keep=keep).tolist() == wanted
+
+
 @pytest.mark.parametrize("shift", [3.0, -100.0])
 def test_a_constant_more_for_every_response_changes_nothing(shift: float):
     for std in (True, False):
