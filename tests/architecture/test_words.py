@@ -66,6 +66,7 @@ KEPT = {
     "_answer_only_loss": "NeMo's setting",
     "tell": "a file's position",
     "spare": "bytes of a disk, in checkpoint/sharded.py",
+    "student": "the model that is trained in distillation, as its papers call it",
 }
 OPENINGS = {
     "What": "a noun, or 'Return ...'",
