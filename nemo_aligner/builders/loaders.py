@@ -19,6 +19,7 @@ from nemo_aligner.data.data_spec import Split
 from nemo_aligner.data.datasets import open_response_rows, open_sft, uses_prompt_tokens
 from nemo_aligner.data.loader import BatchLoader
 from nemo_aligner.data.markers import marker_template
+from nemo_aligner.data.plain_text import PlainTextDataset
 from nemo_aligner.data.rated_rows import open_rated
 from nemo_aligner.data.records import Records, TextRow
 from nemo_aligner.data.row import describe
@@ -128,7 +129,7 @@ def _warn_of_positions(longest: int, setting: str, asked: int, positions: int) -
 
 
 def _batches(
-    dataset: RowDataset | BlendedDataset,
+    dataset: RowDataset | PlainTextDataset | BlendedDataset,
     tokenizer: Tokenizer,
     model: SFTModelConfig | PairModelConfig,
     *,

@@ -96,6 +96,8 @@ class SFTDataConfig:
     # validation data; keys as in train_ds
     validation_ds: ValidationSplitConfig = field(default_factory=ValidationSplitConfig)
     chat: bool = False  # True: rows are conversations; False: prompt and response
+    # True: continued pre-training on files of text (.txt), or on rows of {"text"}; every token is learned
+    plain_text: bool = False
     # of conversations: tokenizer (its own template), prompt_tokens (the block below); null: the first there is
     chat_template: str | None = one_of(None, "prompt_tokens", "tokenizer")
     # of conversations: all turns that are to be learned, or the last of them
@@ -134,6 +136,11 @@ class SFTDataConfig:
                     f"model.data.chat_date={self.chat_date!r} is no date",
                     fix="write it as YYYY-MM-DD, or null",
                 ) from error
+        if self.chat and self.plain_text:
+            raise UserError(
+                "model.data.chat=True and model.data.plain_text=True: rows are conversations or texts, not both",
+                fix="set one of them to False",
+            )
         check_bounds(self, "model.data")
 
 

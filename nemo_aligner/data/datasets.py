@@ -17,6 +17,7 @@ from nemo_aligner.data.config import (
 from nemo_aligner.data.conversations import Chat
 from nemo_aligner.data.data_spec import Split
 from nemo_aligner.data.markers import is_usual_template
+from nemo_aligner.data.plain_text import PlainTextDataset, open_text
 from nemo_aligner.data.prompt import PromptResponseLayout
 from nemo_aligner.data.records import PromptResponse, RecordFile, Records, TextRow
 from nemo_aligner.data.row import Row, TextEncoder
@@ -59,7 +60,7 @@ class _CutLayout(Generic[R]):
 
 def open_sft(
     data: SFTDataConfig, split: SFTSplitConfig, tokenizer: Tokenizer, *, answer_only_loss: bool
-) -> RowDataset:
+) -> RowDataset | PlainTextDataset:
     """The data set of one split; every line of its file has been checked when this returns.
 
     Args:
@@ -71,12 +72,17 @@ def open_sft(
     Raises:
         UserError: settings, tokenizer and file do not go together, or a line is bad.
     """
+    if data.plain_text:
+        texts, part = open_text(split.file_path), data.part(split)
+        encode = TextEncoder(tokenizer=tokenizer, add_bos=split.add_bos, append_eos=split.add_eos)
+        within = part.rows_of(texts.path, len(texts), unit="documents")
+        return PlainTextDataset(texts, encode, max_seq_length=split.max_seq_length, within=within)
     layout: _CutLayout[Any]
     if not data.chat:
         _hint_at_template(split.file_path, tokenizer, "set model.data.chat=True")
-        texts = PromptResponseLayout(tokenizer, split, answer_only_loss=answer_only_loss)
-        read = texts.read
-        layout = _CutLayout(lay_out=texts, surely_fits=texts.surely_fits, max_seq_length=split.max_seq_length)
+        pairs = PromptResponseLayout(tokenizer, split, answer_only_loss=answer_only_loss)
+        read = pairs.read
+        layout = _CutLayout(lay_out=pairs, surely_fits=pairs.surely_fits, max_seq_length=split.max_seq_length)
     else:
         chats = (
             PromptTokensLayout(tokenizer, data.chat_prompt_tokens, split, learn=data.learn)
@@ -117,7 +123,7 @@ def open_response_rows(
         data: how texts become tokens.
         split: the files.
         tokenizer: where ids come from.
-        read: opens a file: ``open_pairs`` or ``open_labeled``.
+        read: opens a file: ``open_pairs``, ``open_labeled`` or ``open_rated``.
         max_length: tokens.
         unit: what a row is called in messages, in the plural.
         generates: the loss is of each response's tokens, not of the reward of the whole text.

@@ -10,6 +10,7 @@ from pathlib import Path
 from nemo_aligner.data.common_rows import Recognised, messages_row, prompt_of
 from nemo_aligner.data.config import SFTDataConfig, SFTSplitConfig
 from nemo_aligner.data.conversations import read_chat
+from nemo_aligner.data.plain_text import open_text
 from nemo_aligner.data.prompt import read_row, template_keys
 from nemo_aligner.data.rated_rows import check_first_rated
 from nemo_aligner.data.records import RecordFile
@@ -25,6 +26,9 @@ def check_sft_rows(data: SFTDataConfig, split: SFTSplitConfig) -> None:
         UserError: one of them cannot be read, or the prompt template does not end with the response.
     """
     if _is_packed(split.file_path):
+        return
+    if data.plain_text:
+        open_text(split.file_path, most=FIRST_ROWS)
         return
     recognised = Recognised(split.file_path, quiet=True)
     if data.chat:

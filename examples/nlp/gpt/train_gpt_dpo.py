@@ -20,6 +20,7 @@ from nemo_aligner.objectives.config import REFERENCED, DPOConfig
 
 @dataclass(frozen=True, kw_only=True)
 class DPOSettings(DPOConfig):
+    # {setting: the losses that read it}; with another loss it must keep its default
     of_losses: ClassVar = {
         **DPOConfig.of_losses,
         "store_reference": REFERENCED,

@@ -1,0 +1,108 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Documents of plain text, all of whose tokens are learned: continued pre-training."""
+
+import hashlib
+from array import array
+from pathlib import Path
+
+from nemo_aligner.data.records import RecordFile, Records, text_field
+from nemo_aligner.data.row import Row, TextEncoder, finish
+from nemo_aligner.data.row_files import map_file
+from nemo_aligner.data.sampler import BlendSource
+from nemo_aligner.errors import UserError
+
+_SEPARATOR = b"<|endoftext|>"  # between the documents of a .txt file
+
+
+class TextFile:
+    """The documents of a .txt file, between lines of ``<|endoftext|>``; without such a line the file is one.
+
+    Raises:
+        UserError: the file is missing or damaged, holds no text, or is not in UTF-8.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path, content = Path(path), bytes(map_file(Path(path)))
+        self.fingerprint = hashlib.sha256(content).hexdigest()[:16]
+        self._lines, self._texts = [], []
+        line = 1
+        for part in content.split(_SEPARATOR):
+            try:
+                text = part.decode()
+            except UnicodeDecodeError as error:
+                raise UserError(f"{self.path} is not in UTF-8: {error}", fix="convert it to UTF-8") from error
+            if text.strip():
+                self._lines.append(line + part[: len(part) - len(part.lstrip())].count(b"\n"))
+                self._texts.append(text.strip())
+            line += part.count(b"\n")
+        if not self._texts:
+            raise UserError(f"{self.path} holds no text", fix="give a file with text")
+
+    def __len__(self) -> int:
+        return len(self._texts)
+
+    def __getitem__(self, index: int) -> str:
+        return self._texts[index]
+
+    def where(self, index: int) -> str:
+        """The place of a document as messages name it."""
+        return f"{self.path}, line {self._lines[index]}"
+
+
+def open_text(path: str | Path, *, most: int | None = None) -> Records[str]:
+    """The documents of a .txt file, or the rows {"text"} of a file of JSON.
+
+    Args:
+        path: the file.
+        most: rows of JSON that are read, the first ones; None: all.
+
+    Raises:
+        UserError: the file or a row cannot be read.
+    """
+    if Path(path).suffix == ".txt":
+        return TextFile(path)
+    return RecordFile(path, lambda row: text_field(row, "text"), most=most)
+
+
+class PlainTextDataset:
+    """All documents end to end, cut into rows; each begins with the token that the one before ends with.
+
+    So every token but the first is predicted once. The tokens are held in memory, four bytes each.
+
+    Args:
+        records: the documents.
+        encode: makes tokens of a document, an end token among them.
+        max_seq_length: tokens of a row.
+        within: which of the documents are read; None: all.
+
+    Raises:
+        UserError: there are fewer than two tokens.
+    """
+
+    blend: tuple[BlendSource, ...] = ()
+
+    def __init__(
+        self, records: Records[str], encode: TextEncoder, *, max_seq_length: int, within: range | None = None
+    ) -> None:
+        self._records, self._length = records, max_seq_length
+        self._documents = range(len(records)) if within is None else within
+        self._tokens = array("I")
+        for place in self._documents:
+            self._tokens.extend(encode(records[place]))
+        if len(self._tokens) < 2:
+            raise UserError(
+                f"{records.path} has too little text to learn from", fix="give a file with more text"
+            )
+
+    def __len__(self) -> int:
+        return -(-(len(self._tokens) - 1) // (self._length - 1))
+
+    def __getitem__(self, index: int) -> Row:
+        start = index * (self._length - 1)
+        tokens = self._tokens[start : start + self._length].tolist()
+        return finish(tokens, [True] * len(tokens), truncated=False, max_seq_length=self._length)
+
+    @property
+    def fingerprint(self) -> dict[str, object]:
+        """A digest of the rows."""
+        return {"rows": self._records.fingerprint, "documents": str(self._documents), "length": self._length}
