@@ -61,7 +61,7 @@ class DPO:
         assert isinstance(batch, PreferenceBatch) and output.logprobs is not None
         config, real = self.config, batch.real_pairs()
         sums, lengths = batch.per_sequence(output.logprobs), batch.loss_lengths().clamp(min=1)
-        # Losses without a reference are of mean log-probs: so their papers define them.
+        # SimPO and ORPO take mean log-probs, as their papers define them.
         by_mean = config.preference_average_log_probs or not config.has_reference
         reference_sums = torch.zeros_like(sums)
         if config.has_reference:
