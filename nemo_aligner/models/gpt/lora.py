@@ -169,9 +169,12 @@ def _adapters_for(
     seed: str,
 ) -> Adapters:
     """The adapters of a linear layer."""
-    size, rank = world.tp_size(), world.tp_rank()
-    projections, columns = Projections.of(linear, place, config), linear.weight.shape[1]
-    options = {"dtype": linear.weight.dtype, "device": linear.weight.device}
+    size, rank, weight = world.tp_size(), world.tp_rank(), linear.weight
+    outputs, columns = weight.shape
+    projections, options = (
+        Projections.of(outputs, place, config),
+        {"dtype": weight.dtype, "device": weight.device},
+    )
     pairs = []
     for name, rows in zip(projections.names, projections.rows, strict=True):
         digest = hashlib.blake2b(f"{seed} {name}".encode(), digest_size=7).digest()

@@ -30,14 +30,25 @@ LEVELS = (
 
 
 @functools.cache
-def size_levels() -> Tensor:
+def size_levels(device: torch.device) -> Tensor:
     """[256] float32, ascending: bitsandbytes' levels of a size, seven decades of either sign (arXiv 2110.02861)."""
     found = [0.0, 1.0]
     for decade in range(7):
         edges = torch.linspace(0.1, 1, 2**decade + 1)
         middles = ((edges[:-1] + edges[1:]) / 2) * 10.0 ** (decade - 6)
         found += [*middles.tolist(), *(-middles).tolist()]
-    return torch.tensor(sorted(found), dtype=torch.float32)
+    return torch.tensor(sorted(found), dtype=torch.float32, device=device)
+
+
+@functools.cache
+def _levels(device: torch.device) -> Tensor:
+    return torch.tensor(LEVELS, device=device)
+
+
+@functools.cache
+def _byte_levels(device: torch.device) -> Tensor:
+    """[256, 2] float32: the two levels of each byte of codes."""
+    return torch.cartesian_prod(_levels(device), _levels(device))
 
 
 def nearest(x: Tensor, levels: Tensor) -> Tensor:
@@ -55,7 +66,7 @@ def quantized(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     blocks = weight.float().unflatten(1, (-1, BLOCK))
     sizes = blocks.abs().amax(-1)
     codes = nearest(
-        blocks / sizes.clamp(min=torch.finfo(torch.float32).tiny)[..., None], _levels(weight)
+        blocks / sizes.clamp(min=torch.finfo(torch.float32).tiny)[..., None], _levels(weight.device)
     ).flatten(1)
     mean = sizes.mean()
     flat = torch.nn.functional.pad(sizes.flatten() - mean, (0, -sizes.numel() % SIZES_BLOCK)).view(
@@ -63,16 +74,12 @@ def quantized(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     )
     factor = flat.abs().amax(1)
     scaled = flat / factor.clamp(min=torch.finfo(torch.float32).tiny)[:, None]
-    size_codes = nearest(scaled, size_levels().to(weight.device)).flatten()[: sizes.numel()].view(sizes.shape)
+    size_codes = nearest(scaled, size_levels(weight.device)).flatten()[: sizes.numel()].view(sizes.shape)
     return (
         codes[:, ::2] << 4 | codes[:, 1::2],
         size_codes,
         torch.stack((factor, mean.expand(factor.shape)), 1),
     )
-
-
-def _levels(like: Tensor) -> Tensor:
-    return torch.tensor(LEVELS, device=like.device)
 
 
 class NF4(nn.Module):
@@ -128,10 +135,9 @@ class NF4(nn.Module):
     def weight(self) -> Tensor:
         """[out, in] in the model's dtype."""
         codes, sizes, firsts, table = self.codes, self.sizes, self.firsts, self.table
-        pairs = torch.cartesian_prod(_levels(codes), _levels(codes))  # of each byte
         which = (firsts[:, None] + torch.arange(sizes.shape[1], device=codes.device)) // SIZES_BLOCK
-        scale = size_levels().to(codes.device)[sizes.int()] * table[which, 0] + table[which, 1]
-        numbers = pairs[codes.int()].view(*sizes.shape, BLOCK)
+        scale = size_levels(codes.device)[sizes.int()] * table[which, 0] + table[which, 1]
+        numbers = _byte_levels(codes.device)[codes.int()].view(*sizes.shape, BLOCK)
         return (numbers * scale[..., None]).flatten(1).to(self.dtype)
 
 
@@ -210,7 +216,8 @@ def quantize(model: Any) -> None:  # noqa: ANN401 - a GPT, or the parts of one
     for layer in [layer for chunk in model.chunks for layer in chunk.decoder.layers]:
         for place in LINEARS.values():
             linear = layer.get_submodule(place)
-            packed = NF4(linear.weight.detach(), Projections.of(linear, place, model.config), place=place)
+            weight = linear.weight.detach()
+            packed = NF4(weight, Projections.of(weight.shape[0], place, model.config), place=place)
             del linear.weight
             linear.nf4 = packed
             linear.__class__ = _packed(type(linear))

@@ -3,7 +3,6 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -20,27 +19,25 @@ class Projections:
 
     names: tuple[str, ...]  # of PROJECTIONS
     rows: tuple[int, ...]  # this rank's outputs of each
-    head_dim: (
-        int  # of q, k and v, whose outputs are arranged by heads of keys; 0: projections follow each other
-    )
+    # of q, k and v, whose outputs are arranged by heads of keys; 0: projections follow each other
+    head_dim: int
     cuts_input: bool  # whether tensor parallel ranks have parts of the layer's inputs; else of its outputs
 
     @classmethod
-    def of(cls, linear: Any, place: str, config: TransformerConfig) -> "Projections":  # noqa: ANN401 - Megatron's
-        """Those of the layer at ``place``, one of LINEARS.
+    def of(cls, outputs: int, place: str, config: TransformerConfig) -> "Projections":
+        """Those of the layer at ``place``, one of LINEARS, that has so many ``outputs`` on this rank.
 
         Raises:
             UserError: the layout cuts heads of keys.
         """
         cuts_input = place in (LINEARS["attention_dense"], LINEARS["mlp_fc2"])
-        rows, head_dim = linear.weight.shape[0], 0
-        parts = (rows,)
+        head_dim, parts = 0, (outputs,)
         if place == LINEARS["attention_qkv"]:
             head_dim = config.kv_channels or 0
             key = _key_heads_here(config) * head_dim
-            parts = (rows - 2 * key, key, key)
+            parts = (outputs - 2 * key, key, key)
         elif place == LINEARS["mlp_fc1"] and config.gated_linear_unit:
-            parts = (rows // 2, rows // 2)
+            parts = (outputs // 2, outputs // 2)
         names = PROJECTIONS[place][-len(parts) :]
         return cls(names=names, rows=parts, head_dim=head_dim, cuts_input=cuts_input)
 
