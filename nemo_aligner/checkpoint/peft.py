@@ -7,11 +7,15 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save_file
 from torch import Tensor
 
 from nemo_aligner.checkpoint.hf_config import family_of
-from nemo_aligner.checkpoint.tensor_files import read_safetensors, safetensors_shapes, shortened
+from nemo_aligner.checkpoint.tensor_files import (
+    read_safetensors,
+    safetensors_shapes,
+    save_safetensors,
+    shortened,
+)
 from nemo_aligner.checkpoint.weights import WeightReader
 from nemo_aligner.errors import UserError, report_damage
 from nemo_aligner.models.gpt.peft_config import PROJECTIONS, LoRAConfig
@@ -63,7 +67,7 @@ def write_peft(
     """
     places = {ours: theirs for ours, theirs in _places(config, str(folder)) if f"{ours}_a" in weights.shapes}
     tensors = {
-        f"{theirs}.lora_{kind}.weight": weights.read(f"{ours}_{kind.lower()}").contiguous()
+        f"{theirs}.lora_{kind}.weight": weights.read(f"{ours}_{kind.lower()}")
         for ours, theirs in places.items()
         for kind in ("A", "B")
     }
@@ -81,8 +85,7 @@ def write_peft(
     staging = folder.with_name(f".saving-{folder.name}")
     shutil.rmtree(staging, ignore_errors=True)
     staging.mkdir(parents=True)
-    save_file(tensors, staging / WEIGHTS_FILE, metadata={"format": "pt"})
-    (staging / WEIGHTS_FILE).chmod(0o644)  # safetensors makes it private
+    save_safetensors(tensors, staging / WEIGHTS_FILE)
     (staging / CONFIG_FILE).write_text(json.dumps(settings, indent=2) + "\n")
     shutil.rmtree(folder, ignore_errors=True)
     staging.rename(folder)

@@ -8,7 +8,7 @@ no model.
 import json
 import logging
 import zipfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Protocol
 
@@ -93,6 +93,12 @@ class HuggingFaceTensors:
         return self._pickled[1]
 
 
+def save_safetensors(tensors: Mapping[str, Tensor], file: Path) -> None:
+    """Write a file that transformers reads."""
+    save_file({name: x.contiguous() for name, x in tensors.items()}, file, metadata={"format": "pt"})
+    file.chmod(0o644)  # safetensors makes it private
+
+
 def safetensors_shapes(file: Path) -> dict[str, tuple[int, ...]]:
     """The shape of each tensor of a file, by name; UserError where it is damaged."""
     try:
@@ -144,8 +150,7 @@ def write_safetensors(
         max_shard_size=max_shard_bytes,
     )
     for file, names in split.filename_to_tensors.items():
-        save_file({name: read(name).contiguous() for name in names}, folder / file, metadata={"format": "pt"})
-        (folder / file).chmod(0o644)  # safetensors makes it private
+        save_safetensors({name: read(name) for name in names}, folder / file)
     if split.is_sharded:
         document = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
         (folder / "model.safetensors.index.json").write_text(json.dumps(document, indent=2) + "\n")
