@@ -29,7 +29,7 @@ class MismatchedRows:
     )  # of rows that were asked for
 
     def __post_init__(self) -> None:
-        self._other_prompt(0)
+        self._other(0, _prompt(self.rows[0]))
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -37,13 +37,14 @@ class MismatchedRows:
     def __getitem__(self, index: int) -> Row:
         row = self.rows[index]
         (own,), prompt = row.sequences, _prompt(row)
-        (other,) = self._other_prompt(index).sequences
+        (other,) = self._other(index, prompt).sequences
         tokens = [*prompt, *other.tokens[other.loss_mask.index(True) :]][: self.max_length]
         mask = [i >= len(prompt) for i in range(len(tokens))]
         return replace(row, sequences=(own, TokenSequence(tokens=tokens, loss_mask=mask)))
 
-    def _other_prompt(self, index: int) -> Row:
-        prompt, size = _prompt(self.rows[index]), len(self.rows)
+    def _other(self, index: int, prompt: list[int]) -> Row:
+        """The row whose response stands after the ``prompt`` of row ``index``."""
+        size = len(self.rows)
         first = self._partners.get(index, index + size // 2)
         for step in range(size):
             other = self.rows[(first + step) % size]
