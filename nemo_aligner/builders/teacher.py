@@ -59,7 +59,5 @@ def with_teacher(
         model = build_gpt(gpt, job.model.layout, dtype, use_flash_attention=use_flash_attention)
         with heartbeat("loading the teacher's weights", enabled=world.is_logging_rank()):
             load_model(model, archive.weights)
-    for weight in model.parameters():
-        weight.requires_grad_(False)
     top_k = min(top_k, gpt.vocab_size)
     return replace(data, annotate=partial(annotate_by_teacher, GPTPolicy(model), top_k=top_k))

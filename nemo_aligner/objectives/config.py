@@ -12,6 +12,7 @@ PairLoss = Literal["regression", "regular_bt", "margin_bt", "scaled_bt"]
 PreferenceLoss = Literal["dpo", "ipo", "robust", "rpo_sq", "rpo_bwd_kl", "rpo_fwd_kl", "simpo", "orpo"]
 REFERENCED: tuple[PreferenceLoss, ...] = ("dpo", "ipo", "robust", "rpo_sq", "rpo_bwd_kl", "rpo_fwd_kl")
 Estimator = Literal["gae", "group", "leave_one_out", "reinforce", "best_of_n"]
+Divergence = Literal["fwd_kl", "bwd_kl", "js"]
 # Estimators that compare the responses to one prompt.
 GROUPED: tuple[Estimator, ...] = ("group", "leave_one_out", "best_of_n")
 _ABOVE_0_OR_NULL = "more than 0, or null"

@@ -2,16 +2,14 @@
 """Knowledge distillation: a student learns what a teacher holds likely (Hinton 2015, arXiv 1503.02531)."""
 
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from nemo_aligner.batch import TeacherBatch, TokenBatch, Unit
+from nemo_aligner.objectives.config import Divergence
 from nemo_aligner.objectives.protocol import Metrics, ModelOutput, Wants
-
-Divergence = Literal["fwd_kl", "bwd_kl", "js"]
 
 
 def over_candidates(logprobs: Tensor, *, scale: float, tail: bool) -> Tensor:

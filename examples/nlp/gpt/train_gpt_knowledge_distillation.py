@@ -7,13 +7,13 @@ python examples/nlp/gpt/train_gpt_knowledge_distillation.py model.restore_from_p
 """
 
 from dataclasses import dataclass
-from typing import Literal
 
 from nemo_aligner.bounds import bounded, only
 from nemo_aligner.checkpoint.sources import peek_model
 from nemo_aligner.config.sft import SFTJob, SFTModelConfig
 from nemo_aligner.errors import UserError
 from nemo_aligner.launch.script import script
+from nemo_aligner.objectives.config import Divergence
 from nemo_aligner.paths import PathText
 
 
@@ -22,16 +22,14 @@ class KDConfig:
     # the model to learn from, with the student's tokenizer: a .nemo, a checkpoint, a Hugging Face folder, a GGUF file
     # or OWNER/NAME of the hub; it lies beside the student on the same ranks
     teacher: PathText
-    top_k: int = bounded(
-        64, at_least=1
-    )  # tokens in each place that the teacher is asked for, the most likely ones
+    # tokens in each place that the teacher is asked for, the most likely ones
+    top_k: int = bounded(64, at_least=1)
     # fwd_kl: KL(teacher || student); bwd_kl: KL(student || teacher); js: the mean of both to their mixture
-    kd_loss: Literal["fwd_kl", "bwd_kl", "js"] = "fwd_kl"
+    kd_loss: Divergence = "fwd_kl"
     # count all other tokens as one more; False: the distributions are of the top_k alone
     tail: bool = True
-    logits_scale: float = bounded(
-        1.0, above=0
-    )  # the reciprocal of the student's temperature; with tail only 1.0
+    # the reciprocal of the student's temperature; with tail only 1.0
+    logits_scale: float = bounded(1.0, above=0)
     target_logits_scale: float = bounded(1.0, above=0)  # of the teacher's; with tail only 1.0
     kd_loss_weight: float = bounded(1.0, at_least=0)  # of the divergence
     sft_loss_weight: float = bounded(0.0, at_least=0)  # of the texts' negative log-likelihood
