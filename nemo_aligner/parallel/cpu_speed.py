@@ -40,7 +40,6 @@ CPU_ROWS = 128
 # oneDNN keeps 0.6 MB of code for each shape that it meets, so its products have multiples of so many rows: the first up
 # to a chunk's, the second beyond.
 ONEDNN_ROWS, ONEDNN_MANY_ROWS = 8, 1024
-PACKED_DTYPES = (torch.float32, torch.bfloat16)
 # Queries of a block; tokens up to which torch's kernel computes whole squares.
 BLOCK, SHORT = 64, 512
 HUGE_BYTES = 4 << 20  # from here on a tensor lies on huge pages, of 2 MiB each
@@ -83,7 +82,7 @@ class LocalProduct:
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """[..., H], [H] -> [..., H]: x / rms(x) * weight (Zhang and Sennrich 2019), in fp32 at least."""
+    """[..., H], [H] -> [..., H]: x / rms(x) * weight (Zhang and Sennrich 2019, arXiv 1910.07467), in fp32 at least."""
     return _RMSNorm.apply(x, weight, eps)
 
 
@@ -280,13 +279,21 @@ def zeros(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Ten
     return torch.frombuffer(pages, dtype=dtype).view(*shape)
 
 
+def _packs(dtype: torch.dtype) -> bool:
+    """True if oneDNN has products of the type here: its bfloat16 takes AVX-512, or AVX-NE-CONVERT."""
+    if not torch.backends.mkldnn.is_available():
+        return False
+    return dtype == torch.float32 or (
+        dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    )
+
+
 class PackedLinear:
     """x @ weight.T + bias for up to ``rows`` rows, with a copy of the weight in the order in which oneDNN reads it."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None, *, rows: int) -> None:
         self.weight, self.bias, self.rows, self.packed = weight, bias, rows, None
-        packs = rows > 1 and weight.numel() > 0 and weight.dtype in PACKED_DTYPES
-        if packs and weight.device.type == "cpu" and torch.backends.mkldnn.is_available():
+        if rows > 1 and weight.numel() > 0 and weight.device.type == "cpu" and _packs(weight.dtype):
             self.packed = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), rows)
 
     def __call__(self, x: Tensor) -> Tensor:
