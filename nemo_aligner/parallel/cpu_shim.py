@@ -18,112 +18,51 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from nemo_aligner.parallel import te
+from nemo_aligner.parallel.cpu_stand_ins import (
+    NoRngWarning,
+    Stream,
+    all_gather,
+    coalescing_manager,
+    get_rng_state,
+    manual_seed,
+    nothing,
+    reduce_scatter,
+    scale,
+    set_rng_state,
+    tensor_type,
+)
 
 SERIES = OLD, NEW = "0.16", "0.19"  # of megatron-core, that rows of the table are for
 BOTH = SERIES
 CPU = torch.device("cpu")
-
-
-class _Stream:
-    """Work on a CPU is done in order: waiting for a stream or an event is waiting for nothing."""
-
-    def __init__(self, *_: object, **__: object) -> None:
-        pass
-
-    def __enter__(self) -> "_Stream":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        pass
-
-    def _nothing(self, *_: object) -> None:
-        pass
-
-    wait_stream = wait_event = synchronize = record = wait = _nothing
-
-    def query(self) -> bool:
-        return True
-
-    def record_event(self, *_: object) -> "_Stream":
-        return self
-
-
-def _nothing(*_: object, **__: object) -> None:
-    pass
-
-
-def _get_rng_state(*_: object, **__: object) -> torch.Tensor:
-    return torch.get_rng_state()
-
-
-def _set_rng_state(state: torch.Tensor, *_: object, **__: object) -> None:
-    torch.set_rng_state(state)
-
-
-def _manual_seed(seed: int) -> None:
-    # torch.manual_seed would call back into torch.cuda.manual_seed.
-    torch.random.default_generator.manual_seed(seed)
-
 
 # What ``torch.cuda`` is inside megatron-core of both series: (name, replacement, reason).
 CUDA: tuple[tuple[str, Any, str], ...] = (
     ("is_available", lambda: False, "asked before device choices"),
     ("current_device", lambda: CPU, "device= of buffers in layers, mappings, p2p, DDP"),
     ("device_count", lambda: 1, "parallel_state"),
-    ("set_device", _nothing, "start-up"),
-    ("synchronize", _nothing, "p2p, checkpoint save"),
-    ("empty_cache", _nothing, "optimizer and DDP offload"),
+    ("set_device", nothing, "start-up"),
+    ("synchronize", nothing, "p2p, checkpoint save"),
+    ("empty_cache", nothing, "optimizer and DDP offload"),
     ("memory_allocated", lambda *_: 0, "logging of memory"),
     ("max_memory_allocated", lambda *_: 0, "logging of memory"),
-    ("reset_peak_memory_stats", _nothing, "logging of memory"),
-    ("Stream", _Stream, "overlapped gradient reduction"),
-    ("Event", _Stream, "overlapped gradient reduction"),
+    ("reset_peak_memory_stats", nothing, "logging of memory"),
+    ("Stream", Stream, "overlapped gradient reduction"),
+    ("Event", Stream, "overlapped gradient reduction"),
     ("stream", lambda *_: contextlib.nullcontext(), "overlapped gradient reduction"),
-    ("current_stream", lambda *_: _Stream(), "overlapped gradient reduction"),
-    ("default_stream", lambda *_: _Stream(), "overlapped gradient reduction"),
-    ("nvtx", types.SimpleNamespace(range_push=_nothing, range_pop=_nothing), "profiling ranges"),
-    ("manual_seed", _manual_seed, "tensor_parallel.random: the device's generator is the CPU's"),
-    ("get_rng_state", _get_rng_state, "tensor_parallel.random"),
-    ("set_rng_state", _set_rng_state, "tensor_parallel.random"),
-    ("random", types.SimpleNamespace(get_rng_state=_get_rng_state), "tensor_parallel.random"),
+    ("current_stream", lambda *_: Stream(), "overlapped gradient reduction"),
+    ("default_stream", lambda *_: Stream(), "overlapped gradient reduction"),
+    ("nvtx", types.SimpleNamespace(range_push=nothing, range_pop=nothing), "profiling ranges"),
+    ("manual_seed", manual_seed, "tensor_parallel.random: the device's generator is the CPU's"),
+    ("get_rng_state", get_rng_state, "tensor_parallel.random"),
+    ("set_rng_state", set_rng_state, "tensor_parallel.random"),
+    ("random", types.SimpleNamespace(get_rng_state=get_rng_state), "tensor_parallel.random"),
 )
 
 # Factories that megatron-core of both series calls with device="cuda".
 FACTORIES = ("empty", "zeros", "ones", "full", "tensor", "arange", "empty_like", "zeros_like", "ones_like")
-
-
-def _all_gather(
-    output: torch.Tensor, shard: torch.Tensor, *, group: dist.ProcessGroup, async_op: bool
-) -> None:
-    if group.size() > 1:
-        dist.all_gather_into_tensor(output, shard, group=group, async_op=async_op)
-
-
-def _reduce_scatter(
-    shard: torch.Tensor,
-    whole: torch.Tensor,
-    *,
-    op: dist.ReduceOp.RedOpType,
-    group: dist.ProcessGroup,
-    async_op: bool,
-) -> None:
-    if group.size() > 1:
-        dist.reduce_scatter_tensor(shard, whole, op=op, group=group, async_op=async_op)
-
-
-def _coalescing_manager(group: dist.ProcessGroup, *, async_ops: bool) -> contextlib.AbstractContextManager:
-    if group.size() > 1:
-        return dist.distributed_c10d._coalescing_manager(group, async_ops=async_ops)
-    return contextlib.nullcontext(_Stream())
-
-
-def _scale(_: int, __: torch.Tensor, tensors: Sequence[Sequence[torch.Tensor]], factor: float) -> None:
-    for source, target in zip(*tensors, strict=True):
-        torch.mul(source, factor, out=target)
-
 
 # Modules of megatron-core that are empty where triton is missing: (module, names asked of it, series, reason).
 _STASH = ("GLOBAL_BLOCK_SIZE", "paged_stash_copy_kernel", "paged_stash_pop_kernel")
@@ -142,42 +81,27 @@ _ALONE = "gloo copies what a group of one rank has onto itself; NCCL does not"
 _WAITS = "torch's cannot be waited for when nothing was called within it"
 _COPIES = "without Transformer Engine and apex, clipping makes a copy of every gradient"
 SYMBOLS: tuple[tuple[str, str, Callable, tuple[str, ...], str], ...] = (
-    (_RANDOM, "_get_cuda_rng_state", _get_rng_state, BOTH, _GENERATOR),
-    (_RANDOM, "_set_cuda_rng_state", _set_rng_state, BOTH, _GENERATOR),
-    (_BUFFER, "dist_all_gather_func", _all_gather, BOTH, _ALONE),
-    (_BUFFER, "dist_reduce_scatter_func", _reduce_scatter, BOTH, _ALONE),
-    (_BUFFER, "_coalescing_manager", _coalescing_manager, BOTH, _WAITS),
-    (_CLIP, "multi_tensor_scale_impl", _scale, BOTH, _COPIES),
+    (_RANDOM, "_get_cuda_rng_state", get_rng_state, BOTH, _GENERATOR),
+    (_RANDOM, "_set_cuda_rng_state", set_rng_state, BOTH, _GENERATOR),
+    (_BUFFER, "dist_all_gather_func", all_gather, BOTH, _ALONE),
+    (_BUFFER, "dist_reduce_scatter_func", reduce_scatter, BOTH, _ALONE),
+    (_BUFFER, "_coalescing_manager", coalescing_manager, BOTH, _WAITS),
+    (_CLIP, "multi_tensor_scale_impl", scale, BOTH, _COPIES),
 )
 
+# Methods replaced on torch's own classes: (class, name, replacement, series, reason).
+_MOVES = "layers, optimizer and checkpoint move with it"
+_COMPARED = "the optimizers compare it with 'torch.cuda.FloatTensor'"
+METHODS: tuple[tuple[type, str, Callable, tuple[str, ...], str], ...] = (
+    (torch.Tensor, "cuda", lambda self, *_, **__: self, BOTH, _MOVES),
+    (torch.nn.Module, "cuda", lambda self, *_, **__: self, BOTH, "model builders"),
+    (torch.Tensor, "type", tensor_type, BOTH, _COMPARED),
+)
 
-class _TypeName(str):
-    """``tensor.type()``: 'torch.FloatTensor', which here also equals 'torch.cuda.FloatTensor'."""
-
-    __slots__ = ()
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, str) and str.__eq__(self, other.replace("torch.cuda.", "torch.", 1))
-
-    def __ne__(self, other: object) -> bool:
-        return not self == other
-
-    __hash__ = str.__hash__
-
-
-_tensor_type = torch.Tensor.type
-
-
-def _type(self: torch.Tensor, *args: Any, **kwargs: Any) -> object:  # noqa: ANN401 - handed on
-    name = _tensor_type(self, *args, **kwargs)
-    return _TypeName(name) if isinstance(name, str) else name
-
-
-# Methods replaced on torch's own classes: (class, name, replacement, reason).
-METHODS: tuple[tuple[type, str, Callable, str], ...] = (
-    (torch.Tensor, "cuda", lambda self, *_, **__: self, "layers, optimizer and checkpoint move with it"),
-    (torch.nn.Module, "cuda", lambda self, *_, **__: self, "model builders"),
-    (torch.Tensor, "type", _type, "the optimizers compare it with 'torch.cuda.FloatTensor'"),
+# Filters of megatron-core's warnings: (logger, filter, series, reason).
+_ONE_GENERATOR = "it warns of CPU draws in its device's RNG context, and here the two are one generator"
+FILTERS: tuple[tuple[str, logging.Filter, tuple[str, ...], str], ...] = (
+    (_RANDOM, NoRngWarning(), BOTH, _ONE_GENERATOR),
 )
 
 
@@ -200,13 +124,6 @@ class _View(types.ModuleType):
 
     def __getattr__(self, name: str) -> object:
         return getattr(self.__dict__["_module"], name)
-
-
-class _NoRngWarning(logging.Filter):
-    """Megatron warns when CPU draws happen inside its device RNG context; here the two are one generator."""
-
-    def filter(self, record: logging.LogRecord) -> bool:
-        return "CPU RNG state changed" not in record.getMessage()
 
 
 def _megatron_modules() -> Iterator[types.ModuleType]:
@@ -270,9 +187,12 @@ def install() -> None:
         _views["torch"] = _View(
             torch, {"cuda": cuda} | {name: _on_cpu(getattr(torch, name)) for name in FACTORIES}
         )
-        for owner, name, replacement, _ in METHODS:
-            setattr(owner, name, replacement)
-        logging.getLogger("megatron.core.tensor_parallel.random").addFilter(_NoRngWarning())
+        for owner, name, replacement, versions, _ in METHODS:
+            if _is_for(versions):
+                setattr(owner, name, replacement)
+        for logger_name, quiet, versions, _ in FILTERS:
+            if _is_for(versions):
+                logging.getLogger(logger_name).addFilter(quiet)
     for module in _megatron_modules():
         module.__dict__["torch"] = _views["torch"]
     for module_name, name, replacement, versions, _ in SYMBOLS:
