@@ -10,7 +10,7 @@ from typing import Generic, Protocol, TypeVar
 
 from nemo_aligner.data.collate import padded_length
 from nemo_aligner.data.row import Row
-from nemo_aligner.data.sampler import GlobalBatchSampler, rank_rows
+from nemo_aligner.data.sampler import BlendSource, GlobalBatchSampler, rank_rows
 
 B = TypeVar("B")
 B_co = TypeVar("B_co", covariant=True)
@@ -27,6 +27,12 @@ class Rows(Protocol):
     def fingerprint(self) -> dict[str, object]:
         """A digest of the rows."""
         ...
+
+
+class BlendedRows(Rows, Protocol):
+    """A data set that says how often each part of it is drawn."""
+
+    blend: tuple[BlendSource, ...]  # () for every row once an epoch
 
 
 class Collate(Protocol[B_co]):

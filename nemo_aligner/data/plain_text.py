@@ -2,51 +2,70 @@
 """Documents of plain text, all of whose tokens are learned: continued pre-training."""
 
 import hashlib
+import mmap
 from array import array
+from collections.abc import Iterator
 from pathlib import Path
 
 from nemo_aligner.data.records import RecordFile, Records, text_field
 from nemo_aligner.data.row import Row, TextEncoder, finish
 from nemo_aligner.data.row_files import map_file
 from nemo_aligner.data.sampler import BlendSource
-from nemo_aligner.errors import UserError
+from nemo_aligner.errors import UserError, located
 
 _SEPARATOR = b"<|endoftext|>"  # between the documents of a .txt file
 
 
 class TextFile:
-    """The documents of a .txt file, between lines of ``<|endoftext|>``; without such a line the file is one.
+    """The documents of a .txt file, between the ``<|endoftext|>`` of it; the file is mapped, not loaded.
 
     Raises:
         UserError: the file is missing or damaged, holds no text, or is not in UTF-8.
     """
 
     def __init__(self, path: str | Path) -> None:
-        self.path, content = Path(path), bytes(map_file(Path(path)))
-        self.fingerprint = hashlib.sha256(content).hexdigest()[:16]
-        self._lines, self._texts = [], []
+        self.path = Path(path)
+        self._bytes = map_file(self.path)
+        self.fingerprint = hashlib.sha256(self._bytes).hexdigest()[:16]
+        self._starts, self._ends, self._lines = array("Q"), array("Q"), array("Q")
         line = 1
-        for part in content.split(_SEPARATOR):
+        for start, end in _parts(self._bytes):
+            part = self._bytes[start:end]
             try:
                 text = part.decode()
             except UnicodeDecodeError as error:
                 raise UserError(f"{self.path} is not in UTF-8: {error}", fix="convert it to UTF-8") from error
             if text.strip():
-                self._lines.append(line + part[: len(part) - len(part.lstrip())].count(b"\n"))
-                self._texts.append(text.strip())
+                self._starts.append(start)
+                self._ends.append(end)
+                self._lines.append(line + _blank_lines(part))
             line += part.count(b"\n")
-        if not self._texts:
+        if not self._starts:
             raise UserError(f"{self.path} holds no text", fix="give a file with text")
 
     def __len__(self) -> int:
-        return len(self._texts)
+        return len(self._starts)
 
     def __getitem__(self, index: int) -> str:
-        return self._texts[index]
+        return self._bytes[self._starts[index] : self._ends[index]].decode().strip()
 
     def where(self, index: int) -> str:
         """The place of a document as messages name it."""
         return f"{self.path}, line {self._lines[index]}"
+
+
+def _parts(content: mmap.mmap | bytes) -> Iterator[tuple[int, int]]:
+    """Where each part between separators begins and ends."""
+    start = 0
+    while (end := content.find(_SEPARATOR, start)) >= 0:
+        yield start, end
+        start = end + len(_SEPARATOR)
+    yield start, len(content)
+
+
+def _blank_lines(part: bytes) -> int:
+    """Lines before the first character of ``part``."""
+    return part[: len(part) - len(part.lstrip())].count(b"\n")
 
 
 def open_text(path: str | Path, *, most: int | None = None) -> Records[str]:
@@ -67,7 +86,8 @@ def open_text(path: str | Path, *, most: int | None = None) -> Records[str]:
 class PlainTextDataset:
     """All documents end to end, cut into rows; each begins with the token that the one before ends with.
 
-    So every token but the first is predicted once. The tokens are held in memory, four bytes each.
+    So every token but the first is predicted once. Attention and positions run across the borders of documents, as in
+    pre-training: the end token is what tells the model of them. The tokens are held in memory, four bytes each.
 
     Args:
         records: the documents.
@@ -76,7 +96,7 @@ class PlainTextDataset:
         within: which of the documents are read; None: all.
 
     Raises:
-        UserError: there are fewer than two tokens.
+        UserError: a document cannot be read, or there are fewer than two tokens.
     """
 
     blend: tuple[BlendSource, ...] = ()
@@ -86,9 +106,10 @@ class PlainTextDataset:
     ) -> None:
         self._records, self._length = records, max_seq_length
         self._documents = range(len(records)) if within is None else within
-        self._tokens = array("I")
-        for place in self._documents:
-            self._tokens.extend(encode(records[place]))
+        self._tokens, place = array("I"), 0
+        with located(lambda: f"{records.where(place)}: "):
+            for place in self._documents:
+                self._tokens.extend(encode(records[place]))
         if len(self._tokens) < 2:
             raise UserError(
                 f"{records.path} has too little text to learn from", fix="give a file with more text"
