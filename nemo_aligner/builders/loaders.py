@@ -3,9 +3,7 @@
 
 import functools
 import logging
-from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
 
 from nemo_aligner.algorithms.supervised import Batches, SupervisedData
 from nemo_aligner.builders.models import Pretrained, pin_clock, require_tokenizer
@@ -17,15 +15,10 @@ from nemo_aligner.data.collate import collate
 from nemo_aligner.data.config import SFTDataConfig, SFTSplitConfig
 from nemo_aligner.data.data_spec import Split
 from nemo_aligner.data.datasets import open_response_rows, open_sft, uses_prompt_tokens
-from nemo_aligner.data.loader import BatchLoader
+from nemo_aligner.data.loader import BatchLoader, BlendedRows
 from nemo_aligner.data.markers import marker_template
-from nemo_aligner.data.plain_text import PlainTextDataset
-from nemo_aligner.data.rated_rows import open_rated
-from nemo_aligner.data.records import Records, TextRow
 from nemo_aligner.data.row import describe
-from nemo_aligner.data.row_dataset import BlendedDataset, RowDataset
 from nemo_aligner.data.sampler import GlobalBatchSampler
-from nemo_aligner.data.text_rows import Labels, open_labeled, open_pairs
 from nemo_aligner.data.tokenizer import Tokenizer
 from nemo_aligner.errors import UserError
 from nemo_aligner.models.gpt.config import GPTConfig
@@ -129,7 +122,7 @@ def _warn_of_positions(longest: int, setting: str, asked: int, positions: int) -
 
 
 def _batches(
-    dataset: RowDataset | PlainTextDataset | BlendedDataset,
+    dataset: BlendedRows,
     tokenizer: Tokenizer,
     model: SFTModelConfig | PairModelConfig,
     *,
@@ -173,21 +166,9 @@ def reward_objective(model: RMModelConfig) -> Objective:
             return BradleyTerry()
 
 
-def _reader(job: PairJob, tokenizer: Tokenizer) -> tuple[Callable[[str], Records[TextRow]], str]:
-    """(what opens a file of the job's kind, what its rows are called in messages)."""
-    regression = job.labels
-    if not job.paired:
-        return partial(open_rated, tokenizer=tokenizer), "responses"
-    if regression is None:
-        return partial(open_pairs, tokenizer=tokenizer, default_rewards=job.default_rewards), "pairs"
-    paired = regression.loss_func != "regression"
-    labels = Labels(num_attributes=regression.num_attributes, missing=regression.loss_mask_val, paired=paired)
-    return lambda path: open_labeled(path, labels, tokenizer), "pairs" if paired else "rows"
-
-
 @world.phase("reading data")
 def pair_loaders(job: PairJob, pretrained: Pretrained, *, generates: bool = False) -> SupervisedData:
-    """Training batches of pairs of responses, or of labeled or rated ones, and those of each validation set.
+    """Training batches of the job's rows of responses, and those of each validation set.
 
     Args:
         generates: the loss is of the responses' tokens; else of the reward of each whole text.
@@ -200,11 +181,11 @@ def pair_loaders(job: PairJob, pretrained: Pretrained, *, generates: bool = Fals
     longest = longest_sequence(
         "model.data.seq_length", data.seq_length or gpt.encoder_seq_length, gpt, model.length_multiple
     )
-    read, unit = _reader(job, tokenizer)
+    files = job.responses
 
     def load(split: Split, *, shuffle: bool, drop_last: bool) -> Batches:
         rows = open_response_rows(
-            data, split, tokenizer, read=read, max_length=longest, unit=unit, generates=generates
+            data, split, tokenizer, files=files, max_length=longest, generates=generates
         )
         return _batches(
             rows, tokenizer, model, sizes=model, max_length=longest, shuffle=shuffle, drop_last=drop_last

@@ -3,13 +3,11 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
 
 from nemo_aligner.config.base import BatchedModelConfig, PretrainedJob
 from nemo_aligner.data.config import PairDataConfig
-from nemo_aligner.data.first_rows import check_pair_rows, check_rated_rows
-from nemo_aligner.data.records import USUAL_REWARDS
-from nemo_aligner.objectives.config import RegressionConfig
+from nemo_aligner.data.first_rows import check_pair_rows
+from nemo_aligner.data.text_rows import ResponseFiles, open_pairs
 from nemo_aligner.run.schedule import SupervisedConfig
 
 
@@ -37,7 +35,6 @@ class PairJob(PretrainedJob):
 
     model: PairModelConfig
     name: str = "megatron_gpt"
-    paired: ClassVar[bool] = True  # False: rows have one response each, good or bad
 
     @property
     def loop(self) -> PairLoopConfig:
@@ -47,14 +44,9 @@ class PairJob(PretrainedJob):
         return loop
 
     @property
-    def labels(self) -> RegressionConfig | None:
-        """How responses are labeled; None where the data are pairs."""
-        return None
-
-    @property
-    def default_rewards(self) -> tuple[float, float]:
-        """Rewards of the chosen and of the rejected response where a row has none."""
-        return USUAL_REWARDS
+    def responses(self) -> ResponseFiles:
+        """How the files are read; pairs unless a job has other rows."""
+        return ResponseFiles(open=open_pairs, check_first=check_pair_rows, unit="pairs")
 
     @property
     def files(self) -> Mapping[str, Sequence[str]]:
@@ -63,9 +55,9 @@ class PairJob(PretrainedJob):
 
     def check_rows(self) -> None:
         """See TrainingJob."""
-        splits, check = self.model.data.splits, check_pair_rows if self.paired else check_rated_rows
-        if self.labels is None:
-            for path in (*splits.train.paths, *(splits.validation.paths if splits.validation else ())):
+        splits, check = self.model.data.splits, self.responses.check_first
+        for path in (*splits.train.paths, *(splits.validation.paths if splits.validation else ())):
+            if check is not None:
                 check(path)
 
     @property

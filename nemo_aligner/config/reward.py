@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 
 from nemo_aligner.config.base import TrainerConfig
 from nemo_aligner.config.pairs import PairJob, PairLoopConfig, PairModelConfig
+from nemo_aligner.data.text_rows import Labels, ResponseFiles, open_labeled
 from nemo_aligner.errors import UserError
 from nemo_aligner.models.gpt.learning_rate import OptimConfig
 from nemo_aligner.objectives.config import RegressionConfig
@@ -86,9 +87,16 @@ class RMJob(PairJob):
     )
 
     @property
-    def labels(self) -> RegressionConfig | None:
+    def responses(self) -> ResponseFiles:
         """See PairJob."""
-        return self.model.regression if self.model.reward_model_type == "regression" else None
+        if self.model.reward_model_type != "regression":
+            return super().responses
+        regression = self.model.regression
+        paired = regression.loss_func != "regression"
+        labels = Labels(
+            num_attributes=regression.num_attributes, missing=regression.loss_mask_val, paired=paired
+        )
+        return ResponseFiles(open=partial(open_labeled, labels=labels), unit="pairs" if paired else "rows")
 
     def check(self, world_size: int | None = None) -> None:
         """See TrainingJob."""

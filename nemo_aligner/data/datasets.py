@@ -16,6 +16,7 @@ from nemo_aligner.data.config import (
 )
 from nemo_aligner.data.conversations import Chat
 from nemo_aligner.data.data_spec import Split
+from nemo_aligner.data.loader import BlendedRows
 from nemo_aligner.data.markers import is_usual_template
 from nemo_aligner.data.plain_text import PlainTextDataset, open_text
 from nemo_aligner.data.prompt import PromptResponseLayout
@@ -23,7 +24,7 @@ from nemo_aligner.data.records import PromptResponse, RecordFile, Records, TextR
 from nemo_aligner.data.row import Row, TextEncoder
 from nemo_aligner.data.row_dataset import BlendedDataset, RowDataset
 from nemo_aligner.data.text_layout import TextLayout
-from nemo_aligner.data.text_rows import open_prompts
+from nemo_aligner.data.text_rows import ResponseFiles, open_prompts
 from nemo_aligner.data.tokenizer import Tokenizer
 
 _LOG = logging.getLogger(__name__)
@@ -60,7 +61,7 @@ class _CutLayout(Generic[R]):
 
 def open_sft(
     data: SFTDataConfig, split: SFTSplitConfig, tokenizer: Tokenizer, *, answer_only_loss: bool
-) -> RowDataset | PlainTextDataset:
+) -> BlendedRows:
     """The data set of one split; every line of its file has been checked when this returns.
 
     Args:
@@ -112,20 +113,18 @@ def open_response_rows(
     split: Split,
     tokenizer: Tokenizer,
     *,
-    read: Callable[[str], Records[TextRow]],
+    files: ResponseFiles,
     max_length: int,
-    unit: str,
     generates: bool = False,
 ) -> BlendedDataset:
-    """Pairs of responses, or labeled ones; a row is left out where a text of it has more than ``max_length`` tokens.
+    """Rows of responses; one is left out where a text of it has more than ``max_length`` tokens.
 
     Args:
         data: how texts become tokens.
-        split: the files.
+        split: the paths.
         tokenizer: where ids come from.
-        read: opens a file: ``open_pairs``, ``open_labeled`` or ``open_rated``.
+        files: how they are read.
         max_length: tokens.
-        unit: what a row is called in messages, in the plural.
         generates: the loss is of each response's tokens, not of the reward of the whole text.
 
     Raises:
@@ -133,7 +132,8 @@ def open_response_rows(
     """
     encode = TextEncoder(tokenizer=tokenizer, add_bos=data.add_bos, append_eos=data.append_eod)
     lengths = range(2, max_length + 1)
-    return _open(split, read, TextLayout(encode=encode, lengths=lengths, unit=unit, generates=generates))
+    layout = TextLayout(encode=encode, lengths=lengths, unit=files.unit, generates=generates)
+    return _open(split, lambda path: files.open(path, tokenizer), layout)
 
 
 def open_prompt_rows(

@@ -28,6 +28,15 @@ _LAYOUTS = (
 _NEMO_NAMES = {"chosen_response": "chosen", "rejected_response": "rejected"}
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ResponseFiles:
+    """How a job's files of responses are read."""
+
+    open: Callable[[str, Tokenizer], Records[TextRow]]
+    check_first: Callable[[str], None] | None = None  # reads a file's first rows, before torch is loaded
+    unit: str  # what a row is called in messages, in the plural
+
+
 class LinePairs:
     """Two consecutive lines of a file as one pair.
 
@@ -129,7 +138,7 @@ class Labels:
     paired: bool = False  # two consecutive rows are the responses to one prompt
 
 
-def open_labeled(path: str | Path, labels: Labels, tokenizer: Tokenizer | None = None) -> Records[TextRow]:
+def open_labeled(path: str | Path, tokenizer: Tokenizer | None = None, *, labels: Labels) -> Records[TextRow]:
     """The rows {"text": ..., "label": [numbers]} of a file; ``messages`` may stand in the place of ``text``.
 
     In pairs the first number of both labels is the preference: below 0 the first response is better, else the second;

@@ -16,7 +16,7 @@ from nemo_aligner.batch import ReferencedPairs
 from nemo_aligner.data.collate import collate
 from nemo_aligner.data.config import PairDataConfig
 from nemo_aligner.data.datasets import open_response_rows
-from nemo_aligner.data.text_rows import open_pairs
+from nemo_aligner.data.text_rows import ResponseFiles, open_pairs
 from nemo_aligner.objectives.config import DPOConfig
 from nemo_aligner.objectives.preference import DPO
 from nemo_aligner.objectives.protocol import ModelOutput
@@ -75,9 +75,8 @@ def test_real_pairs_cost_what_trl_says(real: Path):
             data,
             data.splits.train,
             policy.tokenizer,
-            read=lambda path: open_pairs(path, policy.tokenizer),
+            files=ResponseFiles(open=open_pairs, unit="pairs"),
             max_length=512,
-            unit="pairs",
             generates=True,
         )
         found: dict[str, list[float]] = {name: [] for name in OBJECTIVES}

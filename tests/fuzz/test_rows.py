@@ -4,6 +4,7 @@
 import gzip
 import random
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import pytest
 from nemo_aligner.data.config import DataSpecConfig, PairDataConfig, SFTDataConfig, SFTSplitConfig
 from nemo_aligner.data.datasets import open_prompt_rows, open_response_rows, open_sft
 from nemo_aligner.data.requests import open_requests, tokens_of
-from nemo_aligner.data.text_rows import Labels, open_labeled, open_pairs
+from nemo_aligner.data.text_rows import Labels, ResponseFiles, open_labeled, open_pairs
 from nemo_aligner.data.tokenizer import Tokenizer, load_tokenizer
 from tests.fuzz.guard import run
 from tests.fuzz.mutate import bend, spell, twist
@@ -98,16 +99,14 @@ def _opened(draw: random.Random, kind: str, file: str, tokenizer: Tokenizer) -> 
     pairs = PairDataConfig(data_prefix=prefix, append_eod=draw.random() < 0.5)
     prompts, train = DataSpecConfig(data_prefix=prefix), pairs.splits.train
     labels = Labels(num_attributes=3, missing=-100.0, paired=kind == "label_pairs")
-    sizes = {"max_length": length, "unit": "rows", "generates": draw.random() < 0.5}
+    sizes = {"max_length": length, "generates": draw.random() < 0.5}
     match kind:
         case "pairs":
-            return lambda: open_response_rows(
-                pairs, train, tokenizer, read=lambda path: open_pairs(path, tokenizer), **sizes
-            )
+            files = ResponseFiles(open=open_pairs, unit="rows")
+            return lambda: open_response_rows(pairs, train, tokenizer, files=files, **sizes)
         case "labels" | "label_pairs":
-            return lambda: open_response_rows(
-                pairs, train, tokenizer, read=lambda path: open_labeled(path, labels, tokenizer), **sizes
-            )
+            files = ResponseFiles(open=partial(open_labeled, labels=labels), unit="rows")
+            return lambda: open_response_rows(pairs, train, tokenizer, files=files, **sizes)
         case "prompts":
             return lambda: open_prompt_rows(prompts, train, tokenizer, max_length=length)
         case "requests":

@@ -5,7 +5,7 @@ python examples/nlp/gpt/train_gpt_dpo.py pretrained_checkpoint.restore_from_path
     "model.data.data_prefix={train: [a.jsonl], validation: [b.jsonl], test: [b.jsonl]}"
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import ClassVar
 
@@ -13,6 +13,7 @@ from nemo_aligner.bounds import bounded, only
 from nemo_aligner.config.base import TrainerConfig
 from nemo_aligner.config.pairs import PairJob, PairLoopConfig, PairModelConfig
 from nemo_aligner.data.config import PairDataConfig
+from nemo_aligner.data.text_rows import ResponseFiles, open_pairs
 from nemo_aligner.launch.script import script
 from nemo_aligner.models.gpt.learning_rate import OptimConfig
 from nemo_aligner.objectives.config import REFERENCED, DPOConfig
@@ -48,7 +49,8 @@ class DPODataConfig(PairDataConfig):
     append_eod: bool = True  # end each response with EOS, unless it ends with the token that ends a turn
     # of rpo_*: the reward of a chosen response, where a row has no chosen_reward
     default_chosen_reward: float = 1.0
-    default_rejected_reward: float = 0.0  # and of a rejected one, where it has no rejected_reward
+    # of rpo_*: the reward of a rejected response, where a row has no rejected_reward
+    default_rejected_reward: float = 0.0
     # only null: rows are padded to the longest of their step
     pad_length_to_multiple_of: int | None = only(None)
 
@@ -66,9 +68,10 @@ class DPOJob(PairJob):
     trainer: DPOTrainerConfig = field(default_factory=DPOTrainerConfig)
 
     @property
-    def default_rewards(self) -> tuple[float, float]:
+    def responses(self) -> ResponseFiles:
         """See PairJob."""
-        return self.model.data.default_chosen_reward, self.model.data.default_rejected_reward
+        usual = self.model.data.default_chosen_reward, self.model.data.default_rejected_reward
+        return replace(super().responses, open=partial(open_pairs, default_rewards=usual))
 
 
 @script("gpt_dpo", DPOJob)

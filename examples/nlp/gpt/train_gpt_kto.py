@@ -13,6 +13,9 @@ from nemo_aligner.bounds import bounded
 from nemo_aligner.config.base import TrainerConfig
 from nemo_aligner.config.pairs import PairJob, PairLoopConfig, PairModelConfig
 from nemo_aligner.data.config import PairDataConfig
+from nemo_aligner.data.first_rows import check_rated_rows
+from nemo_aligner.data.rated_rows import open_rated
+from nemo_aligner.data.text_rows import ResponseFiles
 from nemo_aligner.errors import UserError
 from nemo_aligner.launch.script import script
 from nemo_aligner.models.gpt.learning_rate import OptimConfig
@@ -59,7 +62,11 @@ class KTOModelConfig(PairModelConfig):
 class KTOJob(PairJob):
     model: KTOModelConfig
     trainer: KTOTrainerConfig = field(default_factory=KTOTrainerConfig)
-    paired: ClassVar[bool] = False
+
+    @property
+    def responses(self) -> ResponseFiles:
+        """See PairJob."""
+        return ResponseFiles(open=open_rated, check_first=check_rated_rows, unit="responses")
 
 
 @script("gpt_kto", KTOJob)

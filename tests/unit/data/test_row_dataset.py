@@ -4,13 +4,14 @@
 import json
 import logging
 import math
+from functools import partial
 
 import pytest
 
 from nemo_aligner.data.config import DataSpecConfig, PairDataConfig
 from nemo_aligner.data.datasets import open_prompt_rows, open_response_rows
 from nemo_aligner.data.row import Row, TokenSequence
-from nemo_aligner.data.text_rows import Labels, open_labeled, open_pairs
+from nemo_aligner.data.text_rows import Labels, ResponseFiles, open_labeled, open_pairs
 from nemo_aligner.errors import UserError
 
 
@@ -24,9 +25,8 @@ def comparisons(prefix, tokenizer, *, max_length=100, split="train", generates=F
         data,
         getattr(data.splits, split),
         tokenizer,
-        read=lambda path: open_pairs(path, tokenizer),
+        files=ResponseFiles(open=open_pairs, unit="pairs"),
         max_length=max_length,
-        unit="pairs",
         generates=generates,
     )
 
@@ -36,9 +36,11 @@ def labeled_rows(data, tokenizer, *, max_length, **labels):
         data,
         data.splits.train,
         tokenizer,
-        read=lambda path: open_labeled(path, Labels(missing=-100, **labels), tokenizer),
+        files=ResponseFiles(
+            open=partial(open_labeled, labels=Labels(missing=-100, **labels)),
+            unit="pairs" if labels.get("paired") else "rows",
+        ),
         max_length=max_length,
-        unit="pairs" if labels.get("paired") else "rows",
     )
 
 

@@ -85,7 +85,7 @@ def test_bad_pairs_name_their_line(jsonl, rows, line, problem, fix):
 
 def test_labels(jsonl):
     path = jsonl({"text": "a", "label": [4, -100, 0.5]}, {"text": "b", "label": [-100, -100, 1]})
-    labeled = open_labeled(path, Labels(num_attributes=3, missing=-100))
+    labeled = open_labeled(path, labels=Labels(num_attributes=3, missing=-100))
     assert labeled[0].texts == ("a",)
     for row, expected in ((0, (4.0, math.nan, 0.5)), (1, (math.nan, math.nan, 1.0))):
         assert labeled[row].labels[0] == pytest.approx(expected, nan_ok=True)
@@ -109,13 +109,13 @@ def test_labels(jsonl):
 def test_bad_labels_name_their_line(jsonl, row, problem):
     path = jsonl({"text": "good", "label": [1, 2]}, row)
     with pytest.raises(UserError, match=problem) as caught:
-        open_labeled(path, Labels(num_attributes=2, missing=-100))
+        open_labeled(path, labels=Labels(num_attributes=2, missing=-100))
     assert caught.value.problem.startswith(f"{path}, line 2: ")
 
 
 def test_two_labeled_responses_make_a_pair(jsonl):
     rows = [{"text": text, "label": [k, -100]} for text, k in (("a", -2), ("b", -2), ("c", 1), ("d", 1))]
-    pairs = open_labeled(jsonl(*rows), Labels(num_attributes=2, missing=-100, paired=True))
+    pairs = open_labeled(jsonl(*rows), labels=Labels(num_attributes=2, missing=-100, paired=True))
     assert len(pairs) == 2
     assert pairs[1].texts == ("c", "d")
     assert [pair.labels[0][0] for pair in (pairs[0], pairs[1])] == [-2, 1]
@@ -124,7 +124,7 @@ def test_two_labeled_responses_make_a_pair(jsonl):
 @pytest.mark.parametrize("labels", [([-2, 0], [2, 0]), ([-100, 1], [-100, 1])])
 def test_a_pair_has_one_preference(jsonl, labels):
     rows = ({"text": "a", "label": label} for label in labels)
-    pairs = open_labeled(jsonl(*rows), Labels(num_attributes=2, missing=-100, paired=True))
+    pairs = open_labeled(jsonl(*rows), labels=Labels(num_attributes=2, missing=-100, paired=True))
     with pytest.raises(UserError, match="the first numbers of the labels of a pair are") as caught:
         pairs[0]
     assert "below 0 if the first is better" in caught.value.fix
