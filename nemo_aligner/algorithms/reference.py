@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Log-probs of supervised batches by the reference, the policy as training began with it.
+"""Log-probs of supervised batches by another model than the one that is trained: a reference, or a teacher.
 
-Either its weights are swapped in at each step, or its log-probs are computed once, before the first step, and stored.
+The reference is the policy as training began with it. Either its weights are swapped in at each step, or its log-probs
+are computed once, before the first step, and stored.
 """
 
 import json
@@ -18,13 +19,14 @@ from nemo_aligner.batch import (
     PreferenceBatch,
     RatedResponses,
     ReferencedPairs,
+    TeacherBatch,
     TokenBatch,
 )
 from nemo_aligner.data.loader import BatchLoader, Rows
 from nemo_aligner.data.row import Row
 from nemo_aligner.data.sampler import GlobalBatchSampler, rank_rows
 from nemo_aligner.errors import report_damage
-from nemo_aligner.models.alignable_interface import AlignableGenerativeInterface
+from nemo_aligner.models.alignable_interface import AlignableGenerativeInterface, TeacherInterface
 from nemo_aligner.objectives.reduce import kl_baseline, log_ratios
 from nemo_aligner.parallel import collectives, world
 from nemo_aligner.run.disk import report_if_full
@@ -87,6 +89,18 @@ def annotate_rated(
         own.extended(RatedResponses, reference_sums=reference[::2], kl_baseline=kl.expand(own.num_rows))
         for own, reference in zip(responses, references, strict=True)
     ]
+
+
+def annotate_by_teacher(
+    teacher: TeacherInterface, batches: Sequence[TokenBatch], *, top_k: int
+) -> list[TeacherBatch]:
+    """Return the batches with the ``top_k`` most likely tokens of the teacher, and their log-probs."""
+    found: list[TeacherBatch] = []
+    for batch in batches:
+        batch = batch.to(world.device())
+        logprobs, ids = teacher.topk(batch, top_k)
+        found.append(batch.extended(TeacherBatch, teacher_logprobs=logprobs, teacher_ids=ids))
+    return found
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from nemo_aligner.builders.models import (
     require_tokenizer,
     standardize,
 )
-from nemo_aligner.builders.reference import with_kl_baseline, with_reference_logprobs
+from nemo_aligner.builders.reference import with_kl_baseline, with_reference_logprobs, with_teacher
 from nemo_aligner.builders.resume import resume_point
 from nemo_aligner.builders.runs import (
     open_experiment,
@@ -21,7 +21,6 @@ from nemo_aligner.builders.runs import (
     supervised_trainer,
     training_checkpoints,
 )
-from nemo_aligner.builders.teacher import with_teacher
 
 __all__ = [
     "Pretrained",

@@ -9,6 +9,8 @@ from datetime import date
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
+import torch
+
 from nemo_aligner.builders.adapters import ADAPTERS_OF, give_adapters
 from nemo_aligner.checkpoint.model_nemo import save_nemo, shared_model
 from nemo_aligner.checkpoint.nemo_archive import CONFIG_NAME, WEIGHTS_NAME, ModelArchive
@@ -29,6 +31,7 @@ from nemo_aligner.models.gpt.heads import HEAD_KEYS, HEAD_NAME, HeadConfig, draw
 from nemo_aligner.models.gpt.learner import GPTLearner
 from nemo_aligner.models.gpt.model import GPT, InterleavedGPT, build_gpt
 from nemo_aligner.models.gpt.policy import GPTPolicy
+from nemo_aligner.models.gpt.recompute import Recompute
 from nemo_aligner.models.gpt.transformer import dtype_of
 from nemo_aligner.parallel import collectives, world
 from nemo_aligner.run.progress import heartbeat
@@ -62,9 +65,7 @@ def load_policy(job: ModelJob, *, start: Checkpoint | None = None) -> Pretrained
     """
     with open_checkpoint(job, start) as archive:
         config = merged_config(job.model, archive)
-        if config.get("reward_model_type"):
-            key, path = job.pretrained
-            raise UserError(f"{key}={path} is a reward model and writes no text", fix="give a language model")
+        _refuse_reward_model(*job.pretrained, config)
         built, tokenizer, files = build_model(job, archive, config, head=None)
     _load_adapters(job, built, start)
     pin_clock(tokenizer, config)
@@ -76,6 +77,31 @@ def load_policy(job: ModelJob, *, start: Checkpoint | None = None) -> Pretrained
         seed=job.model.seed,
     )
     return Pretrained(learner=policy, tokenizer=tokenizer, config=config, files=files)
+
+
+@world.phase("loading another model")
+def load_frozen_policy(job: ModelJob, setting: str, path: str) -> tuple[GPTPolicy, Tokenizer | None]:
+    """Another language model, and its tokenizer: on the job's layout and in its precision, and never trained.
+
+    Args:
+        job: of the model that is trained.
+        setting: names the other model in messages.
+        path: whatever a job may start from.
+
+    Raises:
+        UserError: the checkpoint is not there, damaged, does not fit the layout, or is no language model.
+    """
+    with shared_model(path) as archive:
+        _refuse_adapters(archive)
+        _refuse_reward_model(setting, path, archive.config)
+        dtype = dtype_of(chosen_precision(job))
+        model = _load(job, archive, GPTConfig.from_dict(archive.config), dtype, head=None, trained=False)
+        return GPTPolicy(model), _load_tokenizer(archive, model)
+
+
+def _refuse_reward_model(setting: str, path: str, config: dict[str, Any]) -> None:
+    if config.get("reward_model_type"):
+        raise UserError(f"{setting}={path} is a reward model and writes no text", fix="give a language model")
 
 
 @world.phase("loading the model")
@@ -141,15 +167,19 @@ def merged_config(model: ModelConfig, archive: ModelArchive) -> dict[str, Any]:
     Raises:
         UserError: the checkpoint holds adapters alone.
     """
+    _refuse_adapters(archive)
+    unread = [key for key in unread_keys(archive.config) if key not in HEAD_KEYS]
+    if unread and world.is_logging_rank():
+        logger.info("keys of model_config.yaml that are kept and not read: %s", ", ".join(unread))
+    return {**archive.config, **model.architecture, **model.saved_keys}
+
+
+def _refuse_adapters(archive: ModelArchive) -> None:
     if base := archive.config.get(ADAPTERS_OF):
         raise UserError(
             f"{archive.folder} is a checkpoint of a run that trains adapters: it holds them alone, not {base}",
             fix="give the .nemo that the run has written at its end, which has them merged",
         )
-    unread = [key for key in unread_keys(archive.config) if key not in HEAD_KEYS]
-    if unread and world.is_logging_rank():
-        logger.info("keys of model_config.yaml that are kept and not read: %s", ", ".join(unread))
-    return {**archive.config, **model.architecture, **model.saved_keys}
 
 
 def build_model(
@@ -165,23 +195,41 @@ def build_model(
     ``config`` gets the precision. See :func:`load_model` for ``but``.
     """
     gpt, precision = GPTConfig.from_dict(config), _precision(job)
+    built = _load(job, archive, gpt, dtype_of(precision), head=head, trained=True, but=but)
+    config["precision"] = precision
+    give_adapters(job, built, config)
+    return built, _load_tokenizer(archive, built), _tokenizer_files(archive)
+
+
+def _load(
+    job: ModelJob,
+    archive: OpenedModel,
+    gpt: GPTConfig,
+    dtype: torch.dtype,
+    *,
+    head: HeadConfig | None,
+    trained: bool,
+    but: str | None = None,
+) -> GPT | InterleavedGPT:
     built = build_gpt(
         gpt,
         job.model.layout,
-        dtype_of(precision),
+        dtype,
         use_flash_attention=job.model.use_flash_attention,
-        recompute=job.model.recompute,
+        recompute=job.model.recompute if trained else Recompute(),
         head=head,
-        adapted=job.model.peft.lora is not None,
+        adapted=trained and job.model.peft.lora is not None,
     )
-    config["precision"] = precision
     with heartbeat("loading weights", enabled=world.is_logging_rank()):
         load_model(built, archive.weights, but=but)
-    give_adapters(job, built, config)
+    return built
+
+
+def _load_tokenizer(archive: ModelArchive, model: GPT | InterleavedGPT) -> Tokenizer | None:
     tokenizer = load_archived_tokenizer(archive)
     if tokenizer is not None:
-        check_fits(tokenizer, gpt.vocab_size)
-    return built, tokenizer, _tokenizer_files(archive)
+        check_fits(tokenizer, model.gpt_config.vocab_size)
+    return tokenizer
 
 
 def chosen_precision(job: ModelJob) -> str:

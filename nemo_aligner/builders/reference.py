@@ -1,15 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From a model as its run began to batches that know what it believes of them."""
+"""From another model to batches that know what it believes of them: the model as its run began, or a teacher."""
 
 from dataclasses import replace
 from functools import partial
 
-from nemo_aligner.algorithms.reference import annotate_by_swap, annotate_rated, with_stored_reference
+from nemo_aligner.algorithms.reference import (
+    annotate_by_swap,
+    annotate_by_teacher,
+    annotate_rated,
+    with_stored_reference,
+)
 from nemo_aligner.algorithms.supervised import Batches, SupervisedData
-from nemo_aligner.builders.models import Pretrained, go_on_from
+from nemo_aligner.builders.models import Pretrained, go_on_from, load_frozen_policy, require_tokenizer
 from nemo_aligner.checkpoint.trainer_state import Checkpoint
+from nemo_aligner.config.base import ModelJob
 from nemo_aligner.data.collate import collate_mismatched
 from nemo_aligner.data.mismatched import MismatchedRows
+from nemo_aligner.data.tokenizer import tokenizer_probe
+from nemo_aligner.errors import UserError
 from nemo_aligner.models.gpt.policy import GPTPolicy
 from nemo_aligner.run.experiment import Experiment
 
@@ -73,6 +81,44 @@ def with_kl_baseline(
         validation={name: mismatched(loader) for name, loader in data.validation.items()},
         annotate=partial(annotate_rated, pretrained.learner),
     )
+
+
+def with_teacher(
+    job: ModelJob,
+    teacher: tuple[str, str],
+    pretrained: Pretrained[GPTPolicy],
+    data: SupervisedData,
+    *,
+    top_k: int,
+) -> SupervisedData:
+    """Load a teacher beside the model that is trained.
+
+    Args:
+        teacher: (setting, path).
+        top_k: tokens in each place that the teacher is asked for, at most.
+
+    Returns:
+        The data, whose batches come with the teacher's most likely tokens of each place.
+
+    Raises:
+        UserError: the teacher does not load, or has other tokens than the student.
+    """
+    policy, tokenizer = load_frozen_policy(job, *teacher)
+    named, own = "=".join(teacher), require_tokenizer(job, pretrained)
+    if tokenizer is None:
+        raise UserError(f"{named} has no tokenizer", fix="give a teacher with its tokenizer")
+    if tokenizer_probe(tokenizer) != tokenizer_probe(own):
+        raise UserError(
+            f"{named} cuts a text into other tokens than the student {job.pretrained[0]}={job.pretrained[1]}",
+            fix="give a teacher and a student with one tokenizer",
+        )
+    theirs, ours = (model.model.gpt_config.vocab_size for model in (policy, pretrained.learner))
+    if theirs > ours:
+        raise UserError(
+            f"{named} has {theirs} tokens, and the student has {ours}",
+            fix="give a teacher with as many tokens, or fewer",
+        )
+    return replace(data, annotate=partial(annotate_by_teacher, policy, top_k=min(top_k, theirs)))
 
 
 def _source(run: Experiment, pretrained: Pretrained[GPTPolicy]) -> dict[str, object]:

@@ -16,6 +16,8 @@ from nemo_aligner.launch.script import script
 from nemo_aligner.objectives.config import Divergence
 from nemo_aligner.paths import PathText
 
+TEACHER = "model.knowledge_distillation.teacher"
+
 
 @dataclass(frozen=True, kw_only=True)
 class KDConfig:
@@ -63,7 +65,7 @@ class KDJob(SFTJob):
     def check_paths(self) -> None:
         """See ModelJob."""
         SFTJob.check_paths(self)
-        peek_model("model.knowledge_distillation.teacher", self.model.knowledge_distillation.teacher)
+        peek_model(TEACHER, self.model.knowledge_distillation.teacher)
 
 
 @script("gpt_knowledge_distillation", KDJob)
@@ -85,7 +87,8 @@ def main(job: KDJob) -> None:
         start = builders.resume_point(job, run)
         pretrained = builders.load_policy(job, start=start)
         data = builders.sft_loaders(job, pretrained)
-        data = builders.with_teacher(job, settings.teacher, pretrained, data, top_k=settings.top_k)
+        teacher = TEACHER, settings.teacher
+        data = builders.with_teacher(job, teacher, pretrained, data, top_k=settings.top_k)
         trainer = builders.supervised_trainer(job, run, pretrained, objective, data)
         trainer.fit(start)
         builders.save_result(job, run, pretrained, trainer.checkpoints)
