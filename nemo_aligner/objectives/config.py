@@ -91,7 +91,7 @@ class DPOConfig:
     sft_loss_weight: float = bounded(0.0, at_least=0)
     sft_average_log_probs: bool = False  # True: that of a response is its tokens' mean, not their sum
 
-    # {setting: the losses that read it}; with others it is to stay as it is
+    # {setting: the losses that read it}; with another loss it must keep its default
     of_losses: ClassVar[Mapping[str, tuple[PreferenceLoss, ...]]] = {
         "label_smoothing": ("dpo", "robust"),
         "gt_reward_scale": ("rpo_sq", "rpo_bwd_kl", "rpo_fwd_kl"),
@@ -137,9 +137,8 @@ class CreditConfig:
     advantage_estimator: Estimator = "gae"
     # with group: divide by the standard deviation of the group's rewards (GRPO); False: Dr. GRPO
     group_std: bool = True
-    top_n: int = bounded(
-        1, at_least=1
-    )  # with best_of_n: responses to each prompt that the policy learns from
+    # with best_of_n: responses to each prompt that the policy learns from
+    top_n: int = bounded(1, at_least=1)
     # reward lost per nat of KL to the initial policy; 0: it is not asked
     initial_policy_kl_penalty: float = bounded(0.01, at_least=0, to="0 (no penalty) or more")
     use_absolute_kl: bool = True  # with kl_estimator k1: the penalty is of |log p - log p0|

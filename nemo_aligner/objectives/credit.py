@@ -175,7 +175,7 @@ def _estimated(scored: ScoredRollout, rewards: Tensor, config: CreditConfig) -> 
         case "leave_one_out":
             each, kept = leave_one_out(whole, scored.group), responses
         case "best_of_n":
-            # What is not learned from does not take the place of what is.
+            # A response that the length limit cut is not learned from, so it must not be one of the best.
             cut = ~scored.finished if config.mask_unfinished else torch.zeros_like(scored.finished)
             best = best_of_n(whole.masked_fill(cut, -torch.inf), scored.group, keep=config.top_n)
             each, kept = best.to(rewards.dtype), responses & best[:, None]

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Negative log-likelihood: the loss of supervised fine-tuning."""
 
+import torch
 from torch import Tensor
 
 from nemo_aligner.batch import TokenBatch, Unit
@@ -12,11 +13,10 @@ def nll(logprobs: Tensor, mask: Tensor) -> Tensor:
 
     logprobs: [B, S] float, mask: [B, S] bool. Returns [].
 
-    >>> import torch
     >>> nll(torch.tensor([[0.0, -1.0, -2.0]]), torch.tensor([[False, True, True]]))
     tensor(3.)
     """
-    return -(logprobs * mask).sum()
+    return -torch.where(mask, logprobs, 0).sum()
 
 
 class NLL:

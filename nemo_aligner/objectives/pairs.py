@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The common parts of losses of pairs: the margin, and the metrics of who is ahead and of the rewards of both."""
 
+import torch
 from torch import Tensor
 
 from nemo_aligner.objectives.protocol import Metrics
@@ -33,9 +34,9 @@ def pair_loss(chosen: Tensor, rejected: Tensor, losses: Tensor, *, real: Tensor)
 
     chosen, rejected: [P] float, rewards; losses: [P] float; real: [P] bool, False for padding rows.
     """
-    loss = (losses * real).sum()
+    loss = torch.where(real, losses, 0).sum()
     pairs = real.sum()
-    right, wrong = chosen.detach() * real, rejected.detach() * real
+    right, wrong = (torch.where(real, x.detach(), 0) for x in (chosen, rejected))
     return loss, {
         "loss": (loss.detach(), pairs),
         "acc": (((chosen > rejected) & real).sum(), pairs),

@@ -83,7 +83,7 @@ def orpo(policy: Tensor) -> Tensor:
     >>> orpo(torch.tensor([[0.5, 0.25]]).log())
     tensor([0.2877])
     """
-    # 1 - p is 0 in padding rows, and for a response of probability 1; its log must stay finite.
+    # 1 - p is 0 for a response of probability 1, and in padding rows; its log and its gradient must stay finite.
     complement = (-torch.expm1(policy)).clamp(min=torch.finfo(policy.dtype).tiny)
     log_odds = policy - torch.log(complement)
     return -F.logsigmoid(lead(log_odds))

@@ -39,7 +39,7 @@ class ModelOutput:
 
 
 class Objective(Protocol):
-    """A loss, as a function of what a model says of a batch. Pure: no model, no process group, no config."""
+    """A loss, as a function of what a model says of a batch. Pure: no model, no process group, no file."""
 
     @property
     def wants(self) -> frozenset[Wants]:

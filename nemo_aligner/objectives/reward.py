@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Losses of reward models: pairwise preferences and attribute labels."""
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -19,7 +20,6 @@ def bradley_terry(chosen: Tensor, rejected: Tensor, margin: Tensor | float = 0.0
 
     chosen, rejected: [P] float. Returns [P].
 
-    >>> import torch
     >>> bradley_terry(torch.tensor([1.0]), torch.tensor([1.0]))
     tensor([0.6931])
     """
@@ -31,7 +31,6 @@ def regression(predicted: Tensor, labels: Tensor) -> Tensor:
 
     predicted: [N, A] float; labels: [N, A] float, NaN where there is no label. Returns [N, A].
 
-    >>> import torch
     >>> regression(torch.tensor([[1.0, 5.0]]), torch.tensor([[3.0, torch.nan]]))
     tensor([[4., 0.]])
     """
@@ -97,8 +96,8 @@ class Regression:
         assert isinstance(batch, AttributeBatch)
         assert output.rewards is not None
         real = batch.labeled()
-        loss = (regression(output.rewards, batch.attributes) * real).sum()
-        given = output.rewards.detach() * real
+        loss = torch.where(real, regression(output.rewards, batch.attributes), 0).sum()
+        given = torch.where(real, output.rewards.detach(), 0)
         count = real.sum()
         return loss, {
             "loss": (loss.detach(), count),
