@@ -25,6 +25,7 @@ from transformers import (
 )
 
 from nemo_aligner.checkpoint.convert import import_from_huggingface
+from tests.functional.zygote import Copied, Zygote
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "examples/nlp/gpt/train_gpt_sft.py"
@@ -149,7 +150,7 @@ def settings(nemo: Path, data: Path, tmp_path: Path) -> dict[str, object]:
 class Job:
     """A running script, its output in files, its temporary files in a folder of its own."""
 
-    process: subprocess.Popen[str]
+    process: subprocess.Popen[str] | Copied
     folder: Path
     started: float
     ranks: list[psutil.Process]
@@ -202,9 +203,19 @@ class Job:
         return found
 
 
+@pytest.fixture(scope="session")
+def zygote() -> Iterator[Zygote]:
+    """Starts scripts without the time of their imports."""
+    with contextlib.closing(Zygote()) as process:
+        yield process
+
+
 @pytest.fixture
-def start(tmp_path: Path) -> Iterator[Callable[..., Job]]:
-    """Starts the SFT script with settings, or any command; whatever is left at the end of the test is killed."""
+def start(tmp_path: Path, zygote: Zygote) -> Iterator[Callable[..., Job]]:
+    """Starts the SFT script with settings, or any command; whatever is left at the end of the test is killed.
+
+    With variables that libraries read when they are imported, it is a fresh interpreter.
+    """
     jobs: list[Job] = []
 
     def begin(
@@ -224,17 +235,21 @@ def start(tmp_path: Path) -> Iterator[Callable[..., Job]]:
             "OMP_NUM_THREADS": "1",
             "HF_HUB_OFFLINE": "1",
         }
-        with (folder / "stdout").open("w") as out, (folder / "stderr").open("w") as err:
-            process = subprocess.Popen(
-                [sys.executable, *map(str, command), *map(str, words)],
-                cwd=tmp_path,
-                env=os.environ | toy | (env or {}),
-                stdin=subprocess.DEVNULL,
-                stdout=out,
-                stderr=err,
-                text=True,
-                start_new_session=True,
-            )
+        place = {"cwd": tmp_path, "env": os.environ | toy | (env or {})}
+        words = [*map(str, command), *map(str, words)]
+        if any(value and name != "TMPDIR" for name, value in (env or {}).items()):
+            with (folder / "stdout").open("w") as out, (folder / "stderr").open("w") as err:
+                process = subprocess.Popen(
+                    [sys.executable, *words],
+                    stdin=subprocess.DEVNULL,
+                    stdout=out,
+                    stderr=err,
+                    text=True,
+                    start_new_session=True,
+                    **place,
+                )
+        else:
+            process = zygote.start(words, stdout=folder / "stdout", stderr=folder / "stderr", **place)
         jobs.append(Job(process=process, folder=folder, started=time.monotonic(), ranks=[]))
         return jobs[-1]
 

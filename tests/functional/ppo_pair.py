@@ -69,11 +69,12 @@ class Pair:
         hidden = {name: "" for name in os.environ if name.startswith("SLURM")}
         return self.start(settings, command=[script], env={"TMPDIR": str(tmp)} | hidden)
 
-    def run(self) -> None:
-        """Both, to the end."""
+    def run(self):
+        """Both, to the end; the actor's job."""
         critic, actor = self.start_critic(), self.start_actor()
         assert actor.wait(timeout=LONG) == 0, actor.err[-3000:] + critic.err[-3000:]
         assert critic.wait(timeout=60) == 0, critic.err[-3000:]
+        return actor
 
     def _critic(self) -> dict[str, object]:
         return {

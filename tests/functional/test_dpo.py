@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM
 
-from tests.functional.conftest import COLOURS, LAYOUTS, ROOT, toy_config, write_toy_tokenizer
+from tests.functional.conftest import COLOURS, LAYOUTS, MIXED, ROOT, toy_config, write_toy_tokenizer
 from tests.functional.run_folder import metrics
 from tests.functional.test_resume import assert_same_run
 
@@ -56,18 +56,12 @@ def steps(folder: Path) -> list[dict[str, float]]:
 
 
 # The loss of the first step, where the policy is the reference; None: there is no reference.
-STARTS = {
-    "dpo": math.log(2),
-    "rpo_bwd_kl": math.log(2) - 0.731059 * math.log(1 + math.exp(-1)) - 0.268941 * math.log(1 + math.exp(1)),
-    "orpo": None,
-}
+STARTS = {"dpo": math.log(2), "orpo": None}
 
 
 @pytest.mark.parametrize("loss", STARTS)
 def test_the_chosen_responses_are_learned(settings: Callable, run: Callable, tmp_path: Path, loss: str):
     asked = {"model.dpo.preference_loss": loss, "model.hidden_dropout": 0.0}
-    if loss == "simpo":
-        asked["model.dpo.ref_policy_kl_penalty"] = 2.0
     job = run(settings("run", **asked), command=[DPO])
     assert job.process.returncode == 0, job.err[-3000:]
     first, last = steps(tmp_path / "run")[0], steps(tmp_path / "run")[-1]
@@ -78,19 +72,6 @@ def test_the_chosen_responses_are_learned(settings: Callable, run: Callable, tmp
     assert last["train/loss"] < 0.8 * first["train/loss"]
     assert last["train/rewards_chosen_mean"] > last["train/rewards_rejected_mean"]
     assert "⟦ red</s>⟧" in job.err
-
-
-def test_a_stored_reference_is_the_swapped_one(settings: Callable, run: Callable, tmp_path: Path):
-    few = {"trainer.dpo.max_epochs": 1, "model.hidden_dropout": 0.0}
-    for name, changed in (
-        ("swapped", {"model.dpo.log_prob_forward_micro_batch_size": 3}),
-        ("stored", {"model.dpo.store_reference": True}),
-    ):
-        job = run(settings(name, **few, **changed), command=[DPO])
-        assert job.process.returncode == 0, job.err[-3000:]
-    # Batches of other widths round differently.
-    for ours, theirs in zip(steps(tmp_path / "stored"), steps(tmp_path / "swapped"), strict=True):
-        assert ours == pytest.approx(theirs, rel=1e-4, abs=1e-5)
 
 
 def test_damaged_log_probs_of_the_reference_are_reported(settings: Callable, run: Callable, tmp_path: Path):
@@ -141,18 +122,21 @@ def test_a_killed_run_goes_on_bit_for_bit(
     assert_same_run(tmp_path / "killed", tmp_path / "whole", steps=STEPS)
 
 
-@pytest.mark.parametrize(("layout", "stored"), [*zip(LAYOUTS, (False, True), strict=True)])
-def test_results_do_not_depend_on_the_layout(
-    settings: Callable, run: Callable, tmp_path: Path, layout: str, stored: bool
+def test_results_depend_neither_on_the_layout_nor_on_how_the_reference_is_kept(
+    settings: Callable, run: Callable, tmp_path: Path
 ):
-    same = {
-        "trainer.dpo.max_epochs": 1,
-        "model.hidden_dropout": 0.0,
-        "model.dpo.store_reference": stored,
-        "model.dpo.label_smoothing": 0.1,
-    }
-    for name, changed in (("one", {}), ("many", LAYOUTS[layout])):
+    same = {"trainer.dpo.max_epochs": 1, "model.hidden_dropout": 0.0, "model.dpo.label_smoothing": 0.1}
+    swapped = {"model.dpo.log_prob_forward_micro_batch_size": 3}
+    stored = {"model.dpo.store_reference": True}
+    for name, changed in (
+        ("swapped", swapped),
+        ("stored", stored),
+        ("TP2", LAYOUTS["TP2"]),
+        (MIXED, LAYOUTS[MIXED] | stored),
+    ):
         job = run(settings(name, **same, **changed), command=[DPO])
         assert job.process.returncode == 0, job.err[-3000:]
-    for ours, theirs in zip(steps(tmp_path / "many"), steps(tmp_path / "one"), strict=True):
-        assert ours == pytest.approx(theirs, rel=2e-4, abs=2e-5)
+        # Batches of other widths round differently.
+        bounds = {"rel": 1e-4, "abs": 1e-5} if name == "stored" else {"rel": 2e-4, "abs": 2e-5}
+        for ours, theirs in zip(steps(tmp_path / name), steps(tmp_path / "swapped"), strict=True):
+            assert ours == pytest.approx(theirs, **bounds), name

@@ -61,24 +61,28 @@ LAYOUTS = {
 
 
 @pytest.fixture(scope="session")
-def one_rank() -> dict[str, Path]:
-    """The folder of the run with one rank in each job, made when first asked for."""
+def made() -> dict[str, Path]:
+    """The folder of a run that several tests look at, made when first asked for."""
     return {}
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_results_do_not_depend_on_the_layout(
-    pairs: Callable[..., Pair], one_rank: dict[str, Path], layout: str
-):
-    if not one_rank:
+@pytest.fixture
+def one_rank(pairs: Callable[..., Pair], made: dict[str, Path]) -> Path:
+    """The folder of a run with one rank in each job."""
+    if not made:
         alone = pairs("one", critic=STILL, actor=FEW)
         alone.run()
-        one_rank["folder"] = alone.folder
+        made["folder"] = alone.folder
+    return made["folder"]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_results_do_not_depend_on_the_layout(pairs: Callable[..., Pair], one_rank: Path, layout: str):
     actor, critic = LAYOUTS[layout]
     many = pairs("many", critic=STILL | critic, actor=FEW | actor)
     many.run()
     for job in ("actor", "critic"):
-        ours, theirs = metrics(many.folder / job), metrics(one_rank["folder"] / job)
+        ours, theirs = metrics(many.folder / job), metrics(one_rank / job)
         assert len(ours) == len(theirs)
         for left, right in zip(ours, theirs, strict=True):
             assert left.keys() == right.keys()
@@ -116,7 +120,7 @@ def test_it_learns_says_what_it_does_and_leaves_a_model(pairs: Callable[..., Pai
             assert archive.config["precision"] == "32"
 
 
-def test_a_reward_model_in_a_job_of_its_own(pairs: Callable[..., Pair]):
+def test_a_reward_model_in_a_job_of_its_own(pairs: Callable[..., Pair], one_rank: Path):
     port = free_ports(1)[0]
     apart = {
         "remote_critic_rm.combine_rm_and_critic_server": False,
@@ -130,9 +134,7 @@ def test_a_reward_model_in_a_job_of_its_own(pairs: Callable[..., Pair]):
     reward = pair.serve_reward_model(port)
     pair.run()
     assert reward.wait(timeout=60) == 0, reward.err
-    together = pairs("together", critic=STILL, actor=FEW)
-    together.run()
-    assert metrics(pair.actor_folder) == metrics(together.actor_folder)
+    assert metrics(pair.actor_folder) == metrics(one_rank / "actor")
 
 
 def test_a_reward_server_of_several_ranks_reads_texts_as_it_is_reported_and_ends_at_sigterm(
@@ -161,19 +163,23 @@ def test_a_reward_server_of_several_ranks_reads_texts_as_it_is_reported_and_ends
     assert job.wait(timeout=30) == 0, job.err
 
 
-def test_what_only_costs_time_is_a_warning_with_both_numbers(pairs: Callable[..., Pair]):
-    pair = pairs("slow", critic={"trainer.ppo.inference_micro_batch_size": 20}, actor=FEW)
-    critic, actor = pair.start_critic(), pair.start_actor(**{"trainer.ppo.max_steps": 1})
-    assert actor.wait(timeout=LONG) == 0, actor.err
+def test_a_step_of_jobs_that_save_nothing_by_a_critic_with_a_token_more(
+    pairs: Callable[..., Pair], tmp_path: Path
+):
+    """A reward model that went to Hugging Face was given a token for padding there."""
+    torch.manual_seed(1)
+    wide = LlamaForSequenceClassification(toy_config(num_labels=1, vocab_size=260, pad_token_id=259))
+    wide.save_pretrained(tmp_path / "hf")
+    write_toy_tokenizer(tmp_path / "hf")
+    import_from_huggingface(tmp_path / "hf", str(tmp_path / "wide.nemo"))
+    nothing = {"exp_manager.create_checkpoint_callback": False}
+    many_rows = {"trainer.ppo.inference_micro_batch_size": 20}
+    made = pairs("wide", critic=nothing | many_rows, actor=FEW | nothing | {"trainer.ppo.max_steps": 1})
+    pair = replace(made, reward_nemo=tmp_path / "wide.nemo")
+    actor = pair.run()
+    # What only costs time is a warning with both numbers.
     assert "trainer.ppo.inference_micro_batch_size=20 x 1 data parallel ranks = 20 rows at once" in actor.err
     assert "set model.ppo.num_rollout_samples=20 or more" in actor.err
-    assert critic.wait(timeout=60) == 0, critic.err
-
-
-def test_jobs_that_save_nothing_end_well(pairs: Callable[..., Pair]):
-    nothing = {"exp_manager.create_checkpoint_callback": False}
-    pair = pairs("unsaved", critic=nothing, actor=FEW | nothing | {"trainer.ppo.max_steps": 1})
-    pair.run()
     # How long the critic judged stands beside the first of its steps in each of the actor's.
     told = [json.loads(line) for line in (pair.critic_folder / "metrics.jsonl").open()]
     assert ["timers/infer_time" in line for line in told] == [True, False]
@@ -184,45 +190,27 @@ def test_jobs_that_save_nothing_end_well(pairs: Callable[..., Pair]):
     ]
 
 
-def test_a_critic_with_a_token_more_than_its_actor(pairs: Callable[..., Pair], tmp_path: Path):
-    """As a reward model has that went to Hugging Face, where it was given one for padding."""
-    torch.manual_seed(1)
-    wide = LlamaForSequenceClassification(toy_config(num_labels=1, vocab_size=260, pad_token_id=259))
-    wide.save_pretrained(tmp_path / "hf")
-    write_toy_tokenizer(tmp_path / "hf")
-    import_from_huggingface(tmp_path / "hf", str(tmp_path / "wide.nemo"))
-    nothing = {"exp_manager.create_checkpoint_callback": False}
-    pair = pairs("wide", critic=nothing, actor=FEW | nothing | {"trainer.ppo.max_steps": 1})
-    replace(pair, reward_nemo=tmp_path / "wide.nemo").run()
-
-
-@pytest.mark.parametrize(
-    ("critic", "actor", "words"),
-    [
-        ({"model.encoder_seq_length": 64}, {}, ["takes 64 tokens, and the actor may send 256"]),
+def test_actors_that_their_critic_does_not_fit_are_refused(pairs: Callable[..., Pair]):
+    critic = {"model.encoder_seq_length": 64, "trainer.ppo.combine_rm_and_critic_server": False}
+    pair = pairs("unfit", critic=critic, actor={})
+    server = pair.start_critic()
+    for settings, words in (
+        ({}, ["takes 64 tokens, and the actor may send 256"]),
         (
-            {"trainer.ppo.combine_rm_and_critic_server": False},
-            {},
+            {"model.encoder_seq_length": 64},
             ["has no reward model", "remote_critic_rm.combine_rm_and_critic_server=True"],
         ),
-        ({"exp_manager.create_checkpoint_callback": False}, {}, ["saves nothing"]),
         (
-            {},
             {"model.ppo.num_rollout_samples": 64},
             ["has 48 prompts for training", "model.ppo.num_rollout_samples"],
         ),
-        ({}, {"remote_critic_rm.critic.name.infer": "asked"}, ["no endpoint asked"]),
-    ],
-)
-def test_jobs_that_do_not_fit_are_refused(
-    pairs: Callable[..., Pair], critic: dict[str, object], actor: dict[str, object], words: list[str]
-):
-    pair = pairs("unfit", critic=critic, actor=actor)
-    server, job = pair.start_critic(), pair.start_actor()
-    assert job.wait(timeout=LONG) == 2, job.err
-    told = "\n".join(job.err.splitlines()[-2:])
-    assert "\nFix: " in told
-    for word in words:
-        assert word in told
+    ):
+        job = pair.start_actor(**settings)
+        assert job.wait(timeout=LONG) == 2, job.err
+        told = "\n".join(job.err.splitlines()[-2:])
+        assert "\nFix: " in told
+        for word in words:
+            assert word in told
+    assert server.process.poll() is None, server.err
     server.process.terminate()
     server.wait(timeout=30)

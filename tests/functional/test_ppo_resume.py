@@ -49,8 +49,9 @@ MOMENTS: dict[str, tuple[str, Callable[[Pair], bool]]] = {
 }
 
 
-# What each of them alone breaks; the others run in `make test-resume`.
-FIRST = ("critic in train", "critic in save", "actor in rollout", "actor in save")
+# Kills of one run, in order. What each moment alone breaks runs in `make test-resume`.
+KILLS = [("critic in train", "actor in rollout"), ("critic in save", "actor in save")]
+KILLS_LONG = [(name,) for name in MOMENTS]
 
 
 def kill_at(job, pair: Pair, moment: Callable[[Pair], bool]) -> None:
@@ -85,13 +86,14 @@ def whole(pair: Pair, undisturbed: dict[str, Path], tmp_path_factory: pytest.Tem
 
 
 @pytest.mark.parametrize(
-    "name", [*FIRST, *(pytest.param(name, marks=pytest.mark.resume) for name in MOMENTS if name not in FIRST)]
+    "kills", [*KILLS, *(pytest.param(kills, marks=pytest.mark.resume) for kills in KILLS_LONG)], ids=", ".join
 )
-def test_a_killed_job_goes_on_as_if_it_never_was(pair: Pair, whole: Path, name: str):
+def test_a_killed_job_goes_on_as_if_it_never_was(pair: Pair, whole: Path, kills: tuple[str, ...]):
     jobs = {"critic": pair.start_critic(), "actor": pair.start_actor()}
-    doomed, moment = MOMENTS[name]
-    kill_at(jobs[doomed], pair, moment)
-    jobs[doomed] = pair.start_critic() if doomed == "critic" else pair.start_actor()
+    for name in kills:
+        doomed, moment = MOMENTS[name]
+        kill_at(jobs[doomed], pair, moment)
+        jobs[doomed] = pair.start_critic() if doomed == "critic" else pair.start_actor()
     told = "\n".join(f"{key}:\n{job.err[-3000:]}" for key, job in jobs.items())
     assert jobs["actor"].wait(timeout=LONG) == 0, told
     assert jobs["critic"].wait(timeout=60) == 0, told

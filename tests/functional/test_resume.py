@@ -94,52 +94,57 @@ def kill_at(job, folder: Path, moment: Callable[[Path], bool], *, delay: float) 
 
 
 def cases() -> list:
-    """All of them; those with a seed above 0, and most on 4 ranks, are long."""
-    found = []
-    for moment in MOMENTS:
-        for ranks in (1, 4):
-            for seed in range(3):
-                quick = seed == 0 and (ranks == 1 or moment == "a save")
-                marks = [] if quick else [pytest.mark.resume]
-                found.append(pytest.param(moment, ranks, seed, marks=marks, id=f"{moment}-{ranks}-{seed}"))
-    return found
+    """(moments of one run's kills, ranks, seed); a moment alone, and most on several ranks, are long."""
+    quick = [(("a save", "an epoch's last step", "a random step"), 1, 0), (("a save",), 2, 0)]
+    long = [((moment,), ranks, seed) for moment in MOMENTS for ranks in (1, 4) for seed in range(3)]
+    return [*quick, *(pytest.param(*case, marks=pytest.mark.resume) for case in long)]
 
 
-@pytest.mark.parametrize(("moment", "ranks", "seed"), cases())
+@pytest.fixture
+def whole(
+    run: Callable, resumable: Callable, undisturbed: dict[int, Path], tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[int], Path]:
+    """Gives the folder of a run that nothing disturbed, by its number of ranks."""
+
+    def of(ranks: int) -> Path:
+        if ranks not in undisturbed:
+            undisturbed[ranks] = tmp_path_factory.mktemp("undisturbed")
+            job = run(resumable(undisturbed[ranks], ranks))
+            assert job.wait() == 0, job.err
+        return undisturbed[ranks]
+
+    return of
+
+
+@pytest.mark.parametrize(("moments", "ranks", "seed"), cases(), ids=str)
 def test_a_killed_run_goes_on_as_if_it_never_was(
     run: Callable,
     start: Callable,
     resumable: Callable,
-    undisturbed: dict[int, Path],
+    whole: Callable[[int], Path],
     tmp_path: Path,
-    tmp_path_factory: pytest.TempPathFactory,
-    moment: str,
+    moments: tuple[str, ...],
     ranks: int,
     seed: int,
 ):
-    if ranks not in undisturbed:
-        undisturbed[ranks] = tmp_path_factory.mktemp("undisturbed")
-        whole = run(resumable(undisturbed[ranks], ranks))
-        assert whole.wait() == 0, whole.err
-    draw = random.Random(seed)
-    killed = start(resumable(tmp_path / "run", ranks))
-    kill_at(killed, tmp_path / "run", MOMENTS[moment](draw), delay=draw.random() * 0.03)
+    wanted, draw = whole(ranks), random.Random(seed)
+    for moment in moments:
+        killed = start(resumable(tmp_path / "run", ranks))
+        kill_at(killed, tmp_path / "run", MOMENTS[moment](draw), delay=draw.random() * 0.03)
     again = run(resumable(tmp_path / "run", ranks))
     assert again.wait() == 0, again.err
-    assert_same_run(tmp_path / "run", undisturbed[ranks])
+    assert_same_run(tmp_path / "run", wanted)
 
 
 def test_a_kill_while_a_thread_saves_loses_nothing(
-    run: Callable, start: Callable, resumable: Callable, tmp_path: Path
+    run: Callable, start: Callable, resumable: Callable, whole: Callable[[int], Path], tmp_path: Path
 ):
     background = {"exp_manager.checkpoint_callback_params.async_save": True}
-    whole = run(resumable(tmp_path / "whole", 2) | background)
-    assert whole.wait() == 0, whole.err
     killed = start(resumable(tmp_path / "run", 2) | background)
     kill_at(killed, tmp_path / "run", is_saving, delay=0)
     again = run(resumable(tmp_path / "run", 2) | background)
     assert again.wait() == 0, again.err
-    assert_same_run(tmp_path / "run", tmp_path / "whole")
+    assert_same_run(tmp_path / "run", whole(2))
 
 
 def test_a_run_goes_on_with_other_ranks_and_says_when_it_is_finished(
