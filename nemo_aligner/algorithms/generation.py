@@ -35,7 +35,7 @@ HELP = "Type to the model; /new starts another conversation, /exit or Ctrl-D end
 
 @dataclass(frozen=True, kw_only=True)
 class TextGenerator:
-    """A model, its tokenizer and how it is to write."""
+    """A model, its tokenizer, and the settings of its responses."""
 
     policy: AlignableGenerativeInterface
     tokenizer: Tokenizer

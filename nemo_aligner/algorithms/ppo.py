@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Online learning with a policy gradient (PPO, GRPO, RLOO, REINFORCE): sample, score, credit, update.
+"""Online learning (PPO, GRPO, RLOO, REINFORCE, rejection sampling): sample, score, credit, update.
 
 Sees models through their interfaces, and the critic's job through its link; where the estimator needs no critic there
 is none.

@@ -13,7 +13,7 @@ from nemo_aligner.run.stopwatch import Stopwatch
 
 @dataclass(frozen=True, kw_only=True)
 class Sampler:
-    """Has ``policy`` write."""
+    """Draws responses to prompts from ``policy``."""
 
     policy: AlignableGenerativeInterface
     rollouts: RolloutSettings

@@ -31,7 +31,7 @@ Annotate = Callable[[Sequence[TokenBatch]], Sequence[TokenBatch]]
 
 @dataclass(frozen=True, kw_only=True)
 class SupervisedData:
-    """A source of train batches."""
+    """The batches of a run: to train on, to validate on, and what is put on both."""
 
     train: Batches
     # sets by the prefix of their metrics; the one called "validation" ranks checkpoints
@@ -47,7 +47,7 @@ class SupervisedState:
 
 
 class SupervisedTrainer:
-    """Trains ``model`` on ``objective`` (supervised fine-tuning, reward models, DPO).
+    """Trains ``model`` on ``objective`` (supervised fine-tuning, reward models, DPO, KTO, distillation).
 
     Args:
         checkpoints: where to save while training; None: nowhere.

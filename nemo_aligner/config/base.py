@@ -48,7 +48,7 @@ class ModelConfig:
     seed: int = 1234  # of all draws: the order of data, dropout, a new head, responses
     tensor_model_parallel_size: int = 1  # ranks that share each layer
     pipeline_model_parallel_size: int = 1  # ranks that share the stack of layers
-    # chunks of layers on each of them: a batch passes each rank so often
+    # chunks of layers on each of these ranks; a batch passes a rank once for each chunk
     virtual_pipeline_model_parallel_size: int | None = None
     context_parallel_size: int = only(1, what="context parallelism")  # ranks that share each sequence; only 1
     # ranks that share the experts of a layer; only 1

@@ -31,7 +31,7 @@ class ServedRegressionConfig:
 class ServedStandardizationConfig:
     """The ``model.reward_standardization`` block of a server; null leaves the reward model's own value."""
 
-    enable: bool | None = None  # True: do
+    enable: bool | None = None  # True: serve (reward - mean) / std
     mean: float | None = None  # of the rewards
     std: float | None = None  # of the rewards
 

@@ -150,8 +150,7 @@ class DataSpecConfig:
 
     # {train: [...], validation: [...], test: [...]}; several files may be weighted: [0.3, a, 0.7, b]
     data_prefix: object
-    # jsonl or json: one JSON object a line, {"text"}; of pairs chosen and rejected in turn, or as {"prompt",
-    # "chosen", "rejected"}
+    # jsonl or json: one JSON object a line; docs/training.md has the forms of rows
     data_impl: str = one_of(
         "jsonl",
         "json",

@@ -24,9 +24,8 @@ class MismatchedRows:
 
     rows: Rows
     max_length: int
-    _partners: dict[int, int] = field(
-        default_factory=dict, init=False, repr=False
-    )  # of rows that were asked for
+    # Of rows that were asked for.
+    _partners: dict[int, int] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
         self._other(0, _prompt(self.rows[0]))

@@ -34,9 +34,8 @@ class Tokenizer(Protocol):
     bos_token: str | None  # its text, as chat templates write it
     eos_id: int  # the token that ends a text
     pad_id: int  # fills rows; may equal ``eos_id``, since masks go by position and never by id
-    sep_id: (
-        int | None
-    )  # the token that ``add_sep`` puts between prompt and response, None where there is none
+    # the token that ``add_sep`` puts between prompt and response, None where there is none
+    sep_id: int | None
     adds_bos: bool  # whether the tokenizer, left to itself, starts a text with BOS
     adds_eos: bool  # and ends it with EOS
     prefixes_space: bool  # whether ``encode`` puts a space of its own before the text

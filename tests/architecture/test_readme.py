@@ -68,7 +68,7 @@ def test_every_cited_paper_is_in_the_index():
     index = (ROOT / "docs/paper_index.md").read_text()
     cited = {
         (number, path.name)
-        for path in (ROOT / "nemo_aligner/objectives").glob("*.py")
+        for path in (ROOT / "nemo_aligner").rglob("*.py")
         for number in re.findall(r"arXiv\s+(\d{4}\.\d{5})", path.read_text())
     }
     assert len(cited) > 10

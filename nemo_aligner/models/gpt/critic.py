@@ -44,7 +44,7 @@ class GPTCritic(GPTLearner):
     """Rewards of sequences and values of states.
 
     Args:
-        model: it.
+        model: the GPT with the head.
         head: that of ``model``.
         scale: from what a reward model's head gives to the reward.
         reward: the reward model beside a critic; None: ``model`` gives the rewards.

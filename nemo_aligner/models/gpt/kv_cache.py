@@ -102,7 +102,7 @@ class KVCache:
         self.lengths = [length + here for length, here in zip(self.lengths, alive, strict=True)]
 
     def free(self, slot: int) -> None:
-        """Nobody will ask for what is in ``slot``: its length no longer counts."""
+        """Forget the sequence in ``slot``: its length no longer counts."""
         self.lengths[slot] = 0
 
     def keep(self, slots: Sequence[int]) -> None:

@@ -88,7 +88,10 @@ class _AddedToMainGrad(torch.autograd.Function):
 
 
 class GatedActivation(nn.Module):
-    """SwiGLU and its kin (Shazeer 2020): the first half of x through the activation, times the second half."""
+    """SwiGLU and its kin: the first half of x through the activation, times the second half.
+
+    Shazeer 2020, arXiv 2002.05202.
+    """
 
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
@@ -131,7 +134,7 @@ class Rotation:
         return cls(*((x * scale).to(dtype).contiguous() for x in (half.cos(), half.sin())))
 
     def turn(self, x: Tensor) -> Tensor:
-        """[B, heads, S, D] -> the same, contiguous: RoPE on the first ``size`` numbers (Su et al. 2021)."""
+        """[B, heads, S, D] -> the same, contiguous: RoPE on the first ``size`` numbers (Su 2021, arXiv 2104.09864)."""
         return _Turned.apply(x, self.cos, self.sin)
 
     def turn_positions_first(self, x: Tensor) -> Tensor:

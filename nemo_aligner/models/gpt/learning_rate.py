@@ -116,7 +116,7 @@ def learning_rate(step: int, *, peak: float, sched: SchedConfig, max_steps: int)
 
     Linear warm-up; then, unless the rate is constant, a decay from ``peak`` to ``min_lr`` and the last
     ``constant_steps`` at ``min_lr``. CosineAnnealing decays as half a cosine and WarmupAnnealing as a line, right from
-    the warm-up on; WSD (Hu et al. 2024, MiniCPM) stays at ``peak`` until its ``decay_steps`` begin. WarmupPolicy and
+    the warm-up on; WSD (Hu 2024, arXiv 2404.06395) stays at ``peak`` until its ``decay_steps`` begin. WarmupPolicy and
     WarmupHoldPolicy are NeMo's names of the constant rate.
 
     >>> sched = SchedConfig(warmup_steps=3, constant_steps=0, min_lr=0.0)
@@ -147,7 +147,7 @@ def _remaining(share: float, style: str) -> float:
     match style:
         case "cosine":
             return 0.5 * (1 + math.cos(math.pi * share))
-        case "minus_sqrt":  # Haegele et al. 2024
+        case "minus_sqrt":  # Haegele 2024, arXiv 2405.18392
             return 1 - math.sqrt(share)
         case "exponential":
             return 2 * 0.5**share - 1

@@ -24,7 +24,7 @@ class GPTPolicy(GPTLearner):
     """A language model that learns, scores and writes.
 
     Args:
-        model: it.
+        model: the GPT that learns, scores and writes.
         end_ids: the tokens that end a response.
         detokenizer: a tokenizer, without which responses can have no end strings.
     """

@@ -39,7 +39,7 @@ def rotation_scale(config: GPTConfig) -> float:
 
 
 def _growth(factor: float, weight: float) -> float:
-    """sqrt(1/t) of Peng et al. 2023 (YaRN), eq. 22, with DeepSeek's weight."""
+    """sqrt(1/t) of Peng 2023 (YaRN, arXiv 2309.00071), eq. 22, with DeepSeek's weight."""
     return 1.0 if factor <= 1 else 0.1 * weight * math.log(factor) + 1.0
 
 

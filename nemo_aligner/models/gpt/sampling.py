@@ -85,10 +85,10 @@ def transform(
 ) -> Tensor:
     """[n, V] float logits -> [n, V] float: their softmax over all columns is what tokens are drawn from.
 
-    In the order of transformers' generate: repetition penalty (Keskar et al. 2019, 4.1: a positive logit is divided
-    by it, a negative one multiplied), min_length, temperature, top-k, top-p (Holtzman et al. 2020; on what top-k has
-    left), min-p (Nguyen et al. 2024). What is left out gets :data:`MASKED_LOGIT`. Where two tokens are equally likely,
-    both are kept or none. Differentiable; which tokens are kept is taken as given.
+    In the order of transformers' generate: repetition penalty (Keskar 2019, arXiv 1909.05858, 4.1: a positive logit is
+    divided by it, a negative one multiplied), min_length, temperature, top-k, top-p (Holtzman 2020, arXiv 1904.09751;
+    on what top-k has left), min-p (Nguyen 2024, arXiv 2407.01082). What is left out gets :data:`MASKED_LOGIT`. Where
+    two tokens are equally likely, both are kept or none. Differentiable; which tokens are kept is taken as given.
 
     Args:
         taken: [n] int64 columns here (-1: another rank's) of tokens that count as kept whatever their logits, for
