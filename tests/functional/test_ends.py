@@ -112,7 +112,7 @@ def test_a_signal_in_a_validation_does_not_wait_for_its_end(
 
 
 def test_a_signal_before_training_ends_the_run(start: Callable, settings: dict[str, object]):
-    job = start(settings)
+    job = start(settings | {"trainer.sft.max_steps": 1000, "trainer.sft.val_check_interval": 0})
     job.wait_for("world: ")
     job.process.send_signal(signal.SIGTERM)
     code = job.wait(timeout=SECONDS_TO_END)

@@ -1,16 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
 """A process that has imported what all scripts import, and starts a script as a copy of itself.
 
-A script and its ranks take their own time then, without the seconds of imports that are most of a toy run. They get
-what a fresh interpreter would give them: words, environment, folder, output, and a session of their own.
+A script and its ranks take their own time then, without the seconds of imports that are most of a toy run. Words,
+environment, folder, output, session and signals are those that a fresh interpreter would have; what modules have
+cached is not. test_slow_disk.py, test_seed_commands.py and test_command.py start fresh interpreters.
 """
 
 import atexit
 import faulthandler
 import gc
 import importlib
+import inspect
 import json
-import logging
+import logging.handlers
 import os
 import runpy
 import select
@@ -21,7 +23,9 @@ import sys
 import tempfile
 import traceback
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from hydra.core.global_hydra import GlobalHydra
 
@@ -60,7 +64,7 @@ class Copied:
 
     def _ended(self, *, within: float | None) -> int | None:
         if self.returncode is None and select.select([self._end], [], [], within)[0]:
-            self.returncode = int(self._end.recv(16))
+            self.returncode = _number(self._end)
             self._end.close()
         return self.returncode
 
@@ -76,6 +80,23 @@ class Copied:
     def terminate(self) -> None:
         """Send SIGTERM."""
         self.send_signal(signal.SIGTERM)
+
+
+def _number(source: socket.socket) -> int:
+    """A process id or an exit code, one message each."""
+    if not (message := source.recv(16)):
+        raise RuntimeError("the zygote has ended")
+    return int(message)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Command:
+    """``python *words``, as it is to run."""
+
+    words: list[str]
+    cwd: str
+    env: dict[str, str]
+    output: list[str]  # files of stdout and stderr; []: those of the process that it is a copy of
 
 
 class Zygote:
@@ -97,11 +118,11 @@ class Zygote:
         """Start ``python *words``."""
         stdout.touch()
         stderr.touch()
-        ours, theirs = socket.socketpair()
-        asked = {"words": [*words], "cwd": str(cwd), "env": {**env}, "output": [str(stdout), str(stderr)]}
-        socket.send_fds(self._socket, [json.dumps(asked).encode()], [theirs.fileno()])
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        command = Command(words=[*words], cwd=str(cwd), env={**env}, output=[str(stdout), str(stderr)])
+        socket.send_fds(self._socket, [json.dumps(asdict(command)).encode()], [theirs.fileno()])
         theirs.close()
-        return Copied(int(ours.recv(16)), ours)
+        return Copied(_number(ours), ours)
 
     def close(self) -> None:
         """End it."""
@@ -109,8 +130,8 @@ class Zygote:
         self._process.wait()
 
 
-def serve(requests: socket.socket) -> dict:
-    """Copy this process for each request until there are no more; returns in each copy, with its request."""
+def serve(requests: socket.socket) -> Command:
+    """Copy this process for each command until there are no more; returns in each copy, with its command."""
     running: dict[int, socket.socket] = {}
     while True:
         if select.select([requests], [], [], 0.02)[0]:
@@ -122,7 +143,7 @@ def serve(requests: socket.socket) -> dict:
             if pid == 0:
                 for one in (requests, end, *running.values()):
                     one.close()
-                return json.loads(message)
+                return Command(**json.loads(message))
             end.send(str(pid).encode())
             running[pid] = end
         while running and (ended := os.waitpid(-1, os.WNOHANG))[0]:
@@ -133,11 +154,16 @@ def serve(requests: socket.socket) -> dict:
 class OwnCommandCopied(subprocess.Popen):
     """A Popen that makes ranks, which run the command of the process that starts them, as copies of it."""
 
-    def _execute_child(self, args, *rest) -> None:
-        if args != sys.orig_argv:
-            super()._execute_child(args, *rest)
+    # The one seam: launch/local.py has none, as a fresh interpreter is what users need.
+    def _execute_child(self, *args: Any, **options: Any) -> None:
+        asked = inspect.signature(subprocess.Popen._execute_child).bind(self, *args, **options).arguments
+        if asked["args"] != sys.orig_argv:
+            super()._execute_child(*args, **options)
             return
-        _, _, _, _, cwd, env, *_ = rest
+        assert asked["c2pwrite"] == asked["errwrite"] == -1, "ranks write where their starter does"
+        command = Command(
+            words=asked["args"][1:], cwd=asked["cwd"] or os.getcwd(), env=asked["env"], output=[]
+        )
         sys.stdout.flush()
         sys.stderr.flush()
         self._child_created = True
@@ -147,7 +173,7 @@ class OwnCommandCopied(subprocess.Popen):
         code: object = 1
         try:
             _forget()
-            become(args[1:], cwd or os.getcwd(), env)
+            become(command)
             code = 0
         except SystemExit as end:
             code = end.code
@@ -169,7 +195,8 @@ def _forget() -> None:
     GlobalHydra.instance().clear()
     tempfile.tempdir = None
     for handler in (root := logging.getLogger()).handlers[:]:
-        vars(handler).get("buffer", []).clear()
+        if isinstance(handler, logging.handlers.BufferingHandler):
+            handler.buffer.clear()
         root.removeHandler(handler)
     root.setLevel(logging.WARNING)
     faulthandler.unregister(STACKS_SIGNAL)
@@ -180,19 +207,20 @@ def _forget() -> None:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-def become(words: list[str], cwd: str, env: dict[str, str], output: list[str] | None = None) -> None:
-    """Be ``python *words`` in a session of its own."""
+def become(command: Command) -> None:
+    """Be the command, in a session of its own."""
     os.setsid()
-    os.chdir(cwd)
+    os.chdir(command.cwd)
     os.environ.clear()
-    os.environ.update(env)
-    for number, path in enumerate(output or [], start=1):
+    os.environ.update(command.env)
+    for number, path in enumerate(command.output, start=1):
         file = os.open(path, os.O_WRONLY)
         os.dup2(file, number)
         os.close(file)
+    words = command.words
     sys.orig_argv = [sys.executable, *words]
     if words[0] == "-m":
-        sys.argv, sys.path[0] = words[1:], cwd
+        sys.argv, sys.path[0] = words[1:], command.cwd
         runpy.run_module(words[1], run_name="__main__", alter_sys=True)
     else:
         sys.argv, sys.path[0] = words, str(Path(words[0]).resolve().parent)
@@ -209,4 +237,4 @@ if __name__ == "__main__":
     gc.disable()
     gc.freeze()
     subprocess.Popen = OwnCommandCopied
-    become(**serve(socket.socket(fileno=int(sys.argv[1]))))
+    become(serve(socket.socket(fileno=int(sys.argv[1]))))
