@@ -164,7 +164,7 @@ class TokenBatch:
     def pad_rows(self, num_rows: int) -> Self:
         """The batch with padding rows: one token each, and no loss token."""
         missing = num_rows - self.num_rows
-        assert missing >= 0, (num_rows, self.num_rows)
+        assert self.cu_seqlens is None and missing >= 0, (num_rows, self.num_rows)
         if not missing:
             return self
         more = self._changed(lambda x: torch.cat([x, x.new_zeros(missing, *x.shape[1:])]))

@@ -7,6 +7,7 @@ Shapes: N responses of all ranks.
 import importlib
 import math
 import sys
+import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -108,8 +109,10 @@ def _score(
             try:
                 reward = float(function(**given, row=dict(prompt.extras)))
             except Exception as error:  # a person's code, whose failure every rank must hear of
+                theirs = traceback.extract_tb(error.__traceback__)[1:]
+                place = f" ({theirs[-1].filename}, line {theirs[-1].lineno})" if theirs else ""
                 return _Failed(
-                    f"trainer.ppo.rewards.{name}: {type(error).__name__}: {error}; the row: {prompt.extras}"
+                    f"trainer.ppo.rewards.{name}: {type(error).__name__}: {error}{place}; the row: {prompt.extras}"
                 )
             if not math.isfinite(reward):
                 return _Failed(f"trainer.ppo.rewards.{name} gave {reward}; the row: {prompt.extras}")

@@ -74,7 +74,8 @@ class DPO:
         chosen, rejected = (config.ref_policy_kl_penalty * (policy - reference)).unbind(1)
         loss, metrics = pair_loss(chosen, rejected, total, real=real)
         parts = {"preference_loss": losses, "sft_loss": nll}
-        return loss, metrics | {name: ((x.detach() * real).sum(), real.sum()) for name, x in parts.items()}
+        sums = {name: torch.where(real, x.detach(), 0).sum() for name, x in parts.items()}
+        return loss, metrics | {name: (x, real.sum()) for name, x in sums.items()}
 
 
 def _losses(policy: Tensor, reference: Tensor, rewards: Tensor, config: DPOConfig) -> Tensor:
