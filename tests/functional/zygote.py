@@ -156,7 +156,7 @@ class OwnCommandCopied(subprocess.Popen):
 
     # The one seam: launch/local.py has none, as a fresh interpreter is what users need.
     def _execute_child(self, *args: Any, **options: Any) -> None:
-        asked = inspect.signature(subprocess.Popen._execute_child).bind(self, *args, **options).arguments
+        asked = inspect.signature(super()._execute_child).bind(*args, **options).arguments
         if asked["args"] != sys.orig_argv:
             super()._execute_child(*args, **options)
             return
