@@ -15,8 +15,10 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import LlamaForCausalLM
 
 from nemo_aligner.launch.job_group import free_ports
+from tests.functional.conftest import toy_config, write_toy_tokenizer
 from tests.functional.ppo_pair import Pair
 from tests.functional.run_folder import metrics, tensors
 
@@ -114,6 +116,83 @@ def test_reward_model(nemo: Path, tmp_path: Path, run: Callable, kind: str):
     )
     assert job.process.returncode == 0, job.err
     check(f"reward_model_{kind}", {"run": of_run(tmp_path / "run")})
+
+
+# {script: its block of the loop, a row of its data by number, more settings}
+LOSSES: dict[str, tuple[str, Callable[[int], dict[str, object]], dict[str, object]]] = {
+    "train_gpt_dpo": (
+        "trainer.dpo",
+        lambda i: {"prompt": f"thing {i}:", "chosen": f" {COLOURS[i % 3]}", "rejected": f" {COLOURS[3]}"},
+        {"model.dpo.sft_loss_weight": 0.1},
+    ),
+    "train_gpt_kto": (
+        "trainer.kto",
+        lambda i: {"prompt": f"thing {i}:", "completion": f" {COLOURS[i % 4]}", "label": i % 4 < 2},
+        {"model.peft.peft_scheme": "lora"},
+    ),
+    "train_gpt_grpo": (
+        "trainer.ppo",
+        lambda i: {"text": f"thing {i}:"},
+        {"trainer.ppo.kl_placement": "loss"},
+    ),
+    "train_gpt_rs": ("trainer.ppo", lambda i: {"text": f"thing {i}:"}, {}),
+}
+ROLLOUTS: dict[str, object] = {
+    "trainer.ppo.rewards.rule.function": "rule.vowels",
+    "trainer.ppo.mask_unfinished": False,
+    "model.ppo.num_rollout_samples": 16,
+    "model.ppo.num_responses_per_prompt": 4,
+    "model.ppo.num_val_samples": 8,
+    "model.ppo.rollout_micro_batch_size": 8,
+    "model.ppo.length_params.max_length": 8,
+}
+
+
+@pytest.mark.parametrize("script", LOSSES)
+def test_ten_steps(nemo: Path, tmp_path: Path, run: Callable, script: str):
+    loop, row, more = LOSSES[script]
+    data = tmp_path / "rows.jsonl"
+    data.write_text("".join(json.dumps(row(i)) + "\n" for i in range(40)))
+    (tmp_path / "rule.py").write_text(
+        "def vowels(*, response, **_): return sum(map(response.count, 'aeiou'))"
+    )
+    asked = {
+        "pretrained_checkpoint.restore_from_path": nemo,
+        "model.data.data_prefix": f"{{train: [{data}], validation: [{data}], test: [{data}]}}",
+        "model.micro_batch_size": 4,
+        "model.global_batch_size": 8,
+        "model.optim.lr": 1e-4,
+        "model.optim.sched.constant_steps": 0,
+        "model.optim.sched.warmup_steps": 1,
+        "trainer.precision": 32,
+        f"{loop}.max_epochs": 9,
+        f"{loop}.max_steps": 10,
+        f"{loop}.val_check_interval": 5,
+        f"{loop}.save_interval": 5,
+        "exp_manager.explicit_log_dir": tmp_path / "run",
+        "exp_manager.create_tensorboard_logger": False,
+    }
+    job = run(asked | (ROLLOUTS if loop == "trainer.ppo" else {}) | more, command=[GPT / f"{script}.py"])
+    assert job.process.returncode == 0, job.err
+    check(script, {"run": of_run(tmp_path / "run")})
+
+
+def test_distillation(settings: dict[str, object], tmp_path: Path, run: Callable):
+    torch.manual_seed(5)
+    LlamaForCausalLM(toy_config(num_hidden_layers=1, initializer_range=0.3)).save_pretrained(
+        tmp_path / "teacher"
+    )
+    write_toy_tokenizer(tmp_path / "teacher")
+    asked = {
+        "model.knowledge_distillation.teacher": tmp_path / "teacher",
+        "model.knowledge_distillation.top_k": 16,
+        "model.optim.lr": 1e-3,
+        "trainer.sft.max_epochs": 9,
+        "trainer.sft.max_steps": 10,
+    }
+    job = run(settings | asked, command=[GPT / "train_gpt_knowledge_distillation.py"])
+    assert job.process.returncode == 0, job.err
+    check("train_gpt_knowledge_distillation", {"run": of_run(tmp_path / "run")})
 
 
 @pytest.mark.parametrize("place", ["combined", "apart"])
