@@ -171,6 +171,17 @@ TESTED = {
         "++model.overwrite_base_config.data.data_prefix=True",
         "++model.peft.peft_scheme=none",
     ),
+    # And its gpt_kto.yaml.
+    ("gpt_kto", load_script(find_commands()["kto"]).kind): (
+        "pretrained_checkpoint.restore_from_path=a",
+        "++model.data.data_impl=jsonl",
+        "model.data.data_prefix={train: [a], validation: [b], test: [c]}",
+        "++model.kto.log_prob_forward_micro_batch_size=1",
+        "model.kto.preference_average_log_probs=False",
+        "model.kto.sft_average_log_probs=False",
+        "model.kto.preference_loss_weight=1",
+        "model.kto.sft_loss_weight=0",
+    ),
 }
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import ClassVar
 
-from nemo_aligner.bounds import bounded
+from nemo_aligner.bounds import bounded, only
 from nemo_aligner.config.base import TrainerConfig
 from nemo_aligner.config.pairs import PairJob, PairLoopConfig, PairModelConfig
 from nemo_aligner.data.config import PairDataConfig
@@ -27,6 +27,12 @@ class KTOConfig:
     ref_policy_kl_penalty: float = bounded(0.2, above=0)
     desirable_loss_weight: float = bounded(1.0, at_least=0)  # of good responses
     undesirable_loss_weight: float = bounded(1.0, at_least=0)  # of bad ones
+    preference_loss_weight: float = only(1.0)  # of the whole loss; only 1.0
+    preference_average_log_probs: bool = only(False, what="a mean over tokens")  # of rewards; only False
+    sft_loss_weight: float = only(
+        0.0, what="a loss of the good responses' likelihood"
+    )  # of a second loss; only 0.0
+    sft_average_log_probs: bool = only(False)  # of the second loss; only False
 
     def __post_init__(self) -> None:
         if not (self.desirable_loss_weight or self.undesirable_loss_weight):
