@@ -1,10 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the documents promise exists: make targets, scripts, linked files."""
+"""What the documents promise exists: make targets, scripts, settings of commands, linked files."""
 
 import re
+import shlex
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+from nemo_aligner.launch.command import find_commands, load_script
+from nemo_aligner.launch.script import Script, compose
+from nemo_aligner.launch.words import full_words
 
 ROOT = Path(__file__).parents[2]
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
@@ -26,6 +32,26 @@ def test_make_targets_exist(page: Path):
 def test_scripts_exist(page: Path):
     scripts = re.findall(r"\bpython (\S+\.py)", page.read_text())
     assert [script for script in scripts if not (ROOT / script).is_file()] == []
+
+
+def commands(page: Path) -> Iterator[list[str]]:
+    """The words of each command in a page's blocks of bash."""
+    for block in re.findall(r"```bash\n(.*?)```", page.read_text(), re.DOTALL):
+        for line in re.sub(r"\\\n", " ", block).splitlines():
+            yield shlex.split(line, comments=True)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name)
+def test_settings_of_commands_exist(page: Path):
+    for command in commands(page):
+        short = command[:1] == ["nemo-aligner"]
+        if not (short or command[:1] == ["python"]) or "--" in " ".join(command):
+            continue
+        path = find_commands().get(command[1]) if short else ROOT / command[1]
+        script = load_script(path) if path and path.parent.name == "gpt" else None
+        if isinstance(script, Script):
+            words = [word for word in command[2:] if "=" in word]
+            compose(script, full_words(words, script.kind) if short else words)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name)
