@@ -39,7 +39,7 @@ CPU_PYTEST := CUDA_VISIBLE_DEVICES= $(PYTEST) -m "not gpu and not fuzz and not k
 WORKERS ?= 3
 SHARED_OUT := -n $(WORKERS) --dist loadfile --no-loadscope-reorder -o console_output_style=classic
 
-.PHONY: help setup format conf lint types test-fast test-dist test-functional test test-fuzz test-kills golden test-mcore-next test-resume test-soak test-slurm test-gpu model quickstart quickstart-sft quickstart-grpo bench clean
+.PHONY: help setup format conf lint types docs test-fast test-dist test-functional test test-fuzz test-kills golden test-mcore-next test-resume test-soak test-slurm test-gpu model quickstart quickstart-sft quickstart-grpo bench clean
 
 help:  ## Print the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -76,6 +76,10 @@ lint: $(STAMP)  ## Check style, formatting, import directions, spelling
 
 types: $(STAMP)  ## Check types
 	$(VENV)/bin/pyright --pythonpath $(PY)
+
+docs: $(STAMP)  ## Check the pages: links, commands, settings, papers
+	$(CPU_PYTEST) tests/architecture/test_readme.py tests/architecture/test_yaml.py \
+		tests/architecture/test_ppo_details.py tests/architecture/test_rlhf_page.py
 
 test-fast: $(STAMP)  ## Unit tests, doctests, architecture: under two minutes
 	$(CPU_PYTEST) $(SHARED_OUT) tests/unit tests/architecture nemo_aligner tools
