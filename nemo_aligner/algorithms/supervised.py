@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, replace
 import torch
 
 from nemo_aligner.algorithms.run_lifecycle import RunLifecycle
+from nemo_aligner.algorithms.samples import ValidationResponses
 from nemo_aligner.algorithms.skips import counted
 from nemo_aligner.batch import TokenBatch
 from nemo_aligner.checkpoint.trainer_state import Checkpoint, TrainerState
@@ -37,6 +38,7 @@ class SupervisedData:
     # sets by the prefix of their metrics; the one called "validation" ranks checkpoints
     validation: Mapping[str, Batches]
     annotate: Annotate = list  # puts on batches, without gradients, what the loss needs from another model
+    responses: ValidationResponses | None = None  # that are generated after each validation
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,6 +146,8 @@ class SupervisedTrainer:
         known = {monitor_name(name): value for name, value in means.items() if name.startswith("validation/")}
         metrics = {name: value for name, value in known.items() if name != "val_step_time"}
         self.state = replace(self.state, metrics=metrics)
+        if self.data.responses is not None:
+            self.data.responses.write(self.run, step=step)
 
     def _save(self, checkpoints: TrainingCheckpoints) -> None:
         state = replace(self.state, algorithm=asdict(self.own))

@@ -5,21 +5,25 @@ import contextlib
 import logging
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from nemo_aligner.algorithms.samples import ValidationResponses
 from nemo_aligner.algorithms.supervised import SupervisedData, SupervisedTrainer
 from nemo_aligner.builders.adapters import ADAPTERS_OF, save_adapters
-from nemo_aligner.builders.models import Pretrained
+from nemo_aligner.builders.models import Pretrained, require_tokenizer
 from nemo_aligner.builders.next_steps import say_next
 from nemo_aligner.checkpoint.nemo_archive import WEIGHTS_NAME
 from nemo_aligner.checkpoint.sharded import load_model
+from nemo_aligner.checkpoint.stop_tokens import stop_ids
 from nemo_aligner.checkpoint.training import Newest, TrainingCheckpoints
 from nemo_aligner.config.base import TrainingJob
 from nemo_aligner.config.pairs import PairJob
 from nemo_aligner.config.ppo import ActorJob
 from nemo_aligner.config.sft import SFTJob
 from nemo_aligner.models.gpt.learning_rate import OptimConfig
+from nemo_aligner.models.sampling_config import SamplingConfig
 from nemo_aligner.objectives.protocol import Objective
 from nemo_aligner.parallel import collectives, world
 from nemo_aligner.run.disk import report_if_full
@@ -97,9 +101,26 @@ def supervised_trainer(
     """Return a trainer that is ready to fit, its optimizer made."""
     checkpoints = training_checkpoints(job, run, pretrained)
     assert isinstance(job.loop, SupervisedConfig)
+    if job.loop.val_responses:
+        data = _with_responses(job, job.loop, pretrained, data)
     trainer = SupervisedTrainer(job.loop, pretrained.learner, objective, data, run, checkpoints)
     prepare_training(job, pretrained, max_steps=trainer.plan.max_steps)
     return trainer
+
+
+def _with_responses(
+    job: SFTJob | PairJob, loop: SupervisedConfig, pretrained: Pretrained[Any], data: SupervisedData
+) -> SupervisedData:
+    tokenizer = require_tokenizer(job, pretrained)
+    responses = ValidationResponses(
+        policy=pretrained.learner,
+        rows=data.validation["validation"].dataset,
+        count=loop.val_responses,
+        sampling=SamplingConfig(use_greedy=True, max_length=loop.val_response_length),
+        end_ids=stop_ids(pretrained.config, tokenizer),
+        decode=tokenizer.decode,
+    )
+    return replace(data, responses=responses)
 
 
 def prepare_training(

@@ -16,7 +16,7 @@ from nemo_aligner.models.gpt.recompute import Granularity, Method, Recompute
 from nemo_aligner.parallel.ranks import Layout
 from nemo_aligner.paths import PathText
 from nemo_aligner.run.experiment import ExperimentConfig
-from nemo_aligner.run.schedule import LoopConfig
+from nemo_aligner.run.schedule import LoopConfig, SupervisedConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -195,6 +195,11 @@ class TrainingJob(ModelJob):
             )
         if self.loop is not None:
             self.loop.check(self.loop.block)
+        if isinstance(self.loop, SupervisedConfig) and self.loop.val_responses and not self.validates:
+            raise UserError(
+                f"{self.loop.block}.val_responses={self.loop.val_responses} needs validation data, and there is none",
+                fix=f"name validation data, or set {self.loop.block}.val_responses=0",
+            )
         if model.peft.lora and self.exp_manager.checkpoint_callback_params.always_save_nemo:
             raise UserError(
                 f"exp_manager.checkpoint_callback_params.always_save_nemo=True, and with model.peft.peft_scheme="

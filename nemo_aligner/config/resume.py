@@ -45,6 +45,7 @@ RULES: tuple[tuple[str, Effect, str], ...] = (
     ("trainer.*.val_check_interval", "free", _LENGTH),
     ("trainer.*.limit_val_batches", "free", _VALIDATION),
     ("trainer.*.val_random_sampler", "free", _VALIDATION),
+    ("trainer.*.val_response*", "free", _VALIDATION),
     ("trainer.*.gradient_clip_val", "asked", _OPTIMIZER),
     ("trainer.*.limit_train_batches", "fixed", _DRAWS),
     ("trainer.*.train_random_sampler", "fixed", _DRAWS),

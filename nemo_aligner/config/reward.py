@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, ClassVar
 
+from nemo_aligner.bounds import only
 from nemo_aligner.config.base import TrainerConfig
 from nemo_aligner.config.pairs import PairJob, PairLoopConfig, PairModelConfig
 from nemo_aligner.data.text_rows import Labels, ResponseFiles, open_labeled
@@ -19,6 +20,7 @@ class RMConfig(PairLoopConfig):
     """The ``trainer.rm`` block."""
 
     block: ClassVar[str] = "trainer.rm"
+    val_responses: int = only(0, what="a text by a reward model")  # only 0
 
 
 @dataclass(frozen=True, kw_only=True)

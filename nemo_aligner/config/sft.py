@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from nemo_aligner.config.base import ModelConfig, TrainerConfig, TrainingJob
 from nemo_aligner.data.config import SFTDataConfig
 from nemo_aligner.data.first_rows import check_sft_rows
+from nemo_aligner.errors import UserError
 from nemo_aligner.paths import PathText
 from nemo_aligner.run.schedule import SupervisedConfig
 
@@ -66,3 +67,13 @@ class SFTJob(TrainingJob):
     def validates(self) -> bool:
         """See TrainingJob."""
         return bool(self.model.data.validation)
+
+    def check(self, world_size: int | None = None) -> None:
+        """See TrainingJob."""
+        TrainingJob.check(self, world_size)
+        if self.model.data.plain_text and self.trainer.sft.val_responses:
+            raise UserError(
+                f"trainer.sft.val_responses={self.trainer.sft.val_responses} needs prompts, and model.data.plain_text="
+                "True has none",
+                fix="set trainer.sft.val_responses=0",
+            )

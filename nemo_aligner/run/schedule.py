@@ -45,6 +45,9 @@ class SupervisedConfig(LoopConfig):
     block: ClassVar[str] = "trainer.sft"
     limit_train_batches: int | float | None = 1.0  # batches of an epoch: a number, or a share up to 1.0
     limit_val_batches: int | float | None = 1.0  # batches of a validation: a number, or a share up to 1.0
+    # responses that are generated at each validation, to the prompts of the first validation rows; 0: none
+    val_responses: int = bounded(0, at_least=0, to="0 (none) or more")
+    val_response_length: int = bounded(64, at_least=1)  # tokens of each of them, at most
 
     def check(self, block: str) -> None:
         """See LoopConfig."""
