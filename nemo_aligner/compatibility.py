@@ -104,7 +104,6 @@ NO_EFFECT: tuple[tuple[str, tuple[object, ...], str], ...] = (
         )
     ),
     ("model.dist_ckpt_load_strictness", ("log_all",), "what is stored must fit the model"),
-    ("model.kto.log_prob_forward_micro_batch_size", (), "the reference is asked by micro-batches"),
     ("model.optim.contiguous_grad_buffer", (True,), "Megatron's gradients always share buffers"),
     ("model.offload_adam_states", (), "model.ppo.offload_adam_states counts"),
     ("model.forward_mbs", (), "model.forward_micro_batch_size counts"),

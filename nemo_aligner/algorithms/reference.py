@@ -53,36 +53,38 @@ def _annotated(
     for batch in batches:
         assert isinstance(batch, PreferenceBatch), type(batch)
         batch = batch.to(world.device())
-        size = batch.sequences_per_row * (pairs or batch.num_rows)
-        parts = [batch.take(slice(i, i + size)) for i in range(0, batch.num_rows, size)]
-        sums = [_sums(policy, part) for part in parts]
-        found.append(batch.extended(ReferencedPairs, reference_sums=torch.cat(sums)))
+        found.append(batch.extended(ReferencedPairs, reference_sums=_sums(policy, batch, pairs)))
     return found
 
 
-def _sums(policy: AlignableGenerativeInterface, batch: TokenBatch) -> Tensor:
-    """[N] float: log-probs summed over each sequence's loss tokens."""
-    return batch.per_sequence(policy.logprobs(batch, loss_tokens_only=True))
+def _sums(policy: AlignableGenerativeInterface, batch: TokenBatch, rows: int | None) -> Tensor:
+    """[N] float: log-probs summed over each sequence's loss tokens, so many rows of data in a forward pass."""
+    size = batch.sequences_per_row * (rows or batch.num_rows)
+    parts = [batch.take(slice(i, i + size)) for i in range(0, batch.num_rows, size)]
+    return torch.cat([part.per_sequence(policy.logprobs(part, loss_tokens_only=True)) for part in parts])
 
 
 def annotate_rated(
-    policy: AlignableGenerativeInterface, batches: Sequence[TokenBatch]
+    policy: AlignableGenerativeInterface, batches: Sequence[TokenBatch], *, rows: int | None = None
 ) -> list[RatedResponses]:
     """Return the responses alone, with the reference's log-probs and the KL that they are compared with.
 
     The KL is one number of the step: estimated by the mismatched responses of all micro-batches and ranks.
+
+    Args:
+        rows: of a forward pass; None: a micro-batch.
     """
     mixed: list[MismatchedResponses] = []
     for batch in batches:
         assert isinstance(batch, MismatchedResponses), type(batch)
         mixed.append(batch.to(world.device()))
     with policy.as_reference():
-        references = [_sums(policy, batch) for batch in mixed]
+        references = [_sums(policy, batch, rows) for batch in mixed]
     ratios = torch.zeros(2, device=world.device())
     for batch, reference in zip(mixed, references, strict=True):
         mismatched = batch.take(slice(1, None, 2))
         real = mismatched.loss_lengths() > 0
-        ratios += log_ratios(_sums(policy, mismatched), reference[1::2], real)
+        ratios += log_ratios(_sums(policy, mismatched, rows), reference[1::2], real)
     kl = kl_baseline(*collectives.sum_over_data_parallel(ratios))
     responses = [batch.take(slice(0, None, 2)) for batch in mixed]
     return [

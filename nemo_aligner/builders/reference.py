@@ -59,9 +59,16 @@ def with_reference_logprobs(
 
 
 def with_kl_baseline(
-    pretrained: Pretrained[GPTPolicy], start: Checkpoint | None, data: SupervisedData
+    pretrained: Pretrained[GPTPolicy],
+    start: Checkpoint | None,
+    data: SupervisedData,
+    *,
+    rows: int | None = None,
 ) -> SupervisedData:
     """Keep the model as it is now as the reference, then go on from ``start``.
+
+    Args:
+        rows: of a forward pass of the reference; None: a micro-batch.
 
     Returns:
         The data of single responses, whose batches come with the reference's log-probs and the KL to it.
@@ -79,7 +86,7 @@ def with_kl_baseline(
     return SupervisedData(
         train=mismatched(data.train),
         validation={name: mismatched(loader) for name, loader in data.validation.items()},
-        annotate=partial(annotate_rated, pretrained.learner),
+        annotate=partial(annotate_rated, pretrained.learner, rows=rows),
     )
 
 

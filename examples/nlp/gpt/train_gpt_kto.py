@@ -27,6 +27,8 @@ class KTOConfig:
     ref_policy_kl_penalty: float = bounded(0.2, above=0)
     desirable_loss_weight: float = bounded(1.0, at_least=0)  # of good responses
     undesirable_loss_weight: float = bounded(1.0, at_least=0)  # of bad ones
+    # responses of a forward pass of the reference; null: model.micro_batch_size
+    log_prob_forward_micro_batch_size: int | None = bounded(None, at_least=1)
     preference_loss_weight: float = only(1.0)  # of the whole loss; only 1.0
     preference_average_log_probs: bool = only(False, what="a mean over tokens")  # of rewards; only False
     sft_loss_weight: float = only(
@@ -91,7 +93,8 @@ def main(job: KTOJob) -> None:
         start = builders.resume_point(job, run)
         pretrained = builders.load_policy(job)
         data = builders.pair_loaders(job, pretrained, generates=True)
-        data = builders.with_kl_baseline(pretrained, start, data)
+        rows = settings.log_prob_forward_micro_batch_size
+        data = builders.with_kl_baseline(pretrained, start, data, rows=rows)
         trainer = builders.supervised_trainer(job, run, pretrained, objective, data)
         trainer.fit(start)
         builders.save_result(job, run, pretrained, trainer.checkpoints)
