@@ -36,7 +36,7 @@ PYTEST := $(RUN) $(PY) -m pytest
 # Wherever the tests run, they run alike: on CPUs.
 CPU_PYTEST := CUDA_VISIBLE_DEVICES= $(PYTEST) -m "not gpu and not fuzz and not kills and not resume and not soak and not slurm"
 # A worker runs a whole file, and starts the ranks and servers that its tests need.
-WORKERS ?= 3
+WORKERS ?= 2
 SHARED_OUT := -n $(WORKERS) --dist loadfile --no-loadscope-reorder -o console_output_style=classic
 
 .PHONY: help setup format conf lint types docs test-fast test-dist test-functional test test-fuzz test-kills golden test-mcore-next test-resume test-soak test-slurm test-gpu model quickstart quickstart-sft quickstart-grpo bench clean

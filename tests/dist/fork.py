@@ -28,7 +28,7 @@ def run_script(script: str, out: Path, *, ranks: int) -> None:
             | {"OMP_NUM_THREADS": "1", "MALLOC_TRIM_THRESHOLD_": str(1 << 34)},
             stdout=stream,
             stderr=stream,
-            timeout=540,
+            timeout=900,
             check=False,
         )
     assert done.returncode == 0, log.read_text()[-4000:]
