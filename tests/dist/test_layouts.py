@@ -89,10 +89,11 @@ def test_metrics_and_grad_norms_are_one_ranks(folder: Path, case: worker.Case):
     for step, (ours, theirs) in pairs:
         assert set(ours) == named
         found, wanted = (comparable(subject, step, metrics) for metrics in (ours, theirs))
-        # Rewards are differences of sums that round alike, so the largest of them is the measure of all.
+        # Rewards are differences of sums that round alike: the largest is the measure of all. From the second step on
+        # they have Adam's steps in them, which are whole ones of what a gradient near 0 rounds to.
         largest = max((abs(wanted[name]) for name in wanted if name in REWARDS), default=0.0)
         for name in wanted:
-            bound = max(1e-6, 1e-5 * largest) if name in REWARDS else 1e-6
+            bound = max(1e-6, (2e-5 if step else 1e-5) * largest) if name in REWARDS else 1e-6
             assert found[name] == pytest.approx(wanted[name], rel=1e-5, abs=bound), name
     assert curve["agree"]
 
