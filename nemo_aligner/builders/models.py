@@ -4,6 +4,7 @@
 import contextlib
 import logging
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
@@ -80,13 +81,16 @@ def load_policy(job: ModelJob, *, start: Checkpoint | None = None) -> Pretrained
 
 
 @world.phase("loading another model")
-def load_frozen_policy(job: ModelJob, setting: str, path: str) -> tuple[GPTPolicy, Tokenizer | None]:
-    """Another language model, and its tokenizer: on the job's layout and in its precision, and never trained.
+def load_frozen_policy(
+    job: ModelJob, setting: str, path: str, *, check: Callable[[GPTConfig, Tokenizer | None], None]
+) -> GPTPolicy:
+    """Another language model, on the job's layout and in its precision, and never trained.
 
     Args:
         job: of the model that is trained.
         setting: names the other model in messages.
         path: whatever a job may start from.
+        check: raises UserError for a model that does not fit, before its weights are loaded.
 
     Raises:
         UserError: the checkpoint is not there, damaged, does not fit the layout, or is no language model.
@@ -94,9 +98,9 @@ def load_frozen_policy(job: ModelJob, setting: str, path: str) -> tuple[GPTPolic
     with shared_model(path) as archive:
         _refuse_adapters(archive)
         _refuse_reward_model(setting, path, archive.config)
-        dtype = dtype_of(chosen_precision(job))
-        model = _load(job, archive, GPTConfig.from_dict(archive.config), dtype, head=None, trained=False)
-        return GPTPolicy(model), _load_tokenizer(archive, model)
+        gpt = GPTConfig.from_dict(archive.config)
+        check(gpt, load_archived_tokenizer(archive))
+        return GPTPolicy(_load(job, archive, gpt, dtype_of(chosen_precision(job)), head=None, trained=False))
 
 
 def _refuse_reward_model(setting: str, path: str, config: dict[str, Any]) -> None:
@@ -198,7 +202,10 @@ def build_model(
     built = _load(job, archive, gpt, dtype_of(precision), head=head, trained=True, but=but)
     config["precision"] = precision
     give_adapters(job, built, config)
-    return built, _load_tokenizer(archive, built), _tokenizer_files(archive)
+    tokenizer = load_archived_tokenizer(archive)
+    if tokenizer is not None:
+        check_fits(tokenizer, gpt.vocab_size)
+    return built, tokenizer, _tokenizer_files(archive)
 
 
 def _load(
@@ -223,13 +230,6 @@ def _load(
     with heartbeat("loading weights", enabled=world.is_logging_rank()):
         load_model(built, archive.weights, but=but)
     return built
-
-
-def _load_tokenizer(archive: ModelArchive, model: GPT | InterleavedGPT) -> Tokenizer | None:
-    tokenizer = load_archived_tokenizer(archive)
-    if tokenizer is not None:
-        check_fits(tokenizer, model.gpt_config.vocab_size)
-    return tokenizer
 
 
 def chosen_precision(job: ModelJob) -> str:

@@ -16,8 +16,9 @@ from nemo_aligner.checkpoint.trainer_state import Checkpoint
 from nemo_aligner.config.base import ModelJob
 from nemo_aligner.data.collate import collate_mismatched
 from nemo_aligner.data.mismatched import MismatchedRows
-from nemo_aligner.data.tokenizer import tokenizer_probe
+from nemo_aligner.data.tokenizer import Tokenizer, tokenizer_probe
 from nemo_aligner.errors import UserError
+from nemo_aligner.models.gpt.config import GPTConfig
 from nemo_aligner.models.gpt.policy import GPTPolicy
 from nemo_aligner.run.experiment import Experiment
 
@@ -110,22 +111,26 @@ def with_teacher(
     Raises:
         UserError: the teacher does not load, or has other tokens than the student.
     """
-    policy, tokenizer = load_frozen_policy(job, *teacher)
     named, own = "=".join(teacher), require_tokenizer(job, pretrained)
-    if tokenizer is None:
-        raise UserError(f"{named} has no tokenizer", fix="give a teacher with its tokenizer")
-    if tokenizer_probe(tokenizer) != tokenizer_probe(own):
-        raise UserError(
-            f"{named} cuts a text into other tokens than the student {job.pretrained[0]}={job.pretrained[1]}",
-            fix="give a teacher and a student with one tokenizer",
-        )
-    theirs, ours = (model.model.gpt_config.vocab_size for model in (policy, pretrained.learner))
-    if theirs > ours:
-        raise UserError(
-            f"{named} has {theirs} tokens, and the student has {ours}",
-            fix="give a teacher with as many tokens, or fewer",
-        )
-    return replace(data, annotate=partial(annotate_by_teacher, policy, top_k=min(top_k, theirs)))
+    student = pretrained.learner.model.gpt_config
+
+    def check(gpt: GPTConfig, tokenizer: Tokenizer | None) -> None:
+        if tokenizer is None:
+            raise UserError(f"{named} has no tokenizer", fix="give a teacher with its tokenizer")
+        if tokenizer_probe(tokenizer) != tokenizer_probe(own):
+            raise UserError(
+                f"{named} cuts a text into other tokens than the student {job.pretrained[0]}={job.pretrained[1]}",
+                fix="give a teacher and a student with one tokenizer",
+            )
+        if gpt.vocab_size > student.vocab_size:
+            raise UserError(
+                f"{named} has {gpt.vocab_size} tokens, and the student has {student.vocab_size}",
+                fix="give a teacher with as many tokens, or fewer",
+            )
+
+    policy = load_frozen_policy(job, *teacher, check=check)
+    top_k = min(top_k, policy.model.gpt_config.vocab_size)
+    return replace(data, annotate=partial(annotate_by_teacher, policy, top_k=top_k))
 
 
 def _source(run: Experiment, pretrained: Pretrained[GPTPolicy]) -> dict[str, object]:

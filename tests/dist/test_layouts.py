@@ -22,7 +22,7 @@ from nemo_aligner.parallel import world
 from nemo_aligner.parallel.ranks import Layout
 from nemo_aligner.run.metrics import means
 
-pytestmark = pytest.mark.timeout(960)  # all cases run before the first test
+pytestmark = pytest.mark.timeout(600)  # all cases run before the first test
 
 
 @pytest.fixture(scope="module")
@@ -58,9 +58,6 @@ def test_every_objective_is_tried():
     assert {type(case.objective) for case in OBJECTIVES.values()} == found_in_package()
 
 
-REWARDS = ("rewards_chosen_mean", "rewards_rejected_mean", "rewards_all_mean", "margin")
-
-
 def comparable(case: ObjectiveCase, step: int, metrics: dict[str, float]) -> dict[str, float]:
     """The metrics, with the variance of rewards for their deviation, the root of a difference.
 
@@ -88,13 +85,8 @@ def test_metrics_and_grad_norms_are_one_ranks(folder: Path, case: worker.Case):
         pairs.append((1, (validation | {"grad_norm": oracle["steps"][1]["grad_norm"]}, oracle["steps"][1])))
     for step, (ours, theirs) in pairs:
         assert set(ours) == named
-        found, wanted = (comparable(subject, step, metrics) for metrics in (ours, theirs))
-        # Rewards are differences of sums that round alike: the largest is the measure of all. From the second step on
-        # they have Adam's steps in them, which are whole ones of what a gradient near 0 rounds to.
-        largest = max((abs(wanted[name]) for name in wanted if name in REWARDS), default=0.0)
-        for name in wanted:
-            bound = max(1e-6, (2e-5 if step else 1e-5) * largest) if name in REWARDS else 1e-6
-            assert found[name] == pytest.approx(wanted[name], rel=1e-5, abs=bound), name
+        wanted = comparable(subject, step, theirs)
+        assert comparable(subject, step, ours) == pytest.approx(wanted, rel=1e-5, abs=1e-6)
     assert curve["agree"]
 
 
