@@ -15,9 +15,8 @@ from nemo_aligner.errors import UserError
 
 logger = logging.getLogger(__name__)
 
-Rate = Callable[
-    [list[str]], Sequence[Sequence[float] | None]
-]  # of each text its attributes; None: it is too long
+# Of each text its attributes; None: it is too long.
+Rate = Callable[[list[str]], Sequence[Sequence[float] | None]]
 
 # What NeMo-Aligner's attribute models give, in their order.
 HELPSTEER = (
@@ -33,9 +32,9 @@ def texts_to_rate(chat: Chat, tokens: ChatPromptTokens) -> dict[int, str]:
     NeMo-Aligner's attribute models have read the attributes in training.
     """
     tokens, found = tokens.unescaped(), {}
-    text = f"{tokens.system_turn_start}System{tokens.end_of_name}{chat.system}{tokens.end_of_turn}"
+    text = tokens.system(chat.system)
     for number, turn in enumerate(chat.turns):
-        text += f"{tokens.turn_start}{turn.speaker}{tokens.end_of_name}{turn.text}{tokens.end_of_turn}"
+        text += f"{tokens.speaker(turn.speaker)}{turn.text}{tokens.end_of_turn}"
         if turn.speaker != chat.mask:
             found[number] = text + tokens.label_start
     return found
@@ -104,11 +103,10 @@ def annotate(
     Raises:
         UserError: the texts cannot be rated, or have other attributes than the labels.
     """
-    lines = output.read_text(encoding="utf-8").splitlines(keepends=True) if output.exists() else []
-    done = [line for line in lines if line.endswith("\n")]
-    output.write_text("".join(done), encoding="utf-8")
+    content = output.read_bytes() if output.exists() else b""
     with output.open("a", encoding="utf-8") as file:
-        for start in range(len(done), len(chats), batch_size):
+        file.truncate(content.rfind(b"\n") + 1)
+        for start in range(content.count(b"\n"), len(chats), batch_size):
             part = [chats[i] for i in range(start, min(start + batch_size, len(chats)))]
             texts = [texts_to_rate(chat, tokens) for chat in part]
             rated = iter(rate([text for of_chat in texts for text in of_chat.values()]))

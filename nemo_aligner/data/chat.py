@@ -73,12 +73,9 @@ class PromptTokensLayout:
 
     def _turns(self, chat: Chat) -> Iterator[LearnedTurn]:
         tokens, chosen, encode = self._tokens, _chosen(chat, self._learn), GrowingText(self._tokenizer)
-        text = (
-            self._bos
-            + f"{tokens.system_turn_start}System{tokens.end_of_name}{chat.system}{tokens.end_of_turn}"
-        )
+        text = self._bos + tokens.system(chat.system)
         for index, turn in enumerate(chat.turns[: chosen[-1] + 1]):
-            name = f"{tokens.turn_start}{turn.speaker}{tokens.end_of_name}"
+            name = tokens.speaker(turn.speaker)
             body = f"{turn.text}{tokens.end_of_turn}"
             before, after = self._label(turn, chat.kind)
             if index in chosen:

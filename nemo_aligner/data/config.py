@@ -40,6 +40,14 @@ class ChatPromptTokens:
         """The same tokens as the characters that they stand for."""
         return ChatPromptTokens(**{name: unescape(text) for name, text in asdict(self).items()})
 
+    def system(self, text: str) -> str:
+        """The system turn, which every conversation begins with."""
+        return f"{self.system_turn_start}System{self.end_of_name}{text}{self.end_of_turn}"
+
+    def speaker(self, name: str) -> str:
+        """The start of a turn, before its text or label."""
+        return f"{self.turn_start}{name}{self.end_of_name}"
+
 
 @dataclass(frozen=True, kw_only=True)
 class SFTSplitConfig:

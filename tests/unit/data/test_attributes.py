@@ -22,7 +22,7 @@ def chat(number):
         "conversations": [
             {"from": "User", "value": "a?"},
             {"from": "Assistant", "value": "b" * number},
-            {"from": "User", "value": "c?"},
+            {"from": "User", "value": "c\u2028?"},  # for JSON no end of a line
             {"from": "Assistant", "value": "d"},
         ],
     }
@@ -35,7 +35,7 @@ def count(text):
 def test_every_response_is_rated_with_all_that_stands_before_it():
     texts = texts_to_rate(read_chat(chat(2)), TOKENS)
     start = "<s0>System\nBe short.\n<s1>User\na?\n<s1>Assistant\nbb\n"
-    assert texts == {1: f"{start}<s2>", 3: f"{start}<s1>User\nc?\n<s1>Assistant\nd\n<s2>"}
+    assert texts == {1: f"{start}<s2>", 3: f"{start}<s1>User\nc\u2028?\n<s1>Assistant\nd\n<s2>"}
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 5])
@@ -43,7 +43,7 @@ def test_an_annotation_goes_on_where_it_was_interrupted(jsonl, tmp_path, batch_s
     chats = RecordFile(jsonl(*map(chat, range(1, 6))), read_chat)
     whole, part = tmp_path / "whole.jsonl", tmp_path / "part.jsonl"
     annotate(chats, whole, lambda texts: list(map(count, texts)), **FORM, batch_size=batch_size)
-    rows = [json.loads(line) for line in whole.read_text().splitlines()]
+    rows = list(map(json.loads, whole.open()))
     assert [row["conversations"][1]["label"] for row in rows] == [
         f"length:{n},questions:1" for n in range(1, 6)
     ]
