@@ -22,7 +22,7 @@ from nemo_aligner.parallel import world
 from nemo_aligner.parallel.ranks import Layout
 from nemo_aligner.run.metrics import means
 
-pytestmark = pytest.mark.timeout(600)  # all cases run before the first test
+pytestmark = pytest.mark.timeout(960)  # all cases run before the first test
 
 
 @pytest.fixture(scope="module")
