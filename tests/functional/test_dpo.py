@@ -56,7 +56,11 @@ def steps(folder: Path) -> list[dict[str, float]]:
 
 
 # The loss of the first step, where the policy is the reference; None: there is no reference.
-STARTS = {"dpo": math.log(2), "orpo": None}
+STARTS = {
+    "dpo": math.log(2),
+    "rpo_bwd_kl": math.log(2) - 0.731059 * math.log(1 + math.exp(-1)) - 0.268941 * math.log(1 + math.exp(1)),
+    "orpo": None,
+}
 
 
 @pytest.mark.parametrize("loss", STARTS)

@@ -65,7 +65,9 @@ def test_the_first_ctrl_c_saves_and_says_how_to_go_on(training: Callable, tmp_pa
     assert line.endswith(f"by SIGINT; the same command goes on from there: {command}")
 
 
-@pytest.mark.parametrize(("ranks", "number"), [(1, signal.SIGUSR1), (2, signal.SIGTERM)], ids=str)
+@pytest.mark.parametrize(
+    ("ranks", "number"), [(1, signal.SIGTERM), (2, signal.SIGUSR1), (2, signal.SIGTERM)], ids=str
+)
 def test_a_run_that_is_asked_to_end_saves_and_goes_on_later(
     training: Callable, run: Callable, settings: dict[str, object], tmp_path: Path, ranks: int, number: int
 ):

@@ -175,13 +175,27 @@ def test_a_reward_model_is_made_of_a_folder_at_two_stages(run: Callable, chatty:
 def test_both_jobs_of_ppo_go_as_from_nemos(
     start: Callable, hf_folder: Path, nemo: Path, reward_nemo: Path, tmp_path: Path
 ):
-    few = {"trainer.ppo.max_steps": 2, "trainer.ppo.save_interval": 0, "trainer.ppo.val_check_interval": 2}
+    few = {
+        "trainer.ppo.max_steps": 2,
+        "trainer.ppo.save_interval": 0,
+        "trainer.ppo.val_check_interval": 2,
+        "trainer.devices": 2,
+        "model.tensor_model_parallel_size": 2,
+    }
+    stages = {"trainer.devices": 2, "model.pipeline_model_parallel_size": 2, "model.hidden_dropout": 0.0}
     found = []
     for name, policy, reward in (
         ("nemos", nemo, reward_nemo),
         ("folders", hf_folder, reward_nemo.parent / "hf"),
     ):
-        pair = Pair(folder=tmp_path / name, start=start, nemo=policy, reward_nemo=reward, actor_settings=few)
+        pair = Pair(
+            folder=tmp_path / name,
+            start=start,
+            nemo=policy,
+            reward_nemo=reward,
+            critic_settings=stages,
+            actor_settings=few,
+        )
         pair.run()
         found.append([metrics(folder) for folder in (pair.actor_folder, pair.critic_folder)])
     assert found[0] == found[1]

@@ -190,21 +190,39 @@ def test_a_step_of_jobs_that_save_nothing_by_a_critic_with_a_token_more(
     ]
 
 
-def test_actors_that_their_critic_does_not_fit_are_refused(pairs: Callable[..., Pair]):
-    critic = {"model.encoder_seq_length": 64, "trainer.ppo.combine_rm_and_critic_server": False}
+@pytest.mark.parametrize(
+    ("critic", "actors"),
+    [
+        (
+            {"model.encoder_seq_length": 64, "trainer.ppo.combine_rm_and_critic_server": False},
+            [
+                ({}, ["takes 64 tokens, and the actor may send 256"]),
+                (
+                    {"model.encoder_seq_length": 64},
+                    ["has no reward model", "remote_critic_rm.combine_rm_and_critic_server=True"],
+                ),
+            ],
+        ),
+        ({"exp_manager.create_checkpoint_callback": False}, [({}, ["saves nothing"])]),
+        (
+            {},
+            [
+                (
+                    {"model.ppo.num_rollout_samples": 64},
+                    ["has 48 prompts for training", "model.ppo.num_rollout_samples"],
+                ),
+                ({"remote_critic_rm.critic.name.infer": "asked"}, ["no endpoint asked"]),
+            ],
+        ),
+    ],
+    ids=["short and alone", "saves nothing", "usual"],
+)
+def test_actors_that_their_critic_does_not_fit_are_refused(
+    pairs: Callable[..., Pair], critic: dict[str, object], actors: list[tuple[dict[str, object], list[str]]]
+):
     pair = pairs("unfit", critic=critic, actor={})
     server = pair.start_critic()
-    for settings, words in (
-        ({}, ["takes 64 tokens, and the actor may send 256"]),
-        (
-            {"model.encoder_seq_length": 64},
-            ["has no reward model", "remote_critic_rm.combine_rm_and_critic_server=True"],
-        ),
-        (
-            {"model.ppo.num_rollout_samples": 64},
-            ["has 48 prompts for training", "model.ppo.num_rollout_samples"],
-        ),
-    ):
+    for settings, words in actors:
         job = pair.start_actor(**settings)
         assert job.wait(timeout=LONG) == 2, job.err
         told = "\n".join(job.err.splitlines()[-2:])

@@ -151,7 +151,7 @@ def test_the_tutorials_commands(run: Callable, nemo: Path, pairs: Path, tmp_path
     assert (tmp_path / "results/checkpoints/megatron_gpt.nemo").is_file()
 
 
-@pytest.mark.parametrize("loss", ["regression", "scaled_bt"])
+@pytest.mark.parametrize("loss", ["regression", "regular_bt", "margin_bt", "scaled_bt"])
 def test_labelled_responses(run: Callable, settings: dict[str, object], tmp_path: Path, loss: str):
     rows: list[dict[str, object]] = []
     for index in range(48):
