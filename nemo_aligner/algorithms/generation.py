@@ -70,7 +70,7 @@ class TextGenerator:
         finally:
             bar.close()
         rows = {i: row for i, row in zip(mine, self._rows(requests, rollout), strict=True)}
-        every = {i: row for part in collectives.all_gather_objects_dp(rows) for i, row in part.items()}
+        every = collectives.merged_over_data_parallel(rows)
         for i, row in every.items():
             if not math.isfinite(row["logprob"]):
                 raise _not_finite(requests.where(i // num_samples))

@@ -36,28 +36,19 @@ class ValidationResponses:
         """
         numbers = range(min(self.count, len(self.rows)))
         mine = numbers[world.dp_rank() :: world.dp_size()]
-        texts = {number: self._prompt(number) for number in mine}
+        texts = {number: self.rows[number].sequences[0].split() for number in mine}
         prompts = [Prompt(tokens=prompt, number=number) for number, (prompt, _) in texts.items()]
         with world.phase("generation after validation"), world.at_own_pace():
-            rollout = self.policy.generate(prompts, self.sampling, step=step, slots=max(1, len(prompts)))
-        found: dict[int, dict[str, str]] = {}
-        for row, (number, (prompt, expected)) in enumerate(texts.items()):
-            response = text_of_response(rollout, row, self.end_ids, (), decode=self.decode)
-            found[number] = {
+            rollout = self.policy.generate(prompts, self.sampling, step=step)
+        found = {
+            number: {
                 "prompt": self.decode(prompt),
-                "response": response,
+                "response": text_of_response(rollout, row, self.end_ids, (), decode=self.decode),
                 "expected": self.decode(expected),
             }
-        every: dict[int, dict[str, str]] = {}
-        for part in collectives.all_gather_objects_dp(found):
-            every |= part
-        table = [every[number] for number in numbers]
-        run.log_rows(TABLE, table, step=step)
+            for row, (number, (prompt, expected)) in enumerate(texts.items())
+        }
+        every = collectives.merged_over_data_parallel(found)
+        run.log_rows(TABLE, [every[number] for number in numbers], step=step)
         if world.is_logging_rank():
-            logger.info("response after step %d: %s⟦%s⟧", step, table[0]["prompt"], table[0]["response"])
-
-    def _prompt(self, number: int) -> tuple[list[int], list[int]]:
-        """(prompt, the row's own response) as tokens."""
-        sequence = self.rows[number].sequences[0]
-        border = sequence.loss_mask.index(True)
-        return sequence.tokens[:border], sequence.tokens[border:]
+            logger.info("response after step %d: %s⟦%s⟧", step, every[0]["prompt"], every[0]["response"])

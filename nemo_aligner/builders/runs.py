@@ -16,7 +16,6 @@ from nemo_aligner.builders.models import Pretrained, require_tokenizer
 from nemo_aligner.builders.next_steps import say_next
 from nemo_aligner.checkpoint.nemo_archive import WEIGHTS_NAME
 from nemo_aligner.checkpoint.sharded import load_model
-from nemo_aligner.checkpoint.stop_tokens import stop_ids
 from nemo_aligner.checkpoint.training import Newest, TrainingCheckpoints
 from nemo_aligner.config.base import TrainingJob
 from nemo_aligner.config.pairs import PairJob
@@ -111,14 +110,13 @@ def supervised_trainer(
 def _with_responses(
     job: SFTJob | PairJob, loop: SupervisedConfig, pretrained: Pretrained[Any], data: SupervisedData
 ) -> SupervisedData:
-    tokenizer = require_tokenizer(job, pretrained)
     responses = ValidationResponses(
         policy=pretrained.learner,
         rows=data.validation["validation"].dataset,
         count=loop.val_responses,
         sampling=SamplingConfig(use_greedy=True, max_length=loop.val_response_length),
-        end_ids=stop_ids(pretrained.config, tokenizer),
-        decode=tokenizer.decode,
+        end_ids=pretrained.learner.end_ids,
+        decode=require_tokenizer(job, pretrained).decode,
     )
     return replace(data, responses=responses)
 

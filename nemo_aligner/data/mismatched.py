@@ -37,7 +37,7 @@ class MismatchedRows:
         row = self.rows[index]
         (own,), prompt = row.sequences, _prompt(row)
         (other,) = self._other(index, prompt).sequences
-        tokens = [*prompt, *other.tokens[other.loss_mask.index(True) :]][: self.max_length]
+        tokens = [*prompt, *other.split()[1]][: self.max_length]
         mask = [i >= len(prompt) for i in range(len(tokens))]
         return replace(row, sequences=(own, TokenSequence(tokens=tokens, loss_mask=mask)))
 
@@ -63,4 +63,4 @@ class MismatchedRows:
 
 def _prompt(row: Row) -> list[int]:
     (sequence,) = row.sequences
-    return sequence.tokens[: sequence.loss_mask.index(True)]
+    return sequence.split()[0]

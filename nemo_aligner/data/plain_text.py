@@ -17,7 +17,7 @@ _SEPARATOR = b"<|endoftext|>"  # between the documents of a .txt file
 
 
 class TextFile:
-    """The documents of a .txt file, between the ``<|endoftext|>`` of it; the file is mapped, not loaded.
+    """The documents of a .txt file, which ``<|endoftext|>`` stands between; the file is mapped, not loaded.
 
     Raises:
         UserError: the file is missing or damaged, holds no text, or is not in UTF-8.
@@ -106,7 +106,7 @@ class PlainTextDataset:
     ) -> None:
         self._records, self._length = records, max_seq_length
         self._documents = range(len(records)) if within is None else within
-        self._tokens, place = array("I"), 0
+        self._tokens = array("I")
         with located(lambda: f"{records.where(place)}: "):
             for place in self._documents:
                 self._tokens.extend(encode(records[place]))

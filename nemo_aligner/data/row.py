@@ -27,6 +27,11 @@ class TokenSequence:
     def __post_init__(self) -> None:
         assert len(self.tokens) == len(self.loss_mask), (len(self.tokens), len(self.loss_mask))
 
+    def split(self) -> tuple[list[int], list[int]]:
+        """(prompt, response) of tokens: what stands before the first loss token, and the rest."""
+        border = self.loss_mask.index(True)
+        return self.tokens[:border], self.tokens[border:]
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Row:

@@ -73,9 +73,9 @@ class DPO:
         total = config.preference_loss_weight * losses + config.sft_loss_weight * nll
         chosen, rejected = (config.ref_policy_kl_penalty * (policy - reference)).unbind(1)
         loss, metrics = pair_loss(chosen, rejected, total, real=real)
-        parts = {"preference_loss": losses, "sft_loss": nll}
-        sums = {name: torch.where(real, x.detach(), 0).sum() for name, x in parts.items()}
-        return loss, metrics | {name: (x, real.sum()) for name, x in sums.items()}
+        for name, part in (("preference_loss", losses), ("sft_loss", nll)):
+            metrics[name] = torch.where(real, part.detach(), 0).sum(), real.sum()
+        return loss, metrics
 
 
 def _losses(policy: Tensor, reference: Tensor, rewards: Tensor, config: DPOConfig) -> Tensor:

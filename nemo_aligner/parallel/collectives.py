@@ -13,6 +13,7 @@ from torch import Tensor
 from nemo_aligner.errors import UserError
 from nemo_aligner.parallel import world
 
+K = TypeVar("K")
 T = TypeVar("T")
 
 NORM_BLOCK = 512  # numbers whose squares are summed in their own dtype
@@ -148,6 +149,11 @@ def all_gather_objects_dp(value: T) -> list[T]:
     found: list[T] = [None] * world.dp_size()  # type: ignore[list-item]
     dist.all_gather_object(found, value, group=parallel_state.get_data_parallel_group())
     return found
+
+
+def merged_over_data_parallel(found: dict[K, T]) -> dict[K, T]:
+    """The items of all data parallel ranks' dictionaries, which share no key."""
+    return {key: value for part in all_gather_objects_dp(found) for key, value in part.items()}
 
 
 def of_all_ranks(value: T) -> list[T]:

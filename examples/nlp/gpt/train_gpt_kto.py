@@ -31,9 +31,7 @@ class KTOConfig:
     log_prob_forward_micro_batch_size: int | None = bounded(None, at_least=1)
     preference_loss_weight: float = only(1.0)  # of the whole loss; only 1.0
     preference_average_log_probs: bool = only(False, what="a mean over tokens")  # of rewards; only False
-    sft_loss_weight: float = only(
-        0.0, what="a loss of the good responses' likelihood"
-    )  # of a second loss; only 0.0
+    sft_loss_weight: float = only(0.0, what="a likelihood's loss")  # of a second loss; only 0.0
     sft_average_log_probs: bool = only(False)  # of the second loss; only False
 
     def __post_init__(self) -> None:
