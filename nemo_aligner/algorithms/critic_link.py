@@ -16,6 +16,7 @@ from nemo_aligner.checkpoint.training import TrainingCheckpoints
 from nemo_aligner.run.stopwatch import Stopwatch
 from nemo_aligner.serving.proxies import CriticProxy, PendingReply
 
+LOSS = "train_critic/loss"
 SIGNAL_SECONDS = 15.0  # that a critic has to save after a signal
 
 
@@ -29,6 +30,7 @@ class PPOState:
     validated_step: int | None = None  # the step of the last validation
     run_id: str = ""  # under which the critic knows the run
     critic_sequence: int = 0  # train requests that the critic was sent
+    lacks_critic_loss: bool = False  # the last step was logged without it
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,7 +65,11 @@ class CriticLink:
         with watch("critic_train_wait"):
             loss = self.loss(pending, saves=saves)
         watch.note("critic_train_time", pending.seconds)
-        return {"train_critic/loss": loss}
+        return {LOSS: loss}
+
+    def last_loss(self) -> dict[str, float]:
+        """The metric of :meth:`timed_loss` of the last step, once more."""
+        return {LOSS: self.critic.last_loss().result(give_up=self.give_up)}
 
     def save_critic(self) -> None:
         """Have the critic saved, with all that it was sent before."""

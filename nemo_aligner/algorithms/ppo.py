@@ -157,6 +157,9 @@ class PPOTrainer:
             if self.critic is not None and pending is not None:
                 saves = self.lifecycle.checkpoints is not None
                 metrics |= self.critic.timed_loss(pending, watch, saves=saves)
+        except (CriticUnavailable, WaitCancelled):
+            self.own = replace(self.own, lacks_critic_loss=True)
+            raise
         finally:
             # The step is done where the critic is lost, too.
             self._report(scored, scores, metrics, watch, bar)
@@ -232,8 +235,11 @@ class PPOTrainer:
                 self._warm_up(round_)
         elif self.critic is not None and self._needs_replay:
             # The last step was saved without the critic: it is saved now, and a validation that was due is done.
-            self.critic.save_critic()
             step = self.state.step
+            if self.own.lacks_critic_loss:
+                self.run.log(self.critic.last_loss(), step=step)
+                self.own = replace(self.own, lacks_critic_loss=False)
+            self.critic.save_critic()
             if self.plan.validates_after(step) and self.own.validated_step != step:
                 self._validate()
 

@@ -227,10 +227,17 @@ class RemoteCritic(_Client):
         """
         self.sequence += 1
         self._step = step
-        number, version = self.sequence, self._version()
-        request = _TrainRequest(arrays=wire.train_arrays(batch, version))
-        self._train_requests[number] = request
-        asked_before = self._asked
+        self._train_requests[self.sequence] = _TrainRequest(arrays=wire.train_arrays(batch, self._version()))
+        return self.last_loss()
+
+    def last_loss(self) -> Future[float]:
+        """The critic's loss on the last train request, which is sent if the critic has not learned from it.
+
+        Raises:
+            UserError: in the future's result; what the critic failed at is in its message.
+        """
+        number, asked_before = self.sequence, self._asked
+        request = self._train_requests[number]
 
         def train_critic() -> float:
             wait(asked_before)

@@ -124,6 +124,10 @@ class CriticProxy:
         """The critic's loss on a batch that every rank has."""
         return PendingReply(self._critic.train(batch, step=step) if self._critic else None)
 
+    def last_loss(self) -> PendingReply[float]:
+        """The critic's loss on the last batch, which it is sent again where it lacks it."""
+        return PendingReply(self._critic.last_loss() if self._critic else None)
+
     def save(self) -> PendingReply[None]:
         """Have the critic saved."""
         return PendingReply(self._critic.save() if self._critic else None)

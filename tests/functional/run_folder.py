@@ -34,13 +34,26 @@ def metrics(folder: Path) -> list[dict[str, float]]:
     ]
 
 
+def metrics_by_step(folder: Path) -> dict[float, list[tuple[str, float]]]:
+    """Every metric of each step, whichever of its lines holds it."""
+    found: dict[float, list[tuple[str, float]]] = {}
+    for line in metrics(folder):
+        found.setdefault(line["step"], []).extend(line.items())
+    return {step: sorted(set(values)) for step, values in found.items()}
+
+
 def assert_same_learning(found: Path, wanted: Path) -> None:
     """The same weights, optimizer and metrics, bit for bit."""
+    assert_same_tensors(found, wanted)
+    assert metrics(found) == metrics(wanted)
+
+
+def assert_same_tensors(found: Path, wanted: Path) -> None:
+    """The same weights and optimizer, bit for bit."""
     ours, theirs = tensors(found), tensors(wanted)
     assert ours.keys() == theirs.keys()
     assert any("exp_avg_sq" in key for key in ours)
     assert [key for key in ours if not torch.equal(ours[key], theirs[key])] == []
-    assert metrics(found) == metrics(wanted)
 
 
 def is_saving(folder: Path) -> bool:
