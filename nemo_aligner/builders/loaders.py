@@ -10,7 +10,7 @@ from nemo_aligner.builders.models import Pretrained, pin_clock, require_tokenize
 from nemo_aligner.checkpoint.tokenizer_files import chat_template_file
 from nemo_aligner.config.pairs import PairJob, PairModelConfig
 from nemo_aligner.config.reward import RMModelConfig
-from nemo_aligner.config.sft import SFTJob, SFTModelConfig
+from nemo_aligner.config.sft import SFTModelConfig, TextJob
 from nemo_aligner.data.collate import collate
 from nemo_aligner.data.config import SFTDataConfig, SFTSplitConfig
 from nemo_aligner.data.data_spec import Split
@@ -32,7 +32,7 @@ logger = logging.getLogger(__name__)
 
 
 @world.phase("reading data")
-def sft_loaders(job: SFTJob, pretrained: Pretrained[GPTPolicy]) -> SupervisedData:
+def sft_loaders(job: TextJob, pretrained: Pretrained[GPTPolicy]) -> SupervisedData:
     """Training batches, and those of validation by name; the first training sample is shown.
 
     Raises:

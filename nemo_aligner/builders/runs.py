@@ -20,7 +20,7 @@ from nemo_aligner.checkpoint.training import Newest, TrainingCheckpoints
 from nemo_aligner.config.base import TrainingJob
 from nemo_aligner.config.pairs import PairJob
 from nemo_aligner.config.ppo import ActorJob
-from nemo_aligner.config.sft import SFTJob
+from nemo_aligner.config.sft import TextJob
 from nemo_aligner.models.gpt.learning_rate import OptimConfig
 from nemo_aligner.models.sampling_config import SamplingConfig
 from nemo_aligner.objectives.protocol import Objective
@@ -91,7 +91,7 @@ def training_checkpoints(
 
 
 def supervised_trainer(
-    job: SFTJob | PairJob,
+    job: TextJob | PairJob,
     run: Experiment,
     pretrained: Pretrained[Any],
     objective: Objective,
@@ -108,7 +108,7 @@ def supervised_trainer(
 
 
 def _with_responses(
-    job: SFTJob | PairJob, loop: SupervisedConfig, pretrained: Pretrained[Any], data: SupervisedData
+    job: TextJob | PairJob, loop: SupervisedConfig, pretrained: Pretrained[Any], data: SupervisedData
 ) -> SupervisedData:
     responses = ValidationResponses(
         policy=pretrained.learner,
@@ -122,7 +122,7 @@ def _with_responses(
 
 
 def prepare_training(
-    job: SFTJob | PairJob | ActorJob, pretrained: Pretrained[Any], *, max_steps: int
+    job: TextJob | PairJob | ActorJob, pretrained: Pretrained[Any], *, max_steps: int
 ) -> None:
     """Make the optimizer of a run of ``max_steps`` optimizer steps."""
     assert job.loop is not None

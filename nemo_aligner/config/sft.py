@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The settings of train_gpt_sft.py."""
+"""The settings of train_gpt_sft.py, and of its kin whose data are texts."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from nemo_aligner.config.base import ModelConfig, TrainerConfig, TrainingJob
 from nemo_aligner.data.config import SFTDataConfig
@@ -31,17 +31,22 @@ class SFTModelConfig(ModelConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class SFTJob(TrainingJob):
-    """All settings of train_gpt_sft.py."""
+class TextJob(TrainingJob):
+    """All settings of a script whose data are texts."""
 
     model: SFTModelConfig
-    trainer: SFTTrainerConfig = field(default_factory=SFTTrainerConfig)
-    name: str = "megatron_gpt_sft"
 
     @property
     def pretrained(self) -> tuple[str, str]:
         """See TrainingJob."""
         return "model.restore_from_path", self.model.restore_from_path
+
+    @property
+    def loop(self) -> SupervisedConfig:
+        """See TrainingJob."""
+        loop = super().loop
+        assert isinstance(loop, SupervisedConfig)
+        return loop
 
     @property
     def batches(self) -> dict[str, tuple[int, int]]:
@@ -56,12 +61,15 @@ class SFTJob(TrainingJob):
     def files(self) -> Mapping[str, Sequence[str]]:
         """See TrainingJob."""
         splits = {"train_ds": self.model.data.train_ds, **self.model.data.validation}
-        return {f"model.data.{name}.file_path": (split.file_path,) for name, split in splits.items()}
+        part = self.model.data.part
+        return {f"model.data.{name}.file_path": part(split).paths for name, split in splits.items()}
 
     def check_rows(self) -> None:
         """See TrainingJob."""
-        for split in (self.model.data.train_ds, *self.model.data.validation.values()):
-            check_sft_rows(self.model.data, split)
+        data = self.model.data
+        for split in (data.train_ds, *data.validation.values()):
+            for path in data.part(split).paths:
+                check_sft_rows(data, replace(split, file_path=path))
 
     @property
     def validates(self) -> bool:
@@ -71,9 +79,18 @@ class SFTJob(TrainingJob):
     def check(self, world_size: int | None = None) -> None:
         """See TrainingJob."""
         TrainingJob.check(self, world_size)
-        if self.model.data.plain_text and self.trainer.sft.val_responses:
+        loop = self.loop
+        if self.model.data.plain_text and loop.val_responses:
             raise UserError(
-                f"trainer.sft.val_responses={self.trainer.sft.val_responses} needs prompts, and model.data.plain_text="
-                "True has none",
-                fix="set trainer.sft.val_responses=0",
+                f"{loop.block}.val_responses={loop.val_responses} needs prompts, and model.data.plain_text=True has "
+                "none",
+                fix=f"set {loop.block}.val_responses=0",
             )
+
+
+@dataclass(frozen=True, kw_only=True)
+class SFTJob(TextJob):
+    """All settings of train_gpt_sft.py."""
+
+    trainer: SFTTrainerConfig = field(default_factory=SFTTrainerConfig)
+    name: str = "megatron_gpt_sft"

@@ -43,7 +43,7 @@ class PromptTokensLayout:
         self, tokenizer: Tokenizer, tokens: ChatPromptTokens, cfg: SFTSplitConfig, *, learn: str = "all"
     ) -> None:
         self._tokenizer = tokenizer
-        self._recognised = Recognised(cfg.file_path)
+        self._recognised = Recognised(cfg.path)
         self._tokens = tokens.unescaped()
         self._cfg, self._learn = cfg, learn
         for name, text in asdict(self._tokens).items():
@@ -129,7 +129,7 @@ class TemplateLayout:
                 "model.data.chat_template=tokenizer, but the tokenizer has no chat template",
                 fix="set model.data.chat_template=prompt_tokens, or give a tokenizer that has a template",
             )
-        self._recognised = Recognised(cfg.file_path)
+        self._recognised = Recognised(cfg.path)
         self._tokenizer = tokenizer
         self._cfg, self._learn = cfg, learn
         # The template writes BOS where the model wants it; it is put first only where that is asked for.

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, field, replace
 from datetime import date
 
 from nemo_aligner.bounds import bounded, check_bounds, one_of, only
-from nemo_aligner.data.data_spec import DataSpec, Split, parse_data_spec, share_of
+from nemo_aligner.data.data_spec import DataSpec, Split, parse_data_spec, parse_split, share_of
 from nemo_aligner.errors import UserError
 from nemo_aligner.paths import PathText
 
@@ -51,9 +51,10 @@ class ChatPromptTokens:
 
 @dataclass(frozen=True, kw_only=True)
 class SFTSplitConfig:
-    """One data file and how its rows become samples: ``model.data.train_ds`` or ``validation_ds``."""
+    """Data files and how their rows become samples: ``model.data.train_ds`` or ``validation_ds``."""
 
-    file_path: PathText  # JSONL, one object a line
+    # JSONL, one object a line; several files may be weighted: [0.3, a, 0.7, b]
+    file_path: PathText | tuple[str | float, ...]
     # rows of one optimizer step, and of one batch of a validation, over all ranks
     global_batch_size: int = bounded(128, at_least=1, message=_NOT_POSITIVE)
     # rows of one forward pass on one rank
@@ -85,13 +86,19 @@ class SFTSplitConfig:
     def __post_init__(self) -> None:
         check_bounds(self)
 
+    @property
+    def path(self) -> str:
+        """The file of a split that has one; :meth:`SFTDataConfig.part` names all."""
+        assert isinstance(self.file_path, str), self.file_path
+        return self.file_path
+
 
 @dataclass(frozen=True, kw_only=True)
 class ValidationSplitConfig(SFTSplitConfig):
     """``validation_ds``, which may be left out."""
 
     # JSONL, one object a line; a share below 1: the last rows of the training file; null: there is no validation
-    file_path: PathText = ""
+    file_path: PathText | tuple[str | float, ...] = ""
     shuffle: bool = False  # every validation sees the same batches
     drop_last: bool = False  # every sample is validated
 
@@ -128,12 +135,19 @@ class SFTDataConfig:
         return {"validation_ds": split} if split.file_path else {}
 
     def part(self, split: SFTSplitConfig) -> Split:
-        """The rows of its file that a split has."""
-        whole, share = Split(paths=(split.file_path,)), share_of(self.validation_ds.file_path)
+        """The files of a split, and the rows of each that it has."""
+        validates, share = isinstance(split, ValidationSplitConfig), share_of(self.validation_ds.file_path)
+        name = "validation_ds" if validates and not share else "train_ds"
+        files = split.file_path
+        whole = (
+            Split(paths=(files,))
+            if isinstance(files, str)
+            else parse_split(files, f"model.data.{name}.file_path")
+        )
         if not share:
             return whole
         train, validation = whole.cut(share, "model.data.validation_ds.file_path")
-        return validation if isinstance(split, ValidationSplitConfig) else train
+        return validation if validates else train
 
     def __post_init__(self) -> None:
         if self.chat_date is not None:

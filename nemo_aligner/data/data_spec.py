@@ -52,12 +52,12 @@ class Split:
         return rows
 
     def cut(self, share: float, setting: str) -> tuple["Split", "Split"]:
-        """All but the last ``share`` of its rows, and those; each has a row where there are two.
+        """All but the last ``share`` of its rows, and those, each once; both parts have a row where there are two.
 
         ``setting`` is the name of what says the share.
         """
         both = replace(self, in_two=True, cut_by=f"{setting}={share}")
-        return replace(both, stop=1 - share), replace(both, start=1 - share)
+        return replace(both, stop=1 - share), replace(both, start=1 - share, weights=())
 
     def _border(self, share: float, num_rows: int) -> int:
         border = round(share * num_rows)
@@ -115,7 +115,7 @@ def parse_data_spec(value: object, splits_string: str | None) -> DataSpec:
                 )
             return _by_name({str(name): split for name, split in value.items()})
         case _:
-            return _by_share(_split(value, _KEY), splits_string)
+            return _by_share(parse_split(value, _KEY), splits_string)
 
 
 def _by_name(given: Mapping[str, object]) -> DataSpec:
@@ -131,7 +131,7 @@ def _by_name(given: Mapping[str, object]) -> DataSpec:
         raise UserError(f"{_KEY} has no 'train'; it has {sorted(given)}", fix=f'write "{_EXAMPLE}"')
     share = share_of(given.get("validation"))
     splits = {
-        name: _split(split, f"{_KEY}.{name}")
+        name: parse_split(split, f"{_KEY}.{name}")
         for name, split in given.items()
         if split is not None and not (share and name == "validation")
     }
@@ -177,7 +177,12 @@ def _by_share(split: Split, splits_string: str | None) -> DataSpec:
     )
 
 
-def _split(value: object, key: str) -> Split:
+def parse_split(value: object, key: str) -> Split:
+    """One split: a path, a list of paths, or weights before paths; ``key`` is its setting.
+
+    Raises:
+        UserError: the form is none of these.
+    """
     items = value if isinstance(value, list | tuple) else [value]
     if not items:
         raise UserError(f"{key} is an empty list", fix="name at least one JSONL file")

@@ -3,7 +3,7 @@
 
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Generic, TypeVar
 
 from nemo_aligner.data.chat import PromptTokensLayout, TemplateLayout
@@ -62,7 +62,7 @@ class _CutLayout(Generic[R]):
 def open_sft(
     data: SFTDataConfig, split: SFTSplitConfig, tokenizer: Tokenizer, *, answer_only_loss: bool
 ) -> BlendedRows:
-    """The data set of one split; every line of its file has been checked when this returns.
+    """The data set of one split; every line of its files has been checked when this returns.
 
     Args:
         data: says whether rows are conversations, and how those are written.
@@ -71,16 +71,29 @@ def open_sft(
         answer_only_loss: for prompt and response, learn the response only; in conversations the speakers decide.
 
     Raises:
-        UserError: settings, tokenizer and file do not go together, or a line is bad.
+        UserError: settings, tokenizer and files do not go together, or a line is bad.
     """
+    part = data.part(split)
+    sets = [
+        _open_sft_file(
+            data, replace(split, file_path=path), part, tokenizer, answer_only_loss=answer_only_loss
+        )
+        for path in part.paths
+    ]
+    return sets[0] if len(sets) == 1 else BlendedDataset(sets, part.weights)
+
+
+def _open_sft_file(
+    data: SFTDataConfig, split: SFTSplitConfig, part: Split, tokenizer: Tokenizer, *, answer_only_loss: bool
+) -> RowDataset[Any] | PlainTextDataset:
     if data.plain_text:
-        texts, part = open_text(split.file_path), data.part(split)
+        texts = open_text(split.path)
         encode = TextEncoder(tokenizer=tokenizer, add_bos=split.add_bos, append_eos=split.add_eos)
         within = part.rows_of(texts.path, len(texts), unit="documents")
         return PlainTextDataset(texts, encode, max_seq_length=split.max_seq_length, within=within)
     layout: _CutLayout[Any]
     if not data.chat:
-        _hint_at_template(split.file_path, tokenizer, "set model.data.chat=True")
+        _hint_at_template(split.path, tokenizer, "set model.data.chat=True")
         pairs = PromptResponseLayout(tokenizer, split, answer_only_loss=answer_only_loss)
         read = pairs.read
         layout = _CutLayout(lay_out=pairs, surely_fits=pairs.surely_fits, max_seq_length=split.max_seq_length)
@@ -91,8 +104,8 @@ def open_sft(
             else TemplateLayout(tokenizer, split, learn=data.learn)
         )
         read, layout = chats.read, _CutLayout(lay_out=chats, max_seq_length=split.max_seq_length)
-    records = RecordFile(split.file_path, read)
-    within = data.part(split).rows_of(records.path, len(records), unit=layout.unit)
+    records = RecordFile(split.path, read)
+    within = part.rows_of(records.path, len(records), unit=layout.unit)
     return RowDataset(records, layout, within=within)
 
 

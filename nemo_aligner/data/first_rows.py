@@ -25,17 +25,17 @@ def check_sft_rows(data: SFTDataConfig, split: SFTSplitConfig) -> None:
     Raises:
         UserError: one of them cannot be read, or the prompt template does not end with the response.
     """
-    if _is_packed(split.file_path):
+    if _is_packed(split.path):
         return
     if data.plain_text:
-        open_text(split.file_path, most=FIRST_ROWS)
+        open_text(split.path, most=FIRST_ROWS)
         return
-    recognised = Recognised(split.file_path, quiet=True)
+    recognised = Recognised(split.path, quiet=True)
     if data.chat:
-        RecordFile(split.file_path, lambda row: read_chat(messages_row(row, recognised)), most=FIRST_ROWS)
+        RecordFile(split.path, lambda row: read_chat(messages_row(row, recognised)), most=FIRST_ROWS)
         return
     keys = template_keys(split)
-    RecordFile(split.file_path, lambda row: read_row(row, keys, recognised), most=FIRST_ROWS)
+    RecordFile(split.path, lambda row: read_row(row, keys, recognised), most=FIRST_ROWS)
 
 
 def check_pair_rows(path: str) -> None:

@@ -100,6 +100,7 @@ class PlainTextDataset:
     """
 
     blend: tuple[BlendSource, ...] = ()
+    num_dropped = 0  # every document is read
 
     def __init__(
         self, records: Records[str], encode: TextEncoder, *, max_seq_length: int, within: range | None = None

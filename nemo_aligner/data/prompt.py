@@ -48,7 +48,7 @@ class PromptResponseLayout:
         self._truncation_keys = _truncation_keys(cfg, self._keys)
         self._sep = _separator(tokenizer, cfg)
         self._template_at_most = most_tokens("".join(piece.text for piece in self._pieces)) + len(self._sep)
-        self._recognised = Recognised(cfg.file_path)
+        self._recognised = Recognised(cfg.path)
 
     def read(self, row: Mapping[str, object]) -> PromptResponse:
         """The fields that the template needs; rows of other common forms are converted first."""

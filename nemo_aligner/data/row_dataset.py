@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from itertools import accumulate
 from typing import Generic, Protocol, TypeVar
 
+from nemo_aligner.data.loader import Rows
 from nemo_aligner.data.records import Records
 from nemo_aligner.data.row import Row
 from nemo_aligner.data.sampler import BlendSource
@@ -149,10 +150,19 @@ class RowDataset(Generic[R]):
             )
 
 
+class CountedRows(Rows, Protocol):
+    """A data set that says what it has left out."""
+
+    @property
+    def num_dropped(self) -> int:
+        """Records that are left out."""
+        ...
+
+
 class BlendedDataset:
     """The rows of several files, file after file; ``blend`` has the sampler draw from them by weight."""
 
-    def __init__(self, parts: Sequence[RowDataset], weights: Sequence[float]) -> None:
+    def __init__(self, parts: Sequence[CountedRows], weights: Sequence[float]) -> None:
         self._parts = tuple(parts)
         self._stops = tuple(accumulate(map(len, parts)))
         self.blend = tuple(
@@ -178,4 +188,5 @@ class BlendedDataset:
     def fingerprint(self) -> dict[str, object]:
         """A digest of the rows."""
         prints = [part.fingerprint for part in self._parts]
-        return {name: [found.get(name) for found in prints] for name in ("rows", "samples")}
+        names = dict.fromkeys(("rows", "samples", *(name for found in prints for name in found)))
+        return {name: [found.get(name) for found in prints] for name in names}

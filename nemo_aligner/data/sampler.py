@@ -132,7 +132,7 @@ def _quotas(blend: Sequence[BlendSource], num_samples: int) -> list[int]:
     for number, (share, quota) in enumerate(zip(blend, quotas, strict=True), start=1):
         if quota == 0:
             raise UserError(
-                f"weight {share.weight / total:g} of file {number} under model.data.data_prefix gives no row in an "
+                f"weight {share.weight / total:g} of file {number} of a blend gives no row in an "
                 f"epoch of {num_samples}",
                 fix="give the file a greater weight, or leave it out",
             )

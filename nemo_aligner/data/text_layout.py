@@ -24,28 +24,28 @@ class TextLayout:
 
     @property
     def limit(self) -> str:
-        """See Layout."""
+        """See RowLayout."""
         return f"{self.lengths[-1]} tokens"
 
     @property
     def too_long(self) -> tuple[str, str]:
-        """See Layout."""
+        """See RowLayout."""
         return (
             f"have more than {self.limit}",
             "raise model.data.seq_length or model.encoder_seq_length, or give shorter and different texts",
         )
 
     def left_out(self, record: TextRow) -> str | None:
-        """See Layout."""
+        """See RowLayout."""
         same = len(set(record.texts)) < len(record.texts)
         return "are of the same text twice, which has no training signal," if same else None
 
     def surely_fits(self, record: TextRow) -> bool:
-        """See Layout."""
+        """See RowLayout."""
         return all(_CERTAINLY_ENOUGH <= most_tokens(text) <= self.lengths[-1] for text in record.texts)
 
     def __call__(self, record: TextRow) -> list[Row]:
-        """See Layout."""
+        """See RowLayout."""
         if self.generates and record.responses:
             sequences = self._after_prompt(record)
         else:

@@ -26,6 +26,41 @@ def test_prompt_and_response(jsonl, bpe):
     assert [describe(dataset[i], bpe) for i in range(len(dataset))] == ["a⟦ b</s>⟧", "c⟦ d</s>⟧"]
 
 
+@pytest.mark.parametrize("plain_text", [False, True])
+def test_several_files_are_a_blend(jsonl, bpe, plain_text):
+    """File after file, each with its share of an epoch; a validation share is cut off each."""
+    row = (lambda text: {"text": text}) if plain_text else (lambda text: {"input": text, "output": text})
+    first = str(jsonl(*(row(f"a{i}") for i in range(4)), name="a.jsonl"))
+    second = str(jsonl(*(row(f"b{i}") for i in range(2)), name="b.jsonl"))
+    split = SFTSplitConfig(file_path=(1, first, 3, second))
+    data = SFTDataConfig(
+        train_ds=split, validation_ds=ValidationSplitConfig(file_path="0.5"), plain_text=plain_text
+    )
+    for part, letters in (
+        (split, ("a0", "a1", "b0")),
+        (data.validation["validation_ds"], ("a2", "a3", "b1")),
+    ):
+        blended = open_sft(data, part, bpe, answer_only_loss=True)
+        # What validates is read once, whatever it weighs in training.
+        assert [share.weight for share in blended.blend] == ([0.25, 0.75] if part is split else [])
+        shown = "".join(bpe.decode(blended[i].tokens) for i in range(len(blended)))
+        found = [shown.find(text) for text in letters]
+        assert min(found) >= 0
+        assert found == sorted(found)
+        alone = [
+            open_sft(data, replace(part, file_path=path), bpe, answer_only_loss=True).fingerprint
+            for path in (first, second)
+        ]
+        assert blended.fingerprint["rows"] == [one["rows"] for one in alone]
+
+
+def test_a_blend_without_a_file_is_refused(jsonl, bpe):
+    split = SFTSplitConfig(file_path=(1, str(jsonl({"input": "a", "output": "b"})), 2))
+    data = SFTDataConfig(train_ds=split, validation_ds=split)
+    with pytest.raises(UserError, match=r"model.data.train_ds.file_path ends with"):
+        open_sft(data, split, bpe, answer_only_loss=True)
+
+
 def test_a_share_of_one_row_is_refused(jsonl, bpe):
     path = str(jsonl({"input": "a", "output": "b"}))
     share = ValidationSplitConfig(file_path="0.1")

@@ -3,7 +3,8 @@
 
 import pytest
 
-from nemo_aligner.data.requests import read_request
+from nemo_aligner.data.requests import plain_prompt, read_request
+from nemo_aligner.data.row import Row
 from nemo_aligner.errors import UserError
 
 CHAT = [{"role": "user", "content": "hi"}]
@@ -39,3 +40,19 @@ def test_prompts(row: dict, prompt: object):
 def test_bad_rows(row: dict, problem: str):
     with pytest.raises(UserError, match=problem):
         read_request(row)
+
+
+@pytest.mark.parametrize(
+    ("extras", "shown"),
+    [
+        ({"text": "What is it?"}, "<rendered>"),
+        ({"messages": [{"role": "user", "content": "What is it?"}]}, "What is it?"),
+        (
+            {"conversations": [{"from": "system", "value": "Be brief."}, {"from": "human", "value": "Hi"}]},
+            "system: Be brief.\n\nuser: Hi",
+        ),
+    ],
+)
+def test_a_prompt_in_plain_words_has_no_marks_of_a_template(extras: dict[str, object], shown: str):
+    row = Row(sequences=(), text="<rendered>", extras=extras)
+    assert plain_prompt(row) == shown
