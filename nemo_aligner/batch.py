@@ -13,9 +13,11 @@ sequence, or many where it is packed; a row of data may be several sequences, as
 """
 
 import enum
+import zlib
+from array import array
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields, replace
-from typing import ClassVar, Self, TypeVar
+from typing import Any, ClassVar, Self, TypeVar
 
 import torch
 from torch import Tensor
@@ -323,6 +325,11 @@ class Prompt:
     sample: int = 0  # the number of this response among those to the prompt
     max_length: int | None = None  # tokens of the response; None: as many as the sampler allows
 
+    @classmethod
+    def by_content(cls, tokens: Sequence[int], **given: Any) -> "Prompt":  # noqa: ANN401 - other fields
+        """A prompt whose number, and so whose draws, follow from its tokens alone, wherever it stands."""
+        return cls(tokens=tokens, number=zlib.crc32(array("q", tokens).tobytes()), **given)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rollout(TokenBatch):
@@ -348,7 +355,8 @@ class ScoredRollout(Rollout):
     """Responses with their scores, before any update."""
 
     logprobs: Tensor  # [B, S] float: the policy's, by the trainer
-    reference_logprobs: Tensor  # [B, S] float: the initial policy's; where it is not asked, as logprobs
+    # [B, S] float: the initial policy's, or a teacher's; where none is asked, as logprobs
+    reference_logprobs: Tensor
     rewards: Tensor  # [B] float
     values: Tensor  # [B, S] float: of the state before each token; zeros where there is no critic
 

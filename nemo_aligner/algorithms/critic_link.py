@@ -8,7 +8,7 @@ has yet to learn from.
 
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 
 from nemo_aligner.batch import ValueBatch
 from nemo_aligner.checkpoint.trainer_state import TrainerState
@@ -28,6 +28,8 @@ class PPOState:
     reward_scaling: dict[str, float]
     ppo_optimization_step: int = 0  # optimizer steps done
     validated_step: int | None = None  # the step of the last validation
+    # of the validation before the first step, if there was one
+    initial_val_rewards: list[float] = field(default_factory=list[float])
     run_id: str = ""  # under which the critic knows the run
     critic_sequence: int = 0  # train requests that the critic was sent
     lacks_critic_loss: bool = False  # the last step was logged without it

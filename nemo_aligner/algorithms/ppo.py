@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Online learning (PPO, GRPO, RLOO, REINFORCE, rejection sampling): sample, score, credit, update.
+"""Online learning (PPO, GRPO, RLOO, REINFORCE, rejection sampling, distillation): sample, score, credit, update.
 
 Sees models through their interfaces, and the critic's job through its link; where the estimator needs no critic there
 is none.
@@ -17,11 +17,10 @@ from nemo_aligner.algorithms.run_lifecycle import RunLifecycle
 from nemo_aligner.algorithms.sampler import Sampler
 from nemo_aligner.algorithms.scoring import RewardSources, Scorer, Scores
 from nemo_aligner.algorithms.skips import NotFinite, check_finite
-from nemo_aligner.algorithms.updates import Updates
-from nemo_aligner.batch import Experience, Rollout, ScoredRollout
+from nemo_aligner.algorithms.updates import OnlineObjective, Updates
+from nemo_aligner.batch import Experience, ScoredRollout
 from nemo_aligner.checkpoint.trainer_state import Checkpoint, TrainerState, read_extra
 from nemo_aligner.checkpoint.training import TrainingCheckpoints, monitor_name
-from nemo_aligner.data.row import Row
 from nemo_aligner.models.alignable_interface import AlignableGenerativeInterface
 from nemo_aligner.objectives.adaptive import RewardScaling
 from nemo_aligner.objectives.credit import (
@@ -31,7 +30,6 @@ from nemo_aligner.objectives.credit import (
     update_reward_scaling,
     value_batch,
 )
-from nemo_aligner.objectives.protocol import Objective
 from nemo_aligner.objectives.value import MAX_RETURN
 from nemo_aligner.parallel import collectives, world
 from nemo_aligner.run.experiment import Experiment
@@ -59,13 +57,14 @@ class PPOTrainer:
         config: PPOConfig,
         rollouts: RolloutSettings,
         policy: AlignableGenerativeInterface,
-        objective: Objective,
+        objective: OnlineObjective,
         prompts: tuple[PromptSource, PromptSource | None],
         run: Experiment,
         checkpoints: TrainingCheckpoints | None,
     ) -> None:
         self.config, self.rollouts, self.policy, self.run = config, rollouts, policy, run
         self.train, self.validation = prompts
+        self.objective = objective
         self.sampler = Sampler(policy=policy, rollouts=rollouts, seq_length=config.rollout_batch_seq_length)
         self.updates = Updates(
             policy=policy, objective=objective, rollouts=rollouts, num_epochs=config.num_ppo_epochs
@@ -114,6 +113,8 @@ class PPOTrainer:
             served=self.config.served_reward,
             rewards=self.config.rewards,
             give_up=lambda: self._request.number != 0,
+            with_reference=self.objective.with_reference,
+            teacher=self.objective.teacher,
         )
         self.lifecycle.check_room()
         self.run.begin(self.state.step, max_steps=self.plan.max_steps)
@@ -148,32 +149,22 @@ class PPOTrainer:
         """One step: generate, score, credit, update."""
         watch, step = Stopwatch(), self.state.step + 1
         with watch("rollout_time"):
-            rollout, prompts = self._generate(batch=step - 1, draw=step - 1, watch=watch)
-            scored, scores = self._score(rollout, prompts, watch)
+            rollout, prompts = self.sampler.sample(self.train, step - 1, step - 1, watch=watch)
+            scored, scores = self.scorer.score(rollout, prompts, watch)
             experience, self.scaling = self._credit(scored)
         pending = self.critic.train(value_batch(scored, experience), step=step) if self.critic else None
         metrics = self._update(scored, scores, experience, watch)
         try:
             if self.critic is not None and pending is not None:
-                saves = self.lifecycle.checkpoints is not None
-                metrics |= self.critic.timed_loss(pending, watch, saves=saves)
+                metrics |= self.critic.timed_loss(
+                    pending, watch, saves=self.lifecycle.checkpoints is not None
+                )
         except (CriticUnavailable, WaitCancelled):
             self.own = replace(self.own, lacks_critic_loss=True)
             raise
         finally:
             # The step is done where the critic is lost, too.
             self._report(scored, scores, metrics, watch, bar)
-
-    def _generate(self, *, batch: int, draw: int, watch: Stopwatch) -> tuple[Rollout, dict[int, Row]]:
-        """Responses to the prompts of a batch, and those prompts by number; ``draw`` numbers the random draws."""
-        config = self.rollouts.config
-        responses, slots = config.num_responses_per_prompt, config.rollout_micro_batch_size
-        return self.sampler.sample(self.train, batch, draw, responses=responses, slots=slots, watch=watch)
-
-    def _score(
-        self, rollout: Rollout, prompts: dict[int, Row], watch: Stopwatch
-    ) -> tuple[ScoredRollout, Scores]:
-        return self.scorer.score(rollout, prompts, watch, with_reference=bool(self.kl.coefficient))
 
     def _credit(self, scored: ScoredRollout) -> tuple[Experience, RewardScaling]:
         """Advantages and returns, and the scaling of rewards with this rollout's in it."""
@@ -189,11 +180,10 @@ class PPOTrainer:
     ) -> dict[str, float]:
         """Train the policy on a rollout; the step is done then, and the critic's may still be on its way."""
         step, before = self.state.step + 1, self.own.ppo_optimization_step
-        coefficient = self.kl.coefficient
-        moments = statistics(scored, experience, self.config, kl_coefficient=coefficient)
-        metrics = learning_metrics("train_rollouts", scored, scores, moments, coefficient)
+        moments = statistics(scored, experience, self.config, kl_coefficient=self.kl.coefficient)
+        metrics = learning_metrics("train_rollouts", scored, scores, moments, self.kl.coefficient)
         with watch("train_time"):
-            updated, state = self.updates.update(experience, self.state, step=step, done=before)
+            updated, state = self.updates.update(scored, experience, self.state, step=step, done=before)
         consumed, done = state.consumed_samples + scored.num_rows, before + self.updates.per_rollout
         self.kl = self.kl.update(metrics["train_rollouts/answer_kl"], scored.num_rows)
         self.state = replace(state, step=step, consumed_samples=consumed)
@@ -221,16 +211,15 @@ class PPOTrainer:
         metrics |= {f"timers/{name}": value for name, value in timers.items()}
         self.lifecycle.limit.note("step", seconds)
         self.run.log(metrics, step=step)
-        self._show_rows("train_rollouts", scored, scores)
+        rows = table_rows(scored, scores.rewards, self.rollouts.decode)
+        self.run.log_rows("train_rollouts", rows, step=step)
         bar.show(step, summary(metrics))
-
-    def _show_rows(self, group: str, rollout: Rollout, scores: Scores) -> None:
-        rows = table_rows(rollout, scores.rewards, self.rollouts.decode)
-        self.run.log_rows(group, rows, step=self.state.step)
 
     def _begin(self) -> None:
         """Do what comes before the next step: the critic's warm-up, or what the last step was saved without."""
         if self.state.step == 0:
+            if self.config.val_before_train and self.validation:
+                self._validate()
             for round_ in range(self.config.critic_warmup_steps):
                 self._warm_up(round_)
         elif self.critic is not None and self._needs_replay:
@@ -248,8 +237,8 @@ class PPOTrainer:
         assert self.critic is not None, "settings without a critic have no warm-up"
         # Draws of steps that the run does not have.
         watch, draw = Stopwatch(), self.plan.max_steps + round_
-        rollout, prompts = self._generate(batch=round_, draw=draw, watch=watch)
-        scored, _ = self._score(rollout, prompts, watch)
+        rollout, prompts = self.sampler.sample(self.train, round_, draw, watch=watch)
+        scored, _ = self.scorer.score(rollout, prompts, watch)
         experience, self.scaling = self._credit(scored)
         pending = self.critic.train(value_batch(scored, experience), step=0)
         loss, rounds = self.critic.loss(pending), self.config.critic_warmup_steps
@@ -266,17 +255,20 @@ class PPOTrainer:
     def _validate(self) -> None:
         """Responses to prompts that nothing is learned from."""
         assert self.validation is not None
-        config, watch, step = self.rollouts.config, Stopwatch(), self.state.step
-        slots = config.val_rollout_micro_batch_size or config.rollout_micro_batch_size
+        watch, step = Stopwatch(), self.state.step
         with world.phase(f"validation after step {step}"), watch("validation_time"):
             rollout, prompts = self.sampler.sample(
-                self.validation, 0, VALIDATION_DRAW, responses=1, slots=slots, watch=watch
+                self.validation, 0, VALIDATION_DRAW, watch=watch, validates=True
             )
-            scores = self.scorer.collect_scores(self.scorer.request_scores(rollout), rollout, prompts, watch)
-        metrics = rollout_metrics("val_rollouts", rollout, scores)
-        self.run.log(metrics | {"timers/validation_time": watch.seconds["validation_time"]}, step=step)
-        self._show_rows("val_rollouts", rollout, scores)
-        self.lifecycle.limit.note("validation", watch.seconds["validation_time"])
+            scores = self.scorer.score_validation(rollout, prompts, watch)
+        if step == 0:
+            self.own = replace(self.own, initial_val_rewards=[float(reward) for reward in scores.rewards])
+        metrics = rollout_metrics("val_rollouts", rollout, scores, initial=self.own.initial_val_rewards)
+        seconds = watch.seconds["validation_time"]
+        self.run.log(metrics | {"timers/validation_time": seconds}, step=step)
+        rows = table_rows(rollout, scores.rewards, self.rollouts.decode)
+        self.run.log_rows("val_rollouts", rows, step=step)
+        self.lifecycle.limit.note("validation", seconds)
         self.state = replace(self.state, metrics={monitor_name(name): x for name, x in metrics.items()})
         self.own = replace(self.own, validated_step=step)
         if world.is_logging_rank():

@@ -1,15 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """The settings of PPO's loop and of its rollouts. Imports no torch, so that they are checked before it is loaded."""
 
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import ClassVar
 
-from nemo_aligner.bounds import bounded
+from nemo_aligner.bounds import bounded, check_bounds
 from nemo_aligner.data.config import unescape
 from nemo_aligner.errors import UserError
 from nemo_aligner.models.sampling_config import DrawConfig, SamplingConfig
 from nemo_aligner.objectives.config import CreditConfig, PolicyConfig
+from nemo_aligner.paths import PathText
 from nemo_aligner.run.schedule import LoopConfig
 
 _TOO_FEW = ("{key}={value} is less than {range}", "set {key}={range} or more")
@@ -17,11 +19,53 @@ _NOT_ONE = ("{key}={value} is not {range}", "set {key}={range}")
 
 
 @dataclass(frozen=True, kw_only=True)
+class JudgeConfig:
+    """The ``judge`` block of a reward: the policy scores responses itself."""
+
+    # a text file that asks for a score, with {prompt} and {response} in it; null: points from 0 to 5 for being of help
+    template: PathText | None = None
+    pattern: str = r"[Ss]core: *([0-9]+(?:\.[0-9]+)?)"  # a regular expression, whose group is the score
+    # texts that are sampled of a response; the reward is their mean score
+    evaluations: int = bounded(3, at_least=1)
+    max_length: int = bounded(256, at_least=1)  # tokens of an evaluation, at most
+    temperature: float = bounded(0.7, above=0)  # of evaluations
+    low: float = 0.0  # the lowest score, and the reward where no evaluation has one
+    high: float = 5.0  # the highest; a number outside is none
+
+    def __post_init__(self) -> None:
+        block = "trainer.ppo.rewards.NAME.judge"
+        check_bounds(self, block)
+        try:
+            groups = re.compile(self.pattern).groups
+        except re.error as error:
+            raise UserError(
+                f"{block}.pattern={self.pattern!r} is no regular expression: {error}",
+                fix="correct the expression",
+            ) from error
+        if groups != 1:
+            raise UserError(
+                f"{block}.pattern={self.pattern!r} has {groups} groups, and one is the score",
+                fix="put parentheses around the score alone, and (?:...) around what else is grouped",
+            )
+        if self.low >= self.high:
+            raise UserError(
+                f"{block}.low={self.low} is not below {block}.high={self.high}",
+                fix="set judge.high above judge.low",
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
 class RewardConfig:
     """A block of ``trainer.ppo.rewards``."""
 
-    function: str | None = None  # a Python function, MODULE.NAME; null: the served reward model
+    function: str | None = None  # a Python function, MODULE.NAME; null: the judge, or the served reward model
+    judge: JudgeConfig | None = None  # the policy itself; {} for its defaults
     weight: float = 1.0  # in the sum that responses are credited by; 0: the reward is only reported
+
+    @property
+    def is_served(self) -> bool:
+        """True for the reward of a reward model in another job."""
+        return self.function is None and self.judge is None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,13 +74,15 @@ class PPOConfig(CreditConfig, LoopConfig):
 
     block: ClassVar[str] = "trainer.ppo"
     val_check_interval: int | float = 10
+    # validate before the first step too: later validations then say how often they beat it, val_rollouts/win_rate
+    val_before_train: bool = False
     save_interval: int | float = 10  # steps between checkpoints of both jobs; 0: at the end only
     num_ppo_epochs: int = bounded(1, at_least=1, to="1", message=_TOO_FEW)  # passes over each rollout
     # rollouts that only the critic learns from, before the first step
     critic_warmup_steps: int = bounded(0, at_least=0, to="0", message=_TOO_FEW)
     # tokens that rollouts are padded to at least; null: their longest
     rollout_batch_seq_length: int | None = None
-    # NAME: {function: MODULE.NAME, weight: 1.0}; without a function the served reward model's, as with {}
+    # NAME: {function: MODULE.NAME, weight: 1.0}; without a function or a judge the served reward model's, as with {}
     rewards: Mapping[str, RewardConfig] = field(default_factory=dict[str, RewardConfig])
 
     @property
@@ -48,20 +94,30 @@ class PPOConfig(CreditConfig, LoopConfig):
     def served_reward(self) -> str | None:
         """The name of the reward that a reward model in another job gives; None: none does."""
         if not self.rewards:
-            return "reward_model"
-        return next((name for name, reward in self.rewards.items() if reward.function is None), None)
+            return None if self.advantage_estimator == "teacher" else "reward_model"
+        return next((name for name, reward in self.rewards.items() if reward.is_served), None)
 
     def check(self, block: str) -> None:
         """Raise UserError for settings without a valid run; ``block`` is their section."""
         LoopConfig.check(self, block)
         CreditConfig.check(self, block)
+        if self.val_before_train and not self.val_check_interval:
+            raise UserError(
+                f"{block}.val_before_train=True, and {block}.val_check_interval=0: there is no validation",
+                fix=f"set {block}.val_check_interval above 0, or {block}.val_before_train=False",
+            )
         if self.critic_warmup_steps and not self.asks_critic:
             raise UserError(
                 f"{block}.critic_warmup_steps={self.critic_warmup_steps}, and "
                 f"{block}.advantage_estimator={self.advantage_estimator} asks no critic",
                 fix=f"set {block}.critic_warmup_steps=0, or {block}.advantage_estimator=gae",
             )
-        served = [name for name, reward in self.rewards.items() if reward.function is None]
+        for name, reward in self.rewards.items():
+            if reward.function is not None and reward.judge is not None:
+                raise UserError(
+                    f"{block}.rewards.{name} has a function and a judge", fix="give each a name of its own"
+                )
+        served = [name for name, reward in self.rewards.items() if reward.is_served]
         if len(served) > 1:
             raise UserError(
                 f"{block}.rewards.{served[0]} and {block}.rewards.{served[1]} have no function, and one reward model "
@@ -72,7 +128,7 @@ class PPOConfig(CreditConfig, LoopConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingParams(DrawConfig):
-    """The ``model.ppo.sampling_params`` block."""
+    """The ``sampling_params`` block of an algorithm that generates."""
 
     add_BOS: bool = False  # start prompts with BOS; False: as model.data.add_bos says
     # texts that end a response, as the model's own end tokens do; escapes are understood
@@ -81,7 +137,7 @@ class SamplingParams(DrawConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class LengthConfig:
-    """The ``model.ppo.length_params`` block."""
+    """The ``length_params`` block of an algorithm that generates."""
 
     # tokens of a response, at most; null: half of what the model takes
     max_length: int | None = bounded(None, at_least=1, message=_NOT_ONE)
@@ -89,7 +145,39 @@ class LengthConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class RolloutConfig(PolicyConfig):
+class ResponseConfig:
+    """How responses are drawn, and when they end."""
+
+    # how tokens are drawn; the trainer's log-probs are of the same distribution
+    sampling_params: SamplingParams = field(default_factory=SamplingParams)
+    length_params: LengthConfig = field(default_factory=LengthConfig)  # when a response ends
+
+    def sampling(self, *, max_length: int, seed: int) -> SamplingConfig:
+        """The sampling settings of responses.
+
+        Args:
+            max_length: tokens of a response, where ``length_params`` leaves it open.
+            seed: of the draws.
+        """
+        drawn, lengths = asdict(self.sampling_params), self.length_params
+        del drawn["add_BOS"]
+        drawn["end_strings"] = tuple(map(unescape, self.sampling_params.end_strings))
+        return SamplingConfig(
+            **drawn, max_length=lengths.max_length or max_length, min_length=lengths.min_length, seed=seed
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class OwnResponsesConfig(ResponseConfig):
+    """How a policy responds to the prompts of supervised rows."""
+
+    rollout_micro_batch_size: int = bounded(64, at_least=1)  # responses that a rank generates at once
+    # pairs of a forward pass of the reference; null: model.data.train_ds.micro_batch_size
+    log_prob_forward_micro_batch_size: int | None = bounded(None, at_least=1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RolloutConfig(ResponseConfig, PolicyConfig):
     """The ``model.ppo`` block."""
 
     # responses of one rollout over all ranks
@@ -105,9 +193,6 @@ class RolloutConfig(PolicyConfig):
     val_rollout_micro_batch_size: int | None = bounded(None, at_least=1, message=_NOT_ONE)
     # keep the optimizer's moments in CPU memory while responses are generated
     offload_adam_states: bool = True
-    # how tokens are drawn; the trainer's log-probs are of the same distribution
-    sampling_params: SamplingParams = field(default_factory=SamplingParams)
-    length_params: LengthConfig = field(default_factory=LengthConfig)  # when a response ends
 
     def check(self, block: str) -> None:
         """Raise UserError for values out of range; ``block`` is their section."""
@@ -130,17 +215,3 @@ class RolloutConfig(PolicyConfig):
     def scoring_rows(self) -> int:
         """Rows of a forward pass for log-probs."""
         return self.forward_micro_batch_size or self.rollout_micro_batch_size
-
-    def sampling(self, *, max_length: int, seed: int) -> SamplingConfig:
-        """The sampling settings of responses.
-
-        Args:
-            max_length: tokens of a response, where ``length_params`` leaves it open.
-            seed: of the draws.
-        """
-        drawn, lengths = asdict(self.sampling_params), self.length_params
-        del drawn["add_BOS"]
-        drawn["end_strings"] = tuple(map(unescape, self.sampling_params.end_strings))
-        return SamplingConfig(
-            **drawn, max_length=lengths.max_length or max_length, min_length=lengths.min_length, seed=seed
-        )

@@ -4,6 +4,7 @@
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from nemo_aligner.algorithms.scoring import Scores
@@ -13,8 +14,13 @@ from nemo_aligner.objectives.reduce import Moments, kl_k3
 TABLE_ROWS = 4
 
 
-def rollout_metrics(group: str, rollout: Rollout, scores: Scores) -> dict[str, float]:
-    """Return what there is to log of responses and their rewards; of scored ones the trainer's log-probs too."""
+def rollout_metrics(
+    group: str, rollout: Rollout, scores: Scores, *, initial: Sequence[float] = ()
+) -> dict[str, float]:
+    """Return what there is to log of responses and their rewards; of scored ones the trainer's log-probs too.
+
+    ``initial`` are the initial policy's rewards, as of :func:`win_rate`.
+    """
     lengths = (rollout.lengths - rollout.prompt_lengths).double()
     metrics = {
         "rollout_size": float(rollout.num_rows),
@@ -26,9 +32,26 @@ def rollout_metrics(group: str, rollout: Rollout, scores: Scores) -> dict[str, f
         "fraction_of_samples_properly_ended": rollout.finished.double().mean().item(),
     }
     metrics |= {f"rewards/{name}": Moments.of(each).mean.item() for name, each in scores.by_name.items()}
+    metrics |= win_rate(scores.rewards, initial)
     if isinstance(rollout, ScoredRollout):
         metrics |= _sampler_mismatch(rollout)
     return {f"{group}/{name}": value for name, value in metrics.items()}
+
+
+def win_rate(rewards: Tensor, initial: Sequence[float]) -> dict[str, float]:
+    """Return how often a response has a higher reward than the initial policy's to its prompt; equal ones are half.
+
+    Args:
+        rewards: [N] float.
+        initial: the initial policy's; of another number there is nothing to compare.
+
+    >>> win_rate(torch.tensor([1.0, 2.0, 3.0, 0.0]), [0.0, 2.0, 1.0, 1.0])
+    {'win_rate': 0.625}
+    """
+    if len(initial) != rewards.numel():
+        return {}
+    apart = rewards.double() - torch.tensor(initial, dtype=torch.float64)
+    return {"win_rate": ((apart > 0).double() + (apart == 0).double() / 2).mean().item()}
 
 
 def table_rows(

@@ -20,18 +20,21 @@ class Sampler:
     seq_length: int | None  # the least that rollouts are padded to; None: their longest
 
     def sample(
-        self, source: PromptSource, index: int, draw: int, *, responses: int, slots: int, watch: Stopwatch
+        self, source: PromptSource, index: int, draw: int, *, watch: Stopwatch, validates: bool = False
     ) -> tuple[Rollout, dict[int, Row]]:
         """Responses to batch ``index`` of the prompts, on every rank, and this data parallel rank's prompts by number.
 
         Args:
             draw: with it the responses' random numbers change.
-            responses: to each prompt.
-            slots: responses that a rank writes at once.
+            validates: whether it is one response to each prompt, and nothing is learned of it.
 
         Raises:
             NotFinite: a log-prob is infinite or NaN.
         """
+        config = self.rollouts.config
+        responses, slots = config.num_responses_per_prompt, config.rollout_micro_batch_size
+        if validates:
+            responses, slots = 1, config.val_rollout_micro_batch_size or slots
         with watch("batch_iterator_init"):
             texts = [text for texts in source.batch(index) for text in texts]
         first = world.dp_rank() * -(-source.rows_per_batch // world.dp_size())
@@ -41,7 +44,7 @@ class Sampler:
             for sample in range(responses)
         ]
         with watch("prepare_for_inference"):
-            if self.rollouts.config.offload_adam_states:
+            if config.offload_adam_states:
                 self.policy.offload_optimizer()
         with watch("generate"):
             rollout = gather_rollouts(

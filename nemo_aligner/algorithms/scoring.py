@@ -2,18 +2,21 @@
 """Scores of responses before the update: rewards, values, and log-probs of two policies."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
+from nemo_aligner.algorithms.judge import Judge
 from nemo_aligner.algorithms.ppo_config import RewardConfig
 from nemo_aligner.algorithms.rewards import RewardFunction, score_by_functions, weighted_sum
 from nemo_aligner.algorithms.rollout import RolloutSettings, per_token_over_ranks, trim_padding
 from nemo_aligner.algorithms.skips import check_finite
 from nemo_aligner.batch import Rollout, ScoredRollout
 from nemo_aligner.data.row import Row
-from nemo_aligner.models.alignable_interface import AlignableGenerativeInterface
+from nemo_aligner.models.alignable_interface import AlignableGenerativeInterface, TeacherInterface
+from nemo_aligner.objectives.credit import teacher_advantages
+from nemo_aligner.objectives.reduce import masked_mean
 from nemo_aligner.run.stopwatch import Stopwatch
 from nemo_aligner.serving.proxies import CriticProxy, PendingReply, RewardProxy
 
@@ -29,6 +32,7 @@ class RewardSources:
     reward: RewardProxy | None = None  # a reward model where there is no critic
     # by name in trainer.ppo.rewards
     functions: Mapping[str, RewardFunction] = field(default_factory=dict[str, RewardFunction])
+    judges: Mapping[str, Judge] = field(default_factory=dict[str, Judge])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,15 +57,20 @@ class Scorer:
     served: str | None = "reward_model"  # the served reward's name; None: there is none
     rewards: Mapping[str, RewardConfig] = field(default_factory=dict[str, RewardConfig])
     give_up: Callable[[], bool] = lambda: False  # asked on rank 0 while it waits for a server
+    with_reference: bool = (
+        False  # whether the initial policy is asked; else the policy as it is stands for it
+    )
+    # is asked in the initial policy's place; without rewards, a response's is the mean over its tokens of the teacher's
+    # log-prob less the policy's
+    teacher: TeacherInterface | None = None
 
     def score(
-        self, rollout: Rollout, prompts: Mapping[int, Row], watch: Stopwatch, *, with_reference: bool
+        self, rollout: Rollout, prompts: Mapping[int, Row], watch: Stopwatch
     ) -> tuple[ScoredRollout, Scores]:
         """The rollout with all that is known of it; servers work while log-probs are computed.
 
         Args:
             prompts: this data parallel rank's, by number.
-            with_reference: whether the initial policy is asked; else the policy stands for it.
 
         Raises:
             CriticUnavailable: a server does not reply.
@@ -70,17 +79,24 @@ class Scorer:
         """
         asked = self.request_scores(rollout)
         with watch("logprobs"):
-            own = reference = self._logprobs(rollout)
-        if with_reference:
+            own = reference = self._logprobs(self.policy, rollout)
+        if self.teacher is not None:
+            with watch("teacher_logprobs"):
+                reference = self._logprobs(self.teacher, rollout)
+        elif self.with_reference:
             with watch("init_logprobs"), self.policy.as_reference():
-                reference = self._logprobs(rollout)
+                reference = self._logprobs(self.policy, rollout)
         scores = self.collect_scores(asked, rollout, prompts, watch)
         if asked is not None:
             watch.note("critic_infer_time", asked.seconds)
         responses = rollout.loss_tokens()
-        known = {"log-probs": own[responses], "initial policy's log-probs": reference[responses]}
+        other = "teacher" if self.teacher is not None else "initial policy"
+        known = {"log-probs": own[responses], f"{other}'s log-probs": reference[responses]}
         fix = "set model.optim.lr lower; with trainer.precision=16 try bf16 or 32"
         check_finite(known, fix=fix)
+        if self.teacher is not None and not scores.by_name:
+            apart = masked_mean(teacher_advantages(own, reference), responses, dim=1)
+            scores = replace(scores, rewards=apart)
         scored = rollout.extended(
             ScoredRollout,
             logprobs=torch.where(responses, own, 0),
@@ -90,10 +106,16 @@ class Scorer:
         )
         return scored, scores
 
-    def _logprobs(self, rollout: Rollout) -> Tensor:
+    def score_validation(self, rollout: Rollout, prompts: Mapping[int, Row], watch: Stopwatch) -> Scores:
+        """As :meth:`score`, without the log-probs of policies; a teacher, which rewards may be of, is asked."""
+        if self.teacher is not None:
+            return self.score(rollout, prompts, watch)[1]
+        return self.collect_scores(self.request_scores(rollout), rollout, prompts, watch)
+
+    def _logprobs(self, model: TeacherInterface | AlignableGenerativeInterface, rollout: Rollout) -> Tensor:
         return per_token_over_ranks(
             rollout,
-            lambda part: self.policy.logprobs(part, self.rollouts.sampling),
+            lambda part: model.logprobs(part, self.rollouts.sampling),
             rows=self.rollouts.config.scoring_rows,
             multiple=self.rollouts.length_multiple,
         )
@@ -122,6 +144,9 @@ class Scorer:
         if functions := self.sources.functions:
             with watch("reward_functions"):
                 found = score_by_functions(functions, rollout, prompts, text=self.rollouts.response_text)
+        for name, judge in self.sources.judges.items():
+            with watch("judge"):
+                found[name] = judge.score(rollout, prompts, text=self.rollouts.response_text)
         with watch("critic_wait"):
             replied = None if asked is None else asked.result(give_up=self.give_up)
         served, values = (
@@ -130,7 +155,7 @@ class Scorer:
         if self.served is not None:
             assert served is not None, "a served reward has a server"
             found[self.served] = served.float()
-        rewards = weighted_sum(found, self.rewards)
+        rewards = weighted_sum(found, self.rewards) if found else torch.zeros(rollout.num_rows)
         fix = "look at the critic's loss and at the reward model; with trainer.precision=16 serve them in bf16 or 32"
         check_finite({"rewards": rewards, "values": values}, fix=fix)
         values = torch.nn.functional.pad(values, (0, rollout.seq_length - values.shape[1]))

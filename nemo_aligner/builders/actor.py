@@ -9,12 +9,16 @@ from dataclasses import replace
 from pathlib import Path
 
 from nemo_aligner.algorithms.critic_link import PPOState
+from nemo_aligner.algorithms.judge import Judge, read_template
 from nemo_aligner.algorithms.ppo import PPOTrainer
+from nemo_aligner.algorithms.ppo_config import JudgeConfig
 from nemo_aligner.algorithms.rewards import load_function
 from nemo_aligner.algorithms.rollout import PromptSource, RolloutSettings
 from nemo_aligner.algorithms.scoring import RewardSources
+from nemo_aligner.algorithms.updates import OnlineObjective
 from nemo_aligner.builders.loaders import longest_sequence
 from nemo_aligner.builders.models import Pretrained, go_on_from, load_policy, require_tokenizer
+from nemo_aligner.builders.reference import load_teacher
 from nemo_aligner.builders.resume import resume_point
 from nemo_aligner.builders.runs import open_experiment, prepare_training, save_result, training_checkpoints
 from nemo_aligner.checkpoint.trainer_state import Checkpoint, read_extra
@@ -23,6 +27,7 @@ from nemo_aligner.data.collate import uncollated
 from nemo_aligner.data.data_spec import Split
 from nemo_aligner.data.datasets import open_prompt_rows
 from nemo_aligner.data.loader import BatchLoader
+from nemo_aligner.data.requests import plain_prompt, tokens_of
 from nemo_aligner.data.sampler import GlobalBatchSampler
 from nemo_aligner.data.tokenizer import Tokenizer, tokenizer_probe
 from nemo_aligner.errors import UserError
@@ -39,18 +44,26 @@ from nemo_aligner.serving.proxies import CriticProxy, CriticUnavailable, Pending
 logger = logging.getLogger(__name__)
 
 
-def train_actor(job: ActorJob) -> None:
-    """Run the job: a policy that learns from rewards of its responses."""
+def train_actor(job: ActorJob, objective: OnlineObjective | None = None) -> None:
+    """Run the job: a policy that learns from its responses, by the job's teacher if it has one.
+
+    Args:
+        job: the settings.
+        objective: of the policy; None: :func:`actor_objective`.
+    """
     with open_experiment(job) as run:
         start = resume_point(job, run)
         pretrained = load_actor(job, start)
+        objective = objective or actor_objective(job)
+        if job.teacher is not None:
+            objective = replace(objective, teacher=load_teacher(job, job.teacher, pretrained, scores=True))
         prompts = actor_prompts(job, pretrained)
         checkpoints = training_checkpoints(job, run, pretrained)
         trainer = PPOTrainer(
             job.trainer.ppo,
             actor_rollouts(job, pretrained),
             pretrained.learner,
-            actor_objective(job),
+            objective,
             prompts,
             run,
             checkpoints,
@@ -64,12 +77,12 @@ def train_actor(job: ActorJob) -> None:
 
 
 def load_actor(job: ActorJob, start: Checkpoint | None) -> Pretrained[GPTPolicy]:
-    """The policy where ``start`` has it, and beside it the weights that it began with, where a penalty needs them.
+    """The policy where ``start`` has it, and beside it the weights that it began with, where they are asked for.
 
     Raises:
         UserError: a checkpoint is not there, damaged, or does not fit the layout or the overrides.
     """
-    if not job.trainer.ppo.initial_policy_kl_penalty:
+    if not job.asks_initial_policy:
         return load_policy(job, start=start)
     pretrained = load_policy(job)
     pretrained.learner.keep_reference()
@@ -109,15 +122,16 @@ def actor_rollouts(job: ActorJob, pretrained: Pretrained[GPTPolicy]) -> RolloutS
     )
 
 
-def actor_objective(job: ActorJob) -> PolicyGradient:
+def actor_objective(job: ActorJob) -> OnlineObjective:
     """The policy's loss; with trainer.ppo.kl_placement=loss the KL to the initial policy is a part of it."""
     config = job.trainer.ppo
     in_loss = config.kl_placement == "loss"
-    return PolicyGradient(
+    objective = PolicyGradient(
         job.model.ppo,
         kl_coefficient=config.initial_policy_kl_penalty if in_loss else 0.0,
         kl_estimator=config.estimator_of_kl,
     )
+    return OnlineObjective(objective=objective, with_reference=job.asks_initial_policy)
 
 
 @world.phase("reading data")
@@ -208,9 +222,15 @@ def open_sources(
         for name, reward in config.rewards.items()
         if reward.function is not None
     }
+    judges = {
+        name: _judge(job, pretrained, reward.judge, setting=f"trainer.ppo.rewards.{name}.judge")
+        for name, reward in config.rewards.items()
+        if reward.judge is not None
+    }
+    own = RewardSources(functions=functions, judges=judges)
     asks = remote is not None and (config.asks_critic or config.served_reward is not None)
     if remote is None or not asks:
-        yield RewardSources(functions=functions)
+        yield own
         return
     server = _connect(job, remote, run, start) if world.is_logging_rank() else None
     try:
@@ -223,15 +243,37 @@ def open_sources(
             raise lost.error from lost
         if config.asks_critic:
             assert not isinstance(server, RemoteReward)
-            yield RewardSources(critic=CriticProxy(server), functions=functions)
+            yield replace(own, critic=CriticProxy(server))
         else:
             assert not isinstance(server, RemoteCritic)
-            yield RewardSources(reward=RewardProxy(server), functions=functions)
+            yield replace(own, reward=RewardProxy(server))
         if server is not None:
             _stop(remote, server)
     finally:
         if server is not None:
             server.close()
+
+
+def _judge(job: ActorJob, pretrained: Pretrained[GPTPolicy], config: JudgeConfig, *, setting: str) -> Judge:
+    """The policy as a judge; a question is a turn of the chat template, where the tokenizer has one."""
+    tokenizer = require_tokenizer(job, pretrained)
+
+    def encode(question: str) -> list[int]:
+        chats = tokenizer.chat_template is not None
+        return tokens_of([{"role": "user", "content": question}] if chats else question, tokenizer)
+
+    return Judge(
+        policy=pretrained.learner,
+        config=config,
+        template=read_template(config.template, setting=f"{setting}.template"),
+        encode=encode,
+        decode=tokenizer.decode,
+        shown=plain_prompt,
+        end_strings=_sampling(job, pretrained).end_strings,
+        seed=job.model.seed,
+        slots=job.model.ppo.rollout_micro_batch_size,
+        positions=pretrained.learner.model.gpt_config.max_position_embeddings,
+    )
 
 
 def _servers(server: RemoteCritic | RemoteReward) -> list[RemoteCritic | RemoteReward]:

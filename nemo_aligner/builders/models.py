@@ -4,7 +4,7 @@
 import contextlib
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
@@ -82,7 +82,12 @@ def load_policy(job: ModelJob, *, start: Checkpoint | None = None) -> Pretrained
 
 @world.phase("loading another model")
 def load_frozen_policy(
-    job: ModelJob, setting: str, path: str, *, check: Callable[[GPTConfig, Tokenizer | None], None]
+    job: ModelJob,
+    setting: str,
+    path: str,
+    *,
+    check: Callable[[GPTConfig, Tokenizer | None], None],
+    end_ids: Sequence[int],
 ) -> GPTPolicy:
     """Another language model, on the job's layout and in its precision, and never trained.
 
@@ -91,6 +96,7 @@ def load_frozen_policy(
         setting: names the other model in messages.
         path: whatever a job may start from.
         check: raises UserError for a model that does not fit, before its weights are loaded.
+        end_ids: the tokens that end a response.
 
     Raises:
         UserError: the checkpoint is not there, damaged, does not fit the layout, or is no language model.
@@ -99,8 +105,10 @@ def load_frozen_policy(
         _refuse_adapters(archive)
         _refuse_reward_model(setting, path, archive.config)
         gpt = GPTConfig.from_dict(archive.config)
-        check(gpt, load_archived_tokenizer(archive))
-        return GPTPolicy(_load(job, archive, gpt, dtype_of(chosen_precision(job)), head=None, trained=False))
+        tokenizer = load_archived_tokenizer(archive)
+        check(gpt, tokenizer)
+        model = _load(job, archive, gpt, dtype_of(chosen_precision(job)), head=None, trained=False)
+        return GPTPolicy(model, end_ids=end_ids, detokenizer=tokenizer)
 
 
 def _refuse_reward_model(setting: str, path: str, config: dict[str, Any]) -> None:

@@ -110,6 +110,7 @@ _KINDS: dict[object, _Kind] = {
     float | None: (lambda value: value is None or _is_number(value), "a number or null"),
     bool: (lambda value: isinstance(value, bool), "true or false"),
     str: (lambda value: isinstance(value, str), "a text"),
+    list[float]: (lambda value: isinstance(value, list) and all(map(_is_number, value)), "a list of numbers"),
     dict[str, Any]: (lambda value: isinstance(value, dict), "an object"),
     dict[str, float]: (
         lambda value: isinstance(value, dict) and all(map(_is_number, value.values())),

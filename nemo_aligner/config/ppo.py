@@ -161,6 +161,21 @@ class ActorJob(PretrainedJob):
         """See TrainingJob."""
         return self.model.data.splits.validation is not None
 
+    @property
+    def asks_initial_policy(self) -> bool:
+        """True if the policy as training began is compared with."""
+        return bool(self.trainer.ppo.initial_policy_kl_penalty)
+
+    @property
+    def rollout_rows(self) -> tuple[int, str]:
+        """(rows of data that a rollout gives, what they are)."""
+        return self.model.ppo.num_rollout_samples, "responses"
+
+    @property
+    def teacher(self) -> tuple[str, str] | None:
+        """(setting, path) of the model that responses are credited by; None: rewards credit them."""
+        return None
+
     def check(self, world_size: int | None = None) -> None:
         """See TrainingJob."""
         PretrainedJob.check(self, world_size)
@@ -169,13 +184,19 @@ class ActorJob(PretrainedJob):
         if remote is not None:
             remote.check("remote_critic_rm")
         self._check_estimator()
-        whole, step = rollout.num_rollout_samples, model.global_batch_size
-        if whole % step:
+        if self.trainer.ppo.val_before_train and not self.validates:
             raise UserError(
-                f"model.ppo.num_rollout_samples={whole} is not a multiple of model.global_batch_size={step}: a rollout "
-                "is learned from in whole batches",
-                fix=f"set model.ppo.num_rollout_samples={-(-whole // step) * step}, or another "
-                "model.global_batch_size",
+                "trainer.ppo.val_before_train=True needs validation prompts, and there are none",
+                fix="name them in model.data.data_prefix, or set trainer.ppo.val_before_train=False",
+            )
+        (rows, unit), step = self.rollout_rows, model.global_batch_size
+        if rows % step:
+            whole = rollout.num_rollout_samples // rows * (-(-rows // step) * step)
+            gives = "" if unit == "responses" else f" gives {rows} {unit}, which"
+            raise UserError(
+                f"model.ppo.num_rollout_samples={rollout.num_rollout_samples}{gives} is not a multiple of "
+                f"model.global_batch_size={step}: a rollout is learned from in whole batches",
+                fix=f"set model.ppo.num_rollout_samples={whole}, or another model.global_batch_size",
             )
         self._check_copies()
 
@@ -193,12 +214,19 @@ class ActorJob(PretrainedJob):
                 f"trainer.ppo.top_n={config.top_n} leaves none of model.ppo.num_responses_per_prompt={responses} out",
                 fix=f"set trainer.ppo.top_n to {responses - 1} or less",
             )
+        own = {"teacher": self.teacher is not None, "pairs": self.rollout_rows[1] == "pairs"}
+        if not own.get(config.advantage_estimator, True):
+            script = {"teacher": "train_gpt_on_policy_distillation.py", "pairs": "train_gpt_online_dpo.py"}
+            raise UserError(
+                f"{named} is that of another script",
+                fix=f"run {script[config.advantage_estimator]}, or set trainer.ppo.advantage_estimator to another one",
+            )
         if self.remote_critic_rm is not None:
             return
         if config.asks_critic:
             raise UserError(
                 f"{named} asks a critic, and remote_critic_rm is null",
-                fix=f"set trainer.ppo.advantage_estimator to one of {', '.join((*GROUPED, 'reinforce'))}, or "
+                fix=f"set trainer.ppo.advantage_estimator to one of {', '.join((*GROUPED[:-1], 'reinforce'))}, or "
                 "leave remote_critic_rm and start serve_ppo_critic.py",
             )
         if config.served_reward is not None:

@@ -11,6 +11,7 @@ SHORT_NAMES: dict[str, tuple[str, ...]] = {
     "data": ("model.data.train_ds.file_path", "model.data.data_prefix.train", "input_file"),
     "validation": ("model.data.validation_ds.file_path", "model.data.data_prefix.validation"),
     "reward": ("trainer.ppo.rewards.rule.function",),
+    "teacher": ("model.*.teacher",),
     "chat": ("model.data.chat",),
     "out": ("exp_manager.explicit_log_dir", "output_file"),
     "lr": ("model.optim.lr",),

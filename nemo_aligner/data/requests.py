@@ -5,11 +5,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from nemo_aligner.data.common_rows import refuse_unread
+from nemo_aligner.data.common_rows import Recognised, prompt_of, refuse_unread
 from nemo_aligner.data.conversations import read_messages, read_tools
 from nemo_aligner.data.records import RecordFile, text_field
 from nemo_aligner.data.rendering import render_prompt
-from nemo_aligner.data.row import split_bos
+from nemo_aligner.data.row import Row, split_bos
 from nemo_aligner.data.row_files import keys_of
 from nemo_aligner.data.tokenizer import Message, Tokenizer, Tools
 from nemo_aligner.errors import UserError
@@ -58,3 +58,14 @@ def tokens_of(prompt: str | Sequence[Message], tokenizer: Tokenizer, *, tools: T
         return tokenizer.encode(render_prompt(tokenizer, prompt, tools))
     pieces = [tokenizer.encode(prompt)]
     return [*split_bos(pieces, tokenizer=tokenizer, add_bos=None), *pieces[0]]
+
+
+def plain_prompt(row: Row) -> str:
+    """A prompt in plain words: its text, or what its messages say, without the marks of a chat template."""
+    asked = prompt_of(row.extras, Recognised("", quiet=True))
+    if isinstance(asked, str):
+        return row.text
+    messages = read_messages({"messages": list(asked)}, "messages")
+    if len(messages) == 1:
+        return str(messages[0]["content"])
+    return "\n\n".join(f"{message['role']}: {message['content']}" for message in messages)

@@ -115,11 +115,18 @@ class AlignableGenerativeInterface(SupervisedInterface, Inferrable, Protocol):
 class TeacherInterface(Protocol):
     """A language model that another one learns from."""
 
+    def logprobs(
+        self, batch: TokenBatch, sampling: SamplingConfig | None = None, *, loss_tokens_only: bool = False
+    ) -> Tensor:
+        """See :class:`AlignableGenerativeInterface`."""
+        ...
+
     def topk(self, batch: TokenBatch, k: int) -> tuple[Tensor, Tensor]:
         """The ``k`` most likely tokens at the place of each loss token, given those before it.
 
         Returns:
-            [B, S, K] float log-probs, descending, and [B, S, K] int64 tokens; 0 where nothing is learned.
+            [B, S, K] float log-probs, descending, and [B, S, K] int64 tokens; 0 where nothing is learned. K is ``k``,
+            or the size of a smaller vocabulary.
         """
         ...
 

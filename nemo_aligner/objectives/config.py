@@ -11,10 +11,11 @@ from nemo_aligner.errors import UserError
 PairLoss = Literal["regression", "regular_bt", "margin_bt", "scaled_bt"]
 PreferenceLoss = Literal["dpo", "ipo", "robust", "rpo_sq", "rpo_bwd_kl", "rpo_fwd_kl", "simpo", "orpo"]
 REFERENCED: tuple[PreferenceLoss, ...] = ("dpo", "ipo", "robust", "rpo_sq", "rpo_bwd_kl", "rpo_fwd_kl")
-Estimator = Literal["gae", "group", "leave_one_out", "reinforce", "best_of_n"]
+Estimator = Literal["gae", "group", "leave_one_out", "reinforce", "best_of_n", "teacher", "pairs"]
 Divergence = Literal["fwd_kl", "bwd_kl", "js"]
 # Estimators that compare the responses to one prompt.
-GROUPED: tuple[Estimator, ...] = ("group", "leave_one_out", "best_of_n")
+GROUPED: tuple[Estimator, ...] = ("group", "leave_one_out", "best_of_n", "pairs")
+_BY_REWARDS: tuple[Estimator, ...] = ("gae", "reinforce", "group", "leave_one_out", "best_of_n")
 _ABOVE_0_OR_NULL = "more than 0, or null"
 _NOT_POSITIVE = ("{key}={value} is not positive", "set it to {range}")
 _NEGATIVE = ("{key}={value} is negative", "set {key} to {range}")
@@ -133,7 +134,8 @@ class ValueConfig:
 class CreditConfig:
     """The part of the ``trainer.ppo`` block that turns rewards into advantages."""
 
-    # gae asks a critic; reinforce does not; group, leave_one_out and best_of_n compare responses
+    # gae asks a critic; reinforce does not; group, leave_one_out and best_of_n compare responses; teacher and pairs are
+    # in scripts of their own
     advantage_estimator: Estimator = "gae"
     # with group: divide by the standard deviation of the group's rewards (GRPO); False: Dr. GRPO
     group_std: bool = True
@@ -161,6 +163,17 @@ class CreditConfig:
     scaled_reward_clip: float | None = bounded(None, above=0, to=_ABOVE_0_OR_NULL)
     mask_unfinished: bool = True  # the policy learns nothing from responses that the length limit cut
 
+    # {setting: the estimators that read it}; with another one it must keep its default
+    of_estimators: ClassVar[Mapping[str, tuple[Estimator, ...]]] = {
+        "group_std": ("group",),
+        "top_n": ("best_of_n",),
+        "discount_factor": ("gae", "reinforce"),
+        "gae_lambda": ("gae",),
+        "reward_clip": _BY_REWARDS,
+        "scale_rewards": _BY_REWARDS,
+        "normalize_advantages": (*_BY_REWARDS, "teacher"),
+    }
+
     @property
     def estimator_of_kl(self) -> Literal["k1", "abs", "k2", "k3"]:
         """The estimate that the penalty is of."""
@@ -170,13 +183,14 @@ class CreditConfig:
     def whitens(self) -> bool:
         """True if advantages get mean 0 and variance 1 over the rollout."""
         if self.normalize_advantages is None:
-            return self.advantage_estimator not in GROUPED
+            return self.advantage_estimator in ("gae", "reinforce")
         return self.normalize_advantages
 
     def check(self, block: str) -> None:
         """Raise UserError for values out of range. ``block`` is their section, as in ``trainer.ppo``."""
         penalty, target = self.initial_policy_kl_penalty, self.adaptive_kl_target
         check_bounds(self, block)
+        self._check_read(block)
         if target is not None and self.kl_placement == "loss":
             raise UserError(
                 f"{block}.adaptive_kl_target={target} steers a penalty in the reward, and {block}.kl_placement=loss",
@@ -192,3 +206,21 @@ class CreditConfig:
                 f"{block}.scaled_reward_clip={self.scaled_reward_clip} needs {block}.scale_rewards=True",
                 fix=f"set {block}.scale_rewards=True, or {block}.reward_clip to clip rewards that are not scaled",
             )
+
+    def _check_read(self, block: str) -> None:
+        """Raise UserError for a setting that the estimator does not read and that is not as usual."""
+        penalty, estimator = self.initial_policy_kl_penalty, self.advantage_estimator
+        if penalty and estimator not in _BY_REWARDS:
+            raise UserError(
+                f"{block}.initial_policy_kl_penalty={penalty} has no effect with "
+                f"{block}.advantage_estimator={estimator}",
+                fix=f"set {block}.initial_policy_kl_penalty=0.0",
+            )
+        for name, estimators in self.of_estimators.items():
+            value, usual = getattr(self, name), self.__dataclass_fields__[name].default
+            if value != usual and estimator not in estimators:
+                raise UserError(
+                    f"{block}.{name}={value} has no effect with {block}.advantage_estimator={estimator}: only "
+                    f"{', '.join(estimators)} read it",
+                    fix=f"set {block}.{name}={usual}, or one of these estimators",
+                )

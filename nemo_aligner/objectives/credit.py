@@ -149,6 +149,21 @@ def best_of_n(rewards: Tensor, group: Tensor, *, keep: int = 1) -> Tensor:
     return torch.zeros_like(group, dtype=torch.bool).index_copy(0, order, place < keep)
 
 
+def teacher_advantages(logprobs: Tensor, teacher: Tensor) -> Tensor:
+    """Return ``A_t = log q(y_t) - log p(y_t)``: on-policy distillation, for p that learns from responses of its own.
+
+    A step along ``sum_t A_t grad log p(y_t)`` goes down the reverse KL of each token's distribution to the teacher's q
+    (Agarwal 2023, arXiv 2306.13649, with the reverse KL; as a policy gradient: Gu 2023, arXiv 2306.08543). The
+    advantage is minus k1, Schulman's estimate of that KL; what follows a token does not count.
+
+    logprobs: p, teacher: q, both [B, S] float, of the responses' tokens. Returns [B, S], 0 in the mean where q is p.
+
+    >>> teacher_advantages(torch.tensor([[-1.0, -0.5]]), torch.tensor([[-0.5, -2.0]]))
+    tensor([[ 0.5000, -1.5000]])
+    """
+    return -kl_k1(logprobs, teacher)
+
+
 def _group_means(rewards: Tensor, group: Tensor) -> tuple[Tensor, Tensor]:
     """Return ([G] float64 the size of each group, [G] float64 its mean), by the group's number."""
     count = torch.bincount(group).double()
@@ -170,6 +185,12 @@ def _estimated(scored: ScoredRollout, rewards: Tensor, config: CreditConfig) -> 
         case "reinforce":
             # The discounted sum of the rewards that follow (Williams 1992): GAE of no values, lambda 1.
             return *gae(torch.zeros_like(rewards), rewards, responses, gamma=gamma, lam=1.0), responses
+        case "teacher":
+            each_token = teacher_advantages(scored.logprobs, scored.reference_logprobs)
+            each_token = torch.where(responses, each_token, 0)
+            return each_token, each_token, responses
+        case "pairs":
+            return torch.zeros_like(rewards), torch.zeros_like(rewards), responses
         case "group":
             each, kept = group_advantages(whole, scored.group, divide_by_std=config.group_std), responses
         case "leave_one_out":

@@ -279,7 +279,7 @@ class Experiment:
         metrics = self.folder / METRICS
         with report_if_full(self.folder, METRICS):
             for path in (metrics, *self.folder.glob("table_*.jsonl")):
-                rewind(path, step)
+                rewind(path, step or -1)  # what stands at step 0 is of a run that begins anew
             # Without a buffer, which would try again at the end what has failed before.
             self._metrics = self._sinks.enter_context(metrics.open("ab", buffering=0))
         if self.config.create_tensorboard_logger:

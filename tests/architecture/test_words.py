@@ -18,7 +18,6 @@ WORDS = {
     "desk": "batch",
     "filler": "padding row",
     "inbox": "request queue",
-    "judge": "score",
     "judged": "labeled, scored",
     "judgement": "label, score",
     "leftovers": "cleanup",
@@ -27,7 +26,6 @@ WORDS = {
     "remains": "cleanup",
     "spare": "swapped",
     "speller": "detokenizer",
-    "student": "trainable worker",
     "taught": "trained",
     "teach": "train",
     "tell": "report, log",
@@ -66,7 +64,6 @@ KEPT = {
     "_answer_only_loss": "NeMo's setting",
     "tell": "a file's position",
     "spare": "bytes of a disk, in checkpoint/sharded.py",
-    "student": "the model that is trained in distillation, as its papers call it",
 }
 OPENINGS = {
     "What": "a noun, or 'Return ...'",
@@ -74,7 +71,7 @@ OPENINGS = {
     "Refuse": "'Raise UserError if ...'",
 }
 IN_PROSE = re.compile(
-    r"\b(answers?|told|judge[sd]?|judgements?|teach(?:es)?|taught|lessons?|tickets?|cures?|learned tokens?)\b"
+    r"\b(answers?|told|judged|judgements?|teach(?:es)?|taught|lessons?|tickets?|cures?|learned tokens?)\b"
 )
 KEPT_IN_PROSE = re.compile(r"``?[^`]+`?`|answer_only_loss|prompt, answer, finished")  # code; a key of a file
 

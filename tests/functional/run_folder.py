@@ -35,11 +35,12 @@ def metrics(folder: Path) -> list[dict[str, float]]:
 
 
 def metrics_by_step(folder: Path) -> dict[float, list[tuple[str, float]]]:
-    """Every metric of each step, whichever of its lines holds it."""
+    """Every metric of each step, whichever of its lines holds it, as often as it is there."""
     found: dict[float, list[tuple[str, float]]] = {}
     for line in metrics(folder):
-        found.setdefault(line["step"], []).extend(line.items())
-    return {step: sorted(set(values)) for step, values in found.items()}
+        step = line.pop("step")
+        found.setdefault(step, []).extend(line.items())
+    return {step: sorted(values) for step, values in found.items()}
 
 
 def assert_same_learning(found: Path, wanted: Path) -> None:

@@ -52,7 +52,11 @@ def settings(nemo: Path, tmp_path: Path) -> Callable[..., dict[str, object]]:
 
 
 def test_a_rule_is_learned(settings: Callable, run: Callable, tmp_path: Path):
-    asked = {"model.ppo.loss_mean": "sequence", "trainer.ppo.max_steps": 25}
+    asked = {
+        "model.ppo.loss_mean": "sequence",
+        "trainer.ppo.max_steps": 25,
+        "trainer.ppo.val_before_train": True,
+    }
     job = run(settings("run", **asked), command=[GRPO])
     assert job.process.returncode == 0, job.err[-3000:]
     steps = [line for line in metrics(tmp_path / "run") if "train_optim/loss" in line]
@@ -60,11 +64,15 @@ def test_a_rule_is_learned(settings: Callable, run: Callable, tmp_path: Path):
     assert sum(rewards[-5:]) > 2 * sum(rewards[:5])
     assert all(line["train_optim/scaled_kl"] >= 0 for line in steps)
     assert all("train_critic/loss" not in line for line in steps)
+    first, *_, last = [line for line in metrics(tmp_path / "run") if "val_rollouts/win_rate" in line]
+    assert (first["step"], first["val_rollouts/win_rate"]) == (0, 0.5), "the initial policy beside itself"
+    assert last["val_rollouts/win_rate"] > 0.7
     assert "tritonserver" not in job.err
 
 
 def test_a_killed_run_goes_on_bit_for_bit(settings: Callable, kill_and_resume: Callable, tmp_path: Path):
-    kill_and_resume(lambda name: settings(name, **{"trainer.devices": 2}), command=[GRPO], step=4)
+    asked = {"trainer.devices": 2, "trainer.ppo.val_before_train": True}
+    kill_and_resume(lambda name: settings(name, **asked), command=[GRPO], step=4)
     assert_same_learning(tmp_path / "killed", tmp_path / "whole")
 
 

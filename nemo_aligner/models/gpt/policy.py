@@ -71,6 +71,7 @@ class GPTPolicy(GPTLearner):
 
     def topk(self, batch: TokenBatch, k: int) -> tuple[Tensor, Tensor]:
         """See :class:`~nemo_aligner.models.alignable_interface.TeacherInterface`; zeros before the last stage."""
+        k = min(k, self.model.gpt_config.vocab_size)
         outputs = self._ask([batch], Wants.TOPK, top_k=k)
         if not outputs:
             empty = torch.zeros(*batch.tokens.shape, k, device=world.device())

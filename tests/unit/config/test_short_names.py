@@ -13,6 +13,7 @@ from nemo_aligner.config.serve import CriticJob, RewardServerJob
 from nemo_aligner.config.sft import SFTJob
 from nemo_aligner.config.short_names import SHORT_NAMES, command_defaults, short_names
 from nemo_aligner.data.config import PairDataConfig
+from nemo_aligner.launch.command import find_commands, load_script
 from nemo_aligner.run.schedule import SupervisedConfig
 
 EVERYWHERE = {"model", "devices", "nodes", "tp", "pp", "precision", "seed", "seq_length"}
@@ -42,7 +43,8 @@ def test_every_job_has_the_names_that_all_share(kind: type):
 
 
 def test_every_name_is_some_jobs():
-    kinds = (SFTJob, RMJob, ActorJob, RewardServerJob, GenerateJob)
+    distills = load_script(find_commands()["knowledge_distillation"]).kind
+    kinds = (SFTJob, RMJob, ActorJob, RewardServerJob, GenerateJob, distills)
     assert {name for kind in kinds for name in short_names(kind)} == set(SHORT_NAMES)
 
 

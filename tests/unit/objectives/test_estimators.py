@@ -12,7 +12,13 @@ import torch
 from nemo_aligner.batch import Experience, ScoredRollout
 from nemo_aligner.errors import UserError
 from nemo_aligner.objectives.config import GROUPED, CreditConfig, Estimator
-from nemo_aligner.objectives.credit import best_of_n, credit, group_advantages, leave_one_out
+from nemo_aligner.objectives.credit import (
+    best_of_n,
+    credit,
+    group_advantages,
+    leave_one_out,
+    teacher_advantages,
+)
 from nemo_aligner.objectives.policy import PolicyGradient
 from nemo_aligner.objectives.protocol import ModelOutput
 
@@ -91,6 +97,8 @@ def test_each_token_of_a_response_has_its_advantage(scored: Callable[..., Scored
             each = group_advantages(batch.rewards, batch.group, divide_by_std=True)
         case "leave_one_out":
             each = leave_one_out(batch.rewards, batch.group)
+        case "pairs":
+            each = torch.zeros(4)  # pairs have no advantages
         case _:
             each = torch.ones(4)
     assert torch.equal(
@@ -151,3 +159,26 @@ def test_a_kl_in_the_loss_against_numpy(scored: Callable[..., ScoredRollout], es
 def test_an_adaptive_kl_in_the_loss_is_refused():
     with pytest.raises(UserError, match=r"adaptive_kl_target=0\.1 steers a penalty in the reward"):
         CreditConfig(adaptive_kl_target=0.1, kl_placement="loss").check("trainer.ppo")
+
+
+def test_a_teacher_credits_tokens_by_minus_the_gradient_of_the_reverse_kl():
+    """Over all tokens of a vocabulary, ``sum_y p(y) A(y) grad log p(y)`` is autograd's ``-grad KL(p || q)``."""
+    draw = torch.Generator().manual_seed(3)
+    logits, teacher = (torch.randn(7, generator=draw, dtype=torch.float64) for _ in range(2))
+    logits.requires_grad_()
+    logprobs, known = logits.log_softmax(0), teacher.log_softmax(0)
+    (wanted,) = torch.autograd.grad((logprobs.exp() * (logprobs - known)).sum(), logits, retain_graph=True)
+    advantages = teacher_advantages(logprobs.detach()[None], known[None])[0]
+    surrogate = (logprobs.detach().exp() * advantages * logprobs).sum()
+    torch.testing.assert_close(torch.autograd.grad(surrogate, logits)[0], -wanted)
+
+
+def test_a_teacher_is_no_reward(scored: Callable[..., ScoredRollout]):
+    """Rewards and what follows a token do not count; nothing is whitened."""
+    batch = grouped(scored)
+    experience, responses = credited(batch, "teacher"), batch.loss_tokens()
+    apart = (batch.reference_logprobs - batch.logprobs)[responses]
+    assert torch.equal(experience.advantages[responses], apart)
+    assert not experience.advantages[~responses].any()
+    other = credited(replace(batch, rewards=batch.rewards + 5), "teacher")
+    assert torch.equal(other.advantages, experience.advantages)
