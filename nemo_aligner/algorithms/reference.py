@@ -2,18 +2,16 @@
 """Log-probs of supervised batches by another model than the one that is trained: a reference, or a teacher.
 
 The reference is the policy as training began with it. Either its weights are swapped in at each step, or its log-probs
-are computed once, before the first step, and stored.
+are computed once, before the first step. A teacher is asked at each step, or once too.
 """
 
-import json
-import logging
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from pathlib import Path
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
+from nemo_aligner.algorithms.asked_once import Question, RowTensors
 from nemo_aligner.batch import (
     MismatchedResponses,
     PreferenceBatch,
@@ -22,16 +20,10 @@ from nemo_aligner.batch import (
     TeacherBatch,
     TokenBatch,
 )
-from nemo_aligner.data.loader import BatchLoader, Rows
 from nemo_aligner.data.row import Row
-from nemo_aligner.data.sampler import GlobalBatchSampler, rank_rows
-from nemo_aligner.errors import report_damage
 from nemo_aligner.models.alignable_interface import AlignableGenerativeInterface, TeacherInterface
 from nemo_aligner.objectives.reduce import kl_baseline, log_ratios
 from nemo_aligner.parallel import collectives, world
-from nemo_aligner.run.disk import report_if_full
-
-logger = logging.getLogger(__name__)
 
 
 def annotate_by_swap(
@@ -43,12 +35,13 @@ def annotate_by_swap(
         pairs: of a forward pass; None: a micro-batch.
     """
     with policy.as_reference():
-        return _annotated(policy, batches, pairs)
+        return referenced(policy, batches, pairs)
 
 
-def _annotated(
+def referenced(
     policy: AlignableGenerativeInterface, batches: Sequence[TokenBatch], pairs: int | None
 ) -> list[ReferencedPairs]:
+    """Return the batches of pairs with the log-probs of ``policy``, which has the reference's weights now."""
     found: list[ReferencedPairs] = []
     for batch in batches:
         assert isinstance(batch, PreferenceBatch), type(batch)
@@ -105,88 +98,61 @@ def annotate_by_teacher(
     return found
 
 
-@dataclass(frozen=True)
-class _ReferencedRows:
-    """A data set whose rows carry the reference's log-probs."""
-
-    rows: Rows
-    logprobs: Tensor  # [rows, sequences of a row] float
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, index: int) -> Row:
-        return replace(self.rows[index], reference_logprobs=tuple(map(float, self.logprobs[index])))
-
-    @property
-    def fingerprint(self) -> dict[str, object]:
-        """As the rows'."""
-        return self.rows.fingerprint
-
-
-def with_stored_reference(
-    policy: AlignableGenerativeInterface,
-    loader: BatchLoader[TokenBatch],
-    path: Path,
-    *,
-    source: Mapping[str, object],
-    pairs: int | None = None,
-) -> BatchLoader[TokenBatch]:
-    """Return the loader with rows that carry the log-probs of ``policy`` as it is now. Called by every rank.
+def reference_question(
+    policy: AlignableGenerativeInterface, *, source: Mapping[str, object], pairs: int | None
+) -> Question:
+    """The log-probs of ``policy`` as it is now, which is the reference, of both responses of each pair.
 
     Args:
         policy: with the reference's weights.
-        path: where the log-probs are kept; a run that goes on takes them from there, if they are of the same rows and
-            the same ``source``.
+        source: see Question.
         pairs: as in :func:`annotate_by_swap`.
-        source: whatever besides the rows' texts the log-probs follow from: the model, how texts become tokens.
-
-    Raises:
-        UserError: the file is damaged, or the disk is full.
     """
-    digest = json.dumps([loader.dataset.fingerprint, source], sort_keys=True, default=str)
-    known = collectives.from_rank_0(lambda: _read(path, digest))
-    if known is None:
-        known = _logprobs(policy, loader, pairs)
-        collectives.from_rank_0(lambda: _keep(path, digest, known))
-    return replace(loader, dataset=_ReferencedRows(loader.dataset, known))
+
+    def ask(batches: Sequence[TokenBatch]) -> list[list[RowTensors]]:
+        found: list[list[RowTensors]] = []
+        for batch in referenced(policy, batches, pairs):
+            sums = collectives.broadcast_from_last_stage(batch.reference_sums, (len(batch.lengths),)).cpu()
+            found.append([(both,) for both in sums.view(-1, batch.sequences_per_row)])
+        return found
+
+    def put(row: Row, tensors: RowTensors) -> Row:
+        (sums,) = tensors
+        return replace(row, reference_logprobs=tuple(map(float, sums)))
+
+    return Question(what="the reference's log-probs", ask=ask, put=put, source=source)
 
 
-def _read(path: Path, digest: str) -> Tensor | None:
-    if not path.exists():
-        return None
-    with report_damage(f"{path} is damaged", fix="remove it: the reference's log-probs are computed again"):
-        kept = torch.load(path, weights_only=True)
-        return kept["logprobs"] if kept["rows"] == digest else None
+def teacher_question(
+    teacher: Callable[[], TeacherInterface], *, source: Mapping[str, object], top_k: int
+) -> Question:
+    """The teacher's most likely tokens at each loss token.
 
+    Args:
+        teacher: loads it; called where something is to be asked.
+        source: see Question.
+        top_k: as in :func:`annotate_by_teacher`.
+    """
 
-def _keep(path: Path, digest: str, logprobs: Tensor) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    fresh = path.with_suffix(".tmp")
-    with report_if_full(path.parent, "the reference's log-probs"):
-        torch.save({"rows": digest, "logprobs": logprobs}, fresh)
-        fresh.replace(path)
-    logger.info("the reference's log-probs of %d rows are computed and kept in %s", len(logprobs), path)
+    def ask(batches: Sequence[TokenBatch]) -> list[list[RowTensors]]:
+        found: list[list[RowTensors]] = []
+        for batch in annotate_by_teacher(teacher(), batches, top_k=top_k):
+            shape = tuple(batch.teacher_ids.shape)
+            logprobs = collectives.broadcast_from_last_stage(batch.teacher_logprobs, shape).cpu()
+            ids = collectives.broadcast_from_last_stage(batch.teacher_ids, shape, dtype=torch.int32).cpu()
+            learned = batch.loss_tokens().cpu()
+            found.append(
+                [
+                    (logprobs[row][learned[row]], ids[row][learned[row]].to(torch.int32))
+                    for row in range(batch.num_rows)
+                ]
+            )
+        return found
 
+    def put(row: Row, tensors: RowTensors) -> Row:
+        logprobs, ids = tensors
+        return replace(row, teacher=(logprobs, ids))
 
-@world.phase("computing the reference's log-probs")
-def _logprobs(
-    policy: AlignableGenerativeInterface, loader: BatchLoader[TokenBatch], pairs: int | None
-) -> Tensor:
-    """[rows, sequences of a row] float on every rank, in the order of the data set."""
-    size, total = loader.sampler.global_batch_size, len(loader.dataset)
-    sampler = GlobalBatchSampler(total, size, shuffle=False, seed=0, drop_last=False)
-    ordered = replace(loader, sampler=sampler)
-    table = torch.zeros(total, len(loader.dataset[0].sequences))
-    for index in range(sampler.batches_per_epoch):
-        places = rank_rows(
-            sampler.rows(index),
-            dp_rank=world.dp_rank(),
-            dp_size=world.dp_size(),
-            micro_batch_size=loader.micro_batch_size,
-        )
-        for rows, batch in zip(places, _annotated(policy, ordered.batch(index), pairs), strict=True):
-            table[rows] = batch.reference_sums.view(-1, table.shape[1])[: len(rows)].cpu()
-    # Every row is one data parallel rank's, and 0 elsewhere.
-    whole = collectives.sum_over_data_parallel(table.to(world.device()))
-    return collectives.broadcast_from_last_stage(whole, tuple(whole.shape)).cpu()
+    return Question(
+        what="the teacher's most likely tokens", ask=ask, put=put, source={**source, "top_k": top_k}
+    )

@@ -2,16 +2,20 @@
 """From another model to batches that know what it believes of them: the model as its run began, or a teacher."""
 
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
+from pathlib import Path
 
+from nemo_aligner.algorithms.asked_once import Question, ask_once
 from nemo_aligner.algorithms.reference import (
     annotate_by_swap,
     annotate_by_teacher,
     annotate_rated,
-    with_stored_reference,
+    reference_question,
+    teacher_question,
 )
 from nemo_aligner.algorithms.supervised import Batches, SupervisedData
 from nemo_aligner.builders.models import Pretrained, go_on_from, load_frozen_policy, require_tokenizer
+from nemo_aligner.builders.resume import quick_digest
 from nemo_aligner.checkpoint.trainer_state import Checkpoint
 from nemo_aligner.config.base import ModelJob
 from nemo_aligner.data.collate import collate_mismatched
@@ -44,14 +48,8 @@ def with_reference_logprobs(
     """
     policy = pretrained.learner
     if stored:
-        folder = run.folder / "reference_logprobs"
-        store = partial(with_stored_reference, policy, source=_source(run, pretrained), pairs=pairs)
-        data = SupervisedData(
-            train=store(data.train, folder / "train.pt"),
-            validation={
-                name: store(batches, folder / f"{name}.pt") for name, batches in data.validation.items()
-            },
-        )
+        question = reference_question(policy, source=_source(run, pretrained), pairs=pairs)
+        data = _asked_once(question, data, run.folder / "reference_logprobs")
     else:
         policy.keep_reference()
         data = replace(data, annotate=partial(annotate_by_swap, policy, pairs=pairs))
@@ -97,16 +95,53 @@ def with_teacher(
     pretrained: Pretrained[GPTPolicy],
     data: SupervisedData,
     *,
+    run: Experiment,
     top_k: int,
+    stored: bool,
 ) -> SupervisedData:
-    """Load a teacher beside the model that is trained.
+    """Load a teacher beside the model that is trained, or ask it now and have it no more.
 
     Args:
         teacher: (setting, path).
         top_k: tokens in each place that the teacher is asked for, at most.
+        stored: ask it about all batches now, and keep what it says in the run's folder; it is not even loaded where
+            all of that is there.
 
     Returns:
         The data, whose batches come with the teacher's most likely tokens of each place.
+
+    Raises:
+        UserError: the teacher does not load, or has other tokens than the student.
+    """
+    if not stored:
+        policy = load_teacher(job, teacher, pretrained)
+        return replace(data, annotate=partial(annotate_by_teacher, policy, top_k=top_k))
+    source = _source(run, pretrained)
+    if source:
+        source |= {"model": quick_digest(teacher[1])}
+    load = cache(partial(load_teacher, job, teacher, pretrained))
+    question = teacher_question(load, source=source, top_k=top_k)
+    return _asked_once(question, data, run.folder / "teacher")
+
+
+def _asked_once(question: Question, data: SupervisedData, folder: Path) -> SupervisedData:
+    """The data, all of whose rows carry what is asked now."""
+    validation = {
+        name: ask_once(question, batches, folder / name) for name, batches in data.validation.items()
+    }
+    return replace(data, train=ask_once(question, data.train, folder / "train"), validation=validation)
+
+
+def load_teacher(
+    job: ModelJob, teacher: tuple[str, str], pretrained: Pretrained[GPTPolicy], *, scores: bool = False
+) -> GPTPolicy:
+    """Load a teacher beside the student that is trained.
+
+    Args:
+        job: of the student.
+        teacher: (setting, path).
+        pretrained: the student.
+        scores: the teacher is asked about tokens of the student; else the student about tokens of the teacher.
 
     Raises:
         UserError: the teacher does not load, or has other tokens than the student.
@@ -122,15 +157,14 @@ def with_teacher(
                 f"{named} cuts a text into other tokens than the student {job.pretrained[0]}={job.pretrained[1]}",
                 fix="give a teacher and a student with one tokenizer",
             )
-        if gpt.vocab_size > student.vocab_size:
+        fewer = gpt.vocab_size < student.vocab_size
+        if gpt.vocab_size != student.vocab_size and fewer == scores:
             raise UserError(
                 f"{named} has {gpt.vocab_size} tokens, and the student has {student.vocab_size}",
-                fix="give a teacher with as many tokens, or fewer",
+                fix=f"give a teacher with as many tokens, or {'more' if scores else 'fewer'}",
             )
 
-    policy = load_frozen_policy(job, *teacher, check=check)
-    top_k = min(top_k, policy.model.gpt_config.vocab_size)
-    return replace(data, annotate=partial(annotate_by_teacher, policy, top_k=top_k))
+    return load_frozen_policy(job, *teacher, check=check, end_ids=pretrained.learner.end_ids)
 
 
 def _source(run: Experiment, pretrained: Pretrained[GPTPolicy]) -> dict[str, object]:
@@ -138,5 +172,7 @@ def _source(run: Experiment, pretrained: Pretrained[GPTPolicy]) -> dict[str, obj
     if run.identity is None:
         return {}
     model = run.identity.settings["model"]
-    own = {name: model[name] for name in ("data", "peft", "seed")}  # the seed draws new adapters
+    own = {
+        name: model.get(name) for name in ("data", "peft", "seed", "answer_only_loss")
+    }  # the seed draws adapters
     return {"model": run.identity.base_model, "config": pretrained.config, **own}

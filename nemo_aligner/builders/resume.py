@@ -129,13 +129,14 @@ def _accept(job: TrainingJob, run: Experiment, start: Checkpoint | None) -> None
         )
     settings = plain(job)
     settings["trainer"]["precision"] = chosen_precision(job)
-    identity = RunIdentity(settings=settings, base_model=_digest(job.pretrained[1]))
+    identity = RunIdentity(settings=settings, base_model=quick_digest(job.pretrained[1]))
     if start is not None:
         _compare(job, start, identity)
     run.start(identity)
 
 
-def _digest(named: str) -> str:
+def quick_digest(named: str) -> str:
+    """By which the model that a setting names is known again; "" where there is none."""
     try:
         base = find_model(named)
         return model_digest(base) if base.exists() else ""

@@ -11,6 +11,7 @@ from nemo_aligner.batch import (
     MismatchedResponses,
     PreferenceBatch,
     ReferencedPairs,
+    TeacherBatch,
     TokenBatch,
 )
 from nemo_aligner.data.records import USUAL_REWARDS
@@ -27,17 +28,29 @@ def padded_length(longest: int, *, multiple: int, maximum: int) -> int:
     return min(-(-longest // multiple) * multiple, maximum)
 
 
+def common_lengths(
+    micro_batches: Sequence[Sequence[Row]], *, one_length: bool, multiple: int, maximum: int
+) -> list[int]:
+    """The length that each micro-batch of a step is padded to: its longest row's, or with ``one_length`` the step's."""
+    longest = [max((row.num_tokens for row in rows), default=1) for rows in micro_batches]
+    if one_length:
+        longest = [max(longest, default=1)] * len(longest)
+    return [padded_length(length, multiple=multiple, maximum=maximum) for length in longest]
+
+
 def collate(rows: Sequence[Row], *, pad_id: int, seq_length: int) -> TokenBatch:
     """[len(rows) x sequences of a row, seq_length], right padded; every sequence fits.
 
-    Labeled rows make an AttributeBatch, and where they are pairs LabeledPairs. Other pairs make a PreferenceBatch:
-    sequence 2i is the chosen one of row i, 2i + 1 the other.
+    Rows that carry a teacher's tokens make a TeacherBatch, labeled rows an AttributeBatch, and where they are pairs
+    LabeledPairs. Other pairs make a PreferenceBatch: sequence 2i is the chosen one of row i, 2i + 1 the other.
     """
     batch = _tokens(rows, pad_id=pad_id, seq_length=seq_length)
     if rows[0].labels:
         attributes = torch.tensor([label for row in rows for label in row.labels], dtype=torch.float32)
         kind = AttributeBatch if len(rows[0].sequences) == 1 else LabeledPairs
         return batch.extended(kind, attributes=attributes)
+    if rows[0].teacher is not None:
+        return _with_teacher(rows, batch)
     if len(rows[0].sequences) == 1:
         return batch
     rewards = [reward for row in rows for reward in row.rewards or USUAL_REWARDS]
@@ -46,6 +59,17 @@ def collate(rows: Sequence[Row], *, pad_id: int, seq_length: int) -> TokenBatch:
         return pairs
     known = [number for row in rows for number in row.reference_logprobs]
     return pairs.extended(ReferencedPairs, reference_sums=torch.tensor(known))
+
+
+def _with_teacher(rows: Sequence[Row], batch: TokenBatch) -> TeacherBatch:
+    """A TeacherBatch of rows that carry the teacher's tokens."""
+    known = [row.teacher for row in rows if row.teacher is not None]
+    shape = (*batch.tokens.shape, known[0][0].shape[-1])
+    logprobs, ids = torch.zeros(shape), torch.zeros(shape, dtype=torch.int64)
+    learned = batch.loss_tokens()
+    logprobs[learned] = torch.cat([part for part, _ in known])
+    ids[learned] = torch.cat([part for _, part in known]).long()
+    return batch.extended(TeacherBatch, teacher_logprobs=logprobs, teacher_ids=ids)
 
 
 def collate_mismatched(rows: Sequence[Row], *, pad_id: int, seq_length: int) -> MismatchedResponses:

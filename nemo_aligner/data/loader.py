@@ -8,7 +8,7 @@ from dataclasses import KW_ONLY, dataclass, field
 from itertools import islice
 from typing import Generic, Protocol, TypeVar
 
-from nemo_aligner.data.collate import padded_length
+from nemo_aligner.data.collate import common_lengths
 from nemo_aligner.data.row import Row
 from nemo_aligner.data.sampler import BlendSource, GlobalBatchSampler, rank_rows
 
@@ -126,7 +126,9 @@ class BatchLoader(Generic[B]):
         )
         samples = [[self.dataset[row] for row in micro] for micro in rows]
         present = [sample for micro in samples for sample in micro]
-        lengths = [self._length(present if self.one_length else micro) for micro in samples]
+        lengths = common_lengths(
+            samples, one_length=self.one_length, multiple=self.multiple, maximum=self.max_length
+        )
         return _Step(
             micro_batches=[
                 self.collate(self._padded(micro), pad_id=self.pad_id, seq_length=length)
@@ -142,10 +144,6 @@ class BatchLoader(Generic[B]):
             return samples
         like = samples[0] if samples else self.dataset[0]
         return [*samples, *[like.padding(self.pad_id)] * missing]
-
-    def _length(self, samples: list[Row]) -> int:
-        longest = max((sample.num_tokens for sample in samples), default=1)
-        return padded_length(longest, multiple=self.multiple, maximum=self.max_length)
 
     def _count(self, step: _Step[B]) -> list[B]:
         self.num_seen += step.num_rows

@@ -7,9 +7,13 @@ import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import groupby
+from typing import TYPE_CHECKING
 
 from nemo_aligner.data.tokenizer import Tokenizer
 from nemo_aligner.errors import UserError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 # A NUL byte makes a log a binary file, an escape character colours the terminal.
 _CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f]")
@@ -41,6 +45,8 @@ class Row:
     labels: tuple[tuple[float, ...], ...] = ()  # of each sequence: its attributes, NaN where one is unlabeled
     rewards: tuple[float, ...] = ()  # of each sequence, where the data give them
     reference_logprobs: tuple[float, ...] = ()  # of each sequence, where they are computed before training
+    # of a single sequence's T loss tokens, where a teacher was asked before training: [T, K] log-probs, [T, K] tokens
+    teacher: "tuple[Tensor, Tensor] | None" = None
     text: str = ""  # of a prompt
     extras: Mapping[str, object] = field(default_factory=dict)  # the JSON object that it stands in
     truncated: bool = False  # whether something was cut to fit max_seq_length
@@ -63,6 +69,7 @@ class Row:
             self,
             sequences=(empty,) * len(self.sequences),
             labels=tuple((math.nan,) * len(labels) for labels in self.labels),
+            teacher=None if self.teacher is None else (self.teacher[0][:0], self.teacher[1][:0]),
             text="",
             extras={},
             truncated=False,

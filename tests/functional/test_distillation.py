@@ -80,6 +80,30 @@ def test_results_do_not_depend_on_the_layout(distilled: Callable, run: Callable,
         assert ours == pytest.approx(theirs, rel=2e-4, abs=2e-5)
 
 
+def test_a_stored_teacher_is_a_live_one(distilled: Callable, run: Callable, tmp_path: Path):
+    """Asked once; a file that is missing is asked for again, and whole files need no teacher."""
+    stored = {"model.knowledge_distillation.store_teacher": True}
+    runs = {"live": {}, "stored": stored, "many": stored | LAYOUTS[MIXED]}
+    for name, changed in runs.items():
+        few = {"trainer.sft.max_steps": 6, "trainer.sft.save_interval": 0}
+        job = run(distilled(name, **few, **changed), command=[KD])
+        assert job.process.returncode == 0, job.err[-3000:]
+    live = steps(tmp_path / "live")
+    for name in ("stored", "many"):
+        for ours, theirs in zip(steps(tmp_path / name), live, strict=True):
+            assert ours == pytest.approx(theirs, rel=2e-4, abs=2e-5), name
+    files = sorted((tmp_path / "stored/teacher/train").glob("*.pt"))
+    assert len(files) == 4
+    files[2].unlink()
+    written = {path: path.stat().st_mtime_ns for path in files if path.exists()}
+    for most, asks in ((8, True), (10, False)):
+        job = run(distilled("stored", **stored, **{"trainer.sft.max_steps": most}), command=[KD])
+        assert job.process.returncode == 0, job.err[-3000:]
+        assert ("the teacher's most likely tokens of 32 rows are computed and kept in" in job.err) == asks
+    assert files[2].exists()
+    assert {path: path.stat().st_mtime_ns for path in written} == written
+
+
 @pytest.mark.parametrize(
     ("changed", "problem"),
     [

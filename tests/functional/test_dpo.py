@@ -81,7 +81,7 @@ def test_the_chosen_responses_are_learned(settings: Callable, run: Callable, tmp
 def test_damaged_log_probs_of_the_reference_are_reported(settings: Callable, run: Callable, tmp_path: Path):
     asked = settings("run", **{"model.dpo.store_reference": True, "trainer.dpo.max_steps": 1})
     assert run(asked, command=[DPO]).process.returncode == 0
-    kept = tmp_path / "run/reference_logprobs/train.pt"
+    kept = tmp_path / "run/reference_logprobs/train/000000.pt"
     kept.write_bytes(kept.read_bytes()[:-100])
     job = run(asked | {"trainer.dpo.max_steps": 2}, command=[DPO])
     assert job.process.returncode == 2, job.err[-3000:]

@@ -35,6 +35,9 @@ class KDConfig:
     target_logits_scale: float = bounded(1.0, above=0)  # of the teacher's; with tail only 1.0
     kd_loss_weight: float = bounded(1.0, at_least=0)  # of the divergence
     sft_loss_weight: float = bounded(0.0, at_least=0)  # of the texts' negative log-likelihood
+    # ask the teacher about all rows before the first step and keep that in the run's folder, 8 bytes for each of top_k;
+    # False: it lies beside the student and is asked at each step
+    store_teacher: bool = False
     cross_tokenizer: bool = only(False, what="a teacher with another tokenizer")  # only False
 
     def __post_init__(self) -> None:
@@ -88,7 +91,8 @@ def main(job: KDJob) -> None:
         pretrained = builders.load_policy(job, start=start)
         data = builders.sft_loaders(job, pretrained)
         teacher = TEACHER, settings.teacher
-        data = builders.with_teacher(job, teacher, pretrained, data, top_k=settings.top_k)
+        top_k, stored = settings.top_k, settings.store_teacher
+        data = builders.with_teacher(job, teacher, pretrained, data, run=run, top_k=top_k, stored=stored)
         trainer = builders.supervised_trainer(job, run, pretrained, objective, data)
         trainer.fit(start)
         builders.save_result(job, run, pretrained, trainer.checkpoints)
