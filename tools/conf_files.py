@@ -12,7 +12,7 @@ from nemo_aligner.config.generate import GenerateJob
 from nemo_aligner.config.ppo import ActorJob
 from nemo_aligner.config.reward import RMJob
 from nemo_aligner.config.serve import CriticJob, RewardServerJob
-from nemo_aligner.config.sft import SFTJob
+from nemo_aligner.config.sft import SFTJob, TextJob
 from nemo_aligner.data.config import SFTSplitConfig
 from nemo_aligner.launch.command import find_commands, load_script
 from nemo_aligner.launch.script import Script
@@ -217,6 +217,8 @@ def _of_script(entry: Script[Any]) -> File:
         groups=_GROUPS,
         values=supervised.values
         if issubclass(entry.kind, supervised.kind)
+        else {key: value for key, value in supervised.values.items() if not key.startswith("trainer.")}
+        if issubclass(entry.kind, TextJob)
         else {
             "model.encoder_seq_length": None,
             "model.hidden_dropout": None,

@@ -66,7 +66,7 @@ class RunLifecycle:
         if step >= last and self.run.nemo_path.exists():
             raise UserError(
                 f"the run in {self.run.folder} is finished: {step} of {last} steps are done",
-                fix=f"to go on, set {self._block}.max_steps (or {self._block}.max_epochs) higher; for another run, "
+                fix=f"to go on, set {self._further} higher; for another run, "
                 "set exp_manager.explicit_log_dir to a new folder",
             )
         assert self.checkpoints is not None
@@ -74,6 +74,12 @@ class RunLifecycle:
         if world.is_logging_rank():
             logger.info("resumed after step %d of %d", step, last)
         return replace(start.state, data=data)
+
+    @property
+    def _further(self) -> str:
+        """The setting that makes the run as long as it is."""
+        setting, given, _ = self.plan.set_by.partition("=")
+        return setting if given else f"{self._block}.max_steps (or {self._block}.max_epochs)"
 
     def _refuse_other_batches(self, start: Checkpoint, changed: dict[str, tuple[object, object]]) -> None:
         listed = ", ".join(f"{name} was {old} and is {new}" for name, (old, new) in changed.items())

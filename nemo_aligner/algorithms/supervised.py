@@ -38,6 +38,11 @@ class SupervisedData:
     # sets by the prefix of their metrics; the one called "validation" ranks checkpoints
     validation: Mapping[str, Batches]
     annotate: Annotate = list  # puts on batches, without gradients, what the loss needs from another model
+    # called on every rank with the number of each step, from 1
+    before_step: Callable[[int], None] = lambda _: None
+    validated: Objective | None = (
+        None  # of validation's batches, as they are; None: the training's, annotated
+    )
     responses: ValidationResponses | None = None  # that are generated after each validation
 
 
@@ -189,8 +194,9 @@ class SupervisedTrainer:
             (stops,) = collectives.all_reduce_max([asked()])
             if stops:
                 return None
-            batches = self.data.annotate(batches)
-            sums = added(sums, self.model.get_loss_and_metrics(batches, self.objective, forward_only=True))
+            batches = batches if self.data.validated else self.data.annotate(batches)
+            objective = self.data.validated or self.objective
+            sums = added(sums, self.model.get_loss_and_metrics(batches, objective, forward_only=True))
         whole = means(sums)
         if world.is_logging_rank():
             accuracy = f"  accuracy {whole['acc']:.3f}" if "acc" in whole else ""
@@ -201,6 +207,7 @@ class SupervisedTrainer:
 
     def _step(self, batches: Sequence[TokenBatch]) -> dict[str, float]:
         started = time.perf_counter()
+        self.data.before_step(self.state.step + 1)
         batches = self.data.annotate(batches)
         metrics = means(self.model.get_loss_and_metrics(batches, self.objective, forward_only=False))
         metrics |= self.model.optimizer_step()

@@ -12,6 +12,7 @@ from nemo_aligner.builders.models import (
     require_tokenizer,
     standardize,
 )
+from nemo_aligner.builders.own_responses import with_own_responses
 from nemo_aligner.builders.reference import with_kl_baseline, with_reference_logprobs, with_teacher
 from nemo_aligner.builders.resume import resume_point
 from nemo_aligner.builders.runs import (
@@ -38,6 +39,7 @@ __all__ = [
     "supervised_trainer",
     "training_checkpoints",
     "with_kl_baseline",
+    "with_own_responses",
     "with_reference_logprobs",
     "with_teacher",
 ]

@@ -29,6 +29,11 @@ class LoopConfig:
     # steps in a row whose loss or gradient is not finite, after which the run ends
     max_skipped_steps: int = bounded(10, at_least=1, message=_NO_RUN)
 
+    @property
+    def passes(self) -> tuple[int | None, str]:
+        """(passes over the training data in all, None where they are left open; the setting that says so)."""
+        return self.max_epochs, f"{self.block}.max_epochs={self.max_epochs}"
+
     def check(self, block: str) -> None:
         """Raise UserError for a run without a step; ``block`` is the section of these settings, as in "trainer.sft"."""
         if self.max_steps == 0:
@@ -109,14 +114,15 @@ def _interval(value: int | float, steps_per_epoch: int) -> int:
 def _length(config: LoopConfig, steps_per_epoch: int) -> tuple[int, str]:
     """(steps of the run, the setting that says so): the shorter of the two that are given, else one epoch."""
     by_steps = config.max_steps, f"{config.block}.max_steps={config.max_steps}"
-    if config.max_epochs is None:
+    passes, said = config.passes
+    if passes is None:
         if config.max_steps >= 0 and steps_per_epoch:
             return by_steps
         return (
             steps_per_epoch,
             f"one pass over the data, as neither {config.block}.max_epochs nor max_steps is set",
         )
-    by_epochs = steps_per_epoch * config.max_epochs, f"{config.block}.max_epochs={config.max_epochs}"
+    by_epochs = steps_per_epoch * passes, said
     return min(by_steps, by_epochs) if config.max_steps >= 0 else by_epochs
 
 
