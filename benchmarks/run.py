@@ -13,9 +13,11 @@ from pathlib import Path
 
 from benchmarks import (
     chunked_head,
+    dpo,
     figures,
     first_step,
     generation,
+    lora,
     ppo,
     reward_accuracy,
     reward_model,
@@ -30,8 +32,10 @@ PAGE = Path(__file__).parents[1] / "docs/performance.md"
 # In the order of the page. A part measures in processes of its own and returns figures.
 PARTS: dict[str, Callable[[], figures.Part]] = {
     "sft": sft.part,
+    "lora": lora.part,
     "first_step": first_step.part,
     "rm": reward_model.part,
+    "dpo": dpo.part,
     "head": chunked_head.part,
     "generate": generation.part,
     "ppo": ppo.part,

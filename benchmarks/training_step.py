@@ -4,7 +4,7 @@
 import os
 import resource
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from benchmarks import matmul
 from benchmarks.figures import Figure, ratio
@@ -31,6 +31,7 @@ def timed(
     tokens: int,
     warm_up: int,
     measured: int,
+    annotate: Callable[[Sequence[TokenBatch]], Sequence[TokenBatch]] = list,
 ) -> str:
     """Train as SupervisedTrainer does, and tell of it in the peers' form.
 
@@ -38,6 +39,7 @@ def timed(
         tokens: that are not padding, in each batch.
         warm_up: steps before the clock starts.
         measured: steps after them.
+        annotate: puts on batches what the loss needs from another model.
     """
 
     def steps(count: int) -> float:
@@ -45,7 +47,7 @@ def timed(
         for _ in range(count):
             batch = next(batches)
             assert int(batch.lengths.sum()) == tokens
-            learner.get_loss_and_metrics([batch], objective, forward_only=False)
+            learner.get_loss_and_metrics(annotate([batch]), objective, forward_only=False)
             learner.optimizer_step()
         return time.perf_counter() - started
 
