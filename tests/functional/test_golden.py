@@ -136,6 +136,12 @@ LOSSES: dict[str, tuple[str, Callable[[int], dict[str, object]], dict[str, objec
         {"trainer.ppo.kl_placement": "loss"},
     ),
     "train_gpt_rs": ("trainer.ppo", lambda i: {"text": f"thing {i}:"}, {}),
+    "train_gpt_online_dpo": (
+        "trainer.ppo",
+        lambda i: {"text": f"thing {i}:"},
+        {"model.global_batch_size": 4, "model.micro_batch_size": 2},
+    ),
+    "train_gpt_on_policy_distillation": ("trainer.ppo", lambda i: {"text": f"thing {i}:"}, {}),
 }
 ROLLOUTS: dict[str, object] = {
     "trainer.ppo.rewards.rule.function": "rule.vowels",
@@ -172,19 +178,38 @@ def test_ten_steps(nemo: Path, tmp_path: Path, run: Callable, script: str):
         "exp_manager.explicit_log_dir": tmp_path / "run",
         "exp_manager.create_tensorboard_logger": False,
     }
+    if script == "train_gpt_on_policy_distillation":
+        more = {"model.on_policy_distillation.teacher": teacher(tmp_path)}
     job = run(asked | (ROLLOUTS if loop == "trainer.ppo" else {}) | more, command=[GPT / f"{script}.py"])
     assert job.process.returncode == 0, job.err
     check(script, {"run": of_run(tmp_path / "run")})
 
 
-def test_distillation(settings: dict[str, object], tmp_path: Path, run: Callable):
+def teacher(folder: Path) -> Path:
     torch.manual_seed(5)
-    LlamaForCausalLM(toy_config(num_hidden_layers=1, initializer_range=0.3)).save_pretrained(
-        tmp_path / "teacher"
-    )
-    write_toy_tokenizer(tmp_path / "teacher")
+    path = folder / "teacher"
+    LlamaForCausalLM(toy_config(num_hidden_layers=1, initializer_range=0.3)).save_pretrained(path)
+    write_toy_tokenizer(path)
+    return path
+
+
+def test_self_play(settings: dict[str, object], tmp_path: Path, run: Callable):
+    loop = {key.replace("sft", "spin"): value for key, value in settings.items() if "trainer.sft" in key}
+    usual = {key: value for key, value in settings.items() if "trainer.sft" not in key}
     asked = {
-        "model.knowledge_distillation.teacher": tmp_path / "teacher",
+        "model.spin.length_params.max_length": 8,
+        "model.optim.lr": 1e-4,
+        "trainer.spin.max_iterations": 3,
+        "trainer.spin.max_steps": 10,
+    }
+    job = run(usual | loop | asked, command=[GPT / "train_gpt_spin.py"])
+    assert job.process.returncode == 0, job.err
+    check("train_gpt_spin", {"run": of_run(tmp_path / "run")})
+
+
+def test_distillation(settings: dict[str, object], tmp_path: Path, run: Callable):
+    asked = {
+        "model.knowledge_distillation.teacher": teacher(tmp_path),
         "model.knowledge_distillation.top_k": 16,
         "model.optim.lr": 1e-3,
         "trainer.sft.max_epochs": 9,
