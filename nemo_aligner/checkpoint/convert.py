@@ -12,7 +12,7 @@ from nemo_aligner.checkpoint.legacy import import_legacy
 from nemo_aligner.checkpoint.nemo_archive import check_output, open_nemo, write_nemo
 from nemo_aligner.checkpoint.open_model import read_model
 from nemo_aligner.checkpoint.reward_tokens import reward_tokens
-from nemo_aligner.checkpoint.sources import find_model
+from nemo_aligner.checkpoint.sources import find_model, is_gguf, is_huggingface
 from nemo_aligner.checkpoint.stop_tokens import with_stops
 from nemo_aligner.checkpoint.tokenizer_files import archived_tokenizer_files, load_archived_tokenizer
 from nemo_aligner.checkpoint.weights import WeightReader, save_weights
@@ -62,8 +62,9 @@ def export_to_huggingface(source: Path, out: Path, *, overwrite: bool = False) -
     """A .nemo or its extracted folder to a Hugging Face folder.
 
     Raises:
-        UserError: see ``open_nemo`` and ``export_huggingface``.
+        UserError: ``source`` is another form of a model; and see ``open_nemo`` and ``export_huggingface``.
     """
+    _refuse_other_forms(source)
     check_export_folder(out, overwrite=overwrite)
     with heartbeat(f"exporting {source}"), open_nemo(source) as archive:
         reader, files = WeightReader(archive.weights), archived_tokenizer_files(archive)
@@ -79,6 +80,15 @@ def export_to_huggingface(source: Path, out: Path, *, overwrite: bool = False) -
         config = {**archive.config, "huggingface": kept}
         export_huggingface(
             config, reader, tokens.files, out, vocab_size=tokens.vocab_size, overwrite=overwrite
+        )
+
+
+def _refuse_other_forms(source: Path) -> None:
+    form = "a Hugging Face folder" if is_huggingface(source) else "a GGUF file" if is_gguf(source) else None
+    if form is not None:
+        raise UserError(
+            f"{source} is {form}, and a .nemo is exported",
+            fix=f"make one of it first: nemo-aligner import model={source} out=model.nemo",
         )
 
 

@@ -23,6 +23,7 @@ from nemo_aligner.checkpoint.convert import export_to_huggingface, import_from_h
 from nemo_aligner.checkpoint.nemo_archive import open_nemo
 from nemo_aligner.checkpoint.weights import WeightReader
 from nemo_aligner.config.serve import CriticJob, RewardServerJob
+from nemo_aligner.errors import UserError
 from nemo_aligner.parallel import world
 from nemo_aligner.settings import parse
 from tests.functional.conftest import SCRIPT, toy_config, write_toy_tokenizer
@@ -241,3 +242,10 @@ def test_servers_score_as_transformers(tmp_path: Path):
     loaded.start_again()
     for name, value in loaded.learner.model.named_parameters():
         assert torch.equal(value, before[name]) or "rm_head" in name, name
+
+
+def test_what_is_no_nemo_is_not_exported(hf_folder: Path, tmp_path: Path):
+    with pytest.raises(UserError, match=r"is a Hugging Face folder, and a \.nemo is exported") as caught:
+        export_to_huggingface(hf_folder, tmp_path / "out")
+    assert f"nemo-aligner import model={hf_folder}" in caught.value.fix
+    assert not (tmp_path / "out").exists()
