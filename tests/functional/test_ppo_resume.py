@@ -112,13 +112,13 @@ def test_a_pair_that_is_saved_in_the_background_keeps_the_lessons_after_it(pair:
     assert_same(pair, whole)
 
 
-@pytest.mark.parametrize("what", ["infer", "train"])
+@pytest.mark.parametrize(("what", "after"), [("infer", 3), ("train", 2)])
 def test_an_actor_whose_critic_does_not_come_back_saves_and_both_go_on_later(
-    pair: Pair, whole: Path, what: str
+    pair: Pair, whole: Path, what: str, after: int
 ):
     critic, actor = pair.start_critic(), pair.start_actor(**{"remote_critic_rm.return_timeout": 3})
     # After the pair of step 2: the critic has later steps' lessons from the actor's checkpoint alone.
-    kill_at(critic, pair, lambda pair: critic_is(pair, what, after=3))
+    kill_at(critic, pair, lambda pair: critic_is(pair, what, after=after))
     assert actor.wait(timeout=LONG) == 2, actor.err
     problem, fix = actor.err.splitlines()[-2:]
     assert "did not reply for 3 s" in problem
