@@ -8,16 +8,15 @@ side alone, in this process; `python -m benchmarks.run dpo` alternates both.
 import argparse
 import importlib.metadata
 from collections.abc import Iterator
-from dataclasses import replace
 from functools import partial
 
 import torch
 
 from benchmarks.figures import Figure, Part
-from benchmarks.processes import ALLOCATORS, PEERS, THREADS, Side, conditions
+from benchmarks.processes import PEERS, THREADS, Side, conditions
 from benchmarks.reward_model import PAIRS
 from benchmarks.sft import OPTIM, Shape, random_policy
-from benchmarks.training_step import REPEATS, SPEED, Found, alternated, ratios, sides_figures, timed
+from benchmarks.training_step import REPEATS, Found, alternated, limited, sides_figures, timed
 from nemo_aligner.algorithms.reference import annotate_by_swap
 from nemo_aligner.batch import PreferenceBatch
 from nemo_aligner.data.collate import collate
@@ -106,13 +105,7 @@ are counted as above. "At least" is the ratio that ours is to reach.
 def figures_of(found: Found, peaks: list[float]) -> tuple[Figure, ...]:
     """Both sides', and their ratios."""
     by_name = sides_figures(found, peaks, tokens=PAIRS.tokens, flops=FLOPS)
-    figures = list(by_name.values())
-    for allocator in ALLOCATORS:
-        for one in ratios(by_name, OURS, TRL, allocator):
-            figures.append(one)
-            if one.metric == f"ratio of {SPEED}":
-                figures.append(replace(one, metric="at least", values=(FLOORS[allocator],)))
-    return tuple(figures)
+    return (*by_name.values(), *limited(by_name, OURS, TRL, FLOORS))
 
 
 def main() -> None:

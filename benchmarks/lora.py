@@ -7,14 +7,13 @@ side alone, in this process; `python -m benchmarks.run lora` alternates both.
 
 import argparse
 import importlib.metadata
-from dataclasses import replace
 
 import torch
 
 from benchmarks.figures import Figure, Part
 from benchmarks.processes import ALLOCATORS, PEERS, THREADS, Side, conditions
 from benchmarks.sft import OPTIM, SHAPE, Shape, random_model, rows
-from benchmarks.training_step import REPEATS, SPEED, Found, alternated, ratios, sides_figures, timed
+from benchmarks.training_step import REPEATS, Found, alternated, limited, sides_figures, timed
 from nemo_aligner.models.gpt.lora import add_adapters
 from nemo_aligner.models.gpt.peft_config import LoRAConfig
 from nemo_aligner.models.gpt.policy import GPTPolicy
@@ -75,13 +74,7 @@ def figures_of(found: Found, peaks: list[float]) -> tuple[Figure, ...]:
     """Both sides', and their ratios."""
     flops = SHAPE.flops(_LEARNED) * 2 // 3
     by_name = sides_figures(found, peaks, tokens=SHAPE.tokens, flops={side.name: flops for side in SIDES})
-    figures = list(by_name.values())
-    for allocator in ALLOCATORS:
-        for one in ratios(by_name, OURS, TRL, allocator):
-            figures.append(one)
-            if one.metric == f"ratio of {SPEED}":
-                figures.append(replace(one, metric="at least", values=(FLOOR,)))
-    return tuple(figures)
+    return (*by_name.values(), *limited(by_name, OURS, TRL, dict.fromkeys(ALLOCATORS, FLOOR)))
 
 
 def main() -> None:

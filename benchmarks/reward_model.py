@@ -12,10 +12,10 @@ from dataclasses import replace
 
 import torch
 
-from benchmarks.figures import Figure, Part, checked
-from benchmarks.processes import ALLOCATORS, PEERS, THREADS, Side, conditions
+from benchmarks.figures import Figure, Part
+from benchmarks.processes import PEERS, THREADS, Side, conditions
 from benchmarks.sft import OPTIM, SHAPE, Shape, random_model
-from benchmarks.training_step import REPEATS, SPEED, Found, alternated, ratios, sides_figures, timed
+from benchmarks.training_step import REPEATS, Found, alternated, limited, sides_figures, timed
 from nemo_aligner.batch import PreferenceBatch
 from nemo_aligner.data.collate import collate
 from nemo_aligner.data.row import Row, TokenSequence
@@ -106,12 +106,7 @@ the matmul peak are counted as above. "At least" is the ratio that ours is to re
 def figures_of(found: Found, peaks: list[float]) -> tuple[Figure, ...]:
     """Both sides', and their ratios."""
     by_name = sides_figures(found, peaks, tokens=PAIRS.tokens, flops=FLOPS)
-    figures = list(by_name.values())
-    for allocator in ALLOCATORS:
-        for one in ratios(by_name, OURS, TRL, allocator):
-            is_speed = one.metric == f"ratio of {SPEED}"
-            figures += checked(one, "at least", FLOOR, allocator) if is_speed else [one]
-    return tuple(figures)
+    return (*by_name.values(), *limited(by_name, OURS, TRL, {"default allocator": FLOOR}))
 
 
 def main() -> None:

@@ -5,6 +5,7 @@ import os
 import resource
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 
 from benchmarks import matmul
 from benchmarks.figures import Figure, ratio
@@ -13,7 +14,7 @@ from nemo_aligner.batch import TokenBatch
 from nemo_aligner.models.gpt.learner import GPTLearner
 from nemo_aligner.objectives.protocol import Objective
 
-__all__ = ["REPEATS", "SPEED", "Found", "alternated", "ratios", "sides_figures", "timed"]
+__all__ = ["REPEATS", "SPEED", "Found", "alternated", "limited", "ratios", "sides_figures", "timed"]
 
 REPEATS = 3
 SPEED = "tokens/s"
@@ -121,3 +122,14 @@ def ratios(by_name: _ByName, ours: str, theirs: str, allocator: str) -> list[Fig
         ratio("Ratios", name, by_name[ours, allocator, metric], by_name[theirs, allocator, metric])
         for metric in COMPARED
     ]
+
+
+def limited(by_name: _ByName, ours: str, theirs: str, floors: Mapping[str, float]) -> list[Figure]:
+    """The ratios with every allocator, that of speeds with what it is to reach where ``floors`` has the allocator."""
+    found: list[Figure] = []
+    for allocator in ALLOCATORS:
+        for one in ratios(by_name, ours, theirs, allocator):
+            found.append(one)
+            if allocator in floors and one.metric == f"ratio of {SPEED}":
+                found.append(replace(one, metric="at least", values=(floors[allocator],)))
+    return found

@@ -57,9 +57,8 @@ class Scorer:
     served: str | None = "reward_model"  # the served reward's name; None: there is none
     rewards: Mapping[str, RewardConfig] = field(default_factory=dict[str, RewardConfig])
     give_up: Callable[[], bool] = lambda: False  # asked on rank 0 while it waits for a server
-    with_reference: bool = (
-        False  # whether the initial policy is asked; else the policy as it is stands for it
-    )
+    # whether the initial policy is asked; else the policy as it is stands for it
+    with_reference: bool = False
     # is asked in the initial policy's place; without rewards, a response's is the mean over its tokens of the teacher's
     # log-prob less the policy's
     teacher: TeacherInterface | None = None

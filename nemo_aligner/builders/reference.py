@@ -172,7 +172,6 @@ def _source(run: Experiment, pretrained: Pretrained[GPTPolicy]) -> dict[str, obj
     if run.identity is None:
         return {}
     model = run.identity.settings["model"]
-    own = {
-        name: model.get(name) for name in ("data", "peft", "seed", "answer_only_loss")
-    }  # the seed draws adapters
+    # The seed draws new adapters.
+    own = {name: model.get(name) for name in ("data", "peft", "seed", "answer_only_loss")}
     return {"model": run.identity.base_model, "config": pretrained.config, **own}

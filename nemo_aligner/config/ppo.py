@@ -12,7 +12,7 @@ from nemo_aligner.data.config import DataSpecConfig
 from nemo_aligner.data.first_rows import check_prompt_rows
 from nemo_aligner.errors import UserError
 from nemo_aligner.models.gpt.learning_rate import OptimConfig, SchedConfig
-from nemo_aligner.objectives.config import GROUPED
+from nemo_aligner.objectives.config import CRITIC_FREE, GROUPED
 from nemo_aligner.run.experiment import CheckpointCallbackConfig, ExperimentConfig
 
 _NO_TIME = ("{key}={value}: must be > 0 seconds", "set {key} above 0 seconds")
@@ -226,7 +226,7 @@ class ActorJob(PretrainedJob):
         if config.asks_critic:
             raise UserError(
                 f"{named} asks a critic, and remote_critic_rm is null",
-                fix=f"set trainer.ppo.advantage_estimator to one of {', '.join((*GROUPED[:-1], 'reinforce'))}, or "
+                fix=f"set trainer.ppo.advantage_estimator to one of {', '.join(CRITIC_FREE)}, or "
                 "leave remote_critic_rm and start serve_ppo_critic.py",
             )
         if config.served_reward is not None:

@@ -15,7 +15,9 @@ Estimator = Literal["gae", "group", "leave_one_out", "reinforce", "best_of_n", "
 Divergence = Literal["fwd_kl", "bwd_kl", "js"]
 # Estimators that compare the responses to one prompt.
 GROUPED: tuple[Estimator, ...] = ("group", "leave_one_out", "best_of_n", "pairs")
-_BY_REWARDS: tuple[Estimator, ...] = ("gae", "reinforce", "group", "leave_one_out", "best_of_n")
+# Estimators of rewards that ask no critic.
+CRITIC_FREE: tuple[Estimator, ...] = ("group", "leave_one_out", "best_of_n", "reinforce")
+_BY_REWARDS: tuple[Estimator, ...] = ("gae", *CRITIC_FREE)
 _ABOVE_0_OR_NULL = "more than 0, or null"
 _NOT_POSITIVE = ("{key}={value} is not positive", "set it to {range}")
 _NEGATIVE = ("{key}={value} is negative", "set {key} to {range}")
