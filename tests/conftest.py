@@ -8,6 +8,9 @@ from dataclasses import dataclass, field
 
 import pytest
 
+# Their assertions show exit codes and values, as those of tests do.
+pytest.register_assert_rewrite("tests.functional.ppo_pair", "tests.functional.run_folder")
+
 
 @dataclass
 class _File:

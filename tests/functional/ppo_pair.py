@@ -72,7 +72,7 @@ class Pair:
     def run(self):
         """Both, to the end; the actor's job."""
         critic, actor = self.start_critic(), self.start_actor()
-        assert actor.wait(timeout=LONG) == 0, actor.err[-3000:] + critic.err[-3000:]
+        assert actor.wait(timeout=LONG) == 0, critic.err[-3000:] + actor.err[-3000:]
         assert critic.wait(timeout=60) == 0, critic.err[-3000:]
         return actor
 
