@@ -231,7 +231,7 @@ def loaded(case: Case, weights: Path) -> GPTLearner:
     learner = GPTPolicy(model) if head is None else GPTCritic(model, head=head)
     optim = OptimConfig(
         lr=3e-4,
-        eps=1e-6,  # at 1e-8 Adam makes whole steps of what a gradient near 0 rounds to
+        eps=1e-4,  # at 1e-8 Adam makes whole steps of what a gradient near 0 rounds to
         sched=SchedConfig(name="constant", warmup_steps=0),
         overlap_grad_sync=case.overlap,
         overlap_param_sync=case.overlap,
