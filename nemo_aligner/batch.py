@@ -17,7 +17,7 @@ import zlib
 from array import array
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields, replace
-from typing import Any, ClassVar, Self, TypeVar
+from typing import ClassVar, Self, TypeVar
 
 import torch
 from torch import Tensor
@@ -105,6 +105,11 @@ class TokenBatch:
         return total.index_add(
             0, self.sequence_ids().reshape(-1), torch.where(self.loss_tokens(), x, 0).reshape(-1)
         )
+
+    def real_tokens(self) -> Tensor:
+        """[B, S] bool: the tokens of sequences, without padding."""
+        ends = self.lengths[:, None] if self.cu_seqlens is None else self.cu_seqlens[-1]
+        return torch.arange(self.seq_length, device=ends.device)[None] < ends
 
     def loss_tokens(self) -> Tensor:
         """[B, S] bool: those that ``loss_mask`` marks, but the first token of every sequence."""
@@ -326,9 +331,10 @@ class Prompt:
     max_length: int | None = None  # tokens of the response; None: as many as the sampler allows
 
     @classmethod
-    def by_content(cls, tokens: Sequence[int], **given: Any) -> "Prompt":  # noqa: ANN401 - other fields
+    def by_content(cls, tokens: Sequence[int], *, sample: int = 0, max_length: int | None = None) -> "Prompt":
         """A prompt whose number, and so whose draws, follow from its tokens alone, wherever it stands."""
-        return cls(tokens=tokens, number=zlib.crc32(array("q", tokens).tobytes()), **given)
+        number = zlib.crc32(array("q", tokens).tobytes())
+        return cls(tokens=tokens, number=number, sample=sample, max_length=max_length)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -46,6 +46,7 @@ class Judge:
 
     policy: AlignableGenerativeInterface
     config: JudgeConfig
+    block: str  # the section of its settings, to name in errors
     template: str  # with {prompt} and {response}
     encode: Callable[[str], list[int]]  # a question to the tokens that an answer follows
     decode: Callable[[Sequence[int]], str]
@@ -80,21 +81,22 @@ class Judge:
                 [prompt for several in asked for prompt in several], self._sampling(), slots=self.slots
             )
         each = self.config.evaluations
-        scores = [self._read(self.decode(written.response(i))) for i in range(len(rows) * each)]
+        scores = [read_score(self.config, self.decode(written.response(i))) for i in range(len(rows) * each)]
         mine = {row: scores[each * place : each * (place + 1)] for place, row in enumerate(rows)}
         every = collectives.merged_over_data_parallel(mine)
         self._report([score for several in every.values() for score in several])
-        return torch.tensor([self._mean(every[row]) for row in range(rollout.num_rows)], dtype=torch.float32)
+        rewards = [mean_score(self.config, every[row]) for row in range(rollout.num_rows)]
+        return torch.tensor(rewards, dtype=torch.float32)
 
     def _check_room(self, longest: int) -> None:
         """Raise NotFinite on every rank if the longest question of some rank leaves too few positions."""
         (most,) = collectives.all_reduce_max([longest])
         if most + self.config.max_length > self.positions:
             error = UserError(
-                f"a question to the judge has {int(most)} tokens, its answer up to judge.max_length="
+                f"a question to the judge has {int(most)} tokens, its answer up to {self.block}.max_length="
                 f"{self.config.max_length}, and the model has {self.positions} positions for both",
-                fix="give a shorter judge.template, or set judge.max_length or model.ppo.length_params.max_length "
-                "lower",
+                fix=f"give a shorter {self.block}.template, or set {self.block}.max_length or "
+                "model.ppo.length_params.max_length lower",
             )
             raise NotFinite(error)
 
@@ -110,25 +112,10 @@ class Judge:
             seed=self.seed,
         )
 
-    def _read(self, evaluation: str) -> float | None:
-        """The last score in a text, in range or not; None if there is none."""
-        found = re.findall(self.config.pattern, evaluation)
-        try:
-            return float(found[-1])
-        except (IndexError, ValueError):
-            return None
-
-    def _fits(self, score: float) -> bool:
-        return self.config.low <= score <= self.config.high
-
-    def _mean(self, scores: Sequence[float | None]) -> float:
-        known = [score for score in scores if score is not None and self._fits(score)]
-        return sum(known) / len(known) if known else self.config.low
-
     def _report(self, scores: Sequence[float | None]) -> None:
         """Warn if much of what the judge writes is left out."""
         unread = sum(score is None for score in scores)
-        outside = sum(score is not None and not self._fits(score) for score in scores)
+        outside = sum(score is not None and not _fits(self.config, score) for score in scores)
         if (2 * unread > len(scores) or 10 * outside > len(scores)) and world.is_logging_rank():
             logger.warning(
                 "of %d evaluations %d have no score, and %d one that is not from %g to %g: look at the judge's "
@@ -167,3 +154,22 @@ def read_template(path: str | None, *, setting: str) -> str:
             f"{setting}={path} has no {missing[0]}", fix=f"write {missing[0]} where that text belongs"
         )
     return text
+
+
+def read_score(config: JudgeConfig, evaluation: str) -> float | None:
+    """The last score in a text, in range or not; None if there is none."""
+    found = re.findall(config.pattern, evaluation)
+    try:
+        return float(found[-1])
+    except (IndexError, ValueError):
+        return None
+
+
+def mean_score(config: JudgeConfig, scores: Sequence[float | None]) -> float:
+    """The mean of those in range; the lowest score if there are none."""
+    known = [score for score in scores if score is not None and _fits(config, score)]
+    return sum(known) / len(known) if known else config.low
+
+
+def _fits(config: JudgeConfig, score: float) -> bool:
+    return config.low <= score <= config.high

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Online learning (PPO, GRPO, RLOO, REINFORCE, rejection sampling, distillation): sample, score, credit, update.
+"""Online learning (PPO, GRPO, RLOO, rejection sampling, distillation, DPO): sample, score, credit, update.
 
 Sees models through their interfaces, and the critic's job through its link; where the estimator needs no critic there
 is none.
@@ -171,7 +171,7 @@ class PPOTrainer:
         coefficient = self.kl.coefficient
         scaling = update_reward_scaling(self.scaling, scored, self.config, kl_coefficient=coefficient)
         found = credit(scored, self.config, kl_coefficient=coefficient, scaling=scaling)
-        fix = "look at the reward model; set trainer.ppo.reward_clip, or trainer.ppo.scale_rewards=True"
+        fix = "look at the rewards; set trainer.ppo.reward_clip, or trainer.ppo.scale_rewards=True"
         check_finite({"advantages": found.advantages, "returns": found.returns}, most=MAX_RETURN, fix=fix)
         return found, scaling
 

@@ -10,7 +10,7 @@ from nemo_aligner.bounds import bounded, check_bounds
 from nemo_aligner.data.config import unescape
 from nemo_aligner.errors import UserError
 from nemo_aligner.models.sampling_config import DrawConfig, SamplingConfig
-from nemo_aligner.objectives.config import CreditConfig, PolicyConfig
+from nemo_aligner.objectives.config import REWARDED, CreditConfig, PolicyConfig
 from nemo_aligner.paths import PathText
 from nemo_aligner.run.schedule import LoopConfig
 
@@ -32,8 +32,8 @@ class JudgeConfig:
     low: float = 0.0  # the lowest score, and the reward where no evaluation has one
     high: float = 5.0  # the highest; a number outside is none
 
-    def __post_init__(self) -> None:
-        block = "trainer.ppo.rewards.NAME.judge"
+    def check(self, block: str) -> None:
+        """Raise UserError for values without a valid judge; ``block`` is their section."""
         check_bounds(self, block)
         try:
             groups = re.compile(self.pattern).groups
@@ -50,7 +50,7 @@ class JudgeConfig:
         if self.low >= self.high:
             raise UserError(
                 f"{block}.low={self.low} is not below {block}.high={self.high}",
-                fix="set judge.high above judge.low",
+                fix=f"set {block}.high above {block}.low",
             )
 
 
@@ -94,7 +94,7 @@ class PPOConfig(CreditConfig, LoopConfig):
     def served_reward(self) -> str | None:
         """The name of the reward that a reward model in another job gives; None: none does."""
         if not self.rewards:
-            return None if self.advantage_estimator == "teacher" else "reward_model"
+            return "reward_model" if self.advantage_estimator in REWARDED else None
         return next((name for name, reward in self.rewards.items() if reward.is_served), None)
 
     def check(self, block: str) -> None:
@@ -113,6 +113,8 @@ class PPOConfig(CreditConfig, LoopConfig):
                 fix=f"set {block}.critic_warmup_steps=0, or {block}.advantage_estimator=gae",
             )
         for name, reward in self.rewards.items():
+            if reward.judge is not None:
+                reward.judge.check(f"{block}.rewards.{name}.judge")
             if reward.function is not None and reward.judge is not None:
                 raise UserError(
                     f"{block}.rewards.{name} has a function and a judge", fix="give each a name of its own"

@@ -174,7 +174,8 @@ class RunLifecycle:
         reason = signal.Signals(number).name if number else "exp_manager.max_time_per_run"
         if self.checkpoints is None:
             return StoppedEarly(
-                f"stopped after step {step} by {reason}; nothing is saved: create_checkpoint_callback=False",
+                f"stopped after step {step} by {reason}; nothing is saved: "
+                "exp_manager.create_checkpoint_callback=False",
                 reason=reason,
                 exit_code=128 + number if number else 0,
             )

@@ -15,8 +15,7 @@ from nemo_aligner.algorithms.skips import check_finite
 from nemo_aligner.batch import Rollout, ScoredRollout
 from nemo_aligner.data.row import Row
 from nemo_aligner.models.alignable_interface import AlignableGenerativeInterface, TeacherInterface
-from nemo_aligner.objectives.credit import teacher_advantages
-from nemo_aligner.objectives.reduce import masked_mean
+from nemo_aligner.objectives.credit import teacher_rewards
 from nemo_aligner.run.stopwatch import Stopwatch
 from nemo_aligner.serving.proxies import CriticProxy, PendingReply, RewardProxy
 
@@ -94,8 +93,7 @@ class Scorer:
         fix = "set model.optim.lr lower; with trainer.precision=16 try bf16 or 32"
         check_finite(known, fix=fix)
         if self.teacher is not None and not scores.by_name:
-            apart = masked_mean(teacher_advantages(own, reference), responses, dim=1)
-            scores = replace(scores, rewards=apart)
+            scores = replace(scores, rewards=teacher_rewards(own, reference, responses))
         scored = rollout.extended(
             ScoredRollout,
             logprobs=torch.where(responses, own, 0),

@@ -40,9 +40,8 @@ class SupervisedData:
     annotate: Annotate = list  # puts on batches, without gradients, what the loss needs from another model
     # called on every rank with the number of each step, from 1
     before_step: Callable[[int], None] = lambda _: None
-    validated: Objective | None = (
-        None  # of validation's batches, as they are; None: the training's, annotated
-    )
+    # of validation's batches, as they are; None: the training's, annotated
+    validated: Objective | None = None
     responses: ValidationResponses | None = None  # that are generated after each validation
 
 
@@ -54,7 +53,7 @@ class SupervisedState:
 
 
 class SupervisedTrainer:
-    """Trains ``model`` on ``objective`` (supervised fine-tuning, reward models, DPO, KTO, distillation).
+    """Trains ``model`` on ``objective`` (supervised fine-tuning, reward models, DPO, KTO, SPIN, distillation).
 
     Args:
         checkpoints: where to save while training; None: nowhere.

@@ -53,6 +53,9 @@ def train_actor(job: ActorJob, objective: OnlineObjective | None = None) -> None
     """
     with open_experiment(job) as run:
         start = resume_point(job, run)
+        if idle := job.trainer.ppo.idle:
+            keys = ", ".join(f"trainer.ppo.{name}" for name in idle)
+            logger.warning("without effect, as trainer.ppo.initial_policy_kl_penalty is 0: %s", keys)
         pretrained = load_actor(job, start)
         objective = objective or actor_objective(job)
         if job.teacher is not None:
@@ -265,6 +268,7 @@ def _judge(job: ActorJob, pretrained: Pretrained[GPTPolicy], config: JudgeConfig
     return Judge(
         policy=pretrained.learner,
         config=config,
+        block=setting,
         template=read_template(config.template, setting=f"{setting}.template"),
         encode=encode,
         decode=tokenizer.decode,

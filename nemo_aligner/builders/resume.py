@@ -147,7 +147,9 @@ def quick_digest(named: str) -> str:
 def _compare(job: TrainingJob, start: Checkpoint, identity: RunIdentity) -> None:
     """List what is another setting than it was when ``start`` was written; refuse what makes it another run."""
     before, (key, base) = read_settings(start.path), job.pretrained
-    found = [] if before is None else changes(before, identity.settings, asked=asked_keys())
+    found = (
+        [] if before is None else changes(before, identity.settings, asked=asked_keys(), own=job.resume_rules)
+    )
     if before is None:
         logger.info("%s was written without its settings: what has changed since is not known", start.path)
     for change in found:

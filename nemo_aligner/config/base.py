@@ -4,10 +4,11 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from nemo_aligner.bounds import check_bounds, only
 from nemo_aligner.checkpoint.sources import peek_model
+from nemo_aligner.config.resume import Rule
 from nemo_aligner.errors import UserError
 from nemo_aligner.models.gpt.config import GPTConfig, precision_name
 from nemo_aligner.models.gpt.learning_rate import OptimConfig
@@ -165,6 +166,9 @@ class ModelJob:
 @dataclass(frozen=True, kw_only=True)
 class TrainingJob(ModelJob):
     """All settings of a script that trains."""
+
+    # of settings that change on resume, before those of config/resume.py
+    resume_rules: ClassVar[tuple[Rule, ...]] = ()
 
     exp_manager: ExperimentConfig = field(default_factory=ExperimentConfig)  # what is written, and where
     name: str  # the run's name

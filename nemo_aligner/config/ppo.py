@@ -4,6 +4,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from typing import ClassVar
 
 from nemo_aligner.algorithms.ppo_config import PPOConfig, RolloutConfig
 from nemo_aligner.bounds import bounded, only
@@ -12,10 +13,13 @@ from nemo_aligner.data.config import DataSpecConfig
 from nemo_aligner.data.first_rows import check_prompt_rows
 from nemo_aligner.errors import UserError
 from nemo_aligner.models.gpt.learning_rate import OptimConfig, SchedConfig
-from nemo_aligner.objectives.config import CRITIC_FREE, GROUPED
+from nemo_aligner.objectives.config import BY_REWARDS, CRITIC_FREE, GROUPED, Estimator
 from nemo_aligner.run.experiment import CheckpointCallbackConfig, ExperimentConfig
 
 _NO_TIME = ("{key}={value}: must be > 0 seconds", "set {key} above 0 seconds")
+
+# Where estimators are at home that one job alone has what they need for.
+_SCRIPTS = {"teacher": "train_gpt_on_policy_distillation.py", "pairs": "train_gpt_online_dpo.py"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -146,6 +150,8 @@ class ActorJob(PretrainedJob):
     remote_critic_rm: RemoteConfig | None = field(default_factory=RemoteConfig)
     name: str = "megatron_gpt_ppo_actor"
 
+    own_estimator: ClassVar[Estimator | None] = None  # the one that only this job has what it needs for
+
     @property
     def files(self) -> Mapping[str, Sequence[str]]:
         """See TrainingJob."""
@@ -214,12 +220,11 @@ class ActorJob(PretrainedJob):
                 f"trainer.ppo.top_n={config.top_n} leaves none of model.ppo.num_responses_per_prompt={responses} out",
                 fix=f"set trainer.ppo.top_n to {responses - 1} or less",
             )
-        own = {"teacher": self.teacher is not None, "pairs": self.rollout_rows[1] == "pairs"}
-        if not own.get(config.advantage_estimator, True):
-            script = {"teacher": "train_gpt_on_policy_distillation.py", "pairs": "train_gpt_online_dpo.py"}
+        if config.advantage_estimator not in (*BY_REWARDS, self.own_estimator):
             raise UserError(
                 f"{named} is that of another script",
-                fix=f"run {script[config.advantage_estimator]}, or set trainer.ppo.advantage_estimator to another one",
+                fix=f"run {_SCRIPTS[config.advantage_estimator]}, or set trainer.ppo.advantage_estimator to one of "
+                f"{', '.join(BY_REWARDS)}",
             )
         if self.remote_critic_rm is not None:
             return

@@ -2,7 +2,7 @@
 """Rules for settings that change on resume. The table has every key of every job that trains."""
 
 import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any, Literal
@@ -13,6 +13,7 @@ from nemo_aligner.models.gpt.config import ARCHITECTURE_KEYS
 # asked: the numbers change; it is listed if the command line gives the key, and refused if not.
 # fixed: another run; it is refused.
 Effect = Literal["free", "asked", "fixed"]
+Rule = tuple[str, Effect, str]  # (pattern, effect, reason); "*" takes dots, too
 
 _LENGTH = "how long the run is and when it writes; what is done stays as it is"
 _LAYOUT = "the same sums on other ranks or in other parts"
@@ -29,8 +30,8 @@ _DRAWS = "the rows and responses of a step follow from it"
 _NETWORK = "the network and its arithmetic"
 _INERT = "has one meaning only, or repeats another key"
 
-# (pattern, effect, reason); the first pattern that a key fits says it. "*" takes dots, too.
-RULES: tuple[tuple[str, Effect, str], ...] = (
+# The first pattern that a key fits says it.
+RULES: tuple[Rule, ...] = (
     ("name", "free", "a name"),
     ("exp_manager.*", "free", _LENGTH),
     ("trainer.num_nodes", "free", _LAYOUT),
@@ -38,7 +39,6 @@ RULES: tuple[tuple[str, Effect, str], ...] = (
     ("trainer.collective_timeout", "free", _ADDRESS),
     ("trainer.max_time", "free", _LENGTH),
     ("trainer.precision", "fixed", _NETWORK),
-    ("trainer.spin.max_epochs", "fixed", "the steps of an iteration follow from it"),
     ("trainer.*.max_epochs", "free", _LENGTH),
     ("trainer.*.max_iterations", "free", _LENGTH),
     ("trainer.*.max_steps", "free", _LENGTH),
@@ -141,9 +141,9 @@ def _plain(value: Any) -> Any:  # noqa: ANN401
     return [_plain(one) for one in value] if isinstance(value, list | tuple) else value
 
 
-def rule_for(key: str) -> tuple[str, Effect, str] | None:
-    """The rule that a key falls under."""
-    return next((rule for rule in RULES if fnmatchcase(key, rule[0])), None)
+def rule_for(key: str, own: Sequence[Rule] = ()) -> Rule | None:
+    """The rule that a key falls under, one of the job's ``own`` before those of all jobs."""
+    return next((rule for rule in (*own, *RULES) if fnmatchcase(key, rule[0])), None)
 
 
 def flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -161,7 +161,9 @@ def flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return found
 
 
-def changes(before: Mapping[str, Any], now: Mapping[str, Any], *, asked: Iterable[str]) -> list[Change]:
+def changes(
+    before: Mapping[str, Any], now: Mapping[str, Any], *, asked: Iterable[str], own: Sequence[Rule] = ()
+) -> list[Change]:
     """The settings that have changed.
 
     A key that only one side has is one that the other side's release does not know. Keys of the architecture stand only
@@ -169,6 +171,7 @@ def changes(before: Mapping[str, Any], now: Mapping[str, Any], *, asked: Iterabl
 
     Args:
         asked: keys that the command line gives; a key of a block stands for all below it.
+        own: the job's own rules.
     """
     old, new = flat(before), flat(now)
     both = [key for key in {**old, **new} if (key in old and key in new) or _is_architecture(key)]
@@ -176,7 +179,7 @@ def changes(before: Mapping[str, Any], now: Mapping[str, Any], *, asked: Iterabl
     found = []
     for key in both:
         if old.get(key) != new.get(key):
-            rule = rule_for(key)
+            rule = rule_for(key, own)
             effect = rule[1] if rule else "fixed"
             is_asked = any(key == one or key.startswith(f"{one}.") for one in prefixes)
             refused = effect == "fixed" or (effect == "asked" and not is_asked)

@@ -17,7 +17,9 @@ Divergence = Literal["fwd_kl", "bwd_kl", "js"]
 GROUPED: tuple[Estimator, ...] = ("group", "leave_one_out", "best_of_n", "pairs")
 # Estimators of rewards that ask no critic.
 CRITIC_FREE: tuple[Estimator, ...] = ("group", "leave_one_out", "best_of_n", "reinforce")
-_BY_REWARDS: tuple[Estimator, ...] = ("gae", *CRITIC_FREE)
+BY_REWARDS: tuple[Estimator, ...] = ("gae", *CRITIC_FREE)
+# Estimators that need rewards: those, and pairs of the best and the worst response.
+REWARDED: tuple[Estimator, ...] = (*BY_REWARDS, "pairs")
 _ABOVE_0_OR_NULL = "more than 0, or null"
 _NOT_POSITIVE = ("{key}={value} is not positive", "set it to {range}")
 _NEGATIVE = ("{key}={value} is negative", "set {key} to {range}")
@@ -165,15 +167,22 @@ class CreditConfig:
     scaled_reward_clip: float | None = bounded(None, above=0, to=_ABOVE_0_OR_NULL)
     mask_unfinished: bool = True  # the policy learns nothing from responses that the length limit cut
 
+    # what a penalty of KL reads, and nothing else does
+    of_penalty: ClassVar[tuple[str, ...]] = (
+        "use_absolute_kl",
+        "kl_estimator",
+        "kl_placement",
+        "adaptive_kl_horizon",
+    )
     # {setting: the estimators that read it}; with another one it must keep its default
     of_estimators: ClassVar[Mapping[str, tuple[Estimator, ...]]] = {
         "group_std": ("group",),
         "top_n": ("best_of_n",),
         "discount_factor": ("gae", "reinforce"),
         "gae_lambda": ("gae",),
-        "reward_clip": _BY_REWARDS,
-        "scale_rewards": _BY_REWARDS,
-        "normalize_advantages": (*_BY_REWARDS, "teacher"),
+        "reward_clip": BY_REWARDS,
+        "scale_rewards": BY_REWARDS,
+        "normalize_advantages": (*BY_REWARDS, "teacher"),
     }
 
     @property
@@ -187,6 +196,15 @@ class CreditConfig:
         if self.normalize_advantages is None:
             return self.advantage_estimator in ("gae", "reinforce")
         return self.normalize_advantages
+
+    @property
+    def idle(self) -> list[str]:
+        """The settings that are not as usual, and without effect as there is no penalty of KL."""
+        usual = {name: self.__dataclass_fields__[name].default for name in self.of_penalty}
+        given = {name: getattr(self, name) for name in self.of_penalty}
+        return (
+            [] if self.initial_policy_kl_penalty else [name for name in given if given[name] != usual[name]]
+        )
 
     def check(self, block: str) -> None:
         """Raise UserError for values out of range. ``block`` is their section, as in ``trainer.ppo``."""
@@ -212,7 +230,7 @@ class CreditConfig:
     def _check_read(self, block: str) -> None:
         """Raise UserError for a setting that the estimator does not read and that is not as usual."""
         penalty, estimator = self.initial_policy_kl_penalty, self.advantage_estimator
-        if penalty and estimator not in _BY_REWARDS:
+        if penalty and estimator not in BY_REWARDS:
             raise UserError(
                 f"{block}.initial_policy_kl_penalty={penalty} has no effect with "
                 f"{block}.advantage_estimator={estimator}",

@@ -164,6 +164,14 @@ def teacher_advantages(logprobs: Tensor, teacher: Tensor) -> Tensor:
     return -kl_k1(logprobs, teacher)
 
 
+def teacher_rewards(logprobs: Tensor, teacher: Tensor, responses: Tensor) -> Tensor:
+    """Return [B], of each response the mean of its tokens' :func:`teacher_advantages`; of an empty one 0.
+
+    responses: [B, S] bool, the responses' tokens.
+    """
+    return masked_mean(teacher_advantages(logprobs, teacher), responses, dim=1)
+
+
 def _group_means(rewards: Tensor, group: Tensor) -> tuple[Tensor, Tensor]:
     """Return ([G] float64 the size of each group, [G] float64 its mean), by the group's number."""
     count = torch.bincount(group).double()

@@ -66,7 +66,7 @@ class PolicyGradient:
         return frozenset({Wants.LOGPROBS, Wants.ENTROPY} if self.config.entropy_bonus else {Wants.LOGPROBS})
 
     def __call__(self, output: ModelOutput, batch: TokenBatch) -> tuple[Tensor, Metrics]:
-        """The summed loss, and per loss token (what is a part of the loss: per unit of the loss):
+        """The summed loss; and per loss token, the terms of the loss per unit of it:
 
         - "ppo_ratio", "ppo_ratio_clamped": new to old probability, as it is and within its range;
         - "clip_fraction": how often the clip binds: the clipped side of the surrogate is the larger loss, as TRL, verl,

@@ -25,6 +25,7 @@ def best_and_worst(rewards: Tensor, group: Tensor, usable: Tensor) -> tuple[Tens
     pairs: list[tuple[int, int]] = []
     for number in sorted({int(number) for number in group}):
         rows = torch.nonzero(group == number).flatten()
+        # Without usable responses, one is paired with itself: such a pair has no loss.
         rows = rows[usable[rows]] if usable[rows].any() else rows[:1]
         pairs.append((int(rows[rewards[rows].argmax()]), int(rows[rewards[rows].argmin()])))
     found = torch.tensor(pairs)

@@ -61,7 +61,7 @@ CUDA: tuple[tuple[str, Any, str], ...] = (
     ("random", types.SimpleNamespace(get_rng_state=get_rng_state), "tensor_parallel.random"),
 )
 
-# Factories that megatron-core of both series calls with device="cuda".
+# Factories that megatron-core of both series calls with device="cuda", as in buffers of layers and gradients.
 FACTORIES = ("empty", "zeros", "ones", "full", "tensor", "arange", "empty_like", "zeros_like", "ones_like")
 
 # Modules of megatron-core that are empty where triton is missing: (module, names asked of it, series, reason).

@@ -50,7 +50,7 @@ def product(x: Tensor, weight: Tensor) -> Tensor:
     fp32_cpu = x.device.type == "cpu" and x.dtype == torch.float32
     few_shapes = x.shape[0] % (ONEDNN_ROWS if x.shape[0] <= CPU_ROWS else ONEDNN_MANY_ROWS) == 0
     if fp32_cpu and few_shapes and x.shape[0] > 0 and x.shape[1] > 0 and torch.backends.mkldnn.is_available():
-        # oneDNN; torch.mm goes to MKL, which on processors that are not Intel's is a tenth slower.
+        # torch.mm goes to MKL, which is slow on processors that are not Intel's.
         return torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
     return x @ weight.t()
 

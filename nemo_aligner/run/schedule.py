@@ -147,9 +147,10 @@ def make_plan(
     total, set_by = _length(config, steps_per_epoch)
     if total == 0:
         raise UserError(
-            f"the run would do no step: max_epochs={config.max_epochs}, max_steps={config.max_steps}, "
-            f"limit_train_batches={limit_train} of {batches_per_epoch} batches an epoch",
-            fix="set max_epochs to 1 or more, max_steps to -1 and limit_train_batches to 1.0",
+            f"the run would do no step: {config.block}.max_epochs={config.max_epochs}, {config.block}.max_steps="
+            f"{config.max_steps}, {config.block}.limit_train_batches={limit_train} of {batches_per_epoch} batches an "
+            "epoch",
+            fix=f"set {config.block}.max_epochs to 1 or more, max_steps to -1 and limit_train_batches to 1.0",
         )
     return Plan(
         steps_per_epoch=steps_per_epoch,

@@ -98,7 +98,7 @@ def test_the_policy_is_its_own_judge(asked: Callable, run: Callable, tmp_path: P
 def test_a_question_that_the_model_has_no_room_for_is_refused(asked: Callable, run: Callable):
     job = run(asked("run", **{"trainer.ppo.rewards.self.judge": "{}"}), command=[ONLINE_DPO])
     assert job.process.returncode == 2
-    assert "give a shorter judge.template" in job.err
+    assert "give a shorter trainer.ppo.rewards.self.judge.template" in job.err
 
 
 @pytest.mark.parametrize(

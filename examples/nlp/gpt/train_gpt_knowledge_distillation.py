@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Knowledge distillation: a language model learns what a larger one holds likely, beside the texts themselves.
+"""Knowledge distillation: a language model learns what another one holds likely, beside the texts themselves.
 
 python examples/nlp/gpt/train_gpt_knowledge_distillation.py model.restore_from_path=student.nemo \
     model.knowledge_distillation.teacher=teacher.nemo \

@@ -22,7 +22,7 @@ from nemo_aligner.launch.script import script
 from nemo_aligner.models.gpt.learning_rate import OptimConfig, SchedConfig
 from nemo_aligner.objectives.config import DPOConfig
 
-_NO_RATIO = "it shapes a loss by ratios, which pairs do not have, and"
+_NO_RATIO = "a loss by ratios, which pairs lack,"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,6 +69,8 @@ class OnlineDPOModelConfig(ActorModelConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class OnlineDPOJob(ActorJob):
+    own_estimator = "pairs"
+
     model: OnlineDPOModelConfig
     trainer: OnlineDPOTrainerConfig = field(default_factory=OnlineDPOTrainerConfig)
     remote_critic_rm: RemoteConfig | None = None

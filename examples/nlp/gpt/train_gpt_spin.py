@@ -50,11 +50,14 @@ class SPINLoopConfig(SupervisedConfig):
     max_epochs: int | None = bounded(1, at_least=1)
 
     @property
+    def epochs(self) -> int:
+        """Passes of one iteration."""
+        return self.max_epochs or 1
+
+    @property
     def passes(self) -> tuple[int, str]:
         """See LoopConfig; those of all iterations."""
-        return (
-            self.max_epochs or 1
-        ) * self.max_iterations, f"{self.block}.max_iterations={self.max_iterations}"
+        return self.epochs * self.max_iterations, f"{self.block}.max_iterations={self.max_iterations}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,6 +83,8 @@ class SPINModelConfig(SFTModelConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class SPINJob(TextJob):
+    resume_rules = (("trainer.spin.max_epochs", "fixed", "the steps of an iteration follow from it"),)
+
     model: SPINModelConfig
     trainer: SPINTrainerConfig = field(default_factory=SPINTrainerConfig)
     name: str = "megatron_gpt_spin"
@@ -98,9 +103,8 @@ def main(job: SPINJob) -> None:
         pretrained = builders.load_policy(job)
         data = builders.sft_loaders(job, pretrained)
         epoch = limited(data.train.batches_per_epoch, loop.limit_train_batches)
-        renew_every = epoch * (loop.max_epochs or 1)
         data = builders.with_own_responses(
-            run, pretrained, start, data, settings, seed=job.model.seed, renew_every=renew_every
+            run, pretrained, start, data, settings, seed=job.model.seed, renew_every=epoch * loop.epochs
         )
         objective = DPO(DPOConfig(ref_policy_kl_penalty=settings.ref_policy_kl_penalty))
         trainer = builders.supervised_trainer(job, run, pretrained, objective, data)

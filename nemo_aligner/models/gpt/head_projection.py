@@ -146,11 +146,9 @@ def _scalar_outputs(
 
 def _averages(hidden: Tensor, batch: TokenBatch) -> Tensor:
     """[S, B, H] -> [N, H]: the mean over each sequence's tokens."""
-    real = torch.arange(batch.seq_length, device=hidden.device)[None]
-    real = real < (batch.lengths[:, None] if batch.cu_seqlens is None else batch.cu_seqlens[-1])
     # Sums of half precision stop growing at some hundred tokens.
     total = hidden.new_zeros(batch.lengths.numel(), hidden.shape[-1], dtype=torch.float32)
-    flat = (hidden.transpose(0, 1) * real[..., None]).reshape(-1, hidden.shape[-1]).float()
+    flat = (hidden.transpose(0, 1) * batch.real_tokens()[..., None]).reshape(-1, hidden.shape[-1]).float()
     total = total.index_add(0, batch.sequence_ids().reshape(-1), flat)
     return (total / batch.lengths[:, None]).to(hidden.dtype)
 

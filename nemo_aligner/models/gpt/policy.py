@@ -61,8 +61,7 @@ class GPTPolicy(GPTLearner):
         See :class:`~nemo_aligner.models.alignable_interface.AlignableGenerativeInterface`.
         """
         if sampling is None and not loss_tokens_only:
-            ends = batch.lengths[:, None] if batch.cu_seqlens is None else batch.cu_seqlens[-1]
-            batch = replace(batch, loss_mask=torch.arange(batch.seq_length, device=ends.device)[None] < ends)
+            batch = replace(batch, loss_mask=batch.real_tokens())
         outputs = self._ask([batch], Wants.LOGPROBS, sampled=self._sampled(sampling))
         if not outputs:
             return torch.zeros(batch.tokens.shape, device=world.device())

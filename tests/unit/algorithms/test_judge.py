@@ -3,24 +3,9 @@
 
 import pytest
 
-from nemo_aligner.algorithms.judge import Judge, read_template
+from nemo_aligner.algorithms.judge import mean_score, read_score, read_template
 from nemo_aligner.algorithms.ppo_config import JudgeConfig
 from nemo_aligner.errors import UserError
-
-
-def judge(**changed: object) -> Judge:
-    return Judge(
-        policy=None,
-        config=JudgeConfig(**changed),
-        template="{prompt}{response}",
-        encode=list,
-        decode=str,
-        shown=str,
-        end_strings=(),
-        seed=0,
-        slots=1,
-        positions=8,
-    )
 
 
 @pytest.mark.parametrize(
@@ -35,12 +20,12 @@ def judge(**changed: object) -> Judge:
     ],
 )
 def test_the_last_score_of_an_evaluation_counts(evaluation: str, score: float | None):
-    assert judge()._read(evaluation) == score
+    assert read_score(JudgeConfig(), evaluation) == score
 
 
 def test_a_reward_is_the_mean_of_the_scores_there_are():
-    assert judge()._mean([4.0, None, 7.0, 1.0]) == 2.5, "7 is beyond the highest"
-    assert judge(low=1.0)._mean([None, None]) == 1.0
+    assert mean_score(JudgeConfig(), [4.0, None, 7.0, 1.0]) == 2.5, "7 is beyond the highest"
+    assert mean_score(JudgeConfig(low=1.0), [None, None]) == 1.0
 
 
 def test_a_template_names_both_texts(tmp_path):
@@ -61,4 +46,4 @@ def test_a_template_names_both_texts(tmp_path):
 )
 def test_what_cannot_judge_is_refused(changed: dict[str, object], problem: str):
     with pytest.raises(UserError, match=problem):
-        JudgeConfig(**changed)
+        JudgeConfig(**changed).check("judge")
