@@ -2,6 +2,7 @@
 """Adapters of a job's model: made, loaded, and written as PEFT's folder."""
 
 import logging
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,8 @@ from nemo_aligner.models.gpt.heads import HEAD_NAME
 from nemo_aligner.models.gpt.lora import add_adapters
 from nemo_aligner.models.gpt.model import GPT, InterleavedGPT
 from nemo_aligner.models.gpt.nf4 import NF4, quantize
+from nemo_aligner.models.gpt.peft_config import SHARED_FOLDER_VARIABLE
+from nemo_aligner.models.gpt.shared_weights import share_frozen
 from nemo_aligner.parallel import collectives, world
 from nemo_aligner.run.disk import report_if_full
 
@@ -41,8 +44,13 @@ def give_adapters(job: ModelJob, model: GPT | InterleavedGPT, config: dict[str, 
     add_adapters(model, lora, seed=job.model.seed)
     if path:
         load_model(model, PeftWeights(Path(path), config, lora), but=HEAD_NAME)
+    folder = os.environ.get(SHARED_FOLDER_VARIABLE)
+    shared = share_frozen(model, Path(folder)) if folder else None
     if world.is_logging_rank():
         logger.info("adapters: %.2f %% of this rank's weights are trained", 100 * _trained_share(model))
+        if shared:
+            total, found = (size / 2**20 for size in shared)
+            logger.info("frozen weights: %.1f MiB, %.1f of them in memory for another job too", total, found)
 
 
 def _trained_share(model: nn.Module) -> float:

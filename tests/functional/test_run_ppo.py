@@ -2,6 +2,7 @@
 """run_ppo.py: all jobs of a PPO run from one command, and what stays of them when it ends: nothing."""
 
 import json
+import re
 import signal
 import socket
 import time
@@ -115,6 +116,28 @@ def test_a_whole_run_with_the_reward_model_in_a_job_of_its_own(
     assert "Traceback" not in run.job.out
     assert run.port_is_free()
     assert run.temporary_files() == []
+
+
+def test_jobs_with_adapters_share_what_they_have_frozen(
+    begin: Callable[..., Running], nemo: Path, tmp_path: Path
+):
+    (tmp_path / "rules.py").write_text("def length(*, response, **_):\n    return float(len(response))\n")
+    lora = ("model.peft.peft_scheme=lora", "model.peft.lora_tuning.adapter_dim=4")
+    apart = "combine_rm_and_critic_server=False"
+    run = begin(
+        *(f"{job}.{word}" for job in ("actor", "critic") for word in lora),
+        f"critic.pretrained_checkpoint.restore_from_path={nemo}",
+        f"critic.trainer.ppo.{apart}",
+        f"actor.remote_critic_rm.{apart}",
+        "actor.trainer.ppo.rewards.length.function=rules.length",
+    )
+    in_memory = {path for path in shared_memory(run.wait_for("step 1/")) if "weights" in path}
+    assert run.job.wait(timeout=200) == 0, run.told
+    assert in_memory
+    assert not any(Path(path).parent.exists() for path in in_memory)
+    found = re.findall(r"frozen weights: ([\d.]+) MiB, ([\d.]+) of them", run.job.out)
+    (of_first, _), (_, of_second) = sorted(found, key=lambda sizes: float(sizes[1]))
+    assert float(of_first) >= float(of_second) > 0.5 * float(of_first) > 0
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP])

@@ -85,9 +85,12 @@ def test_results_do_not_depend_on_the_layout(play: Callable, run: Callable, tmp_
         assert ours == pytest.approx(theirs, rel=2e-4, abs=2e-5)
 
 
-def test_an_opponent_that_is_gone_is_named(play: Callable, run: Callable, tmp_path: Path):
+def test_what_cannot_go_on_is_refused(play: Callable, run: Callable, tmp_path: Path):
     asked = play("run", **{"trainer.spin.max_steps": 12})
     assert run(asked, command=[SPIN]).process.returncode == 0
+    job = run(asked | {"trainer.spin.max_steps": 14, "trainer.spin.max_epochs": 3}, command=[SPIN])
+    assert job.process.returncode == 2
+    assert "trainer.spin.max_epochs was 2, is 3" in job.err, "iterations would begin at other steps"
     shutil.rmtree(tmp_path / "run/references/1")
     job = run(asked | {"trainer.spin.max_steps": 14}, command=[SPIN])
     assert job.process.returncode == 2

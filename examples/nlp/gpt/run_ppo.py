@@ -14,6 +14,8 @@ job's name, and to output.log in the job's folder: exp_manager.explicit_log_dir,
 actor's folder. One job's bad end ends the others. Ctrl-C ends all within seconds; SIGTERM has the actor save and end,
 then the critic, and a second one does not wait. The same command goes on from there where
 actor.exp_manager.explicit_log_dir names the folder.
+
+On a CPU, jobs that train adapters (model.peft) share one copy of the weights that they have frozen alike.
 """
 
 import sys
@@ -22,6 +24,7 @@ from pathlib import Path
 from nemo_aligner.launch.cli import run_cli
 from nemo_aligner.launch.job_group import run_job_group
 from nemo_aligner.launch.ppo_jobs import plan_jobs
+from nemo_aligner.launch.shared_folder import shared_folder
 
 
 def main() -> None:
@@ -31,7 +34,8 @@ def main() -> None:
         print(__doc__)
         return
     actor, servers = plan_jobs(words, Path(__file__).resolve().parent)
-    sys.exit(run_job_group(actor, servers))
+    with shared_folder():
+        sys.exit(run_job_group(actor, servers))
 
 
 if __name__ == "__main__":

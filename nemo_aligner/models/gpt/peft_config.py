@@ -8,6 +8,9 @@ from nemo_aligner.bounds import bounded, only
 from nemo_aligner.errors import UserError
 from nemo_aligner.paths import PathText
 
+# The environment variable with the folder in which the jobs of one starter share what they have frozen.
+SHARED_FOLDER_VARIABLE = "NEMO_ALIGNER_SHARED_WEIGHTS"
+
 # NeMo's names of the layers that take adapters, and their places in a transformer layer.
 LINEARS = {
     "attention_qkv": "self_attention.linear_qkv",

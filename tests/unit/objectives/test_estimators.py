@@ -161,6 +161,13 @@ def test_an_adaptive_kl_in_the_loss_is_refused():
         CreditConfig(adaptive_kl_target=0.1, kl_placement="loss").check("trainer.ppo")
 
 
+def test_settings_of_a_penalty_that_is_not_there_are_known():
+    assert CreditConfig(initial_policy_kl_penalty=0.0).idle == []
+    asked = CreditConfig(initial_policy_kl_penalty=0.0, kl_estimator="k3", adaptive_kl_horizon=5.0)
+    assert asked.idle == ["kl_estimator", "adaptive_kl_horizon"]
+    assert replace(asked, initial_policy_kl_penalty=0.1).idle == []
+
+
 def test_a_teacher_credits_tokens_by_minus_the_gradient_of_the_reverse_kl():
     """Over all tokens of a vocabulary, ``sum_y p(y) A(y) grad log p(y)`` is autograd's ``-grad KL(p || q)``."""
     draw = torch.Generator().manual_seed(3)
