@@ -53,7 +53,7 @@ def _digest(data: Tensor) -> str:
 
 
 def _bytes(data: Tensor) -> memoryview:
-    return memoryview(data.flatten().view(torch.uint8).numpy())
+    return data.flatten().view(torch.uint8).numpy().data
 
 
 def _write(data: Tensor, path: Path) -> bool:
