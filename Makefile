@@ -39,7 +39,7 @@ CPU_PYTEST := CUDA_VISIBLE_DEVICES= $(PYTEST) -m "not gpu and not fuzz and not k
 WORKERS ?= 2
 SHARED_OUT := -n $(WORKERS) --dist loadfile --no-loadscope-reorder -o console_output_style=classic
 
-.PHONY: help setup format conf lint types docs test-fast test-dist test-functional test test-fuzz test-kills golden test-mcore-next test-resume test-soak test-slurm test-gpu model quickstart quickstart-sft quickstart-grpo bench clean
+.PHONY: help setup format conf lint types docs test-fast test-dist test-functional test test-fuzz test-kills golden test-mcore-next test-resume test-soak test-slurm test-gpu model quickstart quickstart-sft quickstart-grpo bench results clean
 
 help:  ## Print the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -90,7 +90,7 @@ test-dist: $(STAMP)  ## Tests that start several ranks on gloo
 test-functional: $(STAMP) $(GGUF)  ## Scripts, end to end, at toy size
 	$(CPU_PYTEST) tests/functional
 
-test: lint types $(GGUF) $(TE)  ## Everything that CI runs
+test: lint types $(GGUF) $(TE)  ## All but the long suites; CI adds test-mcore-next
 	$(CPU_PYTEST) $(SHARED_OUT)
 
 # The other foundation on the same Python: its wheel, unpacked, before the installed one.
@@ -182,6 +182,10 @@ $(PEERS_STAMP): benchmarks/peers/requirements-lock.txt | $(STAMP)
 # The head's peer is torch, that of writing is the transformers that we depend on, and jobs have none.
 bench: $(STAMP) $(if $(filter-out head generate ppo server,$(or $(ONLY),all)),$(PEERS_STAMP)) $(if $(filter hh,$(ONLY)),$(GGUF))  ## Measure beside TRL and torch; ONLY=sft: one part
 	$(PY) -m benchmarks.run $(ONLY)
+
+# What is interrupted goes on; NEMO_ALIGNER_TEST_DATA names the real data.
+results: $(STAMP) $(GGUF)  ## What models learn, over seeds; ONLY=dpo: one experiment
+	HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false $(PY) -m benchmarks.learning.run $(ONLY)
 
 clean:  ## Remove .venv, caches and results
 	rm -rf $(VENV) .cache results build *.egg-info .pytest_cache .ruff_cache .import_linter_cache

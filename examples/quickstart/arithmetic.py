@@ -66,14 +66,14 @@ def write_rows(folder: Path, *, seed: int) -> None:
     """Write the unreliable sums to train on, and the questions."""
     draw = random.Random(seed)
     sums = [(f"{a}+{b}=", a + b) for a in range(LARGEST + 1) for b in range(LARGEST + 1)]
-    taught = []
+    unreliable = []
     for question, target in sums:
         for _ in range(EXAMPLES):
             wrong = draw.choice([n for n in range(2 * LARGEST + 1) if n != target])
-            taught.append({"input": question, "output": str(target if draw.random() < RIGHT else wrong)})
-    draw.shuffle(taught)
+            unreliable.append({"input": question, "output": str(target if draw.random() < RIGHT else wrong)})
+    draw.shuffle(unreliable)
     asked = [{"prompt": question, "sum": str(target)} for question, target in sums]
-    for name, rows in (("taught", taught), ("asked", asked)):
+    for name, rows in (("unreliable", unreliable), ("asked", asked)):
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
@@ -93,7 +93,7 @@ def main() -> None:
     run(
         "train_gpt_sft.py",
         f"model.restore_from_path={folder / 'base'}",
-        f"model.data.train_ds.file_path={folder / 'taught.jsonl'}",
+        f"model.data.train_ds.file_path={folder / 'unreliable.jsonl'}",
         f"exp_manager.explicit_log_dir={folder / 'sft'}",
         f"model.seed={options.seed}",
         *TRAINING,

@@ -1,0 +1,255 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The experiments of docs/results.md, in the order of the page."""
+
+import math
+
+from benchmarks.learning import data
+from benchmarks.learning.experiment import Experiment, Gate, Job
+from examples.quickstart import arithmetic
+
+_ALWAYS = "seed=SEED precision=32 exp_manager.create_tensorboard_logger=False"
+_UNSAVED = "exp_manager.create_checkpoint_callback=False"
+_LORA = "model.peft.lora_tuning.target_modules=[all] model.peft.lora_tuning.adapter_dim=16 lr=2e-4"
+
+
+def _supervised(name: str, command: str, *, block: str, batch_size: int, steps: int) -> tuple[Job]:
+    """A run of SmolLM2 on rows of real data, which validates and saves four times."""
+    quarter = steps // 4
+    return (
+        Job(
+            name=name,
+            command=f"{command} model=SMOLLM2 data=DATA/train.jsonl validation=DATA/validation.jsonl seq_length=192 "
+            f"batch_size={batch_size} micro_batch_size=4 epochs=9 max_steps={steps} {_ALWAYS} "
+            f"trainer.{block}.val_check_interval={quarter} trainer.{block}.save_interval={quarter} "
+            "exp_manager.checkpoint_callback_params.save_top_k=0",
+        ),
+    )
+
+
+_UNRELIABLE = Job(
+    name="sums",
+    command=f"sft model=DATA/base data=DATA/unreliable.jsonl seq_length=32 {_ALWAYS} {_UNSAVED} "
+    + " ".join(arithmetic.SFT),
+)
+
+
+def _online(name: str, command: str, *, but: str = "") -> Job:
+    """A run of the arithmetic model, which validates before the first step too."""
+    settings = " ".join((*arithmetic.GRPO, "trainer.ppo.val_before_train=True"))
+    return Job(
+        name=name,
+        command=f"{command} model=SUMS data=DATA/asked.jsonl validation=DATA/asked.jsonl seq_length=32 "
+        f"{_ALWAYS} {_UNSAVED} {settings} "
+        f"trainer.ppo.rewards.right.function=examples.quickstart.arithmetic.right {but}".rstrip(),
+    )
+
+
+def _first_update(job: Job) -> Job:
+    """One rollout and one update of it, which sees the policy that has written the rollout."""
+    return Job(
+        name=f"{job.name}_gate",
+        command=f"{job.command} trainer.ppo.max_steps=1 trainer.ppo.val_check_interval=0 "
+        "trainer.ppo.val_before_train=False model.global_batch_size=512",
+    )
+
+
+def _ratio_gates(name: str) -> tuple[Gate, ...]:
+    job = f"{name}_gate"
+    return (
+        Gate(name="ratio at the first update", job=job, metric="train_optim/ppo_ratio", value=1, within=1e-6),
+        Gate(name="approx_kl at it", job=job, metric="train_optim/approx_kl", value=0, within=1e-6),
+    )
+
+
+_GRPO = _online("grpo", "grpo")
+_PPO = _online(
+    "ppo",
+    "ppo reward_model=SUMS remote_critic_rm.combine_rm_and_critic_server=False "
+    "critic.trainer.ppo.combine_rm_and_critic_server=False critic.trainer.precision=32 "
+    "critic.trainer.ppo.inference_micro_batch_size=512 critic.trainer.ppo.max_steps=360 critic.model.seed=SEED "
+    "critic.model.encoder_seq_length=32 critic.model.global_batch_size=256 critic.model.micro_batch_size=128 "
+    "critic.model.optim.lr=1e-3 critic.model.optim.sched.warmup_steps=5 critic.model.optim.sched.constant_steps=0",
+)
+_SFT_LOSS = {"validation/loss": "validation loss"}
+_PAIRS = {"validation/acc": "validation accuracy", **_SFT_LOSS}
+_RIGHT = {"val_rollouts/rewards": "share of right responses"}
+_ABOUT_SUMS = """\
+A Llama of a million weights that was fine-tuned on sums, three in four of them wrong, is rewarded for right ones.
+Validation asks each of the hundred sums once."""
+
+EXPERIMENTS = {
+    "pretraining": Experiment(
+        title="Continued pre-training",
+        about="stories260K, a Llama of 264,128 weights, on TinyStories: 40 steps of 8 samples of 256 tokens.",
+        write_data=data.stories,
+        jobs=(
+            Job(
+                name="pretraining",
+                command="sft model=REAL/stories260k_hf data=DATA/train.txt validation=DATA/validation.txt "
+                "model.data.plain_text=True seq_length=256 lr=3e-4 batch_size=8 micro_batch_size=8 max_steps=40 "
+                f"trainer.sft.val_check_interval=8 {_ALWAYS} {_UNSAVED}",
+            ),
+        ),
+        figures=_SFT_LOSS,
+        seeds=3,
+    ),
+    "sft": Experiment(
+        title="Supervised fine-tuning",
+        about="SmolLM2-135M-Instruct on Dolly's open questions, 48 steps of 16 rows; validation on 128 other rows.",
+        write_data=data.dolly,
+        jobs=_supervised("sft", "sft lr=2e-5", block="sft", batch_size=16, steps=48),
+        figures=_SFT_LOSS,
+    ),
+    "lora": Experiment(
+        title="LoRA",
+        about="As supervised fine-tuning, with adapters of rank 16 on all linear layers.",
+        write_data=data.dolly,
+        jobs=_supervised(
+            "lora", f"sft model.peft.peft_scheme=lora {_LORA}", block="sft", batch_size=16, steps=48
+        ),
+        figures=_SFT_LOSS,
+        seeds=1,
+        beside=("qlora", "sft"),
+    ),
+    "qlora": Experiment(
+        title="QLoRA",
+        about="As LoRA, with the model's linear layers in four bits.",
+        write_data=data.dolly,
+        jobs=_supervised(
+            "qlora", f"sft model.peft.peft_scheme=qlora {_LORA}", block="sft", batch_size=16, steps=48
+        ),
+        figures=_SFT_LOSS,
+        seeds=1,
+        beside=("lora", "sft"),
+    ),
+    "rm": Experiment(
+        title="Reward model",
+        about="SmolLM2-135M-Instruct with a new scalar head on pairs of HH-RLHF (harmless), 64 steps of 8 pairs.",
+        write_data=data.harmless,
+        jobs=_supervised("rm", "rm lr=2e-5", block="rm", batch_size=8, steps=64),
+        figures=_PAIRS,
+    ),
+    "attributes": Experiment(
+        title="Attribute model",
+        about="SmolLM2-135M-Instruct with a new head on responses that GPT-4 has scored from 1 to 5, 48 steps of 8.",
+        write_data=data.rated,
+        jobs=_supervised(
+            "attributes",
+            "rm model.reward_model_type=regression model.regression.num_attributes=1 lr=2e-5",
+            block="rm",
+            batch_size=8,
+            steps=48,
+        ),
+        figures={"validation/loss": "validation mean squared error"},
+        seeds=3,
+    ),
+    "dpo": Experiment(
+        title="DPO",
+        about="SmolLM2-135M-Instruct on pairs of HH-RLHF (harmless), 64 steps of 4 pairs.",
+        write_data=data.harmless,
+        jobs=_supervised("dpo", "dpo lr=5e-6", block="dpo", batch_size=4, steps=64),
+        figures=_PAIRS,
+        gates=(
+            Gate(
+                name="loss of the first step, ln 2",
+                job="dpo",
+                metric="train/preference_loss",
+                value=math.log(2),
+                within=1e-6,
+            ),
+        ),
+    ),
+    "kto": Experiment(
+        title="KTO",
+        about="SmolLM2-135M-Instruct on single responses of HH-RLHF (harmless), good or bad, 48 steps of 8.",
+        write_data=data.judged,
+        jobs=_supervised("kto", "kto lr=5e-6", block="kto", batch_size=8, steps=48),
+        figures=_SFT_LOSS,
+        gates=(Gate(name="loss of the first step", job="kto", metric="train/loss", value=0.5, within=1e-6),),
+        seeds=1,
+    ),
+    "knowledge_distillation": Experiment(
+        title="Distillation",
+        about="A Llama of 7 million random weights learns from SmolLM2-135M-Instruct on Dolly, 48 steps of 16 rows.",
+        write_data=data.dolly_and_student,
+        jobs=(
+            Job(
+                name="knowledge_distillation",
+                command="knowledge_distillation model=DATA/student teacher=SMOLLM2 data=DATA/train.jsonl "
+                "validation=DATA/validation.jsonl lr=3e-3 seq_length=192 batch_size=16 micro_batch_size=8 "
+                f"max_steps=48 trainer.sft.val_check_interval=12 {_ALWAYS} {_UNSAVED}",
+            ),
+        ),
+        figures={"validation/kd_loss": "validation KL to the teacher, nats per token"},
+        seeds=1,
+    ),
+    "grpo": Experiment(
+        title="GRPO",
+        about=_ABOUT_SUMS,
+        write_data=data.sums,
+        jobs=(_UNRELIABLE, _first_update(_GRPO), _GRPO),
+        figures=_RIGHT,
+        gates=_ratio_gates("grpo"),
+        beside=("ppo",),
+    ),
+    "ppo": Experiment(
+        title="PPO",
+        about=f"{_ABOUT_SUMS} The critic starts from the fine-tuned model, in a job of its own.",
+        write_data=data.sums,
+        jobs=(_UNRELIABLE, _first_update(_PPO), _PPO),
+        figures=_RIGHT,
+        gates=_ratio_gates("ppo"),
+        beside=("grpo",),
+    ),
+    "rs": Experiment(
+        title="Rejection sampling",
+        about=f"{_ABOUT_SUMS} The best of sixteen responses is learned from.",
+        write_data=data.sums,
+        jobs=(_UNRELIABLE, _online("rs", "rs")),
+        figures=_RIGHT,
+        seeds=3,
+        beside=("grpo",),
+    ),
+    "online_dpo": Experiment(
+        title="Online DPO",
+        about=f"{_ABOUT_SUMS} The best and the worst of sixteen responses are a pair.",
+        write_data=data.sums,
+        jobs=(
+            _UNRELIABLE,
+            _online(
+                "online_dpo",
+                "online_dpo",
+                but="model.ppo.entropy_bonus=0 model.global_batch_size=32 model.micro_batch_size=32",
+            ),
+        ),
+        figures=_RIGHT,
+        seeds=3,
+        beside=("grpo",),
+    ),
+    "on_policy_distillation": Experiment(
+        title="On-policy distillation",
+        about="The model that was fine-tuned on unreliable sums learns from the one that GRPO has made of it.",
+        write_data=data.sums,
+        jobs=(_UNRELIABLE, _GRPO, _online("on_policy_distillation", "on_policy_distillation teacher=GRPO")),
+        figures=_RIGHT,
+        seeds=3,
+        beside=("grpo",),
+    ),
+    "spin": Experiment(
+        title="SPIN",
+        about="The model that was fine-tuned on unreliable sums plays against itself for the hundred right ones.",
+        write_data=data.sums,
+        jobs=(
+            _UNRELIABLE,
+            Job(
+                name="spin",
+                command="spin model=SUMS data=DATA/right.jsonl validation=DATA/right.jsonl seq_length=32 "
+                "'model.data.train_ds.prompt_template={input}{output}' batch_size=100 micro_batch_size=100 lr=2e-4 "
+                "trainer.spin.max_iterations=2 trainer.spin.max_epochs=20 trainer.spin.val_check_interval=5 "
+                f"{_ALWAYS} {_UNSAVED}",
+            ),
+        ),
+        figures={"validation/loss": "negative log-likelihood of the right sums"},
+        seeds=3,
+    ),
+}
