@@ -1,7 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Frozen weights in files: one for all that have the same, unharmed by a writer."""
 
+import shutil
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -52,3 +55,24 @@ def test_what_is_trained_stays(tmp_path: Path):
     before = layer.weight.data_ptr()
     assert share_frozen(layer, tmp_path)[0] == 1 << 17
     assert layer.weight.data_ptr() == before
+
+
+def test_writers_at_the_same_time_share_one_file(tmp_path: Path):
+    models = [model() for _ in range(8)]
+    with ThreadPoolExecutor(len(models)) as pool:
+        shared = list(pool.map(lambda one: share_frozen(one, tmp_path), models))
+    assert len(list(tmp_path.iterdir())) == 2, "no unfinished file is left"
+    (total,) = {both[0] for both in shared}
+    assert sum(found for _, found in shared) == 7 * total, "all but the first have found each file"
+    inodes = {
+        line.split()[4] for line in Path("/proc/self/maps").read_text().splitlines() if str(tmp_path) in line
+    }
+    assert len(inodes) == 2
+
+
+def test_a_folder_without_room_is_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog):
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=500_000))
+    layer = model()
+    assert share_frozen(layer, tmp_path) == (0, 0)
+    assert list(tmp_path.iterdir()) == []
+    assert "--shm-size" in caplog.text
