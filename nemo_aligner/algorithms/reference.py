@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Log-probs of supervised batches by another model than the one that is trained: a reference, or a teacher.
 
-The reference is the policy as training began with it. Either its weights are swapped in at each step, or its log-probs
-are computed once, before the first step. A teacher is asked at each step, or once too.
+The reference is the policy as training began with it, or as it was some steps ago. Either its weights are swapped in at
+each step, or its log-probs are computed once, before the first step. A teacher is asked at each step, or once too.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -24,6 +24,34 @@ from nemo_aligner.data.row import Row
 from nemo_aligner.models.alignable_interface import AlignableGenerativeInterface, TeacherInterface
 from nemo_aligner.objectives.reduce import kl_baseline, log_ratios
 from nemo_aligner.parallel import collectives, world
+
+
+@dataclass(kw_only=True)
+class RenewedReference:
+    """A reference that becomes the policy as it is, every so many steps.
+
+    In DPO this is the hard update of trust region DPO (Gorbatovski 2024, arXiv 2404.09656).
+    """
+
+    every: int  # steps
+    number: int  # of the reference that the policy keeps, from 0
+    renew: Callable[[int], None]  # makes the policy as it is now the reference of a number
+
+    def before_step(self, step: int) -> None:
+        """Renew the reference, if ``step`` is the first of another one."""
+        number = reference_at(step, self.every)
+        if number != self.number:
+            self.renew(number)
+            self.number = number
+
+
+def reference_at(step: int, every: int) -> int:
+    """The number, from 0, of the reference of a step, from 1.
+
+    >>> [reference_at(step, 3) for step in (1, 3, 4, 7)]
+    [0, 0, 1, 2]
+    """
+    return (step - 1) // every
 
 
 def annotate_by_swap(

@@ -4,6 +4,7 @@
 What only jobs that serve or are served need stands in ``actor`` and ``servers``, which import a server's libraries.
 """
 
+from nemo_aligner.builders.kept_references import renewed_reference
 from nemo_aligner.builders.loaders import pair_loaders, reward_objective, sft_loaders
 from nemo_aligner.builders.models import (
     Pretrained,
@@ -12,7 +13,6 @@ from nemo_aligner.builders.models import (
     require_tokenizer,
     standardize,
 )
-from nemo_aligner.builders.own_responses import with_own_responses
 from nemo_aligner.builders.reference import with_kl_baseline, with_reference_logprobs, with_teacher
 from nemo_aligner.builders.resume import resume_point
 from nemo_aligner.builders.runs import (
@@ -30,6 +30,7 @@ __all__ = [
     "open_experiment",
     "pair_loaders",
     "prepare_training",
+    "renewed_reference",
     "require_tokenizer",
     "resume_point",
     "reward_objective",
@@ -39,7 +40,6 @@ __all__ = [
     "supervised_trainer",
     "training_checkpoints",
     "with_kl_baseline",
-    "with_own_responses",
     "with_reference_logprobs",
     "with_teacher",
 ]

@@ -5,6 +5,8 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
+from nemo_aligner.algorithms.reference import RenewedReference, reference_at
+from nemo_aligner.builders.models import Pretrained, go_on_from
 from nemo_aligner.checkpoint.sharded import load_model, model_state, save_state
 from nemo_aligner.checkpoint.trainer_state import Checkpoint
 from nemo_aligner.errors import UserError, report_damage
@@ -61,3 +63,23 @@ class KeptReferences:
 def _put(staging: Path, path: Path) -> None:
     shutil.rmtree(path, ignore_errors=True)
     staging.rename(path)
+
+
+def renewed_reference(
+    run: Experiment, pretrained: Pretrained[GPTPolicy], start: Checkpoint | None, *, every: int
+) -> RenewedReference:
+    """Make the model the reference that ``start`` was trained with, then go on from ``start``.
+
+    Args:
+        every: steps after which the model becomes its own next reference.
+
+    Raises:
+        UserError: the reference that ``start`` was trained with is not there, or damaged.
+    """
+    references = KeptReferences(policy=pretrained.learner, run=run)
+    number = 0 if start is None else reference_at(start.state.step, every)
+    if start is not None and number:
+        references.load(number, start)
+    pretrained.learner.keep_reference()
+    go_on_from(pretrained, start)
+    return RenewedReference(every=every, number=number, renew=references.renew)

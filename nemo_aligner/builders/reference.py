@@ -14,10 +14,12 @@ from nemo_aligner.algorithms.reference import (
     teacher_question,
 )
 from nemo_aligner.algorithms.supervised import Batches, SupervisedData
+from nemo_aligner.builders.kept_references import renewed_reference
 from nemo_aligner.builders.models import Pretrained, go_on_from, load_frozen_policy, require_tokenizer
 from nemo_aligner.builders.resume import quick_digest
 from nemo_aligner.checkpoint.trainer_state import Checkpoint
 from nemo_aligner.config.base import ModelJob
+from nemo_aligner.config.pairs import ReferenceConfig
 from nemo_aligner.data.collate import collate_mismatched
 from nemo_aligner.data.mismatched import MismatchedRows
 from nemo_aligner.data.tokenizer import Tokenizer, tokenizer_probe
@@ -32,27 +34,28 @@ def with_reference_logprobs(
     pretrained: Pretrained[GPTPolicy],
     start: Checkpoint | None,
     data: SupervisedData,
-    *,
-    stored: bool,
-    pairs: int | None = None,
+    config: ReferenceConfig,
 ) -> SupervisedData:
     """Keep the model as it is now as the reference, then go on from ``start``.
 
     Args:
-        stored: compute the reference's log-probs of all batches now, and keep them in the run's folder; else keep its
-            weights beside the model's, and swap them in at each step.
-        pairs: of a forward pass of the reference; None: a micro-batch.
+        config: whether the reference's log-probs of all batches are computed now, and kept in the run's folder, or its
+            weights beside the model's, which are swapped in at each step; and whether it is renewed.
 
     Returns:
         The data, whose batches come with the reference's log-probs.
     """
-    policy = pretrained.learner
-    if stored:
+    policy, pairs = pretrained.learner, config.log_prob_forward_micro_batch_size
+    swapped = replace(data, annotate=partial(annotate_by_swap, policy, pairs=pairs))
+    if config.renew_reference_every is not None:
+        reference = renewed_reference(run, pretrained, start, every=config.renew_reference_every)
+        return replace(swapped, before_step=reference.before_step)
+    if config.store_reference:
         question = reference_question(policy, source=_source(run, pretrained), pairs=pairs)
         data = _asked_once(question, data, run.folder / "reference_logprobs")
     else:
         policy.keep_reference()
-        data = replace(data, annotate=partial(annotate_by_swap, policy, pairs=pairs))
+        data = swapped
     go_on_from(pretrained, start)
     return data
 

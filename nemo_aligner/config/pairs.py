@@ -4,11 +4,34 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from nemo_aligner.bounds import bounded
 from nemo_aligner.config.base import BatchedModelConfig, PretrainedJob
 from nemo_aligner.data.config import PairDataConfig
 from nemo_aligner.data.first_rows import check_pair_rows
 from nemo_aligner.data.text_rows import ResponseFiles, open_pairs
+from nemo_aligner.errors import UserError
 from nemo_aligner.run.schedule import SupervisedConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReferenceConfig:
+    """The part of an algorithm's ``model`` block that says how its reference is asked."""
+
+    # compute the reference's log-probs once and keep them in the run's folder; False: swap its weights in at each step
+    store_reference: bool = False
+    # pairs of a forward pass of the reference; null: model.micro_batch_size
+    log_prob_forward_micro_batch_size: int | None = bounded(None, at_least=1)
+    # steps after which the model becomes its own reference (TR-DPO); null: the reference stays
+    renew_reference_every: int | None = bounded(None, at_least=1)
+
+    def check_reference(self, block: str) -> None:
+        """Raise UserError for settings that contradict each other; ``block`` is their section."""
+        if self.store_reference and self.renew_reference_every is not None:
+            raise UserError(
+                f"{block}.renew_reference_every={self.renew_reference_every} changes the reference, and "
+                f"{block}.store_reference=True asks it once",
+                fix=f"set {block}.store_reference=False",
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -18,7 +18,7 @@ from nemo_aligner.run.experiment import CheckpointCallbackConfig, ExperimentConf
 
 _NO_TIME = ("{key}={value}: must be > 0 seconds", "set {key} above 0 seconds")
 
-# Where estimators are at home that one job alone has what they need for.
+# The script of each estimator that only one job can run.
 _SCRIPTS = {"teacher": "train_gpt_on_policy_distillation.py", "pairs": "train_gpt_online_dpo.py"}
 
 
@@ -150,7 +150,7 @@ class ActorJob(PretrainedJob):
     remote_critic_rm: RemoteConfig | None = field(default_factory=RemoteConfig)
     name: str = "megatron_gpt_ppo_actor"
 
-    own_estimator: ClassVar[Estimator | None] = None  # the one that only this job has what it needs for
+    own_estimator: ClassVar[Estimator | None] = None  # that only this job can run
 
     @property
     def files(self) -> Mapping[str, Sequence[str]]:

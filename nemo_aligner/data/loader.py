@@ -126,19 +126,23 @@ class BatchLoader(Generic[B]):
         )
         samples = [[self.dataset[row] for row in micro] for micro in rows]
         present = [sample for micro in samples for sample in micro]
-        lengths = common_lengths(
-            samples, one_length=self.one_length, multiple=self.multiple, maximum=self.max_length
-        )
         return _Step(
-            micro_batches=[
-                self.collate(self._padded(micro), pad_id=self.pad_id, seq_length=length)
-                for micro, length in zip(samples, lengths, strict=True)
-            ],
+            micro_batches=self.collated(samples),
             num_rows=len(present),
             num_truncated=sum(sample.truncated for sample in present),
         )
 
-    def _padded(self, samples: list[Row]) -> list[Row]:
+    def collated(self, micro_batches: Sequence[Sequence[Row]]) -> list[B]:
+        """Micro-batches of a step, which may be of other rows than the data's, padded as the data's are."""
+        lengths = common_lengths(
+            micro_batches, one_length=self.one_length, multiple=self.multiple, maximum=self.max_length
+        )
+        return [
+            self.collate(self._padded(rows), pad_id=self.pad_id, seq_length=length)
+            for rows, length in zip(micro_batches, lengths, strict=True)
+        ]
+
+    def _padded(self, samples: Sequence[Row]) -> Sequence[Row]:
         missing = self.micro_batch_size - len(samples)
         if not (self.pads and missing):
             return samples

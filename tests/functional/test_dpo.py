@@ -78,6 +78,17 @@ def test_the_chosen_responses_are_learned(settings: Callable, run: Callable, tmp
     assert "⟦ red</s>⟧" in job.err
 
 
+def test_a_renewed_reference_is_the_policy_as_it_was(settings: Callable, run: Callable, tmp_path: Path):
+    asked = {"model.dpo.renew_reference_every": 3, "model.hidden_dropout": 0.0, "trainer.dpo.max_steps": 7}
+    job = run(settings("run", **asked), command=[DPO])
+    assert job.process.returncode == 0, job.err[-3000:]
+    losses = {line["step"]: line["train/preference_loss"] for line in steps(tmp_path / "run")}
+    assert [step for step, loss in losses.items() if abs(loss - math.log(2)) < 1e-6] == [1, 4, 7]
+    job = run(settings("both", **asked, **{"model.dpo.store_reference": True}), command=[DPO])
+    assert job.process.returncode == 2
+    assert "Fix: set model.dpo.store_reference=False" in job.err
+
+
 def test_damaged_log_probs_of_the_reference_are_reported(settings: Callable, run: Callable, tmp_path: Path):
     asked = settings("run", **{"model.dpo.store_reference": True, "trainer.dpo.max_steps": 1})
     assert run(asked, command=[DPO]).process.returncode == 0
@@ -113,6 +124,7 @@ def test_stored_log_probs_are_of_this_model(
     "changed",
     [
         {"model.dpo.preference_loss": "rpo_sq", "model.dpo.store_reference": True},
+        {"model.dpo.renew_reference_every": 3},
         pytest.param({"model.dpo.store_reference": False}, marks=pytest.mark.resume),
         pytest.param({"model.dpo.preference_loss": "orpo"}, marks=pytest.mark.resume),
     ],

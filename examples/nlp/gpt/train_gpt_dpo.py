@@ -9,9 +9,9 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import ClassVar
 
-from nemo_aligner.bounds import bounded, only
+from nemo_aligner.bounds import only
 from nemo_aligner.config.base import TrainerConfig
-from nemo_aligner.config.pairs import PairJob, PairLoopConfig, PairModelConfig
+from nemo_aligner.config.pairs import PairJob, PairLoopConfig, PairModelConfig, ReferenceConfig
 from nemo_aligner.data.config import PairDataConfig
 from nemo_aligner.data.text_rows import ResponseFiles, open_pairs
 from nemo_aligner.launch.script import script
@@ -20,18 +20,12 @@ from nemo_aligner.objectives.config import REFERENCED, DPOConfig
 
 
 @dataclass(frozen=True, kw_only=True)
-class DPOSettings(DPOConfig):
+class DPOSettings(ReferenceConfig, DPOConfig):
     # {setting: the losses that read it}; with another loss it must keep its default
     of_losses: ClassVar = {
         **DPOConfig.of_losses,
-        "store_reference": REFERENCED,
-        "log_prob_forward_micro_batch_size": REFERENCED,
+        **dict.fromkeys(ReferenceConfig.__dataclass_fields__, REFERENCED),
     }
-
-    # compute the reference's log-probs once and keep them in the run's folder; False: swap its weights in at each step
-    store_reference: bool = False
-    # pairs of a forward pass of the reference; null: model.micro_batch_size
-    log_prob_forward_micro_batch_size: int | None = bounded(None, at_least=1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,8 +58,15 @@ class DPOModelConfig(PairModelConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class DPOJob(PairJob):
+    resume_rules = (("model.dpo.renew_reference_every", "fixed", "references are numbered by it"),)
+
     model: DPOModelConfig
     trainer: DPOTrainerConfig = field(default_factory=DPOTrainerConfig)
+
+    def check(self, world_size: int | None = None) -> None:
+        """See ModelJob."""
+        PairJob.check(self, world_size)
+        self.model.dpo.check_reference("model.dpo")
 
     @property
     def responses(self) -> ResponseFiles:
@@ -87,8 +88,7 @@ def main(job: DPOJob) -> None:
         pretrained = builders.load_policy(job, start=None if settings.has_reference else start)
         data = builders.pair_loaders(job, pretrained, generates=True)
         if settings.has_reference:
-            stored, pairs = settings.store_reference, settings.log_prob_forward_micro_batch_size
-            data = builders.with_reference_logprobs(run, pretrained, start, data, stored=stored, pairs=pairs)
+            data = builders.with_reference_logprobs(run, pretrained, start, data, settings)
         trainer = builders.supervised_trainer(job, run, pretrained, DPO(settings), data)
         trainer.fit(start)
         builders.save_result(job, run, pretrained, trainer.checkpoints)

@@ -5,7 +5,7 @@ python examples/nlp/gpt/train_gpt_spin.py model.restore_from_path=sft.nemo \
     model.data.train_ds.file_path=train.jsonl model.data.validation_ds.file_path=validation.jsonl
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import ClassVar
 
@@ -50,14 +50,10 @@ class SPINLoopConfig(SupervisedConfig):
     max_epochs: int | None = bounded(1, at_least=1)
 
     @property
-    def epochs(self) -> int:
-        """Passes of one iteration."""
-        return self.max_epochs or 1
-
-    @property
     def passes(self) -> tuple[int, str]:
         """See LoopConfig; those of all iterations."""
-        return self.epochs * self.max_iterations, f"{self.block}.max_iterations={self.max_iterations}"
+        passes = (self.max_epochs or 1) * self.max_iterations
+        return passes, f"{self.block}.max_iterations={self.max_iterations}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,6 +90,8 @@ class SPINJob(TextJob):
 def main(job: SPINJob) -> None:
     """Have a language model prefer the data's responses to its own."""
     from nemo_aligner import builders
+    from nemo_aligner.algorithms.own_responses import OwnResponses
+    from nemo_aligner.objectives.nll import NLL
     from nemo_aligner.objectives.preference import DPO
     from nemo_aligner.run.schedule import limited
 
@@ -102,10 +100,13 @@ def main(job: SPINJob) -> None:
         start = builders.resume_point(job, run)
         pretrained = builders.load_policy(job)
         data = builders.sft_loaders(job, pretrained)
-        epoch = limited(data.train.batches_per_epoch, loop.limit_train_batches)
-        data = builders.with_own_responses(
-            run, pretrained, start, data, settings, seed=job.model.seed, renew_every=epoch * loop.epochs
-        )
+        steps = limited(data.train.batches_per_epoch, loop.limit_train_batches) * loop.passes[0]
+        every = steps // loop.max_iterations
+        reference = builders.renewed_reference(run, pretrained, start, every=every)
+        policy, seed = pretrained.learner, job.model.seed
+        own = OwnResponses(policy=policy, config=settings, loader=data.train, seed=seed)
+        annotate = partial(own.annotate, reference)
+        data = replace(data, annotate=annotate, before_step=reference.before_step, validated=NLL())
         objective = DPO(DPOConfig(ref_policy_kl_penalty=settings.ref_policy_kl_penalty))
         trainer = builders.supervised_trainer(job, run, pretrained, objective, data)
         trainer.fit(start)
