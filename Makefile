@@ -185,7 +185,7 @@ bench: $(STAMP) $(if $(filter-out head generate ppo server,$(or $(ONLY),all)),$(
 
 # What is interrupted goes on; NEMO_ALIGNER_TEST_DATA names the real data.
 results: $(STAMP) $(GGUF)  ## What models learn, over seeds; ONLY=dpo: one experiment
-	HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false $(PY) -m benchmarks.learning.run $(ONLY)
+	HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false $(PY) -m benchmarks.learning.run $(if $(AGAIN),--again) $(ONLY)
 
 clean:  ## Remove .venv, caches and results
 	rm -rf $(VENV) .cache results build *.egg-info .pytest_cache .ruff_cache .import_linter_cache

@@ -17,7 +17,7 @@ from examples.quickstart.base_model import write_base_model
 
 DATA = "NEMO_ALIGNER_TEST_DATA"
 SMOLLM2 = ROOT / ".cache/SmolLM2-135M-Instruct.Q4_1.gguf"
-MOST_LETTERS = 600  # of prompt and response together: about 150 tokens
+MOST_CHARACTERS = 600  # of prompt and response together: about 150 tokens
 VALIDATION_ROWS = 128
 
 
@@ -35,7 +35,7 @@ def dolly(folder: Path, seed: int) -> None:
     rows = [
         {"input": row["instruction"], "output": row["response"]}
         for row in _lines("dolly_open_qa.jsonl.gz")
-        if len(row["instruction"]) + len(row["response"]) <= MOST_LETTERS
+        if len(row["instruction"]) + len(row["response"]) <= MOST_CHARACTERS
     ]
     _split(folder, rows)
 
@@ -47,13 +47,13 @@ def harmless(folder: Path, seed: int) -> None:
     for row in _lines("hh_harmless.jsonl.gz"):
         prompt, _, chosen = row["chosen"].rpartition("\n\nAssistant:")
         same, _, rejected = row["rejected"].rpartition("\n\nAssistant:")
-        if prompt == same and max(len(row["chosen"]), len(row["rejected"])) <= MOST_LETTERS:
+        if prompt == same and max(len(row["chosen"]), len(row["rejected"])) <= MOST_CHARACTERS:
             prompt = f"{prompt}\n\nAssistant:".lstrip()
             rows.append({"prompt": prompt, "chosen": chosen, "rejected": rejected})
     _split(folder, rows)
 
 
-def judged(folder: Path, seed: int) -> None:
+def rated_singly(folder: Path, seed: int) -> None:
     """Single responses of HH-RLHF, each good or bad: one of each pair, drawn."""
     del seed
     harmless(folder, 0)
@@ -74,7 +74,9 @@ def rated(folder: Path, seed: int) -> None:
     for row in json.loads("".join(_open("attribute_scores.json.gz"))):
         text = row["instruction"].partition("###Response to evaluate:")[2].partition("###Reference Answer")[0]
         if text.strip():
-            rows.append({"text": text.strip()[:MOST_LETTERS], "label": [statistics.mean(row["gpt4_score"])]})
+            rows.append(
+                {"text": text.strip()[:MOST_CHARACTERS], "label": [statistics.mean(row["gpt4_score"])]}
+            )
     _split(folder, rows)
 
 

@@ -65,7 +65,7 @@ class Found:
 
     curves: Mapping[str, Curve]  # by metric
     gates: Mapping[str, float]
-    seconds: float  # that its own jobs took
+    seconds: float  # that all of its jobs took
     processor: str
 
 

@@ -14,11 +14,13 @@ PICTURES = ROOT / "docs/images/learning"
 COLUMNS = 108  # of a command
 INTRODUCTION = """\
 `make results` writes this page from [benchmarks/learning](/benchmarks/learning), which holds the curve of every seed. A
-figure is the mean over the seeds and a seed's standard deviation. A seed draws the order of the data, new weights and
-the responses. Hours are those of all commands of a seed, on two cores of the processor that is named.
+figure is the mean ± the standard deviation over the seeds. A seed draws the order of the data, new weights and the
+responses. Hours are those of all commands of a seed, on two cores of the processor that is named.
 
-In the commands DATA is the folder of the rows, which [data.py](/benchmarks/learning/data.py) writes, REAL that of the
-real data, SMOLLM2 the GGUF file of SmolLM2-135M-Instruct; other names in capitals are results of commands before.
+In the commands DATA is the folder of the rows, which [data.py](/benchmarks/learning/data.py) writes, SMOLLM2 the GGUF
+file of SmolLM2-135M-Instruct that `make model` fetches, and REAL the folder that `NEMO_ALIGNER_TEST_DATA` names, with
+parts of public data sets: Dolly (CC BY-SA 3.0), HH-RLHF (MIT), TinyStories (CDLA-Sharing-1.0), Prometheus' scores
+(Apache 2.0) and the model stories260K (MIT). Other names in capitals are results of commands before.
 """
 
 
@@ -69,7 +71,7 @@ def _anchor(title: str) -> str:
 
 def _section(name: str, experiment: Experiment, seeds: Mapping[int, Found]) -> Iterator[str]:
     yield from (f"## {experiment.title}", "", experiment.about, "")
-    yield f"`make results ONLY={name}` measures this again:"
+    yield f"`make results ONLY={name} AGAIN=1` measures this again:"
     yield from ("", "```bash", *(_command(job) for job in experiment.jobs), "```", "")
     yield from (f"![{experiment.title} over steps](images/learning/{name}.svg)", "")
     if experiment.gates:
@@ -96,7 +98,8 @@ def _draw(name: str, experiment: Experiment, found: Mapping[str, Mapping[int, Fo
     import matplotlib
 
     matplotlib.use("Agg")
-    matplotlib.rcParams["svg.hashsalt"] = name  # the same numbers give the same file
+    # The same numbers give the same file, and letters stay letters.
+    matplotlib.rcParams |= {"svg.hashsalt": name, "svg.fonttype": "none"}
     from matplotlib import pyplot
 
     metric, meaning = next(iter(experiment.figures.items()))

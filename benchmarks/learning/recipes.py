@@ -57,7 +57,13 @@ def _ratio_gates(name: str) -> tuple[Gate, ...]:
     job = f"{name}_gate"
     return (
         Gate(name="ratio at the first update", job=job, metric="train_optim/ppo_ratio", value=1, within=1e-6),
-        Gate(name="approx_kl at it", job=job, metric="train_optim/approx_kl", value=0, within=1e-6),
+        Gate(
+            name="approx_kl at the first update",
+            job=job,
+            metric="train_optim/approx_kl",
+            value=0,
+            within=1e-6,
+        ),
     )
 
 
@@ -162,7 +168,7 @@ EXPERIMENTS = {
     "kto": Experiment(
         title="KTO",
         about="SmolLM2-135M-Instruct on single responses of HH-RLHF (harmless), good or bad, 48 steps of 8.",
-        write_data=data.judged,
+        write_data=data.rated_singly,
         jobs=_supervised("kto", "kto lr=5e-6", block="kto", batch_size=8, steps=48),
         figures=_SFT_LOSS,
         gates=(Gate(name="loss of the first step", job="kto", metric="train/loss", value=0.5, within=1e-6),),

@@ -1,16 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
 """Run one experiment or all of them, seed by seed, and write docs/results.md and its pictures.
 
-    python -m benchmarks.learning.run [--seeds N] [experiment ...]
+    python -m benchmarks.learning.run [--seeds N] [--again] [experiment ...]
 
-`make results` calls it. What is interrupted goes on: a seed that is done is not run again, a finished command of an
-unfinished seed neither, and an unfinished command goes on from its last checkpoint, where it saves any.
+`make results` calls it. What is interrupted goes on: a seed that is known is not run, a finished command of an
+unfinished seed neither, and an unfinished command goes on from its last checkpoint, where it saves any. With --again
+all begin anew.
 """
 
 import argparse
 import json
 import os
 import shlex
+import shutil
 import subprocess
 import sys
 import time
@@ -33,6 +35,7 @@ def main() -> None:
         "experiments", nargs="*", metavar="experiment", help=f"{', '.join(EXPERIMENTS)} [all]"
     )
     parser.add_argument("--seeds", type=int, help="at most so many of each experiment")
+    parser.add_argument("--again", action="store_true", help="run seeds that are known, too")
     options = parser.parse_args()
     names = options.experiments or list(EXPERIMENTS)
     if unknown := [name for name in names if name not in EXPERIMENTS]:
@@ -40,10 +43,15 @@ def main() -> None:
     for name in names:
         experiment = EXPERIMENTS[name]
         for seed in range(1, min(experiment.seeds, options.seeds or experiment.seeds) + 1):
-            if seed not in load(page.found_in(name)):
-                store(page.found_in(name), seed, _run(experiment, seed))
-                page.write()
-                print(f"{name}: seed {seed} is in {page.PAGE}", flush=True)
+            if seed in load(page.found_in(name)) and not options.again:
+                print(f"{name}: seed {seed} is known; --again (make results AGAIN=1) runs it", flush=True)
+                continue
+            if options.again:
+                for job in experiment.jobs:
+                    shutil.rmtree(RUNS / job.name / str(seed), ignore_errors=True)
+            store(page.found_in(name), seed, _run(experiment, seed))
+            page.write()
+            print(f"{name}: seed {seed} is in {page.PAGE}", flush=True)
 
 
 def _run(experiment: Experiment, seed: int) -> Found:
@@ -63,7 +71,10 @@ def _run(experiment: Experiment, seed: int) -> Found:
     for gate in experiment.gates:
         gates[gate.name] = read_curve(_metrics(RUNS / gate.job / str(seed)), gate.metric)[0][1]
         if abs(gates[gate.name] - gate.value) > gate.within:
-            sys.exit(f"{gate.name}: {gates[gate.name]}, and it is {gate.value} within {gate.within}")
+            sys.exit(
+                f"{gate.name} is {gates[gate.name]}, not {gate.value} within {gate.within}\n"
+                f"Fix: find out what {RUNS / gate.job / str(seed)} computes in another way than it should"
+            )
     return Found(
         curves={metric: read_curve(lines, metric) for metric in experiment.figures},
         gates=gates,
