@@ -8,8 +8,8 @@ makes it writes 0 there, and who reads it masks first. The shift by one happens 
 and for NeMo-Aligner's protocol in ``serving/wire.py``.
 
 Shapes: B rows, S positions, N sequences (N = B unless packed), A attributes of a sequence, K tokens that a teacher
-names in each place. A row of a batch is one
-sequence, or many where it is packed; a row of data may be several sequences, as a pair is.
+names in each place. A row of a batch is one sequence, or many where it is packed; a row of data may be several
+sequences, as a pair is.
 """
 
 import enum
@@ -238,7 +238,13 @@ def concatenated(batches: Sequence[T]) -> T:
 class PreferenceBatch(TokenBatch):
     """Pairs: sequence 2i is the chosen response, 2i + 1 the rejected one to the same prompt.
 
-    As collated; ReferencedPairs once the reference's log-probs are known.
+    As collated; ReferencedPairs once the reference's log-probs are known. Prompt 5 6, chosen 7 8, rejected 9:
+
+    >>> rows = [([5, 6, 7, 8], [False, False, True, True]), ([5, 6, 9], [False, False, True])]
+    >>> batch = TokenBatch.from_rows(rows, pad_id=0, seq_length=4)
+    >>> pair = batch.extended(PreferenceBatch, given_rewards=torch.tensor([1.0, 0.0]))
+    >>> pair.tokens.tolist(), pair.loss_lengths().tolist(), pair.real_pairs().tolist()
+    ([[5, 6, 7, 8], [5, 6, 9, 0]], [2, 1], [True])
     """
 
     sequences_per_row: ClassVar[int] = 2
@@ -326,7 +332,8 @@ class Prompt:
     """A text that a sampler responds to."""
 
     tokens: Sequence[int]
-    number: int  # the prompt's index among all prompts of the step, over all ranks; Rollout.group holds it
+    # decides the draws: the index among all prompts of the step, over all ranks, or by_content; see Rollout.group
+    number: int
     sample: int = 0  # the number of this response among those to the prompt
     max_length: int | None = None  # tokens of the response; None: as many as the sampler allows
 
@@ -343,7 +350,8 @@ class Rollout(TokenBatch):
 
     prompt_lengths: Tensor  # [B] int64
     finished: Tensor  # [B] bool: ended by EOS or a stop string, not by the length limit
-    group: Tensor  # [B] int64: the prompt's number; responses to one prompt share it
+    # [B] int64: the prompt's number, which responses to one prompt share; of Prompt.by_content nothing to group by
+    group: Tensor
     # [B, S] float: by the sampler, of the distribution drawn from (after temperature, top-k, top-p)
     sampler_logprobs: Tensor
 
@@ -358,10 +366,22 @@ class Rollout(TokenBatch):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ScoredRollout(Rollout):
-    """Responses with their scores, before any update."""
+    """Responses with their scores, before any update.
+
+    A prompt of two tokens and a response of two, of which the policy held the first a quarter and the second half
+    likely, has in its row of S = 5
+
+    ======================= ============================================
+    ``loss_mask``           0 0 1 1 0
+    ``logprobs``            0 0 log 0.25 log 0.5 0
+    ``values``              0 0 v(prompt) v(prompt, first token) 0
+    ``rewards``             one number, for the whole response
+    ======================= ============================================
+    """
 
     logprobs: Tensor  # [B, S] float: the policy's, by the trainer
-    # [B, S] float: the initial policy's, or a teacher's; where none is asked, as logprobs
+    # [B, S] float: of the model that the policy is held to: the teacher where the run has one, else the initial policy;
+    # where neither is asked, as with a KL penalty of 0, the policy itself, so that every KL is 0
     reference_logprobs: Tensor
     rewards: Tensor  # [B] float
     values: Tensor  # [B, S] float: of the state before each token; zeros where there is no critic

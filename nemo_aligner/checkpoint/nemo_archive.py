@@ -134,9 +134,9 @@ def peek_config(path: Path | str) -> dict[str, Any] | None:
                 if PurePosixPath(member.name) == PurePosixPath(CONFIG_NAME):
                     content = tar.extractfile(member)
                     return parse_config(content.read(), path) if content else None
+            return None
     except (tarfile.TarError, OSError, KeyError):
-        pass
-    return None
+        return None  # opening it reports why
 
 
 def refuse_damaged(path: Path, damage: list[str] | None) -> None:
