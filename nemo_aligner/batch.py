@@ -369,14 +369,8 @@ class ScoredRollout(Rollout):
     """Responses with their scores, before any update.
 
     A prompt of two tokens and a response of two, of which the policy held the first a quarter and the second half
-    likely, has in its row of S = 5
-
-    ======================= ============================================
-    ``loss_mask``           0 0 1 1 0
-    ``logprobs``            0 0 log 0.25 log 0.5 0
-    ``values``              0 0 v(prompt) v(prompt, first token) 0
-    ``rewards``             one number, for the whole response
-    ======================= ============================================
+    likely, has in its row of S = 5: ``loss_mask`` 0 0 1 1 0; ``logprobs`` 0 0 log 0.25 log 0.5 0; ``values`` 0 0
+    v(prompt) v(prompt, first token) 0; and one number of ``rewards``.
     """
 
     logprobs: Tensor  # [B, S] float: the policy's, by the trainer
