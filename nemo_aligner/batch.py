@@ -41,7 +41,7 @@ class Unit(enum.Enum):
 class TokenBatch:
     """Rows of tokens, right padded; or, with ``cu_seqlens``, one row that holds N sequences end to end."""
 
-    # batch sizes count rows of data: a pair is one row of two sequences
+    # settings count rows of data, a pair being one of two sequences; methods here count the batch's rows
     sequences_per_row: ClassVar[int] = 1
 
     tokens: Tensor  # [B, S] int64, right padded
@@ -163,13 +163,13 @@ class TokenBatch:
         ]
 
     def take(self, rows: Sequence[int] | slice) -> Self:
-        """The batch of these rows, in this order."""
+        """The batch of these rows of it, in this order; of pairs, who calls keeps 2i and 2i + 1 together."""
         assert self.cu_seqlens is None, "a packed row holds several sequences"
         index = rows if isinstance(rows, slice) else torch.tensor(rows, dtype=torch.int64)
         return self._changed(lambda x: x[index])
 
     def pad_rows(self, num_rows: int) -> Self:
-        """The batch with padding rows: one token each, and no loss token."""
+        """The batch with padding rows: one token each, no loss token, and other fields of 0, which nobody reads."""
         missing = num_rows - self.num_rows
         assert self.cu_seqlens is None and missing >= 0, (num_rows, self.num_rows)
         if not missing:
@@ -206,9 +206,9 @@ class TokenBatch:
         """The same batch on ``device``."""
         return self._changed(lambda x: x.to(device))
 
-    @classmethod
+    @staticmethod
     def from_rows(
-        cls, rows: Sequence[tuple[Sequence[int], Sequence[bool]]], *, pad_id: int, seq_length: int
+        rows: Sequence[tuple[Sequence[int], Sequence[bool]]], *, pad_id: int, seq_length: int
     ) -> "TokenBatch":
         """Rows of (token ids, flags of loss tokens), right padded to ``seq_length``.
 
@@ -387,7 +387,8 @@ class Experience(TokenBatch):
 
     ``loss_mask`` marks what the policy learns from.
 
-    That is the responses' tokens, without those that the estimator or ``CreditConfig.mask_unfinished`` leaves out.
+    That is the responses' tokens, without those that the estimator or ``CreditConfig.mask_unfinished`` leaves out. With
+    the estimator "pairs", advantages and returns are zeros, and pairs of the responses are learned from.
     """
 
     logprobs: Tensor  # [B, S] float: the policy's before the update
