@@ -21,7 +21,7 @@ from tokenizers import Tokenizer
 from benchmarks.figures import Figure, Part
 from benchmarks.processes import PEERS_PYTHON, ROOT, conditions, measure
 
-__all__ = ["accuracy", "difference", "part"]
+__all__ = ["DATA", "MODEL", "accuracy", "difference", "part"]
 
 DATA, FILE = "NEMO_ALIGNER_TEST_DATA", "hh_harmless.jsonl.gz"
 MODEL = ROOT / ".cache/SmolLM2-135M-Instruct.Q4_1.gguf"

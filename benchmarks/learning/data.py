@@ -11,12 +11,11 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from benchmarks.processes import ROOT
+from benchmarks.reward_accuracy import DATA
+from benchmarks.reward_accuracy import MODEL as SMOLLM2
 from examples.quickstart.arithmetic import write_rows
 from examples.quickstart.base_model import write_base_model
 
-DATA = "NEMO_ALIGNER_TEST_DATA"
-SMOLLM2 = ROOT / ".cache/SmolLM2-135M-Instruct.Q4_1.gguf"
 MOST_CHARACTERS = 600  # of prompt and response together: about 150 tokens
 VALIDATION_ROWS = 128
 
@@ -43,28 +42,18 @@ def dolly(folder: Path, seed: int) -> None:
 def harmless(folder: Path, seed: int) -> None:
     """Pairs of Anthropic's HH-RLHF, harmless: the last turn of the assistant, chosen and rejected."""
     del seed
-    rows = []
-    for row in _lines("hh_harmless.jsonl.gz"):
-        prompt, _, chosen = row["chosen"].rpartition("\n\nAssistant:")
-        same, _, rejected = row["rejected"].rpartition("\n\nAssistant:")
-        if prompt == same and max(len(row["chosen"]), len(row["rejected"])) <= MOST_CHARACTERS:
-            prompt = f"{prompt}\n\nAssistant:".lstrip()
-            rows.append({"prompt": prompt, "chosen": chosen, "rejected": rejected})
-    _split(folder, rows)
+    _split(folder, list(_harmless_pairs()))
 
 
 def rated_singly(folder: Path, seed: int) -> None:
     """Single responses of HH-RLHF, each good or bad: one of each pair, drawn."""
     del seed
-    harmless(folder, 0)
-    draw = random.Random(0)
-    for name in ("train", "validation"):
-        rows = []
-        for row in map(json.loads, (folder / f"{name}.jsonl").read_text().splitlines()):
-            good = draw.random() < 0.5
-            response = row["chosen" if good else "rejected"]
-            rows.append({"prompt": row["prompt"], "response": response, "label": good})
-        _write(folder / f"{name}.jsonl", rows)
+    draw, rows = random.Random(0), []
+    for row in _harmless_pairs():
+        good = draw.random() < 0.5
+        response = row["chosen" if good else "rejected"]
+        rows.append({"prompt": row["prompt"], "response": response, "label": good})
+    _split(folder, rows)
 
 
 def rated(folder: Path, seed: int) -> None:
@@ -125,6 +114,14 @@ def _open(name: str) -> Iterator[str]:
 
 def _lines(name: str) -> Iterator[dict[str, Any]]:
     return map(json.loads, _open(name))
+
+
+def _harmless_pairs() -> Iterator[dict[str, str]]:
+    for row in _lines("hh_harmless.jsonl.gz"):
+        prompt, _, chosen = row["chosen"].rpartition("\n\nAssistant:")
+        same, _, rejected = row["rejected"].rpartition("\n\nAssistant:")
+        if prompt == same and max(len(row["chosen"]), len(row["rejected"])) <= MOST_CHARACTERS:
+            yield {"prompt": f"{prompt}\n\nAssistant:".lstrip(), "chosen": chosen, "rejected": rejected}
 
 
 def _split(folder: Path, rows: list[dict[str, Any]]) -> None:
