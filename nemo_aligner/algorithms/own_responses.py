@@ -7,7 +7,7 @@ The policy writes as its reference, which may be renewed in the course of a run.
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from nemo_aligner.algorithms.ppo_config import OwnResponsesConfig
+from nemo_aligner.algorithms.ppo_config import ResponseConfig
 from nemo_aligner.algorithms.reference import RenewedReference, referenced
 from nemo_aligner.batch import Prompt, ReferencedPairs, TokenBatch
 from nemo_aligner.data.loader import BatchLoader
@@ -25,15 +25,17 @@ class OwnResponses:
     """
 
     policy: AlignableGenerativeInterface
-    config: OwnResponsesConfig
+    config: ResponseConfig
     loader: BatchLoader[TokenBatch]  # of the rows: pairs are padded, and as long at most, as its batches
     seed: int  # of the draws
+    slots: int  # responses that a rank generates at once
+    scoring_rows: int | None  # pairs of a forward pass of the reference; None: as they come
 
     def annotate(self, reference: RenewedReference, batches: Sequence[TokenBatch]) -> list[ReferencedPairs]:
         """Return pairs of the rows' responses and the reference's, with the reference's log-probs of both."""
         with self.policy.as_reference():
             pairs = self.paired(batches, draw=reference.number)
-            return referenced(self.policy, pairs, self.config.log_prob_forward_micro_batch_size)
+            return referenced(self.policy, pairs, self.scoring_rows)
 
     def paired(self, batches: Sequence[TokenBatch], *, draw: int) -> list[TokenBatch]:
         """Return PreferenceBatches: the row's response is the chosen one, the policy's the rejected one.
@@ -52,8 +54,7 @@ class OwnResponses:
         asked = [place for place, row in enumerate(rows) if any(row.loss_mask)]
         prompts = [self._prompt(rows[place]) for place in asked]
         sampling = self.config.sampling(max_length=self.loader.max_length, seed=self.seed)
-        slots = self.config.rollout_micro_batch_size
-        rollout = self.policy.generate(prompts, sampling, step=draw, slots=slots)
+        rollout = self.policy.generate(prompts, sampling, step=draw, slots=self.slots)
         written = list(rows)
         for number, (place, prompt) in enumerate(zip(asked, prompts, strict=True)):
             response = rollout.response(number)

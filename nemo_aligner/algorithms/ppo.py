@@ -7,7 +7,8 @@ is none.
 
 import logging
 import signal
-from dataclasses import asdict, replace
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
 
 from nemo_aligner.algorithms.critic_link import CriticLink, PPOState
 from nemo_aligner.algorithms.ppo_config import PPOConfig
@@ -17,11 +18,11 @@ from nemo_aligner.algorithms.run_lifecycle import RunLifecycle
 from nemo_aligner.algorithms.sampler import Sampler
 from nemo_aligner.algorithms.scoring import RewardSources, Scorer, Scores
 from nemo_aligner.algorithms.skips import NotFinite, check_finite
-from nemo_aligner.algorithms.updates import OnlineObjective, Updates
-from nemo_aligner.batch import Experience, ScoredRollout
+from nemo_aligner.algorithms.updates import Updates
+from nemo_aligner.batch import ReferencedPairs, ScoredRollout, TokenBatch
 from nemo_aligner.checkpoint.trainer_state import Checkpoint, TrainerState, read_extra
 from nemo_aligner.checkpoint.training import TrainingCheckpoints, monitor_name
-from nemo_aligner.models.alignable_interface import AlignableGenerativeInterface
+from nemo_aligner.models.alignable_interface import AlignableGenerativeInterface, TeacherInterface
 from nemo_aligner.objectives.adaptive import RewardScaling
 from nemo_aligner.objectives.credit import (
     credit,
@@ -30,6 +31,7 @@ from nemo_aligner.objectives.credit import (
     update_reward_scaling,
     value_batch,
 )
+from nemo_aligner.objectives.protocol import Objective
 from nemo_aligner.objectives.value import MAX_RETURN
 from nemo_aligner.parallel import collectives, world
 from nemo_aligner.run.experiment import Experiment
@@ -42,6 +44,17 @@ from nemo_aligner.serving.proxies import CriticUnavailable, WaitCancelled
 logger = logging.getLogger(__name__)
 
 VALIDATION_DRAW = 1 << 30  # the same each time, and that of no step
+
+
+@dataclass(frozen=True, kw_only=True)
+class OnlineObjective:
+    """The loss of a policy that writes what it learns from, and what a rollout must be scored by for it."""
+
+    loss: Objective
+    # makes one pair of the responses to each prompt, which the loss is of; None: it is of credited responses
+    pairs: Callable[[ScoredRollout], ReferencedPairs] | None = None
+    with_reference: bool = False  # whether the initial policy is asked for log-probs
+    teacher: TeacherInterface | None = None  # is asked in the initial policy's place
 
 
 class PPOTrainer:
@@ -67,18 +80,16 @@ class PPOTrainer:
         self.objective = objective
         self.sampler = Sampler(policy=policy, rollouts=rollouts, seq_length=config.rollout_batch_seq_length)
         self.updates = Updates(
-            policy=policy, objective=objective, rollouts=rollouts, num_epochs=config.num_ppo_epochs
+            policy=policy, objective=objective.loss, rollouts=rollouts, num_epochs=config.num_ppo_epochs
         )
-        self.plan = make_plan(
+        self.plan = plan = make_plan(
             config, batches_per_epoch=self.train.batches_per_epoch, val_batches=1 if self.validation else 0
         )
-        self.lifecycle = RunLifecycle(self.plan, run, checkpoints, block=config.block, save=self._save)
+        self.lifecycle = RunLifecycle(plan, run, checkpoints, block=config.block, save=self._save)
         self.kl, self.scaling = kl_controller(config), RewardScaling()
         self.critic: CriticLink | None = None
         self._needs_replay = False
-        self.state = TrainerState(
-            data=self.train.fingerprint | {"steps_per_epoch": self.plan.steps_per_epoch}
-        )
+        self.state = TrainerState(data=self.train.fingerprint | {"steps_per_epoch": plan.steps_per_epoch})
         self.own = PPOState(kl=self.kl.state_dict(), reward_scaling=self.scaling.state_dict())
 
     def resume(self, start: Checkpoint) -> None:
@@ -151,9 +162,9 @@ class PPOTrainer:
         with watch("rollout_time"):
             rollout, prompts = self.sampler.sample(self.train, step - 1, step - 1, watch=watch)
             scored, scores = self.scorer.score(rollout, prompts, watch)
-            experience, self.scaling = self._credit(scored)
-        pending = self.critic.train(value_batch(scored, experience), step=step) if self.critic else None
-        metrics = self._update(scored, scores, experience, watch)
+            learned, self.scaling = self._credit(scored)
+        pending = self.critic.train(value_batch(scored, learned), step=step) if self.critic else None
+        metrics = self._update(scored, scores, learned, watch)
         try:
             if self.critic is not None and pending is not None:
                 metrics |= self.critic.timed_loss(
@@ -166,8 +177,10 @@ class PPOTrainer:
             # The step is done where the critic is lost, too.
             self._report(scored, scores, metrics, watch, bar)
 
-    def _credit(self, scored: ScoredRollout) -> tuple[Experience, RewardScaling]:
-        """Advantages and returns, and the scaling of rewards with this rollout's in it."""
+    def _credit(self, scored: ScoredRollout) -> tuple[TokenBatch, RewardScaling]:
+        """An Experience, or pairs; and the scaling of rewards with this rollout's in it."""
+        if self.objective.pairs is not None:
+            return self.objective.pairs(scored), self.scaling
         coefficient = self.kl.coefficient
         scaling = update_reward_scaling(self.scaling, scored, self.config, kl_coefficient=coefficient)
         found = credit(scored, self.config, kl_coefficient=coefficient, scaling=scaling)
@@ -176,14 +189,14 @@ class PPOTrainer:
         return found, scaling
 
     def _update(
-        self, scored: ScoredRollout, scores: Scores, experience: Experience, watch: Stopwatch
+        self, scored: ScoredRollout, scores: Scores, learned: TokenBatch, watch: Stopwatch
     ) -> dict[str, float]:
         """Train the policy on a rollout; the step is done then, and the critic's may still be on its way."""
         step, before = self.state.step + 1, self.own.ppo_optimization_step
-        moments = statistics(scored, experience, self.config, kl_coefficient=self.kl.coefficient)
+        moments = statistics(scored, learned, self.config, kl_coefficient=self.kl.coefficient)
         metrics = learning_metrics("train_rollouts", scored, scores, moments, self.kl.coefficient)
         with watch("train_time"):
-            updated, state = self.updates.update(scored, experience, self.state, step=step, done=before)
+            updated, state = self.updates.update(learned, self.state, step=step, done=before)
         consumed, done = state.consumed_samples + scored.num_rows, before + self.updates.per_rollout
         self.kl = self.kl.update(metrics["train_rollouts/answer_kl"], scored.num_rows)
         self.state = replace(state, step=step, consumed_samples=consumed)
@@ -239,8 +252,8 @@ class PPOTrainer:
         watch, draw = Stopwatch(), self.plan.max_steps + round_
         rollout, prompts = self.sampler.sample(self.train, round_, draw, watch=watch)
         scored, _ = self.scorer.score(rollout, prompts, watch)
-        experience, self.scaling = self._credit(scored)
-        pending = self.critic.train(value_batch(scored, experience), step=0)
+        learned, self.scaling = self._credit(scored)
+        pending = self.critic.train(value_batch(scored, learned), step=0)
         loss, rounds = self.critic.loss(pending), self.config.critic_warmup_steps
         if world.is_logging_rank():
             logger.info("critic warm-up %d/%d: loss %.4f", round_ + 1, rounds, loss)

@@ -10,7 +10,7 @@ from nemo_aligner.bounds import bounded, check_bounds
 from nemo_aligner.data.config import unescape
 from nemo_aligner.errors import UserError
 from nemo_aligner.models.sampling_config import DrawConfig, SamplingConfig
-from nemo_aligner.objectives.config import REWARDED, CreditConfig, PolicyConfig
+from nemo_aligner.objectives.config import CreditConfig, PolicyConfig
 from nemo_aligner.paths import PathText
 from nemo_aligner.run.schedule import LoopConfig
 
@@ -86,15 +86,10 @@ class PPOConfig(CreditConfig, LoopConfig):
     rewards: Mapping[str, RewardConfig] = field(default_factory=dict[str, RewardConfig])
 
     @property
-    def asks_critic(self) -> bool:
-        """True if values are estimated, and by a critic."""
-        return self.advantage_estimator == "gae"
-
-    @property
     def served_reward(self) -> str | None:
         """The name of the reward that a reward model in another job gives; None: none does."""
         if not self.rewards:
-            return "reward_model" if self.advantage_estimator in REWARDED else None
+            return "reward_model" if self.needs_rewards else None
         return next((name for name, reward in self.rewards.items() if reward.is_served), None)
 
     def check(self, block: str) -> None:
@@ -167,15 +162,6 @@ class ResponseConfig:
         return SamplingConfig(
             **drawn, max_length=lengths.max_length or max_length, min_length=lengths.min_length, seed=seed
         )
-
-
-@dataclass(frozen=True, kw_only=True)
-class OwnResponsesConfig(ResponseConfig):
-    """How a policy responds to the prompts of supervised rows."""
-
-    rollout_micro_batch_size: int = bounded(64, at_least=1)  # responses that a rank generates at once
-    # pairs of a forward pass of the reference; null: model.data.train_ds.micro_batch_size
-    log_prob_forward_micro_batch_size: int | None = bounded(None, at_least=1)
 
 
 @dataclass(frozen=True, kw_only=True)

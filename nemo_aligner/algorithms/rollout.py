@@ -36,11 +36,12 @@ class RolloutSettings:
     """The sizes of a rollout, and of the work on it."""
 
     config: RolloutConfig
+    num_rows: int  # rows of data that a rollout gives: responses, or pairs of them
     sampling: SamplingConfig
-    global_batch_size: int  # responses of an optimizer step
+    global_batch_size: int  # rows of an optimizer step
     micro_batch_size: int  # of a forward and backward pass on one rank
     length_multiple: int  # of positions that rows are padded to
-    seed: int  # of the order of responses within an update
+    seed: int  # of the order of rows within an update
     decode: Callable[[Sequence[int]], str]  # token ids to text
     end_ids: Sequence[int]  # tokens that end a response
 

@@ -85,7 +85,7 @@ def learning_metrics(
 ) -> dict[str, float]:
     """Those of :func:`rollout_metrics`, and of the credit, of which ``moments`` are credit.statistics."""
     means = ("init_policy_kl", "rewards_with_kl", "answer_kl")
-    spreads = ("advantages", "returns", "values")
+    spreads = [name for name in ("advantages", "returns", "values") if name in moments]
     metrics = {
         **{name: moments[name].mean.item() for name in means},
         **{f"{name}_mean": moments[name].mean.item() for name in spreads},

@@ -2,16 +2,16 @@
 """Optimizer steps on a rollout: in which order its responses are learned from, and on which rank."""
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from nemo_aligner.algorithms.rollout import RolloutSettings, balance_micro_batches, lengths_of, trim_padding
 from nemo_aligner.algorithms.skips import counted
-from nemo_aligner.batch import Experience, ReferencedPairs, ScoredRollout, TokenBatch
+from nemo_aligner.batch import PreferenceBatch, TokenBatch
 from nemo_aligner.checkpoint.trainer_state import TrainerState
-from nemo_aligner.models.alignable_interface import AlignableGenerativeInterface, TeacherInterface
+from nemo_aligner.models.alignable_interface import AlignableGenerativeInterface
 from nemo_aligner.objectives.protocol import Objective
 from nemo_aligner.parallel import world
 from nemo_aligner.run.metrics import means
@@ -20,54 +20,35 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
-class OnlineObjective:
-    """An objective of a policy that writes what it learns from, and what a rollout must be scored by for it."""
-
-    objective: Objective
-    # makes one pair of the responses to each prompt, which the objective is of; None: it is of responses
-    pairs: Callable[[ScoredRollout], ReferencedPairs] | None = None
-    with_reference: bool = False  # whether the initial policy is asked for log-probs
-    teacher: TeacherInterface | None = None  # is asked in the initial policy's place
-
-
-@dataclass(frozen=True, kw_only=True)
 class Updates:
     """Trains ``policy`` on ``objective``."""
 
     policy: AlignableGenerativeInterface
-    objective: OnlineObjective
+    objective: Objective
     rollouts: RolloutSettings
     num_epochs: int  # passes over each rollout
 
     @property
-    def num_rows(self) -> int:
-        """Rows of data that a rollout gives: responses, or pairs of them."""
-        config = self.rollouts.config
-        return config.num_prompts if self.objective.pairs else config.num_rollout_samples
-
-    @property
     def per_rollout(self) -> int:
         """Optimizer steps on one rollout."""
-        return self.num_epochs * self.num_rows // self.rollouts.global_batch_size
+        return self.num_epochs * self.rollouts.num_rows // self.rollouts.global_batch_size
 
     def update(
-        self, scored: ScoredRollout, experience: Experience, state: TrainerState, *, step: int, done: int
+        self, learned: TokenBatch, state: TrainerState, *, step: int, done: int
     ) -> tuple[dict[str, float], TrainerState]:
         """Means over the updates that were not skipped, the number of those that were, and the state after them.
 
-        ``done`` optimizer steps are done before.
+        Args:
+            learned: the rollout's rows.
+            done: optimizer steps before.
         """
-        learned = self.objective.pairs(scored) if self.objective.pairs else experience
         found: list[dict[str, float]] = []
         empty: list[dict[str, float]] = []  # steps on nothing but responses that are left out
         skipped: list[dict[str, float]] = []
         for number, rows in enumerate(self._global_batches(step), done + 1):
             part = _rows(learned, rows)
             sums = self.policy.get_loss_and_metrics(
-                self._micro_batches(part),
-                self.objective.objective,
-                forward_only=False,
-                sampling=self.rollouts.sampling,
+                self._micro_batches(part), self.objective, forward_only=False, sampling=self.rollouts.sampling
             )
             metrics = means(sums) | self.policy.optimizer_step()
             state = counted(state, metrics, step=number)
@@ -77,16 +58,16 @@ class Updates:
         if empty and world.is_logging_rank():
             logger.warning(
                 "no response of %d of %d updates counts in the loss: %s",
-                *(len(empty), self.per_rollout, self._why_empty()),
+                *(len(empty), self.per_rollout, self._why_empty(learned)),
             )
         of = found or empty or skipped
         kept = {f"train_optim/{name}": sum(m[name] for m in of) / len(of) for name in of[0]}
-        if self.objective.pairs:
+        if isinstance(learned, PreferenceBatch):
             kept["train_optim/pair_fraction"] = learned.real_pairs().double().mean().item()
         return kept | {"train_optim/skipped_steps": float(len(skipped))}, state
 
-    def _why_empty(self) -> str:
-        if self.objective.pairs:
+    def _why_empty(self, learned: TokenBatch) -> str:
+        if isinstance(learned, PreferenceBatch):
             return "the rewards of all responses to a prompt are equal, which makes no pair"
         return (
             f"all were cut at model.ppo.length_params.max_length={self.rollouts.sampling.max_length} tokens with "
@@ -97,8 +78,8 @@ class Updates:
         size = self.rollouts.global_batch_size
         for epoch in range(self.num_epochs):
             draw = np.random.default_rng([self.rollouts.seed, step, epoch])
-            order = [int(row) for row in draw.permutation(self.num_rows)]
-            yield from (order[i : i + size] for i in range(0, self.num_rows, size))
+            order = [int(row) for row in draw.permutation(self.rollouts.num_rows)]
+            yield from (order[i : i + size] for i in range(0, self.rollouts.num_rows, size))
 
     def _micro_batches(self, batch: TokenBatch) -> list[TokenBatch]:
         """This rank's micro-batches of a global batch that every rank has."""

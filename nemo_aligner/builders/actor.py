@@ -3,19 +3,19 @@
 
 import logging
 import secrets
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
 from nemo_aligner.algorithms.critic_link import PPOState
 from nemo_aligner.algorithms.judge import Judge, read_template
-from nemo_aligner.algorithms.ppo import PPOTrainer
+from nemo_aligner.algorithms.ppo import OnlineObjective, PPOTrainer
 from nemo_aligner.algorithms.ppo_config import JudgeConfig
 from nemo_aligner.algorithms.rewards import load_function
 from nemo_aligner.algorithms.rollout import PromptSource, RolloutSettings
 from nemo_aligner.algorithms.scoring import RewardSources
-from nemo_aligner.algorithms.updates import OnlineObjective
+from nemo_aligner.batch import ReferencedPairs, ScoredRollout
 from nemo_aligner.builders.loaders import longest_sequence
 from nemo_aligner.builders.models import Pretrained, go_on_from, load_policy, require_tokenizer
 from nemo_aligner.builders.reference import load_teacher
@@ -34,6 +34,7 @@ from nemo_aligner.errors import UserError
 from nemo_aligner.models.gpt.policy import GPTPolicy
 from nemo_aligner.models.sampling_config import SamplingConfig
 from nemo_aligner.objectives.policy import PolicyGradient
+from nemo_aligner.objectives.protocol import Objective
 from nemo_aligner.parallel import world
 from nemo_aligner.run.experiment import Experiment
 from nemo_aligner.run.progress import heartbeat
@@ -44,12 +45,18 @@ from nemo_aligner.serving.proxies import CriticProxy, CriticUnavailable, Pending
 logger = logging.getLogger(__name__)
 
 
-def train_actor(job: ActorJob, objective: OnlineObjective | None = None) -> None:
+def train_actor(
+    job: ActorJob,
+    *,
+    loss: Objective | None = None,
+    pairs: Callable[[ScoredRollout], ReferencedPairs] | None = None,
+) -> None:
     """Run the job: a policy that learns from its responses, by the job's teacher if it has one.
 
     Args:
         job: the settings.
-        objective: of the policy; None: :func:`actor_objective`.
+        loss: of the policy; None: :func:`policy_gradient`.
+        pairs: makes one pair of the responses to each prompt, which ``loss`` is of; None: it is of credited responses.
     """
     with open_experiment(job) as run:
         start = resume_point(job, run)
@@ -57,9 +64,12 @@ def train_actor(job: ActorJob, objective: OnlineObjective | None = None) -> None
             keys = ", ".join(f"trainer.ppo.{name}" for name in idle)
             logger.warning("without effect, as trainer.ppo.initial_policy_kl_penalty is 0: %s", keys)
         pretrained = load_actor(job, start)
-        objective = objective or actor_objective(job)
-        if job.teacher is not None:
-            objective = replace(objective, teacher=load_teacher(job, job.teacher, pretrained, scores=True))
+        objective = OnlineObjective(
+            loss=loss or policy_gradient(job),
+            pairs=pairs,
+            with_reference=job.asks_initial_policy,
+            teacher=load_teacher(job, job.teacher, pretrained, scores=True) if job.teacher else None,
+        )
         prompts = actor_prompts(job, pretrained)
         checkpoints = training_checkpoints(job, run, pretrained)
         trainer = PPOTrainer(
@@ -115,6 +125,7 @@ def actor_rollouts(job: ActorJob, pretrained: Pretrained[GPTPolicy]) -> RolloutS
     model = job.model
     return RolloutSettings(
         config=model.ppo,
+        num_rows=job.rollout_rows[0],
         sampling=_sampling(job, pretrained),
         global_batch_size=model.global_batch_size,
         micro_batch_size=model.micro_batch_size,
@@ -125,16 +136,15 @@ def actor_rollouts(job: ActorJob, pretrained: Pretrained[GPTPolicy]) -> RolloutS
     )
 
 
-def actor_objective(job: ActorJob) -> OnlineObjective:
+def policy_gradient(job: ActorJob) -> PolicyGradient:
     """The policy's loss; with trainer.ppo.kl_placement=loss the KL to the initial policy is a part of it."""
     config = job.trainer.ppo
     in_loss = config.kl_placement == "loss"
-    objective = PolicyGradient(
+    return PolicyGradient(
         job.model.ppo,
         kl_coefficient=config.initial_policy_kl_penalty if in_loss else 0.0,
         kl_estimator=config.estimator_of_kl,
     )
-    return OnlineObjective(objective=objective, with_reference=job.asks_initial_policy)
 
 
 @world.phase("reading data")

@@ -4,7 +4,6 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import ClassVar
 
 from nemo_aligner.algorithms.ppo_config import PPOConfig, RolloutConfig
 from nemo_aligner.bounds import bounded, only
@@ -13,13 +12,10 @@ from nemo_aligner.data.config import DataSpecConfig
 from nemo_aligner.data.first_rows import check_prompt_rows
 from nemo_aligner.errors import UserError
 from nemo_aligner.models.gpt.learning_rate import OptimConfig, SchedConfig
-from nemo_aligner.objectives.config import BY_REWARDS, CRITIC_FREE, GROUPED, Estimator
+from nemo_aligner.objectives.config import BY_REWARDS, GROUPED, RewardEstimator
 from nemo_aligner.run.experiment import CheckpointCallbackConfig, ExperimentConfig
 
 _NO_TIME = ("{key}={value}: must be > 0 seconds", "set {key} above 0 seconds")
-
-# The script of each estimator that only one job can run.
-_SCRIPTS = {"teacher": "train_gpt_on_policy_distillation.py", "pairs": "train_gpt_online_dpo.py"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,6 +34,8 @@ class TrtLlmConfig:
 class ActorConfig(PPOConfig):
     """The ``trainer.ppo`` block."""
 
+    # gae asks a critic; reinforce does not; group, leave_one_out and best_of_n compare responses
+    advantage_estimator: RewardEstimator = "gae"
     trt_llm: TrtLlmConfig = field(default_factory=TrtLlmConfig)  # TensorRT-LLM
     model_gbs: int | None = None  # only as model.global_batch_size
     model_mbs: int | None = None  # only as model.micro_batch_size
@@ -150,8 +148,6 @@ class ActorJob(PretrainedJob):
     remote_critic_rm: RemoteConfig | None = field(default_factory=RemoteConfig)
     name: str = "megatron_gpt_ppo_actor"
 
-    own_estimator: ClassVar[Estimator | None] = None  # that only this job can run
-
     @property
     def files(self) -> Mapping[str, Sequence[str]]:
         """See TrainingJob."""
@@ -220,18 +216,13 @@ class ActorJob(PretrainedJob):
                 f"trainer.ppo.top_n={config.top_n} leaves none of model.ppo.num_responses_per_prompt={responses} out",
                 fix=f"set trainer.ppo.top_n to {responses - 1} or less",
             )
-        if config.advantage_estimator not in (*BY_REWARDS, self.own_estimator):
-            raise UserError(
-                f"{named} is that of another script",
-                fix=f"run {_SCRIPTS[config.advantage_estimator]}, or set trainer.ppo.advantage_estimator to one of "
-                f"{', '.join(BY_REWARDS)}",
-            )
         if self.remote_critic_rm is not None:
             return
         if config.asks_critic:
+            others = ", ".join(name for name in BY_REWARDS if name != config.advantage_estimator)
             raise UserError(
                 f"{named} asks a critic, and remote_critic_rm is null",
-                fix=f"set trainer.ppo.advantage_estimator to one of {', '.join(CRITIC_FREE)}, or "
+                fix=f"set trainer.ppo.advantage_estimator to one of {others}, or "
                 "leave remote_critic_rm and start serve_ppo_critic.py",
             )
         if config.served_reward is not None:

@@ -3,7 +3,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, get_args
 
 from nemo_aligner.bounds import bounded, check_bounds
 from nemo_aligner.errors import UserError
@@ -11,15 +11,12 @@ from nemo_aligner.errors import UserError
 PairLoss = Literal["regression", "regular_bt", "margin_bt", "scaled_bt"]
 PreferenceLoss = Literal["dpo", "ipo", "robust", "rpo_sq", "rpo_bwd_kl", "rpo_fwd_kl", "simpo", "orpo"]
 REFERENCED: tuple[PreferenceLoss, ...] = ("dpo", "ipo", "robust", "rpo_sq", "rpo_bwd_kl", "rpo_fwd_kl")
-Estimator = Literal["gae", "group", "leave_one_out", "reinforce", "best_of_n", "teacher", "pairs"]
+RewardEstimator = Literal["gae", "group", "leave_one_out", "reinforce", "best_of_n"]
+Estimator = Literal[RewardEstimator, "teacher"]
 Divergence = Literal["fwd_kl", "bwd_kl", "js"]
+BY_REWARDS: tuple[RewardEstimator, ...] = get_args(RewardEstimator)
 # Estimators that compare the responses to one prompt.
-GROUPED: tuple[Estimator, ...] = ("group", "leave_one_out", "best_of_n", "pairs")
-# Estimators of rewards that ask no critic.
-CRITIC_FREE: tuple[Estimator, ...] = ("group", "leave_one_out", "best_of_n", "reinforce")
-BY_REWARDS: tuple[Estimator, ...] = ("gae", *CRITIC_FREE)
-# Estimators that need rewards: those, and pairs of the best and the worst response.
-REWARDED: tuple[Estimator, ...] = (*BY_REWARDS, "pairs")
+GROUPED: tuple[RewardEstimator, ...] = ("group", "leave_one_out", "best_of_n")
 _ABOVE_0_OR_NULL = "more than 0, or null"
 _NOT_POSITIVE = ("{key}={value} is not positive", "set it to {range}")
 _NEGATIVE = ("{key}={value} is negative", "set {key} to {range}")
@@ -138,9 +135,7 @@ class ValueConfig:
 class CreditConfig:
     """The part of the ``trainer.ppo`` block that turns rewards into advantages."""
 
-    # gae asks a critic; reinforce does not; group, leave_one_out and best_of_n compare responses; teacher and pairs are
-    # in scripts of their own
-    advantage_estimator: Estimator = "gae"
+    advantage_estimator: Estimator | None = "gae"  # null: none, where pairs of responses are learned from
     # with group: divide by the standard deviation of the group's rewards (GRPO); False: Dr. GRPO
     group_std: bool = True
     # with best_of_n: responses to each prompt that the policy learns from
@@ -186,6 +181,16 @@ class CreditConfig:
     }
 
     @property
+    def asks_critic(self) -> bool:
+        """True if values are estimated, and by a critic."""
+        return self.advantage_estimator == "gae"
+
+    @property
+    def needs_rewards(self) -> bool:
+        """True if rewards say what is learned; else they are only reported."""
+        return self.advantage_estimator != "teacher"
+
+    @property
     def estimator_of_kl(self) -> Literal["k1", "abs", "k2", "k3"]:
         """The estimate that the penalty is of."""
         return "abs" if self.kl_estimator == "k1" and self.use_absolute_kl else self.kl_estimator
@@ -229,7 +234,7 @@ class CreditConfig:
 
     def _check_read(self, block: str) -> None:
         """Raise UserError for a setting that the estimator does not read and that is not as usual."""
-        penalty, estimator = self.initial_policy_kl_penalty, self.advantage_estimator
+        penalty, estimator = self.initial_policy_kl_penalty, self.advantage_estimator or "null"
         if penalty and estimator not in BY_REWARDS:
             raise UserError(
                 f"{block}.initial_policy_kl_penalty={penalty} has no effect with "

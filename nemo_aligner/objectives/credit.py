@@ -7,7 +7,7 @@ Pure: what needs other ranks goes through a function that adds up a tensor over 
 import torch
 from torch import Tensor
 
-from nemo_aligner.batch import Experience, ScoredRollout, ValueBatch
+from nemo_aligner.batch import Experience, ScoredRollout, TokenBatch, ValueBatch
 from nemo_aligner.objectives.adaptive import KLController, RewardScaling
 from nemo_aligner.objectives.config import CreditConfig
 from nemo_aligner.objectives.reduce import Moments, SumOverRanks, estimate_kl, kl_k1, masked_mean, whiten
@@ -197,8 +197,6 @@ def _estimated(scored: ScoredRollout, rewards: Tensor, config: CreditConfig) -> 
             each_token = teacher_advantages(scored.logprobs, scored.reference_logprobs)
             each_token = torch.where(responses, each_token, 0)
             return each_token, each_token, responses
-        case "pairs":
-            return torch.zeros_like(rewards), torch.zeros_like(rewards), responses
         case "group":
             each, kept = group_advantages(whole, scored.group, divide_by_std=config.group_std), responses
         case "leave_one_out":
@@ -208,6 +206,8 @@ def _estimated(scored: ScoredRollout, rewards: Tensor, config: CreditConfig) -> 
             cut = ~scored.finished if config.mask_unfinished else torch.zeros_like(scored.finished)
             best = best_of_n(whole.masked_fill(cut, -torch.inf), scored.group, keep=config.top_n)
             each, kept = best.to(rewards.dtype), responses & best[:, None]
+        case None:
+            raise AssertionError("pairs of responses have no advantages")
     advantages = torch.where(responses, each[:, None], 0)
     return advantages, advantages, kept
 
@@ -286,8 +286,9 @@ def credit(
     )
 
 
-def value_batch(scored: ScoredRollout, experience: Experience) -> ValueBatch:
+def value_batch(scored: ScoredRollout, experience: TokenBatch) -> ValueBatch:
     """The critic's train batch of the same responses, unfinished ones too: their values are asked for as well."""
+    assert isinstance(experience, Experience), "only what is credited has returns"
     return ValueBatch(
         tokens=scored.tokens,
         loss_mask=scored.loss_tokens(),
@@ -298,7 +299,7 @@ def value_batch(scored: ScoredRollout, experience: Experience) -> ValueBatch:
 
 
 def statistics(
-    scored: ScoredRollout, experience: Experience, config: CreditConfig, *, kl_coefficient: float
+    scored: ScoredRollout, learned: TokenBatch, config: CreditConfig, *, kl_coefficient: float
 ) -> dict[str, Moments]:
     """This rank's part of what is logged of a rollout; ``Moments.over`` makes it that of all ranks.
 
@@ -306,7 +307,7 @@ def statistics(
     - "init_policy_kl": of responses, the mean over tokens of the KL estimate that the penalty is of;
     - "rewards_with_kl": of responses, the mean over tokens of :func:`shape_rewards`;
     - "answer_kl": of responses, the sum over tokens of ``log p - log q``, which a KL controller is updated with;
-    - "advantages" before whitening, "returns", "values": of response tokens.
+    - where an Experience is learned from, "advantages" before whitening, "returns", "values": of response tokens.
 
     The KLs are 0 where ``kl_coefficient`` is: nothing then says what the initial policy believes.
     """
@@ -317,12 +318,14 @@ def statistics(
     if kl_coefficient:
         penalised = _penalised_kl(scored, config)
         signed = kl_k1(scored.logprobs, scored.reference_logprobs)
-    return {
+    found = {
         "rewards": Moments.of(scored.rewards, rows),
         "init_policy_kl": Moments.of(masked_mean(penalised, responses, dim=1), rows),
         "rewards_with_kl": Moments.of(masked_mean(rewards, responses, dim=1), rows),
         "answer_kl": Moments.of(torch.where(responses, signed, 0).sum(1), rows),
-        "advantages": Moments.of(experience.returns - experience.values, responses),
-        "returns": Moments.of(experience.returns, responses),
-        "values": Moments.of(experience.values, responses),
     }
+    if isinstance(learned, Experience):
+        found["advantages"] = Moments.of(learned.returns - learned.values, responses)
+        found["returns"] = Moments.of(learned.returns, responses)
+        found["values"] = Moments.of(learned.values, responses)
+    return found

@@ -102,8 +102,9 @@ def test_what_cannot_be_is_refused(asked: Callable, run: Callable, changed: dict
     assert fix in job.err
 
 
-def test_an_estimator_without_its_teacher_names_the_script(settings: Callable, run: Callable):  # noqa: F811
+def test_an_estimator_without_its_teacher_is_refused(settings: Callable, run: Callable):  # noqa: F811
     estimator = {"trainer.ppo.advantage_estimator": "teacher", "trainer.ppo.initial_policy_kl_penalty": 0}
     job = run(settings("run", **estimator), command=[ROOT / "examples/nlp/gpt/train_gpt_grpo.py"])
     assert job.process.returncode == 2
-    assert "train_gpt_on_policy_distillation.py" in job.err
+    assert "trainer.ppo.advantage_estimator='teacher' is not known" in job.err
+    assert "use one of gae, group, leave_one_out, reinforce, best_of_n" in job.err

@@ -104,7 +104,7 @@ def test_a_question_that_the_model_has_no_room_for_is_refused(asked: Callable, r
 @pytest.mark.parametrize(
     ("changed", "problem"),
     [
-        ({"trainer.ppo.advantage_estimator": "leave_one_out"}, "trainer.ppo.advantage_estimator=pairs"),
+        ({"trainer.ppo.advantage_estimator": "leave_one_out"}, "set trainer.ppo.advantage_estimator=null"),
         ({"trainer.ppo.reward_clip": 2}, "trainer.ppo.reward_clip=2.0 has no effect with"),
         ({"trainer.ppo.initial_policy_kl_penalty": 0.1}, "set trainer.ppo.initial_policy_kl_penalty=0.0"),
         (

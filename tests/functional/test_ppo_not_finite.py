@@ -14,10 +14,9 @@ from torch import Tensor
 
 from nemo_aligner import builders
 from nemo_aligner.algorithms.critic_server_trainer import CriticServerTrainer
-from nemo_aligner.algorithms.ppo import PPOTrainer
+from nemo_aligner.algorithms.ppo import OnlineObjective, PPOTrainer
 from nemo_aligner.algorithms.scoring import RewardSources
 from nemo_aligner.algorithms.skips import Diverged
-from nemo_aligner.algorithms.updates import OnlineObjective
 from nemo_aligner.batch import TokenBatch, ValueBatch
 from nemo_aligner.builders import actor, servers
 from nemo_aligner.config.ppo import ActorJob
@@ -106,7 +105,7 @@ def train_actor(
             config,
             actor.actor_rollouts(job, pretrained),
             pretrained.learner,
-            OnlineObjective(objective=objective(job.model.ppo), with_reference=job.asks_initial_policy),
+            OnlineObjective(loss=objective(job.model.ppo), with_reference=job.asks_initial_policy),
             actor.actor_prompts(job, pretrained),
             run,
             builders.training_checkpoints(job, run, pretrained),

@@ -19,14 +19,14 @@ from nemo_aligner.config.ppo import (
 )
 from nemo_aligner.launch.script import script
 from nemo_aligner.models.gpt.learning_rate import OptimConfig, SchedConfig
-from nemo_aligner.objectives.config import Estimator
+from nemo_aligner.objectives.config import RewardEstimator
 
 
 @dataclass(frozen=True, kw_only=True)
 class GRPOConfig(ActorConfig):
     """Advantages within a group, and the KL in the loss by k3 (Shao 2024, arXiv 2402.03300, eq. 3)."""
 
-    advantage_estimator: Estimator = "group"
+    advantage_estimator: RewardEstimator = "group"
     initial_policy_kl_penalty: float = 0.001
     kl_estimator: Literal["k1", "k2", "k3"] = "k3"
     kl_placement: Literal["token", "last", "loss"] = "loss"

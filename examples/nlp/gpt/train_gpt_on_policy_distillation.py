@@ -63,8 +63,6 @@ class OPDModelConfig(ActorModelConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class OPDJob(ActorJob):
-    own_estimator = "teacher"
-
     model: OPDModelConfig
     trainer: OPDTrainerConfig = field(default_factory=OPDTrainerConfig)
     remote_critic_rm: RemoteConfig | None = None

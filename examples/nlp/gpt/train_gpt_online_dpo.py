@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Literal
 
-from nemo_aligner.bounds import only
+from nemo_aligner.bounds import bounded, only
 from nemo_aligner.config.ppo import (
     ActorConfig,
     ActorJob,
@@ -35,7 +35,7 @@ class OnlineDPOSettings(DPOConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class OnlineDPOConfig(ActorConfig):
-    advantage_estimator: str = only("pairs", what="an estimator of advantages")  # only pairs
+    advantage_estimator: str | None = only(None, what="an estimator of advantages")  # only null
     initial_policy_kl_penalty: float = 0.0  # only 0: the reference of model.dpo holds the policy
     mask_unfinished: bool = False  # responses that the length limit cut are in no pair
 
@@ -48,7 +48,8 @@ class OnlineDPOTrainerConfig(ActorTrainerConfig):
 @dataclass(frozen=True, kw_only=True)
 class OnlineDPORolloutConfig(ActorRolloutConfig):
     num_rollout_samples: int = 64
-    num_responses_per_prompt: int = 4  # of which the best and the worst are a pair
+    # of which the best and the worst are a pair
+    num_responses_per_prompt: int = bounded(4, at_least=2)
     ratio_eps: float = only(0.2, what=_NO_RATIO)  # only 0.2
     ratio_eps_high: float | None = only(None, what=_NO_RATIO)  # only null
     dual_clip: float | None = only(None, what=_NO_RATIO)  # only null
@@ -69,8 +70,6 @@ class OnlineDPOModelConfig(ActorModelConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class OnlineDPOJob(ActorJob):
-    own_estimator = "pairs"
-
     model: OnlineDPOModelConfig
     trainer: OnlineDPOTrainerConfig = field(default_factory=OnlineDPOTrainerConfig)
     remote_critic_rm: RemoteConfig | None = None
@@ -90,17 +89,13 @@ class OnlineDPOJob(ActorJob):
 @script("gpt_online_dpo", OnlineDPOJob)
 def main(job: OnlineDPOJob) -> None:
     """Have a language model prefer its best responses to its worst."""
-    from nemo_aligner.algorithms.updates import OnlineObjective
     from nemo_aligner.builders.actor import train_actor
     from nemo_aligner.objectives.preference import DPO
     from nemo_aligner.objectives.rollout_pairs import rollout_pairs
 
     initial, unfinished = job.model.dpo.reference == "initial", job.trainer.ppo.mask_unfinished
     pairs = partial(rollout_pairs, initial=initial, mask_unfinished=unfinished)
-    objective = DPO(job.model.dpo)
-    train_actor(
-        job, OnlineObjective(objective=objective, pairs=pairs, with_reference=job.asks_initial_policy)
-    )
+    train_actor(job, loss=DPO(job.model.dpo), pairs=pairs)
 
 
 if __name__ == "__main__":

@@ -16,14 +16,14 @@ from nemo_aligner.config.ppo import (
     RemoteConfig,
 )
 from nemo_aligner.launch.script import script
-from nemo_aligner.objectives.config import Estimator
+from nemo_aligner.objectives.config import RewardEstimator
 
 
 @dataclass(frozen=True, kw_only=True)
 class RSConfig(ActorConfig):
     """The loss of the first update is the negative log-likelihood of the responses that are kept."""
 
-    advantage_estimator: Estimator = "best_of_n"
+    advantage_estimator: RewardEstimator = "best_of_n"
     initial_policy_kl_penalty: float = 0.0
 
 

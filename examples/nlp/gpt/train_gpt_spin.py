@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import ClassVar
 
-from nemo_aligner.algorithms.ppo_config import LengthConfig, OwnResponsesConfig, SamplingParams
+from nemo_aligner.algorithms.ppo_config import LengthConfig, ResponseConfig, SamplingParams
 from nemo_aligner.bounds import bounded, only
 from nemo_aligner.config.base import TrainerConfig
 from nemo_aligner.config.sft import SFTModelConfig, TextJob
@@ -32,12 +32,15 @@ class SPINLengthConfig(LengthConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class SPINConfig(OwnResponsesConfig):
+class SPINConfig(ResponseConfig):
     # beta: reward per nat of log-prob above the opponent's
     ref_policy_kl_penalty: float = bounded(0.1, above=0)
     # how responses are drawn; the losses are of the model's own distribution
     sampling_params: SPINSamplingParams = field(default_factory=SPINSamplingParams)
     length_params: SPINLengthConfig = field(default_factory=SPINLengthConfig)  # when a response ends
+    rollout_micro_batch_size: int = bounded(64, at_least=1)  # responses that a rank generates at once
+    # pairs of a forward pass of the opponent; null: model.data.train_ds.micro_batch_size
+    log_prob_forward_micro_batch_size: int | None = bounded(None, at_least=1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,8 +106,14 @@ def main(job: SPINJob) -> None:
         steps = limited(data.train.batches_per_epoch, loop.limit_train_batches) * loop.passes[0]
         every = steps // loop.max_iterations
         reference = builders.renewed_reference(run, pretrained, start, every=every)
-        policy, seed = pretrained.learner, job.model.seed
-        own = OwnResponses(policy=policy, config=settings, loader=data.train, seed=seed)
+        own = OwnResponses(
+            policy=pretrained.learner,
+            config=settings,
+            loader=data.train,
+            seed=job.model.seed,
+            slots=settings.rollout_micro_batch_size,
+            scoring_rows=settings.log_prob_forward_micro_batch_size,
+        )
         annotate = partial(own.annotate, reference)
         data = replace(data, annotate=annotate, before_step=reference.before_step, validated=NLL())
         objective = DPO(DPOConfig(ref_policy_kl_penalty=settings.ref_policy_kl_penalty))

@@ -30,6 +30,7 @@ def _one_rank() -> Iterator[None]:
 def scorer() -> Scorer:
     rollouts = RolloutSettings(
         config=RolloutConfig(rollout_micro_batch_size=2),
+        num_rows=512,
         sampling=SamplingConfig(),
         global_batch_size=2,
         micro_batch_size=1,

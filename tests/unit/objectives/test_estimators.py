@@ -97,8 +97,6 @@ def test_each_token_of_a_response_has_its_advantage(scored: Callable[..., Scored
             each = group_advantages(batch.rewards, batch.group, divide_by_std=True)
         case "leave_one_out":
             each = leave_one_out(batch.rewards, batch.group)
-        case "pairs":
-            each = torch.zeros(4)  # pairs have no advantages
         case _:
             each = torch.ones(4)
     assert torch.equal(
