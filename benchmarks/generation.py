@@ -21,7 +21,6 @@ import torch
 from benchmarks import sft
 from benchmarks.figures import Figure, Part, checked, ratio
 from benchmarks.processes import ALLOCATORS, THREADS, conditions, measure
-from nemo_aligner.batch import Prompt
 from nemo_aligner.checkpoint.convert import import_from_huggingface
 from nemo_aligner.checkpoint.nemo_archive import open_nemo
 from nemo_aligner.checkpoint.sharded import load_model
@@ -31,6 +30,7 @@ from nemo_aligner.models.gpt.policy import GPTPolicy
 from nemo_aligner.models.sampling_config import SamplingConfig
 from nemo_aligner.parallel import world
 from nemo_aligner.parallel.ranks import Layout
+from nemo_aligner.rollout_batch import Prompt
 
 __all__ = ["Case", "cases", "figures_of", "load", "part", "sizes", "uneven", "written"]
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from nemo_aligner import builders
 from nemo_aligner.algorithms.rollout import text_of_response
-from nemo_aligner.batch import PreferenceBatch, Prompt, Rollout, TokenBatch, Unit
+from nemo_aligner.batch import PreferenceBatch, TokenBatch, Unit
 from nemo_aligner.builders import servers
 from nemo_aligner.checkpoint.convert import export_to_huggingface
 from nemo_aligner.checkpoint.sources import peek_model
@@ -40,6 +40,7 @@ from nemo_aligner.objectives.protocol import Metrics, ModelOutput, Objective, Wa
 from nemo_aligner.objectives.reward import BradleyTerry
 from nemo_aligner.parallel import collectives, world
 from nemo_aligner.parallel.ranks import discover
+from nemo_aligner.rollout_batch import Prompt, Rollout
 from nemo_aligner.run.metrics import means
 
 __all__ = [

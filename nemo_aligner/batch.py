@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The data types that flow between data, models and objectives. Depends on torch alone.
+"""The data types that flow between data, models and objectives; those of the online loop are in ``rollout_batch.py``.
+
+Depends on torch alone.
 
 One convention holds everywhere: **position t speaks of token t**. ``logprobs[b, t]`` is
 ``log p(tokens[b, t] | tokens[b, :t])`` and 0 at the start of every sequence; ``loss_mask[b, t]`` says that
@@ -13,8 +15,6 @@ sequences, as a pair is.
 """
 
 import enum
-import zlib
-from array import array
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import ClassVar, Self, TypeVar
@@ -264,7 +264,14 @@ class ReferencedPairs(PreferenceBatch):
 class MismatchedResponses(TokenBatch):
     """Sequence 2i is a prompt and its response, good or bad; 2i + 1 the same prompt and the response to another prompt.
 
-    As collated. RatedResponses keeps sequences 2i; 2i + 1 only estimate the KL.
+    As collated. RatedResponses keeps sequences 2i; 2i + 1 only estimate the KL. Prompt 5 with its response 7, which is
+    good, and prompt 6 with its own 8, which is bad:
+
+    >>> rows = [([prompt, response], [False, True]) for prompt, response in ((5, 7), (5, 8), (6, 8), (6, 7))]
+    >>> batch = TokenBatch.from_rows(rows, pad_id=0, seq_length=2)
+    >>> mismatched = batch.extended(MismatchedResponses, good=torch.tensor([True, True, False, False]))
+    >>> mismatched.take([0, 2]).tokens.tolist()
+    [[5, 7], [6, 8]]
     """
 
     sequences_per_row: ClassVar[int] = 2
@@ -274,7 +281,7 @@ class MismatchedResponses(TokenBatch):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RatedResponses(TokenBatch):
-    """Responses that are good or bad, with the reference model's log-probs and the KL to it."""
+    """Responses that are good or bad, each once, with the reference model's log-probs and the KL to it."""
 
     good: Tensor  # [N] bool
     reference_sums: Tensor  # [N] float: as in ReferencedPairs
@@ -285,7 +292,18 @@ class RatedResponses(TokenBatch):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TeacherBatch(TokenBatch):
-    """Sequences with the teacher's K most likely tokens at each loss token, given those before it; 0 elsewhere."""
+    """Sequences with the teacher's K most likely tokens at each loss token, given those before it; 0 elsewhere.
+
+    With K = 2: where token 7 stands after 5 6, the teacher holds 9 to be 0.6 and 7 to be 0.3 likely; a tail of 0.1 is
+    left for all other tokens:
+
+    >>> batch = TokenBatch.from_rows([([5, 6, 7], [False, False, True])], pad_id=0, seq_length=3)
+    >>> ids, logprobs = torch.zeros(1, 3, 2, dtype=torch.int64), torch.zeros(1, 3, 2)
+    >>> ids[0, 2], logprobs[0, 2] = torch.tensor([9, 7]), torch.tensor([0.6, 0.3]).log()
+    >>> batch = batch.extended(TeacherBatch, teacher_logprobs=logprobs, teacher_ids=ids)
+    >>> batch.teacher_logprobs[batch.loss_tokens()].exp()
+    tensor([[0.6000, 0.3000]])
+    """
 
     teacher_logprobs: Tensor  # [B, S, K] float, descending
     teacher_ids: Tensor  # [B, S, K] int64: the tokens that teacher_logprobs are of
@@ -312,87 +330,13 @@ class LabeledPairs(AttributeBatch):
     """Pairs compared by their first label, which both sequences carry.
 
     A first label below 0 says that the first response is better, else the second; its absolute value says by how much.
-    Further labels belong to each sequence.
+    Further labels belong to each sequence. A = 2; the second response is better by 2, and has no label of its own:
+
+    >>> rows = [([5, 6, 7], [False, False, True]), ([5, 6, 9], [False, False, True])]
+    >>> batch = TokenBatch.from_rows(rows, pad_id=0, seq_length=3)
+    >>> pair = batch.extended(LabeledPairs, attributes=torch.tensor([[2.0, 4.0], [2.0, float("nan")]]))
+    >>> pair.labeled().tolist(), int(pair.count(Unit.PAIR)), int(pair.count(Unit.LABEL))
+    ([[True, True], [True, False]], 1, 3)
     """
 
     sequences_per_row: ClassVar[int] = 2
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ValueBatch(TokenBatch):
-    """A train batch of a critic; ``loss_mask`` marks the tokens of responses."""
-
-    # [B, S] float: of the state before each token, when the rollout was scored; the loss is clipped around them
-    values: Tensor
-    returns: Tensor  # [B, S] float: the targets, as Experience.returns
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Prompt:
-    """A text that a sampler responds to."""
-
-    tokens: Sequence[int]
-    # decides the draws: the index among all prompts of the step, over all ranks, or by_content; see Rollout.group
-    number: int
-    sample: int = 0  # the number of this response among those to the prompt
-    max_length: int | None = None  # tokens of the response; None: as many as the sampler allows
-
-    @classmethod
-    def by_content(cls, tokens: Sequence[int], *, sample: int = 0, max_length: int | None = None) -> "Prompt":
-        """A prompt whose number, and so whose draws, follow from its tokens alone, wherever it stands."""
-        number = zlib.crc32(array("q", tokens).tobytes())
-        return cls(tokens=tokens, number=number, sample=sample, max_length=max_length)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Rollout(TokenBatch):
-    """Responses as a sampler generated them; ``loss_mask`` marks their tokens, EOS included. Never packed."""
-
-    prompt_lengths: Tensor  # [B] int64
-    finished: Tensor  # [B] bool: ended by EOS or a stop string, not by the length limit
-    # [B] int64: the prompt's number, which responses to one prompt share; of Prompt.by_content nothing to group by
-    group: Tensor
-    # [B, S] float: by the sampler, of the distribution drawn from (after temperature, top-k, top-p)
-    sampler_logprobs: Tensor
-
-    def prompt(self, row: int) -> list[int]:
-        """The tokens of a row's prompt."""
-        return [int(token) for token in self.tokens[row, : self.prompt_lengths[row]]]
-
-    def response(self, row: int) -> list[int]:
-        """The tokens of a row's response, its end token included."""
-        return [int(token) for token in self.tokens[row][self.loss_mask[row]]]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ScoredRollout(Rollout):
-    """Responses with their scores, before any update.
-
-    A prompt of two tokens and a response of two, of which the policy held the first a quarter and the second half
-    likely, has in its row of S = 5: ``loss_mask`` 0 0 1 1 0; ``logprobs`` 0 0 log 0.25 log 0.5 0; ``values`` 0 0
-    v(prompt) v(prompt, first token) 0; and one number of ``rewards``.
-    """
-
-    logprobs: Tensor  # [B, S] float: the policy's, by the trainer
-    # [B, S] float: of the model that the policy is held to: the teacher where the run has one, else the initial policy;
-    # where neither is asked, as with a KL penalty of 0, the policy itself, so that every KL is 0
-    reference_logprobs: Tensor
-    rewards: Tensor  # [B] float
-    values: Tensor  # [B, S] float: of the state before each token; zeros where there is no critic
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Experience(TokenBatch):
-    """The inputs of an update of the policy; ``credit.value_batch`` makes the critic's of the same responses.
-
-    ``loss_mask`` marks what the policy learns from.
-
-    That is the responses' tokens, without those that the estimator or ``CreditConfig.mask_unfinished`` leaves out. With
-    the estimator "pairs", advantages and returns are zeros, and pairs of the responses are learned from.
-    """
-
-    logprobs: Tensor  # [B, S] float: the policy's before the update
-    reference_logprobs: Tensor  # [B, S] float: as in ScoredRollout
-    advantages: Tensor  # [B, S] float: whitened where CreditConfig.whitens; 0 outside the responses
-    returns: Tensor  # [B, S] float: before whitening; the critic's target
-    values: Tensor  # [B, S] float: the critic's before the update; zeros where there is none

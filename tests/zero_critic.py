@@ -7,7 +7,8 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from nemo_aligner.batch import TokenBatch, ValueBatch
+from nemo_aligner.batch import TokenBatch
+from nemo_aligner.rollout_batch import ValueBatch
 
 T = TypeVar("T")
 

@@ -10,9 +10,9 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 
-from nemo_aligner.batch import ValueBatch
 from nemo_aligner.checkpoint.trainer_state import TrainerState
 from nemo_aligner.checkpoint.training import TrainingCheckpoints
+from nemo_aligner.rollout_batch import ValueBatch
 from nemo_aligner.run.stopwatch import Stopwatch
 from nemo_aligner.serving.proxies import CriticProxy, PendingReply
 

@@ -13,13 +13,14 @@ from torch import Tensor
 
 from nemo_aligner.algorithms.served import score, serve
 from nemo_aligner.algorithms.skips import Diverged, counted, too_many
-from nemo_aligner.batch import TokenBatch, ValueBatch
+from nemo_aligner.batch import TokenBatch
 from nemo_aligner.checkpoint.trainer_state import Checkpoint, TrainerState, find_checkpoints
 from nemo_aligner.checkpoint.training import TrainingCheckpoints
 from nemo_aligner.errors import UserError
 from nemo_aligner.models.alignable_interface import CriticModelInterface
 from nemo_aligner.objectives.protocol import Objective
 from nemo_aligner.parallel import collectives, world
+from nemo_aligner.rollout_batch import ValueBatch
 from nemo_aligner.run.experiment import Experiment
 from nemo_aligner.run.metrics import means
 from nemo_aligner.run.stop import SAVED_CODE, StoppedEarly, StopRequest, TimeLimit

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 from nemo_aligner.algorithms.rollout import text_of_response
-from nemo_aligner.batch import Prompt, Rollout
 from nemo_aligner.data.records import RecordFile
 from nemo_aligner.data.requests import GenerateRequest, tokens_of
 from nemo_aligner.data.tokenizer import Message, Tokenizer
@@ -23,6 +22,7 @@ from nemo_aligner.errors import UserError, located
 from nemo_aligner.models.alignable_interface import AlignableGenerativeInterface
 from nemo_aligner.models.sampling_config import SamplingConfig
 from nemo_aligner.parallel import collectives, world
+from nemo_aligner.rollout_batch import Prompt, Rollout
 from nemo_aligner.run.progress import ProgressBar
 
 logger = logging.getLogger(__name__)

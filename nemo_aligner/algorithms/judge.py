@@ -12,12 +12,12 @@ from torch import Tensor
 
 from nemo_aligner.algorithms.ppo_config import JudgeConfig
 from nemo_aligner.algorithms.skips import NotFinite
-from nemo_aligner.batch import Prompt, Rollout
 from nemo_aligner.data.row import Row
 from nemo_aligner.errors import UserError
 from nemo_aligner.models.alignable_interface import AlignableGenerativeInterface
 from nemo_aligner.models.sampling_config import SamplingConfig
 from nemo_aligner.parallel import collectives, world
+from nemo_aligner.rollout_batch import Prompt, Rollout
 
 logger = logging.getLogger(__name__)
 

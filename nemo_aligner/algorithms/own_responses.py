@@ -9,11 +9,12 @@ from dataclasses import dataclass
 
 from nemo_aligner.algorithms.ppo_config import ResponseConfig
 from nemo_aligner.algorithms.reference import RenewedReference, referenced
-from nemo_aligner.batch import Prompt, ReferencedPairs, TokenBatch
+from nemo_aligner.batch import ReferencedPairs, TokenBatch
 from nemo_aligner.data.loader import BatchLoader
 from nemo_aligner.data.row import Row, TokenSequence
 from nemo_aligner.models.alignable_interface import AlignableGenerativeInterface
 from nemo_aligner.parallel import world
+from nemo_aligner.rollout_batch import Prompt
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -19,7 +19,7 @@ from nemo_aligner.algorithms.sampler import Sampler
 from nemo_aligner.algorithms.scoring import RewardSources, Scorer, Scores
 from nemo_aligner.algorithms.skips import NotFinite, check_finite
 from nemo_aligner.algorithms.updates import Updates
-from nemo_aligner.batch import ReferencedPairs, ScoredRollout, TokenBatch
+from nemo_aligner.batch import ReferencedPairs, TokenBatch
 from nemo_aligner.checkpoint.trainer_state import Checkpoint, TrainerState, read_extra
 from nemo_aligner.checkpoint.training import TrainingCheckpoints, monitor_name
 from nemo_aligner.models.alignable_interface import AlignableGenerativeInterface, TeacherInterface
@@ -34,6 +34,7 @@ from nemo_aligner.objectives.credit import (
 from nemo_aligner.objectives.protocol import Objective
 from nemo_aligner.objectives.value import MAX_RETURN
 from nemo_aligner.parallel import collectives, world
+from nemo_aligner.rollout_batch import ScoredRollout
 from nemo_aligner.run.experiment import Experiment
 from nemo_aligner.run.progress import ProgressBar
 from nemo_aligner.run.schedule import make_plan

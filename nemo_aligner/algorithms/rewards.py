@@ -18,10 +18,10 @@ from torch import Tensor
 
 from nemo_aligner.algorithms.ppo_config import RewardConfig
 from nemo_aligner.algorithms.skips import NotFinite
-from nemo_aligner.batch import Rollout
 from nemo_aligner.data.row import Row
 from nemo_aligner.errors import UserError
 from nemo_aligner.parallel import collectives, world
+from nemo_aligner.rollout_batch import Rollout
 
 RewardFunction = Callable[..., float]
 """``function(prompt=str, response=str, tokens=list[int], row=dict) -> float``; ``row`` is the prompt's JSON object."""

@@ -15,12 +15,13 @@ from torch import Tensor
 
 from nemo_aligner.algorithms.ppo_config import RolloutConfig
 from nemo_aligner.algorithms.skips import check_finite
-from nemo_aligner.batch import Prompt, Rollout, TokenBatch, concatenated
+from nemo_aligner.batch import TokenBatch, concatenated
 from nemo_aligner.data.loader import BatchLoader
 from nemo_aligner.data.row import Row
 from nemo_aligner.models.alignable_interface import AlignableGenerativeInterface
 from nemo_aligner.models.sampling_config import SamplingConfig
 from nemo_aligner.parallel import collectives, world
+from nemo_aligner.rollout_batch import Prompt, Rollout
 
 logger = logging.getLogger(__name__)
 

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from nemo_aligner.algorithms.scoring import Scores
-from nemo_aligner.batch import Rollout, ScoredRollout
 from nemo_aligner.objectives.reduce import Moments, kl_k3
+from nemo_aligner.rollout_batch import Rollout, ScoredRollout
 
 TABLE_ROWS = 4
 

@@ -4,10 +4,10 @@
 from dataclasses import dataclass
 
 from nemo_aligner.algorithms.rollout import PromptSource, RolloutSettings, gather_rollouts
-from nemo_aligner.batch import Prompt, Rollout
 from nemo_aligner.data.row import Row
 from nemo_aligner.models.alignable_interface import AlignableGenerativeInterface
 from nemo_aligner.parallel import world
+from nemo_aligner.rollout_batch import Prompt, Rollout
 from nemo_aligner.run.stopwatch import Stopwatch
 
 

@@ -6,11 +6,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from nemo_aligner.algorithms.rollout import text_of_response
-from nemo_aligner.batch import Prompt
 from nemo_aligner.data.loader import Rows
 from nemo_aligner.models.alignable_interface import AlignableGenerativeInterface
 from nemo_aligner.models.sampling_config import SamplingConfig
 from nemo_aligner.parallel import collectives, world
+from nemo_aligner.rollout_batch import Prompt
 from nemo_aligner.run.experiment import Experiment
 
 logger = logging.getLogger(__name__)

@@ -12,10 +12,10 @@ from nemo_aligner.algorithms.ppo_config import RewardConfig
 from nemo_aligner.algorithms.rewards import RewardFunction, score_by_functions, weighted_sum
 from nemo_aligner.algorithms.rollout import RolloutSettings, per_token_over_ranks, trim_padding
 from nemo_aligner.algorithms.skips import check_finite
-from nemo_aligner.batch import Rollout, ScoredRollout
 from nemo_aligner.data.row import Row
 from nemo_aligner.models.alignable_interface import AlignableGenerativeInterface, TeacherInterface
 from nemo_aligner.objectives.credit import teacher_rewards
+from nemo_aligner.rollout_batch import Rollout, ScoredRollout
 from nemo_aligner.run.stopwatch import Stopwatch
 from nemo_aligner.serving.proxies import CriticProxy, PendingReply, RewardProxy
 

@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nemo_aligner.batch import TokenBatch, ValueBatch
+from nemo_aligner.batch import TokenBatch
 from nemo_aligner.errors import UserError
 from nemo_aligner.parallel import collectives, world
+from nemo_aligner.rollout_batch import ValueBatch
 from nemo_aligner.serving.computing import Handler
 from nemo_aligner.serving.protocol import RequestVersion
 from nemo_aligner.serving.request_queue import ServedScores

@@ -15,7 +15,7 @@ from nemo_aligner.algorithms.ppo_config import JudgeConfig
 from nemo_aligner.algorithms.rewards import load_function
 from nemo_aligner.algorithms.rollout import PromptSource, RolloutSettings
 from nemo_aligner.algorithms.scoring import RewardSources
-from nemo_aligner.batch import ReferencedPairs, ScoredRollout
+from nemo_aligner.batch import ReferencedPairs
 from nemo_aligner.builders.loaders import longest_sequence
 from nemo_aligner.builders.models import Pretrained, go_on_from, load_policy, require_tokenizer
 from nemo_aligner.builders.reference import load_teacher
@@ -36,6 +36,7 @@ from nemo_aligner.models.sampling_config import SamplingConfig
 from nemo_aligner.objectives.policy import PolicyGradient
 from nemo_aligner.objectives.protocol import Objective
 from nemo_aligner.parallel import world
+from nemo_aligner.rollout_batch import ScoredRollout
 from nemo_aligner.run.experiment import Experiment
 from nemo_aligner.run.progress import heartbeat
 from nemo_aligner.serving.client import CriticNames, RemoteCritic, RemoteReward, ServerAddress

@@ -7,9 +7,10 @@ from typing import Protocol
 
 from torch import Tensor
 
-from nemo_aligner.batch import Prompt, Rollout, TokenBatch
+from nemo_aligner.batch import TokenBatch
 from nemo_aligner.models.sampling_config import SamplingConfig
 from nemo_aligner.objectives.protocol import Objective, Sums
+from nemo_aligner.rollout_batch import Prompt, Rollout
 
 
 class SupervisedInterface(Protocol):

@@ -7,10 +7,11 @@ Pure: what needs other ranks goes through a function that adds up a tensor over 
 import torch
 from torch import Tensor
 
-from nemo_aligner.batch import Experience, ScoredRollout, TokenBatch, ValueBatch
+from nemo_aligner.batch import TokenBatch
 from nemo_aligner.objectives.adaptive import KLController, RewardScaling
 from nemo_aligner.objectives.config import CreditConfig
 from nemo_aligner.objectives.reduce import Moments, SumOverRanks, estimate_kl, kl_k1, masked_mean, whiten
+from nemo_aligner.rollout_batch import Experience, ScoredRollout, ValueBatch
 
 _GROUP_EPS = 1e-6  # as verl has it
 

@@ -6,10 +6,11 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from nemo_aligner.batch import Experience, TokenBatch, Unit
+from nemo_aligner.batch import TokenBatch, Unit
 from nemo_aligner.objectives.config import PolicyConfig
 from nemo_aligner.objectives.protocol import Metrics, ModelOutput, Wants
 from nemo_aligner.objectives.reduce import KLEstimator, estimate_kl, kl_k3, likelihood_ratio
+from nemo_aligner.rollout_batch import Experience
 
 
 def _clamp(ratio: Tensor, config: PolicyConfig) -> Tensor:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from nemo_aligner.batch import PreferenceBatch, ReferencedPairs, TokenBatch, Unit
 from nemo_aligner.objectives.config import DPOConfig
-from nemo_aligner.objectives.pairs import PAIR_METRICS, pair_loss
+from nemo_aligner.objectives.pairs import PAIR_METRICS, lead, margins, pair_loss
 from nemo_aligner.objectives.preference_variants import orpo, robust_dpo, rpo, simpo
 from nemo_aligner.objectives.protocol import Metrics, ModelOutput, Wants
 
@@ -27,8 +27,7 @@ def dpo(policy: Tensor, reference: Tensor, *, beta: float, label_smoothing: floa
     >>> dpo(torch.tensor([[-1.0, -2.0]]), torch.tensor([[-2.0, -2.0]]), beta=2.0, label_smoothing=0.1)
     tensor([0.3269])
     """
-    chosen, rejected = (beta * (policy - reference)).unbind(1)  # implicit rewards
-    margin = chosen - rejected
+    margin = lead(beta * (policy - reference))
     return -(1 - label_smoothing) * F.logsigmoid(margin) - label_smoothing * F.logsigmoid(-margin)
 
 
@@ -39,8 +38,7 @@ def ipo(policy: Tensor, reference: Tensor, *, beta: float) -> Tensor:
     >>> ipo(torch.tensor([[-1.0, -2.0]]), torch.tensor([[-2.0, -2.0]]), beta=0.5)
     tensor([0.])
     """
-    chosen, rejected = (policy - reference).unbind(1)
-    return (chosen - rejected - 1 / (2 * beta)).square()
+    return (margins(policy, reference) - 1 / (2 * beta)).square()
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,8 @@
 import torch
 from torch import Tensor
 
-from nemo_aligner.batch import ReferencedPairs, ScoredRollout
+from nemo_aligner.batch import ReferencedPairs
+from nemo_aligner.rollout_batch import ScoredRollout
 
 
 def best_and_worst(rewards: Tensor, group: Tensor, usable: Tensor) -> tuple[Tensor, Tensor]:

@@ -6,9 +6,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from nemo_aligner.batch import TokenBatch, Unit, ValueBatch
+from nemo_aligner.batch import TokenBatch, Unit
 from nemo_aligner.objectives.config import ValueConfig
 from nemo_aligner.objectives.protocol import Metrics, ModelOutput, Wants
+from nemo_aligner.rollout_batch import ValueBatch
 
 MAX_RETURN = 1e15  # the squares of a batch's returns and values add up in float32
 

@@ -20,8 +20,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from nemo_aligner.batch import TokenBatch, ValueBatch
+from nemo_aligner.batch import TokenBatch
 from nemo_aligner.errors import UserError
+from nemo_aligner.rollout_batch import ValueBatch
 from nemo_aligner.serving import wire
 from nemo_aligner.serving.http_client import HttpClient, ServerAddress, WorkerPool
 from nemo_aligner.serving.protocol import Health, Refusal, RequestVersion

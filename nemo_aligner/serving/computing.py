@@ -5,8 +5,9 @@ import dataclasses
 import logging
 from typing import Protocol, runtime_checkable
 
-from nemo_aligner.batch import TokenBatch, ValueBatch
+from nemo_aligner.batch import TokenBatch
 from nemo_aligner.errors import UserError
+from nemo_aligner.rollout_batch import ValueBatch
 from nemo_aligner.serving import wire
 from nemo_aligner.serving.protocol import Health, Refusal, RequestVersion, Trouble
 from nemo_aligner.serving.request_queue import QueuedRequest, SaveRequest, ServedScores, merge, split

@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 import torch
 from torch import Tensor
 
-from nemo_aligner.batch import TokenBatch, ValueBatch
+from nemo_aligner.batch import TokenBatch
 from nemo_aligner.errors import Unwound, UserError
 from nemo_aligner.parallel import collectives, world
+from nemo_aligner.rollout_batch import ValueBatch
 
 if TYPE_CHECKING:
     from nemo_aligner.serving.client import RemoteCritic, RemoteReward

@@ -17,9 +17,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from nemo_aligner.batch import TokenBatch, ValueBatch
+from nemo_aligner.batch import TokenBatch
 from nemo_aligner.errors import UserError
 from nemo_aligner.objectives.value import MAX_RETURN
+from nemo_aligner.rollout_batch import ValueBatch
 from nemo_aligner.serving.checks import (
     TensorSpec,
     check_finite,

@@ -11,15 +11,7 @@ import torch
 from torch import Tensor
 
 from nemo_aligner import objectives
-from nemo_aligner.batch import (
-    Experience,
-    PreferenceBatch,
-    RatedResponses,
-    ReferencedPairs,
-    TeacherBatch,
-    TokenBatch,
-    ValueBatch,
-)
+from nemo_aligner.batch import PreferenceBatch, RatedResponses, ReferencedPairs, TeacherBatch, TokenBatch
 from nemo_aligner.data.collate import collate
 from nemo_aligner.data.row import Row, TokenSequence
 from nemo_aligner.models.gpt.heads import HeadConfig
@@ -33,6 +25,7 @@ from nemo_aligner.objectives.preference import DPO
 from nemo_aligner.objectives.protocol import Objective
 from nemo_aligner.objectives.reward import AttributePairs, BradleyTerry, Regression
 from nemo_aligner.objectives.value import ValueLoss
+from nemo_aligner.rollout_batch import Experience, ValueBatch
 
 VOCAB = 101  # odd, so that every tensor parallel size pads it
 SEQ_LENGTH = 32

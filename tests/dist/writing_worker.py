@@ -11,13 +11,13 @@ import torch
 import worker
 from fork import fork_ranks
 
-from nemo_aligner.batch import Prompt, Rollout
 from nemo_aligner.checkpoint.sharded import load_model
 from nemo_aligner.models.gpt.model import build_gpt
 from nemo_aligner.models.gpt.policy import GPTPolicy
 from nemo_aligner.models.sampling_config import SamplingConfig
 from nemo_aligner.parallel import world
 from nemo_aligner.parallel.ranks import Layout, Ranks
+from nemo_aligner.rollout_batch import Prompt, Rollout
 
 EOS = {True: 38, False: 32}  # by whether the head is tied: tokens that the models like
 SAMPLINGS = {

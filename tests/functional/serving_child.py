@@ -12,9 +12,10 @@ from pathlib import Path
 
 import torch
 
-from nemo_aligner.batch import TokenBatch, ValueBatch
+from nemo_aligner.batch import TokenBatch
 from nemo_aligner.errors import UserError
 from nemo_aligner.launch.cli import run_cli
+from nemo_aligner.rollout_batch import ValueBatch
 from nemo_aligner.run.stop import StopRequest
 from nemo_aligner.serving.protocol import Health, Limits, RequestLimits, RequestVersion
 from nemo_aligner.serving.request_queue import ServedScores

@@ -19,8 +19,9 @@ import torch
 from tritonclient.http import InferenceServerClient, InferInput
 from tritonclient.utils import np_to_triton_dtype
 
-from nemo_aligner.batch import TokenBatch, ValueBatch
+from nemo_aligner.batch import TokenBatch
 from nemo_aligner.launch.job_group import free_ports
+from nemo_aligner.rollout_batch import ValueBatch
 from nemo_aligner.serving.client import RemoteCritic, ServerAddress
 from tests.functional.serving_child import Critic
 

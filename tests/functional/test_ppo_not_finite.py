@@ -17,7 +17,7 @@ from nemo_aligner.algorithms.critic_server_trainer import CriticServerTrainer
 from nemo_aligner.algorithms.ppo import OnlineObjective, PPOTrainer
 from nemo_aligner.algorithms.scoring import RewardSources
 from nemo_aligner.algorithms.skips import Diverged
-from nemo_aligner.batch import TokenBatch, ValueBatch
+from nemo_aligner.batch import TokenBatch
 from nemo_aligner.builders import actor, servers
 from nemo_aligner.config.ppo import ActorJob
 from nemo_aligner.config.serve import CriticJob
@@ -26,6 +26,7 @@ from nemo_aligner.objectives.policy import PolicyGradient
 from nemo_aligner.objectives.protocol import Metrics, ModelOutput
 from nemo_aligner.objectives.value import ValueLoss
 from nemo_aligner.parallel import world
+from nemo_aligner.rollout_batch import ValueBatch
 from nemo_aligner.run.experiment import Experiment
 from nemo_aligner.serving.proxies import CriticProxy
 from nemo_aligner.settings import parse

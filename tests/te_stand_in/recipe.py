@@ -127,9 +127,9 @@ def train(policy: Any, steps: int) -> Tensor:
 
 def measure(family: str, folder: Path) -> dict[str, Any]:
     """Keys, log-probs of padded and packed rows, responses, and training steps, after two of which all is saved."""
-    from nemo_aligner.batch import Prompt
     from nemo_aligner.checkpoint.sharded import save_model, save_state
     from nemo_aligner.models.sampling_config import SamplingConfig
+    from nemo_aligner.rollout_batch import Prompt
 
     policy = policy_of(build(family))
     prompts = [Prompt(tokens=row[:5].tolist(), number=i) for i, row in enumerate(rows().tokens)]

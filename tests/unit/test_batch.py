@@ -4,7 +4,8 @@
 import pytest
 import torch
 
-from nemo_aligner.batch import AttributeBatch, TokenBatch, Unit, ValueBatch, concatenated
+from nemo_aligner.batch import AttributeBatch, TokenBatch, Unit, concatenated
+from nemo_aligner.rollout_batch import ValueBatch
 
 ROWS = [
     ([5, 6, 7], [False, True, True]),

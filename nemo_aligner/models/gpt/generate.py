@@ -14,7 +14,6 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from nemo_aligner.batch import Prompt, Rollout
 from nemo_aligner.errors import UserError
 from nemo_aligner.models.gpt.config import GPTConfig
 from nemo_aligner.models.gpt.decoder import Decoder
@@ -23,6 +22,7 @@ from nemo_aligner.models.gpt.sampling import History, choose, random_uniforms, t
 from nemo_aligner.models.gpt.stops import Stops
 from nemo_aligner.models.sampling_config import SamplingConfig
 from nemo_aligner.parallel import collectives, world
+from nemo_aligner.rollout_batch import Prompt, Rollout
 
 Watch = Callable[[int, Sequence[int]], None]  # after each step: the responses that have ended, and its tokens
 

@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from nemo_aligner.batch import Prompt, Rollout, TokenBatch
+from nemo_aligner.batch import TokenBatch
 from nemo_aligner.models.gpt.generate import Watch, generate
 from nemo_aligner.models.gpt.learner import GPTLearner
 from nemo_aligner.models.gpt.model import GPT, InterleavedGPT
@@ -18,6 +18,7 @@ from nemo_aligner.models.gpt.weight_swap import SwappedWeights
 from nemo_aligner.models.sampling_config import SamplingConfig
 from nemo_aligner.objectives.protocol import Objective, Sums, Wants
 from nemo_aligner.parallel import world
+from nemo_aligner.rollout_batch import Prompt, Rollout
 
 
 class GPTPolicy(GPTLearner):

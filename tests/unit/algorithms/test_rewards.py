@@ -9,10 +9,10 @@ import torch
 
 from nemo_aligner.algorithms.rewards import load_function, score_by_functions
 from nemo_aligner.algorithms.skips import NotFinite
-from nemo_aligner.batch import Rollout
 from nemo_aligner.data.row import Row, TokenSequence
 from nemo_aligner.errors import UserError
 from nemo_aligner.parallel import world
+from nemo_aligner.rollout_batch import Rollout
 
 ONE = (TokenSequence(tokens=[1], loss_mask=[False]),)
 PROMPTS = {

@@ -7,13 +7,13 @@ import pytest
 import torch
 
 from nemo_aligner.algorithms.rollout import balance_micro_batches, gather_rollouts, text_of_response
-from nemo_aligner.batch import Prompt, Rollout
 from nemo_aligner.models.gpt.config import GPTConfig
 from nemo_aligner.models.gpt.model import build_gpt
 from nemo_aligner.models.gpt.policy import GPTPolicy
 from nemo_aligner.models.sampling_config import SamplingConfig
 from nemo_aligner.parallel import world
 from nemo_aligner.parallel.ranks import Layout
+from nemo_aligner.rollout_batch import Prompt, Rollout
 
 
 @pytest.mark.parametrize(("count", "rows", "ranks"), [(16, 2, 4), (17, 4, 3), (3, 1, 4), (64, 8, 8)])

@@ -12,9 +12,10 @@ from nemo_aligner.algorithms.ppo_config import RolloutConfig
 from nemo_aligner.algorithms.rollout import RolloutSettings
 from nemo_aligner.algorithms.scoring import RewardSources, Scorer
 from nemo_aligner.algorithms.skips import NotFinite
-from nemo_aligner.batch import Rollout, TokenBatch
+from nemo_aligner.batch import TokenBatch
 from nemo_aligner.models.sampling_config import SamplingConfig
 from nemo_aligner.parallel import world
+from nemo_aligner.rollout_batch import Rollout
 from nemo_aligner.run.stopwatch import Stopwatch
 from nemo_aligner.serving.proxies import CriticProxy, PendingReply
 from tests.zero_critic import ZeroCritic

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from nemo_aligner.batch import ScoredRollout
+from nemo_aligner.rollout_batch import ScoredRollout
 
 PROMPTS = (2, 1, 4, 3)
 LENGTHS = (7, 2, 9, 6)  # the second response is one token long

@@ -5,12 +5,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from nemo_aligner.batch import ScoredRollout, Unit
+from nemo_aligner.batch import Unit
 from nemo_aligner.objectives.config import CreditConfig, PolicyConfig, ValueConfig
 from nemo_aligner.objectives.credit import credit, value_batch
 from nemo_aligner.objectives.policy import PolicyGradient
 from nemo_aligner.objectives.protocol import ModelOutput
 from nemo_aligner.objectives.value import ValueLoss
+from nemo_aligner.rollout_batch import ScoredRollout
 
 CONTEXTS, ARMS = 3, 4
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from nemo_aligner.batch import ScoredRollout, Unit
+from nemo_aligner.batch import Unit
 from nemo_aligner.errors import UserError
 from nemo_aligner.objectives.adaptive import KLController, RewardScaling
 from nemo_aligner.objectives.config import CreditConfig
@@ -26,6 +26,7 @@ from nemo_aligner.objectives.policy import PolicyGradient
 from nemo_aligner.objectives.protocol import ModelOutput
 from nemo_aligner.objectives.reduce import Moments
 from nemo_aligner.objectives.value import ValueLoss
+from nemo_aligner.rollout_batch import ScoredRollout
 
 Make = Callable[..., ScoredRollout]
 
@@ -257,9 +258,8 @@ def test_filler_rows_and_more_padding_change_nothing(scored: Make):
         found, expected = getattr(filled, name), getattr(whole, name)[rows[kept]]
         torch.testing.assert_close(found[kept], expected, rtol=1e-12, atol=1e-14)
         assert not found[3].any()
-    logged, of_all = (
-        statistics(x, y, config, kl_coefficient=0.1) for x, y in ((batch, whole), (filler, filled))
-    )
+    logged = statistics(batch, whole, config, kl_coefficient=0.1)
+    of_all = statistics(filler, filled, config, kl_coefficient=0.1)
     for name, moments in logged.items():
         torch.testing.assert_close(of_all[name].sums, moments.sums, rtol=1e-12, atol=1e-12)
 

@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 import torch
 
-from nemo_aligner.batch import Experience, ScoredRollout
 from nemo_aligner.errors import UserError
 from nemo_aligner.objectives.config import GROUPED, CreditConfig, Estimator
 from nemo_aligner.objectives.credit import (
@@ -21,6 +20,7 @@ from nemo_aligner.objectives.credit import (
 )
 from nemo_aligner.objectives.policy import PolicyGradient
 from nemo_aligner.objectives.protocol import ModelOutput
+from nemo_aligner.rollout_batch import Experience, ScoredRollout
 
 REWARDS = torch.tensor([1.0, 4.0, 2.5, -3.0, 0.0, 7.0, 7.0, 7.0], dtype=torch.float64)
 GROUPS = torch.tensor([5, 2, 5, 2, 2, 9, 9, 9])  # of 2, 3 and 3; the last has equal rewards

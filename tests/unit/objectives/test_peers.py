@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from nemo_aligner.batch import Experience, ScoredRollout, Unit, ValueBatch
+from nemo_aligner.batch import Unit
 from nemo_aligner.objectives.adaptive import KLController
 from nemo_aligner.objectives.config import CreditConfig, PolicyConfig, ValueConfig
 from nemo_aligner.objectives.credit import credit, gae, shape_rewards
@@ -18,6 +18,7 @@ from nemo_aligner.objectives.protocol import ModelOutput
 from nemo_aligner.objectives.reduce import kl_k1, kl_k2, kl_k3, masked_mean
 from nemo_aligner.objectives.reward import bradley_terry
 from nemo_aligner.objectives.value import ValueLoss
+from nemo_aligner.rollout_batch import Experience, ScoredRollout, ValueBatch
 
 FROZEN: dict[str, Any] = json.loads((Path(__file__).parents[2] / "fixtures/peer_formulas.json").read_text())
 PROMPTS, LENGTHS = (torch.tensor(FROZEN[name]) for name in ("prompt_lengths", "lengths"))

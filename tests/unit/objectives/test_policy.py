@@ -8,12 +8,13 @@ import numpy as np
 import pytest
 import torch
 
-from nemo_aligner.batch import Experience, Unit
+from nemo_aligner.batch import Unit
 from nemo_aligner.bounds import check_bounds
 from nemo_aligner.errors import UserError
 from nemo_aligner.objectives.config import PolicyConfig
 from nemo_aligner.objectives.policy import PolicyGradient, clipped_surrogate
 from nemo_aligner.objectives.protocol import ModelOutput, Wants
+from nemo_aligner.rollout_batch import Experience
 
 LENGTHS = (5, 3, 8)
 CONFIGS = (

@@ -7,8 +7,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from nemo_aligner.batch import ScoredRollout
 from nemo_aligner.objectives.rollout_pairs import best_and_worst, rollout_pairs
+from nemo_aligner.rollout_batch import ScoredRollout
 
 REWARDS = torch.tensor([1.0, 4.0, 2.5, -3.0, 0.0, 7.0, 7.0, 7.0])
 GROUPS = torch.tensor([5, 2, 5, 2, 2, 9, 9, 9])

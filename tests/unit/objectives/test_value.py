@@ -7,12 +7,13 @@ import numpy as np
 import pytest
 import torch
 
-from nemo_aligner.batch import Unit, ValueBatch
+from nemo_aligner.batch import Unit
 from nemo_aligner.bounds import check_bounds
 from nemo_aligner.errors import UserError
 from nemo_aligner.objectives.config import ValueConfig
 from nemo_aligner.objectives.protocol import ModelOutput, Wants
 from nemo_aligner.objectives.value import ValueLoss, value_loss
+from nemo_aligner.rollout_batch import ValueBatch
 
 LENGTHS = (5, 3, 8)
 

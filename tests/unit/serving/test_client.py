@@ -6,8 +6,9 @@ import threading
 import pytest
 import torch
 
-from nemo_aligner.batch import TokenBatch, ValueBatch
+from nemo_aligner.batch import TokenBatch
 from nemo_aligner.errors import UserError
+from nemo_aligner.rollout_batch import ValueBatch
 from nemo_aligner.serving.client import RemoteCritic, RemoteReward, ServerAddress
 from nemo_aligner.serving.http_client import WorkerPool
 from tests.zero_critic import ZeroCritic

@@ -5,8 +5,9 @@ import numpy as np
 import pytest
 import torch
 
-from nemo_aligner.batch import TokenBatch, ValueBatch
+from nemo_aligner.batch import TokenBatch
 from nemo_aligner.errors import UserError
+from nemo_aligner.rollout_batch import ValueBatch
 from nemo_aligner.serving import wire
 from nemo_aligner.serving.protocol import Health, Limits, Refusal, RequestVersion, Trouble
 

@@ -19,7 +19,7 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from nemo_aligner.batch import Prompt, Rollout, TokenBatch, Unit
+from nemo_aligner.batch import TokenBatch, Unit
 from nemo_aligner.errors import UserError
 from nemo_aligner.models.gpt import engine
 from nemo_aligner.models.gpt.config import GPTConfig
@@ -29,6 +29,7 @@ from nemo_aligner.models.gpt.policy import GPTPolicy
 from nemo_aligner.models.gpt.sampling import SampledDistribution
 from nemo_aligner.models.sampling_config import SamplingConfig
 from nemo_aligner.objectives.protocol import ModelOutput, Wants
+from nemo_aligner.rollout_batch import Prompt, Rollout
 
 SIZES = {
     "vocab_size": 101,

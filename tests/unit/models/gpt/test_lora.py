@@ -13,7 +13,7 @@ import whole_logits
 from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM, NemotronConfig, NemotronForCausalLM, PreTrainedModel
 
-from nemo_aligner.batch import Prompt, TokenBatch
+from nemo_aligner.batch import TokenBatch
 from nemo_aligner.checkpoint.huggingface import import_huggingface
 from nemo_aligner.checkpoint.peft import PeftWeights, write_peft
 from nemo_aligner.checkpoint.sharded import load_model, model_state, save_model, save_state
@@ -28,6 +28,7 @@ from nemo_aligner.models.gpt.policy import GPTPolicy
 from nemo_aligner.models.sampling_config import SamplingConfig
 from nemo_aligner.objectives.nll import NLL
 from nemo_aligner.parallel.ranks import Layout
+from nemo_aligner.rollout_batch import Prompt
 from nemo_aligner.run.metrics import means
 
 LORA = LoRAConfig(target_modules=("all",), adapter_dim=4, alpha=6.0)

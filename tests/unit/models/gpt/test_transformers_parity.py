@@ -21,13 +21,14 @@ from transformers import (
     Qwen3Config,
 )
 
-from nemo_aligner.batch import Prompt, TokenBatch
+from nemo_aligner.batch import TokenBatch
 from nemo_aligner.checkpoint.convert import export_to_huggingface
 from nemo_aligner.checkpoint.nemo_archive import open_nemo, write_nemo
 from nemo_aligner.checkpoint.sharded import save_model
 from nemo_aligner.models.gpt.model import GPT
 from nemo_aligner.models.gpt.policy import GPTPolicy
 from nemo_aligner.models.sampling_config import SamplingConfig
+from nemo_aligner.rollout_batch import Prompt
 
 SIZES = {
     "vocab_size": 101,
