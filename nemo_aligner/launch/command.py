@@ -92,10 +92,12 @@ def _prepare(words: Sequence[str]) -> Callable[[], object]:
     entry = load_script(script)
     if shows:
         return _shown(name, entry, rest)
-    if kind := getattr(entry, "kind", None):
+    from nemo_aligner.launch.script import Script
+
+    if isinstance(entry, Script):
         from nemo_aligner.launch.words import full_words
 
-        sys.argv = [str(script), *full_words(rest, kind)]
+        sys.argv = [str(script), *full_words(rest, entry.kind)]
         return entry
     if name == "ppo":
         from nemo_aligner.launch.ppo_jobs import words_of_jobs
@@ -139,13 +141,15 @@ def _doc(script: Path) -> str:
 
 def _help(name: str, script: Path) -> str:
     """The help of a script: its purpose, and the short names of its settings."""
-    main = load_script(script)
-    if not (kind := getattr(main, "kind", None)):
-        return f"{_doc(script)}\n"
     from nemo_aligner.config.explained import meaning_of
     from nemo_aligner.config.short_names import command_defaults, short_names
+    from nemo_aligner.launch.script import Script
 
-    names, (what, *_) = short_names(kind), _doc(script).split("\n\n")
+    main = load_script(script)
+    if not isinstance(main, Script):
+        return f"{_doc(script)}\n"
+    kind, (what, *_) = main.kind, _doc(script).split("\n\n")
+    names = short_names(kind)
     lines = [
         f"nemo-aligner {name} SETTING=VALUE ...",
         "",

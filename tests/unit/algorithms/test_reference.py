@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from nemo_aligner.algorithms.reference import annotate_rated
+from nemo_aligner.algorithms.reference import RenewedReference, annotate_rated
 from nemo_aligner.batch import MismatchedResponses, TokenBatch
 
 
@@ -55,3 +55,13 @@ def test_the_kl_is_the_mean_over_mismatched_responses_of_all_micro_batches():
     assert [part.reference_sums.tolist() for part in found] == [[-2.0, -1.0], [-3.5, 0.0]]
     assert [part.good.tolist() for part in found] == [[True, False]] * 2
     assert [part.tokens[0].tolist() for part in found] == [[0, 1, 0, 0], [0, 2, 3, 0]]
+
+
+def test_a_reference_is_renewed_before_the_first_step_of_the_next():
+    renewed: list[int] = []
+    reference = RenewedReference(every=2, number=0, renew=renewed.append)
+    seen = []
+    for step in range(1, 6):
+        reference.before_step(step)
+        seen.append(reference.number)
+    assert (seen, renewed) == ([0, 0, 1, 1, 2], [1, 2])
