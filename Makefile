@@ -180,7 +180,7 @@ $(PEERS_STAMP): benchmarks/peers/requirements-lock.txt | $(STAMP)
 	@echo '$(TORCH)' > $@
 
 # The head's peer is torch, that of writing is the transformers that we depend on, and jobs have none.
-bench: $(STAMP) $(if $(filter-out head generate ppo server,$(or $(ONLY),all)),$(PEERS_STAMP)) $(if $(filter hh,$(ONLY)),$(GGUF))  ## Measure beside TRL and torch; ONLY=sft: one part
+bench: $(STAMP) $(if $(filter-out head generate ppo server,$(or $(ONLY),all)),$(PEERS_STAMP)) $(if $(filter hh hh_dpo,$(ONLY)),$(GGUF))  ## Measure beside TRL and torch; ONLY=sft: one part
 	$(PY) -m benchmarks.run $(ONLY)
 
 # What is interrupted goes on; NEMO_ALIGNER_TEST_DATA names the real data.

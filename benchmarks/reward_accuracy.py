@@ -21,7 +21,7 @@ from tokenizers import Tokenizer
 from benchmarks.figures import Figure, Part
 from benchmarks.processes import PEERS_PYTHON, ROOT, conditions, measure
 
-__all__ = ["DATA", "MODEL", "accuracy", "difference", "part"]
+__all__ = ["DATA", "MODEL", "accuracy", "difference", "export_hf", "import_hf", "part"]
 
 DATA, FILE = "NEMO_ALIGNER_TEST_DATA", "hh_harmless.jsonl.gz"
 MODEL = ROOT / ".cache/SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -42,8 +42,8 @@ def part() -> Part:
     found: dict[str, list[Rewards]] = {OURS: [], TRL: []}
     with tempfile.TemporaryDirectory(prefix="nemo_aligner_hh_") as scratch:
         folder = Path(scratch)
-        _import(MODEL, folder / "base.nemo")
-        _export(folder / "base.nemo", folder / "base")
+        import_hf(MODEL, folder / "base.nemo")
+        export_hf(folder / "base.nemo", folder / "base")
         training, validation = _pairs(folder)
         _write(folder / "validation.jsonl", validation)
         for seed in SEEDS:
@@ -152,17 +152,19 @@ def _write(path: Path, pairs: Sequence[tuple[str, str]]) -> None:
     )
 
 
-def _import(source: Path, nemo: Path) -> None:
+def import_hf(source: Path, nemo: Path) -> None:
+    """Make a .nemo of a Hugging Face folder or a GGUF file."""
     measure((str(SCRIPTS / "gpt/import_hf.py"), "--in-file", str(source), "--out-file", str(nemo)))
 
 
-def _export(nemo: Path, folder: Path) -> None:
+def export_hf(nemo: Path, folder: Path) -> None:
+    """Make a Hugging Face folder of a .nemo."""
     measure((str(SCRIPTS / "gpt/export_hf.py"), "--in-file", str(nemo), "--out-file", str(folder)))
 
 
 def _train_ours(folder: Path, validation: Path) -> None:
     """From folder/start and folder/pairs.jsonl to folder/OURS."""
-    _import(folder / "start", folder / "start.nemo")
+    import_hf(folder / "start", folder / "start.nemo")
     train = folder / "pairs.jsonl"
     measure(
         (
@@ -185,7 +187,7 @@ def _train_ours(folder: Path, validation: Path) -> None:
             f"exp_manager.explicit_log_dir={folder / 'run'}",
         )
     )
-    _export(folder / "run/checkpoints/megatron_gpt.nemo", folder / OURS)
+    export_hf(folder / "run/checkpoints/megatron_gpt.nemo", folder / OURS)
 
 
 def _peer(*words: object) -> str:

@@ -19,6 +19,7 @@ from benchmarks import (
     generation,
     lora,
     ppo,
+    preference_accuracy,
     reward_accuracy,
     reward_model,
     serving,
@@ -41,9 +42,10 @@ PARTS: dict[str, Callable[[], figures.Part]] = {
     "ppo": ppo.part,
     "server": serving.part,
     "hh": reward_accuracy.part,
+    "hh_dpo": preference_accuracy.part,
 }
-BY_NAME_ONLY = {"hh"}  # takes an hour, and data of its own
-UNTIMED = {"hh"}  # nothing that the machine's other work could change
+BY_NAME_ONLY = {"hh", "hh_dpo"}  # take an hour each, and data of their own
+UNTIMED = {"hh", "hh_dpo"}  # nothing that the machine's other work could change
 
 
 def main() -> None:

@@ -42,14 +42,14 @@ def dolly(folder: Path, seed: int) -> None:
 def harmless(folder: Path, seed: int) -> None:
     """Pairs of Anthropic's HH-RLHF, harmless: the last turn of the assistant, chosen and rejected."""
     del seed
-    _split(folder, list(_harmless_pairs()))
+    _split(folder, list(harmless_pairs()))
 
 
 def rated_singly(folder: Path, seed: int) -> None:
     """Single responses of HH-RLHF, each good or bad: one of each pair, drawn."""
     del seed
     draw, rows = random.Random(0), []
-    for row in _harmless_pairs():
+    for row in harmless_pairs():
         good = draw.random() < 0.5
         response = row["chosen" if good else "rejected"]
         rows.append({"prompt": row["prompt"], "response": response, "label": good})
@@ -116,7 +116,8 @@ def _lines(name: str) -> Iterator[dict[str, Any]]:
     return map(json.loads, _open(name))
 
 
-def _harmless_pairs() -> Iterator[dict[str, str]]:
+def harmless_pairs() -> Iterator[dict[str, str]]:
+    """Pairs of HH-RLHF, harmless, that are short: the dialogue, and the assistant's last turn, chosen and rejected."""
     for row in _lines("hh_harmless.jsonl.gz"):
         prompt, _, chosen = row["chosen"].rpartition("\n\nAssistant:")
         same, _, rejected = row["rejected"].rpartition("\n\nAssistant:")
