@@ -114,7 +114,9 @@ def _unknown(
     values: Mapping[str, Any], kind: type[object] | None, path: str
 ) -> Iterator[tuple[str, list[str]]]:
     """(unknown key, the keys that are known in its place) of a block and those below it; kind None knows none."""
-    hints = typing.get_type_hints(kind) if kind else {}
+    of_kind = typing.get_type_hints(kind) if kind else {}
+    # Not every hint is a setting: class variables have one too.
+    hints = {spec.name: of_kind[spec.name] for spec in dataclasses.fields(kind)} if kind else {}  # type: ignore[arg-type]
     known = [*hints, *(ARCHITECTURE_KEYS if path == "model." else ())]
     for name, value in values.items():
         key = f"{path}{name}"

@@ -2,9 +2,11 @@
 """How a command line tool ends: with a user's mistake reported plainly, or with a clean stop. Knows no tool."""
 
 import argparse
+import difflib
+import itertools
 import logging
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NoReturn
 
@@ -44,8 +46,10 @@ def conversion(
             parser.add_argument("--overwrite", action="store_true", help="replace an output that exists")
             short = {"model": source, "out": "--out-file"}
             words: list[str] = []
-            for word in sys.argv[1:]:
+            for before, word in itertools.pairwise(["", *sys.argv[1:]]):
                 name, _, value = word.partition("=")
+                if name != word and name.isidentifier() and before not in short.values():
+                    _refuse_unknown(name, [*short, "overwrite"])
                 words += [short[name], value] if name in short else [word]
             flags = {"overwrite=true": ["--overwrite"], "overwrite=false": []}
             args = parser.parse_args([flag for word in words for flag in flags.get(word.lower(), [word])])
@@ -54,6 +58,13 @@ def conversion(
         return main
 
     return decorate
+
+
+def _refuse_unknown(name: str, known: Sequence[str]) -> None:
+    if name not in known:
+        near = difflib.get_close_matches(name, known, n=1)
+        fix = f"did you mean {near[0]}=?" if near else f"known settings: {', '.join(known)}"
+        raise UserError(f"unknown setting {name}", fix=fix)
 
 
 def run_cli(main: Callable[[], None]) -> NoReturn:

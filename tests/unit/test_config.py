@@ -202,6 +202,13 @@ def test_unknown_keys_are_reported_all_at_once():
     assert "trainer.prescision: did you mean trainer.precision?" in fix
 
 
+def test_what_a_block_knows_of_itself_is_no_key():
+    for key in ("trainer.sft.block", "trainer.sft.blok", "resume_rules"):
+        with pytest.raises(UserError, match=f"unknown key {key}") as caught:
+            parse(compose(*GIVEN["gpt_sft"], f"++{key}=1"), SFTJob)
+        assert "trainer.sft.block" not in str(caught.value).split("Fix: ")[1]
+
+
 def test_what_is_unknown_below_a_block_that_nobody_reads_is_reported():
     with pytest.raises(UserError, match=r"unknown key model.data.train_ds.shuffles"):
         parse(

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from nemo_aligner.errors import UserError
-from nemo_aligner.launch.cli import USER_ERROR_CODE, run_cli
+from nemo_aligner.launch.cli import USER_ERROR_CODE, conversion, run_cli
 
 ROOT = Path(__file__).parents[3]
 SCRIPTS = ROOT / "examples/nlp/gpt"
@@ -48,6 +48,30 @@ def test_a_file_that_cannot_be_read_is_reported_plainly(tmp_path: Path, capsys: 
 def test_a_bug_keeps_its_traceback():
     with pytest.raises(ZeroDivisionError):
         run_cli(fail_with(ZeroDivisionError()))
+
+
+@pytest.mark.parametrize(
+    ("words", "fix"),
+    [
+        (["modle=a", "out=b"], "did you mean model=?"),
+        (["model=a", "--out-file", "x=1.nemo", "overwrites=True"], "did you mean overwrite=?"),
+        (["model=a", "out=b", "lr=1"], "known settings: model, out, overwrite"),
+    ],
+)
+def test_a_tool_names_the_setting_that_it_does_not_know(
+    words: list[str], fix: str, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(sys, "argv", ["import_hf.py", *words])
+    with pytest.raises(UserError, match="unknown setting") as caught:
+        conversion("A tool.", takes="a model")(lambda *_: None)()
+    assert caught.value.fix == fix
+
+
+def test_a_path_may_hold_an_equals_sign(monkeypatch: pytest.MonkeyPatch):
+    given: list[object] = []
+    monkeypatch.setattr(sys, "argv", ["import_hf.py", "--in-file", "x=1", "out=y=2", "overwrite=True"])
+    conversion("A tool.", takes="a model")(lambda *arguments: given.extend(arguments))()
+    assert given == [Path("x=1"), "y=2", True]
 
 
 @pytest.mark.parametrize(
