@@ -10,8 +10,8 @@ makes it writes 0 there, and who reads it masks first. The shift by one happens 
 and for NeMo-Aligner's protocol in ``serving/wire.py``.
 
 Shapes: B rows, S positions, N sequences (N = B unless packed), A attributes of a sequence, K tokens that a teacher
-names in each place. A row of a batch is one sequence, or many where it is packed; a row of data may be several
-sequences, as a pair is.
+names in each place; float is float32. A row of a batch is one sequence, or many where it is packed; a row of data may
+be several sequences, as a pair is.
 """
 
 import enum
@@ -39,7 +39,7 @@ class Unit(enum.Enum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TokenBatch:
-    """Rows of tokens, right padded; or, with ``cu_seqlens``, one row that holds N sequences end to end."""
+    """Rows of tokens, right padded; or, :meth:`packed`, one row that holds N sequences end to end."""
 
     # settings count rows of data, a pair being one of two sequences; methods here count the batch's rows
     sequences_per_row: ClassVar[int] = 1
@@ -48,7 +48,8 @@ class TokenBatch:
     # [B, S] bool, the loss tokens; of a sequence's first token, which nothing predicts, it is not read
     loss_mask: Tensor
     lengths: Tensor  # [N] int64, tokens in each sequence, prompt and response
-    # [N + 1] int32, set when packed: then B == 1 and the tail after it is padding
+    # [N + 1] int32, only of packed rows (model.data.packing): each sequence's start, and the end of the last one; the
+    # rest is padding
     cu_seqlens: Tensor | None = None
 
     def __post_init__(self) -> None:
@@ -182,21 +183,47 @@ class TokenBatch:
         """The batch with rows of ``seq_length`` positions; what is cut off must be padding."""
         assert self.cu_seqlens is None and int(self.lengths.max()) <= seq_length, (self.lengths, seq_length)
         width = self.seq_length
-        names = {spec.name for spec in fields(self) if not spec.metadata.get(_PER_SEQUENCE)}
         given = {
             name: x[:, :seq_length]
             if seq_length <= width
             else pad(x, (*(0, 0) * (x.ndim - 2), 0, seq_length - width))
-            for name in names
-            if isinstance(x := getattr(self, name), Tensor) and x.ndim >= 2 and x.shape[1] == width
+            for name, x in self._per_token().items()
         }
         if seq_length > width:
             given["tokens"][:, width:] = pad_id
         return replace(self, **given)
 
+    def _per_token(self) -> dict[str, Tensor]:
+        """{name: [B, S, ...]} of the fields that speak of tokens."""
+        names = (spec.name for spec in fields(self) if not spec.metadata.get(_PER_SEQUENCE))
+        tensors = {name: x for name in names if isinstance(x := getattr(self, name), Tensor)}
+        return {name: x for name, x in tensors.items() if x.ndim >= 2 and x.shape[1] == self.seq_length}
+
     def _changed(self, change: Callable[[Tensor], Tensor]) -> Self:
         given = {f.name: change(x) for f in fields(self) if isinstance(x := getattr(self, f.name), Tensor)}
         return replace(self, **given)
+
+    def packed(self, seq_length: int, *, pad_id: int = 0) -> Self:
+        """The same sequences end to end in one row of ``seq_length`` tokens, whose tail is padding.
+
+        >>> batch = TokenBatch.from_rows([([5, 6], [False, True]), ([7], [False])], pad_id=0, seq_length=3)
+        >>> row = batch.packed(4)
+        >>> row.tokens.tolist(), row.cu_seqlens.tolist(), row.positions().tolist()
+        ([[5, 6, 7, 0]], [0, 2, 3], [[0, 1, 0, 1]])
+        """
+        assert self.cu_seqlens is None, "it is packed"
+        real, bounds = (
+            self.real_tokens(),
+            torch.cat([self.lengths.new_zeros(1), self.lengths.cumsum(0)]).int(),
+        )
+        tail = seq_length - int(bounds[-1])
+        assert tail >= 0, (bounds, seq_length)
+        given = {
+            name: torch.cat([x[real], x.new_zeros(tail, *x.shape[2:])])[None]
+            for name, x in self._per_token().items()
+        }
+        given["tokens"][:, seq_length - tail :] = pad_id
+        return replace(self, cu_seqlens=bounds, **given)
 
     def extended(self, kind: type[T], **added: Tensor) -> T:
         """The same sequences as a batch of ``kind``, a subclass, with the fields that it adds."""

@@ -73,10 +73,11 @@ class ScoredRollout(Rollout):
     # [B, S] float: of the model that the policy is held to: the teacher where the run has one, else the initial policy;
     # where neither is asked, as with a KL penalty of 0, the policy itself, so that every KL is 0
     reference_logprobs: Tensor
-    rewards: Tensor  # [B] float
-    values: (
-        Tensor  # [B, S] float: the critic's of the state before each token; zeros where there is no critic
-    )
+    # [B] float: the weighted sum of all rewards, before clipping, scaling and penalty; where the run has a teacher and
+    # no rewards, credit.teacher_rewards
+    rewards: Tensor
+    # [B, S] float: the critic's of the state before each token; zeros where there is no critic
+    values: Tensor
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

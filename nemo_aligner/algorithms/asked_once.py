@@ -86,9 +86,8 @@ def ask_once(question: Question, loader: BatchLoader[TokenBatch], folder: Path) 
     size, total = loader.sampler.global_batch_size, len(loader.dataset)
     files = [folder / f"{number:06}.pt" for number in range(-(-total // size))]
     known = collectives.from_rank_0(lambda: {path for path in files if _is_of(path, digest)})
-    in_order = replace(
-        loader, sampler=GlobalBatchSampler(total, size, shuffle=False, seed=0, drop_last=False)
-    )
+    one_by_one = GlobalBatchSampler(total, size, shuffle=False, seed=0, drop_last=False)
+    in_order = replace(loader, sampler=one_by_one, packing=False)
     for number, path in enumerate(files):
         if path not in known:
             with world.phase(f"computing {question.what}"):

@@ -48,7 +48,7 @@ def sft_loaders(job: TextJob, pretrained: Pretrained[GPTPolicy]) -> SupervisedDa
             setting = f"model.data.{name}.max_seq_length"
             longest = longest_sequence(setting, split.max_seq_length, gpt, multiple)
             split = replace(split, max_seq_length=longest)
-            loaders[name] = _batches(
+            batches = _batches(
                 open_sft(data, split, tokenizer, answer_only_loss=model.answer_only_loss),
                 tokenizer,
                 model,
@@ -57,6 +57,7 @@ def sft_loaders(job: TextJob, pretrained: Pretrained[GPTPolicy]) -> SupervisedDa
                 shuffle=split.shuffle,
                 drop_last=split.drop_last,
             )
+            loaders[name] = replace(batches, packing=data.packing)
     train, validation = loaders.pop("train_ds"), loaders.pop("validation_ds", None)
     if data.chat:
         _keep_markers(data, tokenizer, pretrained)

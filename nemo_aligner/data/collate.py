@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Rows to batches: the one padding rule."""
 
+import sys
 from collections.abc import Sequence
 
 import torch
@@ -29,10 +30,22 @@ def padded_length(longest: int, *, multiple: int, maximum: int) -> int:
 
 
 def common_lengths(
-    micro_batches: Sequence[Sequence[Row]], *, one_length: bool, multiple: int, maximum: int
+    micro_batches: Sequence[Sequence[Row]],
+    *,
+    one_length: bool,
+    multiple: int,
+    maximum: int,
+    packing: bool = False,
 ) -> list[int]:
-    """The length that each micro-batch of a step is padded to: its longest row's, or with ``one_length`` the step's."""
-    longest = [max((row.num_tokens for row in rows), default=1) for rows in micro_batches]
+    """The length that each micro-batch of a step is padded to: its longest row's, or with ``one_length`` the step's.
+
+    With ``packing`` a micro-batch is one row of all its sequences, and ``maximum`` is of a sequence alone.
+    """
+    if packing:
+        longest = [sum(len(one.tokens) for row in rows for one in row.sequences) for rows in micro_batches]
+        maximum = padded_length(max(longest), multiple=multiple, maximum=sys.maxsize)
+    else:
+        longest = [max((row.num_tokens for row in rows), default=1) for rows in micro_batches]
     if one_length:
         longest = [max(longest, default=1)] * len(longest)
     return [padded_length(length, multiple=multiple, maximum=maximum) for length in longest]

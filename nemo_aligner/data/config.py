@@ -123,6 +123,8 @@ class SFTDataConfig:
     chat_prompt_tokens: ChatPromptTokens = field(default_factory=ChatPromptTokens)
     # only False: rows are drawn by shuffle, never with replacement
     sample: bool = only(False, what="drawing rows with replacement")
+    # put the rows of a micro-batch end to end, each seen by itself, in place of padding them to the longest
+    packing: bool = False
     # threads that tokenise ahead of training; 0: in the training thread
     num_workers: int = bounded(0, at_least=0, message=_NEGATIVE)
 

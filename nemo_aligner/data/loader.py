@@ -8,6 +8,7 @@ from dataclasses import KW_ONLY, dataclass, field
 from itertools import islice
 from typing import Generic, Protocol, TypeVar
 
+from nemo_aligner.batch import TokenBatch
 from nemo_aligner.data.collate import common_lengths
 from nemo_aligner.data.row import Row
 from nemo_aligner.data.sampler import BlendSource, GlobalBatchSampler, rank_rows
@@ -71,6 +72,7 @@ class BatchLoader(Generic[B]):
     max_length: int  # tokens; no sample is longer
     # pad all micro-batches of a step alike, as pipeline stages need; else each to its own
     one_length: bool = True
+    packing: bool = False  # a micro-batch is one row: all its sequences end to end
     num_workers: int = 0  # threads that tokenise ahead; 0: none
     num_seen: int = field(default=0, init=False)  # rows handed out so far on this rank
     num_truncated: int = field(default=0, init=False)  # those of them that were cut to fit
@@ -134,13 +136,22 @@ class BatchLoader(Generic[B]):
 
     def collated(self, micro_batches: Sequence[Sequence[Row]]) -> list[B]:
         """Micro-batches of a step, which may be of other rows than the data's, padded as the data's are."""
+        padded = [self._padded(rows) for rows in micro_batches]
         lengths = common_lengths(
-            micro_batches, one_length=self.one_length, multiple=self.multiple, maximum=self.max_length
+            padded,
+            one_length=self.one_length,
+            multiple=self.multiple,
+            maximum=self.max_length,
+            packing=self.packing,
         )
-        return [
-            self.collate(self._padded(rows), pad_id=self.pad_id, seq_length=length)
-            for rows, length in zip(micro_batches, lengths, strict=True)
-        ]
+        return [self._collated(rows, length) for rows, length in zip(padded, lengths, strict=True)]
+
+    def _collated(self, rows: Sequence[Row], seq_length: int) -> B:
+        if not self.packing:
+            return self.collate(rows, pad_id=self.pad_id, seq_length=seq_length)
+        batch = self.collate(rows, pad_id=self.pad_id, seq_length=max(row.num_tokens for row in rows))
+        assert isinstance(batch, TokenBatch), "prompts are not packed"
+        return batch.packed(seq_length, pad_id=self.pad_id)
 
     def _padded(self, samples: Sequence[Row]) -> Sequence[Row]:
         missing = self.micro_batch_size - len(samples)

@@ -5,7 +5,7 @@ import importlib
 import math
 import pkgutil
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -164,20 +164,9 @@ OBJECTIVES: dict[str, ObjectiveCase] = {
 
 
 def packed(batch: TokenBatch, *, multiple: int) -> TokenBatch:
-    """The sequences of a padded batch end to end in one row, with a tail of padding to a multiple of tokens."""
-    real = torch.arange(batch.seq_length) < batch.lengths[:, None]
-    bounds = torch.tensor([0, *batch.lengths.tolist()]).cumsum(0).int()
-    tail = 1 + -(int(bounds[-1]) + 1) % multiple
-
-    def end_to_end(x: Tensor) -> Tensor:
-        return torch.cat([x[real], x.new_zeros(tail, *x.shape[2:])])[None]
-
-    per_token = {
-        spec.name: end_to_end(x)
-        for spec in fields(batch)
-        if isinstance(x := getattr(batch, spec.name), Tensor) and x.shape[:2] == batch.tokens.shape
-    }
-    return replace(batch, **per_token, cu_seqlens=bounds)
+    """The sequences of a padded batch end to end, with a tail of padding to a multiple of tokens."""
+    tokens = int(batch.lengths.sum()) + 1
+    return batch.packed(-(-tokens // multiple) * multiple)
 
 
 def found_in_package() -> set[type]:

@@ -83,13 +83,15 @@ def test_results_do_not_depend_on_the_layout(distilled: Callable, run: Callable,
 def test_a_stored_teacher_is_a_live_one(distilled: Callable, run: Callable, tmp_path: Path):
     """Asked once; a file that is missing is asked for again, and whole files need no teacher."""
     stored = {"model.knowledge_distillation.store_teacher": True}
-    runs = {"live": {}, "stored": stored, "many": stored | LAYOUTS[MIXED]}
+    packing = {"model.data.packing": True}
+    runs = {"live": {}, "stored": stored, "many": stored | LAYOUTS[MIXED], "packed": packing}
+    runs["stored and packed"] = stored | packing
     for name, changed in runs.items():
         few = {"trainer.sft.max_steps": 6, "trainer.sft.save_interval": 0}
         job = run(distilled(name, **few, **changed), command=[KD])
         assert job.process.returncode == 0, job.err[-3000:]
     live = steps(tmp_path / "live")
-    for name in ("stored", "many"):
+    for name in runs:
         for ours, theirs in zip(steps(tmp_path / name), live, strict=True):
             assert ours == pytest.approx(theirs, rel=2e-4, abs=2e-5), name
     files = sorted((tmp_path / "stored/teacher/train").glob("*.pt"))

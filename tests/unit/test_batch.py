@@ -169,3 +169,19 @@ def test_the_tokens_of_a_unit_weigh_one_together(unit):
     weights = batch.token_weights(unit)
     assert weights.sum() == batch.count(unit)
     assert not weights[~batch.loss_tokens()].any()
+
+
+def test_packing_keeps_every_field_of_a_sequence():
+    wide = padded().extended(
+        ValueBatch, values=torch.arange(24.0).view(4, 6), returns=-torch.arange(24.0).view(4, 6)
+    )
+    row = wide.packed(12)
+    assert torch.equal(row.tokens, packed().tokens)
+    assert torch.equal(row.loss_mask, packed().loss_mask)
+    assert torch.equal(row.cu_seqlens, packed().cu_seqlens)
+    assert row.values[0].tolist() == [*wide.values[wide.real_tokens()].tolist(), 0, 0]
+    assert torch.equal(row.per_sequence(row.values), wide.per_sequence(wide.values))
+    labels = padded().extended(AttributeBatch, attributes=torch.arange(24.0).view(4, 6))
+    assert torch.equal(labels.packed(10).attributes, labels.attributes), (
+        "labels are of sequences, not of tokens"
+    )

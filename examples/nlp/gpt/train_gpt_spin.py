@@ -69,6 +69,7 @@ class SPINDataConfig(SFTDataConfig):
     # of conversations: the last turn is played for
     learn: str = only("last", what="a game of several turns")
     plain_text: bool = only(False, what="a game without prompts")  # only False
+    packing: bool = only(False)  # only False: a response is written to each row
 
 
 @dataclass(frozen=True, kw_only=True)

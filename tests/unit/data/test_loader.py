@@ -2,6 +2,7 @@
 """Batches as ranks get them: the same rows for every number of ranks, threads and restarts."""
 
 import random
+from dataclasses import replace
 
 import pytest
 import torch
@@ -240,3 +241,17 @@ def test_prompts_are_dealt_out_without_fillers(dp_size):
         found = [prompt for rank in ranks for micro in rank.batch(step) for prompt in micro]
         assert found == PROMPTS[6 * step : 6 * step + 6]
     assert sum(rank.num_seen for rank in ranks) == 20
+
+
+def test_packed_micro_batches_hold_the_same_sequences_without_padding():
+    wide = loader(num_rows=20, global_batch_size=6, micro_batch_size=4)
+    packed = replace(wide, packing=True, one_length=False)
+    for step in range(4):
+        for padded, row in zip(wide.batch(step), packed.batch(step), strict=True):
+            assert row.tokens.shape == (1, -(-int(padded.lengths.sum()) // 4) * 4)
+            assert row.lengths.tolist() == padded.lengths.tolist()
+            assert row.count(Unit.TOKEN) == padded.count(Unit.TOKEN)
+            real = padded.tokens[padded.real_tokens()]
+            assert row.tokens[0].tolist() == [*real.tolist(), *[999] * (row.seq_length - len(real))]
+    lengths = {micro.seq_length for micro in replace(wide, packing=True).batch(0)}
+    assert len(lengths) == 1, "pipeline stages exchange one shape"
