@@ -250,3 +250,10 @@ class ActorJob(PretrainedJob):
                 raise UserError(
                     f"{name}={value}, but {other}={counts}, which says the same", fix=f"set {other}={value}"
                 )
+
+
+@dataclass(frozen=True, kw_only=True)
+class CriticFreeJob(ActorJob):
+    """All settings of a script of the online loop that asks no critic, though it may ask a served reward model."""
+
+    remote_critic_rm: RemoteConfig | None = None

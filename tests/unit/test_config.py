@@ -203,7 +203,7 @@ def test_unknown_keys_are_reported_all_at_once():
 
 
 def test_what_a_block_knows_of_itself_is_no_key():
-    for key in ("trainer.sft.block", "trainer.sft.blok", "resume_rules"):
+    for key in ("trainer.sft.block", "trainer.sft.blockk", "resume_rules"):
         with pytest.raises(UserError, match=f"unknown key {key}") as caught:
             parse(compose(*GIVEN["gpt_sft"], f"++{key}=1"), SFTJob)
         assert "trainer.sft.block" not in str(caught.value).split("Fix: ")[1]

@@ -9,21 +9,14 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Literal
 
-from nemo_aligner.config.ppo import (
-    ActorConfig,
-    ActorJob,
-    ActorModelConfig,
-    ActorRolloutConfig,
-    ActorTrainerConfig,
-    RemoteConfig,
-)
+from nemo_aligner.config import ppo
 from nemo_aligner.launch.script import script
 from nemo_aligner.models.gpt.learning_rate import OptimConfig, SchedConfig
 from nemo_aligner.objectives.config import RewardEstimator
 
 
 @dataclass(frozen=True, kw_only=True)
-class GRPOConfig(ActorConfig):
+class GRPOConfig(ppo.ActorConfig):
     """Advantages within a group, and the KL in the loss by k3 (Shao 2024, arXiv 2402.03300, eq. 3)."""
 
     advantage_estimator: RewardEstimator = "group"
@@ -34,12 +27,12 @@ class GRPOConfig(ActorConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class GRPOTrainerConfig(ActorTrainerConfig):
+class GRPOTrainerConfig(ppo.ActorTrainerConfig):
     ppo: GRPOConfig = field(default_factory=GRPOConfig)
 
 
 @dataclass(frozen=True, kw_only=True)
-class GRPORolloutConfig(ActorRolloutConfig):
+class GRPORolloutConfig(ppo.ActorRolloutConfig):
     """Eight responses to a prompt; clip-higher's 0.28 is DAPO's (Yu 2025, arXiv 2503.14476)."""
 
     num_rollout_samples: int = 64
@@ -49,7 +42,7 @@ class GRPORolloutConfig(ActorRolloutConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class GRPOModelConfig(ActorModelConfig):
+class GRPOModelConfig(ppo.ActorModelConfig):
     ppo: GRPORolloutConfig = field(default_factory=GRPORolloutConfig)
     optim: OptimConfig = field(
         default_factory=partial(OptimConfig, lr=1e-6, weight_decay=0.1, sched=SchedConfig(name="constant"))
@@ -57,10 +50,9 @@ class GRPOModelConfig(ActorModelConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class GRPOJob(ActorJob):
+class GRPOJob(ppo.CriticFreeJob):
     model: GRPOModelConfig
     trainer: GRPOTrainerConfig = field(default_factory=GRPOTrainerConfig)
-    remote_critic_rm: RemoteConfig | None = None
     name: str = "megatron_gpt_grpo"
 
 

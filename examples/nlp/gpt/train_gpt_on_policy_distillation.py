@@ -10,14 +10,7 @@ from functools import partial
 
 from nemo_aligner.bounds import only
 from nemo_aligner.checkpoint.sources import peek_model
-from nemo_aligner.config.ppo import (
-    ActorConfig,
-    ActorJob,
-    ActorModelConfig,
-    ActorRolloutConfig,
-    ActorTrainerConfig,
-    RemoteConfig,
-)
+from nemo_aligner.config import ppo
 from nemo_aligner.launch.script import script
 from nemo_aligner.models.gpt.learning_rate import OptimConfig, SchedConfig
 from nemo_aligner.paths import PathText
@@ -31,7 +24,7 @@ class TeacherConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class OPDConfig(ActorConfig):
+class OPDConfig(ppo.ActorConfig):
     """Each token is credited by the teacher; ``trainer.ppo.rewards`` are only reported."""
 
     advantage_estimator: str = only("teacher", what="another estimator than the teacher's")  # only teacher
@@ -40,12 +33,12 @@ class OPDConfig(ActorConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class OPDTrainerConfig(ActorTrainerConfig):
+class OPDTrainerConfig(ppo.ActorTrainerConfig):
     ppo: OPDConfig = field(default_factory=OPDConfig)
 
 
 @dataclass(frozen=True, kw_only=True)
-class OPDRolloutConfig(ActorRolloutConfig):
+class OPDRolloutConfig(ppo.ActorRolloutConfig):
     """One response to a prompt: tokens are compared with the teacher, not responses with each other."""
 
     num_rollout_samples: int = 64
@@ -53,7 +46,7 @@ class OPDRolloutConfig(ActorRolloutConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class OPDModelConfig(ActorModelConfig):
+class OPDModelConfig(ppo.ActorModelConfig):
     ppo: OPDRolloutConfig = field(default_factory=OPDRolloutConfig)
     on_policy_distillation: TeacherConfig  # the teacher
     optim: OptimConfig = field(
@@ -62,10 +55,9 @@ class OPDModelConfig(ActorModelConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class OPDJob(ActorJob):
+class OPDJob(ppo.CriticFreeJob):
     model: OPDModelConfig
     trainer: OPDTrainerConfig = field(default_factory=OPDTrainerConfig)
-    remote_critic_rm: RemoteConfig | None = None
     name: str = "megatron_gpt_distilled"
 
     @property
@@ -75,7 +67,7 @@ class OPDJob(ActorJob):
 
     def check_paths(self) -> None:
         """See ModelJob."""
-        ActorJob.check_paths(self)
+        ppo.ActorJob.check_paths(self)
         peek_model(*self.teacher)
 
 

@@ -10,14 +10,7 @@ from functools import partial
 from typing import Literal
 
 from nemo_aligner.bounds import bounded, only
-from nemo_aligner.config.ppo import (
-    ActorConfig,
-    ActorJob,
-    ActorModelConfig,
-    ActorRolloutConfig,
-    ActorTrainerConfig,
-    RemoteConfig,
-)
+from nemo_aligner.config import ppo
 from nemo_aligner.launch.script import script
 from nemo_aligner.models.gpt.learning_rate import OptimConfig, SchedConfig
 from nemo_aligner.objectives.config import DPOConfig
@@ -34,19 +27,19 @@ class OnlineDPOSettings(DPOConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class OnlineDPOConfig(ActorConfig):
+class OnlineDPOConfig(ppo.ActorConfig):
     advantage_estimator: str | None = only(None, what="an estimator of advantages")  # only null
     initial_policy_kl_penalty: float = 0.0  # only 0: the reference of model.dpo holds the policy
     mask_unfinished: bool = False  # responses that the length limit cut are in no pair
 
 
 @dataclass(frozen=True, kw_only=True)
-class OnlineDPOTrainerConfig(ActorTrainerConfig):
+class OnlineDPOTrainerConfig(ppo.ActorTrainerConfig):
     ppo: OnlineDPOConfig = field(default_factory=OnlineDPOConfig)
 
 
 @dataclass(frozen=True, kw_only=True)
-class OnlineDPORolloutConfig(ActorRolloutConfig):
+class OnlineDPORolloutConfig(ppo.ActorRolloutConfig):
     num_rollout_samples: int = 64
     # of which the best and the worst are a pair
     num_responses_per_prompt: int = bounded(4, at_least=2)
@@ -59,7 +52,7 @@ class OnlineDPORolloutConfig(ActorRolloutConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class OnlineDPOModelConfig(ActorModelConfig):
+class OnlineDPOModelConfig(ppo.ActorModelConfig):
     global_batch_size: int = 16  # pairs of one optimizer step over all ranks
     ppo: OnlineDPORolloutConfig = field(default_factory=OnlineDPORolloutConfig)
     dpo: OnlineDPOSettings = field(default_factory=OnlineDPOSettings)  # the loss
@@ -69,10 +62,9 @@ class OnlineDPOModelConfig(ActorModelConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class OnlineDPOJob(ActorJob):
+class OnlineDPOJob(ppo.CriticFreeJob):
     model: OnlineDPOModelConfig
     trainer: OnlineDPOTrainerConfig = field(default_factory=OnlineDPOTrainerConfig)
-    remote_critic_rm: RemoteConfig | None = None
     name: str = "megatron_gpt_online_dpo"
 
     @property

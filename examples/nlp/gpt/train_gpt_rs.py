@@ -7,20 +7,13 @@ python examples/nlp/gpt/train_gpt_rs.py pretrained_checkpoint.restore_from_path=
 
 from dataclasses import dataclass, field
 
-from nemo_aligner.config.ppo import (
-    ActorConfig,
-    ActorJob,
-    ActorModelConfig,
-    ActorRolloutConfig,
-    ActorTrainerConfig,
-    RemoteConfig,
-)
+from nemo_aligner.config import ppo
 from nemo_aligner.launch.script import script
 from nemo_aligner.objectives.config import RewardEstimator
 
 
 @dataclass(frozen=True, kw_only=True)
-class RSConfig(ActorConfig):
+class RSConfig(ppo.ActorConfig):
     """The loss of the first update is the negative log-likelihood of the responses that are kept."""
 
     advantage_estimator: RewardEstimator = "best_of_n"
@@ -28,12 +21,12 @@ class RSConfig(ActorConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class RSTrainerConfig(ActorTrainerConfig):
+class RSTrainerConfig(ppo.ActorTrainerConfig):
     ppo: RSConfig = field(default_factory=RSConfig)
 
 
 @dataclass(frozen=True, kw_only=True)
-class RSRolloutConfig(ActorRolloutConfig):
+class RSRolloutConfig(ppo.ActorRolloutConfig):
     """Four responses to a prompt, and one update to a rollout."""
 
     num_rollout_samples: int = 64
@@ -41,15 +34,14 @@ class RSRolloutConfig(ActorRolloutConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class RSModelConfig(ActorModelConfig):
+class RSModelConfig(ppo.ActorModelConfig):
     ppo: RSRolloutConfig = field(default_factory=RSRolloutConfig)
 
 
 @dataclass(frozen=True, kw_only=True)
-class RSJob(ActorJob):
+class RSJob(ppo.CriticFreeJob):
     model: RSModelConfig
     trainer: RSTrainerConfig = field(default_factory=RSTrainerConfig)
-    remote_critic_rm: RemoteConfig | None = None
     name: str = "megatron_gpt_rs"
 
 

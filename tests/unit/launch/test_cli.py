@@ -53,7 +53,7 @@ def test_a_bug_keeps_its_traceback():
 @pytest.mark.parametrize(
     ("words", "fix"),
     [
-        (["modle=a", "out=b"], "did you mean model=?"),
+        (["inmodel=a", "out=b"], "did you mean model=?"),
         (["model=a", "--out-file", "x=1.nemo", "overwrites=True"], "did you mean overwrite=?"),
         (["model=a", "out=b", "lr=1"], "known settings: model, out, overwrite"),
     ],
