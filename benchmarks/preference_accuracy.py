@@ -2,7 +2,7 @@
 """What DPO learns from real pairs: ours beside TRL's trainer, from the same weights in the same order.
 
 `python -m benchmarks.run hh_dpo` measures it. NEMO_ALIGNER_TEST_DATA names a folder with hh_harmless.jsonl.gz, rows of
-Anthropic's HH-RLHF. What is interrupted goes on with the run that it was in.
+Anthropic's HH-RLHF. What is interrupted goes on: runs whose rewards stand in preference_accuracy.json are not repeated.
 """
 
 import json
@@ -22,6 +22,7 @@ __all__ = ["margin", "part"]
 
 PEER = ROOT / "benchmarks/trl_preference_accuracy.py"
 RUNS = ROOT / "results/preference_accuracy"
+KNOWN = ROOT / "benchmarks/preference_accuracy.json"
 TRAINING, VALIDATION, STEP, MICRO_BATCH = 256, 128, 4, 4  # pairs
 MOST_CHARACTERS = 300  # of prompt and response together
 MAX_TOKENS = 256  # which no such text has
@@ -104,14 +105,16 @@ def _figures(table: str, found: dict[str, list[Rewards]]) -> list[Figure]:
 
 def _rewards(side: str, folder: Path, scheme: str, seed: int) -> Rewards:
     """Those of a side's model, which is trained unless its rewards are known."""
-
-    def find(path: Path) -> None:
+    known = json.loads(KNOWN.read_text()) if KNOWN.exists() else {}
+    run = f"{scheme}, seed {seed}, {side}"
+    if run not in known:
         model = (_train_ours if side == OURS else _train_trl)(folder, scheme, seed)
-        path.write_text(_peer("score", model, RUNS / "base", RUNS / "validation.jsonl", BETA))
+        scored = json.loads(_peer("score", model, RUNS / "base", RUNS / "validation.jsonl", BETA))
         shutil.rmtree(model)
-
-    _unless_there(folder / f"{side}.json", find)
-    return json.loads((folder / f"{side}.json").read_text())
+        known[run] = [[round(reward, 7) for reward in pair] for pair in scored]
+        lines = (f"{json.dumps(name)}: {json.dumps(rewards)}" for name, rewards in sorted(known.items()))
+        KNOWN.write_text("{" + ",\n".join(lines) + "}\n")
+    return [(chosen, rejected) for chosen, rejected in known[run]]
 
 
 def _unless_there(path: Path, make: Callable[[Path], object]) -> None:
