@@ -276,7 +276,8 @@ class PreferenceBatch(TokenBatch):
 
     sequences_per_row: ClassVar[int] = 2
 
-    # [N] float: the reward that the data give each response, else the job's default; read by the losses rpo_* only
+    # [N] float: the reward of each response: the data's, else the job's default; of a rollout's pairs, the rollout's.
+    # Only the losses rpo_* read it
     given_rewards: Tensor
 
 

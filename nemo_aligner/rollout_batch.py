@@ -47,7 +47,11 @@ class Prompt:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rollout(TokenBatch):
-    """Responses as a sampler generated them; ``loss_mask`` marks their tokens, EOS included. Never packed."""
+    """Responses as a sampler generated them; ``loss_mask`` marks their tokens, EOS included. Never packed.
+
+    A sampler gives those to its prompts, a data parallel rank's; scores and updates are of the whole rollout, which
+    every rank then has (``algorithms/rollout.py``).
+    """
 
     prompt_lengths: Tensor  # [B] int64
     finished: Tensor  # [B] bool: ended by EOS or a stop string, not by the length limit
@@ -69,9 +73,10 @@ class Rollout(TokenBatch):
 class ScoredRollout(Rollout):
     """Responses with their scores, before any update."""
 
-    logprobs: Tensor  # [B, S] float: the policy's, by the trainer
-    # [B, S] float: of the model that the policy is held to: the teacher where the run has one, else the initial policy;
-    # where neither is asked, as with a KL penalty of 0, the policy itself, so that every KL is 0
+    # [B, S] float: the policy's, by the trainer; of the distribution drawn from, as sampler_logprobs
+    logprobs: Tensor
+    # [B, S] float: likewise, of the model that the policy is held to: the teacher where the run has one, else the
+    # initial policy; where neither is asked, as with a KL penalty of 0, the policy itself, so that every KL is 0
     reference_logprobs: Tensor
     # [B] float: the weighted sum of all rewards, before clipping, scaling and penalty; where the run has a teacher and
     # no rewards, credit.teacher_rewards
@@ -88,7 +93,7 @@ class Experience(TokenBatch):
     ``CreditConfig.mask_unfinished`` leaves out.
     """
 
-    logprobs: Tensor  # [B, S] float: the policy's before the update
+    logprobs: Tensor  # [B, S] float: as in ScoredRollout, so the policy's before the update
     reference_logprobs: Tensor  # [B, S] float: as in ScoredRollout
     advantages: Tensor  # [B, S] float: whitened where CreditConfig.whitens; 0 outside the responses
     returns: Tensor  # [B, S] float: before whitening; the critic's target

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The settings of train_gpt_ppo_actor.py."""
+"""The settings of the scripts of the online loop: PPO's actor, and those that ask no critic."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field

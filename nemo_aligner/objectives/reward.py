@@ -66,7 +66,11 @@ class AttributePairs:
         self.loss = loss
 
     def __call__(self, output: ModelOutput, batch: TokenBatch) -> tuple[Tensor, Metrics]:
-        """As :class:`BradleyTerry`, with the pair's strength as a margin or as a factor."""
+        """As :class:`BradleyTerry`, with the pair's strength as a margin or as a factor.
+
+        The factor is "scaled_bt", of HelpSteer2-Preference (Wang 2024, arXiv 2410.01257); the margin is that
+        of Llama 2 (Touvron 2023, arXiv 2307.09288, eq. 2).
+        """
         assert isinstance(batch, LabeledPairs)
         assert output.rewards is not None
         scores = output.rewards[:, min(HELPFULNESS, output.rewards.shape[1] - 1)].view(-1, 2)
@@ -85,7 +89,10 @@ class AttributePairs:
 
 
 class Regression:
-    """The mean of :func:`regression` over every labeled attribute of the global batch."""
+    """The mean of :func:`regression` over every labeled attribute of the global batch.
+
+    All attributes of a response by one head, as in HelpSteer2 (Wang 2024, arXiv 2406.08673).
+    """
 
     wants = frozenset({Wants.REWARDS})
     unit = Unit.LABEL

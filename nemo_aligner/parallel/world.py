@@ -174,7 +174,7 @@ def writers_group() -> Any:  # noqa: ANN401 - torch's ProcessGroup, which only t
 
 @contextlib.contextmanager
 def ensure_single_process() -> Iterator[None]:
-    """A one-rank world for tools that only read or write checkpoints; the existing one, if there is one."""
+    """A one-rank world for who measures or tests a model in its own process; the existing one, if there is one."""
     if dist.is_initialized():
         yield
         return

@@ -3,18 +3,20 @@
 
 import re
 import shlex
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
 
 from nemo_aligner.launch.command import find_commands, load_script
+from nemo_aligner.launch.ppo_jobs import plan_jobs, words_of_jobs
 from nemo_aligner.launch.script import Script, compose
 from nemo_aligner.launch.words import full_words
 
 ROOT = Path(__file__).parents[2]
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
 TARGETS = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+SCRIPTS = ROOT / "examples/nlp/gpt"
 MAX_HELP_WORDS = 12
 
 
@@ -41,17 +43,53 @@ def commands(page: Path) -> Iterator[list[str]]:
             yield shlex.split(line, comments=True)
 
 
+def runs_of(command: Sequence[str]) -> Iterator[tuple[Path, list[str]]]:
+    """(script, its settings) of each job that a command starts, whatever starts the command."""
+    start = next(
+        (i for i, word in enumerate(command) if word == "nemo-aligner" or word.endswith(".py")), None
+    )
+    if start is None:
+        return
+    words, short = list(command[start + 1 :]), command[start] == "nemo-aligner"
+    name = words.pop(0) if short and words else ""
+    path = find_commands().get(name) if short else ROOT / command[start]
+    if path is None or path.parent != SCRIPTS:
+        return
+    words = [word for word in words if "=" in word and not word.startswith("--")]
+    if path.name == "run_ppo.py":
+        if short:
+            words = words_of_jobs(words, lambda file: load_script(SCRIPTS / file).kind)
+        actor, servers = plan_jobs(words, SCRIPTS)
+        yield from ((Path(job.command[2]), list(job.command[3:])) for job in (actor, *servers))
+    elif isinstance(script := load_script(path), Script):
+        yield path, full_words(words, script.kind) if short else words
+
+
 @pytest.mark.parametrize("page", PAGES, ids=name)
 def test_settings_of_commands_exist(page: Path):
     for command in commands(page):
-        short = command[:1] == ["nemo-aligner"]
-        if not (short or command[:1] == ["python"]) or "--" in " ".join(command):
-            continue
-        path = find_commands().get(command[1]) if short else ROOT / command[1]
-        script = load_script(path) if path and path.parent.name == "gpt" else None
-        if isinstance(script, Script):
-            words = [word for word in command[2:] if "=" in word]
-            compose(script, full_words(words, script.kind) if short else words)
+        for path, words in runs_of(command):
+            compose(load_script(path), words)
+
+
+@pytest.mark.parametrize(
+    ("command", "scripts"),
+    [
+        (
+            "srun -N 2 .venv/bin/python -u examples/nlp/gpt/train_gpt_sft.py trainer.devices=2",
+            ["train_gpt_sft"],
+        ),
+        ("A=1 python examples/nlp/gpt/train_gpt_dpo.py --config my.yaml", ["train_gpt_dpo"]),
+        (
+            "python examples/nlp/gpt/run_ppo.py critic.name=a actor.name=b reward.rm_model_file=c",
+            ["train_gpt_ppo_actor", "serve_ppo_critic", "serve_reward_model"],
+        ),
+        ("nemo-aligner ppo model=a lr=1", ["train_gpt_ppo_actor", "serve_ppo_critic"]),
+        ("nemo-aligner import model=a out=b", []),
+    ],
+)
+def test_the_jobs_of_a_command_are_found(command: str, scripts: list[str]):
+    assert [path.stem for path, _ in runs_of(shlex.split(command))] == scripts
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name)

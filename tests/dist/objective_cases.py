@@ -163,10 +163,10 @@ OBJECTIVES: dict[str, ObjectiveCase] = {
 }
 
 
-def packed(batch: TokenBatch, *, multiple: int) -> TokenBatch:
-    """The sequences of a padded batch end to end, with a tail of padding to a multiple of tokens."""
-    tokens = int(batch.lengths.sum()) + 1
-    return batch.packed(-(-tokens // multiple) * multiple)
+def packed(batches: Sequence[TokenBatch], *, multiple: int) -> list[TokenBatch]:
+    """The sequences of each micro-batch end to end, with tails of padding to one length, a multiple of tokens."""
+    tokens = max(int(batch.lengths.sum()) for batch in batches) + 1
+    return [batch.packed(-(-tokens // multiple) * multiple) for batch in batches]
 
 
 def found_in_package() -> set[type]:

@@ -113,7 +113,9 @@ CASES = (
     Case(tp=4, sp=True, mbs=4, tied=False),
     Case(pp=2, mbs=2),
     Case(pp=2, mbs=1, tied=False, overlap=True, recompute=BLOCK),
+    Case(pp=2, mbs=2, packed=True),
     Case(pp=2, vp=2),  # 4 micro-batches
+    Case(tp=2, pp=2, vp=2, sp=True, mbs=3, packed=True),
     Case(pp=2, vp=2, mbs=1, tied=False, overlap=True),
     Case(pp=4, tied=False),
     Case(tp=2, pp=2, sp=True, mbs=2),
@@ -217,7 +219,7 @@ def micro_batches(case: Case, step: int, *, dp_rank: int, dp_size: int) -> list[
         subject.batch([*(rows[i] for i in micro), *[rows[0].padding(0)] * (mbs - len(micro))])
         for micro in mine
     ]
-    return [packed(batch, multiple=case.tp) for batch in batches] if case.packed else batches
+    return packed(batches, multiple=case.tp) if case.packed else batches
 
 
 def loaded(case: Case, weights: Path) -> GPTLearner:

@@ -18,7 +18,7 @@ from nemo_aligner.algorithms.ppo import OnlineObjective, PPOTrainer
 from nemo_aligner.algorithms.scoring import RewardSources
 from nemo_aligner.algorithms.skips import Diverged
 from nemo_aligner.batch import TokenBatch
-from nemo_aligner.builders import actor, servers
+from nemo_aligner.builders import actor, rollouts, servers
 from nemo_aligner.config.ppo import ActorJob
 from nemo_aligner.config.serve import CriticJob
 from nemo_aligner.errors import UserError
@@ -104,10 +104,10 @@ def train_actor(
         pretrained = actor.load_actor(job, None)
         trainer = PPOTrainer(
             config,
-            actor.actor_rollouts(job, pretrained),
+            rollouts.actor_rollouts(job, pretrained),
             pretrained.learner,
             OnlineObjective(loss=objective(job.model.ppo), with_reference=job.asks_initial_policy),
-            actor.actor_prompts(job, pretrained),
+            rollouts.actor_prompts(job, pretrained),
             run,
             builders.training_checkpoints(job, run, pretrained),
         )

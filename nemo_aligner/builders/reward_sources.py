@@ -1,0 +1,195 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From the settings of an online job to what rewards its responses: functions, judges, and servers of other jobs."""
+
+import logging
+import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+from nemo_aligner.algorithms.critic_link import PPOState
+from nemo_aligner.algorithms.judge import Judge, read_template
+from nemo_aligner.algorithms.ppo_config import JudgeConfig
+from nemo_aligner.algorithms.rewards import load_function
+from nemo_aligner.algorithms.scoring import RewardSources
+from nemo_aligner.builders.models import Pretrained, require_tokenizer
+from nemo_aligner.builders.rollouts import longest_rollout, rollout_sampling
+from nemo_aligner.checkpoint.trainer_state import Checkpoint, read_extra
+from nemo_aligner.config.ppo import ActorJob, CriticRemoteConfig, RemoteConfig, RewardRemoteConfig
+from nemo_aligner.data.requests import plain_prompt, tokens_of
+from nemo_aligner.data.tokenizer import tokenizer_probe
+from nemo_aligner.errors import UserError
+from nemo_aligner.models.gpt.policy import GPTPolicy
+from nemo_aligner.parallel import world
+from nemo_aligner.run.experiment import Experiment
+from nemo_aligner.serving.client import CriticNames, RemoteCritic, RemoteReward, ServerAddress
+from nemo_aligner.serving.compatibility import Actor, compare
+from nemo_aligner.serving.proxies import CriticProxy, CriticUnavailable, PendingReply, RewardProxy
+
+logger = logging.getLogger(__name__)
+
+
+@contextmanager
+def open_sources(
+    job: ActorJob, run: Experiment, pretrained: Pretrained[GPTPolicy], start: Checkpoint | None
+) -> Iterator[RewardSources]:
+    """The sources of rewards, once servers are up and compatible; after a good run the servers are stopped.
+
+    Raises:
+        UserError: a server does not come up, the jobs do not fit each other, or a function is not there.
+    """
+    config, remote = job.trainer.ppo, job.remote_critic_rm
+    functions = {
+        name: load_function(f"trainer.ppo.rewards.{name}.function", reward.function)
+        for name, reward in config.rewards.items()
+        if reward.function is not None
+    }
+    judges = {
+        name: _judge(job, pretrained, reward.judge, setting=f"trainer.ppo.rewards.{name}.judge")
+        for name, reward in config.rewards.items()
+        if reward.judge is not None
+    }
+    own = RewardSources(functions=functions, judges=judges)
+    asks = remote is not None and (config.asks_critic or config.served_reward is not None)
+    if remote is None or not asks:
+        yield own
+        return
+    server = _connect(job, remote, run, start) if world.is_logging_rank() else None
+    try:
+        agreed: PendingReply[None] = PendingReply(
+            server.submit(lambda: _compare(job, remote, pretrained, server)) if server else None
+        )
+        try:
+            agreed.result()
+        except CriticUnavailable as lost:
+            raise lost.error from lost
+        if config.asks_critic:
+            assert not isinstance(server, RemoteReward)
+            yield replace(own, critic=CriticProxy(server))
+        else:
+            assert not isinstance(server, RemoteCritic)
+            yield replace(own, reward=RewardProxy(server))
+        if server is not None:
+            _stop(remote, server)
+    finally:
+        if server is not None:
+            server.close()
+
+
+def _judge(job: ActorJob, pretrained: Pretrained[GPTPolicy], config: JudgeConfig, *, setting: str) -> Judge:
+    """The policy as a judge; a question is a turn of the chat template, where the tokenizer has one."""
+    tokenizer = require_tokenizer(job, pretrained)
+
+    def encode(question: str) -> list[int]:
+        chats = tokenizer.chat_template is not None
+        return tokens_of([{"role": "user", "content": question}] if chats else question, tokenizer)
+
+    return Judge(
+        policy=pretrained.learner,
+        config=config,
+        block=setting,
+        template=read_template(config.template, setting=f"{setting}.template"),
+        encode=encode,
+        decode=tokenizer.decode,
+        shown=plain_prompt,
+        end_strings=rollout_sampling(job, pretrained).end_strings,
+        seed=job.model.seed,
+        slots=job.model.ppo.rollout_micro_batch_size,
+        positions=pretrained.learner.model.gpt_config.max_position_embeddings,
+    )
+
+
+def _servers(server: RemoteCritic | RemoteReward) -> list[RemoteCritic | RemoteReward]:
+    """All jobs that this one asks."""
+    apart = server.reward if isinstance(server, RemoteCritic) else None
+    return [server] if apart is None else [server, apart]
+
+
+def _compare(
+    job: ActorJob,
+    remote: RemoteConfig,
+    pretrained: Pretrained[GPTPolicy],
+    server: RemoteCritic | RemoteReward,
+) -> None:
+    actor = Actor(
+        vocab_size=pretrained.learner.model.gpt_config.vocab_size,
+        longest=longest_rollout(job, pretrained),
+        tokenizer=tokenizer_probe(pretrained.tokenizer),
+        request_rows=job.model.ppo.num_rollout_samples,
+        request_rows_setting="model.ppo.num_rollout_samples",
+        saves=job.exp_manager.create_checkpoint_callback,
+        needs_rewards=remote.combine_rm_and_critic_server and job.trainer.ppo.served_reward is not None,
+    )
+    for one in _servers(server):
+        for slow in compare(one.name, one.health(), actor):
+            logger.warning("%s", slow)
+        logger.info("%s is up", one.name)
+
+
+def _stop(config: RemoteConfig, server: RemoteCritic | RemoteReward) -> None:
+    for one in _servers(server):
+        block = config.critic if isinstance(one, RemoteCritic) else config.reward_model
+        if not block.stop_at_end:
+            continue
+        try:
+            heard = one.stop()
+        except UserError as error:
+            # The run is finished, whatever a server says.
+            logger.warning("%s was asked to end: %s", one.name, error)
+        else:
+            if not heard:
+                logger.warning("%s did not hear that it may end: end it by SIGTERM", one.name)
+
+
+def _connect(
+    job: ActorJob, config: RemoteConfig, run: Experiment, start: Checkpoint | None
+) -> RemoteCritic | RemoteReward:
+    known = start.algorithm(PPOState) if start else None
+    needs_rewards, asks_critic = job.trainer.ppo.served_reward is not None, job.trainer.ppo.asks_critic
+    reward = None
+    if needs_rewards and not (asks_critic and config.combine_rm_and_critic_server):
+        reward = RemoteReward(
+            _remote(config, "reward_model", config.reward_model, script="serve_reward_model.py"),
+            name=config.reward_model.name,
+            pad_to_length=config.pad_to_length,
+        )
+    if not asks_critic:
+        assert reward is not None, "whoever asks no critic asks a reward model"
+        return reward
+    names = config.critic.name
+    critic = RemoteCritic(
+        _remote(config, "critic", config.critic, script="serve_ppo_critic.py"),
+        run_id=(known and known.run_id) or _run_id(run.folder),
+        names=CriticNames(infer=names.infer, train=names.train, save=names.save, gives_rewards=needs_rewards),
+        reward=reward,
+        pad_to_length=config.pad_to_length,
+        sequence=known.critic_sequence if known else 0,
+    )
+    if start is not None and (requests := read_extra(start)):
+        critic.restore(requests)
+    return critic
+
+
+def _run_id(folder: Path) -> str:
+    """The name under which the critic knows this run: one for the folder, whatever is restarted."""
+    path = folder / "run_id"
+    if not path.exists():
+        fresh = path.with_suffix(".tmp")
+        fresh.write_text(secrets.token_hex(8))
+        fresh.replace(path)
+    return path.read_text()
+
+
+def _remote(
+    config: RemoteConfig, block: str, server: CriticRemoteConfig | RewardRemoteConfig, *, script: str
+) -> ServerAddress:
+    return ServerAddress(
+        setting=f"remote_critic_rm.{block}",
+        job=script,
+        ip=server.ip,
+        port=server.port,
+        start_seconds=config.start_timeout,
+        return_seconds=config.return_timeout,
+        timeout_seconds=config.reply_timeout,
+    )
