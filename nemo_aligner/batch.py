@@ -285,7 +285,9 @@ class PreferenceBatch(TokenBatch):
 class ReferencedPairs(PreferenceBatch):
     """Pairs with the reference model's log-probs."""
 
-    reference_sums: Tensor  # [N] float: the reference's log-probs, summed over each sequence's loss tokens
+    # [N] float: the reference's log-probs, summed over a sequence's loss tokens: of its own distribution; in pairs of
+    # a rollout, of the one drawn from, as ScoredRollout.reference_logprobs
+    reference_sums: Tensor
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

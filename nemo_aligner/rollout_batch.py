@@ -76,7 +76,8 @@ class ScoredRollout(Rollout):
     # [B, S] float: the policy's, by the trainer; of the distribution drawn from, as sampler_logprobs
     logprobs: Tensor
     # [B, S] float: likewise, of the model that the policy is held to: the teacher where the run has one, else the
-    # initial policy; where neither is asked, as with a KL penalty of 0, the policy itself, so that every KL is 0
+    # initial policy; where neither is asked, as with a KL penalty of 0, the policy itself, so that every KL is 0.
+    # A token that this model's top-k or top-p leaves out counts as kept: the number is finite
     reference_logprobs: Tensor
     # [B] float: the weighted sum of all rewards, before clipping, scaling and penalty; where the run has a teacher and
     # no rewards, credit.teacher_rewards
@@ -96,7 +97,7 @@ class Experience(TokenBatch):
     logprobs: Tensor  # [B, S] float: as in ScoredRollout, so the policy's before the update
     reference_logprobs: Tensor  # [B, S] float: as in ScoredRollout
     advantages: Tensor  # [B, S] float: whitened where CreditConfig.whitens; 0 outside the responses
-    returns: Tensor  # [B, S] float: before whitening; the critic's target
+    returns: Tensor  # [B, S] float: advantages before whitening, plus values; the critic's targets
     values: Tensor  # [B, S] float: as in ScoredRollout; 0 outside the responses
 
 

@@ -39,7 +39,7 @@ def open_sources(
     Raises:
         UserError: a server does not come up, the jobs do not fit each other, or a function is not there.
     """
-    config, remote = job.trainer.ppo, job.remote_critic_rm
+    config = job.trainer.ppo
     functions = {
         name: load_function(f"trainer.ppo.rewards.{name}.function", reward.function)
         for name, reward in config.rewards.items()
@@ -50,26 +50,45 @@ def open_sources(
         for name, reward in config.rewards.items()
         if reward.judge is not None
     }
-    own = RewardSources(functions=functions, judges=judges)
-    asks = remote is not None and (config.asks_critic or config.served_reward is not None)
-    if remote is None or not asks:
-        yield own
-        return
-    server = _connect(job, remote, run, start) if world.is_logging_rank() else None
+    with _open_servers(job, run, pretrained, start) as served:
+        yield replace(served, functions=functions, judges=judges)
+
+
+@contextmanager
+def _open_servers(
+    job: ActorJob, run: Experiment, pretrained: Pretrained[GPTPolicy], start: Checkpoint | None
+) -> Iterator[RewardSources]:
+    """The critic, or a reward model without one; nothing where neither is asked. Rank 0 alone talks to them."""
+    config, remote, talks = job.trainer.ppo, job.remote_critic_rm, world.is_logging_rank()
+    if remote is not None and config.asks_critic:
+        critic = _connect_critic(job, remote, run, start) if talks else None
+        with _connected(job, remote, pretrained, critic):
+            yield RewardSources(critic=CriticProxy(critic))
+    elif remote is not None and config.served_reward is not None:
+        reward = _connect_reward(remote) if talks else None
+        with _connected(job, remote, pretrained, reward):
+            yield RewardSources(reward=RewardProxy(reward))
+    else:
+        yield RewardSources()
+
+
+@contextmanager
+def _connected(
+    job: ActorJob,
+    remote: RemoteConfig,
+    pretrained: Pretrained[GPTPolicy],
+    server: RemoteCritic | RemoteReward | None,
+) -> Iterator[None]:
+    """From when the servers are up and compatible, as every rank hears, until they are stopped after a good run."""
     try:
-        agreed: PendingReply[None] = PendingReply(
+        heard: PendingReply[None] = PendingReply(
             server.submit(lambda: _compare(job, remote, pretrained, server)) if server else None
         )
         try:
-            agreed.result()
+            heard.result()
         except CriticUnavailable as lost:
             raise lost.error from lost
-        if config.asks_critic:
-            assert not isinstance(server, RemoteReward)
-            yield replace(own, critic=CriticProxy(server))
-        else:
-            assert not isinstance(server, RemoteCritic)
-            yield replace(own, reward=RewardProxy(server))
+        yield
         if server is not None:
             _stop(remote, server)
     finally:
@@ -142,27 +161,28 @@ def _stop(config: RemoteConfig, server: RemoteCritic | RemoteReward) -> None:
                 logger.warning("%s did not hear that it may end: end it by SIGTERM", one.name)
 
 
-def _connect(
+def _connect_reward(config: RemoteConfig) -> RemoteReward:
+    return RemoteReward(
+        _remote(config, "reward_model", config.reward_model, script="serve_reward_model.py"),
+        name=config.reward_model.name,
+        pad_to_length=config.pad_to_length,
+    )
+
+
+def _connect_critic(
     job: ActorJob, config: RemoteConfig, run: Experiment, start: Checkpoint | None
-) -> RemoteCritic | RemoteReward:
-    known = start.algorithm(PPOState) if start else None
-    needs_rewards, asks_critic = job.trainer.ppo.served_reward is not None, job.trainer.ppo.asks_critic
-    reward = None
-    if needs_rewards and not (asks_critic and config.combine_rm_and_critic_server):
-        reward = RemoteReward(
-            _remote(config, "reward_model", config.reward_model, script="serve_reward_model.py"),
-            name=config.reward_model.name,
-            pad_to_length=config.pad_to_length,
-        )
-    if not asks_critic:
-        assert reward is not None, "whoever asks no critic asks a reward model"
-        return reward
-    names = config.critic.name
+) -> RemoteCritic:
+    """The critic's job, and that of the reward model where it is apart."""
+    known, names = start.algorithm(PPOState) if start else None, config.critic.name
+    asks_reward_model = job.trainer.ppo.served_reward is not None
+    apart = asks_reward_model and not config.combine_rm_and_critic_server
     critic = RemoteCritic(
         _remote(config, "critic", config.critic, script="serve_ppo_critic.py"),
         run_id=(known and known.run_id) or _run_id(run.folder),
-        names=CriticNames(infer=names.infer, train=names.train, save=names.save, gives_rewards=needs_rewards),
-        reward=reward,
+        names=CriticNames(
+            infer=names.infer, train=names.train, save=names.save, gives_rewards=asks_reward_model
+        ),
+        reward=_connect_reward(config) if apart else None,
         pad_to_length=config.pad_to_length,
         sequence=known.critic_sequence if known else 0,
     )

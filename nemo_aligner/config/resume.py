@@ -40,7 +40,6 @@ RULES: tuple[Rule, ...] = (
     ("trainer.max_time", "free", _LENGTH),
     ("trainer.precision", "fixed", _NETWORK),
     ("trainer.*.max_epochs", "free", _LENGTH),
-    ("trainer.*.max_iterations", "free", _LENGTH),
     ("trainer.*.max_steps", "free", _LENGTH),
     ("trainer.*.max_skipped_steps", "free", _LENGTH),
     ("trainer.*.save_interval", "free", _LENGTH),

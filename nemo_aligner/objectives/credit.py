@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """From rewards of responses to advantages of tokens: KL penalty, clipping, scaling, estimators, whitening, masks.
 
-Pure: what needs other ranks goes through a function that adds up a tensor over them.
+Pure; every rank has the whole rollout, and credits all of it.
 """
 
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor
 from nemo_aligner.batch import TokenBatch
 from nemo_aligner.objectives.adaptive import KLController, RewardScaling
 from nemo_aligner.objectives.config import CreditConfig
-from nemo_aligner.objectives.reduce import Moments, SumOverRanks, estimate_kl, kl_k1, masked_mean, whiten
+from nemo_aligner.objectives.reduce import Moments, estimate_kl, kl_k1, masked_mean, whiten
 from nemo_aligner.rollout_batch import Experience, ScoredRollout, ValueBatch
 
 _GROUP_EPS = 1e-6  # as verl has it
@@ -230,12 +230,7 @@ def rolling_returns(rewards: Tensor, mask: Tensor, *, gamma: float) -> Tensor:
 
 
 def update_reward_scaling(
-    scaling: RewardScaling,
-    scored: ScoredRollout,
-    config: CreditConfig,
-    *,
-    kl_coefficient: float,
-    sum_over_ranks: SumOverRanks = lambda sums: sums,
+    scaling: RewardScaling, scored: ScoredRollout, config: CreditConfig, *, kl_coefficient: float
 ) -> RewardScaling:
     """The rewards' scaling once this rollout has been seen; ``scaling`` itself where rewards are not scaled."""
     if not config.scale_rewards:
@@ -243,7 +238,7 @@ def update_reward_scaling(
     rewards = shape_rewards(scored, config, kl_coefficient=kl_coefficient)
     responses = scored.loss_tokens()
     rolling = rolling_returns(rewards, responses, gamma=config.discount_factor)
-    return scaling.update(Moments.of(rolling, responses).over(sum_over_ranks))
+    return scaling.update(Moments.of(rolling, responses))
 
 
 def credit(
@@ -252,14 +247,12 @@ def credit(
     *,
     kl_coefficient: float,
     scaling: RewardScaling | None = None,
-    sum_over_ranks: SumOverRanks = lambda sums: sums,
 ) -> Experience:
     """The policy's train batch of scored responses: :func:`shape_rewards`, scaling, the estimator, whitening.
 
     Args:
         kl_coefficient: what a nat of KL to the initial policy costs; :func:`kl_controller` has it.
         scaling: what :func:`update_reward_scaling` gave for this rollout; read where ``config.scale_rewards``.
-        sum_over_ranks: adds up a tensor over all ranks that hold a part of this rollout; called on every rank alike.
 
     Returns:
         Rows as they came. ``loss_mask`` is that of the responses, less those that are unfinished with
@@ -274,7 +267,7 @@ def credit(
             rewards = rewards.clamp(-limit, limit)
     advantages, returns, kept = _estimated(scored, rewards, config)
     if config.whitens:
-        advantages = whiten(advantages, responses, Moments.of(advantages, responses).over(sum_over_ranks))
+        advantages = whiten(advantages, responses, Moments.of(advantages, responses))
     return Experience(
         tokens=scored.tokens,
         loss_mask=kept & scored.finished[:, None] if config.mask_unfinished else kept,
@@ -302,7 +295,7 @@ def value_batch(scored: ScoredRollout, experience: TokenBatch) -> ValueBatch:
 def statistics(
     scored: ScoredRollout, learned: TokenBatch, config: CreditConfig, *, kl_coefficient: float
 ) -> dict[str, Moments]:
-    """This rank's part of what is logged of a rollout; ``Moments.over`` makes it that of all ranks.
+    """Return what is logged of a rollout.
 
     - "rewards": of responses, as the reward model gave them;
     - "init_policy_kl": of responses, the mean over tokens of the KL estimate that the penalty is of;

@@ -1,10 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Reductions over masked tokens: means, moments that ranks can add up, whitening and estimates of the KL divergence.
+"""Reductions over masked tokens: means, moments, whitening and estimates of the KL divergence."""
 
-Knows nothing of ranks: what must be summed over them is handed to the caller as sums.
-"""
-
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -16,8 +12,6 @@ MAX_LOG_RATIO = 20.0  # nats
 MAX_K3 = 10.0  # nats
 
 KLEstimator = Literal["k1", "abs", "k2", "k3"]
-SumOverRanks = Callable[[Tensor], Tensor]
-"""Adds up a tensor over the data parallel ranks; with one rank, ``lambda x: x``."""
 
 
 def masked_mean(x: Tensor, mask: Tensor, *, dim: int | None = None) -> Tensor:
@@ -56,11 +50,11 @@ def log_ratios(policy: Tensor, reference: Tensor, real: Tensor) -> Tensor:
 
 @dataclass(frozen=True, slots=True)
 class Moments:
-    """Sum, sum of squares and count of numbers, from which mean and variance follow. Sums add up over ranks.
+    """Sum, sum of squares and count of numbers, from which mean and variance follow.
 
-    >>> left, right = Moments.of(torch.tensor([1.0, 2.0])), Moments.of(torch.tensor([3.0]))
-    >>> (left + right).mean.item()
-    2.0
+    >>> found = Moments.of(torch.tensor([1.0, 2.0, 3.0, 9.0]), torch.tensor([True, True, True, False]))
+    >>> found.count.item(), found.mean.item()
+    (3.0, 2.0)
     """
 
     sums: Tensor  # [3] float64: sum, sum of squares, count
@@ -71,13 +65,6 @@ class Moments:
         # float64: E[x^2] - E[x]^2 of float32 sums loses a small variance beside a large mean.
         chosen = (x if mask is None else x[mask]).double()
         return cls(torch.stack([chosen.sum(), chosen.square().sum(), chosen.new_tensor(chosen.numel())]))
-
-    def over(self, sum_over_ranks: SumOverRanks) -> "Moments":
-        """The moments of all ranks' numbers together."""
-        return Moments(sum_over_ranks(self.sums))
-
-    def __add__(self, other: "Moments") -> "Moments":
-        return Moments(self.sums + other.sums)
 
     @property
     def count(self) -> Tensor:

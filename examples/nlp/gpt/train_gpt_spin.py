@@ -83,7 +83,10 @@ class SPINModelConfig(SFTModelConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class SPINJob(TextJob):
-    resume_rules = (("trainer.spin.max_epochs", "fixed", "the steps of an iteration follow from it"),)
+    resume_rules = (
+        ("trainer.spin.max_epochs", "fixed", "the steps of an iteration follow from it"),
+        ("trainer.spin.max_iterations", "free", "how long the run is"),
+    )
 
     model: SPINModelConfig
     trainer: SPINTrainerConfig = field(default_factory=SPINTrainerConfig)

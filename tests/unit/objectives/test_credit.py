@@ -264,40 +264,6 @@ def test_filler_rows_and_more_padding_change_nothing(scored: Make):
         torch.testing.assert_close(of_all[name].sums, moments.sums, rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("cut", [1, 2, 3])
-def test_ranks_that_share_a_rollout_credit_as_one(scored: Make, cut: int):
-    batch = scored()
-    config = CreditConfig(scale_rewards=True)
-    shards = [taken(batch, torch.arange(cut)), taken(batch, torch.arange(cut, 4))]
-
-    def summed(call: Callable[..., object]) -> list:
-        """``call`` on every shard, with the sum over the shards of what each of them asks to be summed."""
-        asked: list[torch.Tensor] = []
-        for shard in shards:
-            call(shard, lambda sums: asked.append(sums) or sums)
-        return [call(shard, lambda _: torch.stack(asked).sum(0)) for shard in shards]
-
-    def seen(shard: ScoredRollout, sum_over_ranks: Callable) -> RewardScaling:
-        return update_reward_scaling(
-            RewardScaling(), shard, config, kl_coefficient=0.1, sum_over_ranks=sum_over_ranks
-        )
-
-    whole = seen(batch, lambda sums: sums)
-    scalings = summed(seen)
-    assert scalings[0] == scalings[1]
-    assert scalings[0].divisor == pytest.approx(whole.divisor, rel=1e-13)
-    experiences = summed(
-        lambda shard, over: credit(shard, config, kl_coefficient=0.1, scaling=whole, sum_over_ranks=over)
-    )
-    together = credit(batch, config, kl_coefficient=0.1, scaling=whole)
-    for name in ("advantages", "returns", "values", "loss_mask", "logprobs"):
-        found = torch.cat([getattr(experience, name) for experience in experiences])
-        torch.testing.assert_close(found, getattr(together, name), rtol=1e-12, atol=1e-14)
-    logged = [statistics(*both, config, kl_coefficient=0.1) for both in zip(shards, experiences, strict=True)]
-    for name, moments in statistics(batch, together, config, kl_coefficient=0.1).items():
-        torch.testing.assert_close((logged[0][name] + logged[1][name]).sums, moments.sums)
-
-
 def test_advantages_without_whitening_are_gaes(scored: Make):
     batch = scored()
     config = CreditConfig(normalize_advantages=False)

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Masked reductions against numpy, and estimates of the KL divergence against the divergence itself."""
 
-import itertools
 import math
 
 import numpy as np
@@ -45,20 +44,6 @@ def test_moments_are_numpys():
     assert moments.variance.item() == pytest.approx(np.var(chosen), rel=1e-12)
     assert moments.std.item() == pytest.approx(np.std(chosen), rel=1e-12)
     assert Moments.of(x).mean.item() == pytest.approx(x.mean().item(), rel=1e-13)
-
-
-@pytest.mark.parametrize("cuts", [(4,), (1, 7), (1, 2, 3, 4, 5, 6, 7)])
-def test_ranks_that_add_up_their_sums_whiten_as_one(cuts: tuple[int, ...]):
-    x, mask = drawn()
-    bounds = [0, *cuts, 8]
-    shards = [(x[a:b], mask[a:b]) for a, b in itertools.pairwise(bounds)]
-    total = sum(Moments.of(*shard).sums for shard in shards)
-    ranks = [Moments.of(*shard).over(lambda _: total) for shard in shards]
-    whole = Moments.of(x, mask)
-    assert all(torch.equal(moments.sums, ranks[0].sums) for moments in ranks)
-    torch.testing.assert_close(ranks[0].sums, whole.sums, rtol=1e-14, atol=0)
-    together = torch.cat([whiten(*shard, m) for shard, m in zip(shards, ranks, strict=True)])
-    torch.testing.assert_close(together, whiten(x, mask, whole), rtol=1e-12, atol=1e-14)
 
 
 def test_a_small_spread_about_a_large_mean_survives():
