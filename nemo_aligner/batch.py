@@ -5,9 +5,9 @@ Depends on torch alone.
 
 One convention holds everywhere: **position t speaks of token t**. ``logprobs[b, t]`` is
 ``log p(tokens[b, t] | tokens[b, :t])`` and 0 at the start of every sequence; ``loss_mask[b, t]`` says that
-token t counts in the loss. Every per-token tensor is ``[B, S]``; outside ``loss_mask`` its numbers mean nothing: who
-makes it writes 0 there, and who reads it masks first. The shift by one happens in ``models/gpt/head_projection.py``,
-and for NeMo-Aligner's protocol in ``serving/wire.py``.
+token t counts in the loss. Every per-token tensor is ``[B, S]``, or ``[B, S, K]``; outside ``loss_mask`` its numbers
+mean nothing: who makes it writes 0 there, and who reads it masks first. The shift by one happens in
+``models/gpt/head_projection.py``, and for NeMo-Aligner's protocol in ``serving/wire.py``.
 
 Shapes: B rows, S positions, N sequences (N = B unless packed), A attributes of a sequence, K tokens that a teacher
 names in each place; float is float32. A row of a batch is one sequence, or many where it is packed; a row of data may
@@ -276,8 +276,8 @@ class PreferenceBatch(TokenBatch):
 
     sequences_per_row: ClassVar[int] = 2
 
-    # [N] float: the reward of each response: the data's, else the job's default; of a rollout's pairs, the rollout's.
-    # Only the losses rpo_* read it
+    # [N] float: the reward of each response: the data's, else a default; of a rollout's pairs, the rollout's. Only the
+    # losses rpo_* read it
     given_rewards: Tensor
 
 

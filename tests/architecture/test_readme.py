@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from nemo_aligner.launch.command import find_commands, load_script
+from nemo_aligner.launch.command import OWN, find_commands, load_script
 from nemo_aligner.launch.ppo_jobs import plan_jobs, words_of_jobs
 from nemo_aligner.launch.script import Script, compose
 from nemo_aligner.launch.words import full_words
@@ -52,6 +52,7 @@ def runs_of(command: Sequence[str]) -> Iterator[tuple[Path, list[str]]]:
         return
     words, short = list(command[start + 1 :]), command[start] == "nemo-aligner"
     name = words.pop(0) if short and words else ""
+    assert not short or name in find_commands() or name in OWN or "-" in name[:1], f"no command {name}"
     path = find_commands().get(name) if short else ROOT / command[start]
     if path is None or path.parent != SCRIPTS:
         return
