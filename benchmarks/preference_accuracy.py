@@ -6,7 +6,6 @@ Anthropic's HH-RLHF. What is interrupted goes on: runs whose rewards stand in pr
 """
 
 import json
-import math
 import random
 import shutil
 import statistics
@@ -16,7 +15,16 @@ from pathlib import Path
 from benchmarks.figures import Figure, Part
 from benchmarks.learning.data import harmless_pairs
 from benchmarks.processes import PEERS_PYTHON, ROOT, conditions, measure
-from benchmarks.reward_accuracy import MODEL, SCRIPTS, Rewards, accuracy, difference, export_hf, import_hf
+from benchmarks.reward_accuracy import (
+    MODEL,
+    SCRIPTS,
+    Rewards,
+    accuracy,
+    difference,
+    export_hf,
+    import_hf,
+    interval,
+)
 
 __all__ = ["margin", "part"]
 
@@ -93,8 +101,7 @@ def _figures(table: str, found: dict[str, list[Rewards]]) -> list[Figure]:
     ]
     ours, peers = ([pair for one in found[side] for pair in one] for side in (OURS, TRL))
     apart = [(a - b) - (c - d) for (a, b), (c, d) in zip(ours, peers, strict=True)]
-    of_margin = statistics.mean(apart), 1.96 * statistics.stdev(apart) / math.sqrt(len(apart))
-    for metric, (mean, half) in (("accuracy", difference(ours, peers)), ("margin", of_margin)):
+    for metric, (mean, half) in (("accuracy", difference(ours, peers)), ("margin", interval(apart))):
         for name, value in (
             (f"validation {metric}", mean),
             (f"95 % interval of the {metric}, half its width", half),

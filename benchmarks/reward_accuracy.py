@@ -21,7 +21,7 @@ from tokenizers import Tokenizer
 from benchmarks.figures import Figure, Part
 from benchmarks.processes import PEERS_PYTHON, ROOT, conditions, measure
 
-__all__ = ["DATA", "MODEL", "accuracy", "difference", "export_hf", "import_hf", "part"]
+__all__ = ["DATA", "MODEL", "accuracy", "difference", "export_hf", "import_hf", "interval", "part"]
 
 DATA, FILE = "NEMO_ALIGNER_TEST_DATA", "hh_harmless.jsonl.gz"
 MODEL = ROOT / ".cache/SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -99,8 +99,17 @@ def difference(ours: Rewards, peers: Rewards) -> tuple[float, float]:
     (0.5, 0.0985)
     """
     by_pair = [(a > b) - (c > d) for (a, b), (c, d) in zip(ours, peers, strict=True)]
-    half = 1.96 * statistics.stdev(by_pair) / math.sqrt(len(by_pair))
-    return statistics.mean(by_pair), round(half, 4)
+    mean, half = interval(by_pair)
+    return mean, round(half, 4)
+
+
+def interval(numbers: Sequence[float]) -> tuple[float, float]:
+    """Their mean, and half the width of its 95 % interval.
+
+    >>> interval([1.0, -1.0] * 50)[0]
+    0.0
+    """
+    return statistics.mean(numbers), 1.96 * statistics.stdev(numbers) / math.sqrt(len(numbers))
 
 
 def _accuracies(side: str, rewards: Sequence[Rewards]) -> Figure:
