@@ -59,12 +59,12 @@ def _open_servers(
     job: ActorJob, run: Experiment, pretrained: Pretrained[GPTPolicy], start: Checkpoint | None
 ) -> Iterator[RewardSources]:
     """The critic, or a reward model without one; nothing where neither is asked. Rank 0 alone talks to them."""
-    config, remote, talks = job.trainer.ppo, job.remote_critic_rm, world.is_logging_rank()
-    if remote is not None and config.asks_critic:
+    remote, talks = job.remote_critic_rm, world.is_logging_rank()
+    if remote is not None and job.trainer.ppo.asks_critic:
         critic = _connect_critic(job, remote, run, start) if talks else None
         with _connected(job, remote, pretrained, critic):
             yield RewardSources(critic=CriticProxy(critic))
-    elif remote is not None and config.served_reward is not None:
+    elif remote is not None and job.rewards_served_by is not None:
         reward = _connect_reward(remote) if talks else None
         with _connected(job, remote, pretrained, reward):
             yield RewardSources(reward=RewardProxy(reward))
@@ -82,7 +82,7 @@ def _connected(
     """From when the servers are up and compatible, as every rank hears, until they are stopped after a good run."""
     try:
         heard: PendingReply[None] = PendingReply(
-            server.submit(lambda: _compare(job, remote, pretrained, server)) if server else None
+            server.submit(lambda: _compare(job, pretrained, server)) if server else None
         )
         try:
             heard.result()
@@ -125,12 +125,7 @@ def _servers(server: RemoteCritic | RemoteReward) -> list[RemoteCritic | RemoteR
     return [server] if apart is None else [server, apart]
 
 
-def _compare(
-    job: ActorJob,
-    remote: RemoteConfig,
-    pretrained: Pretrained[GPTPolicy],
-    server: RemoteCritic | RemoteReward,
-) -> None:
+def _compare(job: ActorJob, pretrained: Pretrained[GPTPolicy], server: RemoteCritic | RemoteReward) -> None:
     actor = Actor(
         vocab_size=pretrained.learner.model.gpt_config.vocab_size,
         longest=longest_rollout(job, pretrained),
@@ -138,7 +133,7 @@ def _compare(
         request_rows=job.model.ppo.num_rollout_samples,
         request_rows_setting="model.ppo.num_rollout_samples",
         saves=job.exp_manager.create_checkpoint_callback,
-        needs_rewards=remote.combine_rm_and_critic_server and job.trainer.ppo.served_reward is not None,
+        needs_rewards=job.rewards_served_by == "critic",
     )
     for one in _servers(server):
         for slow in compare(one.name, one.health(), actor):
@@ -173,16 +168,15 @@ def _connect_critic(
     job: ActorJob, config: RemoteConfig, run: Experiment, start: Checkpoint | None
 ) -> RemoteCritic:
     """The critic's job, and that of the reward model where it is apart."""
-    known, names = start.algorithm(PPOState) if start else None, config.critic.name
-    asks_reward_model = job.trainer.ppo.served_reward is not None
-    apart = asks_reward_model and not config.combine_rm_and_critic_server
+    known = start.algorithm(PPOState) if start else None
+    names, served_by = config.critic.name, job.rewards_served_by
     critic = RemoteCritic(
         _remote(config, "critic", config.critic, script="serve_ppo_critic.py"),
         run_id=(known and known.run_id) or _run_id(run.folder),
         names=CriticNames(
-            infer=names.infer, train=names.train, save=names.save, gives_rewards=asks_reward_model
+            infer=names.infer, train=names.train, save=names.save, gives_rewards=served_by is not None
         ),
-        reward=_connect_reward(config) if apart else None,
+        reward=_connect_reward(config) if served_by == "reward_model" else None,
         pad_to_length=config.pad_to_length,
         sequence=known.critic_sequence if known else 0,
     )

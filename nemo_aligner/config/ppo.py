@@ -4,6 +4,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Literal
 
 from nemo_aligner.algorithms.ppo_config import PPOConfig, RolloutConfig
 from nemo_aligner.bounds import bounded, only
@@ -167,6 +168,14 @@ class ActorJob(PretrainedJob):
     def asks_initial_policy(self) -> bool:
         """True if the policy as training began is compared with."""
         return bool(self.trainer.ppo.initial_policy_kl_penalty)
+
+    @property
+    def rewards_served_by(self) -> Literal["critic", "reward_model"] | None:
+        """The block of remote_critic_rm whose server gives rewards; None: functions, judges or a teacher give all."""
+        remote, config = self.remote_critic_rm, self.trainer.ppo
+        if remote is None or config.served_reward is None:
+            return None
+        return "critic" if config.asks_critic and remote.combine_rm_and_critic_server else "reward_model"
 
     @property
     def rollout_rows(self) -> tuple[int, str]:

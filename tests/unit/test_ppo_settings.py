@@ -91,3 +91,26 @@ def test_several_preferred_sizes_mean_the_largest():
     job = checked("critic", "trainer.ppo.inference_micro_batch_size=[2,8,4]")
     assert isinstance(job, CriticJob)
     assert job.rows == 8
+
+
+_APART = "remote_critic_rm.combine_rm_and_critic_server=False"
+_NO_CRITIC = "trainer.ppo.advantage_estimator=leave_one_out model.ppo.num_responses_per_prompt=2"
+_FUNCTION = "trainer.ppo.rewards.short.function=my_rewards.short"
+
+
+@pytest.mark.parametrize(
+    ("words", "served_by"),
+    [
+        ("", "critic"),
+        (_APART, "reward_model"),
+        (_NO_CRITIC, "reward_model"),
+        (f"{_APART} {_NO_CRITIC}", "reward_model"),
+        (_FUNCTION, None),
+        (f"{_FUNCTION} trainer.ppo.rewards.read=" + "{}", "critic"),
+        (f"{_FUNCTION} {_NO_CRITIC} remote_critic_rm=null", None),
+    ],
+)
+def test_which_server_gives_rewards(words: str, served_by: str | None):
+    job = checked("actor", *words.split())
+    assert isinstance(job, ActorJob)
+    assert job.rewards_served_by == served_by
