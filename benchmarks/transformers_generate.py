@@ -39,9 +39,9 @@ class Lengths(StoppingCriteria):
 
 
 def save(folder: Path, sizes: dict[str, Any]) -> None:
-    """Write a Llama with transformers' own random weights."""
+    """Write a Llama with transformers' own random weights; no token ends its responses."""
     torch.manual_seed(0)
-    LlamaForCausalLM(LlamaConfig(**sizes)).save_pretrained(folder)
+    LlamaForCausalLM(LlamaConfig(**sizes, eos_token_id=None)).save_pretrained(folder)
 
 
 @torch.no_grad()

@@ -62,6 +62,13 @@ def test_both_sides_write_the_same(theirs: Path, tmp_path: Path):
     assert [row[:n] for row, n in zip(rows, LENGTHS, strict=True)] == ours
 
 
+def test_no_response_of_theirs_ends_before_its_length(theirs: Path):
+    # The weights would draw an end token once in a few hundred tokens, and generate's own check of lengths would stop.
+    model = LlamaForCausalLM.from_pretrained(theirs).eval()
+    sampled = asdict(replace(CASE, greedy=False)) | {"prompts": CASE.prompts * 50, "lengths": LENGTHS * 50}
+    assert len(generate(model, sampled)) == 125
+
+
 @pytest.mark.parametrize("steps", [False, True])
 def test_their_side_is_timed(theirs: Path, steps: bool):
     case = json.loads(json.dumps(asdict(replace(CASE, steps=steps, greedy=steps))))
