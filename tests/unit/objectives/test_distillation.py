@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Knowledge distillation: values by numpy, the exact divergence where K is the vocabulary, gradients, padding."""
+"""Knowledge distillation: values by numpy and TRL, the exact divergence of a whole vocabulary, gradients, padding."""
+
+import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,6 +14,7 @@ from nemo_aligner.objectives.protocol import ModelOutput
 
 KINDS = ("fwd_kl", "bwd_kl", "js")
 VOCAB = 7
+TRL = json.loads((Path(__file__).parents[2] / "fixtures/trl_distillation.json").read_text())
 
 
 def drawn(seed: int, *shape: int) -> torch.Tensor:
@@ -35,6 +39,19 @@ def test_divergences_are_numpys(kind):
         divergence(student, teacher, kind), by_numpy(student, teacher, kind), atol=1e-12
     )
     np.testing.assert_allclose(divergence(teacher, teacher, kind), 0, atol=1e-12)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+@pytest.mark.parametrize("kind", KINDS)
+def test_divergences_of_whole_vocabularies_are_trls(kind, temperature):
+    student, teacher = (
+        over_candidates(
+            torch.tensor(TRL[side], dtype=torch.float64).log_softmax(-1), scale=1 / temperature, tail=False
+        )
+        for side in ("student", "teacher")
+    )
+    theirs = TRL["by_temperature"][str(temperature)][kind]
+    np.testing.assert_allclose(divergence(student, teacher, kind), theirs, atol=1e-9)
 
 
 @pytest.mark.parametrize("kind", KINDS)
