@@ -21,11 +21,12 @@ from nemo_aligner.algorithms.reference import annotate_by_swap
 from nemo_aligner.batch import PreferenceBatch
 from nemo_aligner.data.collate import collate
 from nemo_aligner.data.row import Row, TokenSequence
+from nemo_aligner.models.gpt.policy import GPTPolicy
 from nemo_aligner.objectives.config import DPOConfig
 from nemo_aligner.objectives.preference import DPO
 from nemo_aligner.parallel import world
 
-__all__ = ["figures_of", "pairs", "part", "train"]
+__all__ = ["PROMPT", "figures_of", "pairs", "part", "timed_pairs", "train"]
 
 PROMPT = PAIRS.length // 2  # tokens of each sequence that are not learned
 FLOORS = {"default allocator": 2.0, "keeping allocator": 1.5}  # of our tokens/s, in TRL's
@@ -62,17 +63,21 @@ def pairs(shape: Shape) -> Iterator[PreferenceBatch]:
 def train(shape: Shape) -> str:
     """Our side's RESULT line."""
     with world.ensure_single_process():
-        policy = random_policy(shape, OPTIM)
-        policy.keep_reference()
-        return timed(
-            policy,
-            pairs(shape),
-            DPO(DPOConfig(ref_policy_kl_penalty=0.1)),
-            tokens=shape.tokens,
-            warm_up=shape.warm_up,
-            measured=shape.measured,
-            annotate=partial(annotate_by_swap, policy),
-        )
+        return timed_pairs(random_policy(shape, OPTIM), shape)
+
+
+def timed_pairs(policy: GPTPolicy, shape: Shape) -> str:
+    """Train the policy on pairs, beside itself as it is now; the RESULT line."""
+    policy.keep_reference()
+    return timed(
+        policy,
+        pairs(shape),
+        DPO(DPOConfig(ref_policy_kl_penalty=0.1)),
+        tokens=shape.tokens,
+        warm_up=shape.warm_up,
+        measured=shape.measured,
+        annotate=partial(annotate_by_swap, policy),
+    )
 
 
 def part() -> Part:

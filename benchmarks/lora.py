@@ -20,7 +20,7 @@ from nemo_aligner.models.gpt.policy import GPTPolicy
 from nemo_aligner.objectives.nll import NLL
 from nemo_aligner.parallel import world
 
-__all__ = ["figures_of", "part", "train"]
+__all__ = ["ADAPTERS", "FLOOR", "OURS", "TRL", "figures_of", "part", "random_adapters", "train"]
 
 FLOOR = 1.5  # of our tokens/s, in TRL's
 OURS, TRL = "NeMo-Aligner", "TRL with peft"
@@ -33,15 +33,20 @@ ADAPTERS = LoRAConfig(target_modules=("attention_qkv", "attention_dense"), adapt
 _LEARNED = SHAPE.length - 1
 
 
+def random_adapters(shape: Shape) -> GPTPolicy:
+    """A model with random weights whose adapters are ready to train; the world must stand."""
+    model = random_model(shape.model)
+    add_adapters(model, ADAPTERS, seed=0)
+    policy = GPTPolicy(model)
+    policy.prepare_training(OPTIM, clip_grad=1.0, max_steps=shape.warm_up + shape.measured)
+    return policy
+
+
 def train(shape: Shape) -> str:
     """Our side's RESULT line."""
     with world.ensure_single_process():
-        model = random_model(shape.model)
-        add_adapters(model, ADAPTERS, seed=0)
-        policy = GPTPolicy(model)
-        policy.prepare_training(OPTIM, clip_grad=1.0, max_steps=shape.warm_up + shape.measured)
         return timed(
-            policy,
+            random_adapters(shape),
             rows(shape, learned=shape.length - 1),
             NLL(),
             tokens=shape.tokens,

@@ -195,4 +195,4 @@ def _train_trl(folder: Path, scheme: str, seed: int) -> Path:
 
 
 def _peer(*words: object) -> str:
-    return measure((str(PEER), *map(str, words)), python=PEERS_PYTHON)
+    return measure((str(PEER), *map(str, words)), python=PEERS_PYTHON, allocator="keeping allocator")

@@ -200,4 +200,4 @@ def _train_ours(folder: Path, validation: Path) -> None:
 
 
 def _peer(*words: object) -> str:
-    return measure((str(PEER), *map(str, words)), python=PEERS_PYTHON)
+    return measure((str(PEER), *map(str, words)), python=PEERS_PYTHON, allocator="keeping allocator")
