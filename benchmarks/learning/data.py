@@ -81,10 +81,13 @@ def stories(folder: Path, seed: int) -> None:
 
 
 def dolly_and_student(folder: Path, seed: int) -> None:
-    """As :func:`dolly`, and a small Llama of random weights with SmolLM2's tokenizer."""
+    """As :func:`dolly`, its questions alone, and a small Llama of random weights with SmolLM2's tokenizer."""
     from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, set_seed
 
     dolly(folder, seed)
+    for part in ("train", "validation"):
+        rows = map(json.loads, (folder / f"{part}.jsonl").read_text(encoding="utf-8").splitlines())
+        _write(folder / f"asked_{part}.jsonl", ({"prompt": row["input"]} for row in rows))
     tokenizer = AutoTokenizer.from_pretrained(SMOLLM2.parent, gguf_file=SMOLLM2.name)
     tokenizer.save_pretrained(folder / "student")
     set_seed(seed)

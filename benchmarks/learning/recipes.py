@@ -44,6 +44,14 @@ def _online(name: str, command: str, *, but: str = "") -> Job:
     )
 
 
+_STUDENT = Job(
+    name="knowledge_distillation",
+    command="knowledge_distillation model=DATA/student teacher=SMOLLM2 data=DATA/train.jsonl "
+    "validation=DATA/validation.jsonl lr=3e-3 seq_length=192 batch_size=16 micro_batch_size=8 "
+    f"max_steps=48 trainer.sft.val_check_interval=12 {_ALWAYS} {_UNSAVED}",
+)
+
+
 def _first_update(job: Job) -> Job:
     """One rollout and one update of it, which sees the policy that has written the rollout."""
     return Job(
@@ -178,15 +186,27 @@ EXPERIMENTS = {
         title="Distillation",
         about="A Llama of 7 million random weights learns from SmolLM2-135M-Instruct on Dolly, 48 steps of 16 rows.",
         write_data=data.dolly_and_student,
+        jobs=(_STUDENT,),
+        figures={"validation/kd_loss": "validation KL to the teacher, nats per token"},
+        seeds=1,
+    ),
+    "own_responses": Experiment(
+        title="Distillation on own responses",
+        about="The student of [distillation](#distillation) goes on with 32 responses a step to Dolly's questions, of "
+        "at most 32 tokens. Of 64 validation questions the reward is minus the KL to the teacher.",
+        write_data=data.dolly_and_student,
         jobs=(
+            _STUDENT,
             Job(
-                name="knowledge_distillation",
-                command="knowledge_distillation model=DATA/student teacher=SMOLLM2 data=DATA/train.jsonl "
-                "validation=DATA/validation.jsonl lr=3e-3 seq_length=192 batch_size=16 micro_batch_size=8 "
-                f"max_steps=48 trainer.sft.val_check_interval=12 {_ALWAYS} {_UNSAVED}",
+                name="own_responses",
+                command="on_policy_distillation model=KNOWLEDGE_DISTILLATION teacher=SMOLLM2 "
+                "data=DATA/asked_train.jsonl validation=DATA/asked_validation.jsonl lr=1e-3 seq_length=192 "
+                f"batch_size=32 micro_batch_size=32 {_ALWAYS} {_UNSAVED} trainer.ppo.max_steps=40 "
+                "trainer.ppo.val_check_interval=10 trainer.ppo.val_before_train=True model.ppo.num_rollout_samples=32 "
+                "model.ppo.num_val_samples=64 model.ppo.length_params.max_length=32",
             ),
         ),
-        figures={"validation/kd_loss": "validation KL to the teacher, nats per token"},
+        figures={"val_rollouts/rewards": "minus the KL to the teacher, nats per token"},
         seeds=1,
     ),
     "grpo": Experiment(

@@ -81,9 +81,9 @@ def ask_once(question: Question, loader: BatchLoader[TokenBatch], folder: Path) 
     Raises:
         UserError: a file is damaged, or the disk is full.
     """
-    asked = [loader.dataset.fingerprint, loader.max_length, question.source]
-    digest = json.dumps(asked, sort_keys=True, default=str)
     size, total = loader.sampler.global_batch_size, len(loader.dataset)
+    asked = [loader.dataset.fingerprint, loader.max_length, size, question.source]
+    digest = json.dumps(asked, sort_keys=True, default=str)
     files = [folder / f"{number:06}.pt" for number in range(-(-total // size))]
     known = collectives.from_rank_0(lambda: {path for path in files if _is_of(path, digest)})
     one_by_one = GlobalBatchSampler(total, size, shuffle=False, seed=0, drop_last=False)

@@ -9,10 +9,12 @@ from typing import Any
 
 from torch import nn
 
+from nemo_aligner.checkpoint.hf_config import family_for_export
 from nemo_aligner.checkpoint.peft import PeftWeights, write_peft
 from nemo_aligner.checkpoint.sharded import load_model, model_state, save_state
 from nemo_aligner.checkpoint.weights import WeightReader
 from nemo_aligner.config.base import ModelJob
+from nemo_aligner.errors import UserError
 from nemo_aligner.models.gpt.heads import HEAD_NAME
 from nemo_aligner.models.gpt.lora import add_adapters
 from nemo_aligner.models.gpt.model import GPT, InterleavedGPT
@@ -23,8 +25,6 @@ from nemo_aligner.parallel import collectives, world
 from nemo_aligner.run.disk import report_if_full
 
 logger = logging.getLogger(__name__)
-
-ADAPTERS_OF = "adapters_of"  # in the model_config.yaml of a checkpoint of adapters: their base
 
 
 def give_adapters(job: ModelJob, model: GPT | InterleavedGPT, config: dict[str, Any]) -> None:
@@ -68,16 +68,25 @@ def save_adapters(job: ModelJob, model: GPT | InterleavedGPT, config: dict[str, 
     """
     lora = job.model.peft.lora
     assert lora is not None
-    if config.get("reward_model_type") or not config.get("huggingface"):
+    if config.get("reward_model_type"):
         if world.is_logging_rank():
-            logger.info("no folder of adapters for PEFT: the model is no language model of Hugging Face's")
+            logger.info("no folder of adapters for PEFT: a reward model's head has no place there")
+        return
+    try:
+        family_for_export(config)
+    except UserError as error:
+        if world.is_logging_rank():
+            logger.warning(
+                "no folder of adapters for PEFT, which knows Hugging Face's models: %s", error.problem
+            )
         return
     weights = folder.with_name(f".saving-{folder.name}-weights")
 
     def write() -> None:
         write_peft(folder, WeightReader(weights), config, lora, base=str(job.pretrained[1]))
         shutil.rmtree(weights)
-        logger.info("the adapters alone are in %s, as PEFT reads them", folder)
+        onto = ", to be put onto the base in NF4" if job.model.peft.quantizes else ""
+        logger.info("the adapters alone are in %s, as PEFT reads them%s", folder, onto)
 
     with report_if_full(folder.parent, folder.name):
         collectives.from_rank_0(lambda: shutil.rmtree(weights, ignore_errors=True))

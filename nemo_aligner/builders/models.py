@@ -12,10 +12,11 @@ from typing import Any, Generic, TypeVar
 
 import torch
 
-from nemo_aligner.builders.adapters import ADAPTERS_OF, give_adapters
+from nemo_aligner.builders.adapters import give_adapters
 from nemo_aligner.checkpoint.model_nemo import save_nemo, shared_model
 from nemo_aligner.checkpoint.nemo_archive import CONFIG_NAME, WEIGHTS_NAME, ModelArchive
 from nemo_aligner.checkpoint.open_model import OpenedModel
+from nemo_aligner.checkpoint.peft import refuse_adapters
 from nemo_aligner.checkpoint.sharded import load_model
 from nemo_aligner.checkpoint.stop_tokens import stop_ids
 from nemo_aligner.checkpoint.tokenizer_files import CHAT_DATE, load_archived_tokenizer
@@ -88,6 +89,7 @@ def load_frozen_policy(
     *,
     check: Callable[[GPTConfig, Tokenizer | None], None],
     end_ids: Sequence[int],
+    known_ids: int | None = None,
 ) -> GPTPolicy:
     """Another language model, on the job's layout and in its precision, and never trained.
 
@@ -97,18 +99,20 @@ def load_frozen_policy(
         path: whatever a job may start from.
         check: raises UserError for a model that does not fit, before its weights are loaded.
         end_ids: the tokens that end a response.
+        known_ids: the most likely tokens of a place are sought below this one; None: all of the model's.
 
     Raises:
         UserError: the checkpoint is not there, damaged, does not fit the layout, or is no language model.
     """
     with shared_model(path) as archive:
-        _refuse_adapters(archive)
+        refuse_adapters(archive)
         _refuse_reward_model(setting, path, archive.config)
         gpt = GPTConfig.from_dict(archive.config)
         tokenizer = load_archived_tokenizer(archive)
         check(gpt, tokenizer)
         model = _load(job, archive, gpt, dtype_of(chosen_precision(job)), head=None, trained=False)
-        return GPTPolicy(model, end_ids=end_ids, detokenizer=tokenizer)
+        most = None if known_ids is None else min(known_ids, gpt.vocab_size)
+        return GPTPolicy(model, end_ids=end_ids, detokenizer=tokenizer, known_ids=most)
 
 
 def _refuse_reward_model(setting: str, path: str, config: dict[str, Any]) -> None:
@@ -179,19 +183,11 @@ def merged_config(model: ModelConfig, archive: ModelArchive) -> dict[str, Any]:
     Raises:
         UserError: the checkpoint holds adapters alone.
     """
-    _refuse_adapters(archive)
+    refuse_adapters(archive)
     unread = [key for key in unread_keys(archive.config) if key not in HEAD_KEYS]
     if unread and world.is_logging_rank():
         logger.info("keys of model_config.yaml that are kept and not read: %s", ", ".join(unread))
     return {**archive.config, **model.architecture, **model.saved_keys}
-
-
-def _refuse_adapters(archive: ModelArchive) -> None:
-    if base := archive.config.get(ADAPTERS_OF):
-        raise UserError(
-            f"{archive.folder} is a checkpoint of a run that trains adapters: it holds them alone, not {base}",
-            fix="give the .nemo that the run has written at its end, which has them merged",
-        )
 
 
 def build_model(

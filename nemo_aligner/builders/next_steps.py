@@ -7,6 +7,7 @@ from pathlib import Path
 
 from nemo_aligner.config.base import TrainingJob
 from nemo_aligner.config.reward import RMJob
+from nemo_aligner.config.serve import CriticJob
 from nemo_aligner.config.sft import TextJob
 from nemo_aligner.parallel import world
 from nemo_aligner.run.experiment import Experiment
@@ -35,6 +36,8 @@ def _next(job: TrainingJob, nemo: Path) -> dict[str, str]:
                 "data=PROMPTS.jsonl",
                 "validation=MORE_PROMPTS.jsonl",
             )
+            return found
+        case CriticJob():
             return found
         case TextJob():
             found["make a reward model of it"] = _command("rm", model, "data=PAIRS.jsonl", "validation=0.1")

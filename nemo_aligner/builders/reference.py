@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """From another model to batches that know what it believes of them: the model as its run began, or a teacher."""
 
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
+from typing import Any
 
 from nemo_aligner.algorithms.asked_once import Question, ask_once
 from nemo_aligner.algorithms.reference import (
@@ -20,6 +22,7 @@ from nemo_aligner.builders.resume import quick_digest
 from nemo_aligner.checkpoint.trainer_state import Checkpoint
 from nemo_aligner.config.base import ModelJob
 from nemo_aligner.config.pairs import ReferenceConfig
+from nemo_aligner.config.resume import flat, rule_for
 from nemo_aligner.data.collate import collate_mismatched
 from nemo_aligner.data.mismatched import MismatchedRows
 from nemo_aligner.data.tokenizer import Tokenizer, tokenizer_probe
@@ -160,14 +163,15 @@ def load_teacher(
                 f"{named} cuts a text into other tokens than the student {job.pretrained[0]}={job.pretrained[1]}",
                 fix="give a teacher and a student with one tokenizer",
             )
-        fewer = gpt.vocab_size < student.vocab_size
-        if gpt.vocab_size != student.vocab_size and fewer == scores:
+        if scores and gpt.vocab_size < student.vocab_size:
             raise UserError(
                 f"{named} has {gpt.vocab_size} tokens, and the student has {student.vocab_size}",
-                fix=f"give a teacher with as many tokens, or {'more' if scores else 'fewer'}",
+                fix="give a teacher with as many tokens, or more",
             )
 
-    return load_frozen_policy(job, *teacher, check=check, end_ids=pretrained.learner.end_ids)
+    # Ids from the student's size on pad the teacher's embeddings: the tokenizers are one.
+    known = None if scores else student.vocab_size
+    return load_frozen_policy(job, *teacher, check=check, end_ids=pretrained.learner.end_ids, known_ids=known)
 
 
 def _source(run: Experiment, pretrained: Pretrained[GPTPolicy]) -> dict[str, object]:
@@ -176,5 +180,13 @@ def _source(run: Experiment, pretrained: Pretrained[GPTPolicy]) -> dict[str, obj
         return {}
     model = run.identity.settings["model"]
     # The seed draws new adapters.
-    own = {name: model.get(name) for name in ("data", "peft", "seed", "answer_only_loss")}
-    return {"model": run.identity.base_model, "config": pretrained.config, **own}
+    own = {name: model.get(name) for name in ("peft", "seed", "answer_only_loss")}
+    return {"model": run.identity.base_model, "config": pretrained.config, "data": _tokenizing(model), **own}
+
+
+def _tokenizing(model: Mapping[str, Any]) -> dict[str, object]:
+    """The settings of data that rows' tokens may follow from: those that may not change freely on resume."""
+    settings = flat({"model": {"data": model["data"]}})
+    # All keys of a validation set are free; which of them tokens follow from, those of the training set say.
+    rules = {key: rule_for(key.replace(".validation_ds.", ".train_ds.")) for key in settings}
+    return {key: settings[key] for key, rule in rules.items() if not (rule and rule[1] == "free")}

@@ -8,6 +8,7 @@ from nemo_aligner.builders.models import chosen_precision
 from nemo_aligner.checkpoint.digests import damage_text
 from nemo_aligner.checkpoint.model_digest import model_digest
 from nemo_aligner.checkpoint.model_nemo import damage_over_ranks
+from nemo_aligner.checkpoint.peft import peft_digest
 from nemo_aligner.checkpoint.sources import find_model
 from nemo_aligner.checkpoint.trainer_state import (
     Checkpoint,
@@ -129,10 +130,16 @@ def _accept(job: TrainingJob, run: Experiment, start: Checkpoint | None) -> None
         )
     settings = plain(job)
     settings["trainer"]["precision"] = chosen_precision(job)
-    identity = RunIdentity(settings=settings, base_model=quick_digest(job.pretrained[1]))
+    identity = RunIdentity(settings=settings, base_model=_start_digest(job))
     if start is not None:
         _compare(job, start, identity)
     run.start(identity)
+
+
+def _start_digest(job: TrainingJob) -> str:
+    """By which the model that a run begins with is known again, the adapters that it is given included."""
+    base, adapters = quick_digest(job.pretrained[1]), job.model.peft.restore_from_path
+    return f"{base}+{peft_digest(Path(adapters))}" if base and adapters else base
 
 
 def quick_digest(named: str) -> str:
@@ -156,7 +163,9 @@ def _compare(job: TrainingJob, start: Checkpoint, identity: RunIdentity) -> None
         logger.log(logging.INFO if change.effect == "free" else logging.WARNING, "%s", change)
     refused = [str(change) for change in found if change.is_refused]
     if start.state.base_model and identity.base_model not in ("", start.state.base_model):
-        refused.append(f"{key}={base} holds another model than the one that the run began with")
+        adapters = job.model.peft.restore_from_path
+        beside = f", with model.peft.restore_from_path={adapters}," if adapters else ""
+        refused.append(f"{key}={base}{beside} holds another model than the one that the run began with")
     if not refused or job.exp_manager.resume_with_changes:
         for line in refused:
             logger.warning("exp_manager.resume_with_changes=True: %s", line)
@@ -164,5 +173,6 @@ def _compare(job: TrainingJob, start: Checkpoint, identity: RunIdentity) -> None
     raise UserError(
         f"{start.path} is of a run with other settings, which change its numbers: {'; '.join(refused)}",
         fix="give the settings that the run had; or set exp_manager.resume_with_changes=True to go on with these; or "
-        "start a new run in another exp_manager.explicit_log_dir, from this checkpoint as its model",
+        "start a new run in another exp_manager.explicit_log_dir"
+        + ("" if job.model.peft.lora else ", from this checkpoint as its model"),
     )

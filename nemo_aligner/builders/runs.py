@@ -11,10 +11,11 @@ from typing import Any
 
 from nemo_aligner.algorithms.samples import ValidationResponses
 from nemo_aligner.algorithms.supervised import SupervisedData, SupervisedTrainer
-from nemo_aligner.builders.adapters import ADAPTERS_OF, save_adapters
+from nemo_aligner.builders.adapters import save_adapters
 from nemo_aligner.builders.models import Pretrained, require_tokenizer
 from nemo_aligner.builders.next_steps import say_next
 from nemo_aligner.checkpoint.nemo_archive import WEIGHTS_NAME
+from nemo_aligner.checkpoint.peft import ADAPTERS_OF
 from nemo_aligner.checkpoint.sharded import load_model
 from nemo_aligner.checkpoint.training import Newest, TrainingCheckpoints
 from nemo_aligner.config.base import TrainingJob
@@ -139,18 +140,19 @@ def save_result(
 
     What an earlier end of the same run has written is replaced.
     """
-    params = job.exp_manager.checkpoint_callback_params
-    if params.save_best_model and checkpoints is not None:
-        if job.model.peft.lora:
-            load_model(pretrained.learner.model, checkpoints.best().path / WEIGHTS_NAME)
-            pretrained.save(run.nemo_path, overwrite=True)
-        else:
-            checkpoints.save_best(run.nemo_path)
-    elif params.save_nemo_on_train_end:
+    params, lora = job.exp_manager.checkpoint_callback_params, job.model.peft.lora
+    best = params.save_best_model and checkpoints is not None
+    if best and lora:
+        assert checkpoints is not None
+        load_model(pretrained.learner.model, checkpoints.best().path / WEIGHTS_NAME)
+    if lora and (best or params.save_nemo_on_train_end):
+        # First, as a run whose .nemo is there counts as finished.
+        save_adapters(job, pretrained.learner.model, pretrained.config, run.adapters_path)
+    if best and not lora:
+        assert checkpoints is not None
+        checkpoints.save_best(run.nemo_path)
+    elif best or params.save_nemo_on_train_end:
         pretrained.save(run.nemo_path, overwrite=True)
-    if job.model.peft.lora and (params.save_best_model or params.save_nemo_on_train_end):
-        folder = run.nemo_path.with_name(f"{run.nemo_path.stem}_peft")
-        save_adapters(job, pretrained.learner.model, pretrained.config, folder)
     say_next(job, run)
 
 
@@ -170,5 +172,5 @@ def _warn_of_schedule(optim: OptimConfig, *, max_steps: int) -> None:
             "the learning rate goes to model.optim.sched.min_lr=%g right after the warm-up: "
             "warmup_steps=%d + constant_steps=%d leave none of the %d steps for the decay; "
             "set model.optim.sched.constant_steps=0",
-            *(sched.min_lr, warmup, held, max_steps),
+            *(sched.lowest(optim.lr), warmup, held, max_steps),
         )

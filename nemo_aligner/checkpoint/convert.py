@@ -11,6 +11,7 @@ from nemo_aligner.checkpoint.huggingface import ImportedModel, check_export_fold
 from nemo_aligner.checkpoint.legacy import import_legacy
 from nemo_aligner.checkpoint.nemo_archive import check_output, open_nemo, write_nemo
 from nemo_aligner.checkpoint.open_model import read_model
+from nemo_aligner.checkpoint.peft import refuse_adapters
 from nemo_aligner.checkpoint.reward_tokens import reward_tokens
 from nemo_aligner.checkpoint.sources import find_model, is_gguf, is_huggingface
 from nemo_aligner.checkpoint.stop_tokens import with_stops
@@ -67,6 +68,7 @@ def export_to_huggingface(source: Path, out: Path, *, overwrite: bool = False) -
     _refuse_other_forms(source)
     check_export_folder(out, overwrite=overwrite)
     with heartbeat(f"exporting {source}"), open_nemo(source) as archive:
+        refuse_adapters(archive)
         reader, files = WeightReader(archive.weights), archived_tokenizer_files(archive)
         tokenizer = load_archived_tokenizer(archive) if files else None
         if not archive.config.get("reward_model_type"):

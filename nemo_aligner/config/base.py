@@ -227,6 +227,14 @@ class TrainingJob(ModelJob):
         """See ModelJob."""
         ModelJob.check_paths(self)
         self.exp_manager.check_folder()
+        given, folder = self.model.peft.restore_from_path, self.exp_manager.explicit_log_dir
+        if given and folder:
+            own = self.exp_manager.adapters_path(Path(folder)).resolve()
+            if own in (Path(given).resolve(), *Path(given).resolve().parents):
+                raise UserError(
+                    f"model.peft.restore_from_path={given} is where this run writes its adapters at its end",
+                    fix="set exp_manager.explicit_log_dir to another folder",
+                )
 
 
 @dataclass(frozen=True, kw_only=True)

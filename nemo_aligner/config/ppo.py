@@ -220,6 +220,12 @@ class ActorJob(PretrainedJob):
                 f"{named} compares responses to one prompt, and model.ppo.num_responses_per_prompt={responses}",
                 fix="set model.ppo.num_responses_per_prompt to 2 or more, for instance 8",
             )
+        if self.model.ppo.sampling_params.use_greedy and responses > 1:
+            raise UserError(
+                f"model.ppo.sampling_params.use_greedy=True makes all {responses} responses to a prompt "
+                "(model.ppo.num_responses_per_prompt) the same, and there is nothing to compare",
+                fix="set model.ppo.sampling_params.use_greedy=False, or one response to a prompt",
+            )
         if config.advantage_estimator == "best_of_n" and config.top_n >= responses:
             raise UserError(
                 f"trainer.ppo.top_n={config.top_n} leaves none of model.ppo.num_responses_per_prompt={responses} out",

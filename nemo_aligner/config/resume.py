@@ -95,6 +95,7 @@ RULES: tuple[Rule, ...] = (
     ("model.seed", "fixed", _DRAWS),
     ("model.global_batch_size", "fixed", _DRAWS),
     ("model.answer_only_loss", "fixed", _SAMPLES),
+    ("model.peft.restore_from_path", "free", _CONTENT),
     ("model.peft.*", "fixed", _NETWORK),
     ("model.loss_clip_val", "asked", _PPO),
     ("model.reward_standardization.*", "asked", "how rewards are scaled"),

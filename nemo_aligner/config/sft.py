@@ -86,6 +86,12 @@ class TextJob(TrainingJob):
                 "none",
                 fix=f"set {loop.block}.val_responses=0",
             )
+        if not self.model.answer_only_loss and not self.model.data.chat and loop.val_responses:
+            raise UserError(
+                f"{loop.block}.val_responses={loop.val_responses} needs to know where responses begin, and with "
+                "model.answer_only_loss=False all of a row is learned",
+                fix=f"set {loop.block}.val_responses=0, or model.answer_only_loss=True",
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,6 +4,7 @@ conditional alignment (Hu 2023, arXiv 2308.12050)."""
 
 import json
 import logging
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,11 +52,19 @@ class LabelForm:
     names: Sequence[str] = HELPSTEER
     bounds: Sequence[int] = (0, 4)  # lowest and highest number
 
+    def __post_init__(self) -> None:
+        low, high = self.bounds
+        if low >= high:
+            raise UserError(
+                f"--bounds {low} {high}: the lowest number of a label is not below the highest",
+                fix="give the lowest first, as in --bounds 0 4",
+            )
+
     def label(self, attributes: Sequence[float]) -> str:
         """Return the label of a response.
 
         Raises:
-            UserError: there are more or fewer attributes than names.
+            UserError: there are more or fewer attributes than names, or one is infinite or NaN.
         """
         if len(attributes) != len(self.names):
             raise UserError(
@@ -63,6 +72,11 @@ class LabelForm:
                 f"{', '.join(self.names)}",
                 fix="give --attributes one name for each attribute of the model, in its order",
             )
+        for name, value in zip(self.names, attributes, strict=True):
+            if not math.isfinite(value):
+                raise UserError(
+                    f"the model gives {value} as {name}", fix="serve a model whose training has not diverged"
+                )
         low, high = self.bounds
         numbers = (round(min(max(value, low), high)) for value in attributes)
         return ",".join(f"{name}:{number}" for name, number in zip(self.names, numbers, strict=True))
@@ -76,6 +90,7 @@ def labeled_row(chat: Chat, labels: Mapping[int, str]) -> dict[str, object]:
         "type": "VALUE_TO_TEXT",
         "conversations": [
             {"from": turn.speaker, "value": turn.text, "label": labels.get(number)}
+            | ({} if turn.trained else {"train": False})
             for number, turn in enumerate(chat.turns)
         ],
     }

@@ -22,6 +22,25 @@ _SPEAKERS = {"User", "Assistant"}  # those that chat templates know
 _MEANINGFUL = ("reasoning_content", "reasoning", "thinking", "tool_calls", "function_call", "name")
 
 
+def read_markable_chat(row: Mapping[str, object], recognised: Recognised) -> Chat:
+    """A conversation of either layout, with nothing that prompt tokens cannot show.
+
+    Raises:
+        UserError: it is no conversation, or has more than turns of text.
+    """
+    chat = read_chat(messages_row(row, recognised))
+    if chat.tools:
+        raise _not_shown("key 'tools'")
+    for number, turn in enumerate(chat.turns, 1):
+        if turn.message is None:
+            continue
+        if turn.speaker not in _SPEAKERS:
+            raise _not_shown(f"the role {turn.speaker!r} of turn {number}")
+        if more := [key for key, value in turn.message.items() if value and key in _MEANINGFUL]:
+            raise _not_shown(f"key {more[0]!r} of turn {number}")
+    return chat
+
+
 class PromptTokensLayout:
     """Lays out turns between prompt tokens, e.g. ``<extra_id_1>Assistant\\nHello\\n<extra_id_1>``.
 
@@ -54,18 +73,8 @@ class PromptTokensLayout:
         self.chat_template = marker_template(tokens, starts_with_bos=starts_with_bos)
 
     def read(self, row: Mapping[str, object]) -> Chat:
-        """A conversation of either layout, with nothing that prompt tokens cannot show."""
-        chat = read_chat(messages_row(row, self._recognised))
-        if chat.tools:
-            raise _not_shown("key 'tools'")
-        for number, turn in enumerate(chat.turns, 1):
-            if turn.message is None:
-                continue
-            if turn.speaker not in _SPEAKERS:
-                raise _not_shown(f"the role {turn.speaker!r} of turn {number}")
-            if more := [key for key, value in turn.message.items() if value and key in _MEANINGFUL]:
-                raise _not_shown(f"key {more[0]!r} of turn {number}")
-        return chat
+        """See :func:`read_markable_chat`."""
+        return read_markable_chat(row, self._recognised)
 
     def __call__(self, chat: Chat) -> list[Row]:
         """The samples; none where nothing of it has room. UserError if nothing of it is left to learn."""

@@ -26,6 +26,7 @@ from nemo_aligner.data.row_dataset import BlendedDataset, RowDataset
 from nemo_aligner.data.text_layout import TextLayout
 from nemo_aligner.data.text_rows import ResponseFiles, open_prompts
 from nemo_aligner.data.tokenizer import Tokenizer
+from nemo_aligner.errors import located
 
 _LOG = logging.getLogger(__name__)
 
@@ -171,13 +172,18 @@ def _hint_at_template(path: str, tokenizer: Tokenizer, how: str) -> None:
         )
 
 
+def _first(records: Records[TextRow], rows: range) -> TextRow:
+    with located(lambda: f"{records.where(rows[0])}: "):
+        return records[rows[0]]
+
+
 def _open(split: Split, read: Callable[[str], Records[TextRow]], layout: TextLayout) -> BlendedDataset:
     assert layout.lengths, layout.lengths
     parts = []
     for path in split.paths:
         records = read(path)
         rows = split.rows_of(path, len(records), unit=layout.unit)
-        if rows and not records[rows[0]].rendered:
+        if rows and not _first(records, rows).rendered:
             _hint_at_template(path, layout.encode.tokenizer, "write them as messages")
         parts.append(RowDataset(records, layout, within=rows))
     return BlendedDataset(parts, split.weights)

@@ -2,17 +2,20 @@
 """Documents of plain text, all of whose tokens are learned: continued pre-training."""
 
 import hashlib
+import logging
 import mmap
 from array import array
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+from nemo_aligner.data.conversations import is_trained
 from nemo_aligner.data.records import RecordFile, Records, text_field
 from nemo_aligner.data.row import Row, TextEncoder, finish
 from nemo_aligner.data.row_files import map_file
 from nemo_aligner.data.sampler import BlendSource
 from nemo_aligner.errors import UserError, located
 
+_LOG = logging.getLogger(__name__)
 _SEPARATOR = b"<|endoftext|>"  # between the documents of a .txt file
 
 
@@ -68,8 +71,8 @@ def _blank_lines(part: bytes) -> int:
     return part[: len(part) - len(part.lstrip())].count(b"\n")
 
 
-def open_text(path: str | Path, *, most: int | None = None) -> Records[str]:
-    """The documents of a .txt file, or the rows {"text"} of a file of JSON.
+def open_text(path: str | Path, *, most: int | None = None) -> Records[str | None]:
+    """The documents of a .txt file, or the rows {"text"} of a file of JSON; None of a row that says it is not learned.
 
     Args:
         path: the file.
@@ -80,7 +83,12 @@ def open_text(path: str | Path, *, most: int | None = None) -> Records[str]:
     """
     if Path(path).suffix == ".txt":
         return TextFile(path)
-    return RecordFile(path, lambda row: text_field(row, "text"), most=most)
+    return RecordFile(path, _learned_text, most=most)
+
+
+def _learned_text(row: Mapping[str, object]) -> str | None:
+    text = text_field(row, "text")
+    return text if is_trained(row) else None
 
 
 class PlainTextDataset:
@@ -100,17 +108,29 @@ class PlainTextDataset:
     """
 
     blend: tuple[BlendSource, ...] = ()
-    num_dropped = 0  # every document is read
 
     def __init__(
-        self, records: Records[str], encode: TextEncoder, *, max_seq_length: int, within: range | None = None
+        self,
+        records: Records[str | None],
+        encode: TextEncoder,
+        *,
+        max_seq_length: int,
+        within: range | None = None,
     ) -> None:
         self._records, self._length = records, max_seq_length
         self._documents = range(len(records)) if within is None else within
-        self._tokens = array("I")
+        self._tokens, self.num_dropped = array("I"), 0
         with located(lambda: f"{records.where(place)}: "):
             for place in self._documents:
-                self._tokens.extend(encode(records[place]))
+                if (text := records[place]) is None:
+                    self.num_dropped += 1
+                else:
+                    self._tokens.extend(encode(text))
+        if self.num_dropped:
+            _LOG.info(
+                "%s: %d of %d documents say that they are not learned and are left out",
+                *(records.path, self.num_dropped, len(self._documents)),
+            )
         if len(self._tokens) < 2:
             raise UserError(
                 f"{records.path} has too little text to learn from", fix="give a file with more text"

@@ -46,6 +46,7 @@ class TextRow:
     labels: tuple[tuple[float, ...], ...] = ()  # of each response: its attributes, NaN where one is unlabeled
     rewards: tuple[float, ...] = ()  # of each response, where the data give them
     rendered: bool = False  # by a chat template, which writes BOS where the model wants it
+    same_context: bool = True  # False: conversations that differ in more than their last turns
     extras: Mapping[str, object] = field(default_factory=dict)  # the JSON object that it stands in
 
     @property

@@ -44,7 +44,11 @@ class RowLayout(Protocol[R_contra]):
         ...
 
     def left_out(self, record: R_contra, /) -> str | None:
-        """Why nothing can be learned of a record, as a message says it; None where something can."""
+        """Why nothing can be learned of a record, as a message says it; None where something can.
+
+        Raises:
+            UserError: what can be learned of it is not what is asked.
+        """
         ...
 
     def surely_fits(self, record: R_contra, /) -> bool:

@@ -59,6 +59,11 @@ class GlobalBatchSampler:
                 global_batch_size,
                 num_samples,
             )
+        elif drop_last and (rest := num_samples % global_batch_size):
+            _LOG.info(
+                "global_batch_size=%d leaves %d of %d rows, other ones if they are shuffled, out of an epoch",
+                *(global_batch_size, rest, num_samples),
+            )
         self.num_samples = num_samples
         self.global_batch_size = global_batch_size
         self.shuffle = shuffle

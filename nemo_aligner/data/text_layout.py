@@ -37,6 +37,16 @@ class TextLayout:
 
     def left_out(self, record: TextRow) -> str | None:
         """See RowLayout."""
+        if self.generates and not record.same_context:
+            raise UserError(
+                "the conversations of 'chosen' and 'rejected' differ before their last turns",
+                fix="let both be one turn of the assistant, after the same prompt",
+            )
+        if self.generates and record.prompt and "" in record.responses and not self.encode.append_eos:
+            raise UserError(
+                "an empty response has no token to learn",
+                fix="set model.data.append_eod=True, and its end is learned, or remove the row",
+            )
         same = len(set(record.texts)) < len(record.texts)
         return "are of the same text twice, which has no training signal," if same else None
 

@@ -221,11 +221,19 @@ class _PairReader:
         self._recognised.say(
             "rows of {prompt, chosen, rejected} with messages", "conversations, laid out by the chat template"
         )
-        chosen, rejected = (render_response(self._tokenizer, entries, row) for entries in split_pair(row))
+        conversations = split_pair(row)
+        chosen, rejected = (render_response(self._tokenizer, entries, row) for entries in conversations)
         if chosen[0] != rejected[0]:
             # The template lays out the prompt by what follows it: the border is where the texts part.
             chosen, rejected = (("", prompt + response) for prompt, response in (chosen, rejected))
-        return TextRow(prompt=chosen[0], responses=(chosen[1], rejected[1]), rendered=True, extras=row)
+        contexts = [entries[:-1] for entries in conversations]
+        return TextRow(
+            prompt=chosen[0],
+            responses=(chosen[1], rejected[1]),
+            rendered=True,
+            same_context=contexts[0] == contexts[1],
+            extras=row,
+        )
 
 
 def _alternates(row: Mapping[str, object]) -> bool:

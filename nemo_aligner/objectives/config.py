@@ -91,7 +91,8 @@ class DPOConfig:
     preference_loss_weight: float = bounded(1.0, at_least=0)  # of the loss of pairs; of orpo: lambda
     # of the chosen responses' negative log-likelihood; 0: none
     sft_loss_weight: float = bounded(0.0, at_least=0)
-    sft_average_log_probs: bool = False  # True: that of a response is its tokens' mean, not their sum
+    # True: that of a response is its tokens' mean, not their sum; null: as preference_average_log_probs
+    sft_average_log_probs: bool | None = None
 
     # {setting: the losses that read it}; with another loss it must keep its default
     of_losses: ClassVar[Mapping[str, tuple[PreferenceLoss, ...]]] = {
@@ -99,6 +100,15 @@ class DPOConfig:
         "gt_reward_scale": ("rpo_sq", "rpo_bwd_kl", "rpo_fwd_kl"),
         "simpo_gamma": ("simpo",),
     }
+
+    @property
+    def averages_sft(self) -> bool:
+        """True if the negative log-likelihood of a response is its tokens' mean."""
+        return (
+            self.preference_average_log_probs
+            if self.sft_average_log_probs is None
+            else self.sft_average_log_probs
+        )
 
     @property
     def has_reference(self) -> bool:

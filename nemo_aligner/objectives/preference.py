@@ -67,7 +67,7 @@ class DPO:
             reference_sums = batch.reference_sums
         policy, reference = ((x / (lengths if by_mean else 1)).view(-1, 2) for x in (sums, reference_sums))
         losses = _losses(policy, reference, batch.given_rewards.view(-1, 2), config)
-        nll = -(sums / (lengths if config.sft_average_log_probs else 1))[::2]
+        nll = -(sums / (lengths if config.averages_sft else 1))[::2]
         total = config.preference_loss_weight * losses + config.sft_loss_weight * nll
         chosen, rejected = (config.ref_policy_kl_penalty * (policy - reference)).unbind(1)
         loss, metrics = pair_loss(chosen, rejected, total, real=real)

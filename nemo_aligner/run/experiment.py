@@ -67,6 +67,11 @@ class CheckpointCallbackConfig:
     # write while training goes on; needs memory for a copy of the weights and the optimizer
     async_save: bool = False
 
+    @property
+    def writes_result(self) -> bool:
+        """True if the run ends with checkpoints/<name>.nemo."""
+        return self.save_nemo_on_train_end or self.save_best_model
+
 
 @dataclass(frozen=True, kw_only=True)
 class ExperimentConfig:
@@ -122,6 +127,10 @@ class ExperimentConfig:
         """Where the trained model goes, in the run's folder."""
         return self.checkpoints_folder(folder) / f"{self.name}.nemo"
 
+    def adapters_path(self, folder: Path) -> Path:
+        """Where the adapters that were trained go, as PEFT reads them, in the run's folder."""
+        return self.checkpoints_folder(folder) / f"{self.name}_peft"
+
     def checkpoints_folder(self, folder: Path) -> Path:
         """Where checkpoints go, in the run's folder."""
         return folder / "checkpoints"
@@ -163,11 +172,11 @@ class ExperimentConfig:
 
     def _check_earlier_run(self, folder: Path, key: str) -> None:
         checkpoint = next(self.checkpoints_folder(folder).glob(f"*/{TRAINER_STATE}"), None)
-        result = self.nemo_path(folder)
-        if checkpoint is None and result.exists() and self.checkpoint_callback_params.save_nemo_on_train_end:
+        results = [path for path in (self.nemo_path(folder), self.adapters_path(folder)) if path.exists()]
+        if checkpoint is None and results and self.checkpoint_callback_params.writes_result:
             raise UserError(
-                f"{result} exists: a run in {key}={folder} has ended, and its result is not overwritten",
-                fix=f"set {key} to another folder, or move the file away",
+                f"{results[0]} exists: a run in {key}={folder} has ended, and its result is not overwritten",
+                fix=f"set {key} to another folder, or move {' and '.join(path.name for path in results)} away",
             )
         if checkpoint is not None and not self.resume_if_exists:
             raise UserError(
@@ -223,6 +232,11 @@ class Experiment:
     def nemo_path(self) -> Path:
         """Where the trained model goes."""
         return self.config.nemo_path(self.folder)
+
+    @property
+    def adapters_path(self) -> Path:
+        """Where the adapters that were trained go, as PEFT reads them."""
+        return self.config.adapters_path(self.folder)
 
     @property
     def checkpoints_folder(self) -> Path:

@@ -92,13 +92,28 @@ def refused(work: Callable[[], object], *words: str) -> None:
         ({"trainer.sft.zzz": 5}, ["unknown key trainer.sft.zzz", "known keys", "trainer.sft.max_steps"]),
         ({"model.hiden_dropout": 0.1}, ["model.hiden_dropout", "did you mean model.hidden_dropout?"]),
         ({"model.optim": 3}, ["model.optim=3", "block of keys"]),
+        (
+            {"model.answer_only_loss": False, "trainer.sft.val_responses": 2},
+            ["trainer.sft.val_responses=2", "model.answer_only_loss=False"],
+        ),
         ({"model.optim.lr": "fast"}, ["model.optim.lr='fast'", "number"]),
-        ({"model.optim.lr": 1e-8}, ["model.optim.sched.min_lr=9e-07", "model.optim.lr=1e-08"]),
+        (
+            {"model.optim.lr": 1e-8, "model.optim.sched.min_lr": 9e-7},
+            ["model.optim.sched.min_lr=9e-07", "model.optim.lr=1e-08"],
+        ),
         ({"model.data.train_ds.global_batch_size": 6}, ["global_batch_size=6", "micro_batch_size=4", "=8"]),
         ({"model.data.train_ds.micro_batch_size": 0}, ["micro_batch_size=0", "1 or more"]),
         ({"model.sequence_parallel": True}, ["model.sequence_parallel=True", "tensor_model_parallel_size=1"]),
         ({"model.peft.peft_scheme": "ptuning"}, ["model.peft.peft_scheme", "ptuning", "lora"]),
         ({"model.peft.restore_from_path": "x"}, ["model.peft.restore_from_path=x", "peft_scheme=lora"]),
+        (
+            {"model.peft.lora_tuning.adapter_dim": 4},
+            [
+                "model.peft.lora_tuning.adapter_dim=4 is of adapters",
+                "all weights are trained",
+                "peft_scheme=lora",
+            ],
+        ),
         (
             {"model.peft.peft_scheme": "lora", "model.peft.lora_tuning.target_modules": "[attn]"},
             ["target_modules: attn is not known", "attention_qkv, attention_dense"],

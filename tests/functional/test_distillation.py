@@ -98,8 +98,9 @@ def test_a_stored_teacher_is_a_live_one(distilled: Callable, run: Callable, tmp_
     assert len(files) == 4
     files[2].unlink()
     written = {path: path.stat().st_mtime_ns for path in files if path.exists()}
-    for most, asks in ((8, True), (10, False)):
-        job = run(distilled("stored", **stored, **{"trainer.sft.max_steps": most}), command=[KD])
+    smaller = {"model.data.train_ds.micro_batch_size": 2, "model.data.validation_ds.micro_batch_size": 1}
+    for most, asks, changed in ((8, True, {}), (10, False, {}), (12, False, smaller)):
+        job = run(distilled("stored", **stored, **{"trainer.sft.max_steps": most}, **changed), command=[KD])
         assert job.process.returncode == 0, job.err[-3000:]
         assert ("the teacher's most likely tokens of 32 rows are computed and kept in" in job.err) == asks
     assert files[2].exists()
@@ -111,6 +112,7 @@ def test_a_stored_teacher_is_a_live_one(distilled: Callable, run: Callable, tmp_
     [
         ({"logits_scale": 0.5}, "is of the top_k alone"),
         ({"kd_loss_weight": 0}, "there is no loss"),
+        ({"top_k": 1, "tail": False}, "of one token alone there is nothing to learn"),
         ({"cross_tokenizer": True}, "another tokenizer is not supported"),
     ],
 )
@@ -120,6 +122,25 @@ def test_what_makes_no_sense_is_refused(distilled: Callable, run: Callable, chan
     )
     assert job.process.returncode == 2
     assert problem in job.err
+
+
+def test_tokens_that_only_the_teacher_has_have_no_probability(
+    distilled: Callable, run: Callable, teacher: Path, tmp_path: Path
+):
+    """As where a family pads the embeddings of its sizes to other lengths."""
+    model = LlamaForCausalLM.from_pretrained(teacher.parent / "hf")
+    known = model.config.vocab_size
+    model.resize_token_embeddings(known + 13, mean_resizing=False)
+    with torch.no_grad():
+        model.lm_head.weight[known:] = 9 * model.lm_head.weight[:13]
+    model.save_pretrained(tmp_path / "padded")
+    write_toy_tokenizer(tmp_path / "padded")
+    for name, path in (("own", teacher), ("padded", tmp_path / "padded")):
+        changed = {"trainer.sft.max_steps": 2, "model.knowledge_distillation.teacher": path}
+        job = run(distilled(f"by {name}", **changed), command=[KD])
+        assert job.process.returncode == 0, job.err[-3000:]
+    for ours, theirs in zip(steps(tmp_path / "by padded"), steps(tmp_path / "by own"), strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-5)
 
 
 def test_a_teacher_without_a_tokenizer_is_refused(distilled: Callable, run: Callable, tmp_path: Path):

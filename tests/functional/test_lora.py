@@ -2,16 +2,19 @@
 """Adapters, end to end: only they are saved and resumed, the result has them merged, and PEFT reads them."""
 
 import math
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import peft
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from nemo_aligner.checkpoint.convert import export_to_huggingface
 from nemo_aligner.checkpoint.torch_dist import FolderReader
+from tests.functional.conftest import Job
 from tests.functional.ppo_pair import Pair
 from tests.functional.run_folder import metrics
 from tests.functional.test_dpo import DPO, STEPS, settings  # noqa: F401 - a fixture
@@ -54,6 +57,44 @@ def test_dpo_is_killed_goes_on_and_leaves_adapters_that_peft_reads(
     assert (after - before).abs().max() > 1e-2
     other = peft.PeftModel.from_pretrained(base, result.with_name("megatron_gpt_peft"))
     torch.testing.assert_close(after, other(tokens).logits, rtol=0, atol=1e-4)
+
+
+def test_adapters_to_begin_with_are_known_by_what_they_are(
+    settings: Callable,  # noqa: F811
+    run: Callable,
+    tmp_path: Path,
+):
+    """Moved they are the same; trained further they are others, for the run and for its stored log-probs."""
+    few = LORA | {"model.hidden_dropout": 0.0, "trainer.dpo.val_check_interval": 0}
+    given, moved = tmp_path / "given", tmp_path / "moved"
+
+    def dpo(name: str, *, code: int = 0, most: int = 1, **changed: object) -> Job:
+        job = run(settings(name, **few, **{"trainer.dpo.max_steps": most}, **changed), command=[DPO])
+        assert job.process.returncode == code, job.err[-3000:]
+        return job
+
+    dpo("first", **{"exp_manager.create_checkpoint_callback": False})
+    made = tmp_path / "first/checkpoints/megatron_gpt_peft"
+    params = "exp_manager.checkpoint_callback_params"
+    best = {f"{params}.save_best_model": True, f"{params}.save_nemo_on_train_end": False}
+    assert "its result is not overwritten" in dpo("first", code=2, **best).err
+    made.rename(given)
+    begun = {"model.peft.restore_from_path": given, "model.dpo.store_reference": True}
+    dpo("run", **begun)
+    given.rename(moved)
+    dpo("run", most=2, **begun | {"model.peft.restore_from_path": moved})
+    tensors = load_file(moved / "adapter_model.safetensors")
+    save_file({name: 2 * x for name, x in tensors.items()}, moved / "adapter_model.safetensors")
+    changed = dpo("run", code=2, most=3, **begun | {"model.peft.restore_from_path": moved})
+    assert f"with model.peft.restore_from_path={moved}, holds another model" in changed.err
+    # Log-probs that another beginning has left are not this one's.
+    shutil.rmtree(tmp_path / "run/checkpoints")
+    dpo("run", **begun | {"model.peft.restore_from_path": moved})
+    first = [line for line in metrics(tmp_path / "run") if "train/loss" in line][-1]
+    assert first["train/loss"] == pytest.approx(math.log(2), abs=1e-5)
+    own = tmp_path / "run/checkpoints/megatron_gpt_peft"
+    refused = dpo("run", code=2, most=2, **begun | {"model.peft.restore_from_path": own})
+    assert "is where this run writes its adapters" in refused.err
 
 
 def test_both_jobs_of_ppo(start: Callable, nemo: Path, reward_nemo: Path, tmp_path: Path):

@@ -48,6 +48,11 @@ class KDConfig:
                     f"model.knowledge_distillation.{name}={scale} is of the top_k alone, and tail=True",
                     fix="set model.knowledge_distillation.tail=False",
                 )
+        if self.top_k == 1 and not self.tail:
+            raise UserError(
+                "model.knowledge_distillation.top_k=1 with tail=False: of one token alone there is nothing to learn",
+                fix="set model.knowledge_distillation.tail=True, or raise top_k",
+            )
         if not (self.kd_loss_weight or self.sft_loss_weight):
             raise UserError(
                 "model.knowledge_distillation.kd_loss_weight and sft_loss_weight are 0: there is no loss",

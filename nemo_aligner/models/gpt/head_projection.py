@@ -38,6 +38,7 @@ class Projection:
     loss_scale: float | None = None
     # the distribution that the loss tokens were sampled from; outputs are then of it
     sampled: SampledDistribution | None = None
+    known_ids: int | None = None  # ids from here on have no probability; None: all of the model's have one
 
 
 def select_positions(model: GPT, batch: TokenBatch, objective: Objective) -> Tensor | None:
@@ -100,7 +101,7 @@ def head_projection(
         selected,
         batch.tokens[loss_tokens],
         request=HeadRequest(
-            vocab_size=model.gpt_config.vocab_size,
+            vocab_size=projection.known_ids or model.gpt_config.vocab_size,
             entropy=Wants.ENTROPY in objective.wants,
             top_k=objective.top_k if isinstance(objective, TopKObjective) else 0,
             ids=objective.candidates(batch)[loss_tokens]

@@ -198,11 +198,12 @@ class GPTLearner:
         *,
         sampled: SampledDistribution | None = None,
         top_k: int = 0,
+        known_ids: int | None = None,
     ) -> list[ModelOutput]:
         """The head's output of each micro-batch, on the last pipeline stage's ranks; [] elsewhere."""
         outputs: list[ModelOutput] = []
         with self.inference():
-            projection = Projection(sampled=sampled)
+            projection = Projection(sampled=sampled, known_ids=known_ids)
             asks = _ForwardOnly(wants, top_k=top_k)
             engine.forward_backward(
                 self._model, batches, asks, forward_only=True, projection=projection, outputs=outputs

@@ -9,7 +9,9 @@ from nemo_aligner.bounds import bounded, check_bounds
 from nemo_aligner.errors import UserError
 
 _NOT_POSITIVE = "{key}={value} is not positive"
-MOST_HELD = 1000  # steps at min_lr where the settings give no number; NeMo's default
+# Where the settings give no number; NeMo's defaults.
+MOST_HELD = 1000  # steps at the lowest rate
+USUAL_LOWEST = 9e-7
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,7 +26,8 @@ class SchedConfig:
     warmup_steps: int | float = 10
     # last steps, held at min_lr; a float below 1 is a share of the run; null: a tenth of it, at most 1000
     constant_steps: int | float | None = None
-    min_lr: float = 9e-7  # where the decay ends
+    # where the decay ends; null: 9e-7, or a tenth of a smaller lr
+    min_lr: float | None = None
     # of WSD: steps of its decay, or a share of the run; until then the rate stays at lr
     decay_steps: int | float | None = None
     # of WSD: linear, cosine, minus_sqrt or exponential
@@ -34,6 +37,16 @@ class SchedConfig:
     def decays(self) -> bool:
         """True if the rate falls from lr to min_lr."""
         return self.name in ("CosineAnnealing", "WarmupAnnealing", "WSD")
+
+    def lowest(self, lr: float) -> float:
+        """The rate that a decay from ``lr`` ends at.
+
+        >>> SchedConfig().lowest(5e-6), SchedConfig().lowest(5e-7)
+        (9e-07, 5e-08)
+        """
+        if self.min_lr is not None:
+            return self.min_lr
+        return USUAL_LOWEST if lr >= USUAL_LOWEST else lr / 10
 
     def in_steps(self, max_steps: int) -> "SchedSteps":
         """The parts of a run of ``max_steps``.
@@ -104,7 +117,7 @@ class OptimConfig:
                 f"{self.sched.name}",
                 fix="set model.optim.sched.name=WSD, or model.optim.sched.decay_steps=null",
             )
-        if self.sched.decays and self.sched.min_lr > self.lr:
+        if self.sched.decays and self.sched.lowest(self.lr) > self.lr:
             raise UserError(
                 f"model.optim.sched.min_lr={self.sched.min_lr} is above model.optim.lr={self.lr}",
                 fix="set model.optim.sched.min_lr to a tenth of model.optim.lr, or to 0",
@@ -129,8 +142,9 @@ def learning_rate(step: int, *, peak: float, sched: SchedConfig, max_steps: int)
     if not sched.decays:
         return peak
     end = max_steps - held
+    low = sched.lowest(peak)
     if step >= end:
-        return sched.min_lr
+        return low
     match sched.name:
         case "CosineAnnealing":
             steps, style = end - warmup, "cosine"
@@ -139,7 +153,7 @@ def learning_rate(step: int, *, peak: float, sched: SchedConfig, max_steps: int)
         case _:
             steps, style = max(1, min(decay, end - warmup)), sched.decay_style
     share = max(0.0, 1 - (end - step) / steps)
-    return sched.min_lr + (peak - sched.min_lr) * _remaining(share, style)
+    return low + (peak - low) * _remaining(share, style)
 
 
 def _remaining(share: float, style: str) -> float:

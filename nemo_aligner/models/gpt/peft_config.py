@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The settings of adapters. Imports no torch."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Literal
 
 from nemo_aligner.bounds import bounded, only
@@ -96,7 +96,7 @@ class PeftConfig:
     lora_tuning: LoRAConfig = field(default_factory=LoRAConfig)  # the adapters
 
     def check(self) -> None:
-        """Raise UserError for unknown layers, and for adapters to begin with where none are trained.
+        """Raise UserError for unknown layers, and for settings of adapters where none are trained.
 
         Raises:
             UserError: with the setting.
@@ -108,6 +108,17 @@ class PeftConfig:
                 f"model.peft.restore_from_path={self.restore_from_path} names adapters, and "
                 f"model.peft.peft_scheme={self.peft_scheme or 'null'}",
                 fix="set model.peft.peft_scheme=lora",
+            )
+        elif changed := [
+            spec.name
+            for spec in fields(LoRAConfig)
+            if getattr(self.lora_tuning, spec.name) != getattr(LoRAConfig(), spec.name)
+        ]:
+            key = f"model.peft.lora_tuning.{changed[0]}"
+            raise UserError(
+                f"{key}={getattr(self.lora_tuning, changed[0])} is of adapters, and with "
+                f"model.peft.peft_scheme={self.peft_scheme or 'null'} all weights are trained",
+                fix=f"set model.peft.peft_scheme=lora, or leave {key} out",
             )
 
     @property

@@ -28,6 +28,7 @@ class GPTPolicy(GPTLearner):
         model: the GPT that learns, scores and writes.
         end_ids: the tokens that end a response.
         detokenizer: a tokenizer, without which responses can have no end strings.
+        known_ids: :meth:`topk` seeks below this id; None: in the whole vocabulary.
     """
 
     def __init__(
@@ -38,9 +39,11 @@ class GPTPolicy(GPTLearner):
         detokenizer: Detokenizer | None = None,
         kept_logits_bytes: int = 1 << 30,
         seed: int = 1234,
+        known_ids: int | None = None,
     ) -> None:
         super().__init__(model, kept_logits_bytes=kept_logits_bytes, seed=seed)
         self.end_ids, self._detokenizer = tuple(end_ids), detokenizer
+        self._known_ids = known_ids or self.model.gpt_config.vocab_size
         self._reference: SwappedWeights | None = None
 
     def get_loss_and_metrics(
@@ -71,8 +74,8 @@ class GPTPolicy(GPTLearner):
 
     def topk(self, batch: TokenBatch, k: int) -> tuple[Tensor, Tensor]:
         """See :class:`~nemo_aligner.models.alignable_interface.TeacherInterface`; zeros before the last stage."""
-        k = min(k, self.model.gpt_config.vocab_size)
-        outputs = self._ask([batch], Wants.TOPK, top_k=k)
+        k = min(k, self._known_ids)
+        outputs = self._ask([batch], Wants.TOPK, top_k=k, known_ids=self._known_ids)
         if not outputs:
             empty = torch.zeros(*batch.tokens.shape, k, device=world.device())
             return empty, empty.long()

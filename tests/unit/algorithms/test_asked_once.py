@@ -110,7 +110,15 @@ def test_only_what_is_missing_is_asked(loader: BatchLoader, question: Callable, 
 
 
 @pytest.mark.parametrize(
-    "changed", [{"source": {"model": "b"}}, {"dataset": Numbers("others")}, {"max_length": 9}], ids=str
+    "changed",
+    [
+        {"source": {"model": "b"}},
+        {"dataset": Numbers("others")},
+        {"max_length": 9},
+        # Of as many files, which hold other rows.
+        {"sampler": GlobalBatchSampler(len(Numbers()), 5, shuffle=True, seed=5, drop_last=False)},
+    ],
+    ids=str,
 )
 def test_other_rows_or_another_source_are_asked_anew(
     loader: BatchLoader, question: Callable, tmp_path: Path, changed: dict[str, object]

@@ -67,6 +67,29 @@ def test_an_annotation_goes_on_where_it_was_interrupted(jsonl, tmp_path, batch_s
     assert part.read_text() == whole.read_text()
 
 
+def test_what_is_not_learned_is_not_learned_after_it_is_labeled(jsonl, tmp_path):
+    row = chat(3)
+    row["conversations"][1]["weight"] = 0
+    chats = RecordFile(jsonl(row, chat(2) | {"train": False}), read_chat)
+    annotate(chats, tmp_path / "out", lambda texts: list(map(count, texts)), **FORM, batch_size=8)
+    labeled = [read_chat(json.loads(line)) for line in (tmp_path / "out").open()]
+    learned = [[turns.learned(n) for n in range(4)] for turns in labeled]
+    assert learned == [[False, False, False, True], [False] * 4]
+
+
+@pytest.mark.parametrize(
+    ("bounds", "attributes", "problem"),
+    [
+        ((4, 0), [1.0, 1.0], "--bounds 4 0"),
+        ((0, 4), [1.0, float("nan")], "gives nan as questions"),
+        ((0, 4), [1.0], "gives 1 attributes"),
+    ],
+)
+def test_labels_that_would_say_nothing_are_refused(bounds, attributes, problem):
+    with pytest.raises(UserError, match=problem):
+        LabelForm(names=("length", "questions"), bounds=bounds).label(attributes)
+
+
 def test_a_response_that_is_too_long_has_no_label(jsonl, tmp_path):
     chats = RecordFile(jsonl(chat(3)), read_chat)
     annotate(chats, tmp_path / "out", lambda texts: [None, count(texts[1])], **FORM, batch_size=8)

@@ -155,6 +155,14 @@ def test_labels_of_messages(tmp_path, tokenizer, render):
     assert rows[1].labels == ((1.0, 2.0),)
 
 
+def test_conversations_that_differ_earlier_are_compared_by_rewards_alone(jsonl, tokenizer, render):
+    row = {"prompt": [ASK], "chosen": [GOOD, ASK, GOOD], "rejected": [BAD, ASK, BAD]}
+    pairs = comparisons(jsonl(row), tokenizer)
+    assert row_tests.tokens(pairs[0]) == [render(ASK, GOOD, ASK, GOOD), render(ASK, BAD, ASK, BAD)]
+    with pytest.raises(UserError, match="line 1: the conversations of 'chosen' and 'rejected' differ before"):
+        row_tests.comparisons(prefix(jsonl(row)), tokenizer, max_length=400, append_eod=True, generates=True)
+
+
 def test_a_generated_response_ends_with_its_turn(jsonl, tokenizer, render):
     rows = row_tests.comparisons(
         prefix(jsonl(PAIRS[0])), tokenizer, max_length=400, append_eod=True, generates=True

@@ -2,6 +2,7 @@
 """Plain text end to end: each token is predicted once, whatever the rows; documents and their places."""
 
 import itertools
+import logging
 
 import pytest
 
@@ -59,6 +60,15 @@ def test_a_part_of_the_documents(jsonl, encode):
     part = PlainTextDataset(texts, encode, max_seq_length=1000, within=range(1, 3))
     assert part[0].tokens == [*encode(TEXTS[1]), *encode(TEXTS[2])]
     assert part.fingerprint != PlainTextDataset(texts, encode, max_seq_length=1000).fingerprint
+
+
+def test_documents_that_are_not_learned_are_left_out_and_counted(jsonl, encode, caplog):
+    path = jsonl({"text": TEXTS[0]}, {"text": TEXTS[1], "weight": 0}, {"text": TEXTS[2], "train": True})
+    with caplog.at_level(logging.INFO):
+        dataset = PlainTextDataset(open_text(path), encode, max_seq_length=1000)
+    assert dataset[0].tokens == [*encode(TEXTS[0]), *encode(TEXTS[2])]
+    assert dataset.num_dropped == 1
+    assert "1 of 3 documents say that they are not learned" in caplog.text
 
 
 def test_rows_without_a_text_are_refused(jsonl):

@@ -249,6 +249,16 @@ def test_generated_responses_stand_after_the_tokens_of_their_prompt(jsonl, llama
         assert llama_like.decode(sequence.tokens[1:-1]) == prompt + response
 
 
+def test_an_empty_response_is_learned_by_its_end_alone(jsonl, bpe):
+    files = dict.fromkeys(
+        ("train", "validation"), str(jsonl({"prompt": "a" * 99, "chosen": " b", "rejected": ""}))
+    )
+    rows = comparisons(files, bpe, max_length=400, append_eod=True, generates=True)
+    assert sum(rows[0].sequences[1].loss_mask) == 1
+    with pytest.raises(UserError, match="line 1: an empty response has no token to learn"):
+        comparisons(files, bpe, max_length=400, append_eod=False, generates=True)
+
+
 def test_an_empty_response_names_its_line(jsonl, bpe):
     with pytest.raises(UserError, match="line 1: a text has 0 tokens"):
         comparisons(by_name(jsonl(*pair_rows(("", "12")))), bpe, generates=True)

@@ -6,14 +6,18 @@ from typing import Any
 
 import pytest
 import yaml
+from omegaconf import OmegaConf
 
+from nemo_aligner.config.base import TrainingJob
 from nemo_aligner.config.reward import RMJob
 from nemo_aligner.config.sft import SFTJob
+from nemo_aligner.config.short_names import short_names
 from nemo_aligner.errors import UserError
 from nemo_aligner.launch.command import find_commands, load_script
 from nemo_aligner.launch.ppo_jobs import words_of_jobs
-from nemo_aligner.launch.script import compose
+from nemo_aligner.launch.script import Script, compose
 from nemo_aligner.launch.words import full_words
+from nemo_aligner.settings import parse
 
 
 def composed(command: str, *words: str) -> dict[str, Any]:
@@ -24,6 +28,22 @@ def composed(command: str, *words: str) -> dict[str, Any]:
 def test_full_keys_and_flags_stay_as_they_are():
     words = ["model.optim.lr=1", "++model.num_layers=2", "~model.peft", "--cfg", "job", "name=x"]
     assert full_words(words, SFTJob)[-len(words) :] == words
+
+
+def test_what_a_command_sets_by_itself_is_no_mistake():
+    """Whatever the learning rate, and with nothing but what has no default."""
+    for name, file in find_commands().items():
+        script = load_script(file)
+        if not (isinstance(script, Script) and issubclass(script.kind, TrainingJob)):
+            continue
+        given = {
+            key: "x"
+            for key in ("model", "data", "out", "teacher", "reward")
+            if key in short_names(script.kind)
+        }
+        for more in ({}, {"lr": "1e-7"}):
+            words = [f"{key}={value}" for key, value in {**given, **more}.items()]
+            parse(OmegaConf.create(composed(name, *words)), script.kind).check()
 
 
 def test_short_names_in_order_so_that_the_last_one_counts():

@@ -64,6 +64,8 @@ def test_values_worked_by_hand():
         (changed(preference_loss="ipo", preference_average_log_probs=True), (1 / 2 + 2 / 3 - 1) ** 2),
         (changed(sft_loss_weight=2.0), math.log(1 + math.exp(-1.5)) + 2.0 * 2),
         (changed(sft_loss_weight=2.0, sft_average_log_probs=True), math.log(1 + math.exp(-1.5)) + 2.0),
+        # By default both parts are averaged, or none.
+        (changed(preference_loss_weight=0.0, sft_loss_weight=1.0, preference_average_log_probs=True), 1.0),
         (changed(preference_loss_weight=0.0, sft_loss_weight=1.0), 2.0),
     ):
         loss, metrics = objective(given, rows)

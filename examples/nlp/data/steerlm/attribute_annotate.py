@@ -17,9 +17,9 @@ from pathlib import Path
 import numpy as np
 
 from nemo_aligner.data.attributes import HELPSTEER, LabelForm, Rate, annotate
-from nemo_aligner.data.common_rows import Recognised, messages_row
+from nemo_aligner.data.chat import read_markable_chat
+from nemo_aligner.data.common_rows import Recognised
 from nemo_aligner.data.config import ChatPromptTokens
-from nemo_aligner.data.conversations import read_chat
 from nemo_aligner.data.records import RecordFile
 from nemo_aligner.errors import UserError
 from nemo_aligner.launch.cli import run_cli
@@ -53,12 +53,14 @@ def main() -> None:
     args = parser.parse_args()
     if args.output_file.exists() and not args.overwrite:
         raise UserError(f"{args.output_file} exists", fix="add --overwrite, or name another --output-file")
+    if args.batch_size < 1:
+        raise UserError(f"--batch-size {args.batch_size} is out of range", fix="set it to 1 or more")
     marks = dict(word.partition("=")[::2] for word in args.chat_prompt_tokens)
     if unknown := sorted(marks.keys() - set(tokens)):
         raise UserError(f"--chat-prompt-tokens: there is no {unknown[0]}", fix=f"use {', '.join(tokens)}")
     prompt_tokens = ChatPromptTokens(**marks)
     recognised, form = Recognised(args.input_file), LabelForm(names=args.attributes, bounds=args.bounds)
-    chats = RecordFile(args.input_file, lambda row: read_chat(messages_row(row, recognised)))
+    chats = RecordFile(args.input_file, lambda row: read_markable_chat(row, recognised))
     server = ServerAddress(
         setting="attribute_annotate.py", job="serve_reward_model.py", ip=args.host, port=args.port
     )

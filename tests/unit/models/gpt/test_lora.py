@@ -121,12 +121,18 @@ def test_logits_and_gradients_are_pefts(ours, theirs, batch, tmp_path):
     assert policy.optimizer_step()["grad_norm"] == pytest.approx(norm, rel=1e-4)
 
 
-def test_files_of_peft_are_read(ours, theirs, batch, tmp_path):
-    """What PEFT drew, trained and saved."""
+@pytest.mark.parametrize(
+    ("lora_alpha", "more"),
+    [(6, {}), (3, {"use_rslora": True}), (6, {"init_lora_weights": "orthogonal"})],
+    ids=str,
+)
+def test_files_of_peft_are_read(ours, theirs, batch, tmp_path, lora_alpha, more):
+    """What PEFT drew, trained and saved; 3 / sqrt(4) is 6 / 4."""
     names = ["q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "down_proj"]
     if hasattr(theirs.model.layers[0].mlp, "gate_proj"):
         names.append("gate_proj")
-    other = peft.get_peft_model(theirs, peft.LoraConfig(r=4, lora_alpha=6, target_modules=names))
+    settings = peft.LoraConfig(r=4, lora_alpha=lora_alpha, target_modules=names, **more)
+    other = peft.get_peft_model(theirs, settings)
     with torch.no_grad():
         for name, x in other.named_parameters():
             if "lora_B" in name:
@@ -183,6 +189,9 @@ def test_the_reference_has_the_adapters_of_the_beginning(ours, batch):
         ({"use_dora": True}, "use_dora=True is not supported", "use_dora=False"),
         ({"rank_pattern": {"q_proj": 2}}, "rank_pattern=", "rank_pattern={}"),
         ({"peft_type": "IA3"}, "peft_type=IA3 is not supported", "LORA"),
+        ({"r": None}, "r=None and lora_alpha=6.0 are not two numbers", "again"),
+        ({"use_rslora": True}, "r=4 and lora_alpha=6.0, use_rslora=True", "alpha=12.0"),
+        ({"init_lora_weights": "pissa"}, "init_lora_weights=pissa goes with a base", "convert"),
     ],
 )
 def test_other_adapters_are_refused(ours, tmp_path, changed, problem, fix):
