@@ -200,7 +200,7 @@ EXPERIMENTS = {
             Job(
                 name="own_responses",
                 command="on_policy_distillation model=KNOWLEDGE_DISTILLATION teacher=SMOLLM2 "
-                "data=DATA/asked_train.jsonl validation=DATA/asked_validation.jsonl lr=1e-3 seq_length=192 "
+                "data=DATA/asked_train.jsonl validation=DATA/asked_validation.jsonl lr=3e-4 seq_length=192 "
                 f"batch_size=32 micro_batch_size=32 {_ALWAYS} {_UNSAVED} trainer.ppo.max_steps=40 "
                 "trainer.ppo.val_check_interval=10 trainer.ppo.val_before_train=True model.ppo.num_rollout_samples=32 "
                 "model.ppo.num_val_samples=64 model.ppo.length_params.max_length=32",

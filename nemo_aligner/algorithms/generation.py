@@ -9,12 +9,15 @@ import queue
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from nemo_aligner.algorithms.rollout import text_of_response
+from nemo_aligner.batch import concatenated
 from nemo_aligner.data.records import RecordFile
 from nemo_aligner.data.requests import GenerateRequest, tokens_of
 from nemo_aligner.data.tokenizer import Message, Tokenizer
@@ -29,6 +32,7 @@ logger = logging.getLogger(__name__)
 
 # ranks that wait for a person hear so often from the one who listens, so no collective times out
 TICK_SECONDS = 10.0
+Score = Callable[[Rollout], Tensor]  # the [N] rewards of responses that every rank has; called by all ranks
 PROMPT_SIGN = "> "
 HELP = "Type to the model; /new starts another conversation, /exit or Ctrl-D ends."
 
@@ -43,16 +47,33 @@ class TextGenerator:
     end_ids: Sequence[int]  # tokens that end a response
     slots: int  # responses that each data parallel rank generates at once
 
-    def generate_file(self, requests: RecordFile[GenerateRequest], output: Path, *, num_samples: int) -> None:
+    def generate_file(
+        self,
+        requests: RecordFile[GenerateRequest],
+        output: Path,
+        *,
+        num_samples: int,
+        score: Score | None = None,
+        top_n: int | None = None,
+    ) -> None:
         """Generate responses to every request and write a line of JSON for each, in the order of the requests.
 
         Its keys: prompt, answer, finished (False where max_length or the model's positions cut it), logprob (the sum
-        over the response's tokens, of the distribution that they were drawn from), num_tokens.
+        over the response's tokens, of the distribution that they were drawn from), num_tokens; reward.
+
+        Args:
+            requests: the prompts.
+            output: the file to write.
+            num_samples: responses to each prompt.
+            score: gives the rewards; None: there are none.
+            top_n: of the responses to a prompt, those that are written, by reward; None: all.
 
         Raises:
             UserError: a prompt leaves no room for a response, or its response has no finite log-prob; naming its line.
+                Or there is a response without a reward.
         """
-        mine = range(len(requests) * num_samples)[world.dp_rank() :: world.dp_size()]
+        every = range(len(requests) * num_samples)
+        mine = every[world.dp_rank() :: world.dp_size()]
         prompts = [self._prompt(requests, *divmod(i, num_samples)) for i in mine]
         bar = ProgressBar(
             total=len(prompts), enabled=world.is_logging_rank(), name="response", unit="response"
@@ -69,16 +90,22 @@ class TextGenerator:
                 rollout = self.policy.generate(prompts, self.sampling, slots=self.slots, watch=watch)
         finally:
             bar.close()
-        rows = {i: row for i, row in zip(mine, self._rows(requests, rollout), strict=True)}
-        every = collectives.merged_over_data_parallel(rows)
-        for i, row in every.items():
+        rollout = concatenated(collectives.all_gather_objects_dp(rollout))
+        order = [i for rank in range(world.dp_size()) for i in every[rank :: world.dp_size()]]
+        rows = dict(zip(order, self._rows(requests, rollout), strict=True))
+        for i, row in rows.items():
             if not math.isfinite(row["logprob"]):
                 raise _not_finite(requests.where(i // num_samples))
-        if world.is_logging_rank():
-            lines = [json.dumps(every[i], ensure_ascii=False) + "\n" for i in sorted(every)]
-            output.parent.mkdir(parents=True, exist_ok=True)
-            output.write_text("".join(lines), encoding="utf-8")
-            logger.info("%d responses in %s", len(lines), output)
+        if score is not None:
+            try:
+                rewards = [float(reward) for reward in score(rollout)]
+            except UserError:
+                _write_rows(output.with_name(f"{output.stem}.without_rewards{output.suffix}"), rows, every)
+                raise
+            for i, reward in zip(order, rewards, strict=True):
+                rows[i]["reward"] = reward
+        chosen = every if top_n is None else _best(rows, num_samples=num_samples, top_n=top_n)
+        _write_rows(output, rows, chosen)
 
     def _prompt(self, requests: RecordFile[GenerateRequest], number: int, sample: int) -> Prompt:
         with located(lambda: f"{requests.where(number)}: "):
@@ -86,18 +113,19 @@ class TextGenerator:
             tokens = tokens_of(request.prompt, self.tokenizer, tools=request.tools)
         return Prompt(tokens=tokens, number=number, sample=sample)
 
-    def _rows(self, requests: RecordFile[GenerateRequest], rollout: Rollout) -> Iterator[Mapping[str, Any]]:
+    def _rows(self, requests: RecordFile[GenerateRequest], rollout: Rollout) -> Iterator[dict[str, Any]]:
         sums = rollout.per_sequence(rollout.sampler_logprobs.double())
         for row in range(rollout.num_rows):
             yield {
                 "prompt": requests[int(rollout.group[row])].prompt,
-                "answer": self._text(rollout, row),
+                "answer": self.response_text(rollout, row),
                 "finished": bool(rollout.finished[row]),
                 "logprob": float(sums[row]),
                 "num_tokens": len(rollout.response(row)),
             }
 
-    def _text(self, rollout: Rollout, row: int) -> str:
+    def response_text(self, rollout: Rollout, row: int) -> str:
+        """The text of a response, without what ended it."""
         ends = self.end_ids, self.sampling.end_strings
         return text_of_response(rollout, row, *ends, decode=self.tokenizer.decode)
 
@@ -136,9 +164,23 @@ class TextGenerator:
         rollout = self.policy.generate([prompt], self.sampling, slots=1, watch=watch)
         if not rollout.sampler_logprobs.isfinite().all():
             raise _not_finite("this turn")
-        response = self._text(rollout, 0)
+        response = self.response_text(rollout, 0)
         _write(f"{stream.rest(response)}\n")
         messages[:] = [*asked, {"role": "assistant", "content": response}]
+
+
+def _best(rows: Mapping[int, Mapping[str, Any]], *, num_samples: int, top_n: int) -> list[int]:
+    """Of each prompt's rows the ``top_n`` of the highest rewards, the best first; of equal ones the first."""
+    groups = (range(start, start + num_samples) for start in range(0, len(rows), num_samples))
+    return [i for group in groups for i in sorted(group, key=lambda i: -rows[i]["reward"])[:top_n]]
+
+
+def _write_rows(path: Path, rows: Mapping[int, Mapping[str, Any]], chosen: Iterable[int]) -> None:
+    if world.is_logging_rank():
+        lines = [json.dumps(rows[i], ensure_ascii=False) + "\n" for i in chosen]
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("".join(lines), encoding="utf-8")
+        logger.info("%d responses in %s", len(lines), path)
 
 
 class StreamedResponse:

@@ -65,6 +65,7 @@ def score_by_functions(
     prompts: Mapping[int, Row],
     *,
     text: Callable[[Rollout, int], str],
+    block: str = "trainer.ppo.rewards.",
 ) -> dict[str, Tensor]:
     """Return each function's [N] float32 rewards, on every rank. Called by all ranks.
 
@@ -73,6 +74,7 @@ def score_by_functions(
         rollout: the whole one.
         prompts: those of this data parallel rank, by number; it scores the responses to them.
         text: of the response in a row.
+        block: what stands before a name in messages.
 
     Raises:
         NotFinite: a function failed, or its reward is no finite number.
@@ -86,7 +88,7 @@ def score_by_functions(
         parts = collectives.of_all_ranks(mine)
     for part in parts:
         if isinstance(part, _Failed):
-            raise NotFinite(UserError(part.problem, fix="correct the function"))
+            raise NotFinite(UserError(f"{block}{part.problem}", fix="correct the function"))
     known = {row: rewards for part in parts if isinstance(part, dict) for row, rewards in part.items()}
     table = torch.tensor([known[row] for row in range(rollout.num_rows)], dtype=torch.float32)
     return dict(zip(functions, table.unbind(1), strict=True))
@@ -111,11 +113,9 @@ def _score(
             except Exception as error:  # a person's code, whose failure every rank must hear of
                 theirs = traceback.extract_tb(error.__traceback__)[1:]
                 place = f" ({theirs[-1].filename}, line {theirs[-1].lineno})" if theirs else ""
-                return _Failed(
-                    f"trainer.ppo.rewards.{name}: {type(error).__name__}: {error}{place}; the row: {prompt.extras}"
-                )
+                return _Failed(f"{name}: {type(error).__name__}: {error}{place}; the row: {prompt.extras}")
             if not math.isfinite(reward):
-                return _Failed(f"trainer.ppo.rewards.{name} gave {reward}; the row: {prompt.extras}")
+                return _Failed(f"{name} gave {reward}; the row: {prompt.extras}")
             found[row].append(reward)
     return found
 

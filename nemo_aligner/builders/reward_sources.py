@@ -3,7 +3,7 @@
 
 import logging
 import secrets
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -62,35 +62,43 @@ def _open_servers(
     remote, talks = job.remote_critic_rm, world.is_logging_rank()
     if remote is not None and job.trainer.ppo.asks_critic:
         critic = _connect_critic(job, remote, run, start) if talks else None
-        with _connected(job, remote, pretrained, critic):
+        with connected(critic, _actor(job, pretrained), stopped=_stopped(remote, critic)):
             yield RewardSources(critic=CriticProxy(critic))
     elif remote is not None and job.rewards_served_by is not None:
         reward = _connect_reward(remote) if talks else None
-        with _connected(job, remote, pretrained, reward):
+        with connected(reward, _actor(job, pretrained), stopped=_stopped(remote, reward)):
             yield RewardSources(reward=RewardProxy(reward))
     else:
         yield RewardSources()
 
 
 @contextmanager
-def _connected(
-    job: ActorJob,
-    remote: RemoteConfig,
-    pretrained: Pretrained[GPTPolicy],
+def connected(
     server: RemoteCritic | RemoteReward | None,
+    actor: Actor,
+    *,
+    stopped: Sequence[RemoteCritic | RemoteReward],
 ) -> Iterator[None]:
-    """From when the servers are up and compatible, as every rank hears, until they are stopped after a good run."""
+    """From when the servers are up and compatible, as every rank hears, until they are let go.
+
+    Args:
+        server: on rank 0, elsewhere None; the one that it asks is looked at too.
+        actor: what the servers must fit.
+        stopped: of both those that are asked to end after a good run.
+
+    Raises:
+        UserError: a server does not come up in time, or does not fit.
+    """
     try:
         heard: PendingReply[None] = PendingReply(
-            server.submit(lambda: _compare(job, pretrained, server)) if server else None
+            server.submit(lambda: _compare(actor, server)) if server else None
         )
         try:
             heard.result()
         except CriticUnavailable as lost:
             raise lost.error from lost
         yield
-        if server is not None:
-            _stop(remote, server)
+        _stop(stopped)
     finally:
         if server is not None:
             server.close()
@@ -125,8 +133,16 @@ def _servers(server: RemoteCritic | RemoteReward) -> list[RemoteCritic | RemoteR
     return [server] if apart is None else [server, apart]
 
 
-def _compare(job: ActorJob, pretrained: Pretrained[GPTPolicy], server: RemoteCritic | RemoteReward) -> None:
-    actor = Actor(
+def _stopped(
+    config: RemoteConfig, server: RemoteCritic | RemoteReward | None
+) -> list[RemoteCritic | RemoteReward]:
+    """Of the jobs that this one asks, those that end with its run."""
+    asked = {True: config.critic.stop_at_end, False: config.reward_model.stop_at_end}
+    return [one for one in _servers(server) if asked[isinstance(one, RemoteCritic)]] if server else []
+
+
+def _actor(job: ActorJob, pretrained: Pretrained[GPTPolicy]) -> Actor:
+    return Actor(
         vocab_size=pretrained.learner.model.gpt_config.vocab_size,
         longest=longest_rollout(job, pretrained),
         tokenizer=tokenizer_probe(pretrained.tokenizer),
@@ -135,17 +151,17 @@ def _compare(job: ActorJob, pretrained: Pretrained[GPTPolicy], server: RemoteCri
         saves=job.exp_manager.create_checkpoint_callback,
         needs_rewards=job.rewards_served_by == "critic",
     )
+
+
+def _compare(actor: Actor, server: RemoteCritic | RemoteReward) -> None:
     for one in _servers(server):
         for slow in compare(one.name, one.health(), actor):
             logger.warning("%s", slow)
         logger.info("%s is up", one.name)
 
 
-def _stop(config: RemoteConfig, server: RemoteCritic | RemoteReward) -> None:
-    for one in _servers(server):
-        block = config.critic if isinstance(one, RemoteCritic) else config.reward_model
-        if not block.stop_at_end:
-            continue
+def _stop(servers: Sequence[RemoteCritic | RemoteReward]) -> None:
+    for one in servers:
         try:
             heard = one.stop()
         except UserError as error:

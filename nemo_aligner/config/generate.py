@@ -7,6 +7,7 @@ from pathlib import Path
 
 from nemo_aligner.bounds import bounded
 from nemo_aligner.config.base import ModelConfig, ModelJob, TrainerConfig
+from nemo_aligner.config.ppo import RewardRemoteConfig
 from nemo_aligner.data.config import unescape
 from nemo_aligner.errors import UserError
 from nemo_aligner.models.gpt.learning_rate import OptimConfig
@@ -34,10 +35,16 @@ class GenerateJob(ModelJob):
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     # JSONL of {"text"}, {"prompt"} or {"messages"}; null: a conversation at the terminal
     input_file: PathText | None = None
-    # JSONL of prompt, answer, finished, logprob and num_tokens, one line per response
+    # JSONL of prompt, answer, finished, logprob and num_tokens, and reward if asked, one line per response
     output_file: PathText | None = None
     overwrite: bool = False  # True: replace an output_file that exists
     num_samples: int = bounded(1, at_least=1, message=_NOT_ONE)  # responses to each prompt
+    # a Python function, MODULE.NAME, whose reward of each response is written beside it, as in trainer.ppo.rewards
+    reward_function: str | None = None
+    # or the served reward model that gives it, serve_reward_model.py; {} for its defaults
+    reward_model: RewardRemoteConfig | None = None
+    # of the responses to each prompt, so many of the highest rewards are written, the best first; null: all
+    top_n: int | None = bounded(None, at_least=1)
     # responses that a data parallel rank generates at once; each takes its key/value cache's memory
     batch_size: int = bounded(64, at_least=1, message=_NOT_ONE)
 
@@ -66,6 +73,26 @@ class GenerateJob(ModelJob):
             )
             raise UserError(
                 f"{given} is set and {missing} is not", fix="set both, or neither for a conversation"
+            )
+        rewards = self.reward_function is not None, self.reward_model is not None
+        if all(rewards):
+            raise UserError(
+                "reward_function and reward_model are both set, and a response has one reward",
+                fix="set one of them to null",
+            )
+        if any(rewards) and self.input_file is None:
+            raise UserError(
+                "a reward is asked for, and a conversation at the terminal has none", fix="set input_file"
+            )
+        if self.top_n is not None and not any(rewards):
+            raise UserError(
+                f"top_n={self.top_n} compares responses by their rewards, and there are none",
+                fix="set reward_function or reward_model",
+            )
+        if self.top_n is not None and self.top_n > self.num_samples:
+            raise UserError(
+                f"top_n={self.top_n} is more than num_samples={self.num_samples}",
+                fix="set num_samples to the responses that the best are taken from, for instance 16",
             )
         if self.model.optim != OptimConfig():
             raise UserError("model.optim is set, and nothing is trained", fix="remove it")

@@ -71,7 +71,7 @@ class ActorModelConfig(BatchedModelConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class RewardRemoteConfig:
-    """The ``remote_critic_rm.reward_model`` block."""
+    """Where a reward model is served: the ``remote_critic_rm.reward_model`` block, and that of generate.py."""
 
     name: str = "reward_model"  # the endpoint's name
     ip: str = "localhost"  # its host

@@ -10,7 +10,7 @@ SHORT_NAMES: dict[str, tuple[str, ...]] = {
     "model": ("model.restore_from_path", "pretrained_checkpoint.restore_from_path", "rm_model_file"),
     "data": ("model.data.train_ds.file_path", "model.data.data_prefix.train", "input_file"),
     "validation": ("model.data.validation_ds.file_path", "model.data.data_prefix.validation"),
-    "reward": ("trainer.ppo.rewards.rule.function",),
+    "reward": ("trainer.ppo.rewards.rule.function", "reward_function"),
     "teacher": ("model.*.teacher",),
     "chat": ("model.data.chat",),
     "out": ("exp_manager.explicit_log_dir", "output_file"),

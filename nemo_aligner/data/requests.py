@@ -2,7 +2,7 @@
 """Rows that ask a model for a response: {"text": ...}, {"prompt": ...} or {"messages": [{"role", "content"}, ...]}."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from nemo_aligner.data.common_rows import Recognised, prompt_of, refuse_unread
@@ -21,6 +21,7 @@ class GenerateRequest:
 
     prompt: str | list[Message]  # text that goes on, or a conversation whose next turn is the assistant's
     tools: Tools = None  # JSON schemas of the functions that may be called
+    row: Mapping[str, object] = field(default_factory=dict)  # the JSON object that it stands in
 
 
 def open_requests(path: str | Path) -> RecordFile[GenerateRequest]:
@@ -39,9 +40,9 @@ def read_request(row: Mapping[str, object]) -> GenerateRequest:
         if key in row:
             is_chat = key == "messages" or isinstance(row[key], list)
             if is_chat:
-                return GenerateRequest(prompt=read_messages(row, key), tools=read_tools(row))
+                return GenerateRequest(prompt=read_messages(row, key), tools=read_tools(row), row=row)
             refuse_unread(row, read=("weight", "train"), fix='write the request as "messages", with roles')
-            return GenerateRequest(prompt=text_field(row, key))
+            return GenerateRequest(prompt=text_field(row, key), row=row)
     raise UserError(
         f"the row asks for nothing: it has {keys_of(row)}", fix='give it "text", "prompt" or "messages"'
     )

@@ -18,6 +18,8 @@ class Actor:
     request_rows_setting: str
     saves: bool
     needs_rewards: bool  # from the critic's job
+    # what makes a prompt and its response shorter
+    length_settings: str = "model.ppo.length_params.max_length and model.data.seq_length"
 
 
 def compare(name: str, server: Health, actor: Actor) -> list[str]:
@@ -44,7 +46,7 @@ def compare(name: str, server: Health, actor: Actor) -> list[str]:
         raise UserError(
             f"{name} takes {server.seq_length} tokens, and the actor may send {actor.longest}",
             fix=f"set model.encoder_seq_length={server.seq_length} in the actor's job, or a smaller "
-            "model.ppo.length_params.max_length and model.data.seq_length",
+            f"{actor.length_settings}",
         )
     attributes = settings.get("num_rewards")
     if isinstance(attributes, int) and attributes > 1:

@@ -10,9 +10,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
-from nemo_aligner.checkpoint.convert import import_from_huggingface
+from nemo_aligner.checkpoint.convert import export_to_huggingface, import_from_huggingface
+from nemo_aligner.launch.job_group import free_ports
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "examples/nlp/gpt/generate.py"
@@ -118,6 +119,100 @@ def test_samples_are_the_same_on_two_ranks(
     again = run(asked, command=(SCRIPT,))
     assert again.process.returncode == 2
     assert "one.jsonl exists" in again.err
+
+
+def test_the_best_of_several_responses(
+    chatty: tuple[Path, Path], questions: Path, tmp_path: Path, run: Callable
+):
+    """Rewarded by a function, which sees the row; on two ranks, whose rows are interleaved."""
+    (tmp_path / "by_length.py").write_text(
+        "def score(prompt, response, tokens, row):\n"
+        "    assert prompt == row['text'] if 'text' in row else True\n"
+        "    return 1 / len(tokens)\n\n"
+        "def fails(response, **_):\n    return 1 / 0\n"
+    )
+    asked = settings(chatty[1], questions, tmp_path / "all.jsonl") | {
+        "num_samples": 4,
+        "reward_function": "by_length.score",
+        "sampling.min_length": 1,
+    }
+    best = asked | {"output_file": tmp_path / "best.jsonl", "top_n": 2, "trainer.devices": 2}
+    for each in (asked, best):
+        job = run(each, command=(SCRIPT,))
+        assert job.process.returncode == 0, job.err[-3000:]
+    every, found = lines(tmp_path / "all.jsonl"), lines(tmp_path / "best.jsonl")
+    assert all(row["reward"] == pytest.approx(1 / row["num_tokens"]) for row in every)
+    assert (len(every), len(found)) == (4 * len(ROWS), 2 * len(ROWS))
+    for number in range(len(ROWS)):
+        group = sorted(every[4 * number : 4 * number + 4], key=lambda row: -row["reward"])[:2]
+        chosen = found[2 * number : 2 * number + 2]
+        assert [row["answer"] for row in chosen] == [row["answer"] for row in group]
+
+    failed = run(
+        asked | {"reward_function": "by_length.fails", "output_file": tmp_path / "none.jsonl"},
+        command=(SCRIPT,),
+    )
+    assert failed.process.returncode == 2
+    assert "reward_function: ZeroDivisionError" in failed.err
+    assert len(lines(tmp_path / "none.without_rewards.jsonl")) == 4 * len(ROWS)
+    assert not (tmp_path / "none.jsonl").exists()
+
+
+def test_a_served_reward_model_rewards(
+    reward_nemo: Path,
+    nemo: Path,
+    questions: Path,
+    start: Callable,
+    run: Callable,
+    short_tmp: Path,
+    tmp_path: Path,
+):
+    questions.write_text("".join(json.dumps({"text": text}) + "\n" for text in ("one:", "two, longer:")))
+    port = free_ports(1)[0]
+    serving = {"rm_model_file": reward_nemo, "trainer.precision": 32, "inference.port": port}
+    server = start(
+        serving, command=[ROOT / "examples/nlp/gpt/serve_reward_model.py"], env={"TMPDIR": str(short_tmp)}
+    )
+    asked = settings(nemo, questions, tmp_path / "out.jsonl") | {
+        "num_samples": 16,
+        "sampling.max_length": 2,
+        "reward_model": f"{{port: {port}, stop_at_end: true}}",
+    }
+    job = run(asked, command=(SCRIPT,))
+    assert job.process.returncode == 0, job.err[-3000:] + server.err[-3000:]
+    assert server.wait(timeout=60) == 0
+    export_to_huggingface(reward_nemo, tmp_path / "reward")
+    model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "reward").eval()
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "reward")
+    compared = 0
+    for row in lines(tmp_path / "out.jsonl"):
+        ids = tokenizer.encode(row["prompt"] + row["answer"], add_special_tokens=False)
+        if row["finished"] or len(ids) != len(row["prompt"]) + row["num_tokens"]:
+            continue  # the text is not all that was generated
+        compared += 1
+        with torch.no_grad():
+            expected = model(torch.tensor([ids])).logits.item()
+        assert row["reward"] == pytest.approx(expected, abs=1e-4)
+    assert compared
+
+
+@pytest.mark.parametrize(
+    ("changed", "problem"),
+    [
+        ({"top_n": 1}, "there are none"),
+        (
+            {"top_n": 3, "num_samples": 2, "reward_function": "math.fsum"},
+            "top_n=3 is more than num_samples=2",
+        ),
+        ({"reward_function": "math.fsum", "reward_model": "{}"}, "are both set"),
+    ],
+)
+def test_rewards_that_make_no_sense_are_refused(
+    nemo: Path, questions: Path, tmp_path: Path, run: Callable, changed: dict[str, object], problem: str
+):
+    job = run(settings(nemo, questions, tmp_path / "out.jsonl") | changed, command=(SCRIPT,))
+    assert job.process.returncode == 2
+    assert problem in job.err
 
 
 @pytest.mark.parametrize("ranks", [1, 2])

@@ -18,6 +18,7 @@ def main(job: GenerateJob) -> None:
     """Let a language model write."""
     from nemo_aligner import builders
     from nemo_aligner.algorithms.generation import TextGenerator
+    from nemo_aligner.builders.scores import open_score
     from nemo_aligner.data.requests import open_requests
 
     requests = None if job.input_file is None else open_requests(job.input_file)
@@ -31,8 +32,11 @@ def main(job: GenerateJob) -> None:
     )
     if requests is None or job.output_file is None:
         generator.converse()
-    else:
-        generator.generate_file(requests, Path(job.output_file), num_samples=job.num_samples)
+        return
+    with open_score(job, pretrained, requests, generator) as score:
+        generator.generate_file(
+            requests, Path(job.output_file), num_samples=job.num_samples, score=score, top_n=job.top_n
+        )
 
 
 if __name__ == "__main__":

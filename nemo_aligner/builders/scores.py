@@ -1,0 +1,110 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From the settings of generate.py to what gives a reward to each of its responses."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from torch import Tensor
+
+from nemo_aligner.algorithms.generation import Score, TextGenerator
+from nemo_aligner.algorithms.rewards import load_function, score_by_functions
+from nemo_aligner.algorithms.rollout import trim_padding
+from nemo_aligner.builders.models import Pretrained
+from nemo_aligner.builders.reward_sources import connected
+from nemo_aligner.config.generate import GenerateJob
+from nemo_aligner.data.records import RecordFile
+from nemo_aligner.data.rendering import render_prompt
+from nemo_aligner.data.requests import GenerateRequest, tokens_of
+from nemo_aligner.data.row import Row
+from nemo_aligner.data.tokenizer import Tokenizer, tokenizer_probe
+from nemo_aligner.errors import Unwound
+from nemo_aligner.models.gpt.policy import GPTPolicy
+from nemo_aligner.parallel import world
+from nemo_aligner.rollout_batch import Rollout
+from nemo_aligner.serving.client import RemoteReward, ServerAddress
+from nemo_aligner.serving.compatibility import Actor
+from nemo_aligner.serving.proxies import RewardProxy
+
+
+@contextmanager
+def open_score(
+    job: GenerateJob,
+    pretrained: Pretrained[GPTPolicy],
+    requests: RecordFile[GenerateRequest],
+    generator: TextGenerator,
+) -> Iterator[Score | None]:
+    """What gives the rewards, known to work before anything is generated; None where none are asked for.
+
+    Raises:
+        UserError: there is no such function, or no server that fits.
+    """
+    if job.reward_function is not None:
+        yield _by_function(job.reward_function, requests, generator)
+    elif job.reward_model is not None:
+        address = ServerAddress(
+            setting="reward_model",
+            job="serve_reward_model.py",
+            ip=job.reward_model.ip,
+            port=job.reward_model.port,
+        )
+        server = RemoteReward(address, name=job.reward_model.name) if world.is_logging_rank() else None
+        actor = Actor(
+            vocab_size=pretrained.learner.model.gpt_config.vocab_size,
+            longest=_longest(job, pretrained, requests, generator.tokenizer),
+            tokenizer=tokenizer_probe(generator.tokenizer),
+            request_rows=job.batch_size,
+            request_rows_setting="batch_size",
+            saves=False,
+            needs_rewards=False,
+            length_settings="sampling.max_length",
+        )
+        with connected(server, actor, stopped=[server] if server and job.reward_model.stop_at_end else []):
+            yield _by_server(RewardProxy(server), rows=job.batch_size)
+    else:
+        yield None
+
+
+def _by_function(path: str, requests: RecordFile[GenerateRequest], generator: TextGenerator) -> Score:
+    function = load_function("reward_function", path)
+
+    def score(rollout: Rollout) -> Tensor:
+        numbers = range(len(requests))[world.dp_rank() :: world.dp_size()]
+        prompts = {number: _row(requests[number], generator.tokenizer) for number in numbers}
+        named = {"reward_function": function}
+        try:
+            found = score_by_functions(named, rollout, prompts, text=generator.response_text, block="")
+        except Unwound as failed:
+            raise failed.error from failed
+        return found["reward_function"]
+
+    return score
+
+
+def _row(request: GenerateRequest, tokenizer: Tokenizer) -> Row:
+    """A request as reward functions see it."""
+    prompt = request.prompt
+    text = prompt if isinstance(prompt, str) else render_prompt(tokenizer, prompt, request.tools)
+    return Row(sequences=(), text=text, extras=request.row)
+
+
+def _by_server(server: RewardProxy, *, rows: int) -> Score:
+    def score(rollout: Rollout) -> Tensor:
+        try:
+            return server.score(trim_padding(rollout, multiple=1), rows=rows).result()
+        except Unwound as lost:
+            raise lost.error from lost
+
+    return score
+
+
+def _longest(
+    job: GenerateJob,
+    pretrained: Pretrained[GPTPolicy],
+    requests: RecordFile[GenerateRequest],
+    tokenizer: Tokenizer,
+) -> int:
+    """Tokens of the longest prompt and response together."""
+    asked = (requests[number] for number in range(len(requests)))
+    longest = max(len(tokens_of(one.prompt, tokenizer, tools=one.tools)) for one in asked)
+    positions = pretrained.learner.model.gpt_config.max_position_embeddings
+    return min(longest + job.sampling.max_length, positions)
