@@ -1,5 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The keys of NeMo-Aligner's files that are accepted and change nothing, each with what happens instead."""
+"""The keys of NeMo-Aligner's files that have other names here, or are accepted and change nothing."""
+
+# The keys of NeMo-Aligner's that are known here by another name.
+RENAMED = {
+    "model.dpo.average_log_probs": "model.dpo.preference_average_log_probs",
+    "model.rs": "model.ppo",
+    "model.ppo.num_rollouts_per_prompt": "model.ppo.num_responses_per_prompt",
+    "model.ppo.top_n_rollouts": "trainer.ppo.top_n",
+    "trainer.rs": "trainer.ppo",
+}
 
 # (key, values that ask for nothing, what happens instead). No key that changes numbers may stand here.
 NO_EFFECT: tuple[tuple[str, tuple[object, ...], str], ...] = (

@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from nemo_aligner.compatibility import ACCEPTED, NO_EFFECT
+from nemo_aligner.compatibility import ACCEPTED, NO_EFFECT, RENAMED
 from nemo_aligner.errors import UserError
 from nemo_aligner.models.gpt.config import ARCHITECTURE_KEYS, GPTConfig
 from nemo_aligner.paths import PathText, expand_home
@@ -200,6 +200,8 @@ def _suggestion(key: str, known: list[str], everywhere: Sequence[str]) -> str:
         known: names that are known in its block.
         everywhere: all dotted keys.
     """
+    if key in RENAMED:
+        return f"use {RENAMED[key]}, its name here"
     prefix, dot, name = key.rpartition(".")
     prefix += dot
     by_name: dict[str, list[str]] = {}

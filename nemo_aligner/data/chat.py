@@ -38,6 +38,10 @@ def read_markable_chat(row: Mapping[str, object], recognised: Recognised) -> Cha
             raise _not_shown(f"the role {turn.speaker!r} of turn {number}")
         if more := [key for key, value in turn.message.items() if value and key in _MEANINGFUL]:
             raise _not_shown(f"key {more[0]!r} of turn {number}")
+    if chat.kind is None and any(turn.label for turn in chat.turns):
+        recognised.say(
+            "labels of turns, and no type", "conversations without labels; VALUE_TO_TEXT shows them"
+        )
     return chat
 
 

@@ -81,7 +81,7 @@ def open_text(path: str | Path, *, most: int | None = None) -> Records[str | Non
     Raises:
         UserError: the file or a row cannot be read.
     """
-    if Path(path).suffix == ".txt":
+    if Path(path).suffix.lower() == ".txt":
         return TextFile(path)
     return RecordFile(path, _learned_text, most=most)
 

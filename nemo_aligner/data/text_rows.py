@@ -205,8 +205,12 @@ class _PairReader:
             return TextRow(prompt="", responses=(text_field(row, "text"),), extras=row)
         if _has_messages(row):
             return self._of_messages(row)
+        # A row may repeat its prompt, or a part of it, as an instruction.
+        repeats = "prompt" not in row or str(row.get("instruction")) in str(row["prompt"])
         refuse_unread(
-            row, read=("instruction",), fix="write it into the prompt, or write the row as messages"
+            row,
+            read=("instruction",) if repeats else (),
+            fix="write it into the prompt, or write the row as messages",
         )
         if "prompt" not in row:
             self._recognised.say(

@@ -9,7 +9,7 @@ import hydra
 import pytest
 from omegaconf import DictConfig, OmegaConf
 
-from nemo_aligner.compatibility import NO_EFFECT
+from nemo_aligner.compatibility import NO_EFFECT, RENAMED
 from nemo_aligner.config.ppo import ActorJob
 from nemo_aligner.config.reward import RMJob
 from nemo_aligner.config.serve import CriticJob
@@ -200,6 +200,22 @@ def test_unknown_keys_are_reported_all_at_once():
         assert key in problem
         assert f"{key}: " in fix
     assert "trainer.prescision: did you mean trainer.precision?" in fix
+
+
+@pytest.mark.parametrize(
+    ("command", "key", "told"),
+    [
+        ("dpo", "model.dpo.average_log_probs", "model.dpo.average_log_probs"),
+        ("rs", "model.rs.top_n_rollouts", "model.rs"),
+        ("rs", "model.ppo.top_n_rollouts", "model.ppo.top_n_rollouts"),
+    ],
+)
+def test_a_key_by_its_old_name_is_told_its_new_one(command: str, key: str, told: str):
+    kind = load_script(find_commands()[command]).kind
+    with pytest.raises(UserError, match=f"unknown key {told}\n") as caught:
+        parse(compose(f"++{key}=1", name=f"gpt_{command}"), kind)
+    assert f"use {RENAMED[told]}" in caught.value.fix
+    assert is_field(kind, RENAMED[told])
 
 
 def test_what_a_block_knows_of_itself_is_no_key():

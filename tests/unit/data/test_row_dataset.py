@@ -249,6 +249,17 @@ def test_generated_responses_stand_after_the_tokens_of_their_prompt(jsonl, llama
         assert llama_like.decode(sequence.tokens[1:-1]) == prompt + response
 
 
+def test_an_instruction_beside_a_prompt_is_not_lost(jsonl, bpe):
+    pair = {"prompt": "Q: why?", "chosen": " so", "rejected": " no"}
+    for instruction, lost in (("why?", False), ("answer in French", True)):
+        path = jsonl(pair | {"instruction": instruction})
+        if not lost:
+            open_pairs(path, bpe)
+            continue
+        with pytest.raises(UserError, match="line 1: key 'instruction' has the value answer in French"):
+            open_pairs(path, bpe)
+
+
 def test_an_empty_response_is_learned_by_its_end_alone(jsonl, bpe):
     files = dict.fromkeys(
         ("train", "validation"), str(jsonl({"prompt": "a" * 99, "chosen": " b", "rejected": ""}))

@@ -49,6 +49,11 @@ def main() -> None:
         metavar="NAME=TEXT",
         help=f"what marks turns, as in the model's training, if not as by default: {', '.join(tokens)}",
     )
+    parser.add_argument(
+        "--add-eos",
+        action="store_true",
+        help="end each text with EOS, as model.data.append_eod=True did in the attribute model's training",
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace the output if it is there")
     args = parser.parse_args()
     if args.output_file.exists() and not args.overwrite:
@@ -65,20 +70,22 @@ def main() -> None:
         setting="attribute_annotate.py", job="serve_reward_model.py", ip=args.host, port=args.port
     )
     # Of other conversations, or with other labels, nothing is gone on with.
-    digest = hashlib.sha256(f"{chats.fingerprint} {form} {prompt_tokens}".encode()).hexdigest()[:8]
+    digest = hashlib.sha256(
+        f"{chats.fingerprint} {form} {prompt_tokens} {args.add_eos}".encode()
+    ).hexdigest()[:8]
     unfinished = args.output_file.with_name(f".{args.output_file.name}.{digest}")
-    rate = rater(HttpClient(server), args.model_name)
+    rate = rater(HttpClient(server), args.model_name, add_eos=args.add_eos)
     annotate(chats, unfinished, rate, form=form, tokens=prompt_tokens, batch_size=args.batch_size)
     unfinished.replace(args.output_file)
     sys.stdout.write(f"wrote {len(chats)} conversations to {args.output_file}\n")
 
 
-def rater(server: HttpClient, endpoint: str) -> Rate:
+def rater(server: HttpClient, endpoint: str, *, add_eos: bool) -> Rate:
     """A function that asks the server for the attributes of texts."""
 
     def rate(texts: list[str]) -> list[list[float] | None]:
         sentences = np.array([[text.encode()] for text in texts], dtype=np.object_)
-        reply = server.call(endpoint, {"sentences": sentences, "add_EOS": np.zeros((len(texts), 1), bool)})
+        reply = server.call(endpoint, {"sentences": sentences, "add_EOS": np.full((len(texts), 1), add_eos)})
         cut = reply["exceeded"][:, 0]
         if cut.any():
             logger.warning("%d responses are longer than the model takes, and get no label", cut.sum())
