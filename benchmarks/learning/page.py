@@ -15,7 +15,7 @@ COLUMNS = 108  # of a command
 INTRODUCTION = """\
 `make results` writes this page from [benchmarks/learning](/benchmarks/learning), which holds the curve of every seed. A
 figure is the mean ± the standard deviation over the seeds. A seed draws the order of the data, new weights and the
-responses. Hours are those of all commands of a seed, on two cores of the processor that is named.
+responses. Hours are those of all commands of a seed, on the processor that is named, with other work beside them.
 
 In the commands DATA is the folder of the rows, which [data.py](/benchmarks/learning/data.py) writes, SMOLLM2 the GGUF
 file of SmolLM2-135M-Instruct that `make model` fetches, and REAL the folder that `NEMO_ALIGNER_TEST_DATA` names, with
