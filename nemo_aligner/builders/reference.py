@@ -179,8 +179,9 @@ def _source(run: Experiment, pretrained: Pretrained[GPTPolicy]) -> dict[str, obj
     if run.identity is None:
         return {}
     model = run.identity.settings["model"]
-    # The seed draws new adapters.
-    own = {name: model.get(name) for name in ("peft", "seed", "answer_only_loss")}
+    # The seed draws new adapters; those to begin with are a part of the model.
+    own = {name: model.get(name) for name in ("seed", "answer_only_loss")}
+    own["peft"] = {name: value for name, value in model["peft"].items() if name != "restore_from_path"}
     return {"model": run.identity.base_model, "config": pretrained.config, "data": _tokenizing(model), **own}
 
 

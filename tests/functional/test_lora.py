@@ -82,7 +82,8 @@ def test_adapters_to_begin_with_are_known_by_what_they_are(
     begun = {"model.peft.restore_from_path": given, "model.dpo.store_reference": True}
     dpo("run", **begun)
     given.rename(moved)
-    dpo("run", most=2, **begun | {"model.peft.restore_from_path": moved})
+    again = dpo("run", most=2, **begun | {"model.peft.restore_from_path": moved})
+    assert "are computed and kept" not in again.err
     tensors = load_file(moved / "adapter_model.safetensors")
     save_file({name: 2 * x for name, x in tensors.items()}, moved / "adapter_model.safetensors")
     changed = dpo("run", code=2, most=3, **begun | {"model.peft.restore_from_path": moved})
