@@ -258,6 +258,8 @@ def _convert_several(value: Any, hint: Any, key: str) -> Any:  # noqa: ANN401
             return tuple(
                 _convert(v, a, f"{key}[{i}]") for i, (v, a) in enumerate(zip(value, args, strict=True))
             )
+        case builtins.tuple if not isinstance(value, list | dict) and value is not None:
+            raise UserError(f"{key}={value} is one value and no list", fix=f"set {key}=[{value}]")
         case builtins.dict if isinstance(value, dict):
             return value
         case collections.abc.Mapping if isinstance(value, dict):

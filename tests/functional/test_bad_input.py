@@ -107,6 +107,10 @@ def refused(work: Callable[[], object], *words: str) -> None:
         ({"model.peft.peft_scheme": "ptuning"}, ["model.peft.peft_scheme", "ptuning", "lora"]),
         ({"model.peft.restore_from_path": "x"}, ["model.peft.restore_from_path=x", "peft_scheme=lora"]),
         (
+            {"model.peft.peft_scheme": "lora", "model.peft.lora_tuning.target_modules": "mlp"},
+            ["target_modules=mlp is one value and no list", "target_modules=[mlp]"],
+        ),
+        (
             {"model.peft.lora_tuning.adapter_dim": 4},
             [
                 "model.peft.lora_tuning.adapter_dim=4 is of adapters",
