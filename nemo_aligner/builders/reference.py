@@ -26,7 +26,7 @@ from nemo_aligner.config.resume import flat, rule_for
 from nemo_aligner.data.collate import collate_mismatched
 from nemo_aligner.data.mismatched import MismatchedRows
 from nemo_aligner.data.tokenizer import Tokenizer, tokenizer_probe
-from nemo_aligner.errors import UserError
+from nemo_aligner.errors import UserError, located
 from nemo_aligner.models.gpt.config import GPTConfig
 from nemo_aligner.models.gpt.policy import GPTPolicy
 from nemo_aligner.run.experiment import Experiment
@@ -84,13 +84,14 @@ def with_kl_baseline(
     pretrained.learner.keep_reference()
     go_on_from(pretrained, start)
 
-    def mismatched(loader: Batches) -> Batches:
-        rows = MismatchedRows(loader.dataset, loader.max_length)
+    def mismatched(name: str, loader: Batches) -> Batches:
+        with located(lambda: f"model.data.data_prefix.{name}: "):
+            rows = MismatchedRows(loader.dataset, loader.max_length)
         return replace(loader, dataset=rows, collate=collate_mismatched)
 
     return SupervisedData(
-        train=mismatched(data.train),
-        validation={name: mismatched(loader) for name, loader in data.validation.items()},
+        train=mismatched("train", data.train),
+        validation={name: mismatched(name, loader) for name, loader in data.validation.items()},
         annotate=partial(annotate_rated, pretrained.learner, rows=rows),
     )
 

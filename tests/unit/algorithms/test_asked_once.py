@@ -118,7 +118,7 @@ def test_only_what_is_missing_is_asked(loader: BatchLoader, question: Callable, 
         # Of as many files, which hold other rows.
         {"sampler": GlobalBatchSampler(len(Numbers()), 5, shuffle=True, seed=5, drop_last=False)},
     ],
-    ids=str,
+    ids=lambda changed: next(iter(changed)),
 )
 def test_other_rows_or_another_source_are_asked_anew(
     loader: BatchLoader, question: Callable, tmp_path: Path, changed: dict[str, object]
