@@ -33,7 +33,7 @@ def open_score(
     requests: RecordFile[GenerateRequest],
     generator: TextGenerator,
 ) -> Iterator[Score | None]:
-    """What gives the rewards, known to work before anything is generated; None where none are asked for.
+    """Yield what gives the rewards, known to work before anything is generated; None where none are asked for.
 
     Raises:
         UserError: there is no such function, or no server that fits.
