@@ -149,7 +149,7 @@ EXPERIMENTS = {
         write_data=data.rated,
         jobs=_supervised(
             "attributes",
-            "rm model.reward_model_type=regression model.regression.num_attributes=1 lr=2e-5",
+            "rm model.reward_model_type=regression model.regression.num_attributes=1 lr=1e-4",
             block="rm",
             batch_size=8,
             steps=48,
