@@ -5,7 +5,6 @@ Both sides train the model and the shape of peers/trl_common.py from random weig
 side alone, in this process; `python -m benchmarks.run dpo` alternates both.
 """
 
-import argparse
 import importlib.metadata
 from collections.abc import Iterator
 from functools import partial
@@ -13,10 +12,10 @@ from functools import partial
 import torch
 
 from benchmarks.figures import Figure, Part
-from benchmarks.processes import PEERS, THREADS, Side, conditions
+from benchmarks.processes import PEERS, Side, conditions
 from benchmarks.reward_model import PAIRS
 from benchmarks.sft import OPTIM, Shape, random_policy
-from benchmarks.training_step import REPEATS, Found, alternated, limited, sides_figures, timed
+from benchmarks.training_step import REPEATS, Found, alternated, limited, print_result, sides_figures, timed
 from nemo_aligner.algorithms.reference import annotate_by_swap
 from nemo_aligner.batch import PreferenceBatch
 from nemo_aligner.data.collate import collate
@@ -113,14 +112,5 @@ def figures_of(found: Found, peaks: list[float]) -> tuple[Figure, ...]:
     return (*by_name.values(), *limited(by_name, OURS, TRL, FLOORS))
 
 
-def main() -> None:
-    """Our side alone: print its RESULT line."""
-    argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    ).parse_args()
-    torch.set_num_threads(THREADS)
-    print(train(PAIRS))
-
-
 if __name__ == "__main__":
-    main()
+    print_result(__doc__, lambda: train(PAIRS))

@@ -5,15 +5,12 @@ Both sides train the model and the shape of peers/trl_common.py from random weig
 side alone, in this process; `python -m benchmarks.run lora` alternates both.
 """
 
-import argparse
 import importlib.metadata
 
-import torch
-
 from benchmarks.figures import Figure, Part
-from benchmarks.processes import ALLOCATORS, PEERS, THREADS, Side, conditions
+from benchmarks.processes import ALLOCATORS, PEERS, Side, conditions
 from benchmarks.sft import OPTIM, SHAPE, Shape, random_model, rows
-from benchmarks.training_step import REPEATS, Found, alternated, limited, sides_figures, timed
+from benchmarks.training_step import REPEATS, Found, alternated, limited, print_result, sides_figures, timed
 from nemo_aligner.models.gpt.lora import add_adapters
 from nemo_aligner.models.gpt.peft_config import LoRAConfig
 from nemo_aligner.models.gpt.policy import GPTPolicy
@@ -82,14 +79,5 @@ def figures_of(found: Found, peaks: list[float]) -> tuple[Figure, ...]:
     return (*by_name.values(), *limited(by_name, OURS, TRL, dict.fromkeys(ALLOCATORS, FLOOR)))
 
 
-def main() -> None:
-    """Our side alone: print its RESULT line."""
-    argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    ).parse_args()
-    torch.set_num_threads(THREADS)
-    print(train(SHAPE))
-
-
 if __name__ == "__main__":
-    main()
+    print_result(__doc__, lambda: train(SHAPE))

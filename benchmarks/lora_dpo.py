@@ -5,23 +5,19 @@ Both sides train the model and the shape of peers/trl_common.py from random weig
 our side alone, in this process; `python -m benchmarks.run lora_dpo` alternates both.
 """
 
-import argparse
 import importlib.metadata
-
-import torch
 
 from benchmarks.dpo import PROMPT, timed_pairs
 from benchmarks.figures import Figure, Part
-from benchmarks.lora import ADAPTERS, FLOOR, random_adapters
-from benchmarks.processes import ALLOCATORS, ROOT, THREADS, Side, conditions
+from benchmarks.lora import ADAPTERS, FLOOR, OURS, TRL, random_adapters
+from benchmarks.processes import ALLOCATORS, ROOT, Side, conditions
 from benchmarks.reward_model import PAIRS
 from benchmarks.sft import Shape
-from benchmarks.training_step import REPEATS, Found, alternated, limited, sides_figures
+from benchmarks.training_step import REPEATS, Found, alternated, limited, print_result, sides_figures
 from nemo_aligner.parallel import world
 
 __all__ = ["figures_of", "part", "train"]
 
-OURS, TRL = "NeMo-Aligner", "TRL with peft"
 SIDES = (
     Side(name=OURS, command=("-m", "benchmarks.lora_dpo"), peer=False),
     Side(name=TRL, command=(str(ROOT / "benchmarks/trl_lora_dpo.py"),), peer=True),
@@ -64,14 +60,5 @@ def figures_of(found: Found, peaks: list[float]) -> tuple[Figure, ...]:
     return (*by_name.values(), *limited(by_name, OURS, TRL, dict.fromkeys(ALLOCATORS, FLOOR)))
 
 
-def main() -> None:
-    """Our side alone: print its RESULT line."""
-    argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    ).parse_args()
-    torch.set_num_threads(THREADS)
-    print(train(PAIRS))
-
-
 if __name__ == "__main__":
-    main()
+    print_result(__doc__, lambda: train(PAIRS))

@@ -5,7 +5,6 @@ Both sides train the model and the shape of peers/trl_common.py from random weig
 is our side alone, in this process; `python -m benchmarks.run rm` alternates both.
 """
 
-import argparse
 import importlib.metadata
 from collections.abc import Iterator
 from dataclasses import replace
@@ -13,9 +12,9 @@ from dataclasses import replace
 import torch
 
 from benchmarks.figures import Figure, Part
-from benchmarks.processes import PEERS, THREADS, Side, conditions
+from benchmarks.processes import PEERS, Side, conditions
 from benchmarks.sft import OPTIM, SHAPE, Shape, random_model
-from benchmarks.training_step import REPEATS, Found, alternated, limited, sides_figures, timed
+from benchmarks.training_step import REPEATS, Found, alternated, limited, print_result, sides_figures, timed
 from nemo_aligner.batch import PreferenceBatch
 from nemo_aligner.data.collate import collate
 from nemo_aligner.data.row import Row, TokenSequence
@@ -109,14 +108,5 @@ def figures_of(found: Found, peaks: list[float]) -> tuple[Figure, ...]:
     return (*by_name.values(), *limited(by_name, OURS, TRL, {"default allocator": FLOOR}))
 
 
-def main() -> None:
-    """Our side alone: print its RESULT line."""
-    argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    ).parse_args()
-    torch.set_num_threads(THREADS)
-    print(train(PAIRS))
-
-
 if __name__ == "__main__":
-    main()
+    print_result(__doc__, lambda: train(PAIRS))

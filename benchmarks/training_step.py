@@ -1,20 +1,33 @@
 # SPDX-License-Identifier: Apache-2.0
 """A training step on both sides: ours timed as the peers time theirs, sides in turn, and their figures."""
 
+import argparse
 import os
 import resource
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 
+import torch
+
 from benchmarks import matmul
 from benchmarks.figures import Figure, ratio
-from benchmarks.processes import ALLOCATORS, Measured, Side, run_side
+from benchmarks.processes import ALLOCATORS, THREADS, Measured, Side, run_side
 from nemo_aligner.batch import TokenBatch
 from nemo_aligner.models.gpt.learner import GPTLearner
 from nemo_aligner.objectives.protocol import Objective
 
-__all__ = ["REPEATS", "SPEED", "Found", "alternated", "limited", "ratios", "sides_figures", "timed"]
+__all__ = [
+    "REPEATS",
+    "SPEED",
+    "Found",
+    "alternated",
+    "limited",
+    "print_result",
+    "ratios",
+    "sides_figures",
+    "timed",
+]
 
 REPEATS = 3
 SPEED = "tokens/s"
@@ -22,6 +35,20 @@ COMPARED = (SPEED, "peak RSS in GiB", "CPU seconds per step")
 
 Found = Mapping[tuple[str, str], Sequence[Measured]]  # of a side's name and an allocator's: one per repeat
 _ByName = Mapping[tuple[str, str, str], Figure]  # of the side, the allocator and the metric
+
+
+def print_result(description: str | None, train: Callable[[], str]) -> None:
+    """A side alone, which takes no arguments: print its RESULT line.
+
+    Args:
+        description: of the module that is run.
+        train: gives the line.
+    """
+    argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    ).parse_args()
+    torch.set_num_threads(THREADS)
+    print(train())
 
 
 def timed(

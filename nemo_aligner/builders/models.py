@@ -111,8 +111,7 @@ def load_frozen_policy(
         tokenizer = load_archived_tokenizer(archive)
         check(gpt, tokenizer)
         model = _load(job, archive, gpt, dtype_of(chosen_precision(job)), head=None, trained=False)
-        most = None if known_ids is None else min(known_ids, gpt.vocab_size)
-        return GPTPolicy(model, end_ids=end_ids, detokenizer=tokenizer, known_ids=most)
+        return GPTPolicy(model, end_ids=end_ids, detokenizer=tokenizer, known_ids=known_ids)
 
 
 def _refuse_reward_model(setting: str, path: str, config: dict[str, Any]) -> None:

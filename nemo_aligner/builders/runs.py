@@ -141,17 +141,15 @@ def save_result(
     What an earlier end of the same run has written is replaced.
     """
     params, lora = job.exp_manager.checkpoint_callback_params, job.model.peft.lora
-    best = params.save_best_model and checkpoints is not None
-    if best and lora:
-        assert checkpoints is not None
-        load_model(pretrained.learner.model, checkpoints.best().path / WEIGHTS_NAME)
-    if lora and (best or params.save_nemo_on_train_end):
+    ranked = checkpoints if params.save_best_model else None
+    if ranked and lora:
+        load_model(pretrained.learner.model, ranked.best().path / WEIGHTS_NAME)
+    if lora and (ranked or params.save_nemo_on_train_end):
         # First, as a run whose .nemo is there counts as finished.
         save_adapters(job, pretrained.learner.model, pretrained.config, run.adapters_path)
-    if best and not lora:
-        assert checkpoints is not None
-        checkpoints.save_best(run.nemo_path)
-    elif best or params.save_nemo_on_train_end:
+    if ranked and not lora:
+        ranked.save_best(run.nemo_path)
+    elif ranked or params.save_nemo_on_train_end:
         pretrained.save(run.nemo_path, overwrite=True)
     say_next(job, run)
 

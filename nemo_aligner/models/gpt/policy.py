@@ -43,7 +43,8 @@ class GPTPolicy(GPTLearner):
     ) -> None:
         super().__init__(model, kept_logits_bytes=kept_logits_bytes, seed=seed)
         self.end_ids, self._detokenizer = tuple(end_ids), detokenizer
-        self._known_ids = known_ids or self.model.gpt_config.vocab_size
+        vocabulary = self.model.gpt_config.vocab_size
+        self._known_ids = min(known_ids or vocabulary, vocabulary)
         self._reference: SwappedWeights | None = None
 
     def get_loss_and_metrics(
