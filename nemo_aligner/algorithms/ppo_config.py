@@ -96,11 +96,6 @@ class PPOConfig(CreditConfig, LoopConfig):
         """Raise UserError for settings without a valid run; ``block`` is their section."""
         LoopConfig.check(self, block)
         CreditConfig.check(self, block)
-        if self.val_before_train and not self.val_check_interval:
-            raise UserError(
-                f"{block}.val_before_train=True, and {block}.val_check_interval=0: there is no validation",
-                fix=f"set {block}.val_check_interval above 0, or {block}.val_before_train=False",
-            )
         if self.critic_warmup_steps and not self.asks_critic:
             raise UserError(
                 f"{block}.critic_warmup_steps={self.critic_warmup_steps}, and "

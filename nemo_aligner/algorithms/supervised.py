@@ -49,7 +49,7 @@ class SupervisedData:
 class SupervisedState:
     """The state that a supervised loop resumes from, beside its weights."""
 
-    unvalidated_step: int | None = None  # whose validation a signal has ended
+    unvalidated_step: int | None = None  # whose validation a signal has ended, or 0 before the first step
 
 
 class SupervisedTrainer:
@@ -97,6 +97,8 @@ class SupervisedTrainer:
         if start is not None:
             self.state = self.lifecycle.restore(start, self.state.data)
             self.own = start.algorithm(SupervisedState)
+        elif self.config.val_before_train:
+            self.own = SupervisedState(unvalidated_step=0)
         self.lifecycle.check_room()
         self.run.begin(self.state.step, max_steps=self.plan.max_steps)
         bar = ProgressBar(total=self.plan.max_steps, start=self.state.step, enabled=world.is_logging_rank())
@@ -129,10 +131,12 @@ class SupervisedTrainer:
             self._validate_after(step)
 
     def _catch_up(self) -> None:
-        """Run the validation that a signal interrupted; the step before it is already saved."""
+        """Run the validation that is due before the next step; the step before it is already saved."""
         step = self.state.step
-        if self.plan.validates_after(step):
-            self._validate_after(step)
+        if not self.plan.validates_after(step):
+            self.own = SupervisedState()
+            return
+        self._validate_after(step)
         if self.own.unvalidated_step == step:
             (number,) = collectives.all_reduce_max([self._request.number])
             raise self.lifecycle.stopped(step, int(number))

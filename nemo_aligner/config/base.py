@@ -192,18 +192,10 @@ class TrainingJob(ModelJob):
         """See ModelJob."""
         ModelJob.check(self, world_size)
         trainer, model = self.trainer, self.model
-        if self.exp_manager.checkpoint_callback_params.save_best_model and not self.validates:
-            raise UserError(
-                "exp_manager.checkpoint_callback_params.save_best_model=True needs validation data, and there is none",
-                fix="name validation data, or set save_best_model=False",
-            )
         if self.loop is not None:
             self.loop.check(self.loop.block)
-        if isinstance(self.loop, SupervisedConfig) and self.loop.val_responses and not self.validates:
-            raise UserError(
-                f"{self.loop.block}.val_responses={self.loop.val_responses} needs validation data, and there is none",
-                fix=f"name validation data, or set {self.loop.block}.val_responses=0",
-            )
+        if not self.validates:
+            self._refuse_to_validate()
         if model.peft.lora and self.exp_manager.checkpoint_callback_params.always_save_nemo:
             raise UserError(
                 f"exp_manager.checkpoint_callback_params.always_save_nemo=True, and with model.peft.peft_scheme="
@@ -221,6 +213,23 @@ class TrainingJob(ModelJob):
                     f"{block}.global_batch_size={whole} is not a multiple of micro_batch_size={micro} x {ranks} data "
                     f"parallel ranks = {unit}",
                     fix=f"set {block}.global_batch_size={-(-whole // unit) * unit}",
+                )
+
+    def _refuse_to_validate(self) -> None:
+        """Raise UserError for settings that need validation data, where there is none."""
+        params, loop = self.exp_manager.checkpoint_callback_params, self.loop
+        asked: list[tuple[str, int]] = [
+            ("exp_manager.checkpoint_callback_params.save_best_model", params.save_best_model)
+        ]
+        if loop is not None:
+            asked.append((f"{loop.block}.val_before_train", loop.val_before_train))
+        if isinstance(loop, SupervisedConfig):
+            asked.append((f"{loop.block}.val_responses", loop.val_responses))
+        for key, value in asked:
+            if value:
+                raise UserError(
+                    f"{key}={value} needs validation data, and there is none",
+                    fix=f"name validation data, or set {key}={type(value)(0)}",
                 )
 
     def check_paths(self) -> None:

@@ -195,11 +195,6 @@ class ActorJob(PretrainedJob):
         if remote is not None:
             remote.check("remote_critic_rm")
         self._check_estimator()
-        if self.trainer.ppo.val_before_train and not self.validates:
-            raise UserError(
-                "trainer.ppo.val_before_train=True needs validation prompts, and there are none",
-                fix="name them in model.data.data_prefix, or set trainer.ppo.val_before_train=False",
-            )
         (rows, unit), step = self.rollout_rows, model.global_batch_size
         if rows % step:
             whole = rollout.num_rollout_samples // rows * (-(-rows // step) * step)

@@ -47,7 +47,7 @@ RULES: tuple[Rule, ...] = (
     ("trainer.*.limit_val_batches", "free", _VALIDATION),
     ("trainer.*.val_random_sampler", "free", _VALIDATION),
     ("trainer.*.val_response*", "free", _VALIDATION),
-    ("trainer.ppo.val_before_train", "free", _VALIDATION),
+    ("trainer.*.val_before_train", "free", _VALIDATION),
     ("trainer.*.gradient_clip_val", "asked", _OPTIMIZER),
     ("trainer.*.limit_train_batches", "fixed", _DRAWS),
     ("trainer.*.train_random_sampler", "fixed", _DRAWS),

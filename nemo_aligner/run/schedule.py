@@ -22,6 +22,7 @@ class LoopConfig:
     max_steps: int = -1
     # steps between validations; a float is a share of an epoch; 0: never
     val_check_interval: int | float = bounded(100, at_least=0, to="0 (never) or more", message=_NO_RUN)
+    val_before_train: bool = False  # validate before the first step too
     # steps between checkpoints; a float is a share of an epoch; 0: at the end only
     save_interval: int | float = bounded(100, at_least=0, to="0 (at the end only) or more", message=_NO_RUN)
     # the gradient's norm is cut to this; 0: never
@@ -35,11 +36,16 @@ class LoopConfig:
         return self.max_epochs, f"{self.block}.max_epochs={self.max_epochs}"
 
     def check(self, block: str) -> None:
-        """Raise UserError for a run without a step; ``block`` is the section of these settings, as in "trainer.sft"."""
+        """Raise UserError for settings without a valid run; ``block`` is their section, as in "trainer.sft"."""
         if self.max_steps == 0:
             raise UserError(
                 f"{block}.max_steps=0: must be -1 or >= 1",
                 fix=f"set {block}.max_steps to -1 (max_epochs decides), or 1 or more",
+            )
+        if self.val_before_train and not self.val_check_interval:
+            raise UserError(
+                f"{block}.val_before_train=True, and {block}.val_check_interval=0: there is no validation",
+                fix=f"set {block}.val_check_interval above 0, or {block}.val_before_train=False",
             )
 
 
@@ -80,7 +86,7 @@ class Plan:
         return step == self.max_steps or (self.save_interval > 0 and step % self.save_interval == 0)
 
     def validates_after(self, step: int) -> bool:
-        """True if validation follows once ``step`` steps are done (from 1)."""
+        """True if validation follows once ``step`` steps are done; 0 does where settings ask for it."""
         if self.val_batches == 0 or self.val_check_interval == 0:
             return False
         return step % self.val_check_interval == 0 or step == self.max_steps

@@ -89,8 +89,9 @@ def test_a_run_that_is_asked_to_end_saves_and_goes_on_later(
     assert f"step {done + 1}/{done + 2}" in again.err
 
 
+@pytest.mark.parametrize("interval", [2, 0])
 def test_a_signal_in_a_validation_does_not_wait_for_its_end(
-    start: Callable, run: Callable, settings: dict[str, object], data: Path, tmp_path: Path
+    start: Callable, run: Callable, settings: dict[str, object], data: Path, tmp_path: Path, interval: int
 ):
     rows = tmp_path / "many.jsonl"
     rows.write_text(data.read_text() * 1000)
@@ -106,11 +107,28 @@ def test_a_signal_in_a_validation_does_not_wait_for_its_end(
     assert "stopped after step 2 of 3 by SIGTERM" in job.err
     assert "validation/loss" not in (tmp_path / "run/metrics.jsonl").read_text()
 
-    again = run(long)
+    again = run(long | {"trainer.sft.val_check_interval": interval})
     assert again.wait() == 0, again.err
     lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     found = [(line["step"], "validation/loss" in line) for line in lines]
-    assert found == [(1, False), (2, False), (2, True), (3, False), (3, True)]
+    validated = {2: [(2, True)], 0: []}[interval], {2: [(3, True)], 0: []}[interval]
+    assert found == [(1, False), (2, False), *validated[0], (3, False), *validated[1]]
+
+
+def test_a_signal_in_the_validation_before_the_first_step_ends_the_run(
+    start: Callable, settings: dict[str, object], data: Path, tmp_path: Path
+):
+    rows = tmp_path / "many.jsonl"
+    rows.write_text(data.read_text() * 1000)
+    job = start(settings | {"trainer.sft.val_before_train": True, "model.data.validation_ds.file_path": rows})
+    job.wait_for("steps of the run: ")
+    while not (tmp_path / "run/metrics.jsonl").exists():
+        time.sleep(0.02)
+    time.sleep(0.5)
+    job.process.send_signal(signal.SIGTERM)
+    assert job.wait(timeout=SECONDS_TO_END) == 75, job.err
+    assert "stopped after step 0 of " in job.err
+    assert (tmp_path / "run/metrics.jsonl").read_text() == ""
 
 
 def test_a_signal_before_training_ends_the_run(start: Callable, settings: dict[str, object]):
