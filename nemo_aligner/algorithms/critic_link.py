@@ -9,6 +9,9 @@ has yet to learn from.
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+from torch import Tensor
 
 from nemo_aligner.checkpoint.trainer_state import TrainerState
 from nemo_aligner.checkpoint.training import TrainingCheckpoints
@@ -28,11 +31,29 @@ class PPOState:
     reward_scaling: dict[str, float]
     ppo_optimization_step: int = 0  # optimizer steps done
     validated_step: int | None = None  # the step of the last validation
-    # of the validation before the first step, if there was one
+    # of the validation before the first step, if there was one: its rewards, and a digest of its prompts
     initial_val_rewards: list[float] = field(default_factory=list[float])
+    initial_val_data: dict[str, Any] = field(default_factory=dict[str, Any])
     run_id: str = ""  # under which the critic knows the run
     critic_sequence: int = 0  # train requests that the critic was sent
     lacks_critic_loss: bool = False  # the last step was logged without it
+
+    def validated(self, step: int, rewards: Tensor, data: dict[str, object]) -> "PPOState":
+        """The state after a validation.
+
+        Args:
+            rewards: [N] float, of its responses.
+            data: a digest of its prompts.
+        """
+        if step > 0:
+            return replace(self, validated_step=step)
+        return replace(
+            self, validated_step=0, initial_val_rewards=[*map(float, rewards)], initial_val_data=data
+        )
+
+    def initial_rewards(self, data: dict[str, object]) -> list[float]:
+        """The initial policy's rewards, if they are of the prompts that ``data`` is a digest of; else none."""
+        return self.initial_val_rewards if self.initial_val_data == data else []
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -275,16 +275,15 @@ class PPOTrainer:
                 self.validation, 0, VALIDATION_DRAW, watch=watch, validates=True
             )
             scores = self.scorer.score_validation(rollout, prompts, watch)
-        if step == 0:
-            self.own = replace(self.own, initial_val_rewards=[float(reward) for reward in scores.rewards])
-        metrics = rollout_metrics("val_rollouts", rollout, scores, initial=self.own.initial_val_rewards)
+        data = self.validation.fingerprint
+        self.own = self.own.validated(step, scores.rewards, data)
+        metrics = rollout_metrics("val_rollouts", rollout, scores, initial=self.own.initial_rewards(data))
         seconds = watch.seconds["validation_time"]
         self.run.log(metrics | {"timers/validation_time": seconds}, step=step)
         rows = table_rows(rollout, scores.rewards, self.rollouts.decode)
         self.run.log_rows("val_rollouts", rows, step=step)
         self.lifecycle.limit.note("validation", seconds)
         self.state = replace(self.state, metrics={monitor_name(name): x for name, x in metrics.items()})
-        self.own = replace(self.own, validated_step=step)
         if world.is_logging_rank():
             logger.info("validation: reward %.4f", metrics["val_rollouts/rewards"])
 

@@ -68,6 +68,15 @@ def test_a_rule_is_learned(settings: Callable, run: Callable, tmp_path: Path):
     assert (first["step"], first["val_rollouts/win_rate"]) == (0, 0.5), "the initial policy beside itself"
     assert last["val_rollouts/win_rate"] > 0.7
     assert "tritonserver" not in job.err
+    # Rewards of other prompts are not compared with those of the initial policy.
+    train, other = tmp_path / "prompts.jsonl", tmp_path / "other.jsonl"
+    other.write_text("".join(reversed(train.read_text().splitlines(keepends=True))))
+    asked["trainer.ppo.max_steps"] = 26
+    asked["model.data.data_prefix"] = f"{{train: [{train}], validation: [{other}]}}"
+    job = run(settings("run", **asked), command=[GRPO])
+    assert job.process.returncode == 0, job.err[-3000:]
+    end = metrics(tmp_path / "run")[-1]
+    assert (end["step"], "val_rollouts/rewards" in end, "val_rollouts/win_rate" in end) == (26, True, False)
 
 
 def test_a_killed_run_goes_on_bit_for_bit(settings: Callable, kill_and_resume: Callable, tmp_path: Path):
