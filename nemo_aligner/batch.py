@@ -35,6 +35,7 @@ class Unit(enum.Enum):
     SEQUENCE = "sequence"
     PAIR = "pair"
     LABEL = "label"
+    CONSTANT = "constant"  # a response, whose tokens are summed
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -129,9 +130,9 @@ class TokenBatch:
         return (self.loss_lengths().view(-1, 2) > 0).all(1)
 
     def token_weights(self, unit: Unit) -> Tensor:
-        """[B, S] float: the weight of each loss token in a loss that is a mean of tokens, or of sequences' means."""
+        """[B, S] float: the weight of each loss token in a mean of tokens, of sequences' means, or of their sums."""
         loss_tokens = self.loss_tokens().float()
-        if unit is Unit.TOKEN:
+        if unit in (Unit.TOKEN, Unit.CONSTANT):
             return loss_tokens
         assert unit is Unit.SEQUENCE, unit
         lengths = self.loss_lengths().clamp(min=1).float()
@@ -146,6 +147,8 @@ class TokenBatch:
                 return (self.loss_lengths() > 0).sum()
             case Unit.PAIR:
                 return self.real_pairs().sum()
+            case Unit.CONSTANT:
+                return self.real_sequences().sum()
             case Unit.LABEL:
                 raise AssertionError(f"{type(self).__name__} has no labels")
 

@@ -30,6 +30,7 @@ class PPOState:
     kl: dict[str, float]  # of the KL controller
     reward_scaling: dict[str, float]
     ppo_optimization_step: int = 0  # optimizer steps done
+    further_rounds: int = 0  # batches of prompts that steps have taken beside their first
     validated_step: int | None = None  # the step of the last validation
     # of the validation before the first step, if there was one: its rewards, and a digest of its prompts
     initial_val_rewards: list[float] = field(default_factory=list[float])

@@ -10,13 +10,14 @@ import signal
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 
+from nemo_aligner.algorithms.collector import Collected, Collector
 from nemo_aligner.algorithms.critic_link import CriticLink, PPOState
 from nemo_aligner.algorithms.ppo_config import PPOConfig
 from nemo_aligner.algorithms.rollout import PromptSource, RolloutSettings
 from nemo_aligner.algorithms.rollout_metrics import learning_metrics, rollout_metrics, summary, table_rows
 from nemo_aligner.algorithms.run_lifecycle import RunLifecycle
 from nemo_aligner.algorithms.sampler import Sampler
-from nemo_aligner.algorithms.scoring import RewardSources, Scorer, Scores
+from nemo_aligner.algorithms.scoring import RewardSources, Scorer
 from nemo_aligner.algorithms.skips import NotFinite, check_finite
 from nemo_aligner.algorithms.updates import Updates
 from nemo_aligner.batch import ReferencedPairs, TokenBatch
@@ -128,6 +129,9 @@ class PPOTrainer:
             with_reference=self.objective.with_reference,
             teacher=self.objective.teacher,
         )
+        self.collector = Collector(
+            sampler=self.sampler, scorer=self.scorer, most_rounds=self.config.max_sampling_rounds
+        )
         self.lifecycle.check_room()
         self.run.begin(self.state.step, max_steps=self.plan.max_steps)
         bar = ProgressBar(
@@ -161,11 +165,11 @@ class PPOTrainer:
         """One step: generate, score, credit, update."""
         watch, step = Stopwatch(), self.state.step + 1
         with watch("rollout_time"):
-            rollout, prompts = self.sampler.sample(self.train, step - 1, step - 1, watch=watch)
-            scored, scores = self.scorer.score(rollout, prompts, watch)
-            learned, self.scaling = self._credit(scored)
-        pending = self.critic.train(value_batch(scored, learned), step=step) if self.critic else None
-        metrics = self._update(scored, scores, learned, watch)
+            index = step - 1 + self.own.further_rounds
+            found = self.collector.collect(self.train, index, step - 1, watch=watch)
+            learned, self.scaling = self._credit(found.scored)
+        pending = self.critic.train(value_batch(found.scored, learned), step=step) if self.critic else None
+        metrics = self._update(found, learned, watch)
         try:
             if self.critic is not None and pending is not None:
                 metrics |= self.critic.timed_loss(
@@ -176,7 +180,7 @@ class PPOTrainer:
             raise
         finally:
             # The step is done where the critic is lost, too.
-            self._report(scored, scores, metrics, watch, bar)
+            self._report(found, metrics, watch, bar)
 
     def _credit(self, scored: ScoredRollout) -> tuple[TokenBatch, RewardScaling]:
         """An Experience, or pairs; and the scaling of rewards with this rollout's in it."""
@@ -189,43 +193,39 @@ class PPOTrainer:
         check_finite({"advantages": found.advantages, "returns": found.returns}, most=MAX_RETURN, fix=fix)
         return found, scaling
 
-    def _update(
-        self, scored: ScoredRollout, scores: Scores, learned: TokenBatch, watch: Stopwatch
-    ) -> dict[str, float]:
+    def _update(self, found: Collected, learned: TokenBatch, watch: Stopwatch) -> dict[str, float]:
         """Train the policy on a rollout; the step is done then, and the critic's may still be on its way."""
-        step, before = self.state.step + 1, self.own.ppo_optimization_step
+        step, before, scored = self.state.step + 1, self.own.ppo_optimization_step, found.scored
         moments = statistics(scored, learned, self.config, kl_coefficient=self.kl.coefficient)
-        metrics = learning_metrics("train_rollouts", scored, scores, moments, self.kl.coefficient)
+        metrics = learning_metrics("train_rollouts", found, moments, self.kl.coefficient)
         with watch("train_time"):
             updated, state = self.updates.update(learned, self.state, step=step, done=before)
         consumed, done = state.consumed_samples + scored.num_rows, before + self.updates.per_rollout
         self.kl = self.kl.update(metrics["train_rollouts/answer_kl"], scored.num_rows)
         self.state = replace(state, step=step, consumed_samples=consumed)
         kl, scaling = self.kl.state_dict(), self.scaling.state_dict()
-        self.own = replace(self.own, kl=kl, reward_scaling=scaling, ppo_optimization_step=done)
+        batches = step + self.own.further_rounds + found.rounds - 1
+        self.own = replace(
+            self.own, kl=kl, reward_scaling=scaling, ppo_optimization_step=done, further_rounds=batches - step
+        )
         return {
             **metrics,
             **updated,
             "train_rollouts/consumed_samples": consumed,
-            "train_rollouts/epoch": 1 + (step - 1) // self.plan.steps_per_epoch,
+            "train_rollouts/epoch": 1 + (batches - 1) // self.plan.steps_per_epoch,
             "train_optim/optim_step": done,
         }
 
     def _report(
-        self,
-        scored: ScoredRollout,
-        scores: Scores,
-        metrics: dict[str, float],
-        watch: Stopwatch,
-        bar: ProgressBar,
+        self, found: Collected, metrics: dict[str, float], watch: Stopwatch, bar: ProgressBar
     ) -> None:
         step, seconds = self.state.step, watch.elapsed
         timers = {**watch.seconds, "step_time": seconds}
-        timers["samples_per_gpu_per_s"] = scored.num_rows / seconds / world.world_size()
+        timers["samples_per_gpu_per_s"] = found.scored.num_rows / seconds / world.world_size()
         metrics |= {f"timers/{name}": value for name, value in timers.items()}
         self.lifecycle.limit.note("step", seconds)
         self.run.log(metrics, step=step)
-        rows = table_rows(scored, scores.rewards, self.rollouts.decode)
+        rows = table_rows(found.scored, found.scores.rewards, self.rollouts.decode)
         self.run.log_rows("train_rollouts", rows, step=step)
         bar.show(step, summary(metrics))
 

@@ -60,12 +60,30 @@ class RewardConfig:
 
     function: str | None = None  # a Python function, MODULE.NAME; null: the judge, or the served reward model
     judge: JudgeConfig | None = None  # the policy itself; {} for its defaults
+    # the length alone: over the last so many tokens up to length_params.max_length the reward falls from 0 to -1; a
+    # float is a share of max_length
+    overlong_buffer: int | float | None = bounded(None, above=0)
     weight: float = 1.0  # in the sum that responses are credited by; 0: the reward is only reported
 
     @property
     def is_served(self) -> bool:
         """True for the reward of a reward model in another job."""
-        return self.function is None and self.judge is None
+        return not self.sources
+
+    @property
+    def sources(self) -> list[str]:
+        """The settings that say where the reward comes from, if it is not served."""
+        names = ("function", "judge", "overlong_buffer")
+        return [name for name in names if getattr(self, name) is not None]
+
+    def buffer_tokens(self, longest: int) -> int:
+        """``overlong_buffer`` in tokens, of responses of so many at most.
+
+        >>> RewardConfig(overlong_buffer=0.2).buffer_tokens(100), RewardConfig(overlong_buffer=30).buffer_tokens(100)
+        (20, 30)
+        """
+        buffer = self.overlong_buffer or 0
+        return min(longest, max(1, round(buffer * longest)) if isinstance(buffer, float) else buffer)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,6 +95,9 @@ class PPOConfig(CreditConfig, LoopConfig):
     # validate before the first step too: later validations then say how often they beat it, val_rollouts/win_rate
     val_before_train: bool = False
     save_interval: int | float = 10  # steps between checkpoints of both jobs; 0: at the end only
+    # batches of prompts that a step may take until all groups of responses have unequal rewards; 1: a group of equal
+    # rewards stays, and nothing is learned of it
+    max_sampling_rounds: int = bounded(1, at_least=1, to="1", message=_TOO_FEW)
     num_ppo_epochs: int = bounded(1, at_least=1, to="1", message=_TOO_FEW)  # passes over each rollout
     # rollouts that only the critic learns from, before the first step
     critic_warmup_steps: int = bounded(0, at_least=0, to="0", message=_TOO_FEW)
@@ -105,9 +126,10 @@ class PPOConfig(CreditConfig, LoopConfig):
         for name, reward in self.rewards.items():
             if reward.judge is not None:
                 reward.judge.check(f"{block}.rewards.{name}.judge")
-            if reward.function is not None and reward.judge is not None:
+            if len(reward.sources) > 1:
                 raise UserError(
-                    f"{block}.rewards.{name} has a function and a judge", fix="give each a name of its own"
+                    f"{block}.rewards.{name} has a {' and a '.join(reward.sources)}",
+                    fix="give each a name of its own",
                 )
         served = [name for name, reward in self.rewards.items() if reward.is_served]
         if len(served) > 1:

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nemo_aligner.algorithms.collector import Collected
 from nemo_aligner.algorithms.scoring import Scores
 from nemo_aligner.objectives.reduce import Moments, kl_k3
 from nemo_aligner.rollout_batch import Rollout, ScoredRollout
@@ -81,7 +82,7 @@ def _sampler_mismatch(scored: ScoredRollout) -> dict[str, float]:
 
 
 def learning_metrics(
-    group: str, scored: ScoredRollout, scores: Scores, moments: dict[str, Moments], coefficient: float
+    group: str, found: Collected, moments: dict[str, Moments], coefficient: float
 ) -> dict[str, float]:
     """Those of :func:`rollout_metrics`, and of the credit, of which ``moments`` are credit.statistics."""
     means = ("init_policy_kl", "rewards_with_kl", "answer_kl")
@@ -91,8 +92,9 @@ def learning_metrics(
         **{f"{name}_mean": moments[name].mean.item() for name in spreads},
         **{f"{name}_std": moments[name].std.item() for name in spreads},
         "kl_coefficient": coefficient,
+        **found.metrics,
     }
-    return rollout_metrics(group, scored, scores) | {
+    return rollout_metrics(group, found.scored, found.scores) | {
         f"{group}/{key}": value for key, value in metrics.items()
     }
 

@@ -20,13 +20,21 @@ class Sampler:
     seq_length: int | None  # the least that rollouts are padded to; None: their longest
 
     def sample(
-        self, source: PromptSource, index: int, draw: int, *, watch: Stopwatch, validates: bool = False
+        self,
+        source: PromptSource,
+        index: int,
+        draw: int,
+        *,
+        watch: Stopwatch,
+        validates: bool = False,
+        round_: int = 0,
     ) -> tuple[Rollout, dict[int, Row]]:
         """Responses to batch ``index`` of the prompts, on every rank, and this data parallel rank's prompts by number.
 
         Args:
             draw: with it the responses' random numbers change.
             validates: whether it is one response to each prompt, and nothing is learned of it.
+            round_: of the step; prompts are numbered on from round to round.
 
         Raises:
             NotFinite: a log-prob is infinite or NaN.
@@ -37,7 +45,8 @@ class Sampler:
             responses, slots = 1, config.val_rollout_micro_batch_size or slots
         with watch("batch_iterator_init"):
             texts = [text for texts in source.batch(index) for text in texts]
-        first = world.dp_rank() * -(-source.rows_per_batch // world.dp_size())
+        each = -(-source.rows_per_batch // world.dp_size())
+        first = round_ * source.rows_per_batch + world.dp_rank() * each
         prompts = [
             Prompt(tokens=text.tokens, number=first + i, sample=sample)
             for i, text in enumerate(texts)

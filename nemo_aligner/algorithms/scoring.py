@@ -14,7 +14,7 @@ from nemo_aligner.algorithms.rollout import RolloutSettings, per_token_over_rank
 from nemo_aligner.algorithms.skips import check_finite
 from nemo_aligner.data.row import Row
 from nemo_aligner.models.alignable_interface import AlignableGenerativeInterface, TeacherInterface
-from nemo_aligner.objectives.credit import teacher_rewards
+from nemo_aligner.objectives.credit import overlong_rewards, teacher_rewards
 from nemo_aligner.rollout_batch import Rollout, ScoredRollout
 from nemo_aligner.run.stopwatch import Stopwatch
 from nemo_aligner.serving.proxies import CriticProxy, PendingReply, RewardProxy
@@ -63,19 +63,20 @@ class Scorer:
     teacher: TeacherInterface | None = None
 
     def score(
-        self, rollout: Rollout, prompts: Mapping[int, Row], watch: Stopwatch
+        self, rollout: Rollout, prompts: Mapping[int, Row], watch: Stopwatch, *, given: Scores | None = None
     ) -> tuple[ScoredRollout, Scores]:
         """The rollout with all that is known of it; servers work while log-probs are computed.
 
         Args:
             prompts: this data parallel rank's, by number.
+            given: the scores, which nobody is asked for then.
 
         Raises:
             CriticUnavailable: a server does not reply.
             NotFinite: a number is infinite or NaN, or a reward function failed.
             WaitCancelled: it was given up.
         """
-        asked = self.request_scores(rollout)
+        asked = self.request_scores(rollout) if given is None else None
         with watch("logprobs"):
             own = reference = self._logprobs(self.policy, rollout)
         if self.teacher is not None:
@@ -84,7 +85,7 @@ class Scorer:
         elif self.with_reference:
             with watch("init_logprobs"), self.policy.as_reference():
                 reference = self._logprobs(self.policy, rollout)
-        scores = self.collect_scores(asked, rollout, prompts, watch)
+        scores = given or self.collect_scores(asked, rollout, prompts, watch)
         if asked is not None:
             watch.note("critic_infer_time", asked.seconds)
         responses = rollout.loss_tokens()
@@ -107,6 +108,10 @@ class Scorer:
         """As :meth:`score`, without the log-probs of policies; a teacher, which rewards may be of, is asked."""
         if self.teacher is not None:
             return self.score(rollout, prompts, watch)[1]
+        return self.rewards_of(rollout, prompts, watch)
+
+    def rewards_of(self, rollout: Rollout, prompts: Mapping[int, Row], watch: Stopwatch) -> Scores:
+        """As :meth:`collect_scores`, of servers that are asked now."""
         return self.collect_scores(self.request_scores(rollout), rollout, prompts, watch)
 
     def _logprobs(self, model: TeacherInterface | AlignableGenerativeInterface, rollout: Rollout) -> Tensor:
@@ -144,6 +149,11 @@ class Scorer:
         for name, judge in self.sources.judges.items():
             with watch("judge"):
                 found[name] = judge.score(rollout, prompts, text=self.rollouts.response_text)
+        for name, config in self.rewards.items():
+            if config.overlong_buffer is not None:
+                longest = self.rollouts.sampling.max_length
+                buffer = config.buffer_tokens(longest)
+                found[name] = overlong_rewards(rollout.loss_lengths(), longest=longest, buffer=buffer)
         with watch("critic_wait"):
             replied = None if asked is None else asked.result(give_up=self.give_up)
         served, values = (

@@ -10,7 +10,7 @@ from nemo_aligner.builders.models import Pretrained, go_on_from, load_policy
 from nemo_aligner.builders.reference import load_teacher
 from nemo_aligner.builders.resume import resume_point
 from nemo_aligner.builders.reward_sources import open_sources
-from nemo_aligner.builders.rollouts import actor_prompts, actor_rollouts
+from nemo_aligner.builders.rollouts import actor_prompts, actor_rollouts, rollout_sampling
 from nemo_aligner.builders.runs import open_experiment, prepare_training, save_result, training_checkpoints
 from nemo_aligner.checkpoint.trainer_state import Checkpoint
 from nemo_aligner.config.ppo import ActorJob
@@ -42,7 +42,7 @@ def train_actor(
             logger.warning("without effect, as trainer.ppo.initial_policy_kl_penalty is 0: %s", keys)
         pretrained = load_actor(job, start)
         objective = OnlineObjective(
-            loss=loss or policy_gradient(job),
+            loss=loss or policy_gradient(job, pretrained),
             pairs=pairs,
             with_reference=job.asks_initial_policy,
             teacher=load_teacher(job, job.teacher, pretrained, scores=True) if job.teacher else None,
@@ -80,7 +80,7 @@ def load_actor(job: ActorJob, start: Checkpoint | None) -> Pretrained[GPTPolicy]
     return pretrained
 
 
-def policy_gradient(job: ActorJob) -> PolicyGradient:
+def policy_gradient(job: ActorJob, pretrained: Pretrained[GPTPolicy]) -> PolicyGradient:
     """The policy's loss; with trainer.ppo.kl_placement=loss the KL to the initial policy is a part of it."""
     config = job.trainer.ppo
     in_loss = config.kl_placement == "loss"
@@ -88,4 +88,5 @@ def policy_gradient(job: ActorJob) -> PolicyGradient:
         job.model.ppo,
         kl_coefficient=config.initial_policy_kl_penalty if in_loss else 0.0,
         kl_estimator=config.estimator_of_kl,
+        max_length=rollout_sampling(job, pretrained).max_length,
     )

@@ -221,6 +221,12 @@ class ActorJob(PretrainedJob):
                 "(model.ppo.num_responses_per_prompt) the same, and there is nothing to compare",
                 fix="set model.ppo.sampling_params.use_greedy=False, or one response to a prompt",
             )
+        if config.max_sampling_rounds > 1 and config.advantage_estimator not in (*GROUPED, None):
+            raise UserError(
+                f"trainer.ppo.max_sampling_rounds={config.max_sampling_rounds} replaces groups of equal rewards, and "
+                f"{named} compares no responses",
+                fix=f"set trainer.ppo.max_sampling_rounds=1, or an estimator of {', '.join(GROUPED)}",
+            )
         if config.advantage_estimator == "best_of_n" and config.top_n >= responses:
             raise UserError(
                 f"trainer.ppo.top_n={config.top_n} leaves none of model.ppo.num_responses_per_prompt={responses} out",

@@ -19,6 +19,8 @@ from nemo_aligner.paths import PathText
 
 _WORD = re.compile(r"(?P<sign>\+{0,2})(?P<key>[A-Za-z_][\w.]*)=(?P<value>.*)", re.DOTALL)
 
+# A folder of YAMLs beside the script's, each with settings of a paper: recipe=NAME.
+RECIPE = "recipe"
 _MOST_BRACKETS = 50  # Python's stack holds Hydra's parser at that depth
 _MANY_DIGITS = re.compile(r"\d[\d_]{4000}")  # more than Python makes a number of
 
@@ -62,6 +64,8 @@ def _read(word: str, kind: type[object]) -> str:
         _check(word)
         return word
     value = found["value"]
+    if found["key"] == RECIPE and not found["sign"]:
+        return f"+{word}"
     if _is_text(value, _type_of(kind, found["key"])):
         value = quoted(value)
     else:

@@ -13,6 +13,7 @@ PreferenceLoss = Literal["dpo", "ipo", "robust", "rpo_sq", "rpo_bwd_kl", "rpo_fw
 REFERENCED: tuple[PreferenceLoss, ...] = ("dpo", "ipo", "robust", "rpo_sq", "rpo_bwd_kl", "rpo_fwd_kl")
 RewardEstimator = Literal["gae", "group", "leave_one_out", "reinforce", "best_of_n"]
 Estimator = Literal[RewardEstimator, "teacher"]
+PolicyLoss = Literal["ppo", "gspo", "cispo"]
 Divergence = Literal["fwd_kl", "bwd_kl", "js"]
 BY_REWARDS: tuple[RewardEstimator, ...] = get_args(RewardEstimator)
 # Estimators that compare the responses to one prompt.
@@ -60,16 +61,28 @@ class RegressionConfig:
 class PolicyConfig:
     """The part of the ``model.ppo`` block that shapes the policy's loss."""
 
-    # the ratio of new to old probability gains nothing outside 1 -+ this
-    ratio_eps: float = bounded(0.2, above=0, below=1, to="between 0 and 1")
+    # ppo: the surrogate of each token's ratio of new to old probability is clipped; gspo: that of the whole response's,
+    # by the mean over its tokens; cispo: the clipped ratio is a weight of the token's log-prob
+    policy_loss: PolicyLoss = "ppo"
+    # the ratio of new to old probability gains nothing outside 1 -+ this; 1: it has no lower bound
+    ratio_eps: float = bounded(0.2, above=0, at_most=1, to="more than 0, and up to 1")
     # the upper side of it; null: as ratio_eps
     ratio_eps_high: float | None = bounded(None, above=0, to=_ABOVE_0_OR_NULL)
     # a token of negative advantage A costs at most this times |A|; null: no bound
     dual_clip: float | None = bounded(None, above=1, to="more than 1, for instance 3, or null")
-    # token: every token of a step weighs the same; sequence: every response does, by the mean over its tokens
-    loss_mean: Literal["token", "sequence"] = "token"
+    # token: every token of a step weighs the same; sequence: every response does, by the mean over its tokens;
+    # constant: the sum over a response's tokens is divided by the most that it may have
+    loss_mean: Literal["token", "sequence", "constant"] = "token"
     # weight of the entropy over the whole vocabulary, per token in nats; 0: not computed
     entropy_bonus: float = bounded(0.0, at_least=0, to="0 (none) or more")
+
+    def __post_init__(self) -> None:
+        if self.dual_clip is not None and self.policy_loss == "cispo":
+            raise UserError(
+                f"model.ppo.dual_clip={self.dual_clip} has no effect with model.ppo.policy_loss=cispo, whose weights "
+                "are bounded",
+                fix="set model.ppo.dual_clip=null",
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -63,6 +63,17 @@ def shape_rewards(scored: ScoredRollout, config: CreditConfig, *, kl_coefficient
             return shaped - kl_coefficient * torch.where(last, kl.sum(1, keepdim=True), 0)
 
 
+def overlong_rewards(lengths: Tensor, *, longest: int, buffer: int) -> Tensor:
+    """Return ``clip((longest - buffer - |y|) / buffer, -1, 0)`` of each response: DAPO's soft overlong punishment.
+
+    Yu 2025, arXiv 2503.14476, eq. 13. lengths: [B] int64, tokens of the responses. Returns [B] float.
+
+    >>> overlong_rewards(torch.tensor([6, 9, 10]), longest=10, buffer=4)
+    tensor([ 0.0000, -0.7500, -1.0000])
+    """
+    return ((longest - buffer - lengths) / buffer).clamp(-1, 0)
+
+
 def gae(values: Tensor, rewards: Tensor, mask: Tensor, *, gamma: float, lam: float) -> tuple[Tensor, Tensor]:
     """Generalised advantage estimation (Schulman 2016, arXiv 1506.02438, eq. 16).
 
@@ -148,6 +159,23 @@ def best_of_n(rewards: Tensor, group: Tensor, *, keep: int = 1) -> Tensor:
     count = torch.bincount(group)
     place = torch.arange(rewards.numel(), device=rewards.device) - (count.cumsum(0) - count)[group[order]]
     return torch.zeros_like(group, dtype=torch.bool).index_copy(0, order, place < keep)
+
+
+def differing(rewards: Tensor, group: Tensor) -> Tensor:
+    """Return True for responses in whose group not all rewards are equal, exactly: [B], [B] -> [B] bool.
+
+    What is learned of others is 0: dynamic sampling replaces them (DAPO, Yu 2025, arXiv 2503.14476, eq. 11).
+
+    >>> differing(torch.tensor([0.1, 0.1, 0.0, 1.0]), torch.tensor([3, 3, 4, 4]))
+    tensor([False, False,  True,  True])
+    """
+    least, most = (
+        torch.zeros(int(group.max()) + 1, dtype=rewards.dtype).scatter_reduce(
+            0, group, rewards, reduce=kind, include_self=False
+        )
+        for kind in ("amin", "amax")
+    )
+    return (least < most)[group]
 
 
 def teacher_advantages(logprobs: Tensor, teacher: Tensor) -> Tensor:

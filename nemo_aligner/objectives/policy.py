@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Proximal Policy Optimization's loss of the policy: a clipped surrogate of the advantage, and an entropy bonus."""
+"""Losses of a policy by the advantages of its tokens: PPO's clipped surrogate, GSPO's and CISPO's; entropy and KL."""
 
 from dataclasses import dataclass, field
 
@@ -37,18 +37,43 @@ def clipped_surrogate(ratio: Tensor, advantages: Tensor, config: PolicyConfig) -
     return torch.where(advantages < 0, torch.minimum(losses, -config.dual_clip * advantages), losses)
 
 
+def clipped_weight(ratio: Tensor, logprobs: Tensor, advantages: Tensor, config: PolicyConfig) -> Tensor:
+    """The loss of each token, ``-sg(clip(r, 1 - eps, 1 + eps)) A log p`` (MiniMax 2025, arXiv 2506.13585, eq. 4).
+
+    It is CISPO's. ``sg`` stops the gradient, so that every token has one, that of a clipped ratio too. Shapes as of
+    :func:`clipped_surrogate`; logprobs: [B, S] float, those of the ratio's numerator.
+
+    >>> ratio, logprobs, advantages = torch.tensor([1.5, 0.5]), torch.tensor([-1.0, -1.0]), torch.tensor([2.0, 2.0])
+    >>> clipped_weight(ratio, logprobs, advantages, PolicyConfig(ratio_eps=1.0, ratio_eps_high=0.2))
+    tensor([2.4000, 1.0000])
+    """
+    return -_clamp(ratio, config).detach() * advantages * logprobs
+
+
+def sequence_means(x: Tensor, batch: TokenBatch) -> Tensor:
+    """Return [B, S], at every position the mean of ``x`` [B, S] over the loss tokens of the sequence that it is of.
+
+    Of log-ratios the exponent is GSPO's ratio of a response (Zheng 2025, arXiv 2507.18071, eq. 7).
+    """
+    means = batch.per_sequence(x) / batch.loss_lengths().clamp(min=1)
+    return means[batch.sequence_ids()]
+
+
 @dataclass(frozen=True)
 class PolicyGradient:
-    """The mean over loss tokens of :func:`clipped_surrogate`, less the entropy bonus, plus a KL penalty.
+    """The mean of :func:`clipped_surrogate` or :func:`clipped_weight`, less the entropy bonus, plus a KL penalty.
 
     With ``config.loss_mean`` "token", every token of the global batch weighs the same, whatever response it stands in
     (DAPO, Yu 2025, arXiv 2503.14476, eq. 8; verl's ``token-mean``). With "sequence", every response does: a mean of the
-    responses' means (GRPO, Shao 2024, arXiv 2402.03300, eq. 3; verl's ``seq-mean-token-mean``).
+    responses' means (GRPO, Shao 2024, arXiv 2402.03300, eq. 3; verl's ``seq-mean-token-mean``). With "constant", the
+    sum over a response's tokens is divided by ``max_length``, and by the number of responses (Dr. GRPO, Liu 2025,
+    arXiv 2503.20783, section 3; verl's ``seq-mean-token-sum-norm``).
     """
 
     config: PolicyConfig = field(default_factory=PolicyConfig)
     kl_coefficient: float = 0.0  # of the KL to the initial policy in the loss; 0: none
     kl_estimator: KLEstimator = "k3"
+    max_length: int = 1  # tokens of a response, at most; read with loss_mean "constant"
 
     @property
     def unit(self) -> Unit:
@@ -69,7 +94,8 @@ class PolicyGradient:
     def __call__(self, output: ModelOutput, batch: TokenBatch) -> tuple[Tensor, Metrics]:
         """The summed loss; and per loss token, the terms of the loss per unit of it:
 
-        - "ppo_ratio", "ppo_ratio_clamped": new to old probability, as it is and within its range;
+        - "ppo_ratio", "ppo_ratio_clamped": new to old probability, as it is and within its range; with "gspo" that of
+          the token's response;
         - "clip_fraction": how often the clip binds: the clipped side of the surrogate is the larger loss, as TRL, verl,
           OpenRLHF and torchtune count it; a ratio that is out of range on the side that costs more is not clipped;
         - "approx_kl": k3 of KL(old || new), nats;
@@ -79,13 +105,22 @@ class PolicyGradient:
         """
         assert isinstance(batch, Experience) and output.logprobs is not None
         loss_tokens, weights = batch.loss_tokens(), batch.token_weights(self.unit)
+        if self.unit is Unit.CONSTANT:
+            weights = weights / self.max_length
         tokens, units = loss_tokens.sum(), batch.count(self.unit)
         # Outside the mask any number may stand, NaN too, or one whose exponent overflows: mask before arithmetic.
         logprobs = torch.where(loss_tokens, output.logprobs, 0)
         old = torch.where(loss_tokens, batch.logprobs, 0)
         advantages = torch.where(loss_tokens, batch.advantages, 0)
-        ratio = likelihood_ratio(logprobs, old)
-        loss = (weights * clipped_surrogate(ratio, advantages, self.config)).sum()
+        log_ratio = logprobs - old
+        if self.config.policy_loss == "gspo":
+            log_ratio = sequence_means(log_ratio, batch)
+        ratio = likelihood_ratio(log_ratio)
+        if self.config.policy_loss == "cispo":
+            losses = clipped_weight(ratio, logprobs, advantages, self.config)
+        else:
+            losses = clipped_surrogate(ratio, advantages, self.config)
+        loss = (weights * losses).sum()
         bonus = torch.zeros_like(loss)
         if self.config.entropy_bonus:
             assert output.entropy is not None

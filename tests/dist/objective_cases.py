@@ -130,6 +130,13 @@ OBJECTIVES: dict[str, ObjectiveCase] = {
     "grpo": ObjectiveCase(
         objective=PolicyGradient(PolicyConfig(loss_mean="sequence"), kl_coefficient=0.1), extended=_experience
     ),
+    "gspo": ObjectiveCase(
+        objective=PolicyGradient(PolicyConfig(policy_loss="gspo", loss_mean="sequence")), extended=_experience
+    ),
+    "cispo": ObjectiveCase(
+        objective=PolicyGradient(PolicyConfig(policy_loss="cispo", loss_mean="constant"), max_length=16),
+        extended=_experience,
+    ),
     "dpo": ObjectiveCase(objective=DPO(_DPO), pairs=True, extended=_with_reference),
     "ipo": ObjectiveCase(objective=DPO(_IPO), pairs=True, extended=_with_reference),
     "robust": ObjectiveCase(

@@ -85,16 +85,20 @@ def test_a_killed_run_goes_on_bit_for_bit(settings: Callable, kill_and_resume: C
     assert_same_learning(tmp_path / "killed", tmp_path / "whole")
 
 
+def assert_close_metrics(found: Path, wanted: Path) -> None:
+    for ours, theirs in zip(metrics(found), metrics(wanted), strict=True):
+        assert ours.keys() == theirs.keys()
+        for name in ours:
+            bound = 2e-5 if "logprob_difference" in name or "kl" in name else 2e-6
+            assert ours[name] == pytest.approx(theirs[name], rel=2e-4, abs=bound), name
+
+
 def test_results_do_not_depend_on_the_layout(settings: Callable, run: Callable, tmp_path: Path):
     few = {"trainer.ppo.max_steps": 2, "trainer.ppo.save_interval": 0, "model.ppo.loss_mean": "sequence"}
     for name, changed in (("one", {}), ("many", LAYOUTS[MIXED])):
         job = run(settings(name, **few, **changed), command=[GRPO])
         assert job.process.returncode == 0, job.err[-3000:]
-    for ours, theirs in zip(metrics(tmp_path / "many"), metrics(tmp_path / "one"), strict=True):
-        assert ours.keys() == theirs.keys()
-        for name in ours:
-            bound = 2e-5 if "logprob_difference" in name or "kl" in name else 2e-6
-            assert ours[name] == pytest.approx(theirs[name], rel=2e-4, abs=bound), name
+    assert_close_metrics(tmp_path / "many", tmp_path / "one")
 
 
 def test_without_a_reward_the_fix_is_named(settings: Callable, run: Callable):
@@ -102,3 +106,54 @@ def test_without_a_reward_the_fix_is_named(settings: Callable, run: Callable):
     job = run(asked, command=[GRPO])
     assert job.process.returncode == 2
     assert "trainer.ppo.rewards.NAME.function=MODULE.NAME" in job.err
+
+
+DAPO = {"recipe": "dapo", "trainer.ppo.max_sampling_rounds": 3, "trainer.ppo.val_check_interval": 0}
+# Of two prompts in three all responses have one reward.
+UNEQUAL = """
+def score(response, row, **_):
+    return float("e" in response) if row["wanted"] == "aeiou" and "1" in row["text"] else 0.5
+"""
+
+
+def test_dynamic_sampling_is_killed_and_goes_on_bit_for_bit(
+    settings: Callable, kill_and_resume: Callable, tmp_path: Path
+):
+    (tmp_path / "my_rewards.py").write_text(UNEQUAL)
+    kill_and_resume(lambda name: settings(name, **DAPO), command=[GRPO], step=4)
+    assert_same_learning(tmp_path / "killed", tmp_path / "whole")
+    steps = [line for line in metrics(tmp_path / "whole") if "train_rollouts/accept_rate" in line]
+    taken = [line["train_rollouts/sampling_rounds"] for line in steps]
+    assert max(taken) == 3
+    assert all(0 < line["train_rollouts/accept_rate"] < 1 for line in steps)
+    # 32 prompts are 4 batches of 8.
+    assert [line["train_rollouts/epoch"] for line in steps] == [
+        1 + (sum(taken[:number]) - 1) // 4 for number in range(1, len(taken) + 1)
+    ]
+    assert all(line["train_rollouts/rollout_size"] == 32 for line in steps)
+    assert all(-1 <= line["train_rollouts/rewards/overlong"] <= 0 for line in steps)
+
+
+def test_dynamic_sampling_does_not_depend_on_the_layout(settings: Callable, run: Callable, tmp_path: Path):
+    (tmp_path / "my_rewards.py").write_text(UNEQUAL)
+    few = {"trainer.ppo.max_steps": 2, "trainer.ppo.save_interval": 0}
+    for name, changed in (("one", {}), ("many", LAYOUTS[MIXED])):
+        job = run(settings(name, **DAPO, **few, **changed), command=[GRPO])
+        assert job.process.returncode == 0, job.err[-3000:]
+    assert_close_metrics(tmp_path / "many", tmp_path / "one")
+
+
+def test_dynamic_sampling_without_groups_is_refused(settings: Callable, run: Callable):
+    asked = {"trainer.ppo.advantage_estimator": "reinforce", "trainer.ppo.max_sampling_rounds": 2}
+    job = run(settings("run", **asked), command=[GRPO])
+    assert job.process.returncode == 2
+    assert "trainer.ppo.max_sampling_rounds=2 replaces groups of equal rewards" in job.err
+
+
+@pytest.mark.parametrize("recipe", ["cispo", "gspo", "reinforce_plus_plus", "rloo"])
+def test_recipes_run(settings: Callable, run: Callable, tmp_path: Path, recipe: str):
+    asked = {"recipe": recipe, "trainer.ppo.max_steps": 2, "trainer.ppo.val_check_interval": 0}
+    job = run(settings("run", **asked), command=[GRPO])
+    assert job.process.returncode == 0, job.err[-3000:]
+    first, *_ = metrics(tmp_path / "run")
+    assert first["train_optim/grad_norm"] > 0

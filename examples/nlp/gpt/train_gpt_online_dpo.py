@@ -43,6 +43,7 @@ class OnlineDPORolloutConfig(ppo.ActorRolloutConfig):
     num_rollout_samples: int = 64
     # of which the best and the worst are a pair
     num_responses_per_prompt: int = bounded(4, at_least=2)
+    policy_loss: str = only("ppo", what=_NO_RATIO)  # only ppo
     ratio_eps: float = only(0.2, what=_NO_RATIO)  # only 0.2
     ratio_eps_high: float | None = only(None, what=_NO_RATIO)  # only null
     dual_clip: float | None = only(None, what=_NO_RATIO)  # only null

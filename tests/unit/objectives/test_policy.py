@@ -1,12 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """The policy's loss against values worked out by hand and a loop in float64."""
 
+import json
 import math
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from torch.nn.functional import pad
 
 from nemo_aligner.batch import Unit
 from nemo_aligner.bounds import check_bounds
@@ -21,6 +24,8 @@ CONFIGS = (
     PolicyConfig(),
     PolicyConfig(ratio_eps=0.1, ratio_eps_high=0.3),
     PolicyConfig(dual_clip=1.3, entropy_bonus=0.05),
+    PolicyConfig(policy_loss="gspo", ratio_eps=0.01, ratio_eps_high=0.02),
+    PolicyConfig(policy_loss="cispo", ratio_eps=1.0, ratio_eps_high=0.1, entropy_bonus=0.05),
 )
 
 
@@ -152,20 +157,25 @@ def by_loop(made: Experience, output: ModelOutput, config: PolicyConfig) -> dict
     low, high = 1 - config.ratio_eps, 1 + (config.ratio_eps_high or config.ratio_eps)
     sums, tokens = dict.fromkeys(PolicyGradient().metrics, 0.0), 0
     for i, n in enumerate(LENGTHS):
+        apart = [float(output.logprobs[i, t] - made.logprobs[i, t]) for t in range(2, n)]
         for t in range(2, n):
             new, old = float(output.logprobs[i, t]), float(made.logprobs[i, t])
-            advantage, ratio = float(made.advantages[i, t]), math.exp(new - old)
+            is_gspo = config.policy_loss == "gspo"
+            ratio = math.exp(sum(apart) / len(apart) if is_gspo else new - old)
+            advantage = float(made.advantages[i, t])
             clamped = min(max(ratio, low), high)
             gain = min(ratio * advantage, clamped * advantage)
             if config.dual_clip and advantage < 0:
                 gain = max(gain, config.dual_clip * advantage)
+            if config.policy_loss == "cispo":
+                gain = clamped * advantage * new
             bonus = config.entropy_bonus * float(output.entropy[i, t])
             token = {
                 "loss": -gain - bonus,
                 "ppo_ratio": ratio,
                 "ppo_ratio_clamped": clamped,
                 "clip_fraction": float(clamped * advantage < ratio * advantage),
-                "approx_kl": ratio - 1 - (new - old),
+                "approx_kl": math.exp(new - old) - 1 - (new - old),
                 "scaled_entropy": bonus,
             }
             sums = {name: sums[name] + token[name] for name in sums}
@@ -180,7 +190,8 @@ def test_a_loop_in_float64_says_the_same(config: PolicyConfig):
     assert means(*batch(), config) == pytest.approx(expected, rel=1e-12, abs=1e-14)
 
 
-@pytest.mark.parametrize("config", CONFIGS)
+# CISPO's weights have no gradient, though the loss follows them.
+@pytest.mark.parametrize("config", [config for config in CONFIGS if config.policy_loss != "cispo"])
 def test_gradcheck(config: PolicyConfig):
     made, output = batch()
 
@@ -191,10 +202,12 @@ def test_gradcheck(config: PolicyConfig):
     assert torch.autograd.gradcheck(loss, inputs)
 
 
-def test_before_any_update_it_is_the_policy_gradient():
+@pytest.mark.parametrize("policy_loss", ["ppo", "cispo"])
+def test_before_any_update_it_is_the_policy_gradient(policy_loss: str):
     made, _ = batch()
     logprobs = made.logprobs.clone().requires_grad_()
-    loss, metrics = PolicyGradient()(ModelOutput(logprobs=logprobs), made)
+    objective = PolicyGradient(PolicyConfig(policy_loss=policy_loss))
+    loss, metrics = objective(ModelOutput(logprobs=logprobs), made)
     loss.backward()
     torch.testing.assert_close(logprobs.grad, -made.advantages * made.loss_mask, rtol=1e-14, atol=0)
     assert (metrics["clip_fraction"][0], metrics["approx_kl"][0]) == (0, 0)
@@ -264,7 +277,7 @@ def test_what_it_asks_for():
     ("config", "says"),
     [
         (PolicyConfig(ratio_eps=0.0), "ratio_eps=0.0"),
-        (PolicyConfig(ratio_eps=1.0), "ratio_eps=1.0"),
+        (PolicyConfig(ratio_eps=1.1), "ratio_eps=1.1"),
         (PolicyConfig(ratio_eps_high=0.0), "ratio_eps_high=0.0"),
         (PolicyConfig(dual_clip=1.0), "dual_clip=1.0"),
         (PolicyConfig(entropy_bonus=-0.1), "entropy_bonus=-0.1"),
@@ -273,6 +286,11 @@ def test_what_it_asks_for():
 def test_values_without_a_meaning_are_refused(config: PolicyConfig, says: str):
     with pytest.raises(UserError, match=f"model.ppo.{says} is out of range"):
         check_bounds(config, "model.ppo")
+
+
+def test_a_bound_of_the_surrogate_is_refused_where_there_is_none():
+    with pytest.raises(UserError, match=r"model.ppo.dual_clip=3.0 .* model.ppo.policy_loss=cispo"):
+        PolicyConfig(policy_loss="cispo", dual_clip=3.0)
 
 
 @pytest.mark.parametrize("config", CONFIGS)
@@ -306,3 +324,36 @@ def test_with_a_mean_of_sequences_each_response_weighs_the_same():
     assert objective.unit is Unit.SEQUENCE
     assert metrics["loss"][1].item() == 2, "a row without loss tokens is no sequence"
     assert metrics["ppo_ratio"][1].item() == 5
+
+
+@pytest.mark.parametrize(
+    "name", ["ppo, token", "ppo, sequence", "ppo, constant", "gspo, sequence", "cispo, token"]
+)
+def test_losses_and_gradients_are_trls(name: str):
+    frozen = json.loads((Path(__file__).parents[2] / "fixtures/trl_policy_losses.json").read_text())
+    lengths = torch.tensor(frozen["lengths"])
+    old, new = (torch.tensor(frozen[key], dtype=torch.float64) for key in ("old", "new"))
+    mask = torch.arange(old.shape[1]) < lengths[:, None]
+    advantages = torch.tensor(frozen["advantages"], dtype=torch.float64)[:, None].expand_as(old)
+    prompted = {key: pad(x, (1, 0)) for key, x in {"old": old, "mask": mask, "gain": advantages}.items()}
+    rows = Experience(
+        tokens=torch.zeros(prompted["mask"].shape, dtype=torch.int64),
+        loss_mask=prompted["mask"],
+        lengths=lengths + 1,
+        logprobs=prompted["old"],
+        reference_logprobs=prompted["old"],
+        advantages=prompted["gain"],
+        returns=prompted["gain"],
+        values=prompted["gain"],
+    )
+    policy_loss, loss_mean = name.split(", ")
+    low = 1.0 if policy_loss == "cispo" else 0.2
+    config = PolicyConfig(policy_loss=policy_loss, loss_mean=loss_mean, ratio_eps=low, ratio_eps_high=0.28)
+    objective = PolicyGradient(config, max_length=8)
+    now = new.clone().requires_grad_()
+    loss, _ = objective(ModelOutput(logprobs=pad(now, (1, 0))), rows)
+    loss = loss / rows.count(objective.unit)
+    loss.backward()
+    assert loss.item() == pytest.approx(frozen[name]["loss"], rel=1e-6)
+    wanted = torch.tensor(frozen[name]["gradient"], dtype=torch.float64)
+    torch.testing.assert_close(now.grad, wanted, rtol=1e-6, atol=1e-9)
