@@ -96,7 +96,8 @@ class Experience(TokenBatch):
 
     logprobs: Tensor  # [B, S] float: as in ScoredRollout, so the policy's before the update
     reference_logprobs: Tensor  # [B, S] float: as in ScoredRollout
-    advantages: Tensor  # [B, S] float: whitened where CreditConfig.whitens; 0 outside the responses
+    # [B, S] float: whitened where CreditConfig.whitens, times credit.sampler_weights; 0 outside the responses
+    advantages: Tensor
     returns: Tensor  # [B, S] float: advantages before whitening, plus values; the critic's targets
     values: Tensor  # [B, S] float: as in ScoredRollout; 0 outside the responses
 

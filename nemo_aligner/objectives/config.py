@@ -184,6 +184,13 @@ class CreditConfig:
     # with scale_rewards: each token's is held within -+ this; null: it is not
     scaled_reward_clip: float | None = bounded(None, above=0, to=_ABOVE_0_OR_NULL)
     mask_unfinished: bool = True  # the policy learns nothing from responses that the length limit cut
+    # where the sampler's probabilities q are not the trainer's p, an advantage counts p / q times: truncate: at most
+    # sampler_ratio_high times; mask: not at all where that is not from sampler_ratio_low to _high; null: it counts once
+    sampler_correction: Literal["truncate", "mask"] | None = None
+    sampler_ratio_low: float = bounded(
+        0.5, at_least=0, at_most=1
+    )  # with sampler_correction mask: the least p / q
+    sampler_ratio_high: float = bounded(2.0, at_least=1)  # with sampler_correction: the most p / q
 
     # what a penalty of KL reads, and nothing else does
     of_penalty: ClassVar[tuple[str, ...]] = (
@@ -201,6 +208,7 @@ class CreditConfig:
         "reward_clip": BY_REWARDS,
         "scale_rewards": BY_REWARDS,
         "normalize_advantages": (*BY_REWARDS, "teacher"),
+        "sampler_correction": (*BY_REWARDS, "teacher"),
     }
 
     @property
@@ -249,6 +257,13 @@ class CreditConfig:
                 f"{block}.adaptive_kl_target={target} steers {block}.initial_policy_kl_penalty, which is 0",
                 fix=f"set {block}.initial_policy_kl_penalty above 0, or {block}.adaptive_kl_target=null",
             )
+        for name, readers in (("sampler_ratio_low", ("mask",)), ("sampler_ratio_high", ("mask", "truncate"))):
+            value, correction = getattr(self, name), self.sampler_correction
+            if value != self.__dataclass_fields__[name].default and correction not in readers:
+                raise UserError(
+                    f"{block}.{name}={value} has no effect with {block}.sampler_correction={correction or 'null'}",
+                    fix=f"set {block}.sampler_correction to {' or '.join(readers)}, or leave it out",
+                )
         if self.scaled_reward_clip is not None and not self.scale_rewards:
             raise UserError(
                 f"{block}.scaled_reward_clip={self.scaled_reward_clip} needs {block}.scale_rewards=True",

@@ -10,7 +10,7 @@ from torch import Tensor
 from nemo_aligner.batch import TokenBatch
 from nemo_aligner.objectives.adaptive import KLController, RewardScaling
 from nemo_aligner.objectives.config import CreditConfig
-from nemo_aligner.objectives.reduce import Moments, estimate_kl, kl_k1, masked_mean, whiten
+from nemo_aligner.objectives.reduce import Moments, estimate_kl, kl_k1, likelihood_ratio, masked_mean, whiten
 from nemo_aligner.rollout_batch import Experience, ScoredRollout, ValueBatch
 
 _GROUP_EPS = 1e-6  # as verl has it
@@ -241,6 +241,30 @@ def _estimated(scored: ScoredRollout, rewards: Tensor, config: CreditConfig) -> 
     return advantages, advantages, kept
 
 
+def sampler_weights(logprobs: Tensor, sampler: Tensor, config: CreditConfig) -> Tensor:
+    """Return [B, S] float, by how much tokens that q drew count in what p learns of them.
+
+    ``p / q``, which is unbiased, within bounds: "truncate" gives ``min(p / q, high)`` (Yao 2025, fengyao.notion.site/
+    off-policy-rl), "mask" 0 where ``p / q`` is not from ``low`` to ``high`` (IcePop, arXiv 2510.18855, section 3.3.1).
+
+    logprobs: of p, sampler: of q, both [B, S] float.
+
+    >>> p, q = torch.tensor([0.5, 0.5, 0.1]).log(), torch.tensor([0.5, 0.1, 0.5]).log()
+    >>> sampler_weights(p, q, CreditConfig(sampler_correction="truncate"))
+    tensor([1.0000, 2.0000, 0.2000])
+    >>> sampler_weights(p, q, CreditConfig(sampler_correction="mask"))
+    tensor([1., 0., 0.])
+    """
+    ratio, high = likelihood_ratio(logprobs - sampler), config.sampler_ratio_high
+    match config.sampler_correction:
+        case "truncate":
+            return ratio.clamp(max=high)
+        case "mask":
+            return torch.where((ratio >= config.sampler_ratio_low) & (ratio <= high), ratio, 0)
+        case None:
+            return torch.ones_like(ratio)
+
+
 def rolling_returns(rewards: Tensor, mask: Tensor, *, gamma: float) -> Tensor:
     """``R_t = gamma R_{t-1} + r_t`` along each response, from 0 (arXiv 2005.12729, algorithm 1).
 
@@ -276,7 +300,7 @@ def credit(
     kl_coefficient: float,
     scaling: RewardScaling | None = None,
 ) -> Experience:
-    """The policy's train batch of scored responses: :func:`shape_rewards`, scaling, the estimator, whitening.
+    """The policy's train batch of scored responses: shaped rewards, scaling, the estimator, whitening, correction.
 
     Args:
         kl_coefficient: what a nat of KL to the initial policy costs; :func:`kl_controller` has it.
@@ -296,6 +320,9 @@ def credit(
     advantages, returns, kept = _estimated(scored, rewards, config)
     if config.whitens:
         advantages = whiten(advantages, responses, Moments.of(advantages, responses))
+    if config.sampler_correction is not None:
+        weights = sampler_weights(scored.logprobs, scored.sampler_logprobs, config)
+        advantages = torch.where(responses, advantages * weights, 0)
     return Experience(
         tokens=scored.tokens,
         loss_mask=kept & scored.finished[:, None] if config.mask_unfinished else kept,

@@ -16,6 +16,7 @@ from nemo_aligner.objectives.credit import (
     credit,
     group_advantages,
     leave_one_out,
+    sampler_weights,
     teacher_advantages,
 )
 from nemo_aligner.objectives.policy import PolicyGradient
@@ -187,3 +188,51 @@ def test_a_teacher_is_no_reward(scored: Callable[..., ScoredRollout]):
     assert not experience.advantages[~responses].any()
     other = credited(replace(batch, rewards=batch.rewards + 5), "teacher")
     assert torch.equal(other.advantages, experience.advantages)
+
+
+def test_what_another_sampler_drew_is_weighed_to_the_policys_own_gradient():
+    """Over a whole vocabulary, ``sum_y q(y) w(y) A(y) grad log p(y)`` is the gradient of ``sum_y p(y) A(y)``."""
+    draw = torch.Generator().manual_seed(3)
+    logits, sampler, gain = (torch.randn(7, generator=draw, dtype=torch.float64) for _ in range(3))
+    logits.requires_grad_()
+    logprobs, drawn = logits.log_softmax(0), sampler.log_softmax(0)
+    (wanted,) = torch.autograd.grad((logprobs.exp() * gain).sum(), logits, retain_graph=True)
+    config = CreditConfig(sampler_correction="truncate", sampler_ratio_high=1e6)
+    weights = sampler_weights(logprobs.detach(), drawn, config)
+    surrogate = (drawn.exp() * weights * gain * logprobs).sum()
+    torch.testing.assert_close(torch.autograd.grad(surrogate, logits)[0], wanted)
+
+
+@pytest.mark.parametrize("correction", ["truncate", "mask"])
+def test_advantages_are_corrected_after_whitening(scored: Callable[..., ScoredRollout], correction: str):
+    batch = grouped(scored)
+    rows, places = (torch.arange(n) for n in batch.tokens.shape)
+    shift = 0.4 * torch.sin(3.0 * rows[:, None] + places).to(batch.logprobs.dtype)
+    batch = replace(batch, sampler_logprobs=batch.logprobs - shift)
+    plain = credited(batch, "group", normalize_advantages=True)
+    bounds = {"sampler_ratio_low": 0.8, "sampler_ratio_high": 1.25}
+    if correction == "truncate":
+        del bounds["sampler_ratio_low"]
+    found = credited(batch, "group", normalize_advantages=True, sampler_correction=correction, **bounds)
+    ratio = np.exp(shift.numpy())
+    inside = (ratio >= 0.8) & (ratio <= 1.25)
+    weights = np.minimum(ratio, 1.25) if correction == "truncate" else np.where(inside, ratio, 0)
+    responses = batch.loss_tokens().numpy()
+    assert 0 < inside[responses].mean() < 1
+    np.testing.assert_allclose(
+        found.advantages, np.where(responses, plain.advantages * weights, 0), rtol=1e-6
+    )
+    assert torch.equal(found.returns, plain.returns)
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"sampler_ratio_high": 3.0}, "sampler_ratio_high=3.0 has no effect"),
+        ({"sampler_ratio_low": 0.1, "sampler_correction": "truncate"}, "sampler_ratio_low=0.1 has no effect"),
+        ({"sampler_ratio_high": 0.9, "sampler_correction": "mask"}, "sampler_ratio_high=0.9"),
+    ],
+)
+def test_bounds_that_nothing_reads_are_refused(settings: dict[str, object], says: str):
+    with pytest.raises(UserError, match=says):
+        CreditConfig(**settings).check("trainer.ppo")
