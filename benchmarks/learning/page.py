@@ -54,7 +54,7 @@ def text(found: Mapping[str, Mapping[int, Found]]) -> str:
 def _rows(name: str, experiment: Experiment, seeds: Mapping[int, Found]) -> Iterator[str]:
     hours = Spread(tuple(one.seconds / 3600 for one in seeds.values()))
     for metric, meaning in experiment.figures.items():
-        curves = [one.curves[metric] for one in seeds.values()]
+        curves = _at_common_steps([one.curves[metric] for one in seeds.values()])
         first, last = (Spread(tuple(curve[at][1] for curve in curves)) for at in (0, -1))
         at_first = f"{first} (step {curves[0][0][0]:.0f})"
         at_end = f"{last} (step {curves[0][-1][0]:.0f})"
@@ -107,7 +107,7 @@ def _draw(name: str, experiment: Experiment, found: Mapping[str, Mapping[int, Fo
     for other in (name, *experiment.beside):
         if not found[other]:
             continue
-        curves = [one.curves[metric] for one in found[other].values()]
+        curves = _at_common_steps([one.curves[metric] for one in found[other].values()])
         steps, means, low, high = _band(curves)
         label = (
             f"{EXPERIMENTS[other].title}, {len(curves)} seeds"
@@ -122,6 +122,16 @@ def _draw(name: str, experiment: Experiment, found: Mapping[str, Mapping[int, Fo
     PICTURES.mkdir(parents=True, exist_ok=True)
     figure.savefig(PICTURES / f"{name}.svg", metadata={"Date": None})
     pyplot.close(figure)
+
+
+def _at_common_steps(curves: list[Curve]) -> list[Curve]:
+    """The curves at steps that all have; where a recipe has changed, some seeds are of the earlier one.
+
+    >>> _at_common_steps([[(0, 1.0), (5, 2.0)], [(5, 3.0)]])
+    [[(5, 2.0)], [(5, 3.0)]]
+    """
+    steps = set.intersection(*({step for step, _ in curve} for curve in curves))
+    return [[point for point in curve if point[0] in steps] for curve in curves]
 
 
 def _band(curves: list[Curve]) -> tuple[list[float], list[float], list[float], list[float]]:

@@ -12,15 +12,21 @@ _UNSAVED = "exp_manager.create_checkpoint_callback=False"
 _LORA = "model.peft.lora_tuning.target_modules=[all] model.peft.lora_tuning.adapter_dim=16 lr=2e-4"
 
 
-def _supervised(name: str, command: str, *, block: str, batch_size: int, steps: int) -> tuple[Job]:
-    """A run of SmolLM2 on rows of real data, which validates and saves four times."""
-    quarter = steps // 4
+def _supervised(
+    name: str, command: str, *, block: str, batch_size: int, steps: int, begins: bool = True
+) -> tuple[Job]:
+    """A run of SmolLM2 on rows of real data, which validates and saves four times.
+
+    Args:
+        begins: whether it validates before the first step too.
+    """
+    quarter, first = steps // 4, f"trainer.{block}.val_before_train=True " if begins else ""
     return (
         Job(
             name=name,
             command=f"{command} model=SMOLLM2 data=DATA/train.jsonl validation=DATA/validation.jsonl seq_length=192 "
             f"batch_size={batch_size} micro_batch_size=4 epochs=9 max_steps={steps} {_ALWAYS} "
-            f"trainer.{block}.val_check_interval={quarter} trainer.{block}.save_interval={quarter} "
+            f"{first}trainer.{block}.val_check_interval={quarter} trainer.{block}.save_interval={quarter} "
             "exp_manager.checkpoint_callback_params.save_top_k=0",
         ),
     )
@@ -48,7 +54,7 @@ _STUDENT = Job(
     name="knowledge_distillation",
     command="knowledge_distillation model=DATA/student teacher=SMOLLM2 data=DATA/train.jsonl "
     "validation=DATA/validation.jsonl lr=3e-3 seq_length=192 batch_size=16 micro_batch_size=8 "
-    f"max_steps=48 trainer.sft.val_check_interval=12 {_ALWAYS} {_UNSAVED}",
+    f"max_steps=48 trainer.sft.val_check_interval=12 trainer.sft.val_before_train=True {_ALWAYS} {_UNSAVED}",
 )
 
 
@@ -101,7 +107,7 @@ EXPERIMENTS = {
                 name="pretraining",
                 command="sft model=REAL/stories260k_hf data=DATA/train.txt validation=DATA/validation.txt "
                 "model.data.plain_text=True seq_length=256 lr=3e-4 batch_size=8 micro_batch_size=8 max_steps=40 "
-                f"trainer.sft.val_check_interval=8 {_ALWAYS} {_UNSAVED}",
+                f"trainer.sft.val_check_interval=8 trainer.sft.val_before_train=True {_ALWAYS} {_UNSAVED}",
             ),
         ),
         figures=_SFT_LOSS,
@@ -161,7 +167,8 @@ EXPERIMENTS = {
         title="DPO",
         about="SmolLM2-135M-Instruct on pairs of HH-RLHF (harmless), 64 steps of 4 pairs.",
         write_data=data.harmless,
-        jobs=_supervised("dpo", "dpo lr=5e-6", block="dpo", batch_size=4, steps=64),
+        # Before the first step the policy is the reference: ln 2, as the gate says, and no pair is won.
+        jobs=_supervised("dpo", "dpo lr=5e-6", block="dpo", batch_size=4, steps=64, begins=False),
         figures=_PAIRS,
         gates=(
             Gate(
@@ -177,7 +184,7 @@ EXPERIMENTS = {
         title="KTO",
         about="SmolLM2-135M-Instruct on single responses of HH-RLHF (harmless), good or bad, 48 steps of 8.",
         write_data=data.rated_singly,
-        jobs=_supervised("kto", "kto lr=5e-6", block="kto", batch_size=8, steps=48),
+        jobs=_supervised("kto", "kto lr=5e-6", block="kto", batch_size=8, steps=48, begins=False),
         figures=_SFT_LOSS,
         gates=(Gate(name="loss of the first step", job="kto", metric="train/loss", value=0.5, within=1e-6),),
         seeds=1,
