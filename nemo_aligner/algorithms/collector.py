@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Scored rollouts; with dynamic sampling those of groups that there is something to learn from."""
 
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -12,8 +13,11 @@ from nemo_aligner.algorithms.scoring import Scorer, Scores
 from nemo_aligner.batch import concatenated
 from nemo_aligner.data.row import Row
 from nemo_aligner.objectives.credit import differing
+from nemo_aligner.parallel import world
 from nemo_aligner.rollout_batch import Rollout, ScoredRollout
 from nemo_aligner.run.stopwatch import Stopwatch
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,6 +68,13 @@ class Collector:
             differ = differing(rewards, torch.cat([one.group for one in rollouts]))
             if int(differ.sum()) >= rollout.num_rows:
                 break
+        if not differ.any() and world.is_logging_rank():
+            logger.warning(
+                "the rewards of all groups are equal in each of trainer.ppo.max_sampling_rounds=%d batches of "
+                "prompts, their mean is %.4g: this step learns nothing. Give prompts that the model sometimes solves, "
+                "or look at the reward",
+                *(len(rollouts), rewards.mean().item()),
+            )
         whole, count = concatenated(rollouts), rollouts[0].num_rows
         # The rows of a group stand together, and all groups have as many.
         kept = torch.sort(torch.sort(~differ, stable=True).indices[:count]).values

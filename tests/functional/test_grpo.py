@@ -143,6 +143,16 @@ def test_dynamic_sampling_does_not_depend_on_the_layout(settings: Callable, run:
     assert_close_metrics(tmp_path / "many", tmp_path / "one")
 
 
+def test_where_all_rewards_are_equal_a_warning_says_so(settings: Callable, run: Callable, tmp_path: Path):
+    (tmp_path / "my_rewards.py").write_text("def score(**_):\n    return 0.5\n")
+    # The length alone would be a reward that differs.
+    asked = DAPO | {"trainer.ppo.max_steps": 1, "trainer.ppo.rewards.overlong.weight": 0}
+    job = run(settings("run", **asked), command=[GRPO])
+    assert job.process.returncode == 0, job.err[-3000:]
+    assert "trainer.ppo.max_sampling_rounds=3 batches of prompts, their mean is 0.5" in job.err
+    assert metrics(tmp_path / "run")[0]["train_rollouts/accept_rate"] == 0
+
+
 def test_dynamic_sampling_without_groups_is_refused(settings: Callable, run: Callable):
     asked = {"trainer.ppo.advantage_estimator": "reinforce", "trainer.ppo.max_sampling_rounds": 2}
     job = run(settings("run", **asked), command=[GRPO])
