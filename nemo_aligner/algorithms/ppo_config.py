@@ -76,15 +76,6 @@ class RewardConfig:
         names = ("function", "judge", "overlong_buffer")
         return [name for name in names if getattr(self, name) is not None]
 
-    def buffer_tokens(self, longest: int) -> int:
-        """``overlong_buffer`` in tokens, of responses of so many at most.
-
-        >>> RewardConfig(overlong_buffer=0.2).buffer_tokens(100), RewardConfig(overlong_buffer=30).buffer_tokens(100)
-        (20, 30)
-        """
-        buffer = self.overlong_buffer or 0
-        return min(longest, max(1, round(buffer * longest)) if isinstance(buffer, float) else buffer)
-
 
 @dataclass(frozen=True, kw_only=True)
 class PPOConfig(CreditConfig, LoopConfig):

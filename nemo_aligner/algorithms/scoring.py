@@ -16,6 +16,7 @@ from nemo_aligner.data.row import Row
 from nemo_aligner.models.alignable_interface import AlignableGenerativeInterface, TeacherInterface
 from nemo_aligner.objectives.credit import overlong_rewards, teacher_rewards
 from nemo_aligner.rollout_batch import Rollout, ScoredRollout
+from nemo_aligner.run.schedule import limited
 from nemo_aligner.run.stopwatch import Stopwatch
 from nemo_aligner.serving.proxies import CriticProxy, PendingReply, RewardProxy
 
@@ -152,7 +153,7 @@ class Scorer:
         for name, config in self.rewards.items():
             if config.overlong_buffer is not None:
                 longest = self.rollouts.sampling.max_length
-                buffer = config.buffer_tokens(longest)
+                buffer = limited(longest, config.overlong_buffer)
                 found[name] = overlong_rewards(rollout.loss_lengths(), longest=longest, buffer=buffer)
         with watch("critic_wait"):
             replied = None if asked is None else asked.result(give_up=self.give_up)

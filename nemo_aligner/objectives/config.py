@@ -62,10 +62,10 @@ class PolicyConfig:
     """The part of the ``model.ppo`` block that shapes the policy's loss."""
 
     # ppo: the surrogate of each token's ratio of new to old probability is clipped; gspo: that of the whole response's,
-    # by the mean over its tokens; cispo: the clipped ratio is a weight of the token's log-prob
+    # by the mean over its tokens; cispo: the ratio, clipped from above alone, is a weight of the token's log-prob
     policy_loss: PolicyLoss = "ppo"
-    # the ratio of new to old probability gains nothing outside 1 -+ this; 1: it has no lower bound
-    ratio_eps: float = bounded(0.2, above=0, at_most=1, to="more than 0, and up to 1")
+    # the ratio of new to old probability gains nothing outside 1 -+ this
+    ratio_eps: float = bounded(0.2, above=0, below=1, to="between 0 and 1")
     # the upper side of it; null: as ratio_eps
     ratio_eps_high: float | None = bounded(None, above=0, to=_ABOVE_0_OR_NULL)
     # a token of negative advantage A costs at most this times |A|; null: no bound

@@ -256,13 +256,9 @@ def sampler_weights(logprobs: Tensor, sampler: Tensor, config: CreditConfig) -> 
     tensor([1., 0., 0.])
     """
     ratio, high = likelihood_ratio(logprobs - sampler), config.sampler_ratio_high
-    match config.sampler_correction:
-        case "truncate":
-            return ratio.clamp(max=high)
-        case "mask":
-            return torch.where((ratio >= config.sampler_ratio_low) & (ratio <= high), ratio, 0)
-        case None:
-            return torch.ones_like(ratio)
+    if config.sampler_correction == "truncate":
+        return ratio.clamp(max=high)
+    return torch.where((ratio >= config.sampler_ratio_low) & (ratio <= high), ratio, 0)
 
 
 def rolling_returns(rewards: Tensor, mask: Tensor, *, gamma: float) -> Tensor:

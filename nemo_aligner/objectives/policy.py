@@ -14,8 +14,9 @@ from nemo_aligner.rollout_batch import Experience
 
 
 def _clamp(ratio: Tensor, config: PolicyConfig) -> Tensor:
+    low = None if config.policy_loss == "cispo" else 1 - config.ratio_eps
     high = config.ratio_eps if config.ratio_eps_high is None else config.ratio_eps_high
-    return ratio.clamp(1 - config.ratio_eps, 1 + high)
+    return ratio.clamp(low, 1 + high)
 
 
 def clipped_surrogate(ratio: Tensor, advantages: Tensor, config: PolicyConfig) -> Tensor:
@@ -38,13 +39,14 @@ def clipped_surrogate(ratio: Tensor, advantages: Tensor, config: PolicyConfig) -
 
 
 def clipped_weight(ratio: Tensor, logprobs: Tensor, advantages: Tensor, config: PolicyConfig) -> Tensor:
-    """The loss of each token, ``-sg(clip(r, 1 - eps, 1 + eps)) A log p`` (MiniMax 2025, arXiv 2506.13585, eq. 4).
+    """The loss of each token, ``-sg(min(r, 1 + eps)) A log p``: CISPO's (MiniMax 2025, arXiv 2506.13585, eq. 4).
 
-    It is CISPO's. ``sg`` stops the gradient, so that every token has one, that of a clipped ratio too. Shapes as of
-    :func:`clipped_surrogate`; logprobs: [B, S] float, those of the ratio's numerator.
+    ``sg`` stops the gradient, so that every token has one, that of a clipped ratio too; as in the paper's runs, nothing
+    bounds the ratio from below. Shapes as of :func:`clipped_surrogate`; logprobs: [B, S] float, those of the ratio's
+    numerator.
 
     >>> ratio, logprobs, advantages = torch.tensor([1.5, 0.5]), torch.tensor([-1.0, -1.0]), torch.tensor([2.0, 2.0])
-    >>> clipped_weight(ratio, logprobs, advantages, PolicyConfig(ratio_eps=1.0, ratio_eps_high=0.2))
+    >>> clipped_weight(ratio, logprobs, advantages, PolicyConfig(policy_loss="cispo", ratio_eps_high=0.2))
     tensor([2.4000, 1.0000])
     """
     return -_clamp(ratio, config).detach() * advantages * logprobs

@@ -86,14 +86,14 @@ class Plan:
         return step == self.max_steps or (self.save_interval > 0 and step % self.save_interval == 0)
 
     def validates_after(self, step: int) -> bool:
-        """True if validation follows once ``step`` steps are done; 0 does where settings ask for it."""
+        """True if validation follows once ``step`` steps are done (from 1; from 0 with val_before_train)."""
         if self.val_batches == 0 or self.val_check_interval == 0:
             return False
         return step % self.val_check_interval == 0 or step == self.max_steps
 
 
 def limited(total: int, limit: int | float | None) -> int:
-    """How many of ``total`` batches a ``limit_*_batches`` setting leaves.
+    """How many of ``total`` batches a ``limit_*_batches`` setting leaves; of tokens alike.
 
     An int is a number of batches, a float up to 1.0 a share of them, at least one unless it is 0; None and negative
     values mean all.

@@ -122,7 +122,9 @@ def test_a_signal_in_the_validation_before_the_first_step_ends_the_run(
     rows.write_text(data.read_text() * 1000)
     job = start(settings | {"trainer.sft.val_before_train": True, "model.data.validation_ds.file_path": rows})
     job.wait_for("steps of the run: ")
+    deadline = time.monotonic() + 60
     while not (tmp_path / "run/metrics.jsonl").exists():
+        assert time.monotonic() < deadline, job.err
         time.sleep(0.02)
     time.sleep(0.5)
     job.process.send_signal(signal.SIGTERM)

@@ -25,7 +25,7 @@ CONFIGS = (
     PolicyConfig(ratio_eps=0.1, ratio_eps_high=0.3),
     PolicyConfig(dual_clip=1.3, entropy_bonus=0.05),
     PolicyConfig(policy_loss="gspo", ratio_eps=0.01, ratio_eps_high=0.02),
-    PolicyConfig(policy_loss="cispo", ratio_eps=1.0, ratio_eps_high=0.1, entropy_bonus=0.05),
+    PolicyConfig(policy_loss="cispo", ratio_eps_high=0.1, entropy_bonus=0.05),
 )
 
 
@@ -155,6 +155,8 @@ def test_clip_fraction_counts_what_the_clip_binds_on(ratio: float, advantage: fl
 def by_loop(made: Experience, output: ModelOutput, config: PolicyConfig) -> dict[str, float]:
     """Python's floats, one token after another, from the published formulas."""
     low, high = 1 - config.ratio_eps, 1 + (config.ratio_eps_high or config.ratio_eps)
+    if config.policy_loss == "cispo":
+        low = 0.0
     sums, tokens = dict.fromkeys(PolicyGradient().metrics, 0.0), 0
     for i, n in enumerate(LENGTHS):
         apart = [float(output.logprobs[i, t] - made.logprobs[i, t]) for t in range(2, n)]
@@ -277,7 +279,7 @@ def test_what_it_asks_for():
     ("config", "says"),
     [
         (PolicyConfig(ratio_eps=0.0), "ratio_eps=0.0"),
-        (PolicyConfig(ratio_eps=1.1), "ratio_eps=1.1"),
+        (PolicyConfig(ratio_eps=1.0), "ratio_eps=1.0"),
         (PolicyConfig(ratio_eps_high=0.0), "ratio_eps_high=0.0"),
         (PolicyConfig(dual_clip=1.0), "dual_clip=1.0"),
         (PolicyConfig(entropy_bonus=-0.1), "entropy_bonus=-0.1"),
@@ -347,8 +349,7 @@ def test_losses_and_gradients_are_trls(name: str):
         values=prompted["gain"],
     )
     policy_loss, loss_mean = name.split(", ")
-    low = 1.0 if policy_loss == "cispo" else 0.2
-    config = PolicyConfig(policy_loss=policy_loss, loss_mean=loss_mean, ratio_eps=low, ratio_eps_high=0.28)
+    config = PolicyConfig(policy_loss=policy_loss, loss_mean=loss_mean, ratio_eps=0.2, ratio_eps_high=0.28)
     objective = PolicyGradient(config, max_length=8)
     now = new.clone().requires_grad_()
     loss, _ = objective(ModelOutput(logprobs=pad(now, (1, 0))), rows)
