@@ -184,7 +184,7 @@ EXPERIMENTS = {
         title="KTO",
         about="SmolLM2-135M-Instruct on single responses of HH-RLHF (harmless), good or bad, 48 steps of 8.",
         write_data=data.rated_singly,
-        jobs=_supervised("kto", "kto lr=5e-6", block="kto", batch_size=8, steps=48, begins=False),
+        jobs=_supervised("kto", "kto lr=2e-5", block="kto", batch_size=8, steps=48),
         figures=_SFT_LOSS,
         gates=(Gate(name="loss of the first step", job="kto", metric="train/loss", value=0.5, within=1e-6),),
         seeds=1,
