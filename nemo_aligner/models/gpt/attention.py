@@ -48,14 +48,17 @@ def attend(
     scale: float,
     window: int | None = None,
     dropout: float = 0.0,
+    position: Tensor | None = None,
 ) -> Tensor:
-    """Causal attention of S new positions at the end of T >= S positions.
+    """Causal attention of S new positions among T >= S positions.
 
-    query: [B, H, S, D]; key, value: [B, G, T, D]. Returns [B, H, S, D].
+    query: [B, H, S, D]; key, value: [B, G, T, D]; position: [B, S] int64, None: the last S. Returns [B, H, S, D].
     """
     new, total = query.shape[2], key.shape[2]
     mask = None
-    if window is not None and window < total:
+    if position is not None:
+        mask = _visible(position, total, window)[:, None]
+    elif window is not None and window < total:
         mask = _visible(torch.arange(total - new, total, device=query.device), total, window)
     elif new != total:
         mask = _visible(torch.arange(total - new, total, device=query.device), total, None)

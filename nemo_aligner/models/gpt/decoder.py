@@ -7,7 +7,7 @@ model's weights when it is made, so it is made anew after they have changed. Kno
 Shapes: N tokens, H hidden size, G key/value heads of this rank, R query heads to each, D head size.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +22,8 @@ from nemo_aligner.parallel import collectives, world
 from nemo_aligner.parallel.cpu_speed import PackedLinear
 
 Attend = Callable[[int, Tensor], Tensor]
+
+READ_TOKENS = 4096  # of texts that are read at once, padding and all: what bounds the memory of activations
 
 
 def _linear(module: nn.Module, *, rows: int) -> PackedLinear:
@@ -159,6 +161,21 @@ class _Angles:
         torch.addcmul(x * self.cos, x.roll(x.shape[-1] // 2, -1), self.sin, out=x)
 
 
+def _runs(lengths: Sequence[int]) -> Iterator[slice]:
+    """Runs of rows that have READ_TOKENS at most, padding and all; or are one row.
+
+    >>> list(_runs([READ_TOKENS // 3, READ_TOKENS // 2, 9, 5000, 9]))
+    [slice(0, 2, None), slice(2, 3, None), slice(3, 4, None), slice(4, 5, None)]
+    """
+    start = longest = 0
+    for row, length in enumerate(lengths):
+        if row > start and (row + 1 - start) * max(longest, length) > READ_TOKENS:
+            yield slice(start, row)
+            start, longest = row, 0
+        longest = max(longest, length)
+    yield slice(start, len(lengths))
+
+
 class Decoder:
     """This rank's part of a model, ready to write in ``slots`` rows at once.
 
@@ -171,7 +188,7 @@ class Decoder:
         self.chunks = model.chunks
         rows = slots if packs else 0
         config, gpt = model.config, model.gpt_config
-        count = 0
+        count, self.config = 0, config
         self.layers: list[list[_Layer]] = []
         for chunk in self.chunks:
             self.layers.append(
@@ -201,25 +218,33 @@ class Decoder:
             device=world.device(),
         )
 
-    def prefill(self, slots: Sequence[int], prompts: Sequence[Sequence[int]]) -> Tensor | None:
-        """Put ``prompts`` into ``slots``, whatever is there.
+    def append(self, slots: Sequence[int], texts: Sequence[Sequence[int]]) -> Tensor | None:
+        """Put tokens behind those that ``slots`` hold; READ_TOKENS at once, a longer text in chunks.
 
         Returns:
             [b, H] on the last pipeline stage: the hidden states from which their next tokens are predicted.
         """
-        lengths = [len(prompt) for prompt in prompts]
-        b, length = len(prompts), max(lengths)
+        found: list[Tensor | None] = []
+        for rows in _runs([len(text) for text in texts]):
+            hidden = None
+            for start in range(0, max(len(text) for text in texts[rows]), READ_TOKENS):
+                chunks = [text[start : start + READ_TOKENS] for text in texts[rows]]
+                hidden = self._append(slots[rows], chunks)
+            found.append(hidden)
+        return torch.cat([hidden for hidden in found if hidden is not None]) if self.writes else None
+
+    def _append(self, slots: Sequence[int], texts: Sequence[Sequence[int]]) -> Tensor | None:
+        lengths = [len(text) for text in texts]
+        b, length = len(texts), max(lengths)
         tokens = torch.zeros(b, length, dtype=torch.int64)
-        for row, prompt in enumerate(prompts):
-            tokens[row, : len(prompt)] = torch.tensor(prompt)
-        tokens = tokens.to(world.device())
-        self.cache.fill(slots, lengths)
+        for row, text in enumerate(texts):
+            tokens[row, : len(text)] = torch.tensor(text)
+        positions = self.cache.begin_append(slots, lengths)
 
         def attend(layer: int, qkv: Tensor) -> Tensor:
-            return self.cache.prefill(layer, qkv.unflatten(0, (b, length))).flatten(0, 1)
+            return self.cache.append(layer, qkv.unflatten(0, (b, length))).flatten(0, 1)
 
-        positions = torch.arange(length, device=tokens.device).repeat(b)
-        hidden = self._forward(tokens.reshape(-1), positions, attend)
+        hidden = self._forward(tokens.to(world.device()).reshape(-1), positions.reshape(-1), attend)
         if hidden is None:
             return None
         ends = torch.tensor([row * length + n - 1 for row, n in enumerate(lengths)], device=hidden.device)
@@ -228,7 +253,7 @@ class Decoder:
     def step(self, tokens: Tensor, alive: Sequence[bool]) -> Tensor | None:
         """Append to each slot its token of ``tokens`` [n], which it keeps if it is ``alive``.
 
-        Returns as :meth:`prefill` does, of all slots.
+        Returns as :meth:`append` does, of all slots.
         """
         positions = self.cache.begin_step()
         hidden = self._forward(tokens, positions, self.cache.step)

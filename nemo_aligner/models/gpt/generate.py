@@ -27,7 +27,6 @@ from nemo_aligner.rollout_batch import Prompt, Rollout
 Watch = Callable[[int, Sequence[int]], None]  # after each step: the responses that have ended, and its tokens
 
 WORTH_PACKING = 32  # steps; a decoder's copy of the weights costs the time that some twenty of them save
-PREFILL_TOKENS = 4096  # that are read at once, padding and all: what bounds the memory of activations
 
 
 @dataclass
@@ -109,6 +108,11 @@ class _GenerationBatch:
         n, device = len(decoder.cache.lengths), world.device()
         self.responses: list[_Response | None] = [None] * n
         self.alive = [False] * n
+        self.held: list[Sequence[int]] = [()] * n  # the prompt of each slot, which stays in the cache
+        # [n, H]: from which the first token of a response to it is predicted; on the last pipeline stage
+        self.prompt_ends = torch.zeros(
+            n, decoder.config.hidden_size, dtype=decoder.config.params_dtype, device=device
+        )
         self.tokens = torch.zeros(n, dtype=torch.int64, device=device)  # the last of each slot
         draws = decoder.writes and not config.use_greedy
         self.uniform = torch.zeros(n, config.max_length if draws else 0, dtype=torch.float64, device=device)
@@ -124,41 +128,60 @@ class _GenerationBatch:
         """Give free slots to responses that wait, and their prompts' [H] their places in ``hidden``."""
         free = [slot for slot, alive in enumerate(self.alive) if not alive]
         # A prompt alone takes nearly as long to read as several: a few slots wait for one another.
-        if len(free) < min(len(waiting), max(1, len(self.alive) // 8)):
+        if not waiting or len(free) < min(len(waiting), max(1, len(self.alive) // 8)):
             return hidden
-        while free and waiting:
-            batch: list[_Response] = []
-            longest = 0
-            while waiting and len(batch) < len(free):
-                longest = max(longest, len(waiting[0].prompt.tokens))
-                if batch and (len(batch) + 1) * longest > PREFILL_TOKENS:
-                    break
-                batch.append(waiting.popleft())
-            slots, free = free[: len(batch)], free[len(batch) :]
-            self._assign_slots(slots, batch)
-            fresh = self.decoder.prefill(slots, [response.prompt.tokens for response in batch])
-            if fresh is not None:
-                hidden = fresh.new_zeros(len(self.alive), fresh.shape[1]) if hidden is None else hidden
-                hidden[slots] = fresh
+        placed = self._place(waiting, free)
+        if not self.decoder.writes:
+            return None
+        hidden = torch.zeros_like(self.prompt_ends) if hidden is None else hidden
+        hidden[placed] = self.prompt_ends[placed]
         return hidden
 
-    def _assign_slots(self, slots: Sequence[int], responses: Sequence[_Response]) -> None:
-        for slot, response in zip(slots, responses, strict=True):
-            self.responses[slot], self.alive[slot] = response, True
-            if self.uniform.shape[1]:
-                prompt = response.prompt
-                self.uniform[slot, : response.limit] = random_uniforms(
-                    self.config.seed,
-                    self.step,
-                    number=prompt.number,
-                    sample=prompt.sample,
-                    count=response.limit,
-                )
-            if self.seen.shape[1]:
-                self.seen[slot] = False
-                self.seen[
-                    slot, self.decoder.column(torch.tensor(response.prompt.tokens, device=self.seen.device))
-                ] = True
+    def _place(self, waiting: deque[_Response], free: list[int]) -> list[int]:
+        """Put responses into free slots, which are returned; a prompt that a slot holds is copied, not read again."""
+        placed: list[int] = []
+        read: dict[int, Sequence[int]] = {}
+        copies: dict[int, int] = {}  # to a slot, from another one, when prompts are read
+        while free and waiting:
+            response = waiting.popleft()
+            text = response.prompt.tokens
+            holders = [slot for slot, held in enumerate(self.held) if held == text]
+            slot = next((slot for slot in holders if slot in free), free[0])
+            if not holders:
+                read[slot] = text
+            elif slot not in holders:
+                if holders[0] in read or holders[0] in copies:
+                    copies[slot] = holders[0]
+                else:
+                    self._share(holders[0], slot)
+            free.remove(slot)
+            placed.append(slot)
+            self._assign(slot, response)
+        if read:
+            for slot in read:
+                self.decoder.cache.cut(slot, 0)
+            hidden = self.decoder.append([*read], [*read.values()])
+            if hidden is not None:
+                self.prompt_ends[[*read]] = hidden
+        for slot, source in copies.items():
+            self._share(source, slot)
+        return placed
+
+    def _share(self, source: int, slot: int) -> None:
+        """Give a slot the prompt that another one holds."""
+        self.decoder.cache.copy(source, slot, len(self.held[source]))
+        self.prompt_ends[slot] = self.prompt_ends[source]
+
+    def _assign(self, slot: int, response: _Response) -> None:
+        prompt = response.prompt
+        self.responses[slot], self.alive[slot], self.held[slot] = response, True, prompt.tokens
+        if self.uniform.shape[1]:
+            self.uniform[slot, : response.limit] = random_uniforms(
+                self.config.seed, self.step, number=prompt.number, sample=prompt.sample, count=response.limit
+            )
+        if self.seen.shape[1]:
+            self.seen[slot] = False
+            self.seen[slot, self.decoder.column(torch.tensor(prompt.tokens, device=self.seen.device))] = True
 
     def draw(self, hidden: Tensor | None) -> list[int]:
         """The next token of every response, by the last stage; all stages learn it, and which responses have ended."""
@@ -177,7 +200,7 @@ class _GenerationBatch:
                 response.finished = bool(end)
                 self.alive[slot] = response.alive
                 if not response.alive:
-                    self.decoder.cache.free(slot)
+                    self.decoder.cache.cut(slot, len(self.held[slot]))
         if self.seen.shape[1]:
             self.seen.scatter_(1, self.decoder.column(ids)[:, None], True)
         return sampled
@@ -216,7 +239,9 @@ class _GenerationBatch:
             return
         self.decoder.cache.keep(kept)
         self.responses, self.alive = [self.responses[slot] for slot in kept], [True] * len(kept)
+        self.held = [self.held[slot] for slot in kept]
         self.tokens, self.uniform, self.seen = (x[kept] for x in (self.tokens, self.uniform, self.seen))
+        self.prompt_ends = self.prompt_ends[kept]
 
 
 def _rollout(responses: Sequence[_Response]) -> Rollout:

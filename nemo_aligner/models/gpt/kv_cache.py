@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Keys and values of past tokens in slots, each with a length of its own, and attention on them.
 
-A slot is filled by a prompt, grows by a token a step, and is filled again by another prompt. Knows no model.
+A slot grows by the tokens of a text or by one a step, and can take the first tokens of another slot. Knows no model.
 
 Shapes: n slots, G key/value heads of this rank, R query heads to each, D head size, T tokens of the longest slot.
 """
@@ -42,27 +42,47 @@ class KVCache:
         """Tokens for which each slot has room."""
         return self._keys[0].shape[2]
 
-    def fill(self, slots: Sequence[int], lengths: Sequence[int]) -> None:
-        """Forget what is in ``slots``: :meth:`prefill` is about to write so many tokens into each."""
-        self._reserve(max(lengths))
-        for slot, length in zip(slots, lengths, strict=True):
-            self.lengths[slot] = length
-        self._filled = torch.tensor(slots, device=self.device)
+    def begin_append(self, slots: Sequence[int], counts: Sequence[int]) -> Tensor:
+        """Make room: :meth:`append` is about to write so many tokens behind those of each slot.
 
-    def prefill(self, layer: int, qkv: Tensor) -> Tensor:
-        """Causal attention of whole prompts, right padded, which are written into the slots of :meth:`fill`.
+        Returns:
+            [b, S] int64, their positions; of padding on the right, the last one's.
+        """
+        starts = torch.tensor([self.lengths[slot] for slot in slots])
+        width = max(counts)
+        self._seen = int(starts.max()) + width
+        self._reserve(self._seen)
+        for slot, count in zip(slots, counts, strict=True):
+            self.lengths[slot] += count
+        self._slots = torch.tensor(slots, device=self.device)
+        self._at = (starts[:, None] + torch.arange(width)).to(self.device)
+        self._same_start = bool((starts == starts[0]).all())
+        last = (starts + torch.tensor(counts) - 1).to(self.device)
+        return self._at.minimum(last[:, None])
+
+    def append(self, layer: int, qkv: Tensor) -> Tensor:
+        """Write the tokens of :meth:`begin_append`, right padded; each attends to those before it in its slot.
 
         [b, S, G, R + 2, D] queries, key and value of each head group to [b, S, G * R * D].
         """
-        length = qkv.shape[1]
         query, key, value = (
             x.permute(0, 2, 3, 1, 4).flatten(1, 2) for x in qkv.split((qkv.shape[3] - 2, 1, 1), dim=3)
         )
+        keys, values = self._keys[layer], self._values[layer]
         # Padding is written too; a slot's length hides it until its own tokens take its place.
-        self._keys[layer][self._filled, :, :length] = key
-        self._values[layer][self._filled, :, :length] = value
-        out = attend(query, key, value, scale=self.scale, window=self.window)
+        place = (self._slots[:, None], slice(None), self._at)
+        keys[place], values[place] = key.transpose(1, 2), value.transpose(1, 2)
+        if self._seen > qkv.shape[1]:
+            key, value = (x[self._slots, :, : self._seen] for x in (keys, values))
+        position = None if self._same_start else self._at
+        out = attend(query, key, value, scale=self.scale, window=self.window, position=position)
         return out.transpose(1, 2).flatten(2)
+
+    def copy(self, source: int, target: int, length: int) -> None:
+        """Give ``target`` the first ``length`` tokens of ``source``, whatever it had."""
+        for x in (*self._keys, *self._values):
+            x[target, :, :length] = x[source, :, :length]
+        self.lengths[target] = length
 
     def begin_step(self) -> Tensor:
         """Make room for one more token in every slot; [n] int64: its position."""
@@ -71,7 +91,7 @@ class KVCache:
         position = torch.tensor(self.lengths, device=self.device)
         slots, groups, capacity, _ = self._keys[0].shape
         heads = torch.arange(slots * groups, device=self.device)
-        self._at = heads * capacity + position.repeat_interleave(groups)
+        self._next = heads * capacity + position.repeat_interleave(groups)
         keys = torch.arange(longest, device=self.device)
         hidden = keys > position[:, None]
         if self.window is not None:
@@ -86,7 +106,7 @@ class KVCache:
         keys, values = self._keys[layer], self._values[layer]
         for cached, new in ((keys, new_key), (values, new_value)):
             # A step that a slot does not take is written over by its next one.
-            cached.view(-1, qkv.shape[-1]).index_copy_(0, self._at, new.reshape(-1, qkv.shape[-1]))
+            cached.view(-1, qkv.shape[-1]).index_copy_(0, self._next, new.reshape(-1, qkv.shape[-1]))
         # The queries of a group as if they were positions: they see the same keys, which then need no copies.
         if keys.device.type == "cpu" and keys.dtype == torch.float32:
             if self._bags is None:
@@ -101,9 +121,9 @@ class KVCache:
         """The slots that are ``alive`` keep the token of the step."""
         self.lengths = [length + here for length, here in zip(self.lengths, alive, strict=True)]
 
-    def free(self, slot: int) -> None:
-        """Forget the sequence in ``slot``: its length no longer counts."""
-        self.lengths[slot] = 0
+    def cut(self, slot: int, length: int) -> None:
+        """Forget what is in ``slot`` beyond its first ``length`` tokens."""
+        self.lengths[slot] = length
 
     def keep(self, slots: Sequence[int]) -> None:
         """Drop all other slots; those kept are numbered anew, in this order."""

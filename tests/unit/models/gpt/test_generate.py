@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
@@ -21,7 +22,7 @@ from transformers import (
 
 from nemo_aligner.batch import TokenBatch, Unit
 from nemo_aligner.errors import UserError
-from nemo_aligner.models.gpt import engine
+from nemo_aligner.models.gpt import decoder, engine
 from nemo_aligner.models.gpt.config import GPTConfig
 from nemo_aligner.models.gpt.head_projection import Projection
 from nemo_aligner.models.gpt.model import GPT
@@ -181,6 +182,42 @@ def test_a_response_depends_on_its_prompt_alone(policy: GPTPolicy, prompts: list
     assert responses(policy.generate(prompts[some], SAMPLINGS[name], slots=2)) == expected[some]
 
 
+def test_a_prompt_that_responses_share_is_read_once(policy: GPTPolicy, prompts: list[Prompt]):
+    """Whichever slots hold it when a response to it begins."""
+    sampling = replace(SAMPLED, max_length=12)
+    groups = [replace(prompt, sample=sample) for prompt in prompts[:2] for sample in range(4)]
+    again = [*groups, *(replace(prompt, sample=9) for prompt in prompts[:2])]
+    alone = [responses(policy.generate([prompt], sampling))[0] for prompt in again]
+    for slots in (64, 5, 1):
+        assert responses(policy.generate(again, sampling, slots=slots)) == alone
+
+
+def test_a_group_of_8_costs_the_prefill_of_one(random_model: Callable[..., GPT]):
+    """Operations of all products, as torch counts them."""
+    config = replace(CONFIG, max_position_embeddings=520)
+    policy = GPTPolicy(random_model(config, dtype=torch.float64))
+    draw = torch.Generator().manual_seed(0)
+    texts = torch.randint(1, 101, (8, 512), generator=draw).tolist()
+
+    def operations(prompts: list[Prompt]) -> int:
+        with FlopCounterMode(display=False) as counter:
+            policy.generate(prompts, SamplingConfig(max_length=1))
+        return counter.get_total_flops()
+
+    group = [Prompt(tokens=texts[0], number=0, sample=sample) for sample in range(8)]
+    assert operations(numbered(texts)) > 7 * operations(group)
+
+
+def test_a_long_prompt_is_read_in_chunks(
+    policy: GPTPolicy, prompts: list[Prompt], monkeypatch: pytest.MonkeyPatch
+):
+    whole = policy.generate(prompts, SAMPLED, slots=5)
+    monkeypatch.setattr(decoder, "READ_TOKENS", 4)
+    chunked = policy.generate(prompts, SAMPLED, slots=5)
+    assert torch.equal(chunked.tokens, whole.tokens)
+    torch.testing.assert_close(chunked.sampler_logprobs, whole.sampler_logprobs, rtol=0, atol=1e-4)
+
+
 def test_the_same_call_gives_the_same_bits(policy: GPTPolicy, prompts: list[Prompt]):
     first, again = (policy.generate(prompts, SAMPLED, slots=7) for _ in range(2))
     assert torch.equal(first.tokens, again.tokens)
@@ -311,18 +348,16 @@ def test_the_models_positions_bound_the_text(random_model: Callable[..., GPT], p
 
 def test_a_step_costs_no_more_than_the_longest_response_asks_for(policy: GPTPolicy):
     """The cache grows with what is written, not with what might be."""
-    from nemo_aligner.models.gpt.decoder import Decoder
-
-    decoder = Decoder(policy.model, slots=2, packs=False)
+    writer = decoder.Decoder(policy.model, slots=2, packs=False)
     with torch.no_grad():
-        decoder.prefill([0, 1], [[1, 2, 3], [4]])
+        writer.append([0, 1], [[1, 2, 3], [4]])
         for _ in range(70):
-            decoder.step(torch.tensor([1, 2]), [True, False])
-    assert decoder.cache.lengths == [73, 1]
-    assert decoder.cache.capacity == 128
-    decoder.cache.free(0)
-    decoder.cache.begin_step()
-    assert decoder.cache.lengths == [0, 1]
+            writer.step(torch.tensor([1, 2]), [True, False])
+    assert writer.cache.lengths == [73, 1]
+    assert writer.cache.capacity == 128
+    writer.cache.cut(0, 3)
+    writer.cache.begin_step()
+    assert writer.cache.lengths == [3, 1]
 
 
 def test_gradients_are_of_the_distribution_that_was_drawn_from(

@@ -46,10 +46,12 @@ def test_a_step_attends_to_its_rows_own_keys(
 
     def fill(slots: Sequence[int]) -> None:
         lengths = [len(texts[slot]) for slot in slots]
-        kept.fill(slots, lengths)
+        for slot in slots:
+            kept.cut(slot, 0)
+        kept.begin_append(slots, lengths)
         for layer in range(2):
             padded = torch.nn.utils.rnn.pad_sequence([texts[slot] for slot in slots], batch_first=True)
-            kept.prefill(layer, padded + layer)
+            kept.append(layer, padded + layer)
 
     def step() -> None:
         new = some(len(texts))
@@ -73,11 +75,35 @@ def test_a_step_attends_to_its_rows_own_keys(
     step()
 
 
+@pytest.mark.parametrize("window", [None, 7])
+@pytest.mark.parametrize("starts", [(6, 6), (3, 11)])
+def test_a_text_is_put_behind_what_a_slot_holds(starts: tuple[int, int], window: int | None):
+    """Each of its tokens attends to those before it, at whatever place its slot stands; a copy holds the same."""
+    draw = torch.Generator().manual_seed(0)
+    texts = [torch.randn(start + 5, 2, 4, 4, generator=draw) for start in starts]
+    kept = cache(3, 2, 4, window=window, dtype=torch.float32)
+    for slot, (text, start) in enumerate(zip(texts, starts, strict=True)):
+        kept.begin_append([slot], [start])
+        kept.append(0, text[None, :start])
+    kept.copy(0, 2, starts[0])
+    positions = kept.begin_append([1, 2], [5, 3])
+    assert positions.tolist() == [
+        [starts[1] + i for i in range(5)],
+        [starts[0] + min(i, 2) for i in range(5)],
+    ]
+    found = kept.append(0, torch.stack((texts[1][starts[1] :], texts[0][starts[0] :])))
+    for row, (text, start, count) in enumerate(((texts[1], starts[1], 5), (texts[0], starts[0], 3))):
+        for i in range(count):
+            wanted = expected([text[: start + i + 1]], 2, window)[0]
+            torch.testing.assert_close(found[row, i].double(), wanted, rtol=1e-5, atol=1e-5)
+    assert kept.lengths == [starts[0], starts[1] + 5, starts[0] + 3]
+
+
 def test_a_large_cache_begins_with_zeros_and_keeps_what_it_is_given():
     kept = cache(8, 2, 64, dtype=torch.float32)
     text = torch.randn(8, 1100, 2, 3, 64)
-    kept.fill(range(8), [1100] * 8)
-    kept.prefill(0, text)
+    kept.begin_append(range(8), [1100] * 8)
+    kept.append(0, text)
     assert kept.capacity * 8 * 2 * 64 * 4 > HUGE_BYTES
     kept.begin_step()
     new = torch.randn(8, 2, 3, 64)
