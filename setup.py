@@ -21,7 +21,7 @@ setup(
     packages=[*find_packages(include=["nemo_aligner", "nemo_aligner.*"]), "nemo_aligner.scripts"],
     # The command finds the scripts there where there is no source checkout.
     package_dir={"nemo_aligner.scripts": "examples/nlp/gpt"},
-    package_data={"nemo_aligner.scripts": ["conf/*.yaml", "conf/_base/*.yaml"]},
+    package_data={"nemo_aligner.scripts": ["conf/*.yaml", "conf/_base/*.yaml", "conf/recipe/*.yaml"]},
     entry_points={"console_scripts": ["nemo-aligner = nemo_aligner.__main__:main"]},
     # parallel/ is written against these two releases of megatron-core: 0.16.1 is the newest for Python 3.11.
     # Python 3.13 waits for an nvidia-pytriton that takes numpy 2: numpy 1 has no wheels for it.
@@ -45,6 +45,7 @@ setup(
     ],
     extras_require={
         "wandb": ["wandb>=0.19,<1"],
+        "math": ["math-verify>=0.9,<1"],  # rewards by environments.mathematics
         "gpu": ["transformer-engine[pytorch]>=2.6,<3"],
         "quickstart": ["matplotlib>=3.9,<4", "gguf>=0.17,<1"],
         "test": [
@@ -53,6 +54,7 @@ setup(
             "pytest-xdist>=3.8,<4",
             "wandb>=0.19,<1",
             "peft>=0.21,<1",
+            "math-verify>=0.9,<1",
         ],
         # pyright's nodejs extra is a Node from PyPI, so that type checking needs no other download.
         "dev": [

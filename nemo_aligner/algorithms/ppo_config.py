@@ -4,7 +4,7 @@
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from nemo_aligner.bounds import bounded, check_bounds
 from nemo_aligner.data.config import unescape
@@ -59,6 +59,15 @@ class RewardConfig:
     """A block of ``trainer.ppo.rewards``."""
 
     function: str | None = None  # a Python function, MODULE.NAME; null: the judge, or the served reward model
+    # further arguments of the function, as in {ground_truth: expected_answer}
+    arguments: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    # seconds of a call of the function, then its process is killed
+    timeout: float = bounded(60.0, above=0)
+    # memory of each process, in which more is refused; null: as much as there is
+    memory_gb: float | None = bounded(8.0, above=0)
+    lost_reward: float = 0.0  # where the function's process was killed or crashed
+    # processes that call the function, on each rank that does; null: by the machine's cores
+    workers: int | None = bounded(None, at_least=1)
     judge: JudgeConfig | None = None  # the policy itself; {} for its defaults
     # the length alone: over the last so many tokens up to length_params.max_length the reward falls from 0 to -1; a
     # float is a share of max_length
@@ -69,6 +78,24 @@ class RewardConfig:
     def is_served(self) -> bool:
         """True for the reward of a reward model in another job."""
         return not self.sources
+
+    def check(self, block: str) -> None:
+        """Raise UserError for values without a valid reward; ``block`` is their section."""
+        check_bounds(self, block)
+        if self.judge is not None:
+            self.judge.check(f"{block}.judge")
+        if len(self.sources) > 1:
+            raise UserError(
+                f"{block} has a {' and a '.join(self.sources)}", fix="give each a name of its own"
+            )
+        usual = RewardConfig()
+        for name in ("arguments", "timeout", "memory_gb", "lost_reward", "workers"):
+            value = getattr(self, name)
+            if value != getattr(usual, name) and self.function is None:
+                raise UserError(
+                    f"{block}.{name}={value} has no effect without {block}.function",
+                    fix=f"set {block}.function=MODULE.NAME, or leave {name} out",
+                )
 
     @property
     def sources(self) -> list[str]:
@@ -115,13 +142,7 @@ class PPOConfig(CreditConfig, LoopConfig):
                 fix=f"set {block}.critic_warmup_steps=0, or {block}.advantage_estimator=gae",
             )
         for name, reward in self.rewards.items():
-            if reward.judge is not None:
-                reward.judge.check(f"{block}.rewards.{name}.judge")
-            if len(reward.sources) > 1:
-                raise UserError(
-                    f"{block}.rewards.{name} has a {' and a '.join(reward.sources)}",
-                    fix="give each a name of its own",
-                )
+            reward.check(f"{block}.rewards.{name}")
         served = [name for name, reward in self.rewards.items() if reward.is_served]
         if len(served) > 1:
             raise UserError(

@@ -1,17 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """Rewards of responses by Python functions, and the weighted sum of several rewards. Knows no server and no critic.
 
-Shapes: N responses of all ranks.
+A function is called as ``function(prompt=str, response=str, tokens=list[int], row=dict) -> float``, in a process of its
+own; ``row`` is the prompt's JSON object. Shapes: N responses of all ranks.
 """
 
-import importlib
+import logging
 import math
-import sys
-import traceback
-from collections.abc import Callable, Mapping, Sequence
+import os
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,44 +19,65 @@ from torch import Tensor
 from nemo_aligner.algorithms.ppo_config import RewardConfig
 from nemo_aligner.algorithms.skips import NotFinite
 from nemo_aligner.data.row import Row
+from nemo_aligner.environments.workers import Reply, WorkerPool
 from nemo_aligner.errors import UserError
 from nemo_aligner.parallel import collectives, world
 from nemo_aligner.rollout_batch import Rollout
 
-RewardFunction = Callable[..., float]
-"""``function(prompt=str, response=str, tokens=list[int], row=dict) -> float``; ``row`` is the prompt's JSON object."""
+logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class _Failed:
-    """A function's failure, reported to every rank."""
+@dataclass(frozen=True, kw_only=True)
+class RewardFunction:
+    """A person's function."""
 
-    problem: str
+    pool: WorkerPool | None  # on the ranks that call it
+    arguments: Mapping[str, Any]  # besides the response's
+    lost_reward: float = 0.0  # of a response whose call is out of time, or whose process crashes
 
 
-def load_function(setting: str, path: str) -> RewardFunction:
-    """Import ``MODULE.NAME``, also from the folder that the script was started in.
+@contextmanager
+def open_functions(
+    named: Mapping[str, RewardConfig], *, setting: str
+) -> Generator[dict[str, RewardFunction]]:
+    """Within it, the functions of the rewards can be called. Called by all ranks.
 
     Args:
-        setting: the key that names it, for messages.
+        named: rewards with a function, by name.
+        setting: that names a function, with {} for the reward's name.
 
     Raises:
-        UserError: there is no such module, or no such function in it.
+        UserError: there is no such function; on every rank.
     """
-    module, _, name = path.rpartition(".")
-    here = str(Path.cwd())
-    if here not in sys.path:
-        sys.path.append(here)
-    fix = f"set {setting}=MODULE.NAME, of a module in {here} or one that is installed"
-    if not module:
-        raise UserError(f"{setting}={path} names no module", fix=fix)
-    try:
-        found: Any = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError, SyntaxError) as error:
-        raise UserError(f"{setting}={path} cannot be imported: {error}", fix=fix) from error
-    if not callable(found):
-        raise UserError(f"{setting}={path} is no function", fix=fix)
-    return cast(RewardFunction, found)
+    with ExitStack() as stack:
+        found: dict[str, RewardFunction] = {}
+        for name, config in named.items():
+            with world.phase(f"importing {config.function}"):
+                pool = error = None
+                if _calls_functions():
+                    try:
+                        pool = stack.enter_context(_pool(setting.format(name), config))
+                    except UserError as problem:
+                        error = problem
+                for problem in filter(None, collectives.of_all_ranks(error)):
+                    raise problem
+            found[name] = RewardFunction(
+                pool=pool, arguments=config.arguments, lost_reward=config.lost_reward
+            )
+        yield found
+
+
+def _pool(setting: str, config: RewardConfig) -> WorkerPool:
+    assert config.function is not None
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    workers = config.workers or max(1, cores // world.place_on_node()[1])
+    memory = None if config.memory_gb is None else int(config.memory_gb * 2**30)
+    return WorkerPool(setting, config.function, workers=workers, seconds=config.timeout, memory=memory)
+
+
+def _calls_functions() -> bool:
+    """True on one rank of each of the model's copies."""
+    return world.tp_rank() == 0 and world.is_first_stage()
 
 
 def score_by_functions(
@@ -66,8 +87,10 @@ def score_by_functions(
     *,
     text: Callable[[Rollout, int], str],
     block: str = "trainer.ppo.rewards.",
-) -> dict[str, Tensor]:
-    """Return each function's [N] float32 rewards, on every rank. Called by all ranks.
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Return each function's [N] float32 rewards, and [N] float32 which of them were lost, as 1; on every rank.
+
+    Called by all ranks.
 
     Args:
         functions: by the reward's name.
@@ -80,18 +103,19 @@ def score_by_functions(
         NotFinite: a function failed, or its reward is no finite number.
     """
     with world.phase("scoring by functions"), world.at_own_pace():
-        mine = (
-            _score(functions, rollout, prompts, text)
-            if world.tp_rank() == 0 and world.is_first_stage()
-            else {}
-        )
-        parts = collectives.of_all_ranks(mine)
+        parts = collectives.of_all_ranks(_score(functions, rollout, prompts, text, block))
     for part in parts:
-        if isinstance(part, _Failed):
-            raise NotFinite(UserError(f"{block}{part.problem}", fix="correct the function"))
-    known = {row: rewards for part in parts if isinstance(part, dict) for row, rewards in part.items()}
-    table = torch.tensor([known[row] for row in range(rollout.num_rows)], dtype=torch.float32)
-    return dict(zip(functions, table.unbind(1), strict=True))
+        if isinstance(part, UserError):
+            raise NotFinite(part)
+    rewards, lost = dict[str, Tensor](), dict[str, Tensor]()
+    for name, function in functions.items():
+        found = {
+            row: reward for part in parts if isinstance(part, dict) for row, reward in part[name].items()
+        }
+        every = [found[row] for row in range(rollout.num_rows)]
+        rewards[name] = torch.tensor([function.lost_reward if reward is None else reward for reward in every])
+        lost[name] = torch.tensor([float(reward is None) for reward in every])
+    return rewards, lost
 
 
 def _score(
@@ -99,25 +123,39 @@ def _score(
     rollout: Rollout,
     prompts: Mapping[int, Row],
     text: Callable[[Rollout, int], str],
-) -> dict[int, list[float]] | _Failed:
-    found: dict[int, list[float]] = {}
-    for row, number in enumerate(map(int, rollout.group)):
-        if number not in prompts:
-            continue
-        prompt, tokens = prompts[number], rollout.response(row)
-        given = {"prompt": prompt.text, "response": text(rollout, row), "tokens": tokens}
-        found[row] = []
-        for name, function in functions.items():
-            try:
-                reward = float(function(**given, row=dict(prompt.extras)))
-            except Exception as error:  # a person's code, whose failure every rank must hear of
-                theirs = traceback.extract_tb(error.__traceback__)[1:]
-                place = f" ({theirs[-1].filename}, line {theirs[-1].lineno})" if theirs else ""
-                return _Failed(f"{name}: {type(error).__name__}: {error}{place}; the row: {prompt.extras}")
-            if not math.isfinite(reward):
-                return _Failed(f"{name} gave {reward}; the row: {prompt.extras}")
-            found[row].append(reward)
+    block: str,
+) -> dict[str, dict[int, float | None]] | UserError:
+    """Each function's rewards of rows, None of those that are lost; an error instead where one failed."""
+    calls: dict[int, dict[str, Any]] = {}
+    if _calls_functions():
+        for row, number in enumerate(map(int, rollout.group)):
+            if number in prompts:
+                prompt = prompts[number]
+                given = {"prompt": prompt.text, "response": text(rollout, row)}
+                calls[row] = {**given, "tokens": rollout.response(row), "row": dict(prompt.extras)}
+    found: dict[str, dict[int, float | None]] = {}
+    for name, function in functions.items():
+        whole = [{**function.arguments, **call} for call in calls.values()]
+        replies = function.pool.call_all(whole) if function.pool is not None else []
+        lost = {row: reply.lost for row, reply in zip(calls, replies, strict=True) if reply.lost}
+        for row, reply in zip(calls, replies, strict=True):
+            if not (reply.lost or _is_number(reply)):
+                problem = f": {reply.error}" if reply.error else f" gave {reply.value}"
+                return UserError(
+                    f"{block}{name}{problem}; the row: {calls[row]['row']}", fix="correct the function"
+                )
+        for row, why in [*lost.items()][:1]:
+            logger.warning(
+                "%s%s: %d of %d calls are lost, with a reward of %g each. Of the first, %s; the row: %s",
+                *(block, name, len(lost), len(calls), function.lost_reward, why, calls[row]["row"]),
+            )
+        given = zip(calls, replies, strict=True)
+        found[name] = {row: None if reply.lost else float(reply.value) for row, reply in given}
     return found
+
+
+def _is_number(reply: Reply) -> bool:
+    return isinstance(reply.value, int | float) and math.isfinite(reply.value)
 
 
 def weighted_sum(rewards: Mapping[str, Tensor], configs: Mapping[str, RewardConfig]) -> Tensor:

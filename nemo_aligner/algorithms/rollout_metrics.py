@@ -9,6 +9,7 @@ from torch import Tensor
 
 from nemo_aligner.algorithms.collector import Collected
 from nemo_aligner.algorithms.scoring import Scores
+from nemo_aligner.objectives.credit import differing
 from nemo_aligner.objectives.reduce import Moments, kl_k3
 from nemo_aligner.rollout_batch import Rollout, ScoredRollout
 
@@ -84,7 +85,10 @@ def _sampler_mismatch(scored: ScoredRollout) -> dict[str, float]:
 def learning_metrics(
     group: str, found: Collected, moments: dict[str, Moments], coefficient: float
 ) -> dict[str, float]:
-    """Those of :func:`rollout_metrics`, and of the credit, of which ``moments`` are credit.statistics."""
+    """Those of :func:`rollout_metrics`, and of the credit, of which ``moments`` are credit.statistics.
+
+    Where prompts have several responses, "equal_groups" is the share of those whose rewards are all equal, exactly.
+    """
     means = ("init_policy_kl", "rewards_with_kl", "answer_kl")
     spreads = [name for name in ("advantages", "returns", "values") if name in moments]
     metrics = {
@@ -94,6 +98,9 @@ def learning_metrics(
         "kl_coefficient": coefficient,
         **found.metrics,
     }
+    if int(torch.bincount(found.scored.group).max()) > 1:
+        unequal = differing(found.scored.rewards, found.scored.group)
+        metrics["equal_groups"] = 1 - unequal.double().mean().item()
     return rollout_metrics(group, found.scored, found.scores) | {
         f"{group}/{key}": value for key, value in metrics.items()
     }

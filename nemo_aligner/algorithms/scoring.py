@@ -41,7 +41,8 @@ class Scores:
 
     rewards: Tensor  # [N] float, the weighted sum
     values: Tensor  # [N, S] float; zeros where no critic is asked
-    by_name: Mapping[str, Tensor]  # each reward of trainer.ppo.rewards: [N] float
+    # each reward of trainer.ppo.rewards, [N] float; as NAME_lost, 1 where a function's call was lost
+    by_name: Mapping[str, Tensor]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -143,10 +144,12 @@ class Scorer:
             NotFinite: a number is infinite or NaN, or a function failed.
             WaitCancelled: the wait was given up.
         """
-        found: dict[str, Tensor] = {}
+        found, lost = dict[str, Tensor](), dict[str, Tensor]()
         if functions := self.sources.functions:
             with watch("reward_functions"):
-                found = score_by_functions(functions, rollout, prompts, text=self.rollouts.response_text)
+                found, lost = score_by_functions(
+                    functions, rollout, prompts, text=self.rollouts.response_text
+                )
         for name, judge in self.sources.judges.items():
             with watch("judge"):
                 found[name] = judge.score(rollout, prompts, text=self.rollouts.response_text)
@@ -167,4 +170,5 @@ class Scorer:
         fix = "look at the critic's loss and at the reward model; with trainer.precision=16 serve them in bf16 or 32"
         check_finite({"rewards": rewards, "values": values}, fix=fix)
         values = torch.nn.functional.pad(values, (0, rollout.seq_length - values.shape[1]))
+        found |= {f"{name}_lost": here for name, here in lost.items()}
         return Scores(rewards=rewards, values=values.float(), by_name=found if self.rewards else {})

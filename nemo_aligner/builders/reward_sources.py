@@ -11,7 +11,7 @@ from pathlib import Path
 from nemo_aligner.algorithms.critic_link import PPOState
 from nemo_aligner.algorithms.judge import Judge, read_template
 from nemo_aligner.algorithms.ppo_config import JudgeConfig
-from nemo_aligner.algorithms.rewards import load_function
+from nemo_aligner.algorithms.rewards import open_functions
 from nemo_aligner.algorithms.scoring import RewardSources
 from nemo_aligner.builders.models import Pretrained, require_tokenizer
 from nemo_aligner.builders.rollouts import longest_rollout, rollout_sampling
@@ -40,17 +40,16 @@ def open_sources(
         UserError: a server does not come up, the jobs do not fit each other, or a function is not there.
     """
     config = job.trainer.ppo
-    functions = {
-        name: load_function(f"trainer.ppo.rewards.{name}.function", reward.function)
-        for name, reward in config.rewards.items()
-        if reward.function is not None
-    }
+    named = {name: reward for name, reward in config.rewards.items() if reward.function is not None}
     judges = {
         name: _judge(job, pretrained, reward.judge, setting=f"trainer.ppo.rewards.{name}.judge")
         for name, reward in config.rewards.items()
         if reward.judge is not None
     }
-    with _open_servers(job, run, pretrained, start) as served:
+    with (
+        open_functions(named, setting="trainer.ppo.rewards.{}.function") as functions,
+        _open_servers(job, run, pretrained, start) as served,
+    ):
         yield replace(served, functions=functions, judges=judges)
 
 

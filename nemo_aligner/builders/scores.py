@@ -1,13 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """From the settings of generate.py to what gives a reward to each of its responses."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 from torch import Tensor
 
 from nemo_aligner.algorithms.generation import Score, TextGenerator
-from nemo_aligner.algorithms.rewards import load_function, score_by_functions
+from nemo_aligner.algorithms.ppo_config import RewardConfig
+from nemo_aligner.algorithms.rewards import RewardFunction, open_functions, score_by_functions
 from nemo_aligner.algorithms.rollout import trim_padding
 from nemo_aligner.builders.models import Pretrained
 from nemo_aligner.builders.reward_sources import connected
@@ -39,7 +40,9 @@ def open_score(
         UserError: there is no such function, or no server that fits.
     """
     if job.reward_function is not None:
-        yield _by_function(job.reward_function, requests, generator)
+        named = {"reward_function": RewardConfig(function=job.reward_function)}
+        with open_functions(named, setting="{}") as functions:
+            yield _by_functions(functions, requests, generator)
     elif job.reward_model is not None:
         address = ServerAddress(
             setting="reward_model",
@@ -64,15 +67,15 @@ def open_score(
         yield None
 
 
-def _by_function(path: str, requests: RecordFile[GenerateRequest], generator: TextGenerator) -> Score:
-    function = load_function("reward_function", path)
-
+def _by_functions(
+    functions: Mapping[str, RewardFunction], requests: RecordFile[GenerateRequest], generator: TextGenerator
+) -> Score:
     def score(rollout: Rollout) -> Tensor:
         numbers = range(len(requests))[world.dp_rank() :: world.dp_size()]
         prompts = {number: _row(requests[number], generator.tokenizer) for number in numbers}
-        named = {"reward_function": function}
+        text = generator.response_text
         try:
-            found = score_by_functions(named, rollout, prompts, text=generator.response_text, block="")
+            found, _ = score_by_functions(functions, rollout, prompts, text=text, block="")
         except Unwound as failed:
             raise failed.error from failed
         return found["reward_function"]

@@ -1,13 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """Rewards by Python functions: what they are called with, and how their failures are told."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from nemo_aligner.algorithms.rewards import load_function, score_by_functions
+from nemo_aligner.algorithms.ppo_config import RewardConfig
+from nemo_aligner.algorithms.rewards import open_functions, score_by_functions
 from nemo_aligner.algorithms.skips import NotFinite
 from nemo_aligner.data.row import Row, TokenSequence
 from nemo_aligner.errors import UserError
@@ -46,61 +48,111 @@ def text(rollout: Rollout, row: int) -> str:
     return "".join(map(str, rollout.response(row)))
 
 
-def exact(*, prompt: str, response: str, tokens: list[int], row: dict) -> float:
+RULES = """
+import time
+
+def exact(*, prompt, response, tokens, row):
     assert prompt == row["text"]
     assert len(tokens) == len(response)
     return float(response == row["expected"])
 
+def shortness(tokens, **_):
+    return -len(tokens)
 
-def test_each_function_sees_a_response_and_the_row_of_its_prompt():
-    functions = {"exact": exact, "length": lambda tokens, **_: -len(tokens)}
-    found = score_by_functions(functions, rollout(), PROMPTS, text=text)
-    assert {name: rewards.tolist() for name, rewards in found.items()} == {
-        "exact": [1.0, 0.0, 1.0],
-        "length": [-1.0, -2.0, -1.0],
-    }
+def spoil(row, **_):
+    row.clear()
+    return 0.0
+
+def fails(**_):
+    return 1 / 0
+
+def odd(**_):
+    return float("nan")
+
+def none(**_):
+    return None
+
+def several(**_):
+    return [1.0]
+
+def stuck(response, **_):
+    time.sleep(1000 if response == "65" else 0)
+    return 1.0
+"""
 
 
-def test_a_function_cannot_change_a_row_for_the_next_one():
-    def spoil(row: dict, **_: object) -> float:
-        row.clear()
-        return 0.0
+@pytest.fixture
+def score(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[dict, dict]]:
+    """Scores the rollout by functions of RULES, with settings by name."""
+    (tmp_path / "rules.py").write_text(RULES)
+    monkeypatch.chdir(tmp_path)
 
-    score_by_functions({"spoil": spoil}, rollout(), PROMPTS, text=text)
+    def call(**settings: dict[str, Any]) -> tuple[dict, dict]:
+        named = {
+            name: RewardConfig(**{"function": f"rules.{name}", "workers": 1} | given)
+            for name, given in settings.items()
+        }
+        with open_functions(named, setting="trainer.ppo.rewards.{}.function") as functions:
+            found = score_by_functions(functions, rollout(), PROMPTS, text=text)
+        return tuple({name: x.tolist() for name, x in one.items()} for one in found)
+
+    return call
+
+
+def test_each_function_sees_a_response_and_the_row_of_its_prompt(score: Callable[..., tuple[dict, dict]]):
+    rewards, lost = score(exact={}, shortness={})
+    assert rewards == {"exact": [1.0, 0.0, 1.0], "shortness": [-1.0, -2.0, -1.0]}
+    assert lost == {"exact": [0.0] * 3, "shortness": [0.0] * 3}
+
+
+def test_a_function_cannot_change_a_row_for_the_next_one(score: Callable[..., tuple[dict, dict]]):
+    rewards, _ = score(spoil={}, exact={})
+    assert rewards["exact"] == [1.0, 0.0, 1.0]
     assert PROMPTS[4].extras["expected"] == "5"
 
 
+def test_a_call_that_is_out_of_time_is_lost_alone(
+    score: Callable[..., tuple[dict, dict]], caplog: pytest.LogCaptureFixture
+):
+    rewards, lost = score(stuck={"timeout": 0.5, "lost_reward": -2.0})
+    assert rewards == {"stuck": [1.0, -2.0, 1.0]}
+    assert lost == {"stuck": [0.0, 1.0, 0.0]}
+    assert "rewards.stuck: 1 of 3 calls are lost, with a reward of -2 each" in caplog.text
+    assert "it took longer than 0.5 s" in caplog.text
+
+
 @pytest.mark.parametrize(
-    ("function", "words"),
+    ("name", "words"),
     [
-        (
-            lambda **_: 1 / 0,
-            f"trainer.ppo.rewards.bad: ZeroDivisionError: division by zero ({__file__}, line ",
-        ),
-        (lambda **_: float("nan"), "trainer.ppo.rewards.bad gave nan"),
-        (lambda **_: None, "trainer.ppo.rewards.bad: TypeError"),
-        (lambda **_: [1.0], "trainer.ppo.rewards.bad: TypeError"),
+        ("fails", ": ZeroDivisionError: division by zero ("),
+        ("odd", " gave nan"),
+        ("none", " gave None"),
+        ("several", " gave [1.0]"),
     ],
 )
-def test_a_function_that_fails_is_reported_with_its_row(function, words: str):
+def test_a_function_that_fails_is_reported_with_its_row(
+    score: Callable[..., tuple[dict, dict]], name: str, words: str
+):
     with pytest.raises(NotFinite) as found:
-        score_by_functions({"bad": function}, rollout(), PROMPTS, text=text)
-    assert words in found.value.error.problem
+        score(**{name: {}})
+    assert f"trainer.ppo.rewards.{name}{words}" in found.value.error.problem
+    assert "the row: {'text': '2+3=', 'expected': '5'}" in found.value.error.problem
 
 
-def test_functions_come_from_the_folder_of_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    (tmp_path / "rules_of_mine.py").write_text("def one(**_):\n    return 1.0\nlimit = 3\n")
-    (tmp_path / "rules_broken.py").write_text("def one(:\n")
-    monkeypatch.chdir(tmp_path)
-    assert load_function("trainer.ppo.rewards.a.function", "rules_of_mine.one")() == 1.0
-    for path, words in (
-        ("rules_of_mine.two", "cannot be imported"),
-        ("rules_of_mine.limit", "is no function"),
-        ("rules_nowhere.one", "cannot be imported: No module named"),
-        ("rules_broken.one", "cannot be imported"),
-        ("one", "names no module"),
-    ):
-        with pytest.raises(UserError, match=words) as found:
-            load_function("trainer.ppo.rewards.a.function", path)
-        assert f"trainer.ppo.rewards.a.function={path}" in found.value.problem
-        assert str(tmp_path) in found.value.fix
+def test_a_function_that_is_not_there_is_told_at_once(score: Callable[..., tuple[dict, dict]]):
+    with pytest.raises(UserError, match=r"trainer.ppo.rewards.exact.function=rules.two cannot be imported"):
+        score(exact={"function": "rules.two"})
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"timeout": 0.0, "function": "a.b"}, "trainer.ppo.rewards.a.timeout"),
+        ({"workers": 0, "function": "a.b"}, "trainer.ppo.rewards.a.workers"),
+        ({"timeout": 1.0}, "has no effect without trainer.ppo.rewards.a.function"),
+        ({"lost_reward": 1.0, "overlong_buffer": 3}, "has no effect without"),
+    ],
+)
+def test_settings_of_a_reward_that_cannot_hold_are_refused(settings: dict[str, Any], words: str):
+    with pytest.raises(UserError, match=words):
+        RewardConfig(**settings).check("trainer.ppo.rewards.a")

@@ -1,0 +1,133 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A process that imports a person's code once, and then makes copies of itself: the workers that call it.
+
+    python -P -m nemo_aligner.environments.host FILE_DESCRIPTOR
+
+The descriptor is that of a socket. A line of JSON says what to import, a line replies. Then come messages of eight
+bytes: 0, with the descriptor of a worker's socket, asks for a worker; the number of a worker asks for its end. Where
+the socket closes, all end.
+"""
+
+import faulthandler
+import importlib
+import json
+import os
+import resource
+import select
+import signal
+import socket
+import struct
+import sys
+import traceback
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+MESSAGE = struct.Struct("!q")  # a worker's number, or 0
+WORKER = 0
+_POLL_SECONDS = 0.2
+
+
+def main() -> None:
+    """Serve who has started this process, until its socket closes."""
+    control = socket.socket(fileno=int(sys.argv[1]))
+    os.dup2(2, 1)  # what people's code prints is no result of the job
+    faulthandler.enable()
+    asked = json.loads(_line(control))
+    sys.path[:] = asked["path"]
+    try:
+        target = load(asked["name"])
+    except BaseException as error:
+        control.sendall(_encoded({"error": _described(error)}))
+        return
+    control.sendall(_encoded({}))
+    _serve(control, target, asked["memory"])
+
+
+def load(name: str) -> Callable[..., Any]:
+    """The function that ``MODULE.NAME`` names.
+
+    Raises:
+        ImportError: there is no such module.
+        AttributeError: nor such a name in it.
+        TypeError: it is no function.
+    """
+    module, _, own = name.rpartition(".")
+    found = getattr(importlib.import_module(module), own)
+    if not callable(found):
+        raise TypeError(f"{name} is no function")
+    return found
+
+
+def _serve(control: socket.socket, target: Callable[..., Any], memory: int | None) -> None:
+    workers: set[int] = set()
+    while True:
+        ready = select.select([control], [], [], _POLL_SECONDS)[0]
+        while workers and (ended := os.waitpid(-1, os.WNOHANG)[0]):
+            workers.discard(ended)
+        if not ready:
+            continue
+        message, descriptors, _, _ = socket.recv_fds(control, MESSAGE.size, 1)
+        if not message:
+            break
+        (number,) = MESSAGE.unpack(message)
+        if number == WORKER:
+            (descriptor,) = descriptors
+            os.set_inheritable(descriptor, False)
+            worker = os.fork()
+            if worker == 0:
+                control.close()
+                if memory is not None:
+                    resource.setrlimit(resource.RLIMIT_DATA, (memory, memory))
+                _work(socket.socket(fileno=descriptor), target)
+            os.close(descriptor)
+            workers.add(worker)
+        elif number in workers:  # what has not been waited for keeps its number
+            _kill(number)
+    for number in workers:
+        _kill(number)
+
+
+def _kill(worker: int) -> None:
+    """End a worker and what it has started."""
+    try:
+        os.killpg(worker, signal.SIGKILL)
+    except ProcessLookupError:  # it has no group of its own yet
+        os.kill(worker, signal.SIGKILL)
+
+
+def _work(calls: socket.socket, target: Callable[..., Any]) -> NoReturn:
+    """Call ``target`` as often as a line of JSON comes, with its keywords; a line replies."""
+    try:
+        os.setpgid(0, 0)
+        calls.sendall(_encoded({"worker": os.getpid()}))
+        for line in calls.makefile("r", encoding="utf-8"):
+            try:
+                reply = _encoded({"value": target(**json.loads(line))})
+            except BaseException as error:
+                reply = _encoded({"error": _described(error)})
+            calls.sendall(reply)
+    finally:
+        os._exit(0)
+
+
+def _described(error: BaseException) -> str:
+    """The error and the line of the person's code that raised it."""
+    theirs = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename != __file__]
+    place = f" ({theirs[-1].filename}, line {theirs[-1].lineno})" if theirs else ""
+    return f"{type(error).__name__}: {error}{place}"
+
+
+def _encoded(message: dict[str, Any]) -> bytes:
+    return json.dumps(message, default=float).encode() + b"\n"
+
+
+def _line(control: socket.socket) -> bytes:
+    """The bytes up to the end of a line, and none further: what follows carries descriptors."""
+    found = bytearray()
+    while not found.endswith(b"\n"):
+        found += control.recv(1)
+    return bytes(found)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,201 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Calls of a person's function in processes of their own, each with a limit of time, whatever the function does."""
+
+import contextlib
+import json
+import os
+import selectors
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from nemo_aligner.environments import host
+from nemo_aligner.errors import UserError
+
+START_SECONDS = 300.0  # for imports
+_LONGEST_REPLY = 1 << 26  # bytes
+_CHUNK = 1 << 16
+
+
+@dataclass(frozen=True)
+class Reply:
+    """The result of a call: one of these."""
+
+    value: Any = None
+    error: str = ""  # the function raised it
+    lost: str = ""  # why the worker was killed, or how it ended
+
+
+class Worker:
+    """A process that makes one call at a time."""
+
+    def __init__(self, connection: socket.socket, seconds: float) -> None:
+        self.connection, self.seconds, self.deadline = connection, seconds, float("inf")
+        self._received = bytearray()
+        self.number = int(self._wait()["worker"])
+
+    def send(self, call: Mapping[str, Any]) -> None:
+        """Begin a call; the clock starts.
+
+        Raises:
+            OSError: the process is gone.
+        """
+        self.deadline = time.monotonic() + self.seconds
+        self.connection.settimeout(self.seconds)
+        self.connection.sendall(json.dumps(call).encode() + b"\n")
+
+    def receive(self) -> Reply | None:
+        """The reply, if it is there."""
+        try:
+            chunk = self.connection.recv(_CHUNK)
+        except OSError as error:
+            return Reply(lost=f"its process cannot be heard: {error}")
+        if not chunk:
+            return Reply(lost="its process ended, by a crash or for want of memory")
+        self._received += chunk
+        if not self._received.endswith(b"\n"):
+            return Reply(lost="its reply is too long") if len(self._received) > _LONGEST_REPLY else None
+        return Reply(**self._taken())
+
+    def _wait(self) -> dict[str, Any]:
+        """The first line, which says that the process is there."""
+        self.connection.settimeout(START_SECONDS)
+        while not self._received.endswith(b"\n"):
+            chunk = self.connection.recv(_CHUNK)
+            if not chunk:
+                raise ConnectionError("a worker ended before it began")
+            self._received += chunk
+        return self._taken()
+
+    def _taken(self) -> dict[str, Any]:
+        self.deadline = float("inf")
+        message = json.loads(self._received)
+        self._received.clear()
+        return message
+
+
+class WorkerPool:
+    """Processes that call one function.
+
+    Args:
+        setting: that names the function, for messages.
+        name: ``MODULE.NAME`` of it, also in the folder that the script was started in.
+        workers: calls at once.
+        seconds: of a call, from when a worker begins it.
+        memory: bytes of a worker, beyond which it gets no more; None: as many as there are.
+
+    Raises:
+        UserError: there is no such function.
+    """
+
+    def __init__(
+        self, setting: str, name: str, *, workers: int, seconds: float, memory: int | None = None
+    ) -> None:
+        here = os.getcwd()
+        fix = f"set {setting}=MODULE.NAME, of a module in {here} or one that is installed"
+        if "." not in name:
+            raise UserError(f"{setting}={name} names no module", fix=fix)
+        self._name, self._size, self._seconds = f"{setting}={name}", workers, seconds
+        self._workers: list[Worker] = []
+        self._control, theirs = socket.socketpair()
+        command = [sys.executable, "-P", "-m", host.__name__, str(theirs.fileno())]
+        with theirs:
+            # A session of its own: a terminal's Ctrl-C is for the job, which ends the host.
+            self._host = subprocess.Popen(
+                command, stdin=subprocess.DEVNULL, pass_fds=[theirs.fileno()], start_new_session=True
+            )
+        path = [*sys.path, *([] if here in sys.path else [here])]
+        try:
+            problem = self._imported({"path": path, "name": name, "memory": memory})
+        except BaseException:
+            self.close()
+            raise
+        if problem:
+            self.close()
+            raise UserError(f"{setting}={name} cannot be imported: {problem}", fix=fix)
+
+    def _imported(self, asked: Mapping[str, Any]) -> str:
+        """Have the host import the function; what went wrong."""
+        try:
+            self._control.sendall(json.dumps(asked).encode() + b"\n")
+            self._control.settimeout(START_SECONDS)
+            line = self._control.makefile("r", encoding="utf-8").readline()
+        except OSError as error:
+            return f"{error} in {START_SECONDS:g} s"
+        return json.loads(line).get("error", "") if line else "its process ended meanwhile"
+
+    def __enter__(self) -> "WorkerPool":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def call_all(self, calls: Sequence[Mapping[str, Any]]) -> list[Reply]:
+        """Call the function with each of the keywords, as many at once as there are workers; the replies in order."""
+        replies: list[Reply] = [Reply()] * len(calls)
+        waiting = list(reversed(range(len(calls))))
+        while len(self._workers) < min(self._size, len(calls)):
+            self._workers.append(self._started())
+        idle, busy = list(self._workers), dict[Worker, int]()
+        with selectors.DefaultSelector() as selector:
+            while waiting or busy:
+                while idle and waiting:
+                    worker, index = idle.pop(), waiting.pop()
+                    busy[worker] = index
+                    selector.register(worker.connection, selectors.EVENT_READ, worker)
+                    with contextlib.suppress(OSError):  # then there is an end to read
+                        worker.send(calls[index])
+                for worker, reply in self._heard(selector, busy):
+                    replies[busy.pop(worker)] = reply
+                    selector.unregister(worker.connection)
+                    idle.append(self._replaced(worker) if reply.lost else worker)
+        return replies
+
+    def _heard(
+        self, selector: selectors.BaseSelector, busy: Mapping[Worker, int]
+    ) -> list[tuple[Worker, Reply]]:
+        """Wait until a worker replies or is out of time; what has come."""
+        nearest = min(worker.deadline for worker in busy)
+        events = selector.select(max(0.0, nearest - time.monotonic()))
+        received = [(key.data, key.data.receive()) for key, _ in events]
+        found = [(worker, reply) for worker, reply in received if reply is not None]
+        now, heard = time.monotonic(), {worker for worker, _ in found}
+        late = [worker for worker in busy if worker.deadline <= now and worker not in heard]
+        return found + [(worker, Reply(lost=f"it took longer than {self._seconds:g} s")) for worker in late]
+
+    def _started(self) -> Worker:
+        ours, theirs = socket.socketpair()
+        try:
+            with theirs:
+                socket.send_fds(self._control, [host.MESSAGE.pack(host.WORKER)], [theirs.fileno()])
+            return Worker(ours, self._seconds)
+        except OSError as error:
+            raise UserError(
+                f"{self._name}: the process that starts its workers is lost: {error}",
+                fix="see whether the machine has run out of memory or processes",
+            ) from error
+
+    def _replaced(self, worker: Worker) -> Worker:
+        """End a worker; another one in its place."""
+        with contextlib.suppress(OSError):  # of a host that is lost, as starting one will say
+            self._control.sendall(host.MESSAGE.pack(worker.number))
+        worker.connection.close()
+        fresh = self._started()
+        self._workers[self._workers.index(worker)] = fresh
+        return fresh
+
+    def close(self) -> None:
+        """End all processes, and wait until they have ended."""
+        self._control.close()
+        for worker in self._workers:
+            worker.connection.close()
+        try:
+            self._host.wait(timeout=10)
+        except subprocess.TimeoutExpired:
+            self._host.send_signal(signal.SIGKILL)
+            self._host.wait()
