@@ -252,6 +252,11 @@ class CreditConfig:
                 f"{block}.adaptive_kl_target={target} steers a penalty in the reward, and {block}.kl_placement=loss",
                 fix=f"set {block}.adaptive_kl_target=null, or {block}.kl_placement=token",
             )
+        if penalty and self.kl_placement == "loss" and self.estimator_of_kl == "k1":
+            raise UserError(
+                f"{block}.kl_estimator=k1 has no gradient in the mean with {block}.kl_placement=loss",
+                fix=f"set {block}.kl_estimator=k2, of the same divergence, or k3; or {block}.kl_placement=token",
+            )
         if target is not None and not penalty:
             raise UserError(
                 f"{block}.adaptive_kl_target={target} steers {block}.initial_policy_kl_penalty, which is 0",
