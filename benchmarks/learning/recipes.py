@@ -2,6 +2,7 @@
 """The experiments of docs/results.md, in the order of the page."""
 
 import math
+from collections.abc import Sequence
 
 from benchmarks.learning import data
 from benchmarks.learning.experiment import Experiment, Gate, Job
@@ -39,9 +40,9 @@ _UNRELIABLE = Job(
 )
 
 
-def _online(name: str, command: str, *, but: str = "") -> Job:
+def _online(name: str, command: str, *, but: str = "", given: Sequence[str] = arithmetic.GRPO) -> Job:
     """A run of the arithmetic model, which validates before the first step too."""
-    settings = " ".join((*arithmetic.GRPO, "trainer.ppo.val_before_train=True"))
+    settings = " ".join((*given, "trainer.ppo.val_before_train=True"))
     return Job(
         name=name,
         command=f"{command} model=SUMS data=DATA/asked.jsonl validation=DATA/asked.jsonl seq_length=32 "
@@ -96,6 +97,23 @@ _RIGHT = {"val_rollouts/rewards": "share of right responses"}
 _ABOUT_SUMS = """\
 A Llama of a million weights that was fine-tuned on sums, three in four of them wrong, is rewarded for right ones.
 Validation asks each of the hundred sums once."""
+
+
+def _recipe(name: str, title: str) -> Experiment:
+    # The penalty of KL is the recipe's.
+    given = [
+        word for word in arithmetic.GRPO if not word.startswith("trainer.ppo.initial_policy_kl_penalty=")
+    ]
+    return Experiment(
+        title=title,
+        about=f"{_ABOUT_SUMS} As [GRPO](#grpo), by `recipe={name}`.",
+        write_data=data.sums,
+        jobs=(_UNRELIABLE, _online(name, f"grpo recipe={name}", given=given)),
+        figures=_RIGHT,
+        seeds=3,
+        beside=("grpo",),
+    )
+
 
 EXPERIMENTS = {
     "pretraining": Experiment(
@@ -234,6 +252,13 @@ EXPERIMENTS = {
         gates=_ratio_gates("ppo"),
         beside=("grpo",),
     ),
+    "rloo": _recipe("rloo", "RLOO"),
+    "dr_grpo": _recipe("dr_grpo", "Dr. GRPO"),
+    "dapo": _recipe("dapo", "DAPO"),
+    "reinforce": _recipe("reinforce", "REINFORCE"),
+    "reinforce_plus_plus": _recipe("reinforce_plus_plus", "REINFORCE++"),
+    "gspo": _recipe("gspo", "GSPO"),
+    "cispo": _recipe("cispo", "CISPO"),
     "rs": Experiment(
         title="Rejection sampling",
         about=f"{_ABOUT_SUMS} The best of sixteen responses is learned from.",

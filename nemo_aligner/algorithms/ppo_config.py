@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 
 from nemo_aligner.bounds import bounded, check_bounds
 from nemo_aligner.data.config import unescape
+from nemo_aligner.environments.evaluation import PATTERN
 from nemo_aligner.errors import UserError
 from nemo_aligner.models.sampling_config import DrawConfig, SamplingConfig
 from nemo_aligner.objectives.config import CreditConfig, PolicyConfig
@@ -24,7 +25,7 @@ class JudgeConfig:
 
     # a text file that asks for a score, with {prompt} and {response} in it; null: points from 0 to 5 for being of help
     template: PathText | None = None
-    pattern: str = r"[Ss]core: *([0-9]+(?:\.[0-9]+)?)"  # a regular expression, whose group is the score
+    pattern: str = PATTERN  # a regular expression, whose group is the score
     # texts that are sampled of a response; the reward is their mean score
     evaluations: int = bounded(3, at_least=1)
     max_length: int = bounded(256, at_least=1)  # tokens of an evaluation, at most

@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from nemo_aligner.algorithms.critic_link import PPOState
-from nemo_aligner.algorithms.judge import Judge, read_template
+from nemo_aligner.algorithms.judge import Judge
 from nemo_aligner.algorithms.ppo_config import JudgeConfig
 from nemo_aligner.algorithms.rewards import open_functions
 from nemo_aligner.algorithms.scoring import RewardSources
@@ -19,6 +19,7 @@ from nemo_aligner.checkpoint.trainer_state import Checkpoint, read_extra
 from nemo_aligner.config.ppo import ActorJob, CriticRemoteConfig, RemoteConfig, RewardRemoteConfig
 from nemo_aligner.data.requests import plain_prompt, tokens_of
 from nemo_aligner.data.tokenizer import tokenizer_probe
+from nemo_aligner.environments.evaluation import read_template
 from nemo_aligner.errors import UserError
 from nemo_aligner.models.gpt.policy import GPTPolicy
 from nemo_aligner.parallel import world

@@ -3,8 +3,8 @@
 
 import pytest
 
-from nemo_aligner.algorithms.judge import mean_score, read_score, read_template
 from nemo_aligner.algorithms.ppo_config import JudgeConfig
+from nemo_aligner.environments.evaluation import PATTERN, mean_score, read_score, read_template
 from nemo_aligner.errors import UserError
 
 
@@ -20,12 +20,12 @@ from nemo_aligner.errors import UserError
     ],
 )
 def test_the_last_score_of_an_evaluation_counts(evaluation: str, score: float | None):
-    assert read_score(JudgeConfig(), evaluation) == score
+    assert read_score(evaluation, PATTERN) == score
 
 
 def test_a_reward_is_the_mean_of_the_scores_there_are():
-    assert mean_score(JudgeConfig(), [4.0, None, 7.0, 1.0]) == 2.5, "7 is beyond the highest"
-    assert mean_score(JudgeConfig(low=1.0), [None, None]) == 1.0
+    assert mean_score([4.0, None, 7.0, 1.0], low=0.0, high=5.0) == 2.5, "7 is beyond the highest"
+    assert mean_score([None, None], low=1.0, high=5.0) == 1.0
 
 
 def test_a_template_names_both_texts(tmp_path):
