@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 from nemo_aligner.config.base import ModelJob, TrainerConfig
-from nemo_aligner.config.generate import GenerateJob
+from nemo_aligner.config.generate import EvaluateJob, GenerateJob
 from nemo_aligner.config.ppo import ActorJob
 from nemo_aligner.config.reward import RMJob
 from nemo_aligner.config.serve import CriticJob, RewardServerJob
@@ -87,6 +87,7 @@ def _length(algorithm: str) -> dict[str, Any]:
     return {f"trainer.{name}": f"${{.{algorithm}.{name}}}" for name in ("max_epochs", "max_steps")}
 
 
+_GENERATE_HIDDEN = (*_IDLE_HIDDEN, "model.seed", "model.sequence_parallel", "model.activations_*")
 FILES = {
     "_base/trainer": File(
         kind=TrainerConfig,
@@ -202,7 +203,14 @@ FILES = {
         command="python examples/nlp/gpt/generate.py model.restore_from_path=model.nemo input_file=prompts.jsonl "
         "output_file=responses.jsonl",
         groups=_TRAINER,
-        hidden=(*_IDLE_HIDDEN, "model.seed", "model.sequence_parallel", "model.activations_*"),
+        hidden=_GENERATE_HIDDEN,
+    ),
+    "evaluate": File(
+        kind=EvaluateJob,
+        command="python examples/nlp/gpt/evaluate.py model.restore_from_path=model.nemo input_file=gsm8k_test.jsonl "
+        "output_file=responses.jsonl reward_function=nemo_aligner.environments.rules.gsm8k",
+        groups=_TRAINER,
+        hidden=_GENERATE_HIDDEN,
     ),
 }
 

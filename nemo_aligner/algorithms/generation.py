@@ -55,8 +55,8 @@ class TextGenerator:
         num_samples: int,
         score: Score | None = None,
         top_n: int | None = None,
-    ) -> None:
-        """Generate responses to every request and write a line of JSON for each, in the order of the requests.
+    ) -> list[dict[str, Any]]:
+        """Generate responses to every request, write a line of JSON for each, in the requests' order, and return them.
 
         Its keys: prompt, answer, finished (False where max_length or the model's positions cut it), logprob (the sum
         over the response's tokens, of the distribution that they were drawn from), num_tokens; reward.
@@ -106,6 +106,7 @@ class TextGenerator:
                 rows[i]["reward"] = reward
         chosen = every if top_n is None else _best(rows, num_samples=num_samples, top_n=top_n)
         _write_rows(output, rows, chosen)
+        return [rows[i] for i in chosen]
 
     def _prompt(self, requests: RecordFile[GenerateRequest], number: int, sample: int) -> Prompt:
         with located(lambda: f"{requests.where(number)}: "):

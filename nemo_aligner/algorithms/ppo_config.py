@@ -61,7 +61,7 @@ class RewardConfig:
 
     function: str | None = None  # a Python function, MODULE.NAME; null: the judge, or the served reward model
     # further arguments of the function, as in {ground_truth: expected_answer}
-    arguments: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    arguments: dict[str, Any] = field(default_factory=dict[str, Any])
     # seconds of a call of the function, then its process is killed
     timeout: float = bounded(60.0, above=0)
     # memory of each process, in which more is refused; null: as much as there is

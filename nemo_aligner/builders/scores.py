@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From the settings of generate.py to what gives a reward to each of its responses."""
+"""From the settings of generate.py and evaluate.py to what generates, and to what gives a reward to each response."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -10,7 +10,7 @@ from nemo_aligner.algorithms.generation import Score, TextGenerator
 from nemo_aligner.algorithms.ppo_config import RewardConfig
 from nemo_aligner.algorithms.rewards import RewardFunction, open_functions, score_by_functions
 from nemo_aligner.algorithms.rollout import trim_padding
-from nemo_aligner.builders.models import Pretrained
+from nemo_aligner.builders.models import Pretrained, require_tokenizer
 from nemo_aligner.builders.reward_sources import connected
 from nemo_aligner.config.generate import GenerateJob
 from nemo_aligner.data.records import RecordFile
@@ -27,6 +27,17 @@ from nemo_aligner.serving.compatibility import Actor
 from nemo_aligner.serving.proxies import RewardProxy
 
 
+def text_generator(job: GenerateJob, pretrained: Pretrained[GPTPolicy]) -> TextGenerator:
+    """The model, its tokenizer, and the settings of its responses."""
+    return TextGenerator(
+        policy=pretrained.learner,
+        tokenizer=require_tokenizer(job, pretrained),
+        sampling=job.sampling_config,
+        end_ids=pretrained.learner.end_ids,
+        slots=job.batch_size,
+    )
+
+
 @contextmanager
 def open_score(
     job: GenerateJob,
@@ -40,7 +51,11 @@ def open_score(
         UserError: there is no such function, or no server that fits.
     """
     if job.reward_function is not None:
-        named = {"reward_function": RewardConfig(function=job.reward_function)}
+        named = {
+            "reward_function": RewardConfig(
+                function=job.reward_function, arguments=job.reward_arguments, timeout=job.reward_timeout
+            )
+        }
         with open_functions(named, setting="{}") as functions:
             yield _by_functions(functions, requests, generator)
     elif job.reward_model is not None:

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The settings of generate.py, which trains nothing."""
+"""The settings of generate.py and evaluate.py, which train nothing."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from nemo_aligner.bounds import bounded
 from nemo_aligner.config.base import ModelConfig, ModelJob, TrainerConfig
@@ -41,6 +42,9 @@ class GenerateJob(ModelJob):
     num_samples: int = bounded(1, at_least=1, message=_NOT_ONE)  # responses to each prompt
     # a Python function, MODULE.NAME, whose reward of each response is written beside it, as in trainer.ppo.rewards
     reward_function: str | None = None
+    # further arguments of it, as in {ground_truth: expected_answer}
+    reward_arguments: dict[str, Any] = field(default_factory=dict[str, Any])
+    reward_timeout: float = bounded(60.0, above=0)  # seconds of a call of it; then the reward is 0
     # or the served reward model that gives it, serve_reward_model.py; {} for its defaults
     reward_model: RewardRemoteConfig | None = None
     # of the responses to each prompt, so many of the highest rewards are written, the best first; null: all
@@ -80,6 +84,11 @@ class GenerateJob(ModelJob):
                 "reward_function and reward_model are both set, and a response has one reward",
                 fix="set one of them to null",
             )
+        if self.reward_arguments and self.reward_function is None:
+            raise UserError(
+                "reward_arguments are of a reward_function, and there is none",
+                fix="set reward_function=MODULE.NAME",
+            )
         if any(rewards) and self.input_file is None:
             raise UserError(
                 "a reward is asked for, and a conversation at the terminal has none", fix="set input_file"
@@ -104,4 +113,54 @@ class GenerateJob(ModelJob):
             raise UserError(
                 f"output_file={self.output_file} exists",
                 fix="name another, or set overwrite=True to replace it",
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateJob(GenerateJob):
+    """All settings of evaluate.py."""
+
+    right_from: float = 1.0  # a response of this reward or more is right
+    # the K of pass@K, each at most num_samples; null: 1, 2, 4 and so on
+    pass_at: tuple[int, ...] | None = bounded(None, at_least=1)
+
+    @property
+    def ks(self) -> Sequence[int]:
+        """The K of pass@K."""
+        powers = [2**i for i in range(self.num_samples.bit_length())]
+        return powers if self.pass_at is None else self.pass_at
+
+    @property
+    def summary_file(self) -> Path:
+        """Where the figures go: beside output_file."""
+        assert self.output_file is not None
+        return Path(self.output_file).with_suffix(".summary.json")
+
+    def check(self, world_size: int | None = None) -> None:
+        """See ModelJob."""
+        if self.input_file is None or self.output_file is None:
+            raise UserError(
+                "an evaluation asks a file of prompts", fix="set input_file=PROMPTS.jsonl and output_file"
+            )
+        if self.reward_function is None and self.reward_model is None:
+            raise UserError(
+                "an evaluation needs to know which responses are right",
+                fix="set reward_function, for instance to nemo_aligner.environments.rules.gsm8k",
+            )
+        if self.top_n is not None:
+            raise UserError(f"top_n={self.top_n} leaves responses out that are counted", fix="set top_n=null")
+        GenerateJob.check(self, world_size)
+        if max(self.ks) > self.num_samples:
+            raise UserError(
+                f"pass_at={max(self.ks)} is more than num_samples={self.num_samples}",
+                fix=f"set num_samples to {max(self.ks)} or more",
+            )
+
+    def check_paths(self) -> None:
+        """See ModelJob."""
+        GenerateJob.check_paths(self)
+        if self.summary_file.exists() and not self.overwrite:
+            raise UserError(
+                f"{self.summary_file} exists",
+                fix="name another output_file, or set overwrite=True to replace it",
             )

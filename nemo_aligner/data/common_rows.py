@@ -18,7 +18,7 @@ from nemo_aligner.errors import UserError
 _LOG = logging.getLogger(__name__)
 
 CHATS = ("messages", "conversations", "conversation")  # the keys of a conversation, as data sets call it
-_PROMPTS = ("prompt", "question", "problem", "query")
+PROMPTS = ("prompt", "question", "problem", "query")  # the keys of a text that asks
 _RESPONSES = {
     "prompt": ("completion", "response"),
     "question": ("answer", "response"),
@@ -122,7 +122,7 @@ def _converted(row: JsonRow, keys: Sequence[str], recognised: Recognised) -> Jso
 
 def _pair(row: JsonRow) -> tuple[str, str] | None:
     """The row's keys of prompt and response; UserError where there are two of them."""
-    found = [(key, name) for key in _PROMPTS if key in row for name in _RESPONSES[key] if name in row]
+    found = [(key, name) for key in PROMPTS if key in row for name in _RESPONSES[key] if name in row]
     if len(found) > 1:
         raise UserError(
             f"the row has {keys_of(row)}: which of them are the prompt and its response?",
@@ -166,7 +166,7 @@ def prompt_of(row: JsonRow, recognised: Recognised) -> str | Sequence[JsonRow]:
         recognised.say("rows of {instruction, input}", "Alpaca's: in its own prompt")
         refuse_unread(row, read=("instruction",), fix=fix)
         return alpaca_prompt(row)
-    found = [key for key in _PROMPTS if key in row]
+    found = [key for key in PROMPTS if key in row]
     if not found:
         raise UserError(
             f"key 'text' is missing; the row has {keys_of(row)}",

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from nemo_aligner.data.common_rows import Recognised, prompt_of, refuse_unread
+from nemo_aligner.data.common_rows import PROMPTS, Recognised, prompt_of, refuse_unread
 from nemo_aligner.data.conversations import read_messages, read_tools
 from nemo_aligner.data.records import RecordFile, text_field
 from nemo_aligner.data.rendering import render_prompt
@@ -30,13 +30,13 @@ def open_requests(path: str | Path) -> RecordFile[GenerateRequest]:
 
 
 def read_request(row: Mapping[str, object]) -> GenerateRequest:
-    """The request of a row; ``prompt`` may also hold the list that ``messages`` holds.
+    """The request of a row; ``prompt`` may also hold the list that ``messages`` holds, or be called a question.
 
     Raises:
-        UserError: none of the three keys is there, its value has the wrong type, or a key beside a text carries
+        UserError: none of the keys is there, its value has the wrong type, or a key beside a text carries
             meaning.
     """
-    for key in ("messages", "prompt", "text"):
+    for key in ("messages", *PROMPTS, "text"):
         if key in row:
             is_chat = key == "messages" or isinstance(row[key], list)
             if is_chat:

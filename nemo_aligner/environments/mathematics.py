@@ -11,9 +11,7 @@ from typing import Any
 
 from math_verify import parse, verify
 
-from nemo_aligner.environments.rules import of_row
-
-_BOX = "\\boxed{"
+from nemo_aligner.environments.rules import boxed, of_row
 
 logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns that it has no limits of its own
 parse("$1$", parsing_timeout=0)  # its parser takes a second to begin, once for all workers
@@ -31,20 +29,7 @@ def right(*, response: str, row: Mapping[str, Any], ground_truth: str = "answer"
         KeyError: the row has no such key.
     """
     wanted = of_row(row, ground_truth).strip()
-    gold = parse(wanted if "$" in wanted or _BOX in wanted else f"${wanted}$", parsing_timeout=0)
+    gold = parse(wanted if "$" in wanted or "\\boxed{" in wanted else f"${wanted}$", parsing_timeout=0)
     if not gold:  # a text
-        return float(_boxed(response) == wanted)
+        return float(boxed(response) == wanted)
     return float(verify(gold, parse(response, parsing_timeout=0), timeout_seconds=0))
-
-
-def _boxed(text: str) -> str:
-    r"""The content of the last ``\boxed{}``, else all of the text."""
-    start = text.rfind(_BOX)
-    if start < 0:
-        return text.strip()
-    depth, begin = 1, start + len(_BOX)
-    for end in range(begin, len(text)):
-        depth += {"{": 1, "}": -1}.get(text[end], 0)
-        if depth == 0:
-            return text[begin:end].strip()
-    return text[begin:].strip()

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from decimal import Decimal, InvalidOperation
 from typing import Any
 
+_BOX = "\\boxed{"
 _NUMBER = re.compile(r"-?\$?\d[\d,]*(?:\.\d+)?|-?\$?\.\d+")
 
 
@@ -42,6 +43,33 @@ def matches(*, response: str, pattern: str, **_: object) -> float:
     1.0
     """
     return float(re.search(pattern, response, re.DOTALL) is not None)
+
+
+def final_result(text: str) -> str:
+    r"""Return what a text comes to: the content of its last ``\boxed{}``, else its last number, else its last line.
+
+    >>> final_result(r"so \boxed{\frac{1}{2}}."), final_result("That is $1,000.0"), final_result("It is\nB\n")
+    ('\\frac{1}{2}', '1000', 'B')
+    """
+    if _BOX in text:
+        return boxed(text)
+    number = _last_number(text)
+    if number is not None:
+        return f"{number.normalize():f}"
+    return next(reversed(text.strip().splitlines()), "")
+
+
+def boxed(text: str) -> str:
+    r"""Return the content of the last ``\boxed{}``, else all of the text."""
+    start = text.rfind(_BOX)
+    if start < 0:
+        return text.strip()
+    depth, begin = 1, start + len(_BOX)
+    for end in range(begin, len(text)):
+        depth += {"{": 1, "}": -1}.get(text[end], 0)
+        if depth == 0:
+            return text[begin:end].strip()
+    return text[begin:].strip()
 
 
 def of_row(row: Mapping[str, Any], ground_truth: str) -> str:

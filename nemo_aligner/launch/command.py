@@ -24,6 +24,7 @@ IRREGULAR = {
     "serve": "serve_reward_model.py",
     "critic": "serve_ppo_critic.py",
     "generate": "generate.py",
+    "evaluate": "evaluate.py",
     "chat": "generate.py",
     "import": "import_hf.py",
     "export": "export_hf.py",

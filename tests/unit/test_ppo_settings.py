@@ -114,3 +114,13 @@ def test_which_server_gives_rewards(words: str, served_by: str | None):
     job = checked("actor", *words.split())
     assert isinstance(job, ActorJob)
     assert job.rewards_served_by == served_by
+
+
+def test_a_functions_arguments_are_any():
+    words = (
+        "trainer.ppo.rewards.short.arguments={key: [1, x], sure: True}",
+        "trainer.ppo.rewards.short.arguments.n=2",
+    )
+    job = checked("actor", _FUNCTION, *words)
+    assert isinstance(job, ActorJob)
+    assert job.trainer.ppo.rewards["short"].arguments == {"key": [1, "x"], "sure": True, "n": 2}

@@ -17,19 +17,12 @@ from nemo_aligner.launch.script import script
 def main(job: GenerateJob) -> None:
     """Let a language model write."""
     from nemo_aligner import builders
-    from nemo_aligner.algorithms.generation import TextGenerator
-    from nemo_aligner.builders.scores import open_score
+    from nemo_aligner.builders.scores import open_score, text_generator
     from nemo_aligner.data.requests import open_requests
 
     requests = None if job.input_file is None else open_requests(job.input_file)
     pretrained = builders.load_policy(job)
-    generator = TextGenerator(
-        policy=pretrained.learner,
-        tokenizer=builders.require_tokenizer(job, pretrained),
-        sampling=job.sampling_config,
-        end_ids=pretrained.learner.end_ids,
-        slots=job.batch_size,
-    )
+    generator = text_generator(job, pretrained)
     if requests is None or job.output_file is None:
         generator.converse()
         return
