@@ -100,5 +100,5 @@ def test_what_is_no_judge_is_told(service: Callable[..., Any]):
         judge(**GIVEN, url=url, model="a")
     with pytest.raises(ValueError, match="refuses with 401 Unauthorized: no key"):
         judge(**GIVEN, url=url, model="a")
-    with pytest.raises(TypeError, match="unexpected keyword argument 'modle'"):
-        judge(**GIVEN, url=url, model="a", modle="b")
+    with pytest.raises(TypeError, match="unexpected keyword argument 'mode'"):
+        judge(**GIVEN, url=url, model="a", mode="b")
