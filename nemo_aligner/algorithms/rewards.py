@@ -136,7 +136,10 @@ def _score(
     found: dict[str, dict[int, float | None]] = {}
     for name, function in functions.items():
         whole = [{**function.arguments, **call} for call in calls.values()]
-        replies = function.pool.call_all(whole) if function.pool is not None else []
+        try:
+            replies = function.pool.call_all(whole) if function.pool is not None else []
+        except UserError as error:
+            return error
         lost = {row: reply.lost for row, reply in zip(calls, replies, strict=True) if reply.lost}
         for row, reply in zip(calls, replies, strict=True):
             if not (reply.lost or _is_number(reply)):

@@ -77,7 +77,9 @@ def _serve(control: socket.socket, target: Callable[..., Any], memory: int | Non
             if worker == 0:
                 control.close()
                 if memory is not None:
-                    resource.setrlimit(resource.RLIMIT_DATA, (memory, memory))
+                    hard = resource.getrlimit(resource.RLIMIT_DATA)[1]
+                    most = memory if hard == resource.RLIM_INFINITY else min(memory, hard)
+                    resource.setrlimit(resource.RLIMIT_DATA, (most, most))
                 _work(socket.socket(fileno=descriptor), target)
             os.close(descriptor)
             workers.add(worker)

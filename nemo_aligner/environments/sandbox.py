@@ -23,12 +23,9 @@ from nemo_aligner.errors import UserError
 
 NOBODY = 65534  # user and group
 _CHUNK = 1 << 16
-_ENVIRONMENT = {
-    "PATH": "/usr/bin:/bin",
-    "OMP_NUM_THREADS": "1",
-    "PYTHONDONTWRITEBYTECODE": "1",
-    "PYTHONHASHSEED": "0",
-}
+# Neither this user's packages nor the folder are looked into, and nothing is written.
+_FLAGS = ("-s", "-P", "-B")
+_ENVIRONMENT = {"PATH": "/usr/bin:/bin", "OMP_NUM_THREADS": "1", "PYTHONHASHSEED": "0"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,7 +66,7 @@ def run(source: str, *, expressions: Sequence[str] = (), stdin: str = "", limits
     ours, theirs = os.pipe()
     try:
         process = subprocess.Popen(
-            [python, "-I", "-c", inspect.getsource(sandbox_child), str(given[0]), str(theirs)],
+            [python, *_FLAGS, "-c", inspect.getsource(sandbox_child), str(given[0]), str(theirs)],
             user=user,
             group=user,
             extra_groups=None if user is None else [],
@@ -79,7 +76,6 @@ def run(source: str, *, expressions: Sequence[str] = (), stdin: str = "", limits
             pass_fds=[given[0], theirs],
             cwd="/",
             env=_ENVIRONMENT,
-            start_new_session=True,
         )
     finally:
         for descriptor in (*given, theirs):
@@ -161,7 +157,7 @@ def _interpreter() -> tuple[int | None, str]:
     for python in (sys.executable, "/usr/bin/python3"):
         try:
             subprocess.run(
-                [python, "-I", "-c", ""],
+                [python, *_FLAGS, "-c", ""],
                 user=NOBODY,
                 group=NOBODY,
                 extra_groups=[],

@@ -30,7 +30,6 @@ ALLOWED = {
     "rt_sigaction": (13, 134),
     "rt_sigprocmask": (14, 135),
     "rt_sigreturn": (15, 139),
-    "ioctl": (16, 29),
     "pread64": (17, 67),
     "readv": (19, 65),
     "writev": (20, 66),
@@ -111,7 +110,10 @@ def instructions(machine: str) -> bytes:
 def _give_up(limits: dict[str, int]) -> None:
     """Nothing that this process does afterwards gets it back."""
     for name, most in limits.items():
-        resource.setrlimit(getattr(resource, name), (most, most))
+        kind = getattr(resource, name)
+        hard = resource.getrlimit(kind)[1]
+        most = most if hard == resource.RLIM_INFINITY else min(most, hard)
+        resource.setrlimit(kind, (most, most))
     code = instructions(platform.machine())
     libc = ctypes.CDLL(None, use_errno=True)
     program = _Program(len(code) // 8, code)

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Code in the sandbox: what is right passes, and what is hostile does no harm and gets no reward."""
 
+import contextlib
 import os
 import threading
 import time
@@ -113,6 +114,36 @@ def test_root_is_nobody_in_the_sandbox():
     found = run("import os\nprint(os.getuid(), os.getgid())", limits=Limits())
     assert found.output == "65534 65534\n"
     assert found.problem == ""
+
+
+def test_code_does_the_same_each_time():
+    first, again = (run("print(hash('a'), {'a', 'b', 'c'})", limits=Limits()) for _ in range(2))
+    assert first.output == again.output
+
+
+def test_code_ends_with_the_worker_that_runs_it():
+    call = {
+        "response": "import time\ntime.sleep(1000)  # for the worker",
+        "row": {"tests": TESTS},
+        "seconds": 900,
+    }
+    with WorkerPool("reward", "nemo_aligner.environments.code.passes", workers=1, seconds=1) as pool:
+        (reply,) = pool.call_all([call])
+        assert reply.lost == "it took longer than 1 s"
+        deadline = time.monotonic() + 20
+        while (left := sandboxes()) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert not left
+
+
+def sandboxes() -> list[str]:
+    """The processes that are in a sandbox: by the filter of their system calls."""
+    found = []
+    for status in Path("/proc").glob("[0-9]*/status"):
+        with contextlib.suppress(OSError):
+            if "Seccomp:\t2" in status.read_text() and "python" in (status.parent / "cmdline").read_text():
+                found.append(status.parent.name)
+    return found
 
 
 def test_what_ended_code_is_told():
