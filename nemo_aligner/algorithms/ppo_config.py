@@ -73,6 +73,9 @@ class RewardConfig:
     # the length alone: over the last so many tokens up to length_params.max_length the reward falls from 0 to -1; a
     # float is a share of max_length
     overlong_buffer: int | float | None = bounded(None, above=0)
+    clip: float | None = bounded(None, above=0)  # it is held within -+ this; null: it is not
+    # to mean 0 and variance 1 over the responses to a batch of prompts, after clip and before weight; in validation not
+    normalize: bool = False
     weight: float = 1.0  # in the sum that responses are credited by; 0: the reward is only reported
 
     @property

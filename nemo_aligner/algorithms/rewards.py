@@ -8,7 +8,7 @@ own; ``row`` is the prompt's JSON object. Shapes: N responses of all ranks.
 import logging
 import math
 import os
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -21,6 +21,7 @@ from nemo_aligner.algorithms.skips import NotFinite
 from nemo_aligner.data.row import Row
 from nemo_aligner.environments.workers import Reply, WorkerPool
 from nemo_aligner.errors import UserError
+from nemo_aligner.objectives.reduce import Moments, whiten
 from nemo_aligner.parallel import collectives, world
 from nemo_aligner.rollout_batch import Rollout
 
@@ -161,16 +162,29 @@ def _is_number(reply: Reply) -> bool:
     return isinstance(reply.value, int | float) and math.isfinite(reply.value)
 
 
-def weighted_sum(rewards: Mapping[str, Tensor], configs: Mapping[str, RewardConfig]) -> Tensor:
-    """Return the sum of [N] ``rewards`` by their weights; one without a config counts once.
+def weighted_sum(
+    rewards: Mapping[str, Tensor], configs: Mapping[str, RewardConfig], *, normalizes: bool = True
+) -> Tensor:
+    """Return the sum of [N] ``rewards``, each clipped, normalized and weighted as its config says.
+
+    Args:
+        rewards: by name; one without a config counts once, as it is.
+        configs: by name.
+        normalizes: whether those that say so are normalized.
 
     >>> two = {"a": torch.tensor([1.0, 2.0]), "b": torch.tensor([4.0, 0.0])}
-    >>> weighted_sum(two, {"b": RewardConfig(weight=0.5)})
-    tensor([3., 2.])
+    >>> weighted_sum(two, {"b": RewardConfig(weight=0.5)}), weighted_sum(two, {"b": RewardConfig(normalize=True)})
+    (tensor([3., 2.]), tensor([2., 1.]))
     """
-    weighted: Sequence[Tensor] = [
-        reward if (weight := configs[name].weight if name in configs else 1.0) == 1 else weight * reward
-        for name, reward in rewards.items()
-    ]
-    first, *others = weighted
+    first, *others = [_shaped(reward, configs.get(name), normalizes) for name, reward in rewards.items()]
     return sum(others, first)
+
+
+def _shaped(reward: Tensor, config: RewardConfig | None, normalizes: bool) -> Tensor:
+    if config is None:
+        return reward
+    if config.clip is not None:
+        reward = reward.clamp(-config.clip, config.clip)
+    if config.normalize and normalizes:
+        reward = whiten(reward, torch.ones_like(reward, dtype=torch.bool), Moments.of(reward))
+    return reward if config.weight == 1 else config.weight * reward

@@ -110,7 +110,8 @@ class Scorer:
         """As :meth:`score`, without the log-probs of policies; a teacher, which rewards may be of, is asked."""
         if self.teacher is not None:
             return self.score(rollout, prompts, watch)[1]
-        return self.rewards_of(rollout, prompts, watch)
+        asked = self.request_scores(rollout)
+        return self.collect_scores(asked, rollout, prompts, watch, normalizes=False)
 
     def rewards_of(self, rollout: Rollout, prompts: Mapping[int, Row], watch: Stopwatch) -> Scores:
         """As :meth:`collect_scores`, of servers that are asked now."""
@@ -135,9 +136,22 @@ class Scorer:
         return None if server is None else server.score(batch, rows=rows)
 
     def collect_scores(
-        self, asked: Reply, rollout: Rollout, prompts: Mapping[int, Row], watch: Stopwatch
+        self,
+        asked: Reply,
+        rollout: Rollout,
+        prompts: Mapping[int, Row],
+        watch: Stopwatch,
+        *,
+        normalizes: bool = True,
     ) -> Scores:
         """Collect the scores of reward functions, and of servers that were ``asked``.
+
+        Args:
+            asked: the servers.
+            rollout: the whole one.
+            prompts: this data parallel rank's, by number.
+            watch: the clock.
+            normalizes: whether rewards that are to be normalized are.
 
         Raises:
             CriticUnavailable: a server does not reply.
@@ -166,7 +180,9 @@ class Scorer:
         if self.served is not None:
             assert served is not None, "a served reward has a server"
             found[self.served] = served.float()
-        rewards = weighted_sum(found, self.rewards) if found else torch.zeros(rollout.num_rows)
+        rewards = torch.zeros(rollout.num_rows)
+        if found:
+            rewards = weighted_sum(found, self.rewards, normalizes=normalizes)
         fix = "look at the critic's loss and at the reward model; with trainer.precision=16 serve them in bf16 or 32"
         check_finite({"rewards": rewards, "values": values}, fix=fix)
         values = torch.nn.functional.pad(values, (0, rollout.seq_length - values.shape[1]))

@@ -5,11 +5,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from nemo_aligner.algorithms.ppo_config import RewardConfig
-from nemo_aligner.algorithms.rewards import open_functions, score_by_functions
+from nemo_aligner.algorithms.rewards import open_functions, score_by_functions, weighted_sum
 from nemo_aligner.algorithms.skips import NotFinite
 from nemo_aligner.data.row import Row, TokenSequence
 from nemo_aligner.errors import UserError
@@ -156,3 +157,22 @@ def test_a_function_that_is_not_there_is_told_at_once(score: Callable[..., tuple
 def test_settings_of_a_reward_that_cannot_hold_are_refused(settings: dict[str, Any], words: str):
     with pytest.raises(UserError, match=words):
         RewardConfig(**settings).check("trainer.ppo.rewards.a")
+
+
+def test_rewards_are_clipped_normalized_and_weighted():
+    draw = np.random.default_rng(0)
+    a, b, c = draw.normal(3.0, [[2.0], [50.0], [1.0]], (3, 40))
+    found = weighted_sum(
+        {name: torch.from_numpy(x) for name, x in (("a", a), ("b", b), ("c", c))},
+        {"a": RewardConfig(clip=4.0, weight=0.5), "b": RewardConfig(clip=60.0, normalize=True, weight=2.0)},
+    )
+    clipped = b.clip(-60, 60)
+    expected = 0.5 * a.clip(-4, 4) + 2 * (clipped - clipped.mean()) / clipped.std() + c
+    np.testing.assert_allclose(found.numpy(), expected, rtol=1e-6)
+    raw = weighted_sum({"b": torch.from_numpy(b)}, {"b": RewardConfig(normalize=True)}, normalizes=False)
+    np.testing.assert_array_equal(raw.numpy(), b)
+
+
+def test_equal_rewards_are_normalized_to_0():
+    equal = {"a": torch.full((4,), 0.1)}
+    assert weighted_sum(equal, {"a": RewardConfig(normalize=True)}).abs().max() < 1e-3
