@@ -15,6 +15,7 @@ from torch import Tensor
 
 from nemo_aligner import builders
 from nemo_aligner.algorithms.rollout import text_of_response
+from nemo_aligner.algorithms.turns import Replies, Reply
 from nemo_aligner.batch import PreferenceBatch, TokenBatch, Unit
 from nemo_aligner.builders import servers
 from nemo_aligner.checkpoint.convert import export_to_huggingface
@@ -132,10 +133,17 @@ class LanguageModel(_Loaded[GPTPolicy]):
         *,
         samples: int = 1,
         step: int = 0,
+        reply: Reply | None = None,
     ) -> Rollout:
         """Responses to this data parallel rank's part of the prompts, ``samples`` to each, one after the other.
 
-        ``step`` is one more word of the random draws' seed: other responses each step.
+        Args:
+            prompts: of all ranks.
+            sampling: how tokens are drawn.
+            samples: to each prompt.
+            step: one more word of the random draws' seed: other responses each step.
+            reply: what says a turn's reply by the prompt's number, the sample and the turn's text, and None at the end.
+                It is called on one rank of each of the model's copies. ``loss_mask`` marks the model's own tokens.
         """
         sampling.check("sampling")
         if not prompts or len(prompts) % world.dp_size():
@@ -148,7 +156,8 @@ class LanguageModel(_Loaded[GPTPolicy]):
             for number in range(world.dp_rank(), len(prompts), world.dp_size())
             for sample in range(samples)
         ]
-        return self.learner.generate(mine, sampling, step=step)
+        turns = None if reply is None else Replies(reply, self.tokenizer, self.learner.end_ids)
+        return self.learner.generate(mine, sampling, step=step, turns=turns)
 
     def texts(self, rollout: Rollout, *, end_strings: tuple[str, ...] = ()) -> list[str]:
         """The responses, without what ended them."""

@@ -23,7 +23,7 @@ def rollout_metrics(
 
     ``initial`` are the initial policy's rewards, as of :func:`win_rate`.
     """
-    lengths = (rollout.lengths - rollout.prompt_lengths).double()
+    lengths = rollout.loss_lengths().double()
     metrics = {
         "rollout_size": float(rollout.num_rows),
         "response_lengths": lengths.mean().item(),

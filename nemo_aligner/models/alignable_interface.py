@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """All that a trainer may call on a model. Anything that offers these methods can be aligned; nothing is inherited."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Protocol
 
@@ -11,6 +11,25 @@ from nemo_aligner.batch import TokenBatch
 from nemo_aligner.models.sampling_config import SamplingConfig
 from nemo_aligner.objectives.protocol import Objective, Sums
 from nemo_aligner.rollout_batch import Prompt, Rollout
+
+
+class Turns(Protocol):
+    """The other side of conversations, whose replies stand between the turns of a response.
+
+    Called on the first rank of each of the model's copies.
+    """
+
+    def ended(self, prompt: Prompt, turn: Sequence[int]) -> None:
+        """Take the tokens of a turn that has ended by itself, its end token among them; do not wait for the reply."""
+        ...
+
+    def replies(self, *, wait: bool) -> Mapping[tuple[int, int], Sequence[int] | None]:
+        """Return what has come by (prompt's number, sample): tokens that the next turn goes on from; None: the end.
+
+        Args:
+            wait: nothing else is to be done: wait for a while until something comes.
+        """
+        ...
 
 
 class SupervisedInterface(Protocol):
@@ -97,6 +116,7 @@ class AlignableGenerativeInterface(SupervisedInterface, Inferrable, Protocol):
         step: int = 0,
         slots: int = 64,
         watch: Callable[[int, Sequence[int]], None] | None = None,
+        turns: Turns | None = None,
     ) -> Rollout:
         """One response to each of this data parallel rank's prompts, the same on all ranks of its model.
 
@@ -106,6 +126,9 @@ class AlignableGenerativeInterface(SupervisedInterface, Inferrable, Protocol):
             slots: responses that are generated at once, at most.
             step: of training.
             watch: called after each step of all slots, with the responses that have ended and the tokens of the step.
+            turns: replies to each turn that ends, and the response goes on behind them: ``loss_mask`` marks the model's
+                own tokens alone, and ``sampling``'s ``max_length`` is of all of them, ``min_length`` of a turn's. A
+                response is finished where ``turns`` ends it; the model's positions may cut it.
 
         Raises:
             UserError: a prompt is empty, or leaves no room for a response.

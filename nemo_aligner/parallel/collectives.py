@@ -127,6 +127,16 @@ def broadcast_object(value: T) -> T:
     return box[0]
 
 
+def from_first_of_model(work: Callable[[], T]) -> T:
+    """The result of ``work`` on the first rank of each of the model's copies, on every rank of that copy."""
+    if world.tp_size() * world.pp_size() == 1:
+        return work()
+    group: Any = parallel_state.get_model_parallel_group()
+    box = [work() if dist.get_rank(group) == 0 else None]
+    dist.broadcast_object_list(box, group=group, group_src=0, device=world.device())
+    return box[0]  # type: ignore[return-value]
+
+
 def from_rank_0(work: Callable[[], T]) -> T:
     """The result of ``work`` on rank 0, or its UserError, on every rank; the others wait for as long as it takes."""
     found: T | UserError | None = None

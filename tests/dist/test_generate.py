@@ -9,7 +9,7 @@ import torch
 import worker
 import writing_worker
 from known_weights import randomize
-from writing_worker import CASES, SAMPLINGS, Case
+from writing_worker import CASES, NAMES, Case
 
 from nemo_aligner.checkpoint.sharded import save_model
 from nemo_aligner.models.gpt.model import build_gpt
@@ -45,7 +45,7 @@ def near(found: torch.Tensor, expected: torch.Tensor) -> bool:
     return float(apart.max()) < 0.02 and float((apart < 1e-4).float().mean()) > 0.99
 
 
-@pytest.mark.parametrize("name", SAMPLINGS)
+@pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_responses_are_one_ranks(folder: Path, case: Case, name: str):
     expected, _ = load(folder / f"oracle-tied-{case.tied}.pt")[name]

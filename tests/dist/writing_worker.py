@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 import worker
+from echo import Echo
 from fork import fork_ranks
 
 from nemo_aligner.checkpoint.sharded import load_model
@@ -27,6 +28,9 @@ SAMPLINGS = {
         max_length=14, temperature=0.9, top_k=40, top_p=0.9, min_p=0.01, repetition_penalty=1.2, min_length=4
     ),
 }
+
+
+NAMES = (*SAMPLINGS, "turns")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,8 +81,10 @@ def policy(case: Case, weights: Path) -> GPTPolicy:
 def written(policy: GPTPolicy, mine: list[Prompt], *, slots: int) -> dict[str, tuple[Rollout, torch.Tensor]]:
     """By sampling: the rollout, and the trainer's log-probs of it where the last stage is."""
     found = {}
-    for name, sampling in SAMPLINGS.items():
-        rollout = policy.generate(mine, sampling, slots=slots)
+    for name in NAMES:
+        sampling = SAMPLINGS["all" if name == "turns" else name]
+        turns = Echo(turns=2, seed=slots) if name == "turns" else None
+        rollout = policy.generate(mine, sampling, slots=slots, turns=turns)
         # Stages exchange slices of the sequence under sequence parallelism.
         padded = _padded(rollout, -rollout.seq_length % world.tp_size())
         found[name] = rollout, policy.logprobs(padded, sampling)[:, : rollout.seq_length]

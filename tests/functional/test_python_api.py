@@ -52,6 +52,36 @@ print("done")
 """
 
 
+CONVERSATION = """
+import os
+import sys
+from pathlib import Path
+import nemo_aligner as na
+from nemo_aligner.data.tokenizer import encode_after
+
+size, tp, pp = map(int, sys.argv[2:])
+policy = na.load(sys.argv[1], tp=tp, pp=pp)
+sampling = na.SamplingConfig(max_length=24, min_length=3, end_strings=tuple("aeiou "))
+heard = {}
+
+def reply(number, sample, turn):
+    heard.setdefault((number, sample), []).append(turn)
+    return "yes" if len(heard[number, sample]) < 3 else None
+
+found = policy.generate(["a", "bc"], sampling, samples=6, reply=reply)
+told = encode_after(policy.tokenizer, "yes")
+several = 0
+for row in range(found.num_rows):
+    text, mask = found.tokens[row].tolist(), found.loss_mask[row].tolist()
+    begin, end = int(found.prompt_lengths[row]), int(found.lengths[row])
+    said = [token for token, own in zip(text[begin:end], mask[begin:end]) if not own]
+    assert said == told * (len(said) // len(told)), said
+    several += len(said) > len(told)
+    assert sum(mask) <= 24
+Path(f"several-{os.environ.get('RANK', 0)}").write_text(str(several))
+"""
+
+
 def run(script: Path, *words: object, starter: tuple[str, ...] = ()) -> str:
     done = subprocess.run(
         [sys.executable, *starter, str(script), *map(str, words)],
@@ -66,8 +96,12 @@ def run(script: Path, *words: object, starter: tuple[str, ...] = ()) -> str:
     return done.stdout
 
 
+def blocks() -> list[str]:
+    return re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
+
+
 def test_the_pages_reinforce_is_short_and_learns(hf_folder: Path, tmp_path: Path):
-    (code,) = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
+    code, _ = blocks()
     assert len(code.splitlines()) <= MOST_LINES
     (tmp_path / "model").symlink_to(hf_folder)
     (tmp_path / "reinforce.py").write_text(code)
@@ -87,3 +121,20 @@ def test_learn_score_write_and_save_at_any_layout(
         ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(size)) if size > 1 else ()
     )
     assert run(tmp_path / "loop.py", hf_folder, size, tp, pp, starter=starter).count("done") == size
+
+
+def test_the_pages_conversation_runs(hf_folder: Path, tmp_path: Path):
+    _, code = blocks()
+    (tmp_path / "model").symlink_to(hf_folder)
+    (tmp_path / "talk.py").write_text(code + "assert rollout.num_rows == 8\n")
+    run(tmp_path / "talk.py")
+
+
+@pytest.mark.parametrize(("size", "tp", "pp"), [(1, 1, 1), (2, 2, 1), (2, 1, 2)])
+def test_a_function_replies_to_turns(hf_folder: Path, tmp_path: Path, size: int, tp: int, pp: int):
+    (tmp_path / "talk.py").write_text(CONVERSATION)
+    starter = ("-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={size}") if size > 1 else ()
+    run(tmp_path / "talk.py", hf_folder, size, tp, pp, starter=starter)
+    several = [int(path.read_text()) for path in tmp_path.glob("several-*")]
+    assert several == [several[0]] * size
+    assert several[0] > 0

@@ -8,14 +8,14 @@ Shapes: n slots, H hidden size, B responses, S tokens of the longest prompt and 
 """
 
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from nemo_aligner.errors import UserError
-from nemo_aligner.models.gpt.config import GPTConfig
+from nemo_aligner.models.alignable_interface import Turns
 from nemo_aligner.models.gpt.decoder import Decoder
 from nemo_aligner.models.gpt.model import GPT, InterleavedGPT
 from nemo_aligner.models.gpt.sampling import History, choose, random_uniforms, transform
@@ -29,19 +29,49 @@ Watch = Callable[[int, Sequence[int]], None]  # after each step: the responses t
 WORTH_PACKING = 32  # steps; a decoder's copy of the weights costs the time that some twenty of them save
 
 
+@dataclass(frozen=True, kw_only=True)
+class Draws:
+    """How tokens are drawn, and where responses and their turns end."""
+
+    config: SamplingConfig
+    stops: Stops
+    step: int = 0  # of training
+
+
 @dataclass
 class _Response:
     """A response while it is generated."""
 
     prompt: Prompt
-    limit: int  # tokens
+    limit: int  # tokens of the model's own
+    places: int  # of prompt and response
     tokens: list[int] = field(default_factory=list)
-    logprobs: list[float] = field(default_factory=list)  # on the last pipeline stage
+    own: list[int] = field(default_factory=list)  # places of the model's own among them
+    logprobs: list[float] = field(default_factory=list)  # of its own, on the last pipeline stage
+    turn: int = 0  # the place where the present turn begins
+    paused: bool = False  # waits for a reply
     finished: bool = False  # by an end, not by the limit
 
     @property
+    def has_room(self) -> bool:
+        return len(self.own) < self.limit and len(self.prompt.tokens) + len(self.tokens) < self.places
+
+    @property
     def alive(self) -> bool:
-        return not self.finished and len(self.tokens) < self.limit
+        return not self.finished and not self.paused and self.has_room
+
+    def write(self, token: int) -> None:
+        self.own.append(len(self.tokens))
+        self.tokens.append(token)
+
+    def takes(self, reply: Sequence[int]) -> bool:
+        """True if the reply leaves room for a token of the model's own."""
+        room = self.places - len(self.prompt.tokens) - len(self.tokens)
+        return len(reply) < room and len(self.own) < self.limit
+
+    def read(self, reply: Sequence[int]) -> None:
+        self.tokens += reply
+        self.turn, self.paused = len(self.tokens), False
 
 
 @torch.no_grad()
@@ -49,45 +79,46 @@ class _Response:
 def generate(
     model: GPT | InterleavedGPT,
     prompts: Sequence[Prompt],
-    config: SamplingConfig,
+    draws: Draws,
     *,
-    stops: Stops,
     slots: int,
-    step: int = 0,
     watch: Watch | None = None,
+    turns: Turns | None = None,
 ) -> Rollout:
     """One response to each of this data parallel rank's prompts, on the CPU, the same on every rank of its model.
 
-    The draws are a function of (``config.seed``, ``step``, the prompt's number, its sample, the token's place in the
+    The draws are a function of (the seed, the step, the prompt's number, its sample, the token's place in the
     response), so which prompts share a rank or a batch changes no response but by the rounding of products.
 
     Args:
+        draws: of this call.
         slots: responses that are generated at once, at most.
-        step: of training.
+        watch: see AlignableGenerativeInterface.
+        turns: see AlignableGenerativeInterface.
 
     Raises:
         UserError: a prompt is empty, or leaves no room for a token.
     """
-    responses = [_Response(p, _limit(p, config, model.gpt_config)) for p in prompts]
+    places = model.gpt_config.max_position_embeddings
+    responses = [_Response(p, _limit(p, draws.config, places), places) for p in prompts]
     waiting = deque(responses)
     if responses:
         slots = min(slots, len(responses))
-        steps = config.max_length * len(responses) // slots
+        steps = draws.config.max_length * len(responses) // slots
         decoder = Decoder(model, slots=slots, packs=steps >= WORTH_PACKING)
-        batch = _GenerationBatch(decoder, config, stops, step)
-        while waiting or any(batch.alive):
-            hidden = batch.refill(waiting, batch.advance())
+        batch = _GenerationBatch(decoder, draws, turns)
+        while waiting or any(batch.busy):
+            hidden = batch.hear(batch.refill(waiting, batch.advance()))
             tokens = batch.draw(hidden)
             if watch is not None:
-                watch(len(responses) - len(waiting) - sum(batch.alive), tokens)
+                watch(len(responses) - len(waiting) - sum(batch.busy), tokens)
             if not waiting:
                 batch.shrink()
     return _rollout(responses)
 
 
-def _limit(prompt: Prompt, config: SamplingConfig, gpt: GPTConfig) -> int:
+def _limit(prompt: Prompt, config: SamplingConfig, places: int) -> int:
     """The most tokens that the response to ``prompt`` may have."""
-    places = gpt.max_position_embeddings
     if not prompt.tokens:
         raise UserError(f"prompt {prompt.number} has no tokens", fix="give it a text, or BOS")
     if len(prompt.tokens) >= places:
@@ -103,8 +134,10 @@ def _limit(prompt: Prompt, config: SamplingConfig, gpt: GPTConfig) -> int:
 class _GenerationBatch:
     """The slots, the responses in them, and the state that their next draw depends on."""
 
-    def __init__(self, decoder: Decoder, config: SamplingConfig, stops: Stops, step: int) -> None:
-        self.decoder, self.config, self.stops, self.step = decoder, config, stops, step
+    def __init__(self, decoder: Decoder, draws: Draws, turns: Turns | None) -> None:
+        self.decoder, self.turns = decoder, turns
+        self.config, self.stops, self.step = draws.config, draws.stops, draws.step
+        config = draws.config
         n, device = len(decoder.cache.lengths), world.device()
         self.responses: list[_Response | None] = [None] * n
         self.alive = [False] * n
@@ -114,11 +147,16 @@ class _GenerationBatch:
             n, decoder.config.hidden_size, dtype=decoder.config.params_dtype, device=device
         )
         self.tokens = torch.zeros(n, dtype=torch.int64, device=device)  # the last of each slot
-        draws = decoder.writes and not config.use_greedy
-        self.uniform = torch.zeros(n, config.max_length if draws else 0, dtype=torch.float64, device=device)
+        random = decoder.writes and not config.use_greedy
+        self.uniform = torch.zeros(n, config.max_length if random else 0, dtype=torch.float64, device=device)
         # One column more, for tokens that are other ranks'.
         width = decoder.vocab_width + 1 if decoder.writes and config.repetition_penalty != 1 else 0
         self.seen = torch.zeros(n, width, dtype=torch.bool, device=device)
+
+    @property
+    def busy(self) -> list[bool]:
+        """Of each slot: whether its response goes on, now or after a reply."""
+        return [one is not None and (one.alive or one.paused) for one in self.responses]
 
     def advance(self) -> Tensor | None:
         """Put the last tokens through the model: [n, H] on the last stage; None where no response is begun."""
@@ -126,7 +164,7 @@ class _GenerationBatch:
 
     def refill(self, waiting: deque[_Response], hidden: Tensor | None) -> Tensor | None:
         """Give free slots to responses that wait, and their prompts' [H] their places in ``hidden``."""
-        free = [slot for slot, alive in enumerate(self.alive) if not alive]
+        free = [slot for slot, busy in enumerate(self.busy) if not busy]
         # A prompt alone takes nearly as long to read as several: a few slots wait for one another.
         if not waiting or len(free) < min(len(waiting), max(1, len(self.alive) // 8)):
             return hidden
@@ -183,9 +221,49 @@ class _GenerationBatch:
             self.seen[slot] = False
             self.seen[slot, self.decoder.column(torch.tensor(prompt.tokens, device=self.seen.device))] = True
 
+    def hear(self, hidden: Tensor | None) -> Tensor | None:
+        """Put the replies that have come behind the turns that wait for them, and their [H] into ``hidden``."""
+        paused = {
+            (one.prompt.number, one.prompt.sample): slot
+            for slot, one in enumerate(self.responses)
+            if one is not None and one.paused
+        }
+        turns = self.turns
+        if not paused or turns is None:
+            return hidden
+        idle = not any(self.alive)
+        replies = collectives.from_first_of_model(lambda: turns.replies(wait=idle))
+        read: dict[int, list[int]] = {}
+        for key, reply in replies.items():
+            response = self.responses[slot := paused[key]]
+            assert response is not None
+            last, response.paused, response.finished = response.tokens[-1], False, reply is None
+            if reply is not None and response.takes(reply):
+                response.read(reply)
+                read[slot] = [last, *reply]
+            else:
+                response.limit = len(response.own)
+                self.decoder.cache.cut(slot, len(self.held[slot]))
+            self.alive[slot] = response.alive
+        return self._read(read, hidden) if read else hidden
+
+    def _read(self, texts: Mapping[int, Sequence[int]], hidden: Tensor | None) -> Tensor | None:
+        """Put tokens behind those that slots hold, and their [H] into ``hidden``."""
+        ends = self.decoder.append([*texts], [*texts.values()])
+        if self.seen.shape[1]:
+            for slot, text in texts.items():
+                self.seen[slot, self.decoder.column(torch.tensor(text, device=self.seen.device))] = True
+        if ends is None:
+            return None
+        hidden = torch.zeros_like(self.prompt_ends) if hidden is None else hidden
+        hidden[[*texts]] = ends
+        return hidden
+
     def draw(self, hidden: Tensor | None) -> list[int]:
         """The next token of every response, by the last stage; all stages learn it, and which responses have ended."""
-        news, sampled = None, []
+        news, sampled, alive = None, [], list(self.alive)
+        if not any(alive):
+            return sampled
         if hidden is not None:
             ids, logprobs = self._sample(hidden)
             ended = self._ended(ids.tolist(), logprobs.tolist())
@@ -196,18 +274,33 @@ class _GenerationBatch:
             response = self.responses[slot]
             if response is not None and self.alive[slot]:
                 sampled.append(token)
-                response.tokens.append(token)
-                response.finished = bool(end)
+                response.write(token)
+                if end:
+                    self._end_turn(response)
                 self.alive[slot] = response.alive
-                if not response.alive:
+                if not (response.alive or response.paused):
                     self.decoder.cache.cut(slot, len(self.held[slot]))
         if self.seen.shape[1]:
-            self.seen.scatter_(1, self.decoder.column(ids)[:, None], True)
+            drawn = torch.tensor(alive, device=ids.device)
+            column = self.decoder.column(ids).where(drawn, self.seen.shape[1] - 1)
+            self.seen.scatter_(1, column[:, None], True)
         return sampled
 
+    def _end_turn(self, response: _Response) -> None:
+        """The model has ended a turn: the other side has the next one, where there is one."""
+        if self.turns is None:
+            response.finished = True
+            return
+        response.paused = True
+        if world.tp_rank() == 0 and world.is_first_stage():
+            self.turns.ended(response.prompt, response.tokens[response.turn :])
+
     def _sample(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
-        counts = [0 if response is None else len(response.tokens) for response in self.responses]
-        below_min_length = [count < self.config.min_length for count in counts]
+        counts = [0 if response is None else len(response.own) for response in self.responses]
+        turns = [
+            0 if response is None else len(response.tokens) - response.turn for response in self.responses
+        ]
+        below_min_length = [count < self.config.min_length for count in turns]
         history = History(
             seen=self.seen[:, :-1] if self.seen.shape[1] else None,
             below_min_length=torch.tensor(below_min_length, device=hidden.device)
@@ -228,17 +321,18 @@ class _GenerationBatch:
         for slot, response in enumerate(self.responses):
             if response is not None and self.alive[slot]:
                 response.logprobs.append(logprobs[slot])
-                old_enough = len(response.tokens) >= self.config.min_length
-                ended[slot] = int(old_enough and self.stops(response.tokens, ids[slot]))
+                turn = response.tokens[response.turn :]
+                ended[slot] = int(len(turn) >= self.config.min_length and self.stops(turn, ids[slot]))
         return ended
 
     def shrink(self) -> None:
         """Where nothing waits and half of the slots are free, go on without these."""
-        kept = [slot for slot, alive in enumerate(self.alive) if alive]
+        kept = [slot for slot, busy in enumerate(self.busy) if busy]
         if not 0 < len(kept) <= len(self.alive) // 2:
             return
         self.decoder.cache.keep(kept)
-        self.responses, self.alive = [self.responses[slot] for slot in kept], [True] * len(kept)
+        self.responses = [self.responses[slot] for slot in kept]
+        self.alive = [self.alive[slot] for slot in kept]
         self.held = [self.held[slot] for slot in kept]
         self.tokens, self.uniform, self.seen = (x[kept] for x in (self.tokens, self.uniform, self.seen))
         self.prompt_ends = self.prompt_ends[kept]
@@ -253,9 +347,10 @@ def _rollout(responses: Sequence[_Response]) -> Rollout:
     logprobs = torch.zeros(shape)
     for row, (response, start, end) in enumerate(zip(responses, starts, ends, strict=True)):
         tokens[row, :end] = torch.tensor([*response.prompt.tokens, *response.tokens])
-        mask[row, start:end] = True
+        own = start + torch.tensor(response.own, dtype=torch.int64)
+        mask[row, own] = True
         if world.is_last_stage():
-            logprobs[row, start:end] = torch.tensor(response.logprobs)
+            logprobs[row, own] = torch.tensor(response.logprobs)
     if responses:
         logprobs = collectives.broadcast_from_last_stage(
             logprobs if world.is_last_stage() else None, shape

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from nemo_aligner.batch import TokenBatch
-from nemo_aligner.models.gpt.generate import Watch, generate
+from nemo_aligner.models.alignable_interface import Turns
+from nemo_aligner.models.gpt.generate import Draws, Watch, generate
 from nemo_aligner.models.gpt.learner import GPTLearner
 from nemo_aligner.models.gpt.model import GPT, InterleavedGPT
 from nemo_aligner.models.gpt.sampling import SampledDistribution
@@ -101,11 +102,12 @@ class GPTPolicy(GPTLearner):
         step: int = 0,
         slots: int = 64,
         watch: Watch | None = None,
+        turns: Turns | None = None,
     ) -> Rollout:
         """See :class:`~nemo_aligner.models.alignable_interface.AlignableGenerativeInterface`."""
-        stops = self._stops(sampling)
+        draws = Draws(config=sampling, stops=self._stops(sampling), step=step)
         with self.inference():
-            return generate(self._model, prompts, sampling, stops=stops, slots=slots, step=step, watch=watch)
+            return generate(self._model, prompts, draws, slots=slots, watch=watch, turns=turns)
 
     def _stops(self, sampling: SamplingConfig) -> Stops:
         return Stops.of(self.end_ids, sampling.end_strings, self._detokenizer)

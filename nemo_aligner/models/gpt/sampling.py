@@ -52,9 +52,9 @@ class SampledDistribution:
     def transform(self, batch: TokenBatch, row: Tensor, position: Tensor, *, first: int) -> Transform:
         """For the head: :func:`transform` of the logits of tokens ``position`` [n] in rows ``row`` [n].
 
-        A response begins at its row's first loss token.
+        A turn of a response begins at a loss token behind one that is none.
         """
-        config, start = self.config, batch.loss_tokens().int().argmax(1)
+        config, begins = self.config, _turns_begin(batch.loss_tokens())
         assert batch.cu_seqlens is None, "where a response begins in a packed row is not known"
 
         def call(logits: Tensor, rows: slice, taken: Tensor) -> Tensor:
@@ -63,12 +63,22 @@ class SampledDistribution:
                 seen=_seen(batch.tokens[at], place, logits.shape[1], first)
                 if config.repetition_penalty != 1
                 else None,
-                below_min_length=place - start[at] < config.min_length,
+                below_min_length=place - begins[at, place] < config.min_length,
                 end_ids=self.end_ids,
             )
             return transform(logits, config, history, first=first, taken=taken)
 
         return call
+
+
+def _turns_begin(mask: Tensor) -> Tensor:
+    """[B, S] int64: the place of the last token of [B, S] ``mask`` up to here before which one is not in it.
+
+    >>> _turns_begin(torch.tensor([[False, True, True, False, False, True]])).tolist()
+    [[0, 1, 1, 1, 1, 5]]
+    """
+    first = mask & ~F.pad(mask, (1, -1))
+    return torch.where(first, torch.arange(mask.shape[1], device=mask.device), 0).cummax(1).values
 
 
 def _seen(tokens: Tensor, place: Tensor, width: int, first: int) -> Tensor:

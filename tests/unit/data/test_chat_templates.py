@@ -18,8 +18,10 @@ from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers
 from tokenizers import Tokenizer as RustTokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from nemo_aligner.checkpoint.stop_tokens import end_of_turn
 from nemo_aligner.data.chat import TemplateLayout
 from nemo_aligner.data.config import SFTSplitConfig
+from nemo_aligner.data.replies import reply_tokens
 from nemo_aligner.data.requests import tokens_of
 from nemo_aligner.data.tokenizer import Tokenizer, load_tokenizer
 from nemo_aligner.errors import UserError
@@ -161,6 +163,9 @@ REFUSALS = {
         NO_CALLS,
     ),
 }
+
+
+REWRITES = ("qwen-3", "gpt-oss")  # templates that write earlier turns anew
 
 
 @pytest.fixture(scope="module")
@@ -316,3 +321,42 @@ def test_inference_sends_what_stands_before_a_response(folders: dict[str, Path],
 def test_the_table_of_refusals_is_short() -> None:
     assert len(KINDS) == len(CONVERSATIONS) == 14
     assert len(REFUSALS) <= 20
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_a_reply_goes_on_from_what_was_seen(folders: dict[str, Path], name: str) -> None:
+    """The tokens of the template over all of it, where it does not write earlier turns anew; its end of them else."""
+    tokenizer, rule = pinned_tokenizer(folders[name]), Rule(folders[name], KINDS[name])
+    said, asked = [user("Hello"), reply("Hello there")], [user("What is a?")]
+    prompt, turn = rule.turn(said, None)
+    ends = {tokenizer.eos_id, end_of_turn(tokenizer)}
+    turn = turn[: 1 + next(place for place, token in enumerate(turn) if token in ends)]
+    whole, _ = rule.turn([*said, *asked, reply("a")], None)
+    found = reply_tokens(tokenizer, asked, turn=turn)
+    if name in REWRITES:
+        assert whole[: len(prompt + turn)] != prompt + turn
+        assert whole[-len(found) :] == found
+    else:
+        assert prompt + turn + found == whole
+    assert "What is a?" in tokenizer.decode(found)
+
+
+@pytest.mark.parametrize("name", ["llama-3.1", "qwen-2.5", "qwen-3", "mistral-0.3", "deepseek-r1"])
+def test_a_tool_replies(folders: dict[str, Path], name: str) -> None:
+    tokenizer, rule = pinned_tokenizer(folders[name]), Rule(folders[name], KINDS[name])
+    said, heard = (
+        [user("the weather?"), reply("It is sun.")],
+        [{"role": "tool", "content": "sun or no", "tool_call_id": "abcdefgh9"}],
+    )
+    _, turn = rule.turn(said, None)
+    found = reply_tokens(tokenizer, heard, turn=turn)
+    assert "sun or no" in tokenizer.decode(found)
+    whole, _ = rule.turn([*said, *heard, reply("a")], None)
+    assert whole[-len(found) :] == found
+
+
+def test_a_reply_without_a_template_is_its_text(folders: dict[str, Path]) -> None:
+    tokenizer = pinned_tokenizer(folders["qwen-2.5"])
+    tokenizer.use_chat_template("{% for m in messages %}{{ m['content'] }}\nUser: {% endfor %}")
+    text = tokenizer.decode(reply_tokens(tokenizer, [user("yes")], turn=tokenizer.encode("no\nUser: ")))
+    assert text == "yes\nUser: "
