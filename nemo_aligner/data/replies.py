@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What stands between two turns of a model's, in tokens: replies as its chat template writes them.
+"""Replies between two turns of a model's, in tokens, as its chat template writes them.
 
 Nothing that the model has seen or written is tokenized again.
 """
