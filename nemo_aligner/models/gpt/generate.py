@@ -156,6 +156,8 @@ class _GenerationBatch:
     @property
     def busy(self) -> list[bool]:
         """Of each slot: whether its response goes on, now or after a reply."""
+        if self.turns is None:
+            return self.alive
         return [one is not None and (one.alive or one.paused) for one in self.responses]
 
     def advance(self) -> Tensor | None:
@@ -164,9 +166,11 @@ class _GenerationBatch:
 
     def refill(self, waiting: deque[_Response], hidden: Tensor | None) -> Tensor | None:
         """Give free slots to responses that wait, and their prompts' [H] their places in ``hidden``."""
+        if not waiting:
+            return hidden
         free = [slot for slot, busy in enumerate(self.busy) if not busy]
         # A prompt alone takes nearly as long to read as several: a few slots wait for one another.
-        if not waiting or len(free) < min(len(waiting), max(1, len(self.alive) // 8)):
+        if len(free) < min(len(waiting), max(1, len(self.alive) // 8)):
             return hidden
         placed = self._place(waiting, free)
         if not self.decoder.writes:
@@ -223,13 +227,15 @@ class _GenerationBatch:
 
     def hear(self, hidden: Tensor | None) -> Tensor | None:
         """Put the replies that have come behind the turns that wait for them, and their [H] into ``hidden``."""
+        turns = self.turns
+        if turns is None:
+            return hidden
         paused = {
             (one.prompt.number, one.prompt.sample): slot
             for slot, one in enumerate(self.responses)
             if one is not None and one.paused
         }
-        turns = self.turns
-        if not paused or turns is None:
+        if not paused:
             return hidden
         idle = not any(self.alive)
         replies = collectives.from_first_of_model(lambda: turns.replies(wait=idle))
@@ -321,7 +327,8 @@ class _GenerationBatch:
         for slot, response in enumerate(self.responses):
             if response is not None and self.alive[slot]:
                 response.logprobs.append(logprobs[slot])
-                turn = response.tokens[response.turn :]
+                # A long response is not copied for each of its tokens.
+                turn = response.tokens[response.turn :] if response.turn else response.tokens
                 ended[slot] = int(len(turn) >= self.config.min_length and self.stops(turn, ids[slot]))
         return ended
 
