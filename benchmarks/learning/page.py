@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """docs/results.md and its pictures, out of what the seeds have found."""
 
+import re
 import textwrap
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -66,7 +67,8 @@ def _rows(name: str, experiment: Experiment, seeds: Mapping[int, Found]) -> Iter
 
 
 def _anchor(title: str) -> str:
-    return title.lower().replace(" ", "-")
+    """The heading's anchor, as GitHub makes it."""
+    return re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-")
 
 
 def _section(name: str, experiment: Experiment, seeds: Mapping[int, Found]) -> Iterator[str]:

@@ -241,7 +241,7 @@ EXPERIMENTS = {
         jobs=(_UNRELIABLE, _first_update(_GRPO), _GRPO),
         figures=_RIGHT,
         gates=_ratio_gates("grpo"),
-        beside=("ppo",),
+        beside=("ppo", "rloo", "dr_grpo", "dapo", "reinforce_plus_plus", "gspo", "cispo"),
     ),
     "ppo": Experiment(
         title="PPO",
@@ -255,7 +255,7 @@ EXPERIMENTS = {
     "rloo": _recipe("rloo", "RLOO"),
     "dr_grpo": _recipe("dr_grpo", "Dr. GRPO"),
     "dapo": _recipe("dapo", "DAPO"),
-    "reinforce": _recipe("reinforce", "REINFORCE"),
+    "reinforce": _recipe("reinforce", "REINFORCE without a baseline"),
     "reinforce_plus_plus": _recipe("reinforce_plus_plus", "REINFORCE++"),
     "gspo": _recipe("gspo", "GSPO"),
     "cispo": _recipe("cispo", "CISPO"),
@@ -304,6 +304,7 @@ EXPERIMENTS = {
                 command="spin model=SUMS data=DATA/right.jsonl validation=DATA/right.jsonl seq_length=32 "
                 "'model.data.train_ds.prompt_template={input}{output}' batch_size=100 micro_batch_size=100 lr=2e-4 "
                 "trainer.spin.max_iterations=2 trainer.spin.max_epochs=20 trainer.spin.val_check_interval=5 "
+                "trainer.spin.val_before_train=True "
                 f"{_ALWAYS} {_UNSAVED}",
             ),
         ),
