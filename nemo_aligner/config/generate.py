@@ -150,7 +150,7 @@ class EvaluateJob(GenerateJob):
         if self.top_n is not None:
             raise UserError(f"top_n={self.top_n} leaves responses out that are counted", fix="set top_n=null")
         GenerateJob.check(self, world_size)
-        if max(self.ks) > self.num_samples:
+        if self.ks and max(self.ks) > self.num_samples:
             raise UserError(
                 f"pass_at={max(self.ks)} is more than num_samples={self.num_samples}",
                 fix=f"set num_samples to {max(self.ks)} or more",
