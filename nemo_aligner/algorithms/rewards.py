@@ -55,7 +55,7 @@ def open_functions(
         for name, config in named.items():
             with world.phase(f"importing {config.function}"):
                 pool = error = None
-                if _calls_functions():
+                if world.is_first_of_model():
                     try:
                         pool = stack.enter_context(_pool(setting.format(name), config))
                     except UserError as problem:
@@ -74,11 +74,6 @@ def _pool(setting: str, config: RewardConfig) -> WorkerPool:
     workers = config.workers or max(1, cores // world.place_on_node()[1])
     memory = None if config.memory_gb is None else int(config.memory_gb * 2**30)
     return WorkerPool(setting, config.function, workers=workers, seconds=config.timeout, memory=memory)
-
-
-def _calls_functions() -> bool:
-    """True on one rank of each of the model's copies."""
-    return world.tp_rank() == 0 and world.is_first_stage()
 
 
 def score_by_functions(
@@ -128,7 +123,7 @@ def _score(
 ) -> dict[str, dict[int, float | None]] | UserError:
     """Each function's rewards of rows, None of those that are lost; an error instead where one failed."""
     calls: dict[int, dict[str, Any]] = {}
-    if _calls_functions():
+    if world.is_first_of_model():
         for row, number in enumerate(map(int, rollout.group)):
             if number in prompts:
                 prompt = prompts[number]
@@ -141,8 +136,9 @@ def _score(
             replies = function.pool.call_all(whole) if function.pool is not None else []
         except UserError as error:
             return error
-        lost = {row: reply.lost for row, reply in zip(calls, replies, strict=True) if reply.lost}
-        for row, reply in zip(calls, replies, strict=True):
+        by_row = dict(zip(calls, replies, strict=True))
+        lost = {row: reply.lost for row, reply in by_row.items() if reply.lost}
+        for row, reply in by_row.items():
             if not (reply.lost or _is_number(reply)):
                 problem = f": {reply.error}" if reply.error else f" gave {reply.value}"
                 return UserError(
@@ -153,8 +149,7 @@ def _score(
                 "%s%s: %d of %d calls are lost, with a reward of %g each. Of the first, %s; the row: %s",
                 *(block, name, len(lost), len(calls), function.lost_reward, why, calls[row]["row"]),
             )
-        given = zip(calls, replies, strict=True)
-        found[name] = {row: None if reply.lost else float(reply.value) for row, reply in given}
+        found[name] = {row: None if reply.lost else float(reply.value) for row, reply in by_row.items()}
     return found
 
 

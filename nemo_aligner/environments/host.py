@@ -12,7 +12,6 @@ import faulthandler
 import importlib
 import json
 import os
-import resource
 import select
 import signal
 import socket
@@ -21,6 +20,8 @@ import sys
 import traceback
 from collections.abc import Callable
 from typing import Any, NoReturn
+
+from nemo_aligner.environments.sandbox_child import limit
 
 MESSAGE = struct.Struct("!q")  # a worker's number, or 0
 WORKER = 0
@@ -77,9 +78,7 @@ def _serve(control: socket.socket, target: Callable[..., Any], memory: int | Non
             if worker == 0:
                 control.close()
                 if memory is not None:
-                    hard = resource.getrlimit(resource.RLIMIT_DATA)[1]
-                    most = memory if hard == resource.RLIM_INFINITY else min(memory, hard)
-                    resource.setrlimit(resource.RLIMIT_DATA, (most, most))
+                    limit("RLIMIT_DATA", memory)
                 _work(socket.socket(fileno=descriptor), target)
             os.close(descriptor)
             workers.add(worker)

@@ -11,7 +11,7 @@ from typing import Any
 
 from math_verify import parse, verify
 
-from nemo_aligner.environments.rules import boxed, of_row
+from nemo_aligner.environments.rules import BOX, boxed, of_row
 
 logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns that it has no limits of its own
 parse("$1$", parsing_timeout=0)  # its parser takes a second to begin, once for all workers
@@ -29,7 +29,7 @@ def right(*, response: str, row: Mapping[str, Any], ground_truth: str = "answer"
         KeyError: the row has no such key.
     """
     wanted = of_row(row, ground_truth).strip()
-    gold = parse(wanted if "$" in wanted or "\\boxed{" in wanted else f"${wanted}$", parsing_timeout=0)
+    gold = parse(wanted if "$" in wanted or BOX in wanted else f"${wanted}$", parsing_timeout=0)
     if not gold:  # a text
         return float(boxed(response) == wanted)
     return float(verify(gold, parse(response, parsing_timeout=0), timeout_seconds=0))

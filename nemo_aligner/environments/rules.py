@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from decimal import Decimal, InvalidOperation
 from typing import Any
 
-_BOX = "\\boxed{"
+BOX = "\\boxed{"  # what LaTeX marks a result with
 _NUMBER = re.compile(r"-?\$?\d[\d,]*(?:\.\d+)?|-?\$?\.\d+")
 
 
@@ -51,7 +51,7 @@ def final_result(text: str) -> str:
     >>> final_result(r"so \boxed{\frac{1}{2}}."), final_result("That is $1,000.0"), final_result("It is\nB\n")
     ('\\frac{1}{2}', '1000', 'B')
     """
-    if _BOX in text:
+    if BOX in text:
         return boxed(text)
     number = _last_number(text)
     if number is not None:
@@ -61,10 +61,10 @@ def final_result(text: str) -> str:
 
 def boxed(text: str) -> str:
     r"""Return the content of the last ``\boxed{}``, else all of the text."""
-    start = text.rfind(_BOX)
+    start = text.rfind(BOX)
     if start < 0:
         return text.strip()
-    depth, begin = 1, start + len(_BOX)
+    depth, begin = 1, start + len(BOX)
     for end in range(begin, len(text)):
         depth += {"{": 1, "}": -1}.get(text[end], 0)
         if depth == 0:

@@ -107,13 +107,18 @@ def instructions(machine: str) -> bytes:
     return b"".join(struct.pack("=HBBI", *step) for step in steps)
 
 
+def limit(name: str, most: int) -> None:
+    """Hold this process and its children to so much of what RLIMIT_... names, or to less where that holds already."""
+    kind = getattr(resource, name)
+    hard = resource.getrlimit(kind)[1]
+    most = most if hard == resource.RLIM_INFINITY else min(most, hard)
+    resource.setrlimit(kind, (most, most))
+
+
 def _give_up(limits: dict[str, int]) -> None:
     """Nothing that this process does afterwards gets it back."""
     for name, most in limits.items():
-        kind = getattr(resource, name)
-        hard = resource.getrlimit(kind)[1]
-        most = most if hard == resource.RLIM_INFINITY else min(most, hard)
-        resource.setrlimit(kind, (most, most))
+        limit(name, most)
     code = instructions(platform.machine())
     libc = ctypes.CDLL(None, use_errno=True)
     program = _Program(len(code) // 8, code)

@@ -132,7 +132,7 @@ def from_first_of_model(work: Callable[[], T]) -> T:
     if world.tp_size() * world.pp_size() == 1:
         return work()
     group: Any = parallel_state.get_model_parallel_group()
-    box = [work() if dist.get_rank(group) == 0 else None]
+    box = [work() if world.is_first_of_model() else None]
     dist.broadcast_object_list(box, group=group, group_src=0, device=world.device())
     return box[0]  # type: ignore[return-value]
 

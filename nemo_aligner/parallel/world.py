@@ -291,6 +291,11 @@ def is_last_stage() -> bool:
     return parallel_state.is_pipeline_last_stage()
 
 
+def is_first_of_model() -> bool:
+    """One rank of each of the model's copies: the one that calls what is not the model's."""
+    return tp_rank() == 0 and is_first_stage()
+
+
 def barrier() -> None:
     """Wait for all ranks."""
     if world_size() > 1:

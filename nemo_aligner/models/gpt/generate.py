@@ -8,7 +8,7 @@ Shapes: n slots, H hidden size, B responses, S tokens of the longest prompt and 
 """
 
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -173,11 +173,7 @@ class _GenerationBatch:
         if len(free) < min(len(waiting), max(1, len(self.alive) // 8)):
             return hidden
         placed = self._place(waiting, free)
-        if not self.decoder.writes:
-            return None
-        hidden = torch.zeros_like(self.prompt_ends) if hidden is None else hidden
-        hidden[placed] = self.prompt_ends[placed]
-        return hidden
+        return self._put(hidden, placed, self.prompt_ends[placed] if self.decoder.writes else None)
 
     def _place(self, waiting: deque[_Response], free: list[int]) -> list[int]:
         """Put responses into free slots, which are returned; a prompt that a slot holds is copied, not read again."""
@@ -223,7 +219,7 @@ class _GenerationBatch:
             )
         if self.seen.shape[1]:
             self.seen[slot] = False
-            self.seen[slot, self.decoder.column(torch.tensor(prompt.tokens, device=self.seen.device))] = True
+        self._mark_seen(slot, prompt.tokens)
 
     def hear(self, hidden: Tensor | None) -> Tensor | None:
         """Put the replies that have come behind the turns that wait for them, and their [H] into ``hidden``."""
@@ -251,18 +247,23 @@ class _GenerationBatch:
                 response.limit = len(response.own)
                 self.decoder.cache.cut(slot, len(self.held[slot]))
             self.alive[slot] = response.alive
-        return self._read(read, hidden) if read else hidden
+        if not read:
+            return hidden
+        for slot, text in read.items():
+            self._mark_seen(slot, text)
+        return self._put(hidden, [*read], self.decoder.append([*read], [*read.values()]))
 
-    def _read(self, texts: Mapping[int, Sequence[int]], hidden: Tensor | None) -> Tensor | None:
-        """Put tokens behind those that slots hold, and their [H] into ``hidden``."""
-        ends = self.decoder.append([*texts], [*texts.values()])
+    def _mark_seen(self, slot: int, text: Sequence[int]) -> None:
+        """Count tokens as written before, where a setting asks for it."""
         if self.seen.shape[1]:
-            for slot, text in texts.items():
-                self.seen[slot, self.decoder.column(torch.tensor(text, device=self.seen.device))] = True
+            self.seen[slot, self.decoder.column(torch.tensor(text, device=self.seen.device))] = True
+
+    def _put(self, hidden: Tensor | None, slots: Sequence[int], ends: Tensor | None) -> Tensor | None:
+        """``hidden`` [n, H] with ``ends`` in the places of ``slots``; None before the last pipeline stage."""
         if ends is None:
             return None
         hidden = torch.zeros_like(self.prompt_ends) if hidden is None else hidden
-        hidden[[*texts]] = ends
+        hidden[slots] = ends
         return hidden
 
     def draw(self, hidden: Tensor | None) -> list[int]:
@@ -298,7 +299,7 @@ class _GenerationBatch:
             response.finished = True
             return
         response.paused = True
-        if world.tp_rank() == 0 and world.is_first_stage():
+        if world.is_first_of_model():
             self.turns.ended(response.prompt, response.tokens[response.turn :])
 
     def _sample(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
