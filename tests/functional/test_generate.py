@@ -245,7 +245,7 @@ def test_what_cannot_be_answered_is_reported(chatty: tuple[Path, Path], tmp_path
     bad = tmp_path / "bad.jsonl"
     asked = settings(chatty[1], bad, tmp_path / "out.jsonl")
     for text, message in (
-        ('{"question": "?"}\n', "bad.jsonl, line 1: the row asks for nothing: it has ['question']"),
+        ('{"title": "?"}\n', "bad.jsonl, line 1: the row asks for nothing: it has ['title']"),
         ('{"text": "a"}\n{"messages": []}\n', "bad.jsonl, line 2: key 'messages' holds no list of messages"),
     ):
         bad.write_text(text)
