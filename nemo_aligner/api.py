@@ -156,7 +156,11 @@ class LanguageModel(_Loaded[GPTPolicy]):
             for number in range(world.dp_rank(), len(prompts), world.dp_size())
             for sample in range(samples)
         ]
-        turns = None if reply is None else Replies(reply, self.tokenizer, self.learner.end_ids)
+        turns = (
+            None
+            if reply is None
+            else Replies(reply, self.tokenizer, self.learner.end_ids, sampling.end_strings)
+        )
         return self.learner.generate(mine, sampling, step=step, turns=turns)
 
     def texts(self, rollout: Rollout, *, end_strings: tuple[str, ...] = ()) -> list[str]:

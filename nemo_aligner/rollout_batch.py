@@ -68,6 +68,10 @@ class Rollout(TokenBatch):
         """The tokens of a row's response, its end token included."""
         return [int(token) for token in self.tokens[row][self.loss_mask[row]]]
 
+    def conversation(self, row: int) -> list[int]:
+        """The tokens behind a row's prompt: the response, with the replies between its turns."""
+        return [int(token) for token in self.tokens[row, self.prompt_lengths[row] : self.lengths[row]]]
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ScoredRollout(Rollout):

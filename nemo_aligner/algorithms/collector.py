@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 
 from nemo_aligner.algorithms.rollout import PromptSource
-from nemo_aligner.algorithms.sampler import Sampler
+from nemo_aligner.algorithms.sampler import Sampled, Sampler
 from nemo_aligner.algorithms.scoring import Scorer, Scores
 from nemo_aligner.batch import concatenated
 from nemo_aligner.data.row import Row
@@ -43,6 +43,11 @@ class Collector:
     scorer: Scorer
     most_rounds: int
 
+    def collect_once(self, source: PromptSource, index: int, draw: int, *, watch: Stopwatch) -> Collected:
+        """As :meth:`collect`, of batch ``index`` alone."""
+        scored, scores = self.scorer.score(self.sampler.sample(source, index, draw, watch=watch), watch)
+        return Collected(scored=scored, scores=scores)
+
     def collect(self, source: PromptSource, index: int, draw: int, *, watch: Stopwatch) -> Collected:
         """The rollout of the prompts from batch ``index`` on. Called by all ranks; arguments as of Sampler.sample.
 
@@ -52,21 +57,19 @@ class Collector:
             WaitCancelled: it was given up.
         """
         if self.most_rounds == 1:
-            rollout, prompts = self.sampler.sample(source, index, draw, watch=watch)
-            scored, scores = self.scorer.score(rollout, prompts, watch)
-            return Collected(scored=scored, scores=scores)
+            return self.collect_once(source, index, draw, watch=watch)
         rollouts: list[Rollout] = []
         found: list[Scores] = []
         known: dict[int, Row] = {}
         rewards = differ = torch.zeros(0)
         for round_ in range(self.most_rounds):
-            rollout, prompts = self.sampler.sample(source, index + round_, draw, watch=watch, round_=round_)
-            rollouts.append(rollout)
-            found.append(self.scorer.rewards_of(rollout, prompts, watch))
-            known |= prompts
+            sampled = self.sampler.sample(source, index + round_, draw, watch=watch, round_=round_)
+            rollouts.append(sampled.rollout)
+            found.append(self.scorer.rewards_of(sampled, watch))
+            known |= sampled.prompts
             rewards = torch.cat([one.rewards for one in found])
             differ = differing(rewards, torch.cat([one.group for one in rollouts]))
-            if int(differ.sum()) >= rollout.num_rows:
+            if int(differ.sum()) >= sampled.rollout.num_rows:
                 break
         if not differ.any() and world.is_logging_rank():
             logger.warning(
@@ -81,8 +84,7 @@ class Collector:
         by_name = {name: torch.cat([one.by_name[name] for one in found])[kept] for name in found[0].by_name}
         values = torch.zeros(count, whole.seq_length)
         scored, scores = self.scorer.score(
-            whole.take([*map(int, kept)]),
-            known,
+            Sampled(rollout=whole.take([*map(int, kept)]), prompts=known),
             watch,
             given=Scores(rewards=rewards[kept], values=values, by_name=by_name),
         )

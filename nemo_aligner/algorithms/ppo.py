@@ -59,6 +59,35 @@ class OnlineObjective:
     teacher: TeacherInterface | None = None  # is asked in the initial policy's place
 
 
+def make_collector(
+    config: PPOConfig,
+    rollouts: RolloutSettings,
+    policy: AlignableGenerativeInterface,
+    objective: OnlineObjective,
+    sources: RewardSources,
+    *,
+    give_up: Callable[[], bool],
+) -> Collector:
+    """A collector of responses of ``policy``; ``give_up`` is asked on rank 0 while it waits for a server."""
+    sampler = Sampler(
+        policy=policy,
+        rollouts=rollouts,
+        seq_length=config.rollout_batch_seq_length,
+        environments=sources.environments,
+    )
+    scorer = Scorer(
+        policy=policy,
+        rollouts=rollouts,
+        sources=sources,
+        served=config.served_reward,
+        rewards=config.rewards,
+        give_up=give_up,
+        with_reference=objective.with_reference,
+        teacher=objective.teacher,
+    )
+    return Collector(sampler=sampler, scorer=scorer, most_rounds=config.max_sampling_rounds)
+
+
 class PPOTrainer:
     """Trains ``policy`` on its own responses.
 
@@ -80,7 +109,6 @@ class PPOTrainer:
         self.config, self.rollouts, self.policy, self.run = config, rollouts, policy, run
         self.train, self.validation = prompts
         self.objective = objective
-        self.sampler = Sampler(policy=policy, rollouts=rollouts, seq_length=config.rollout_batch_seq_length)
         self.updates = Updates(
             policy=policy, objective=objective.loss, rollouts=rollouts, num_epochs=config.num_ppo_epochs
         )
@@ -115,22 +143,10 @@ class PPOTrainer:
         """
         if sources.critic is not None:
             self.critic = CriticLink(
-                critic=sources.critic,
-                give_up=lambda: self._request.number != 0,
-                steps_per_epoch=self.plan.steps_per_epoch,
+                critic=sources.critic, give_up=self._gives_up, steps_per_epoch=self.plan.steps_per_epoch
             )
-        self.scorer = Scorer(
-            policy=self.policy,
-            rollouts=self.rollouts,
-            sources=sources,
-            served=self.config.served_reward,
-            rewards=self.config.rewards,
-            give_up=lambda: self._request.number != 0,
-            with_reference=self.objective.with_reference,
-            teacher=self.objective.teacher,
-        )
-        self.collector = Collector(
-            sampler=self.sampler, scorer=self.scorer, most_rounds=self.config.max_sampling_rounds
+        self.collector = make_collector(
+            self.config, self.rollouts, self.policy, self.objective, sources, give_up=self._gives_up
         )
         self.lifecycle.check_room()
         self.run.begin(self.state.step, max_steps=self.plan.max_steps)
@@ -149,6 +165,9 @@ class PPOTrainer:
                     raise self.lifecycle.stopped(self.state.step, self._request.number or 15) from error
         finally:
             bar.close()
+
+    def _gives_up(self) -> bool:
+        return self._request.number != 0
 
     def _loop(self, bar: ProgressBar) -> None:
         self._begin()
@@ -251,8 +270,7 @@ class PPOTrainer:
         assert self.critic is not None, "settings without a critic have no warm-up"
         # Draws of steps that the run does not have.
         watch, draw = Stopwatch(), self.plan.max_steps + round_
-        rollout, prompts = self.sampler.sample(self.train, round_, draw, watch=watch)
-        scored, _ = self.scorer.score(rollout, prompts, watch)
+        scored = self.collector.collect_once(self.train, round_, draw, watch=watch).scored
         learned, self.scaling = self._credit(scored)
         pending = self.critic.train(value_batch(scored, learned), step=0)
         loss, rounds = self.critic.loss(pending), self.config.critic_warmup_steps
@@ -271,16 +289,18 @@ class PPOTrainer:
         assert self.validation is not None
         watch, step = Stopwatch(), self.state.step
         with world.phase(f"validation after step {step}"), watch("validation_time"):
-            rollout, prompts = self.sampler.sample(
+            sampled = self.collector.sampler.sample(
                 self.validation, 0, VALIDATION_DRAW, watch=watch, validates=True
             )
-            scores = self.scorer.score_validation(rollout, prompts, watch)
+            scores = self.collector.scorer.score_validation(sampled, watch)
         data = self.validation.fingerprint
         self.own = self.own.validated(step, scores.rewards, data)
-        metrics = rollout_metrics("val_rollouts", rollout, scores, initial=self.own.initial_rewards(data))
+        metrics = rollout_metrics(
+            "val_rollouts", sampled.rollout, scores, initial=self.own.initial_rewards(data)
+        )
         seconds = watch.seconds["validation_time"]
         self.run.log(metrics | {"timers/validation_time": seconds}, step=step)
-        rows = table_rows(rollout, scores.rewards, self.rollouts.decode)
+        rows = table_rows(sampled.rollout, scores.rewards, self.rollouts.decode)
         self.run.log_rows("val_rollouts", rows, step=step)
         self.lifecycle.limit.note("validation", seconds)
         self.state = replace(self.state, metrics={monitor_name(name): x for name, x in metrics.items()})

@@ -60,15 +60,22 @@ class RewardConfig:
     """A block of ``trainer.ppo.rewards``."""
 
     function: str | None = None  # a Python function, MODULE.NAME; null: the judge, or the served reward model
-    # further arguments of the function, as in {ground_truth: expected_answer}
+    # a Python class, MODULE.NAME, that replies to each turn of the policy and rewards it; docs/environments.md
+    environment: str | None = None
+    # turns of the policy in an environment, at most; null: until it ends, or a limit of length cuts the response
+    max_turns: int | None = bounded(None, at_least=1)
+    # further arguments of the function or the class, as in {ground_truth: expected_answer}
     arguments: dict[str, Any] = field(default_factory=dict[str, Any])
-    # seconds of a call of the function, then its process is killed
+    # seconds of a call, then its process is killed
     timeout: float = bounded(60.0, above=0)
     # memory of each process, in which more is refused; null: as much as there is
     memory_gb: float | None = bounded(8.0, above=0)
-    lost_reward: float = 0.0  # where the function's process was killed or crashed
-    # processes that call the function, on each rank that does; null: by the machine's cores
+    lost_reward: float = 0.0  # of a response whose process was killed or crashed
+    # processes, on each rank that calls; null: of a function by the machine's cores, of an environment one for each
+    # response that is generated at once
     workers: int | None = bounded(None, at_least=1)
+    # the prompts whose responses it is of, by fields of their rows, as in {source: gsm8k}; {}: all
+    rows: dict[str, Any] = field(default_factory=dict[str, Any])
     judge: JudgeConfig | None = None  # the policy itself; {} for its defaults
     # the length alone: over the last so many tokens up to length_params.max_length the reward falls from 0 to -1; a
     # float is a share of max_length
@@ -95,16 +102,31 @@ class RewardConfig:
         usual = RewardConfig()
         for name in ("arguments", "timeout", "memory_gb", "lost_reward", "workers"):
             value = getattr(self, name)
-            if value != getattr(usual, name) and self.function is None:
+            if value != getattr(usual, name) and self.called is None:
                 raise UserError(
-                    f"{block}.{name}={value} has no effect without {block}.function",
-                    fix=f"set {block}.function=MODULE.NAME, or leave {name} out",
+                    f"{block}.{name}={value} has no effect without {block}.function or {block}.environment",
+                    fix=f"set one of them to MODULE.NAME, or leave {name} out",
                 )
+        if self.max_turns is not None and self.environment is None:
+            raise UserError(
+                f"{block}.max_turns={self.max_turns} has no effect without {block}.environment",
+                fix=f"set {block}.environment=MODULE.NAME, or leave max_turns out",
+            )
+
+    @property
+    def called(self) -> tuple[str, str] | None:
+        """(setting, MODULE.NAME) of the code that is called in processes; None: nothing is."""
+        names = ("function", "environment")
+        return next(((name, value) for name in names if (value := getattr(self, name)) is not None), None)
+
+    def applies_to(self, row: Mapping[str, object]) -> bool:
+        """True if responses to a prompt of this row have the reward."""
+        return all(key in row and row[key] == value for key, value in self.rows.items())
 
     @property
     def sources(self) -> list[str]:
         """The settings that say where the reward comes from, if it is not served."""
-        names = ("function", "judge", "overlong_buffer")
+        names = ("function", "environment", "judge", "overlong_buffer")
         return [name for name in names if getattr(self, name) is not None]
 
 
@@ -125,6 +147,9 @@ class PPOConfig(CreditConfig, LoopConfig):
     critic_warmup_steps: int = bounded(0, at_least=0, to="0", message=_TOO_FEW)
     # tokens that rollouts are padded to at least; null: their longest
     rollout_batch_seq_length: int | None = None
+    # with environments, go on with a response as soon as its reply is there; False: once all turns that have ended have
+    # theirs, so that a run repeats bit for bit
+    async_turns: bool = False
     # NAME: {function: MODULE.NAME, weight: 1.0}; without a function or a judge the served reward model's, as with {}
     rewards: Mapping[str, RewardConfig] = field(default_factory=dict[str, RewardConfig])
 

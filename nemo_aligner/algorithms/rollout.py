@@ -18,7 +18,7 @@ from nemo_aligner.algorithms.skips import check_finite
 from nemo_aligner.batch import TokenBatch, concatenated
 from nemo_aligner.data.loader import BatchLoader
 from nemo_aligner.data.row import Row
-from nemo_aligner.models.alignable_interface import AlignableGenerativeInterface
+from nemo_aligner.models.alignable_interface import AlignableGenerativeInterface, Turns
 from nemo_aligner.models.sampling_config import SamplingConfig
 from nemo_aligner.parallel import collectives, world
 from nemo_aligner.rollout_batch import Prompt, Rollout
@@ -72,12 +72,23 @@ def text_of_response(
     decode: Callable[[Sequence[int]], str],
 ) -> str:
     """The text of the response in a row, without the end token or the end string that ended it."""
-    tokens, finished = rollout.response(row), bool(rollout.finished[row])
-    if finished and tokens[-1] in end_ids:
+    tokens = rollout.response(row)
+    if not rollout.finished[row]:
+        return decode(tokens)
+    return text_of_turn(tokens, end_ids, end_strings, decode=decode)
+
+
+def text_of_turn(
+    tokens: Sequence[int],
+    end_ids: Sequence[int],
+    end_strings: Sequence[str],
+    *,
+    decode: Callable[[Sequence[int]], str],
+) -> str:
+    """The text of what has ended by itself, without the end token or the end string that ended it."""
+    if tokens[-1] in end_ids:
         return decode(tokens[:-1])
     text = decode(tokens)
-    if not finished:
-        return text
     # The last token completed the string; what stands before may hold others, as min_length has it.
     before = len(decode(tokens[:-1]).rstrip("\ufffd"))
     starts = [text.find(end, max(0, before - len(end) + 1)) for end in end_strings]
@@ -112,6 +123,7 @@ def gather_rollouts(
     draw: int,
     slots: int,
     seq_length: int | None,
+    turns: Turns | None = None,
 ) -> Rollout:
     """The responses to all ranks' prompts, in the order of ranks.
 
@@ -120,12 +132,13 @@ def gather_rollouts(
         draw: with it the responses' random numbers change.
         slots: responses that a rank generates at once.
         seq_length: the least S; None: the longest row's.
+        turns: replies to the policy's turns; None: a response is one turn.
 
     Raises:
         NotFinite: a log-prob is infinite or NaN.
     """
     with world.phase("generation"), world.at_own_pace():
-        mine = policy.generate(prompts, sampling, step=draw, slots=slots)
+        mine = policy.generate(prompts, sampling, step=draw, slots=slots, turns=turns)
     with world.phase("gathering responses"):
         rollout = concatenated(collectives.all_gather_objects_dp(mine))
     fix = "set model.optim.lr lower; with trainer.precision=16 try bf16 or 32"

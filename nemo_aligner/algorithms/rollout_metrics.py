@@ -33,7 +33,8 @@ def rollout_metrics(
         "rewards_std": Moments.of(scores.rewards).std.item(),
         "fraction_of_samples_properly_ended": rollout.finished.double().mean().item(),
     }
-    metrics |= {f"rewards/{name}": Moments.of(each).mean.item() for name, each in scores.by_name.items()}
+    has = {name: each[~each.isnan()] for name, each in scores.by_name.items()}
+    metrics |= {f"rewards/{name}": Moments.of(each).mean.item() for name, each in has.items() if each.numel()}
     metrics |= win_rate(scores.rewards, initial)
     if isinstance(rollout, ScoredRollout):
         metrics |= _sampler_mismatch(rollout)
@@ -59,11 +60,11 @@ def win_rate(rewards: Tensor, initial: Sequence[float]) -> dict[str, float]:
 def table_rows(
     rollout: Rollout, rewards: Tensor, decode: Callable[[Sequence[int]], str]
 ) -> list[dict[str, Any]]:
-    """Return the first responses of a rollout, for people to read."""
+    """Return the first responses of a rollout, with all that was replied between their turns, for people to read."""
     return [
         {
             "prompt": decode(rollout.prompt(i)),
-            "response": decode(rollout.response(i)),
+            "response": decode(rollout.conversation(i)),
             "reward": float(rewards[i]),
         }
         for i in range(min(TABLE_ROWS, rollout.num_rows))

@@ -1,8 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """From prompts to responses: a rollout of the policy as it is now."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
+from nemo_aligner.algorithms.episodes import Environments, Episodes
+from nemo_aligner.algorithms.rewards import NamedRewards
 from nemo_aligner.algorithms.rollout import PromptSource, RolloutSettings, gather_rollouts
 from nemo_aligner.data.row import Row
 from nemo_aligner.models.alignable_interface import AlignableGenerativeInterface
@@ -12,12 +15,22 @@ from nemo_aligner.run.stopwatch import Stopwatch
 
 
 @dataclass(frozen=True, kw_only=True)
+class Sampled:
+    """Responses, and what was said of them meanwhile."""
+
+    rollout: Rollout  # the whole one
+    prompts: Mapping[int, Row]  # of this data parallel rank, by number
+    episodes: NamedRewards = field(default_factory=NamedRewards)  # the rewards of environments
+
+
+@dataclass(frozen=True, kw_only=True)
 class Sampler:
     """Draws responses to prompts from ``policy``."""
 
     policy: AlignableGenerativeInterface
     rollouts: RolloutSettings
     seq_length: int | None  # the least that rollouts are padded to; None: their longest
+    environments: Environments | None = None  # what replies to the policy; None: a response is one turn
 
     def sample(
         self,
@@ -28,8 +41,8 @@ class Sampler:
         watch: Stopwatch,
         validates: bool = False,
         round_: int = 0,
-    ) -> tuple[Rollout, dict[int, Row]]:
-        """Responses to batch ``index`` of the prompts, on every rank, and this data parallel rank's prompts by number.
+    ) -> Sampled:
+        """Responses to batch ``index`` of the prompts, on every rank.
 
         Args:
             draw: with it the responses' random numbers change.
@@ -37,7 +50,7 @@ class Sampler:
             round_: of the step; prompts are numbered on from round to round.
 
         Raises:
-            NotFinite: a log-prob is infinite or NaN.
+            NotFinite: a log-prob is infinite or NaN, or an environment failed.
         """
         config = self.rollouts.config
         responses, slots = config.num_responses_per_prompt, config.rollout_micro_batch_size
@@ -55,6 +68,8 @@ class Sampler:
         with watch("prepare_for_inference"):
             if config.offload_adam_states:
                 self.policy.offload_optimizer()
+        rows = {first + i: text for i, text in enumerate(texts)}
+        episodes = Episodes(self.environments, rows, draw) if self.environments else None
         with watch("generate"):
             rollout = gather_rollouts(
                 self.policy,
@@ -63,6 +78,8 @@ class Sampler:
                 draw=draw,
                 slots=slots,
                 seq_length=self.seq_length,
+                turns=episodes,
             )
+            rewards = episodes.rewards(rollout) if episodes else NamedRewards()
         self.rollouts.warn_of_cut(rollout)
-        return rollout, {first + i: text for i, text in enumerate(texts)}
+        return Sampled(rollout=rollout, prompts=rows, episodes=rewards)

@@ -7,14 +7,17 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
+from nemo_aligner.algorithms.episodes import Environments
 from nemo_aligner.algorithms.judge import Judge
 from nemo_aligner.algorithms.ppo_config import RewardConfig
-from nemo_aligner.algorithms.rewards import RewardFunction, score_by_functions, weighted_sum
+from nemo_aligner.algorithms.rewards import CalledReward, NamedRewards, score_by_functions, weighted_sum
 from nemo_aligner.algorithms.rollout import RolloutSettings, per_token_over_ranks, trim_padding
-from nemo_aligner.algorithms.skips import check_finite
-from nemo_aligner.data.row import Row
+from nemo_aligner.algorithms.sampler import Sampled
+from nemo_aligner.algorithms.skips import NotFinite, check_finite
+from nemo_aligner.errors import UserError
 from nemo_aligner.models.alignable_interface import AlignableGenerativeInterface, TeacherInterface
 from nemo_aligner.objectives.credit import overlong_rewards, teacher_rewards
+from nemo_aligner.parallel import collectives
 from nemo_aligner.rollout_batch import Rollout, ScoredRollout
 from nemo_aligner.run.schedule import limited
 from nemo_aligner.run.stopwatch import Stopwatch
@@ -31,8 +34,9 @@ class RewardSources:
     critic: CriticProxy | None = None
     reward: RewardProxy | None = None  # a reward model where there is no critic
     # by name in trainer.ppo.rewards
-    functions: Mapping[str, RewardFunction] = field(default_factory=dict[str, RewardFunction])
+    functions: Mapping[str, CalledReward] = field(default_factory=dict[str, CalledReward])
     judges: Mapping[str, Judge] = field(default_factory=dict[str, Judge])
+    environments: Environments | None = None  # reward responses while these are generated
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,7 +45,7 @@ class Scores:
 
     rewards: Tensor  # [N] float, the weighted sum
     values: Tensor  # [N, S] float; zeros where no critic is asked
-    # each reward of trainer.ppo.rewards, [N] float; as NAME_lost, 1 where a function's call was lost
+    # each reward of trainer.ppo.rewards, [N] float, NaN where a response has none; and what NamedRewards reports
     by_name: Mapping[str, Tensor]
 
 
@@ -65,12 +69,13 @@ class Scorer:
     teacher: TeacherInterface | None = None
 
     def score(
-        self, rollout: Rollout, prompts: Mapping[int, Row], watch: Stopwatch, *, given: Scores | None = None
+        self, sampled: Sampled, watch: Stopwatch, *, given: Scores | None = None
     ) -> tuple[ScoredRollout, Scores]:
         """The rollout with all that is known of it; servers work while log-probs are computed.
 
         Args:
-            prompts: this data parallel rank's, by number.
+            sampled: the rollout.
+            watch: the clock.
             given: the scores, which nobody is asked for then.
 
         Raises:
@@ -78,6 +83,7 @@ class Scorer:
             NotFinite: a number is infinite or NaN, or a reward function failed.
             WaitCancelled: it was given up.
         """
+        rollout = sampled.rollout
         asked = self.request_scores(rollout) if given is None else None
         with watch("logprobs"):
             own = reference = self._logprobs(self.policy, rollout)
@@ -87,7 +93,7 @@ class Scorer:
         elif self.with_reference:
             with watch("init_logprobs"), self.policy.as_reference():
                 reference = self._logprobs(self.policy, rollout)
-        scores = given or self.collect_scores(asked, rollout, prompts, watch)
+        scores = given or self.collect_scores(asked, sampled, watch)
         if asked is not None:
             watch.note("critic_infer_time", asked.seconds)
         responses = rollout.loss_tokens()
@@ -106,16 +112,16 @@ class Scorer:
         )
         return scored, scores
 
-    def score_validation(self, rollout: Rollout, prompts: Mapping[int, Row], watch: Stopwatch) -> Scores:
+    def score_validation(self, sampled: Sampled, watch: Stopwatch) -> Scores:
         """As :meth:`score`, without the log-probs of policies; a teacher, which rewards may be of, is asked."""
         if self.teacher is not None:
-            return self.score(rollout, prompts, watch)[1]
-        asked = self.request_scores(rollout)
-        return self.collect_scores(asked, rollout, prompts, watch, normalizes=False)
+            return self.score(sampled, watch)[1]
+        asked = self.request_scores(sampled.rollout)
+        return self.collect_scores(asked, sampled, watch, normalizes=False)
 
-    def rewards_of(self, rollout: Rollout, prompts: Mapping[int, Row], watch: Stopwatch) -> Scores:
+    def rewards_of(self, sampled: Sampled, watch: Stopwatch) -> Scores:
         """As :meth:`collect_scores`, of servers that are asked now."""
-        return self.collect_scores(self.request_scores(rollout), rollout, prompts, watch)
+        return self.collect_scores(self.request_scores(sampled.rollout), sampled, watch)
 
     def _logprobs(self, model: TeacherInterface | AlignableGenerativeInterface, rollout: Rollout) -> Tensor:
         return per_token_over_ranks(
@@ -136,37 +142,31 @@ class Scorer:
         return None if server is None else server.score(batch, rows=rows)
 
     def collect_scores(
-        self,
-        asked: Reply,
-        rollout: Rollout,
-        prompts: Mapping[int, Row],
-        watch: Stopwatch,
-        *,
-        normalizes: bool = True,
+        self, asked: Reply, sampled: Sampled, watch: Stopwatch, *, normalizes: bool = True
     ) -> Scores:
         """Collect the scores of reward functions, and of servers that were ``asked``.
 
         Args:
             asked: the servers.
-            rollout: the whole one.
-            prompts: this data parallel rank's, by number.
+            sampled: the rollout.
             watch: the clock.
             normalizes: whether rewards that are to be normalized are.
 
         Raises:
             CriticUnavailable: a server does not reply.
-            NotFinite: a number is infinite or NaN, or a function failed.
+            NotFinite: a number is infinite or NaN, a function failed, or a response has no reward.
             WaitCancelled: the wait was given up.
         """
-        found, lost = dict[str, Tensor](), dict[str, Tensor]()
+        rollout, scored = sampled.rollout, NamedRewards()
         if functions := self.sources.functions:
             with watch("reward_functions"):
-                found, lost = score_by_functions(
-                    functions, rollout, prompts, text=self.rollouts.response_text
+                scored = score_by_functions(
+                    functions, rollout, sampled.prompts, text=self.rollouts.response_text
                 )
+        found = {**sampled.episodes.rewards, **scored.rewards}
         for name, judge in self.sources.judges.items():
             with watch("judge"):
-                found[name] = judge.score(rollout, prompts, text=self.rollouts.response_text)
+                found[name] = judge.score(rollout, sampled.prompts, text=self.rollouts.response_text)
         for name, config in self.rewards.items():
             if config.overlong_buffer is not None:
                 longest = self.rollouts.sampling.max_length
@@ -177,14 +177,46 @@ class Scorer:
         served, values = (
             replied if isinstance(replied, tuple) else (replied, torch.zeros(rollout.tokens.shape))
         )
+        fix = "look at the critic's loss and at the reward model; with trainer.precision=16 serve them in bf16 or 32"
         if self.served is not None:
             assert served is not None, "a served reward has a server"
+            check_finite({"rewards": served}, fix=fix)
             found[self.served] = served.float()
+        found = self._of_their_rows(found, sampled)
         rewards = torch.zeros(rollout.num_rows)
         if found:
             rewards = weighted_sum(found, self.rewards, normalizes=normalizes)
-        fix = "look at the critic's loss and at the reward model; with trainer.precision=16 serve them in bf16 or 32"
         check_finite({"rewards": rewards, "values": values}, fix=fix)
         values = torch.nn.functional.pad(values, (0, rollout.seq_length - values.shape[1]))
-        found |= {f"{name}_lost": here for name, here in lost.items()}
+        found |= {**sampled.episodes.reported, **scored.reported}
         return Scores(rewards=rewards, values=values.float(), by_name=found if self.rewards else {})
+
+    def _of_their_rows(self, found: Mapping[str, Tensor], sampled: Sampled) -> dict[str, Tensor]:
+        """The rewards, NaN where RewardConfig.rows leaves a response out.
+
+        Raises:
+            NotFinite: a response has no reward at all.
+        """
+        of_some = {name: config for name, config in self.rewards.items() if config.rows}
+        if not of_some:
+            return dict(found)
+        mine = {
+            number: [name for name, config in of_some.items() if config.applies_to(row.extras)]
+            for number, row in sampled.prompts.items()
+        }
+        every = collectives.merged_over_data_parallel(mine)
+        rollout, kept = sampled.rollout, dict(found)
+        for name in of_some:
+            has = torch.tensor([name in every[int(number)] for number in rollout.group])
+            kept[name] = torch.where(has, found[name], torch.nan)
+        without = torch.stack([reward.isnan() for reward in kept.values()]).all(0)
+        if without.any():
+            prompt = self.rollouts.decode(rollout.prompt(int(without.nonzero()[0])))
+            raise NotFinite(
+                UserError(
+                    f"{int(without.sum())} responses have no reward, as trainer.ppo.rewards' rows leave them out; the "
+                    f"first is to {prompt!r}",
+                    fix="give each row of the data a reward, or one of the rewards no rows",
+                )
+            )
+        return kept

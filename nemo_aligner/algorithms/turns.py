@@ -4,6 +4,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
+from nemo_aligner.algorithms.rollout import text_of_turn
 from nemo_aligner.data.replies import reply_tokens
 from nemo_aligner.data.tokenizer import Message, Tokenizer
 from nemo_aligner.rollout_batch import Prompt
@@ -19,16 +20,23 @@ class Replies:
     reply: Reply
     tokenizer: Tokenizer
     end_ids: Sequence[int]  # tokens that end a turn
+    end_strings: Sequence[str]  # texts that do
     _come: dict[tuple[int, int], Sequence[int] | None] = field(
         default_factory=dict[tuple[int, int], Sequence[int] | None], init=False
     )
 
+    @property
+    def places(self) -> None:
+        """See Turns."""
+
+    def cut(self, prompt: Prompt) -> None:
+        """See Turns."""
+
     def ended(self, prompt: Prompt, turn: Sequence[int]) -> None:
         """See Turns."""
-        text = self.tokenizer.decode(turn[:-1] if turn[-1] in self.end_ids else turn)
+        text = text_of_turn(turn, self.end_ids, self.end_strings, decode=self.tokenizer.decode)
         said = self.reply(prompt.number, prompt.sample, text)
-        messages = [{"role": "user", "content": said}] if isinstance(said, str) else said
-        tokens = None if messages is None else reply_tokens(self.tokenizer, messages, turn=turn)
+        tokens = None if said is None else tokens_of_reply(self.tokenizer, said, turn=turn)
         self._come[prompt.number, prompt.sample] = tokens
 
     def replies(self, *, wait: bool) -> Mapping[tuple[int, int], Sequence[int] | None]:
@@ -36,3 +44,9 @@ class Replies:
         del wait  # all have come
         come, self._come = self._come, {}
         return come
+
+
+def tokens_of_reply(tokenizer: Tokenizer, said: str | Sequence[Message], *, turn: Sequence[int]) -> list[int]:
+    """The tokens that follow a turn of the model's: of messages, or of a user's text; see :func:`reply_tokens`."""
+    messages: Sequence[Message] = [{"role": "user", "content": said}] if isinstance(said, str) else said
+    return reply_tokens(tokenizer, messages, turn=turn)

@@ -3,15 +3,16 @@
 
 import logging
 import secrets
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
 from nemo_aligner.algorithms.critic_link import PPOState
+from nemo_aligner.algorithms.episodes import Environments
 from nemo_aligner.algorithms.judge import Judge
 from nemo_aligner.algorithms.ppo_config import JudgeConfig
-from nemo_aligner.algorithms.rewards import open_functions
+from nemo_aligner.algorithms.rewards import CalledReward, open_called
 from nemo_aligner.algorithms.scoring import RewardSources
 from nemo_aligner.builders.models import Pretrained, require_tokenizer
 from nemo_aligner.builders.rollouts import longest_rollout, rollout_sampling
@@ -41,17 +42,35 @@ def open_sources(
         UserError: a server does not come up, the jobs do not fit each other, or a function is not there.
     """
     config = job.trainer.ppo
-    named = {name: reward for name, reward in config.rewards.items() if reward.function is not None}
+    called = {name: reward for name, reward in config.rewards.items() if reward.called is not None}
     judges = {
         name: _judge(job, pretrained, reward.judge, setting=f"trainer.ppo.rewards.{name}.judge")
         for name, reward in config.rewards.items()
         if reward.judge is not None
     }
+    slots = job.model.ppo.rollout_micro_batch_size
     with (
-        open_functions(named, setting="trainer.ppo.rewards.{}.function") as functions,
+        open_called(called, setting="trainer.ppo.rewards.{}.{}", at_once=slots) as opened,
         _open_servers(job, run, pretrained, start) as served,
     ):
-        yield replace(served, functions=functions, judges=judges)
+        functions = {name: one for name, one in opened.items() if one.config.function is not None}
+        others = {name: one for name, one in opened.items() if name not in functions}
+        environments = _environments(job, pretrained, others) if others else None
+        yield replace(served, functions=functions, judges=judges, environments=environments)
+
+
+def _environments(
+    job: ActorJob, pretrained: Pretrained[GPTPolicy], called: Mapping[str, CalledReward]
+) -> Environments:
+    return Environments(
+        called=called,
+        tokenizer=require_tokenizer(job, pretrained),
+        end_ids=pretrained.learner.end_ids,
+        end_strings=rollout_sampling(job, pretrained).end_strings,
+        places=longest_rollout(job, pretrained),
+        seed=job.model.seed,
+        async_turns=job.trainer.ppo.async_turns,
+    )
 
 
 @contextmanager

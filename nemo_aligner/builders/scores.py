@@ -8,7 +8,7 @@ from torch import Tensor
 
 from nemo_aligner.algorithms.generation import Score, TextGenerator
 from nemo_aligner.algorithms.ppo_config import RewardConfig
-from nemo_aligner.algorithms.rewards import RewardFunction, open_functions, score_by_functions
+from nemo_aligner.algorithms.rewards import CalledReward, open_called, score_by_functions
 from nemo_aligner.algorithms.rollout import trim_padding
 from nemo_aligner.builders.models import Pretrained, require_tokenizer
 from nemo_aligner.builders.reward_sources import connected
@@ -56,7 +56,7 @@ def open_score(
                 function=job.reward_function, arguments=job.reward_arguments, timeout=job.reward_timeout
             )
         }
-        with open_functions(named, setting="{}") as functions:
+        with open_called(named, setting="{}") as functions:
             yield _by_functions(functions, requests, generator)
     elif job.reward_model is not None:
         address = ServerAddress(
@@ -83,17 +83,17 @@ def open_score(
 
 
 def _by_functions(
-    functions: Mapping[str, RewardFunction], requests: RecordFile[GenerateRequest], generator: TextGenerator
+    functions: Mapping[str, CalledReward], requests: RecordFile[GenerateRequest], generator: TextGenerator
 ) -> Score:
     def score(rollout: Rollout) -> Tensor:
         numbers = range(len(requests))[world.dp_rank() :: world.dp_size()]
         prompts = {number: _row(requests[number], generator.tokenizer) for number in numbers}
         text = generator.response_text
         try:
-            found, _ = score_by_functions(functions, rollout, prompts, text=text, block="")
+            found = score_by_functions(functions, rollout, prompts, text=text, block="")
         except Unwound as failed:
             raise failed.error from failed
-        return found["reward_function"]
+        return found.rewards["reward_function"]
 
     return score
 

@@ -11,6 +11,7 @@ the socket closes, all end.
 import faulthandler
 import importlib
 import json
+import math
 import os
 import select
 import signal
@@ -18,7 +19,7 @@ import socket
 import struct
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NoReturn
 
 from nemo_aligner.environments.sandbox_child import limit
@@ -37,6 +38,8 @@ def main() -> None:
     sys.path[:] = asked["path"]
     try:
         target = load(asked["name"])
+        if asked["episodes"]:
+            target = Episode(target)
     except BaseException as error:
         control.sendall(_encoded({"error": _described(error)}))
         return
@@ -57,6 +60,44 @@ def load(name: str) -> Callable[..., Any]:
     if not callable(found):
         raise TypeError(f"{name} is no function")
     return found
+
+
+class Episode:
+    """Calls of an environment: each turn goes to what the first call of its episode made.
+
+    Raises:
+        TypeError: it is no class of environments.
+    """
+
+    def __init__(self, environment: Callable[..., Any]) -> None:
+        lacks = [name for name in ("reset", "step") if not hasattr(environment, name)]
+        if lacks:
+            raise TypeError(f"an environment has reset(row, seed) and step(turn), and this has no {lacks[0]}")
+        self._environment = environment
+        self._own: Any = None
+
+    def __call__(self, *, turn: str, begin: Mapping[str, Any] | None = None) -> tuple[object, float]:
+        """Return (reply, reward) of the environment's step; of a first turn, with ``begin``, the episode is new.
+
+        Raises:
+            TypeError: a step returns something else.
+        """
+        if begin is not None:
+            self._own = self._environment(**begin["arguments"])
+            self._own.reset(begin["row"], begin["seed"])
+        found = self._own.step(turn)
+        if not (isinstance(found, tuple) and len(found) == 2 and _is_reply(found[0])):
+            raise TypeError(f"step returned {found!r}, not (reply, reward)")
+        if not math.isfinite(found[1]):
+            raise ValueError(f"step returned the reward {found[1]}")
+        return found[0], float(found[1])
+
+
+def _is_reply(said: object) -> bool:
+    """True for a text, for messages of a role and a content, and for None."""
+    if isinstance(said, list):
+        return all(isinstance(one, dict) and {"role", "content"} <= one.keys() for one in said)
+    return said is None or isinstance(said, str)
 
 
 def _serve(control: socket.socket, target: Callable[..., Any], memory: int | None) -> None:

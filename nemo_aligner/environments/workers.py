@@ -10,12 +10,16 @@ import socket
 import subprocess
 import sys
 import time
+from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from nemo_aligner.environments import host
 from nemo_aligner.errors import UserError
+
+Key = tuple[int, int]
+"""What calls of one episode have in common."""
 
 START_SECONDS = 300.0  # for imports
 _LONGEST_REPLY = 1 << 26  # bytes
@@ -80,7 +84,7 @@ class Worker:
 
 
 class WorkerPool:
-    """Processes that call one function.
+    """Processes that call one function, each for one key at a time.
 
     Args:
         setting: that names the function, for messages.
@@ -88,20 +92,32 @@ class WorkerPool:
         workers: calls at once.
         seconds: of a call, from when a worker begins it.
         memory: bytes of a worker, beyond which it gets no more; None: as many as there are.
+        episodes: whether it is a class, whose calls are the turns of episodes, as :class:`host.Episode` takes them.
 
     Raises:
         UserError: there is no such function.
     """
 
     def __init__(
-        self, setting: str, name: str, *, workers: int, seconds: float, memory: int | None = None
+        self,
+        setting: str,
+        name: str,
+        *,
+        workers: int,
+        seconds: float,
+        memory: int | None = None,
+        episodes: bool = False,
     ) -> None:
         here = os.getcwd()
         fix = f"set {setting}=MODULE.NAME, of a module in {here} or one that is installed"
         if "." not in name:
             raise UserError(f"{setting}={name} names no module", fix=fix)
         self._name, self._size, self._seconds = f"{setting}={name}", workers, seconds
-        self._workers: list[Worker] = []
+        self._idle: list[Worker] = []
+        self._kept: dict[Key, Worker] = {}
+        self._busy: dict[Worker, Key] = {}
+        self._waiting: deque[tuple[Key, Mapping[str, Any]]] = deque()
+        self._selector = selectors.DefaultSelector()
         self._control, theirs = socket.socketpair()
         command = [sys.executable, "-P", "-m", host.__name__, str(theirs.fileno())]
         with theirs:
@@ -111,7 +127,7 @@ class WorkerPool:
             )
         path = [*sys.path, *([] if here in sys.path else [here])]
         try:
-            problem = self._imported({"path": path, "name": name, "memory": memory})
+            problem = self._imported({"path": path, "name": name, "memory": memory, "episodes": episodes})
         except BaseException:
             self.close()
             raise
@@ -137,35 +153,64 @@ class WorkerPool:
 
     def call_all(self, calls: Sequence[Mapping[str, Any]]) -> list[Reply]:
         """Call the function with each of the keywords, as many at once as there are workers; the replies in order."""
-        replies: list[Reply] = [Reply()] * len(calls)
-        waiting = list(reversed(range(len(calls))))
-        while len(self._workers) < min(self._size, len(calls)):
-            self._workers.append(self._started())
-        idle, busy = list(self._workers), dict[Worker, int]()
-        with selectors.DefaultSelector() as selector:
-            while waiting or busy:
-                while idle and waiting:
-                    worker, index = idle.pop(), waiting.pop()
-                    busy[worker] = index
-                    selector.register(worker.connection, selectors.EVENT_READ, worker)
-                    with contextlib.suppress(OSError):  # then there is an end to read
-                        worker.send(calls[index])
-                for worker, reply in self._heard(selector, busy):
-                    replies[busy.pop(worker)] = reply
-                    selector.unregister(worker.connection)
-                    idle.append(self._replaced(worker) if reply.lost else worker)
-        return replies
+        for index, call in enumerate(calls):
+            self.send((index, 0), call)
+        replies: dict[Key, Reply] = {}
+        while len(replies) < len(calls):
+            heard = self.heard()
+            replies |= heard
+            for key in heard:
+                self.release(key)
+        return [replies[index, 0] for index in range(len(calls))]
 
-    def _heard(
-        self, selector: selectors.BaseSelector, busy: Mapping[Worker, int]
-    ) -> list[tuple[Worker, Reply]]:
+    def send(self, key: Key, call: Mapping[str, Any]) -> None:
+        """Begin a call by the worker that ``key`` keeps from its first call on; it waits for one where all are kept."""
+        if (worker := self._kept.get(key)) is not None:
+            self._begin(worker, key, call)
+        else:
+            self._waiting.append((key, call))
+            self._begin_waiting()
+
+    def heard(self, *, seconds: float = float("inf")) -> dict[Key, Reply]:
+        """Wait until workers reply or are out of time, ``seconds`` at most: the replies. A lost worker is ended."""
+        found: dict[Key, Reply] = {}
+        for worker, reply in self._heard(seconds):
+            found[key := self._busy.pop(worker)] = reply
+            self._selector.unregister(worker.connection)
+            if reply.lost:
+                self._end(worker)
+                del self._kept[key]
+        self._begin_waiting()
+        return found
+
+    def release(self, key: Key) -> None:
+        """Let the worker of a key without a call take another one's."""
+        if (worker := self._kept.pop(key, None)) is not None:
+            self._idle.append(worker)
+            self._begin_waiting()
+
+    def _begin_waiting(self) -> None:
+        while self._waiting and (self._idle or len(self._kept) < self._size):
+            key, call = self._waiting.popleft()
+            self._kept[key] = worker = self._idle.pop() if self._idle else self._started()
+            self._begin(worker, key, call)
+
+    def _begin(self, worker: Worker, key: Key, call: Mapping[str, Any]) -> None:
+        self._busy[worker] = key
+        self._selector.register(worker.connection, selectors.EVENT_READ, worker)
+        with contextlib.suppress(OSError):  # then there is an end to read
+            worker.send(call)
+
+    def _heard(self, seconds: float) -> list[tuple[Worker, Reply]]:
         """Wait until a worker replies or is out of time; what has come."""
-        nearest = min(worker.deadline for worker in busy)
-        events = selector.select(max(0.0, nearest - time.monotonic()))
+        if not self._busy:
+            return []
+        nearest = min(worker.deadline for worker in self._busy)
+        events = self._selector.select(min(seconds, max(0.0, nearest - time.monotonic())))
         received = [(key.data, key.data.receive()) for key, _ in events]
         found = [(worker, reply) for worker, reply in received if reply is not None]
         now, heard = time.monotonic(), {worker for worker, _ in found}
-        late = [worker for worker in busy if worker.deadline <= now and worker not in heard]
+        late = [worker for worker in self._busy if worker.deadline <= now and worker not in heard]
         return found + [(worker, Reply(lost=f"it took longer than {self._seconds:g} s")) for worker in late]
 
     def _started(self) -> Worker:
@@ -180,20 +225,17 @@ class WorkerPool:
                 fix="see whether the machine has run out of memory or processes",
             ) from error
 
-    def _replaced(self, worker: Worker) -> Worker:
-        """End a worker; another one in its place."""
+    def _end(self, worker: Worker) -> None:
         with contextlib.suppress(OSError):  # of a host that is lost, as starting one will say
             self._control.sendall(host.MESSAGE.pack(worker.number))
         worker.connection.close()
-        fresh = self._started()
-        self._workers[self._workers.index(worker)] = fresh
-        return fresh
 
     def close(self) -> None:
         """End all processes, and wait until they have ended."""
         self._control.close()
-        for worker in self._workers:
+        for worker in [*self._idle, *self._kept.values()]:
             worker.connection.close()
+        self._selector.close()
         try:
             self._host.wait(timeout=10)
         except subprocess.TimeoutExpired:

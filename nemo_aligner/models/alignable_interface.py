@@ -19,8 +19,17 @@ class Turns(Protocol):
     Called on the first rank of each of the model's copies.
     """
 
+    @property
+    def places(self) -> int | None:
+        """Positions of a prompt, its turns and their replies, at most; None: as many as the model has."""
+        ...
+
     def ended(self, prompt: Prompt, turn: Sequence[int]) -> None:
         """Take the tokens of a turn that has ended by itself, its end token among them; do not wait for the reply."""
+        ...
+
+    def cut(self, prompt: Prompt) -> None:
+        """Note that a limit has cut the response, in a turn or after a reply: it goes on no further."""
         ...
 
     def replies(self, *, wait: bool) -> Mapping[tuple[int, int], Sequence[int] | None]:

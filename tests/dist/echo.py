@@ -14,6 +14,15 @@ class Echo:
         self.turns, self.draw = turns, random.Random(seed)
         self.heard: dict[tuple[int, int], list[list[int]]] = {}
         self.waiting: dict[tuple[int, int], int] = {}  # polls
+        self.cuts: list[tuple[int, int]] = []
+
+    @property
+    def places(self) -> int | None:
+        return None
+
+    def cut(self, prompt: Prompt) -> None:
+        self.cuts.append((prompt.number, prompt.sample))
+        assert (prompt.number, prompt.sample) not in self.waiting, "what waits is not cut"
 
     def ended(self, prompt: Prompt, turn: Sequence[int]) -> None:
         key = (prompt.number, prompt.sample)

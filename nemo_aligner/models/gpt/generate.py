@@ -100,6 +100,8 @@ def generate(
         UserError: a prompt is empty, or leaves no room for a token.
     """
     places = model.gpt_config.max_position_embeddings
+    if turns is not None and turns.places is not None:
+        places = min(places, turns.places)
     responses = [_Response(p, _limit(p, draws.config, places), places) for p in prompts]
     waiting = deque(responses)
     if responses:
@@ -244,8 +246,7 @@ class _GenerationBatch:
                 response.read(reply)
                 read[slot] = [last, *reply]
             else:
-                response.limit = len(response.own)
-                self.decoder.cache.cut(slot, len(self.held[slot]))
+                self._free(slot, response)
             self.alive[slot] = response.alive
         if not read:
             return hidden
@@ -286,12 +287,19 @@ class _GenerationBatch:
                     self._end_turn(response)
                 self.alive[slot] = response.alive
                 if not (response.alive or response.paused):
-                    self.decoder.cache.cut(slot, len(self.held[slot]))
+                    self._free(slot, response)
         if self.seen.shape[1]:
             drawn = torch.tensor(alive, device=ids.device)
             column = self.decoder.column(ids).where(drawn, self.seen.shape[1] - 1)
             self.seen.scatter_(1, column[:, None], True)
         return sampled
+
+    def _free(self, slot: int, response: _Response) -> None:
+        """Keep of a response that goes on no further the prompt, which others may share."""
+        response.limit = len(response.own)
+        self.decoder.cache.cut(slot, len(self.held[slot]))
+        if self.turns is not None and not response.finished and world.is_first_of_model():
+            self.turns.cut(response.prompt)
 
     def _end_turn(self, response: _Response) -> None:
         """The model has ended a turn: the other side has the next one, where there is one."""

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from nemo_aligner.algorithms.ppo_config import RewardConfig
-from nemo_aligner.algorithms.rewards import open_functions, score_by_functions, weighted_sum
+from nemo_aligner.algorithms.rewards import open_called, score_by_functions, weighted_sum
 from nemo_aligner.algorithms.skips import NotFinite
 from nemo_aligner.data.row import Row, TokenSequence
 from nemo_aligner.errors import UserError
@@ -93,9 +93,9 @@ def score(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., tupl
             name: RewardConfig(**{"function": f"rules.{name}", "workers": 1} | given)
             for name, given in settings.items()
         }
-        with open_functions(named, setting="trainer.ppo.rewards.{}.function") as functions:
+        with open_called(named, setting="trainer.ppo.rewards.{}.{}") as functions:
             found = score_by_functions(functions, rollout(), PROMPTS, text=text)
-        return tuple({name: x.tolist() for name, x in one.items()} for one in found)
+        return tuple({name: x.tolist() for name, x in one.items()} for one in (found.rewards, found.reported))
 
     return call
 
@@ -103,7 +103,7 @@ def score(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., tupl
 def test_each_function_sees_a_response_and_the_row_of_its_prompt(score: Callable[..., tuple[dict, dict]]):
     rewards, lost = score(exact={}, shortness={})
     assert rewards == {"exact": [1.0, 0.0, 1.0], "shortness": [-1.0, -2.0, -1.0]}
-    assert lost == {"exact": [0.0] * 3, "shortness": [0.0] * 3}
+    assert lost == {"exact_lost": [0.0] * 3, "shortness_lost": [0.0] * 3}
 
 
 def test_a_function_cannot_change_a_row_for_the_next_one(score: Callable[..., tuple[dict, dict]]):
@@ -117,7 +117,7 @@ def test_a_call_that_is_out_of_time_is_lost_alone(
 ):
     rewards, lost = score(stuck={"timeout": 0.5, "lost_reward": -2.0})
     assert rewards == {"stuck": [1.0, -2.0, 1.0]}
-    assert lost == {"stuck": [0.0, 1.0, 0.0]}
+    assert lost == {"stuck_lost": [0.0, 1.0, 0.0]}
     assert "rewards.stuck: 1 of 3 calls are lost, with a reward of -2 each" in caplog.text
     assert "it took longer than 0.5 s" in caplog.text
 

@@ -10,6 +10,7 @@ import torch
 
 from nemo_aligner.algorithms.ppo_config import RolloutConfig
 from nemo_aligner.algorithms.rollout import RolloutSettings
+from nemo_aligner.algorithms.sampler import Sampled
 from nemo_aligner.algorithms.scoring import RewardSources, Scorer
 from nemo_aligner.algorithms.skips import NotFinite
 from nemo_aligner.batch import TokenBatch
@@ -101,7 +102,9 @@ def test_only_columns_with_tokens_are_sent_and_values_come_back_as_wide_as_the_r
     rewards, values = scorer.request_scores(rollout()).result()
     assert rewards.shape == (2,)
     assert values.shape == (2, 4)
-    scores = scorer.collect_scores(reply([1.0, 2.0], torch.ones(2, 4)), rollout(), {}, Stopwatch())
+    scores = scorer.collect_scores(
+        reply([1.0, 2.0], torch.ones(2, 4)), Sampled(rollout=rollout(), prompts={}), Stopwatch()
+    )
     assert scores.values.tolist() == [[1, 1, 1, 1, 0, 0]] * 2
     assert scores.rewards.tolist() == [1.0, 2.0]
 
@@ -117,5 +120,5 @@ def test_a_reply_that_is_no_number_ends_the_step_before_it_spoils_the_weights(
     scorer: Scorer, rewards: list[float], values: torch.Tensor, words: str
 ):
     with pytest.raises(NotFinite) as found:
-        scorer.collect_scores(reply(rewards, values), rollout(), {}, Stopwatch())
+        scorer.collect_scores(reply(rewards, values), Sampled(rollout=rollout(), prompts={}), Stopwatch())
     assert words in found.value.error.problem
