@@ -15,7 +15,12 @@ from benchmarks.reward_accuracy import DATA
 from benchmarks.reward_accuracy import MODEL as SMOLLM2
 from examples.quickstart.arithmetic import write_rows
 from examples.quickstart.base_model import write_base_model
+from nemo_aligner.environments.word_game import Guess
 
+WORDS = "ant bee cat cow dog elk fly fox gnu hen owl pig ram rat yak".split()
+REPLIES = ("<", ">", "!")
+TURNS = 4  # so many guesses find any of the words
+GAMES = 20_000
 MOST_CHARACTERS = 600  # of prompt and response together: about 150 tokens
 VALIDATION_ROWS = 128
 
@@ -25,6 +30,24 @@ def sums(folder: Path, seed: int) -> None:
     write_rows(folder, seed=seed)
     asked = [json.loads(line) for line in (folder / "asked.jsonl").read_text().splitlines()]
     _write(folder / "right.jsonl", ({"input": row["prompt"], "output": row["sum"]} for row in asked))
+    write_base_model([], folder / "base")
+
+
+def word_game(folder: Path, seed: int) -> None:
+    """Games of guesses at random, with their replies; a row for each word to be found; a model of random weights."""
+    draw, games = random.Random(seed), []
+    for _ in range(GAMES):
+        game, word = Guess(REPLIES), draw.choice(WORDS)
+        game.reset({"words": WORDS, "word": word}, seed)
+        reply, text = "", ""
+        for _ in range(TURNS):
+            if reply is not None:
+                guess = draw.choice(WORDS)
+                reply, _ = game.step(guess)
+                text += f"{guess}.{reply or ''}"
+        games.append({"input": "?", "output": text})
+    _write(folder / "games.jsonl", games)
+    _write(folder / "asked.jsonl", ({"prompt": "?", "words": WORDS, "word": word} for word in WORDS))
     write_base_model([], folder / "base")
 
 

@@ -35,8 +35,8 @@ class Environments:
     end_strings: Sequence[str]  # texts that do
     places: int | None  # positions of a response with its prompt, at most
     seed: int
-    # go on with a response as soon as its reply is there; False: once all that wait have theirs, so that what is
-    # computed together, and with it the last digit, does not depend on the time that replies take
+    # go on with a response as soon as its reply is there; False: once all whose turns have been taken have theirs, so
+    # that what is computed together, and with it the last digit, does not depend on the time that replies take
     async_turns: bool = False
     block: str = "trainer.ppo.rewards."  # what stands before a name in messages
 
@@ -130,7 +130,7 @@ class Episodes:
     def replies(self, *, wait: bool) -> Mapping[tuple[int, int], Sequence[int] | None]:
         """See Turns."""
         pools = [called.pool for called in self._environments.called.values() if called.pool is not None]
-        waits = wait and self._asked and not (self._come and self._environments.async_turns)
+        waits = wait and not (self._come and self._environments.async_turns)
         try:
             for pool in pools:
                 seconds = _WAIT_SECONDS / len(pools) if waits else 0.0
@@ -140,7 +140,8 @@ class Episodes:
         except UserError as error:
             self._end_all(error)
         come, self._over = dict.fromkeys(self._over), []
-        if self._environments.async_turns or (wait and not self._asked):
+        # Those that wait for a process get theirs when others have gone on to their end.
+        if self._environments.async_turns or (wait and not any(pool.is_busy for pool in pools)):
             come, self._come = come | self._come, {}
         return dict(sorted(come.items()))
 

@@ -151,6 +151,11 @@ class WorkerPool:
     def __exit__(self, *_: object) -> None:
         self.close()
 
+    @property
+    def is_busy(self) -> bool:
+        """True while a call has begun whose reply has not been heard."""
+        return bool(self._busy)
+
     def call_all(self, calls: Sequence[Mapping[str, Any]]) -> list[Reply]:
         """Call the function with each of the keywords, as many at once as there are workers; the replies in order."""
         for index, call in enumerate(calls):

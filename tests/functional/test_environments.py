@@ -97,6 +97,19 @@ def test_a_run_is_rewarded_by_its_turns(settings: Callable, run: Callable, tmp_p
     assert all(line["train_rollouts/logprob_difference_max"] < 1e-4 for line in steps)
 
 
+def test_episodes_wait_for_a_process_where_there_are_fewer(settings: Callable, run: Callable, tmp_path: Path):
+    few = {"trainer.ppo.max_steps": 2, "trainer.ppo.save_interval": 0}
+    for name, changed in (
+        ("each", {}),
+        ("two", {"trainer.ppo.rewards.game.workers": 2}),
+        ("async", {"trainer.ppo.rewards.game.workers": 2, "trainer.ppo.async_turns": True}),
+    ):
+        job = run(settings(name, **few, **changed), command=[GRPO])
+        assert job.process.returncode == 0, job.err[-3000:]
+    assert_close_metrics(tmp_path / "two", tmp_path / "each")
+    assert_close_metrics(tmp_path / "async", tmp_path / "each")
+
+
 def test_a_killed_run_goes_on_bit_for_bit(settings: Callable, kill_and_resume: Callable, tmp_path: Path):
     kill_and_resume(lambda name: settings(name, **{"trainer.devices": 2}), command=[GRPO], step=4)
     assert_same_learning(tmp_path / "killed", tmp_path / "whole")
