@@ -46,6 +46,7 @@ setup(
     extras_require={
         "wandb": ["wandb>=0.19,<1"],
         "math": ["math-verify>=0.9,<1"],  # rewards by environments.mathematics
+        "reasoning": ["reasoning-gym>=0.1.25,<0.2"],  # tasks of environments.reasoning
         "gpu": ["transformer-engine[pytorch]>=2.6,<3"],
         "quickstart": ["matplotlib>=3.9,<4", "gguf>=0.17,<1"],
         "test": [

@@ -17,7 +17,23 @@ from examples.quickstart.arithmetic import write_rows
 from examples.quickstart.base_model import write_base_model
 from nemo_aligner.environments.word_game import Guess
 
-WORDS = "ant bee cat cow dog elk fly fox gnu hen owl pig ram rat yak".split()
+WORDS = [
+    "ant",
+    "bee",
+    "cat",
+    "cow",
+    "dog",
+    "elk",
+    "fly",
+    "fox",
+    "gnu",
+    "hen",
+    "owl",
+    "pig",
+    "ram",
+    "rat",
+    "yak",
+]
 REPLIES = ("<", ">", "!")
 TURNS = 4  # so many guesses find any of the words
 GAMES = 20_000

@@ -6,6 +6,7 @@ the same for all responses to it. ``step(turn) -> (reply, reward)`` takes the te
 a user's text, a list of messages, or None where the episode is over. A response's reward is the sum of its turns'.
 """
 
+import time
 import zlib
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -18,11 +19,12 @@ from nemo_aligner.algorithms.rollout import text_of_turn
 from nemo_aligner.algorithms.turns import tokens_of_reply
 from nemo_aligner.data.row import Row
 from nemo_aligner.data.tokenizer import Tokenizer
-from nemo_aligner.environments.workers import Reply
+from nemo_aligner.environments.workers import Reply, WorkerPool
 from nemo_aligner.errors import UserError
 from nemo_aligner.rollout_batch import Prompt, Rollout
 
-_WAIT_SECONDS = 0.5  # for replies, while nothing is generated
+_WAIT_SECONDS = 0.5  # for replies, while nothing is generated; with async_turns the first ones
+_SLICE = 0.02  # of it, of each of several environments
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,20 +132,31 @@ class Episodes:
     def replies(self, *, wait: bool) -> Mapping[tuple[int, int], Sequence[int] | None]:
         """See Turns."""
         pools = [called.pool for called in self._environments.called.values() if called.pool is not None]
-        waits = wait and not (self._come and self._environments.async_turns)
+        until = time.monotonic() + (_WAIT_SECONDS if wait else 0.0)
         try:
-            for pool in pools:
-                seconds = _WAIT_SECONDS / len(pools) if waits else 0.0
-                for key, reply in pool.heard(seconds=seconds).items():
-                    if key in self._asked:
-                        self._take(key, reply)
+            self._hear(pools, until)
+            # Those that wait for a process get theirs when others have gone on to their end.
+            while time.monotonic() < until and self._waits(pools):
+                self._hear(pools, until)
         except UserError as error:
             self._end_all(error)
         come, self._over = dict.fromkeys(self._over), []
-        # Those that wait for a process get theirs when others have gone on to their end.
-        if self._environments.async_turns or (wait and not any(pool.is_busy for pool in pools)):
+        if self._environments.async_turns or (wait and not self._waits(pools)):
             come, self._come = come | self._come, {}
         return dict(sorted(come.items()))
+
+    def _waits(self, pools: Sequence[WorkerPool]) -> bool:
+        """True while replies must come before a response goes on."""
+        if self._environments.async_turns and (self._come or self._over):
+            return False
+        return any(pool.is_busy for pool in pools)
+
+    def _hear(self, pools: Sequence[WorkerPool], until: float) -> None:
+        for pool in pools:
+            seconds = min(max(0.0, until - time.monotonic()), _WAIT_SECONDS if len(pools) == 1 else _SLICE)
+            for key, reply in pool.heard(seconds=seconds).items():
+                if key in self._asked:
+                    self._take(key, reply)
 
     def _take(self, key: tuple[int, int], reply: Reply) -> None:
         self._asked.remove(key)

@@ -88,7 +88,7 @@ class Episode:
         found = self._own.step(turn)
         if not (isinstance(found, tuple) and len(found) == 2 and _is_reply(found[0])):
             raise TypeError(f"step returned {found!r}, not (reply, reward)")
-        if not math.isfinite(found[1]):
+        if not math.isfinite(found[1]):  # TypeError where it is no number
             raise ValueError(f"step returned the reward {found[1]}")
         return found[0], float(found[1])
 

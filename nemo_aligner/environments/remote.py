@@ -4,6 +4,9 @@
     trainer.ppo.rewards.NAME.function=nemo_aligner.environments.remote.score
     "trainer.ppo.rewards.NAME.arguments={url: 'http://judge:8000/score'}"
 
+    trainer.ppo.rewards.NAME.environment=nemo_aligner.environments.remote.Environment
+    "trainer.ppo.rewards.NAME.arguments={url: 'http://games:8000'}"
+
 A service that is not there, or has too much to do, is asked again until the call's ``timeout``. Each process waits for
 one reply: ``workers`` says how many are asked for at once.
 """
@@ -41,6 +44,40 @@ def score(*, url: str, prompt: str, response: str, row: Mapping[str, Any], **_: 
     if not isinstance(reply, dict) or not isinstance(reply.get("reward"), int | float):
         raise ValueError(f'{url} replies {str(reply)[:_LONGEST_BODY]}, and not {{"reward": NUMBER}}')
     return reply["reward"]
+
+
+class Environment:
+    """An environment of several turns that a service has: ``trainer.ppo.rewards.NAME.environment`` names this class.
+
+    POST ``url/reset`` gets {"row", "seed"} and replies {"episode"}, anything that names it. POST ``url/step`` gets
+    {"episode", "number", "turn"} and replies {"reply", "reward"}, the reply being a text, messages or null at the end.
+    A step that is asked again, because its reply was lost, has the number that it had.
+
+    Raises:
+        ValueError: the service replies otherwise.
+    """
+
+    def __init__(self, url: str) -> None:
+        self._url, self._number = url.rstrip("/"), 0
+
+    def reset(self, row: Mapping[str, Any], seed: int) -> None:
+        """Begin an episode."""
+        self._episode = self._ask("reset", {"row": row, "seed": seed}, "episode")[0]
+
+    def step(self, turn: str) -> tuple[Any, float]:
+        """Return the service's reply and reward."""
+        self._number += 1
+        asked = {"episode": self._episode, "number": self._number, "turn": turn}
+        reply, reward = self._ask("step", asked, "reply", "reward")
+        return reply, reward
+
+    def _ask(self, name: str, body: Mapping[str, Any], *keys: str) -> list[Any]:
+        reply = _post(f"{self._url}/{name}", body, {})
+        if not isinstance(reply, dict) or not set(keys) <= reply.keys():
+            raise ValueError(
+                f"{self._url}/{name} replies {str(reply)[:_LONGEST_BODY]}, without {' and '.join(keys)}"
+            )
+        return [reply[key] for key in keys]
 
 
 @dataclass(frozen=True, kw_only=True)

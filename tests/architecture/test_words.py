@@ -64,6 +64,7 @@ KEPT = {
     "_answer_only_loss": "NeMo's setting",
     "tell": "a file's position",
     "spare": "bytes of a disk, in checkpoint/sharded.py",
+    "get_score_answer_fn": "of reasoning-gym",
 }
 OPENINGS = {
     "What": "a noun, or 'Return ...'",

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from nemo_aligner.environments.remote import judge, score
+from nemo_aligner.environments.remote import Environment, judge, score
 
 Replies = list[tuple[int, Any]]
 GIVEN = {"prompt": "2+2?", "response": "4", "tokens": [4], "row": {"id": 7}}
@@ -102,3 +102,30 @@ def test_what_is_no_judge_is_told(service: Callable[..., Any]):
         judge(**GIVEN, url=url, model="a")
     with pytest.raises(TypeError, match="unexpected keyword argument 'mode'"):
         judge(**GIVEN, url=url, model="a", mode="b")
+
+
+def test_a_game_elsewhere_is_played_in_turns(service: Callable[..., Any]):
+    """A step whose reply was lost is asked again under its number."""
+    replies = [
+        (200, {"episode": "a7"}),
+        (200, {"reply": "higher", "reward": 0}),
+        (0, b""),
+        (200, {"reply": None, "reward": 1.5}),
+    ]
+    url, asked = service(replies)
+    game = Environment(url)
+    game.reset({"id": 7}, seed=3)
+    assert (game.step("4"), game.step("5")) == (("higher", 0), (None, 1.5))
+    seen = [{name: one[name] for name in one if name != "key"} for one in asked]
+    steps = [
+        {"path": "/step", "episode": "a7", "number": n, "turn": turn} for n, turn in ((1, "4"), (2, "5"))
+    ]
+    assert seen == [{"path": "/reset", "row": {"id": 7}, "seed": 3}, steps[0], steps[1], steps[1]]
+
+
+def test_a_game_that_replies_otherwise_is_reported(service: Callable[..., Any]):
+    url, _ = service([(200, {"episode": 1}), (200, {"reply": "?"})])
+    game = Environment(url)
+    game.reset({}, seed=0)
+    with pytest.raises(ValueError, match=r"/step replies {'reply': '\?'}, without reply and reward"):
+        game.step("4")
