@@ -16,6 +16,7 @@ from nemo_aligner.paths import PathText
 from nemo_aligner.run.schedule import LoopConfig
 
 _TOO_FEW = ("{key}={value} is less than {range}", "set {key}={range} or more")
+NO_TIME = ("{key}={value}: must be > 0 seconds", "set {key} above 0 seconds")
 _NOT_ONE = ("{key}={value} is not {range}", "set {key}={range}")
 
 
@@ -56,6 +57,32 @@ class JudgeConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class RewardRemoteConfig:
+    """The address of a serve_reward_model.py."""
+
+    name: str = "reward_model"  # the endpoint's name
+    ip: str = "localhost"  # its host
+    port: int = 5555  # its port
+    stop_at_end: bool = False  # ask it to end when this run is finished
+
+
+@dataclass(frozen=True, kw_only=True)
+class TimesConfig:
+    """How long servers are waited for."""
+
+    # seconds to wait for a server to come up
+    start_timeout: float = bounded(6000.0, above=0, message=NO_TIME)
+    # seconds to wait for one that was lost; then this job saves and ends
+    return_timeout: float = bounded(600.0, above=0, message=NO_TIME)
+    reply_timeout: float = bounded(3600.0, above=0, message=NO_TIME)  # seconds to wait for a reply
+
+
+@dataclass(frozen=True, kw_only=True)
+class RewardServerConfig(RewardRemoteConfig, TimesConfig):
+    """The ``server`` block of a reward."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class RewardConfig:
     """A block of ``trainer.ppo.rewards``."""
 
@@ -76,6 +103,8 @@ class RewardConfig:
     workers: int | None = bounded(None, at_least=1)
     # the prompts whose responses it is of, by fields of their rows, as in {source: gsm8k}; {}: all
     rows: dict[str, Any] = field(default_factory=dict[str, Any])
+    # a serve_reward_model.py of its own, beside that of remote_critic_rm
+    server: RewardServerConfig | None = None
     judge: JudgeConfig | None = None  # the policy itself; {} for its defaults
     # the length alone: over the last so many tokens up to length_params.max_length the reward falls from 0 to -1; a
     # float is a share of max_length
@@ -87,7 +116,7 @@ class RewardConfig:
 
     @property
     def is_served(self) -> bool:
-        """True for the reward of a reward model in another job."""
+        """True for the reward of the reward model of ``remote_critic_rm``."""
         return not self.sources
 
     def check(self, block: str) -> None:
@@ -95,6 +124,8 @@ class RewardConfig:
         check_bounds(self, block)
         if self.judge is not None:
             self.judge.check(f"{block}.judge")
+        if self.server is not None:
+            check_bounds(self.server, f"{block}.server")
         if len(self.sources) > 1:
             raise UserError(
                 f"{block} has a {' and a '.join(self.sources)}", fix="give each a name of its own"
@@ -126,7 +157,7 @@ class RewardConfig:
     @property
     def sources(self) -> list[str]:
         """The settings that say where the reward comes from, if it is not served."""
-        names = ("function", "environment", "judge", "overlong_buffer")
+        names = ("function", "environment", "server", "judge", "overlong_buffer")
         return [name for name in names if getattr(self, name) is not None]
 
 
@@ -150,7 +181,7 @@ class PPOConfig(CreditConfig, LoopConfig):
     # with environments, go on with a response as soon as its reply is there; False: once all turns that have ended have
     # theirs, so that a run repeats bit for bit
     async_turns: bool = False
-    # NAME: {function: MODULE.NAME, weight: 1.0}; without a function or a judge the served reward model's, as with {}
+    # NAME: {function: MODULE.NAME, weight: 1.0}; with {} that of the reward model of remote_critic_rm
     rewards: Mapping[str, RewardConfig] = field(default_factory=dict[str, RewardConfig])
 
     @property
@@ -175,9 +206,10 @@ class PPOConfig(CreditConfig, LoopConfig):
         served = [name for name, reward in self.rewards.items() if reward.is_served]
         if len(served) > 1:
             raise UserError(
-                f"{block}.rewards.{served[0]} and {block}.rewards.{served[1]} have no function, and one reward model "
-                "is served",
-                fix=f"set {block}.rewards.{served[1]}.function=MODULE.NAME, or leave the block out",
+                f"{block}.rewards.{served[0]} and {block}.rewards.{served[1]} are both of remote_critic_rm's one "
+                "reward model",
+                fix=f'set "{block}.rewards.{served[1]}.server={{ip: HOST, port: PORT}}" of another '
+                f"serve_reward_model.py, or {block}.rewards.{served[1]}.function=MODULE.NAME, or leave the block out",
             )
 
 

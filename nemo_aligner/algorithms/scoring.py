@@ -23,7 +23,19 @@ from nemo_aligner.run.schedule import limited
 from nemo_aligner.run.stopwatch import Stopwatch
 from nemo_aligner.serving.proxies import CriticProxy, PendingReply, RewardProxy
 
-Reply = PendingReply[tuple[Tensor, Tensor]] | PendingReply[Tensor] | None
+
+@dataclass(frozen=True, kw_only=True)
+class Asked:
+    """The requests to servers that are on their way."""
+
+    critic: PendingReply[tuple[Tensor, Tensor]] | None = None  # (rewards, values)
+    rewards: Mapping[str, PendingReply[Tensor]] = field(default_factory=dict[str, PendingReply[Tensor]])
+
+    @property
+    def seconds(self) -> float:
+        """The longest from asking to a reply, once all are there; 0 without servers, and on other ranks than 0."""
+        every = [*self.rewards.values(), *([] if self.critic is None else [self.critic])]
+        return max((reply.seconds for reply in every), default=0.0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,8 +44,8 @@ class RewardSources:
 
     # gives values, and rewards too where it has a reward model; None: no critic
     critic: CriticProxy | None = None
-    reward: RewardProxy | None = None  # a reward model where there is no critic
-    # by name in trainer.ppo.rewards
+    # all others by name in trainer.ppo.rewards
+    servers: Mapping[str, RewardProxy] = field(default_factory=dict[str, RewardProxy])
     functions: Mapping[str, CalledReward] = field(default_factory=dict[str, CalledReward])
     judges: Mapping[str, Judge] = field(default_factory=dict[str, Judge])
     environments: Environments | None = None  # reward responses while these are generated
@@ -59,7 +71,7 @@ class Scorer:
     policy: AlignableGenerativeInterface
     rollouts: RolloutSettings
     sources: RewardSources
-    served: str | None = "reward_model"  # the served reward's name; None: there is none
+    served: str | None = "reward_model"  # the name of the reward that the critic gives; None: it gives none
     rewards: Mapping[str, RewardConfig] = field(default_factory=dict[str, RewardConfig])
     give_up: Callable[[], bool] = lambda: False  # asked on rank 0 while it waits for a server
     # whether the initial policy is asked; else the policy as it is stands for it
@@ -84,7 +96,7 @@ class Scorer:
             WaitCancelled: it was given up.
         """
         rollout = sampled.rollout
-        asked = self.request_scores(rollout) if given is None else None
+        asked = self.request_scores(rollout) if given is None else Asked()
         with watch("logprobs"):
             own = reference = self._logprobs(self.policy, rollout)
         if self.teacher is not None:
@@ -94,7 +106,7 @@ class Scorer:
             with watch("init_logprobs"), self.policy.as_reference():
                 reference = self._logprobs(self.policy, rollout)
         scores = given or self.collect_scores(asked, sampled, watch)
-        if asked is not None:
+        if asked.critic or asked.rewards:
             watch.note("critic_infer_time", asked.seconds)
         responses = rollout.loss_tokens()
         other = "teacher" if self.teacher is not None else "initial policy"
@@ -131,18 +143,21 @@ class Scorer:
             multiple=self.rollouts.length_multiple,
         )
 
-    def request_scores(self, rollout: Rollout) -> Reply:
-        """Ask the servers for scores while this job works on; None if there is no server.
+    def request_scores(self, rollout: Rollout) -> Asked:
+        """Ask the servers for scores while this job works on.
 
         A rollout is one request: the critic changes to the reward model's weights once for it.
         """
         # Without what rollout_batch_seq_length pads, which remote_critic_rm.pad_to_length may not hold.
         batch, rows = trim_padding(rollout, multiple=1), self.rollouts.config.num_rollout_samples
-        server = self.sources.critic or self.sources.reward
-        return None if server is None else server.score(batch, rows=rows)
+        critic = self.sources.critic
+        return Asked(
+            critic=None if critic is None else critic.score(batch, rows=rows),
+            rewards={name: one.score(batch, rows=rows) for name, one in self.sources.servers.items()},
+        )
 
     def collect_scores(
-        self, asked: Reply, sampled: Sampled, watch: Stopwatch, *, normalizes: bool = True
+        self, asked: Asked, sampled: Sampled, watch: Stopwatch, *, normalizes: bool = True
     ) -> Scores:
         """Collect the scores of reward functions, and of servers that were ``asked``.
 
@@ -173,15 +188,15 @@ class Scorer:
                 buffer = limited(longest, config.overlong_buffer)
                 found[name] = overlong_rewards(rollout.loss_lengths(), longest=longest, buffer=buffer)
         with watch("critic_wait"):
-            replied = None if asked is None else asked.result(give_up=self.give_up)
-        served, values = (
-            replied if isinstance(replied, tuple) else (replied, torch.zeros(rollout.tokens.shape))
-        )
+            served = {name: one.result(give_up=self.give_up) for name, one in asked.rewards.items()}
+            values = torch.zeros(rollout.tokens.shape)
+            if asked.critic is not None:
+                given, values = asked.critic.result(give_up=self.give_up)
+                served |= {} if self.served is None else {self.served: given}
         fix = "look at the critic's loss and at the reward model; with trainer.precision=16 serve them in bf16 or 32"
-        if self.served is not None:
-            assert served is not None, "a served reward has a server"
-            check_finite({"rewards": served}, fix=fix)
-            found[self.served] = served.float()
+        for name, reward in served.items():
+            check_finite({"rewards": reward}, fix=fix)
+            found[name] = reward.float()
         found = self._of_their_rows(found, sampled)
         rewards = torch.zeros(rollout.num_rows)
         if found:

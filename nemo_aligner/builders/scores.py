@@ -10,8 +10,8 @@ from nemo_aligner.algorithms.generation import Score, TextGenerator
 from nemo_aligner.algorithms.ppo_config import RewardConfig
 from nemo_aligner.algorithms.rewards import CalledReward, open_called, score_by_functions
 from nemo_aligner.algorithms.rollout import trim_padding
+from nemo_aligner.builders.connections import connected
 from nemo_aligner.builders.models import Pretrained, require_tokenizer
-from nemo_aligner.builders.reward_sources import connected
 from nemo_aligner.config.generate import GenerateJob
 from nemo_aligner.data.records import RecordFile
 from nemo_aligner.data.rendering import render_prompt

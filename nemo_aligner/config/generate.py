@@ -6,9 +6,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from nemo_aligner.algorithms.ppo_config import RewardRemoteConfig
 from nemo_aligner.bounds import bounded
 from nemo_aligner.config.base import ModelConfig, ModelJob, TrainerConfig
-from nemo_aligner.config.ppo import RewardRemoteConfig
 from nemo_aligner.data.config import unescape
 from nemo_aligner.errors import UserError
 from nemo_aligner.models.gpt.learning_rate import OptimConfig

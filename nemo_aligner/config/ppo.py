@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Literal
 
-from nemo_aligner.algorithms.ppo_config import PPOConfig, RolloutConfig
-from nemo_aligner.bounds import bounded, only
+from nemo_aligner.algorithms.ppo_config import PPOConfig, RewardRemoteConfig, RolloutConfig, TimesConfig
+from nemo_aligner.bounds import only
 from nemo_aligner.config.base import BatchedModelConfig, PretrainedJob, TrainerConfig
 from nemo_aligner.data.config import DataSpecConfig
 from nemo_aligner.data.first_rows import check_prompt_rows
@@ -15,8 +15,6 @@ from nemo_aligner.errors import UserError
 from nemo_aligner.models.gpt.learning_rate import OptimConfig, SchedConfig
 from nemo_aligner.objectives.config import BY_REWARDS, GROUPED, RewardEstimator
 from nemo_aligner.run.experiment import CheckpointCallbackConfig, ExperimentConfig
-
-_NO_TIME = ("{key}={value}: must be > 0 seconds", "set {key} above 0 seconds")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,16 +68,6 @@ class ActorModelConfig(BatchedModelConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class RewardRemoteConfig:
-    """Where a reward model is served: the ``remote_critic_rm.reward_model`` block, and that of generate.py."""
-
-    name: str = "reward_model"  # the endpoint's name
-    ip: str = "localhost"  # its host
-    port: int = 5555  # its port
-    stop_at_end: bool = False  # ask it to end when this run is finished
-
-
-@dataclass(frozen=True, kw_only=True)
 class CriticNamesConfig:
     """The ``remote_critic_rm.critic.name`` block."""
 
@@ -99,18 +87,13 @@ class CriticRemoteConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class RemoteConfig:
+class RemoteConfig(TimesConfig):
     """The ``remote_critic_rm`` block."""
 
     # tokens that requests are padded to; no prompt and response are longer; null: no padding
     pad_to_length: int | None = None
     # both in the critic's job; False: serve_reward_model.py has the reward model
     combine_rm_and_critic_server: bool = True
-    # seconds to wait for a server to come up
-    start_timeout: float = bounded(6000.0, above=0, message=_NO_TIME)
-    # seconds to wait for one that was lost; then this job saves and ends
-    return_timeout: float = bounded(600.0, above=0, message=_NO_TIME)
-    reply_timeout: float = bounded(3600.0, above=0, message=_NO_TIME)  # seconds to wait for a reply
     # where combine_rm_and_critic_server is False
     reward_model: RewardRemoteConfig = field(default_factory=RewardRemoteConfig)
     critic: CriticRemoteConfig = field(default_factory=CriticRemoteConfig)  # serve_ppo_critic.py

@@ -125,9 +125,52 @@ def test_a_served_reward_model_beside_a_function(
             assert line["train_rollouts/rewards"] == pytest.approx(blend, abs=1e-5)
 
 
+def test_several_served_reward_models(
+    alone: Callable, start: Callable, nemo: Path, reward_nemo: Path, tmp_path: Path
+):
+    """One of remote_critic_rm and one of its own, which two rewards ask: all three give the same."""
+    ports = free_ports(2)
+    pair = Pair(folder=tmp_path / "served", start=start, nemo=nemo, reward_nemo=reward_nemo)
+    servers = [pair.serve_reward_model(port) for port in ports]
+    settings = {k: v for k, v in alone("served").items() if k != "remote_critic_rm"} | {
+        "remote_critic_rm.reward_model.ip": "127.0.0.1",
+        "remote_critic_rm.reward_model.port": ports[0],
+        "remote_critic_rm.reward_model.stop_at_end": True,
+        "trainer.ppo.rewards.first.weight": 2,
+        "trainer.ppo.rewards.second.server": f"{{ip: 127.0.0.1, port: {ports[1]}, stop_at_end: True}}",
+        "trainer.ppo.rewards.third.server": f"{{ip: 127.0.0.1, port: {ports[1]}}}",
+        "trainer.ppo.rewards.third.weight": -1,
+        "trainer.ppo.rewards.third.rows": "{wanted: a}",
+        "trainer.ppo.max_steps": 2,
+    }
+    actor = start(settings, command=[ACTOR])
+    assert actor.wait(timeout=LONG) == 0, actor.err[-3000:]
+    for server in servers:
+        assert server.wait(timeout=60) == 0, server.err[-3000:]
+    steps = [line for line in metrics(pair.actor_folder) if "train_optim/loss" in line]
+    assert len(steps) == 2
+    for line in steps:
+        first, second = (line[f"train_rollouts/rewards/{name}"] for name in ("first", "second"))
+        assert first == pytest.approx(second, abs=1e-6)
+    assert any("train_rollouts/rewards/third" in line for line in steps)
+
+
+def test_a_reward_server_that_is_not_there_is_named(alone: Callable, run: Callable):
+    (port,) = free_ports(1)
+    server = f"{{ip: 127.0.0.1, port: {port}, start_timeout: 1}}"
+    job = run(alone("refused", **{"trainer.ppo.rewards.model.server": server}), command=[ACTOR])
+    assert job.process.returncode == 2
+    assert "trainer.ppo.rewards.model.server" in job.err
+    assert "serve_reward_model.py" in job.err
+
+
 @pytest.mark.parametrize(
     ("changed", "words"),
     [
+        (
+            {"trainer.ppo.rewards.model.server.start_timeout": 0},
+            "trainer.ppo.rewards.model.server.start_timeout=0",
+        ),
         ({"trainer.ppo.advantage_estimator": "gae"}, "advantage_estimator=gae asks a critic"),
         ({"model.ppo.num_responses_per_prompt": 1}, "compares responses to one prompt"),
         (

@@ -11,7 +11,7 @@ import torch
 from nemo_aligner.algorithms.ppo_config import RolloutConfig
 from nemo_aligner.algorithms.rollout import RolloutSettings
 from nemo_aligner.algorithms.sampler import Sampled
-from nemo_aligner.algorithms.scoring import RewardSources, Scorer
+from nemo_aligner.algorithms.scoring import Asked, RewardSources, Scorer
 from nemo_aligner.algorithms.skips import NotFinite
 from nemo_aligner.batch import TokenBatch
 from nemo_aligner.models.sampling_config import SamplingConfig
@@ -74,7 +74,7 @@ def test_a_rollout_is_one_request(scorer: Scorer):
     asked = _Asked()
     replace(scorer, sources=RewardSources(critic=CriticProxy(asked))).request_scores(
         rollout().pad_rows(8)
-    ).result()
+    ).critic.result()
     assert asked.rows == [8]
 
 
@@ -92,14 +92,14 @@ def test_a_rollout_that_nothing_ended_is_reported_with_what_would_end_it(
     assert "max_length, now 9" in caplog.text
 
 
-def reply(rewards: list[float], values: torch.Tensor) -> PendingReply[tuple[torch.Tensor, torch.Tensor]]:
+def reply(rewards: list[float], values: torch.Tensor) -> Asked:
     future: Future[tuple[torch.Tensor, torch.Tensor]] = Future()
     future.set_result((torch.tensor(rewards), values))
-    return PendingReply(future)
+    return Asked(critic=PendingReply(future))
 
 
 def test_only_columns_with_tokens_are_sent_and_values_come_back_as_wide_as_the_rollout(scorer: Scorer):
-    rewards, values = scorer.request_scores(rollout()).result()
+    rewards, values = scorer.request_scores(rollout()).critic.result()
     assert rewards.shape == (2,)
     assert values.shape == (2, 4)
     scores = scorer.collect_scores(
