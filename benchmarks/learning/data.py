@@ -63,7 +63,9 @@ def word_game(folder: Path, seed: int) -> None:
                 text += f"{guess}.{reply or ''}"
         games.append({"input": "?", "output": text})
     _write(folder / "games.jsonl", games)
-    _write(folder / "asked.jsonl", ({"prompt": "?", "words": WORDS, "word": word} for word in WORDS))
+    asked = [{"prompt": "?", "words": WORDS, "word": word} for word in WORDS]
+    _write(folder / "asked.jsonl", asked)
+    _write(folder / "validation.jsonl", asked * 16)
     write_base_model([], folder / "base")
 
 

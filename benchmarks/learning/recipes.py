@@ -259,6 +259,38 @@ EXPERIMENTS = {
     "reinforce_plus_plus": _recipe("reinforce_plus_plus", "REINFORCE++"),
     "gspo": _recipe("gspo", "GSPO"),
     "cispo": _recipe("cispo", "CISPO"),
+    "word_game": Experiment(
+        title="A game of several turns",
+        about="A Llama of a million weights that was fine-tuned on games of guesses at random finds one of fifteen "
+        "words in four guesses; each [reply](environments.md) says on which side of the guess it stands in the "
+        "alphabet. Guesses at random find it in 24 % of the games. Validation plays sixteen games of each word.",
+        write_data=data.word_game,
+        jobs=(
+            Job(
+                name="games",
+                command=f"sft model=DATA/base data=DATA/games.jsonl seq_length=32 {_ALWAYS} {_UNSAVED} "
+                + " ".join(word for word in arithmetic.SFT if "max_epochs" not in word)
+                + " trainer.sft.max_epochs=2",
+            ),
+            Job(
+                name="word_game",
+                command="grpo model=GAMES data=DATA/asked.jsonl validation=DATA/validation.jsonl seq_length=32 "
+                f"{_ALWAYS} {_UNSAVED} lr=6e-4 model.optim.sched.warmup_steps=5 model.optim.sched.name=CosineAnnealing "
+                "model.optim.sched.constant_steps=0 model.optim.sched.min_lr=2e-5 batch_size=240 micro_batch_size=240 "
+                "trainer.ppo.initial_policy_kl_penalty=0 trainer.ppo.max_steps=200 trainer.ppo.max_epochs=1000 "
+                "trainer.ppo.val_check_interval=20 trainer.ppo.val_before_train=True model.ppo.entropy_bonus=0.015 "
+                "model.ppo.num_rollout_samples=480 model.ppo.num_responses_per_prompt=32 "
+                "model.ppo.rollout_micro_batch_size=480 model.ppo.num_val_samples=240 "
+                "model.ppo.val_rollout_micro_batch_size=240 max_length=16 "
+                "'model.ppo.sampling_params.end_strings=[\".\"]' "
+                "trainer.ppo.rewards.game.environment=nemo_aligner.environments.word_game.Guess "
+                '\'trainer.ppo.rewards.game.arguments={replies: ["<", ">", "!"]}\' '
+                f"trainer.ppo.rewards.game.max_turns={data.TURNS}",
+            ),
+        ),
+        figures={"val_rollouts/rewards": "share of games that are won"},
+        seeds=3,
+    ),
     "rs": Experiment(
         title="Rejection sampling",
         about=f"{_ABOUT_SUMS} The best of sixteen responses is learned from.",

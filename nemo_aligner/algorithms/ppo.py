@@ -244,7 +244,9 @@ class PPOTrainer:
         metrics |= {f"timers/{name}": value for name, value in timers.items()}
         self.lifecycle.limit.note("step", seconds)
         self.run.log(metrics, step=step)
-        rows = table_rows(found.scored, found.scores.rewards, self.rollouts.decode)
+        rows = table_rows(
+            found.scored, found.scores.rewards, self.rollouts.decode, most=self.config.table_rows
+        )
         self.run.log_rows("train_rollouts", rows, step=step)
         bar.show(step, summary(metrics))
 
@@ -300,7 +302,7 @@ class PPOTrainer:
         )
         seconds = watch.seconds["validation_time"]
         self.run.log(metrics | {"timers/validation_time": seconds}, step=step)
-        rows = table_rows(sampled.rollout, scores.rewards, self.rollouts.decode)
+        rows = table_rows(sampled.rollout, scores.rewards, self.rollouts.decode, most=self.config.table_rows)
         self.run.log_rows("val_rollouts", rows, step=step)
         self.lifecycle.limit.note("validation", seconds)
         self.state = replace(self.state, metrics={monitor_name(name): x for name, x in metrics.items()})

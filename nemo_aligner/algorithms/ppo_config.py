@@ -181,6 +181,7 @@ class PPOConfig(CreditConfig, LoopConfig):
     # with environments, go on with a response as soon as its reply is there; False: once all turns that have ended have
     # theirs, so that a run repeats bit for bit
     async_turns: bool = False
+    table_rows: int = bounded(4, at_least=0)  # responses of each rollout in table_*_rollouts.jsonl
     # NAME: {function: MODULE.NAME, weight: 1.0}; with {} that of the reward model of remote_critic_rm
     rewards: Mapping[str, RewardConfig] = field(default_factory=dict[str, RewardConfig])
 

@@ -13,8 +13,6 @@ from nemo_aligner.objectives.credit import differing
 from nemo_aligner.objectives.reduce import Moments, kl_k3
 from nemo_aligner.rollout_batch import Rollout, ScoredRollout
 
-TABLE_ROWS = 4
-
 
 def rollout_metrics(
     group: str, rollout: Rollout, scores: Scores, *, initial: Sequence[float] = ()
@@ -58,7 +56,7 @@ def win_rate(rewards: Tensor, initial: Sequence[float]) -> dict[str, float]:
 
 
 def table_rows(
-    rollout: Rollout, rewards: Tensor, decode: Callable[[Sequence[int]], str]
+    rollout: Rollout, rewards: Tensor, decode: Callable[[Sequence[int]], str], *, most: int
 ) -> list[dict[str, Any]]:
     """Return the first responses of a rollout, with all that was replied between their turns, for people to read."""
     return [
@@ -67,7 +65,7 @@ def table_rows(
             "response": decode(rollout.conversation(i)),
             "reward": float(rewards[i]),
         }
-        for i in range(min(TABLE_ROWS, rollout.num_rows))
+        for i in range(min(most, rollout.num_rows))
     ]
 
 

@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 from nemo_aligner.bounds import check_bounds, only
 from nemo_aligner.checkpoint.sources import peek_model
 from nemo_aligner.config.resume import Rule
+from nemo_aligner.data.hub import is_dataset
 from nemo_aligner.errors import UserError
 from nemo_aligner.models.gpt.config import GPTConfig, precision_name
 from nemo_aligner.models.gpt.learning_rate import OptimConfig
@@ -151,7 +152,7 @@ class ModelJob:
         given = {"model.peft.restore_from_path": (adapters,)} if adapters else {}
         for setting, paths in (*self.files.items(), *given.items()):
             for path in paths:
-                if not (path and Path(path).exists()):
+                if not (path and (Path(path).exists() or is_dataset(path))):
                     raise UserError(
                         f"{setting}={path} does not exist", fix=f"set {setting} to a path that does"
                     )

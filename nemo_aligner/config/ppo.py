@@ -9,7 +9,7 @@ from typing import Literal
 from nemo_aligner.algorithms.ppo_config import PPOConfig, RewardRemoteConfig, RolloutConfig, TimesConfig
 from nemo_aligner.bounds import only
 from nemo_aligner.config.base import BatchedModelConfig, PretrainedJob, TrainerConfig
-from nemo_aligner.data.config import DataSpecConfig
+from nemo_aligner.data.config import PromptDataConfig
 from nemo_aligner.data.first_rows import check_prompt_rows
 from nemo_aligner.errors import UserError
 from nemo_aligner.models.gpt.learning_rate import OptimConfig, SchedConfig
@@ -63,7 +63,7 @@ class ActorModelConfig(BatchedModelConfig):
     optim: OptimConfig = field(
         default_factory=partial(OptimConfig, lr=9e-7, weight_decay=0.1, sched=SchedConfig(min_lr=9e-8))
     )
-    data: DataSpecConfig  # where prompts come from
+    data: PromptDataConfig  # where prompts come from
     ppo: ActorRolloutConfig = field(default_factory=ActorRolloutConfig)  # rollouts, and the policy's loss
 
 

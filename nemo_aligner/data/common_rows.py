@@ -13,6 +13,7 @@ from typing import Any
 from nemo_aligner.data.dolly import dolly_to_prompt_response, is_dolly
 from nemo_aligner.data.records import text_field
 from nemo_aligner.data.row_files import keys_of, shorten
+from nemo_aligner.data.squad import is_squad, squad_prompt, squad_to_prompt_response
 from nemo_aligner.errors import UserError
 
 _LOG = logging.getLogger(__name__)
@@ -22,7 +23,7 @@ PROMPTS = ("prompt", "question", "problem", "query")  # the keys of a text that 
 _RESPONSES = {
     "prompt": ("completion", "response"),
     "question": ("answer", "response"),
-    "problem": ("solution", "answer"),
+    "problem": ("solution", "answer", "generated_solution"),
     "query": ("response", "answer"),
 }
 # Keys that change what a row means. A row that has one is read by a form that knows it, or refused.
@@ -106,6 +107,10 @@ def _converted(row: JsonRow, keys: Sequence[str], recognised: Recognised) -> Jso
         recognised.say("raw Dolly rows", "examples/nlp/data/dolly/preprocess.py converts them")
         refuse_unread(row, read=("instruction", *_FLAGS), fix=fix)
         return dolly_to_prompt_response(row)
+    if is_squad(row) and not is_plain:
+        recognised.say("SQuAD's rows", "{input, output}, the context in the input")
+        refuse_unread(row, read=_FLAGS, fix=fix)
+        return squad_to_prompt_response(row)
     if "output" in row and row.get("instruction"):
         recognised.say(
             "rows of {instruction, input, output}", "Alpaca's: its instruction and input in its own prompt"
@@ -162,6 +167,10 @@ def prompt_of(row: JsonRow, recognised: Recognised) -> str | Sequence[JsonRow]:
         recognised.say("raw Dolly rows", "examples/nlp/data/dolly/preprocess.py converts them")
         refuse_unread(row, read=("instruction",), fix=fix)
         return dolly_to_prompt_response(row)["input"]
+    if is_squad(row):
+        recognised.say("SQuAD's rows", "{text}, the context in it")
+        refuse_unread(row, read=(), fix=fix)
+        return squad_prompt(row)
     if row.get("instruction"):
         recognised.say("rows of {instruction, input}", "Alpaca's: in its own prompt")
         refuse_unread(row, read=("instruction",), fix=fix)
@@ -244,6 +253,8 @@ def _as_two_turns(row: JsonRow, recognised: Recognised) -> JsonRow:
     if is_dolly(row):
         fields: JsonRow = dolly_to_prompt_response(row)
         form = "{instruction, context, response}"
+    elif is_squad(row):
+        fields, form = squad_to_prompt_response(row), "{context, question, answers}"
     elif row.get("instruction") and "output" in row:
         parts = [text_field(row, "instruction"), "" if row.get("input") is None else text_field(row, "input")]
         fields = {"input": "\n\n".join(part for part in parts if part), "output": row["output"]}

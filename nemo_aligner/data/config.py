@@ -207,6 +207,29 @@ class DataSpecConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class PromptDataConfig(DataSpecConfig):
+    """``model.data`` of a policy that writes."""
+
+    # True: a row's text is a user's turn of the tokenizer's chat template, as rows of messages always are turns
+    chat: bool = False
+    # a text around each row's own, which stands for {prompt} in it; null: none. Rows of messages are left as they are
+    prompt_template: str | None = None
+
+    def __post_init__(self) -> None:
+        DataSpecConfig.__post_init__(self)
+        if self.prompt_template is not None and "{prompt}" not in self.prompt_template:
+            raise UserError(
+                f"model.data.prompt_template={self.prompt_template!r} has no {{prompt}}",
+                fix="write {prompt} where the row's text stands",
+            )
+
+    def wrapped(self, text: str) -> str:
+        """The text of a row in the template."""
+        template = self.prompt_template
+        return text if template is None else unescape(template).replace("{prompt}", text)
+
+
+@dataclass(frozen=True, kw_only=True)
 class PairDataConfig(DataSpecConfig):
     """``model.data`` of a reward model: pairs of responses, or responses with labels."""
 

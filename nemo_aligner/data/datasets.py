@@ -9,8 +9,8 @@ from typing import Any, Generic, TypeVar
 from nemo_aligner.data.chat import PromptTokensLayout, TemplateLayout
 from nemo_aligner.data.config import (
     ChatPromptTokens,
-    DataSpecConfig,
     PairDataConfig,
+    PromptDataConfig,
     SFTDataConfig,
     SFTSplitConfig,
 )
@@ -151,7 +151,7 @@ def open_response_rows(
 
 
 def open_prompt_rows(
-    data: DataSpecConfig, split: Split, tokenizer: Tokenizer, *, max_length: int
+    data: PromptDataConfig, split: Split, tokenizer: Tokenizer, *, max_length: int
 ) -> BlendedDataset:
     """Prompts; one is left out where it has more than ``max_length`` tokens, so that a response has room after it.
 
@@ -160,7 +160,7 @@ def open_prompt_rows(
     """
     encode = TextEncoder(tokenizer=tokenizer, add_bos=data.add_bos, append_eos=False)
     layout = TextLayout(encode=encode, lengths=range(1, max_length + 1), unit="prompts")
-    return _open(split, lambda path: open_prompts(path, tokenizer), layout)
+    return _open(split, lambda path: open_prompts(path, tokenizer, data), layout)
 
 
 def _hint_at_template(path: str, tokenizer: Tokenizer, how: str) -> None:

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
+from nemo_aligner.data.hub import is_dataset, rows_file
 from nemo_aligner.errors import UserError
 
 _BOM = b"\xef\xbb\xbf"
@@ -53,6 +54,8 @@ def map_file(path: Path) -> mmap.mmap | bytes:
         UserError: there is no such file, it cannot be read, or it is in another format.
     """
     try:
+        if is_dataset(path):
+            path = rows_file(path)
         if not path.is_file():
             raise UserError(
                 f"there is no data file {path}", fix="set the path under model.data to a JSONL file"

@@ -14,6 +14,7 @@ from nemo_aligner.data.common_rows import (
     prompt_of,
     refuse_unread,
 )
+from nemo_aligner.data.config import PromptDataConfig
 from nemo_aligner.data.message_rows import render_asked, render_response, split_pair
 from nemo_aligner.data.records import USUAL_REWARDS, RecordFile, Records, TextRow, text_field
 from nemo_aligner.data.row_files import keys_of, shorten
@@ -68,8 +69,8 @@ class LinePairs:
         return self._lines.where(2 * index)
 
 
-def open_prompts(path: str | Path, tokenizer: Tokenizer) -> Records[TextRow]:
-    """The prompts of a file, of whichever form; messages are laid out by the chat template.
+def open_prompts(path: str | Path, tokenizer: Tokenizer, data: PromptDataConfig) -> Records[TextRow]:
+    """The prompts of a file, of whichever form; the chat template lays out messages, and with ``data.chat`` texts.
 
     Raises:
         UserError: the file or a line cannot be read.
@@ -79,7 +80,10 @@ def open_prompts(path: str | Path, tokenizer: Tokenizer) -> Records[TextRow]:
     def read(row: Mapping[str, object]) -> TextRow:
         asked = prompt_of(row, recognised)
         if isinstance(asked, str):
-            return TextRow(prompt=asked, extras=row)
+            text = data.wrapped(asked)
+            if not data.chat:
+                return TextRow(prompt=text, extras=row)
+            asked = [{"role": "user", "content": text}]
         return TextRow(prompt=render_asked(tokenizer, asked, row), rendered=True, extras=row)
 
     return RecordFile(path, read)

@@ -63,17 +63,18 @@ def _words_of(path: Path, kind: type[object]) -> list[str]:
     values: Any = OmegaConf.to_container(config)
     with located(lambda: f"{path}: "):
         refuse_unknown(values, kind)
-    return [f"{key}={_in_hydras_grammar(value)}" for key, value in flat(values).items()]
+    return [f"{key}={in_hydras_grammar(value)}" for key, value in flat(values).items()]
 
 
-def _in_hydras_grammar(value: object) -> str:
+def in_hydras_grammar(value: object) -> str:
+    """A value as Hydra reads it behind KEY=."""
     match value:
         case None:
             return "null"
         case str():
             return quoted(value)
         case list():
-            return f"[{','.join(map(_in_hydras_grammar, value))}]"
+            return f"[{','.join(map(in_hydras_grammar, value))}]"
         case dict():
-            return f"{{{','.join(f'{key}:{_in_hydras_grammar(one)}' for key, one in value.items())}}}"
+            return f"{{{','.join(f'{key}:{in_hydras_grammar(one)}' for key, one in value.items())}}}"
     return str(value)

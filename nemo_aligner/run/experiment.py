@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from io import RawIOBase
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, Self
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 from nemo_aligner.errors import UserError
 from nemo_aligner.paths import PathText
@@ -346,5 +346,5 @@ class Experiment:
             import wandb
 
             columns: list[str | int] = ["step", *rows[0]]
-            content = [[step, *row.values()] for row in rows]
+            content: list[Any] = [[step, *row.values()] for row in rows]
             self._wandb.log({f"table/{table}": wandb.Table(columns=columns, data=content)}, step=step)

@@ -8,7 +8,7 @@ import logging
 import pytest
 from transformers import AutoTokenizer
 
-from nemo_aligner.data.config import DataSpecConfig, PairDataConfig
+from nemo_aligner.data.config import PairDataConfig, PromptDataConfig
 from nemo_aligner.data.datasets import open_prompt_rows
 from nemo_aligner.data.text_rows import open_pairs
 from nemo_aligner.data.tokenizer import load_tokenizer
@@ -135,13 +135,13 @@ def test_identical_pairs_are_left_out_and_counted(jsonl, tokenizer, caplog):
     ],
 )
 def test_prompts_end_with_the_generation_prompt(jsonl, tokenizer, render, row):
-    data = DataSpecConfig(data_prefix=prefix(jsonl(row)))
+    data = PromptDataConfig(data_prefix=prefix(jsonl(row)))
     prompts = open_prompt_rows(data, data.splits.train, tokenizer, max_length=400)
     assert prompts[0].tokens == render(SYSTEM, ASK, add_generation_prompt=True)
 
 
 def test_a_prompt_that_ends_with_the_response_is_refused(jsonl, tokenizer):
-    data = DataSpecConfig(data_prefix=prefix(jsonl({"messages": [ASK, GOOD]})))
+    data = PromptDataConfig(data_prefix=prefix(jsonl({"messages": [ASK, GOOD]})))
     with pytest.raises(UserError, match="line 1: the last message is the assistant's"):
         open_prompt_rows(data, data.splits.train, tokenizer, max_length=400)
 

@@ -8,7 +8,7 @@ from functools import partial
 
 import pytest
 
-from nemo_aligner.data.config import DataSpecConfig, PairDataConfig
+from nemo_aligner.data.config import PairDataConfig, PromptDataConfig
 from nemo_aligner.data.datasets import open_prompt_rows, open_response_rows
 from nemo_aligner.data.row import Row, TokenSequence
 from nemo_aligner.data.text_rows import Labels, ResponseFiles, open_labeled, open_pairs
@@ -202,7 +202,7 @@ def test_a_pair_of_unlike_preferences_names_its_line(jsonl, bpe):
 
 def test_prompts_leave_room_for_a_response(jsonl, llama_like, caplog):
     path = jsonl({"text": "User: camels?\n\nAssistant:", "source": 1}, {"text": "1" * 90}, {"text": "22"})
-    data = DataSpecConfig(data_prefix=by_name(path))
+    data = PromptDataConfig(data_prefix=by_name(path))
     with caplog.at_level(logging.INFO):
         prompts = open_prompt_rows(data, data.splits.train, llama_like, max_length=64)
     text = "User: camels?\n\nAssistant:"
@@ -221,7 +221,7 @@ def test_prompts_leave_room_for_a_response(jsonl, llama_like, caplog):
     [({"txt": "a"}, "line 1: key 'text' is missing"), ({"text": ""}, "line 1: a text has 0 tokens")],
 )
 def test_bad_prompts_name_their_line(jsonl, bpe, row, problem):
-    data = DataSpecConfig(data_prefix=by_name(jsonl(row)))
+    data = PromptDataConfig(data_prefix=by_name(jsonl(row)))
     with pytest.raises(UserError, match=problem):
         open_prompt_rows(data, data.splits.train, bpe, max_length=64)
 

@@ -1,0 +1,40 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Rows of SQuAD, the Stanford Question Answering Dataset, as prompt and response."""
+
+from collections.abc import Mapping
+
+from nemo_aligner.data.records import text_field
+from nemo_aligner.errors import UserError
+
+
+def is_squad(row: Mapping[str, object]) -> bool:
+    """True if a row has SQuAD's fields."""
+    return {"context", "question", "answers"} <= row.keys()
+
+
+def squad_prompt(row: Mapping[str, object]) -> str:
+    """The context and the question of a row.
+
+    >>> squad_prompt({"context": "Ann has a cat.", "question": "Who has it?", "answers": {}})
+    'Context: Ann has a cat. Question: Who has it? Answer:'
+    """
+    return f"Context: {text_field(row, 'context').strip()} Question: {text_field(row, 'question').strip()} Answer:"
+
+
+def squad_to_prompt_response(row: Mapping[str, object]) -> dict[str, str]:
+    """Convert {context, question, answers} to {input, output}, the first of the answers.
+
+    Raises:
+        UserError: a field is missing or of another type, or there is no answer, as in half of SQuAD 2.0.
+
+    >>> squad_to_prompt_response({"context": "a", "question": "b?", "answers": {"text": ["c", "d"]}})
+    {'input': 'Context: a Question: b? Answer:', 'output': 'c'}
+    """
+    answers = row["answers"]
+    texts = answers.get("text") if isinstance(answers, Mapping) else None
+    if not (isinstance(texts, list) and texts and isinstance(texts[0], str)):
+        raise UserError(
+            f"key 'answers' has the value {answers!r}, without a text",
+            fix='write "answers": {"text": ["..."]}, and leave questions without an answer out',
+        )
+    return {"input": squad_prompt(row), "output": texts[0]}
