@@ -47,6 +47,8 @@ setup(
         "wandb": ["wandb>=0.19,<1"],
         "math": ["math-verify>=0.9,<1"],  # rewards by environments.mathematics
         "reasoning": ["reasoning-gym>=0.1.25,<0.2"],  # tasks of environments.reasoning
+        # data sets of the hub; pyarrow 25 wants numpy 2
+        "datasets": ["datasets>=4,<6", "pyarrow>=21,<25"],
         "gpu": ["transformer-engine[pytorch]>=2.6,<3"],
         "quickstart": ["matplotlib>=3.9,<4", "gguf>=0.17,<1"],
         "test": [
@@ -56,6 +58,8 @@ setup(
             "wandb>=0.19,<1",
             "peft>=0.21,<1",
             "math-verify>=0.9,<1",
+            "datasets>=4,<6",
+            "pyarrow>=21,<25",
         ],
         # pyright's nodejs extra is a Node from PyPI, so that type checking needs no other download.
         "dev": [

@@ -18,11 +18,14 @@ _FILES = (".json", ".jsonl", ".gz", ".txt", ".npy", ".bin", ".idx", ".parquet", 
 
 
 def is_dataset(path: str | Path) -> bool:
-    """True for a data set, of the hub or in a folder, and False for a file."""
+    """True for a data set, of the hub or in a folder that has files, and False for a file."""
     if Path(path).is_file():
         return False
     source, _ = _parts(path)
-    return Path(source).is_dir() or bool(_HUB_ID.fullmatch(source) and not source.endswith(_FILES))
+    folder = Path(source)
+    if folder.is_dir():
+        return any(folder.iterdir())
+    return bool(_HUB_ID.fullmatch(source) and not source.endswith(_FILES))
 
 
 def rows_file(path: str | Path) -> Path:

@@ -4,6 +4,7 @@
 from collections.abc import Mapping
 
 from nemo_aligner.data.records import text_field
+from nemo_aligner.data.row_files import shorten
 from nemo_aligner.errors import UserError
 
 
@@ -15,26 +16,23 @@ def is_squad(row: Mapping[str, object]) -> bool:
 def squad_prompt(row: Mapping[str, object]) -> str:
     """The context and the question of a row.
 
-    >>> squad_prompt({"context": "Ann has a cat.", "question": "Who has it?", "answers": {}})
+    >>> squad_prompt({"context": "Ann has a cat.", "question": "Who has it?"})
     'Context: Ann has a cat. Question: Who has it? Answer:'
     """
     return f"Context: {text_field(row, 'context').strip()} Question: {text_field(row, 'question').strip()} Answer:"
 
 
 def squad_to_prompt_response(row: Mapping[str, object]) -> dict[str, str]:
-    """Convert {context, question, answers} to {input, output}, the first of the answers.
+    """Convert ``{context, question, answers}`` to {input, output}, the first text of the last.
 
     Raises:
-        UserError: a field is missing or of another type, or there is no answer, as in half of SQuAD 2.0.
-
-    >>> squad_to_prompt_response({"context": "a", "question": "b?", "answers": {"text": ["c", "d"]}})
-    {'input': 'Context: a Question: b? Answer:', 'output': 'c'}
+        UserError: a field is missing or of another type, or there is no such text, as in a third of SQuAD 2.0.
     """
-    answers = row["answers"]
-    texts = answers.get("text") if isinstance(answers, Mapping) else None
+    given = row["answers"]
+    texts = given.get("text") if isinstance(given, Mapping) else None
     if not (isinstance(texts, list) and texts and isinstance(texts[0], str)):
         raise UserError(
-            f"key 'answers' has the value {answers!r}, without a text",
+            f"key 'answers' has the value {shorten(given)}, without a text",
             fix='write "answers": {"text": ["..."]}, and leave questions without an answer out',
         )
     return {"input": squad_prompt(row), "output": texts[0]}

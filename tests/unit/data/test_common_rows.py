@@ -35,6 +35,7 @@ def read(row, keys=KEYS):
         {"prompt": "1+1", "response": "2", "score": float("nan"), "system": ""},
         {"question": "1+1", "answer": "2"},
         {"problem": "1+1", "solution": "2"},
+        {"problem": "1+1", "generated_solution": "2", "expected_answer": "2", "problem_source": "x"},
         {"instruction": "1+1", "context": "", "response": "2", "category": "x"},
         {"instruction": "", "input": "1+1", "output": "2", "weight": 1.0, "history": []},
         {"instruction": None, "input": "1+1", "output": "2"},
@@ -175,3 +176,28 @@ def test_of_a_prompt_and_its_completion_only_that_is_learned():
 )
 def test_prompts(row):
     assert prompt_of(row, Recognised("x")) in ("1+1", [USER])
+
+
+SQUAD = {
+    "id": "7",
+    "title": "Cats",
+    "context": "Ann has two cats. ",
+    "question": "How many?",
+    "answers": {"text": ["two", "2"], "answer_start": [8, 8]},
+}
+SQUAD_PROMPT = "Context: Ann has two cats. Question: How many? Answer:"
+
+
+def test_squad_asks_with_its_context():
+    recognised = Recognised("x")
+    assert read(SQUAD) == {"input": SQUAD_PROMPT, "output": "two"}
+    assert prompt_of(SQUAD, recognised) == SQUAD_PROMPT
+    turns = messages_row(SQUAD, recognised)["messages"]
+    assert [turn["content"] for turn in turns] == [SQUAD_PROMPT, "two"]
+    assert read(SQUAD, ("context", "question", "answers")) == SQUAD
+
+
+@pytest.mark.parametrize("answers", [{"text": []}, {}, None, ["two"], {"text": "two"}])
+def test_squad_without_an_answer_is_refused(answers: object):
+    with pytest.raises(UserError, match="key 'answers' has the value"):
+        read(SQUAD | {"answers": answers})

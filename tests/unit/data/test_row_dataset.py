@@ -12,6 +12,7 @@ from nemo_aligner.data.config import PairDataConfig, PromptDataConfig
 from nemo_aligner.data.datasets import open_prompt_rows, open_response_rows
 from nemo_aligner.data.row import Row, TokenSequence
 from nemo_aligner.data.text_rows import Labels, ResponseFiles, open_labeled, open_pairs
+from nemo_aligner.data.tokenizer import load_tokenizer
 from nemo_aligner.errors import UserError
 
 
@@ -214,6 +215,20 @@ def test_prompts_leave_room_for_a_response(jsonl, llama_like, caplog):
     )
     assert (len(prompts), prompts.num_dropped) == (2, 1)
     assert "1 of 3 prompts have more than 64 tokens" in caplog.text
+
+
+def test_a_template_stands_around_prompts_and_a_chat_around_both(jsonl, make_hf):
+    template = "<{{ messages[0]['role'] }}>{{ messages[0]['content'] }}|"
+    tokenizer = load_tokenizer("huggingface", make_hf(chat_template=template, eos_token="<|im_end|>"))
+    path = jsonl({"problem": "1 {x}"}, {"messages": [{"role": "user", "content": "2"}]})
+    found = []
+    for chat in (False, True):
+        data = PromptDataConfig(data_prefix=by_name(path), chat=chat, prompt_template=r"Solve.\n{prompt}!")
+        prompts = open_prompt_rows(data, data.splits.train, tokenizer, max_length=64)
+        found.append([prompts[i].text for i in range(2)])
+    assert found == [["Solve.\n1 {x}!", "<user>2|"], ["<user>Solve.\n1 {x}!|", "<user>2|"]]
+    with pytest.raises(UserError, match=r"model\.data\.prompt_template='Solve\.' has no {prompt}"):
+        PromptDataConfig(data_prefix=by_name(path), prompt_template="Solve.")
 
 
 @pytest.mark.parametrize(
