@@ -51,7 +51,7 @@ ifneq ($(shell cat $(STAMP) 2>/dev/null) $(VENV_VERSION),$(TORCH) $(VERSION))
 .PHONY: $(STAMP)
 endif
 
-$(STAMP): setup.py $(CONSTRAINTS)
+$(STAMP): setup.py pyproject.toml $(CONSTRAINTS)
 	@test "$(filter 3.11 3.12,$(VERSION))" || { echo "$(PYTHON) is Python $(VERSION), but the pins are for 3.11 and 3.12."; echo "Fix: install Python 3.11 and run make with PYTHON=python3.11"; exit 1; }
 	@test "$(VENV_VERSION)" = "$(VERSION)" || $(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { echo "$(PYTHON) has no venv module."; echo "Fix: apt-get install python$(VERSION)-venv"; exit 1; }
 	@echo "Installing into $(VENV) (about 1.7 GB with a CPU build of torch; once)"
