@@ -16,6 +16,7 @@ import psutil
 
 from nemo_aligner.launch.stacks import STACKS_SIGNAL, forward_stacks_request
 from nemo_aligner.launch.subprocesses import STARTER_VARIABLE, end, exit_code, settle, stop_signals_handled
+from nemo_aligner.parallel.ranks import Ranks
 from nemo_aligner.run.stop import Terminated
 from nemo_aligner.serving.cleanup import OWNER, mark_owner, owner_lives
 
@@ -23,10 +24,15 @@ FOLDER_PREFIX = "nemo_aligner_ranks_"
 GRACE_SECONDS = 4.0  # for ranks to end by themselves after one has failed, or after a signal
 
 
-def start_ranks(count: int) -> int:
+def start_ranks(count: int, *, node: Ranks | None = None) -> int:
     """Run the command of this process once per rank, and wait.
 
     The ranks meet in a file of a temporary folder, so no port is chosen; their own temporary files go there too.
+
+    Args:
+        count: of ranks on this machine.
+        node: this process among others, each of which starts as many; their ranks meet where it says. None: it is
+            alone.
 
     SIGTERM, SIGUSR1 and SIGINT are handed on: a rank that trains saves first, so their end is waited for. SIGHUP, and a
     SIGTERM or SIGINT after another signal, end the ranks within seconds. SIGUSR2 has each rank write its stacks.
@@ -44,7 +50,7 @@ def start_ranks(count: int) -> int:
             for rank in range(count):
                 # A session of its own: Ctrl-C reaches this process alone, which then hands it on.
                 command = [sys.executable, *sys.orig_argv[1:]]
-                env = os.environ | _place(rank, count, folder)
+                env = os.environ | _place(rank, count, folder, node)
                 ranks.append(subprocess.Popen(command, env=env, start_new_session=True))
             names = [(f"rank {rank}", process) for rank, process in enumerate(ranks)]
             signal.signal(STACKS_SIGNAL, forward_stacks_request(names))
@@ -81,13 +87,15 @@ def _temporary_folder(process: psutil.Process) -> str:
         return ""
 
 
-def _place(rank: int, count: int, folder: Path) -> dict[str, str]:
+def _place(rank: int, count: int, folder: Path, node: Ranks | None) -> dict[str, str]:
     """The environment from which a rank knows its place."""
+    before, nodes = (0, 1) if node is None else (node.rank * count, node.world_size)
     return {
-        "RANK": str(rank),
+        "RANK": str(before + rank),
         "LOCAL_RANK": str(rank),
-        "WORLD_SIZE": str(count),
-        "NEMO_ALIGNER_INIT_METHOD": f"file://{folder}/ranks",
+        "WORLD_SIZE": str(nodes * count),
+        "LOCAL_WORLD_SIZE": str(count),
+        "NEMO_ALIGNER_INIT_METHOD": f"file://{folder}/ranks" if node is None else node.init_method,
         STARTER_VARIABLE: str(os.getpid()),
         "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS") or str(max(1, (os.cpu_count() or 1) // count)),
         "TMPDIR": str(folder),

@@ -168,13 +168,22 @@ def _run(config: DictConfig, script: Script[J], ranks: Ranks | None) -> None:
         os._exit(code)
 
 
+def _starts_on_its_node(job: ModelJob, ranks: Ranks | None) -> bool:
+    """True for srun's only task on each of several nodes, which starts the node's ranks: --ntasks-per-node=1."""
+    nodes, devices = job.trainer.num_nodes, job.trainer.devices
+    if ranks is None or ranks.starter != "srun" or ranks.local_size != 1:
+        return False
+    return devices > 1 and nodes > 1 and ranks.world_size == nodes
+
+
 def _start(config: DictConfig, script: Script[J], ranks: Ranks | None) -> int:
     """Settings first, before torch and Megatron are imported: a mistake there is reported at once."""
     from nemo_aligner.settings import parse
 
     try:
         job = parse(config, script.kind)
-        job.check(ranks.world_size if ranks else None)
+        starts = _starts_on_its_node(job, ranks)
+        job.check(ranks.world_size if ranks and not starts else None)
         if ranks is None:
             job.check_paths()
             if job.trainer.num_nodes > 1:
@@ -188,9 +197,9 @@ def _start(config: DictConfig, script: Script[J], ranks: Ranks | None) -> int:
         if speaks(ranks):
             sys.stderr.write(f"error: {error}\n")
         return USER_ERROR_CODE
-    if ranks is None and job.trainer.devices > 1:
+    if starts or (ranks is None and job.trainer.devices > 1):
         gc.enable()
-        return local.start_ranks(job.trainer.devices)
+        return local.start_ranks(job.trainer.devices, node=ranks)
     instructions = amx.decide()
     if speaks(ranks):
         # Torch takes seconds, and a person should not wait for a sign of life.

@@ -110,7 +110,7 @@ def discover(env: Mapping[str, str] = os.environ) -> Ranks | None:
             rank=int(env["RANK"]),
             world_size=int(env["WORLD_SIZE"]),
             local_rank=int(env["LOCAL_RANK"]),
-            local_size=int(env["WORLD_SIZE"]),
+            local_size=int(env["LOCAL_WORLD_SIZE"]),
             init_method=env["NEMO_ALIGNER_INIT_METHOD"],
             starter="local",
         )

@@ -215,6 +215,38 @@ def test_the_llama_path_from_hugging_face_to_the_slurm_command(
     assert (results / "checkpoints/megatron_gpt_sft.nemo").is_file()
 
 
+def test_the_one_task_of_each_node_starts_its_ranks(
+    start: Callable, run: Callable, settings: dict[str, object], tmp_path: Path
+):
+    """As srun --ntasks-per-node=1 of seed 001; two nodes are one here."""
+    settings = settings | {
+        "model.data.train_ds.micro_batch_size": 2,
+        "model.data.validation_ds.micro_batch_size": 1,
+    }
+    asked = settings | {"trainer.num_nodes": 2, "trainer.devices": 2}
+    step = {
+        "SLURM_JOB_ID": str(os.getpid()),
+        "SLURM_STEP_ID": "1",
+        "SLURM_STEP_NODELIST": "127.0.0.1",
+        "SLURM_STEP_NUM_TASKS": "2",
+        "SLURM_STEP_TASKS_PER_NODE": "1(x2)",
+        "SLURM_LOCALID": "0",
+    }
+    tasks = [start(asked, env=step | {"SLURM_PROCID": str(i)}) for i in range(2)]
+    assert [task.wait() for task in tasks] == [0, 0], tasks[0].err + tasks[1].err
+    assert "4 rank(s)" in tasks[0].err
+    assert "step 1/3" not in tasks[1].err, "one rank speaks"
+    alone = run(settings | {"trainer.devices": 4, "exp_manager.explicit_log_dir": tmp_path / "alone"})
+    assert alone.wait() == 0, alone.err
+    folders = tmp_path / "run", tmp_path / "alone"
+    losses = [
+        [line["train/loss"] for line in lines(folder / "metrics.jsonl") if "train/loss" in line]
+        for folder in folders
+    ]
+    assert len(losses[0]) == 3
+    assert losses[0] == losses[1]
+
+
 def test_ranks_that_torchrun_made_are_joined(run: Callable, settings: dict[str, object], tmp_path: Path):
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     job = run(settings | {"trainer.devices": 2}, command=[*torchrun, GPT / "train_gpt_sft.py"])

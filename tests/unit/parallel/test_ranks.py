@@ -45,7 +45,12 @@ def test_torchrun():
 
 
 def test_our_own_starter_comes_first():
-    own = {"NEMO_ALIGNER_INIT_METHOD": "file:///tmp/meet", "RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1"}
+    own = {
+        "NEMO_ALIGNER_INIT_METHOD": "file:///tmp/meet",
+        "RANK": "1",
+        "WORLD_SIZE": "2",
+        "LOCAL_RANK": "1",
+    } | {"LOCAL_WORLD_SIZE": "2"}
     assert discover(TORCHRUN | own) == Ranks(
         rank=1, world_size=2, local_rank=1, local_size=2, init_method="file:///tmp/meet", starter="local"
     )
