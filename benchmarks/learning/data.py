@@ -17,25 +17,9 @@ from examples.quickstart.arithmetic import write_rows
 from examples.quickstart.base_model import write_base_model
 from nemo_aligner.environments.word_game import Guess
 
-WORDS = [
-    "ant",
-    "bee",
-    "cat",
-    "cow",
-    "dog",
-    "elk",
-    "fly",
-    "fox",
-    "gnu",
-    "hen",
-    "owl",
-    "pig",
-    "ram",
-    "rat",
-    "yak",
-]
+WORDS = ["ant", "cat", "dog", "fox", "hen", "owl", "pig"]
 REPLIES = ("<", ">", "!")
-TURNS = 4  # so many guesses find any of the words
+TURNS = 3  # so many guesses find any of the words
 GAMES = 20_000
 MOST_CHARACTERS = 600  # of prompt and response together: about 150 tokens
 VALIDATION_ROWS = 128
@@ -65,7 +49,7 @@ def word_game(folder: Path, seed: int) -> None:
     _write(folder / "games.jsonl", games)
     asked = [{"prompt": "?", "words": WORDS, "word": word} for word in WORDS]
     _write(folder / "asked.jsonl", asked)
-    _write(folder / "validation.jsonl", asked * 16)
+    _write(folder / "validation.jsonl", asked * 32)
     write_base_model([], folder / "base")
 
 

@@ -261,9 +261,10 @@ EXPERIMENTS = {
     "cispo": _recipe("cispo", "CISPO"),
     "word_game": Experiment(
         title="A game of several turns",
-        about="A Llama of a million weights that was fine-tuned on games of guesses at random finds one of fifteen "
-        "words in four guesses; each [reply](environments.md) says on which side of the guess it stands in the "
-        "alphabet. Guesses at random find it in 24 % of the games. Validation plays sixteen games of each word.",
+        about="A Llama of a million weights that was fine-tuned on games of guesses at random finds one of seven "
+        "words in three guesses; each [reply](environments.md) says on which side of the guess it stands in the "
+        "alphabet. Guesses at random find it in 37 % of the games, halving the list in all. Validation plays 32 games of "
+        "each word.",
         write_data=data.word_game,
         jobs=(
             Job(
@@ -276,12 +277,12 @@ EXPERIMENTS = {
                 name="word_game",
                 command="grpo model=GAMES data=DATA/asked.jsonl validation=DATA/validation.jsonl seq_length=32 "
                 f"{_ALWAYS} {_UNSAVED} lr=6e-4 model.optim.sched.warmup_steps=5 model.optim.sched.name=CosineAnnealing "
-                "model.optim.sched.constant_steps=0 model.optim.sched.min_lr=2e-5 batch_size=240 micro_batch_size=240 "
-                "trainer.ppo.initial_policy_kl_penalty=0 trainer.ppo.max_steps=200 trainer.ppo.max_epochs=1000 "
+                "model.optim.sched.constant_steps=0 model.optim.sched.min_lr=2e-5 batch_size=224 micro_batch_size=224 "
+                "trainer.ppo.initial_policy_kl_penalty=0 trainer.ppo.max_steps=120 trainer.ppo.max_epochs=1000 "
                 "trainer.ppo.val_check_interval=20 trainer.ppo.val_before_train=True model.ppo.entropy_bonus=0.015 "
-                "model.ppo.num_rollout_samples=480 model.ppo.num_responses_per_prompt=32 "
-                "model.ppo.rollout_micro_batch_size=480 model.ppo.num_val_samples=240 "
-                "model.ppo.val_rollout_micro_batch_size=240 max_length=16 "
+                "model.ppo.num_rollout_samples=448 model.ppo.num_responses_per_prompt=64 "
+                "model.ppo.rollout_micro_batch_size=448 model.ppo.num_val_samples=224 "
+                "model.ppo.val_rollout_micro_batch_size=224 max_length=12 "
                 "'model.ppo.sampling_params.end_strings=[\".\"]' "
                 "trainer.ppo.rewards.game.environment=nemo_aligner.environments.word_game.Guess "
                 '\'trainer.ppo.rewards.game.arguments={replies: ["<", ">", "!"]}\' '
