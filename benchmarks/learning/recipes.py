@@ -263,8 +263,8 @@ EXPERIMENTS = {
         title="A game of several turns",
         about="A Llama of a million weights that was fine-tuned on games of guesses at random finds one of seven "
         "words in three guesses; each [reply](environments.md) says on which side of the guess it stands in the "
-        "alphabet. Guesses at random find it in 37 % of the games, halving the list in all. Validation plays 32 games of "
-        "each word.",
+        "alphabet. Guesses at random find it in 37 % of the games, halving the list in all. Validation plays 32 games "
+        "of each word.",
         write_data=data.word_game,
         jobs=(
             Job(

@@ -9,19 +9,19 @@ from string import ascii_letters
 import pytest
 
 from tests.functional.conftest import LAYOUTS, MIXED, ROOT
+from tests.functional.ppo_pair import Pair
 from tests.functional.run_folder import assert_same_learning, metrics
 from tests.functional.test_grpo import assert_close_metrics
 
 GRPO = ROOT / "examples/nlp/gpt/train_gpt_grpo.py"
-PPO = ROOT / "examples/nlp/gpt/train_gpt_ppo_actor.py"
 CODE = """
 import os, time
 
 class Letters:
     '''Replies with the seed and the turn's length; a reward for each letter that is odd, or even; ends by the seed.'''
 
-    def __init__(self, turns=3):
-        self.turns, self.count = turns, 0
+    def __init__(self, turns=3, key="wanted"):
+        self.turns, self.key, self.count = turns, key, 0
 
     def reset(self, row, seed):
         self.row, self.seed = row, seed
@@ -29,7 +29,7 @@ class Letters:
     def step(self, turn):
         self.count += 1
         over = self.count == self.turns or len(turn) % 5 == self.seed % 5
-        reward = sum(ord(letter) % 2 == self.row["wanted"] for letter in turn) / 8
+        reward = sum(ord(letter) % 2 == (self.row[self.key] == 1) for letter in turn) / 8
         return None if over else f" {self.seed % 97} {len(turn)}:", reward
 
 class Bad(Letters):
@@ -204,3 +204,36 @@ def test_a_class_that_is_no_environment_is_refused(settings: Callable, run: Call
     assert job.process.returncode == 2
     assert "trainer.ppo.rewards.game.environment=games.length cannot be imported" in job.err
     assert "an environment has reset(row, seed) and step(turn)" in job.err
+
+
+def test_ppo_with_a_critic_and_a_reward_model_learns_of_turns(
+    settings: Callable, start: Callable, nemo: Path, reward_nemo: Path, tmp_path: Path
+):
+    settings("files")
+    asked = {
+        "trainer.ppo.rewards.game.environment": "games.Letters",
+        "trainer.ppo.rewards.game.arguments": "{key: text}",
+        "trainer.ppo.rewards.model.weight": 0.5,
+        "trainer.ppo.max_steps": 3,
+        "model.ppo.sampling_params.end_strings": f"[{', '.join(map(repr, ascii_letters))}]",
+    }
+    pair = Pair(
+        folder=tmp_path / "pair", start=start, nemo=nemo, reward_nemo=reward_nemo, actor_settings=asked
+    )
+    pair.run()
+    steps = [line for line in metrics(pair.actor_folder) if "train_optim/loss" in line]
+    assert len(steps) == 3
+    for line in steps:
+        game, model = (line[f"train_rollouts/rewards/{name}"] for name in ("game", "model"))
+        assert line["train_rollouts/rewards"] == pytest.approx(game + 0.5 * model, abs=1e-5)
+        assert line["train_rollouts/rewards/game_turns"] > 1
+        assert {"train_critic/loss", "train_rollouts/values_mean"} <= line.keys()
+
+
+def test_dynamic_sampling_asks_the_environment_again(settings: Callable, run: Callable, tmp_path: Path):
+    asked = {"recipe": "dapo", "trainer.ppo.max_sampling_rounds": 3, "trainer.ppo.max_steps": 3}
+    job = run(settings("run", **asked), command=[GRPO])
+    assert job.process.returncode == 0, job.err[-3000:]
+    steps = [line for line in metrics(tmp_path / "run") if "train_optim/loss" in line]
+    assert all(line["train_rollouts/rollout_size"] == 32 for line in steps)
+    assert all(line["train_rollouts/rewards/game_turns"] > 1 for line in steps)
