@@ -77,13 +77,14 @@ class Episodes:
 
     Args:
         environments: of the run.
-        prompts: of this data parallel rank, by number.
+        prompts: by number, those of this data parallel rank at least.
         draw: the rollout's, with which seeds change.
     """
 
     def __init__(self, environments: Environments, prompts: Mapping[int, Row], draw: int) -> None:
         self._environments, self._prompts, self._draw = environments, prompts, draw
         self._episodes: dict[tuple[int, int], _Episode] = {}
+        self._written: set[tuple[int, int]] = set()  # the responses of this data parallel rank
         self._asked: set[tuple[int, int]] = set()  # those whose reply is to come
         self._over: list[tuple[int, int]] = []  # those that nobody replies to
         self._come: dict[tuple[int, int], Sequence[int] | None] = {}
@@ -102,6 +103,7 @@ class Episodes:
     def ended(self, prompt: Prompt, turn: Sequence[int]) -> None:
         """See Turns."""
         key = prompt.number, prompt.sample
+        self._written.add(key)
         name = self._names.get(prompt.number)
         if name is None or self._error is not None:
             self._over.append(key)
@@ -126,6 +128,7 @@ class Episodes:
     def cut(self, prompt: Prompt) -> None:
         """See Turns."""
         key = prompt.number, prompt.sample
+        self._written.add(key)
         if key in self._episodes:
             self._release(key)
 
@@ -219,7 +222,7 @@ class Episodes:
         for row, number in enumerate(map(int, rollout.group)):
             key = number, samples[number]
             samples[number] += 1
-            if (name := self._names.get(number)) is None or self._environments.called[name].pool is None:
+            if (name := self._names.get(number)) is None or key not in self._written:
                 continue
             episode = self._episodes.get(key, _Episode(name, {}))
             found[name][row] = None if episode.lost else episode.reward

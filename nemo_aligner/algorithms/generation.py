@@ -2,6 +2,7 @@
 """Generation without training: for a file of prompts, or for a person at the terminal."""
 
 import contextlib
+import itertools
 import json
 import logging
 import math
@@ -22,7 +23,7 @@ from nemo_aligner.data.records import RecordFile
 from nemo_aligner.data.requests import GenerateRequest, tokens_of
 from nemo_aligner.data.tokenizer import Message, Tokenizer
 from nemo_aligner.errors import UserError, located
-from nemo_aligner.models.alignable_interface import AlignableGenerativeInterface
+from nemo_aligner.models.alignable_interface import AlignableGenerativeInterface, Turns
 from nemo_aligner.models.sampling_config import SamplingConfig
 from nemo_aligner.parallel import collectives, world
 from nemo_aligner.rollout_batch import Prompt, Rollout
@@ -32,9 +33,18 @@ logger = logging.getLogger(__name__)
 
 # ranks that wait for a person hear so often from the one who listens, so no collective times out
 TICK_SECONDS = 10.0
-Score = Callable[[Rollout], Tensor]  # the [N] rewards of responses that every rank has; called by all ranks
 PROMPT_SIGN = "> "
 HELP = "Type to the model; /new starts another conversation, /exit or Ctrl-D ends."
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rewarding:
+    """The source of rewards."""
+
+    score: Callable[
+        [Rollout], Tensor
+    ]  # the [N] rewards of responses that every rank has; called by all ranks
+    turns: Turns | None = None  # replies to the model's turns; None: a response is one
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,28 +63,32 @@ class TextGenerator:
         output: Path,
         *,
         num_samples: int,
-        score: Score | None = None,
+        rewarding: Rewarding | None = None,
         top_n: int | None = None,
     ) -> list[dict[str, Any]]:
         """Generate responses to every request, write a line of JSON for each, in the requests' order, and return them.
 
         Its keys: prompt, answer, finished (False where max_length or the model's positions cut it), logprob (the sum
-        over the response's tokens, of the distribution that they were drawn from), num_tokens; reward.
+        over the response's tokens, of the distribution that they were drawn from), num_tokens; conversation, of several
+        turns; reward.
 
         Args:
             requests: the prompts.
             output: the file to write.
             num_samples: responses to each prompt.
-            score: gives the rewards; None: there are none.
+            rewarding: gives the rewards; None: there are none.
             top_n: of the responses to a prompt, those that are written, by reward; None: all.
 
         Raises:
             UserError: a prompt leaves no room for a response, or its response has no finite log-prob; naming its line.
                 Or there is a response without a reward.
         """
-        every = range(len(requests) * num_samples)
-        mine = every[world.dp_rank() :: world.dp_size()]
-        prompts = [self._prompt(requests, *divmod(i, num_samples)) for i in mine]
+        turns = None if rewarding is None else rewarding.turns
+        every, ranks = range(len(requests) * num_samples), world.dp_size()
+        # An environment is where all responses to a prompt are.
+        each = 1 if turns is None else num_samples
+        shares = [[i for i in every if i // each % ranks == rank] for rank in range(ranks)]
+        prompts = [self._prompt(requests, *divmod(i, num_samples)) for i in shares[world.dp_rank()]]
         bar = ProgressBar(
             total=len(prompts), enabled=world.is_logging_rank(), name="response", unit="response"
         )
@@ -87,18 +101,23 @@ class TextGenerator:
 
         try:
             with world.phase("generation"), world.at_own_pace():
-                rollout = self.policy.generate(prompts, self.sampling, slots=self.slots, watch=watch)
+                rollout = self.policy.generate(
+                    prompts, self.sampling, slots=self.slots, watch=watch, turns=turns
+                )
         finally:
             bar.close()
         rollout = concatenated(collectives.all_gather_objects_dp(rollout))
-        order = [i for rank in range(world.dp_size()) for i in every[rank :: world.dp_size()]]
+        order = list(itertools.chain(*shares))
         rows = dict(zip(order, self._rows(requests, rollout), strict=True))
         for i, row in rows.items():
             if not math.isfinite(row["logprob"]):
                 raise _not_finite(requests.where(i // num_samples))
-        if score is not None:
+        if turns is not None:
+            for row, i in enumerate(order):
+                rows[i]["conversation"] = self.tokenizer.decode(rollout.conversation(row))
+        if rewarding is not None:
             try:
-                rewards = [float(reward) for reward in score(rollout)]
+                rewards = [float(reward) for reward in rewarding.score(rollout)]
             except UserError:
                 _write_rows(output.with_name(f"{output.stem}.without_rewards{output.suffix}"), rows, every)
                 raise

@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """From the settings of generate.py and evaluate.py to what generates, and to what gives a reward to each response."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
 from torch import Tensor
 
-from nemo_aligner.algorithms.generation import Score, TextGenerator
+from nemo_aligner.algorithms.episodes import Environments, Episodes
+from nemo_aligner.algorithms.generation import Rewarding, TextGenerator
 from nemo_aligner.algorithms.ppo_config import RewardConfig
 from nemo_aligner.algorithms.rewards import CalledReward, open_called, score_by_functions
 from nemo_aligner.algorithms.rollout import trim_padding
@@ -44,7 +45,7 @@ def open_score(
     pretrained: Pretrained[GPTPolicy],
     requests: RecordFile[GenerateRequest],
     generator: TextGenerator,
-) -> Iterator[Score | None]:
+) -> Iterator[Rewarding | None]:
     """Yield what gives the rewards, known to work before anything is generated; None where none are asked for.
 
     Raises:
@@ -57,7 +58,18 @@ def open_score(
             )
         }
         with open_called(named, setting="{}") as functions:
-            yield _by_functions(functions, requests, generator)
+            yield Rewarding(score=_by_functions(functions, requests, generator))
+    elif job.reward_environment is not None:
+        config = RewardConfig(
+            environment=job.reward_environment,
+            arguments=job.reward_arguments,
+            timeout=job.reward_timeout,
+            max_turns=job.reward_max_turns,
+        )
+        with open_called(
+            {"reward_environment": config}, setting="{}", at_once=job.batch_size
+        ) as environments:
+            yield _by_environment(environments, job, requests, generator)
     elif job.reward_model is not None:
         address = ServerAddress(
             setting="reward_model",
@@ -77,14 +89,14 @@ def open_score(
             length_settings="sampling.max_length",
         )
         with connected(server, actor, stopped=[server] if server and job.reward_model.stop_at_end else []):
-            yield _by_server(RewardProxy(server), rows=job.batch_size)
+            yield Rewarding(score=_by_server(RewardProxy(server), rows=job.batch_size))
     else:
         yield None
 
 
 def _by_functions(
     functions: Mapping[str, CalledReward], requests: RecordFile[GenerateRequest], generator: TextGenerator
-) -> Score:
+) -> Callable[[Rollout], Tensor]:
     def score(rollout: Rollout) -> Tensor:
         numbers = range(len(requests))[world.dp_rank() :: world.dp_size()]
         prompts = {number: _row(requests[number], generator.tokenizer) for number in numbers}
@@ -105,7 +117,34 @@ def _row(request: GenerateRequest, tokenizer: Tokenizer) -> Row:
     return Row(sequences=(), text=text, extras=request.row)
 
 
-def _by_server(server: RewardProxy, *, rows: int) -> Score:
+def _by_environment(
+    called: Mapping[str, CalledReward],
+    job: GenerateJob,
+    requests: RecordFile[GenerateRequest],
+    generator: TextGenerator,
+) -> Rewarding:
+    environments = Environments(
+        called=called,
+        tokenizer=generator.tokenizer,
+        end_ids=generator.end_ids,
+        end_strings=generator.sampling.end_strings,
+        places=None,
+        seed=job.sampling.seed,
+        block="",
+    )
+    rows = {number: _row(requests[number], generator.tokenizer) for number in range(len(requests))}
+    episodes = Episodes(environments, rows, draw=0)
+
+    def score(rollout: Rollout) -> Tensor:
+        try:
+            return episodes.rewards(rollout).rewards["reward_environment"]
+        except Unwound as failed:
+            raise failed.error from failed
+
+    return Rewarding(score=score, turns=episodes)
+
+
+def _by_server(server: RewardProxy, *, rows: int) -> Callable[[Rollout], Tensor]:
     def score(rollout: Rollout) -> Tensor:
         try:
             return server.score(trim_padding(rollout, multiple=1), rows=rows).result()

@@ -42,9 +42,12 @@ class GenerateJob(ModelJob):
     num_samples: int = bounded(1, at_least=1, message=_NOT_ONE)  # responses to each prompt
     # a Python function, MODULE.NAME, whose reward of each response is written beside it, as in trainer.ppo.rewards
     reward_function: str | None = None
-    # further arguments of it, as in {ground_truth: expected_answer}
+    # or a Python class, MODULE.NAME, that replies to each turn and rewards it; docs/environments.md
+    reward_environment: str | None = None
+    reward_max_turns: int | None = bounded(None, at_least=1)  # turns in it, at most; null: until it ends
+    # further arguments of either, as in {ground_truth: expected_answer}
     reward_arguments: dict[str, Any] = field(default_factory=dict[str, Any])
-    reward_timeout: float = bounded(60.0, above=0)  # seconds of a call of it; then the reward is 0
+    reward_timeout: float = bounded(60.0, above=0)  # seconds of a call; then the reward is 0
     # or the served reward model that gives it, serve_reward_model.py; {} for its defaults
     reward_model: RewardRemoteConfig | None = None
     # of the responses to each prompt, so many of the highest rewards are written, the best first; null: all
@@ -78,25 +81,31 @@ class GenerateJob(ModelJob):
             raise UserError(
                 f"{given} is set and {missing} is not", fix="set both, or neither for a conversation"
             )
-        rewards = self.reward_function is not None, self.reward_model is not None
-        if all(rewards):
+        names = ("reward_function", "reward_environment", "reward_model")
+        rewards = [name for name in names if getattr(self, name) is not None]
+        if len(rewards) > 1:
             raise UserError(
-                "reward_function and reward_model are both set, and a response has one reward",
+                f"{' and '.join(rewards)} are both set, and a response has one reward",
                 fix="set one of them to null",
             )
-        if self.reward_arguments and self.reward_function is None:
+        if self.reward_arguments and rewards not in (["reward_function"], ["reward_environment"]):
             raise UserError(
-                "reward_arguments are of a reward_function, and there is none",
+                "reward_arguments are of a reward_function or a reward_environment, and there is none",
                 fix="set reward_function=MODULE.NAME",
             )
-        if any(rewards) and self.input_file is None:
+        if self.reward_max_turns is not None and self.reward_environment is None:
+            raise UserError(
+                f"reward_max_turns={self.reward_max_turns} has no effect without reward_environment",
+                fix="set reward_environment=MODULE.NAME, or leave it out",
+            )
+        if rewards and self.input_file is None:
             raise UserError(
                 "a reward is asked for, and a conversation at the terminal has none", fix="set input_file"
             )
-        if self.top_n is not None and not any(rewards):
+        if self.top_n is not None and not rewards:
             raise UserError(
                 f"top_n={self.top_n} compares responses by their rewards, and there are none",
-                fix="set reward_function or reward_model",
+                fix="set reward_function, reward_environment or reward_model",
             )
         if self.top_n is not None and self.top_n > self.num_samples:
             raise UserError(
@@ -142,7 +151,7 @@ class EvaluateJob(GenerateJob):
             raise UserError(
                 "an evaluation asks a file of prompts", fix="set input_file=PROMPTS.jsonl and output_file"
             )
-        if self.reward_function is None and self.reward_model is None:
+        if not (self.reward_function or self.reward_environment or self.reward_model):
             raise UserError(
                 "an evaluation needs to know which responses are right",
                 fix="set reward_function, for instance to nemo_aligner.environments.rules.gsm8k",

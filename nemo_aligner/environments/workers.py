@@ -177,7 +177,11 @@ class WorkerPool:
             self._begin_waiting()
 
     def heard(self, *, seconds: float = float("inf")) -> dict[Key, Reply]:
-        """Wait until workers reply or are out of time, ``seconds`` at most: the replies. A lost worker is ended."""
+        """Wait until workers reply or are out of time, ``seconds`` at most: the replies. A lost worker is ended.
+
+        Raises:
+            UserError: the process that starts workers is lost, so that replies mean nothing.
+        """
         found: dict[Key, Reply] = {}
         for worker, reply in self._heard(seconds):
             found[key := self._busy.pop(worker)] = reply
@@ -185,6 +189,8 @@ class WorkerPool:
             if reply.lost:
                 self._end(worker)
                 del self._kept[key]
+                if self._host.poll() is not None:
+                    raise self._without_host(f"it ended with {self._host.returncode}")
         self._begin_waiting()
         return found
 
@@ -225,10 +231,13 @@ class WorkerPool:
                 socket.send_fds(self._control, [host.MESSAGE.pack(host.WORKER)], [theirs.fileno()])
             return Worker(ours, self._seconds)
         except OSError as error:
-            raise UserError(
-                f"{self._name}: the process that starts its workers is lost: {error}",
-                fix="see whether the machine has run out of memory or processes",
-            ) from error
+            raise self._without_host(str(error)) from error
+
+    def _without_host(self, why: str) -> UserError:
+        return UserError(
+            f"{self._name}: the process that starts its workers is lost: {why}",
+            fix="see whether the machine has run out of memory or processes",
+        )
 
     def _end(self, worker: Worker) -> None:
         with contextlib.suppress(OSError):  # of a host that is lost, as starting one will say

@@ -80,3 +80,39 @@ def test_what_cannot_be_evaluated_is_refused(
     job = run(asked | changed, command=(SCRIPT,))
     assert job.process.returncode == 2
     assert problem in job.err
+
+
+def test_an_environment_is_played(asked: dict[str, object], tmp_path: Path, run: Callable):
+    """The rewards are those of its turns, at every layout; each line has the whole conversation."""
+    (tmp_path / "games.py").write_text(
+        "class Echo:\n"
+        "    def reset(self, row, seed):\n"
+        "        self.turns = 0\n"
+        "    def step(self, turn):\n"
+        "        self.turns += 1\n"
+        "        return f' [{len(turn)}] ', 0.25\n"
+    )
+    game = {
+        "reward_function": "null",
+        "reward_arguments": "{}",
+        "reward_environment": "games.Echo",
+        "reward_max_turns": 3,
+        "sampling.max_length": 12,
+        "sampling.end_strings": f"[{', '.join(map(repr, 'abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ'))}]",
+        "right_from": 0.75,
+    }
+    found = []
+    for ranks in (1, 2):
+        out = tmp_path / f"game{ranks}.jsonl"
+        job = run(asked | game | {"output_file": out, "trainer.devices": ranks}, command=(SCRIPT,))
+        assert job.process.returncode == 0, job.err[-3000:]
+        found.append([json.loads(line) for line in out.read_text().splitlines()])
+    assert [row["answer"] for row in found[0]] == [row["answer"] for row in found[1]]
+    assert [row["reward"] for row in found[0]] == [row["reward"] for row in found[1]]
+    for row in found[0]:
+        replies = row["conversation"].count("] ")
+        assert row["reward"] / 0.25 in (replies, replies + 1), (
+            "the turn of the last token has no room for a reply"
+        )
+        assert not row["finished"] or row["reward"] == 0.75
+    assert {0.5, 0.75} <= {row["reward"] for row in found[0]}

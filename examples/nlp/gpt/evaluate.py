@@ -31,9 +31,9 @@ def main(job: EvaluateJob) -> None:
     requests = open_requests(job.input_file)
     pretrained = builders.load_policy(job)
     generator = text_generator(job, pretrained)
-    with open_score(job, pretrained, requests, generator) as score:
+    with open_score(job, pretrained, requests, generator) as rewarding:
         rows = generator.generate_file(
-            requests, Path(job.output_file), num_samples=job.num_samples, score=score
+            requests, Path(job.output_file), num_samples=job.num_samples, rewarding=rewarding
         )
     groups = [rows[i : i + job.num_samples] for i in range(0, len(rows), job.num_samples)]
     found = evaluate(

@@ -26,9 +26,9 @@ def main(job: GenerateJob) -> None:
     if requests is None or job.output_file is None:
         generator.converse()
         return
-    with open_score(job, pretrained, requests, generator) as score:
+    with open_score(job, pretrained, requests, generator) as rewarding:
         generator.generate_file(
-            requests, Path(job.output_file), num_samples=job.num_samples, score=score, top_n=job.top_n
+            requests, Path(job.output_file), num_samples=job.num_samples, rewarding=rewarding, top_n=job.top_n
         )
 
 
