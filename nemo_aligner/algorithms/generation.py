@@ -89,24 +89,7 @@ class TextGenerator:
         each = 1 if turns is None else num_samples
         shares = [[i for i in every if i // each % ranks == rank] for rank in range(ranks)]
         prompts = [self._prompt(requests, *divmod(i, num_samples)) for i in shares[world.dp_rank()]]
-        bar = ProgressBar(
-            total=len(prompts), enabled=world.is_logging_rank(), name="response", unit="response"
-        )
-        began, written = time.monotonic(), 0
-
-        def watch(ended: int, tokens: Sequence[int]) -> None:
-            nonlocal written
-            written += len(tokens)
-            bar.show(ended, f"{written / (time.monotonic() - began):.0f} tokens/s")
-
-        try:
-            with world.phase("generation"), world.at_own_pace():
-                rollout = self.policy.generate(
-                    prompts, self.sampling, slots=self.slots, watch=watch, turns=turns
-                )
-        finally:
-            bar.close()
-        rollout = concatenated(collectives.all_gather_objects_dp(rollout))
+        rollout = concatenated(collectives.all_gather_objects_dp(self._generate(prompts, turns)))
         order = list(itertools.chain(*shares))
         rows = dict(zip(order, self._rows(requests, rollout), strict=True))
         for i, row in rows.items():
@@ -126,6 +109,26 @@ class TextGenerator:
         chosen = every if top_n is None else _best(rows, num_samples=num_samples, top_n=top_n)
         _write_rows(output, rows, chosen)
         return [rows[i] for i in chosen]
+
+    def _generate(self, prompts: Sequence[Prompt], turns: Turns | None) -> Rollout:
+        """This data parallel rank's responses; a bar says how many have ended."""
+        bar = ProgressBar(
+            total=len(prompts), enabled=world.is_logging_rank(), name="response", unit="response"
+        )
+        began, written = time.monotonic(), 0
+
+        def watch(ended: int, tokens: Sequence[int]) -> None:
+            nonlocal written
+            written += len(tokens)
+            bar.show(ended, f"{written / (time.monotonic() - began):.0f} tokens/s")
+
+        try:
+            with world.phase("generation"), world.at_own_pace():
+                return self.policy.generate(
+                    prompts, self.sampling, slots=self.slots, watch=watch, turns=turns
+                )
+        finally:
+            bar.close()
 
     def _prompt(self, requests: RecordFile[GenerateRequest], number: int, sample: int) -> Prompt:
         with located(lambda: f"{requests.where(number)}: "):

@@ -204,6 +204,12 @@ class PPOConfig(CreditConfig, LoopConfig):
             )
         for name, reward in self.rewards.items():
             reward.check(f"{block}.rewards.{name}")
+            for metric in (f"{name}_lost", f"{name}_turns"):
+                if metric in self.rewards and reward.called is not None:
+                    raise UserError(
+                        f"{block}.rewards.{metric} has the name of a metric of {block}.rewards.{name}",
+                        fix=f"give {metric} another name",
+                    )
         served = [name for name, reward in self.rewards.items() if reward.is_served]
         if len(served) > 1:
             raise UserError(

@@ -43,7 +43,7 @@ class NamedRewards:
     # [N] float32; NaN where a response has no such reward, as RewardConfig.rows has it
     rewards: Mapping[str, Tensor] = field(default_factory=dict[str, Tensor])
     # [N] float32 each, which are only reported: as NAME_lost, 1 where the call was out of time or its process crashed,
-    # so that the reward is the lost_reward; as NAME_turns, the policy's turns in an environment
+    # so that the reward is the lost_reward; as NAME_turns, the policy's turns in an environment. NaN as of rewards
     reported: Mapping[str, Tensor] = field(default_factory=dict[str, Tensor])
 
 
@@ -149,7 +149,9 @@ def gather_rewards(
         every = [found.get(row, math.nan) for row in range(num_rows)]
         missing = one.config.lost_reward
         rewards[name] = torch.tensor([missing if reward is None else reward for reward in every])
-        lost[f"{name}_lost"] = torch.tensor([float(reward is None) for reward in every])
+        lost[f"{name}_lost"] = torch.tensor(
+            [float(found[row] is None) if row in found else math.nan for row in range(num_rows)]
+        )
     return NamedRewards(rewards=rewards, reported=lost)
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from nemo_aligner.algorithms.rollout import text_of_turn
 from nemo_aligner.data.replies import reply_tokens
 from nemo_aligner.data.tokenizer import Message, Tokenizer
+from nemo_aligner.errors import UserError
 from nemo_aligner.rollout_batch import Prompt
 
 Reply = Callable[[int, int, str], str | Sequence[Message] | None]
@@ -47,6 +48,16 @@ class Replies:
 
 
 def tokens_of_reply(tokenizer: Tokenizer, said: str | Sequence[Message], *, turn: Sequence[int]) -> list[int]:
-    """The tokens that follow a turn of the model's: of messages, or of a user's text; see :func:`reply_tokens`."""
+    """The tokens that follow a turn of the model's: of messages, or of a user's text; see :func:`reply_tokens`.
+
+    Raises:
+        UserError: there are none, so that two turns would be one; or as of :func:`reply_tokens`.
+    """
     messages: Sequence[Message] = [{"role": "user", "content": said}] if isinstance(said, str) else said
-    return reply_tokens(tokenizer, messages, turn=turn)
+    tokens = reply_tokens(tokenizer, messages, turn=turn)
+    if not tokens:
+        raise UserError(
+            f"the reply {said!r} has no tokens",
+            fix="reply with a text, or with None where the conversation ends",
+        )
+    return tokens

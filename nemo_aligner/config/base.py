@@ -152,7 +152,7 @@ class ModelJob:
         given = {"model.peft.restore_from_path": (adapters,)} if adapters else {}
         for setting, paths in (*self.files.items(), *given.items()):
             for path in paths:
-                if not (path and (Path(path).exists() or is_dataset(path))):
+                if not (path and (Path(path).exists() or (setting in self.files and is_dataset(path)))):
                     raise UserError(
                         f"{setting}={path} does not exist", fix=f"set {setting} to a path that does"
                     )

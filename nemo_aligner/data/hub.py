@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Data sets of the Hugging Face hub, or folders of them, as files of JSON lines; needs ``nemo-aligner[datasets]``.
 
-A name is OWNER/NAME or a folder, with :SPLIT behind it where the split is not "train". The rows are written once, into
-the hub's cache, and mapped from there as any file is.
+A name is OWNER/NAME or a folder, with :SPLIT behind it where the split is not "train", or :CONFIGURATION:SPLIT. The
+rows are written once, into the hub's cache, and mapped from there as any file is.
 """
 
 import hashlib
@@ -13,8 +13,12 @@ from pathlib import Path
 from nemo_aligner.errors import UserError, report_damage
 
 _NAME = re.compile(r"(?P<source>.+?)(?::(?P<split>[\w.\[\]%:-]+))?")
+_SPLIT = re.compile(r"(?:(?P<configuration>[\w.-]+):)?(?P<part>.*)")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-_FILES = (".json", ".jsonl", ".gz", ".txt", ".npy", ".bin", ".idx", ".parquet", ".csv")
+_FILES = (
+    ".json", ".jsonl", ".gz", ".zst", ".xz", ".bz2", ".zip", ".txt", ".npy", ".bin", ".idx", ".parquet", ".csv", ".tsv",
+    ".nemo", ".gguf", ".safetensors", ".yaml", ".pt",
+)  # fmt: skip
 
 
 def is_dataset(path: str | Path) -> bool:
@@ -73,9 +77,11 @@ def _write(folder: Path, split: str, target: Path, name: str) -> None:
         ) from error
     with report_damage(
         f"{name} cannot be read as a data set",
-        fix="name a split that it has, OWNER/NAME:SPLIT, or one of its files",
+        fix="name a split that it has, OWNER/NAME:SPLIT, or OWNER/NAME:CONFIGURATION:SPLIT, or one of its files",
     ):
-        rows = datasets.load_dataset(str(folder), split=split)
+        found = _SPLIT.fullmatch(split)
+        assert found is not None, split
+        rows = datasets.load_dataset(str(folder), found["configuration"], split=found["part"])
     target.parent.mkdir(parents=True, exist_ok=True)
     fresh = target.with_suffix(f".{os.getpid()}.tmp")
     rows.to_json(fresh, force_ascii=False)

@@ -76,6 +76,11 @@ def open_prompts(path: str | Path, tokenizer: Tokenizer, data: PromptDataConfig)
         UserError: the file or a line cannot be read.
     """
     recognised = Recognised(path)
+    if data.chat and tokenizer.chat_template is None:
+        raise UserError(
+            "model.data.chat=True, and the tokenizer has no chat template",
+            fix="set model.data.chat=False, or take a model that was fine-tuned for chats",
+        )
 
     def read(row: Mapping[str, object]) -> TextRow:
         asked = prompt_of(row, recognised)

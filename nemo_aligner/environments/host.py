@@ -8,6 +8,7 @@ bytes: 0, with the descriptor of a worker's socket, asks for a worker; the numbe
 the socket closes, all end.
 """
 
+import ctypes
 import faulthandler
 import importlib
 import json
@@ -90,7 +91,16 @@ class Episode:
             raise TypeError(f"step returned {found!r}, not (reply, reward)")
         if not math.isfinite(found[1]):  # TypeError where it is no number
             raise ValueError(f"step returned the reward {found[1]}")
-        return found[0], float(found[1])
+        return _readable(found[0]), float(found[1])
+
+
+def _readable(said: Any) -> Any:  # noqa: ANN401 - of JSON
+    """The reply without halves of surrogate pairs, which no tokenizer reads; a policy may have written some."""
+    if isinstance(said, str):
+        return said.encode("utf-8", "replace").decode("utf-8")
+    if isinstance(said, list):
+        return [_readable(one) for one in said]
+    return {name: _readable(one) for name, one in said.items()} if isinstance(said, dict) else said
 
 
 def _is_reply(said: object) -> bool:
@@ -104,8 +114,10 @@ def _serve(control: socket.socket, target: Callable[..., Any], memory: int | Non
     workers: set[int] = set()
     while True:
         ready = select.select([control], [], [], _POLL_SECONDS)[0]
-        while workers and (ended := os.waitpid(-1, os.WNOHANG)[0]):
-            workers.discard(ended)
+        while workers and (ended := os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)):
+            _kill(ended.si_pid)  # what it has started is still there
+            os.waitpid(ended.si_pid, 0)
+            workers.discard(ended.si_pid)
         if not ready:
             continue
         message, descriptors, _, _ = socket.recv_fds(control, MESSAGE.size, 1)
@@ -141,6 +153,7 @@ def _work(calls: socket.socket, target: Callable[..., Any]) -> NoReturn:
     """Call ``target`` as often as a line of JSON comes, with its keywords; a line replies."""
     try:
         os.setpgid(0, 0)
+        _end_with_parent()
         calls.sendall(_encoded({"worker": os.getpid()}))
         for line in calls.makefile("r", encoding="utf-8"):
             try:
@@ -150,6 +163,12 @@ def _work(calls: socket.socket, target: Callable[..., Any]) -> NoReturn:
             calls.sendall(reply)
     finally:
         os._exit(0)
+
+
+def _end_with_parent() -> None:
+    """Have Linux kill this process when the host is lost, which would have done it."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
 
 
 def _described(error: BaseException) -> str:

@@ -69,7 +69,7 @@ class Tools:
         try:
             call = json.loads(text)
             name, arguments = call["name"], call.get("arguments", call.get("parameters", {}))
-        except (ValueError, TypeError, KeyError, AttributeError):
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
             return 'error: a call is a JSON object, {"name": ..., "arguments": {...}}'
         function: Callable[..., object] | None = self._functions.get(str(name))
         if function is None:
@@ -81,7 +81,7 @@ class Tools:
         return found if isinstance(found, str) else repr(found)
 
 
-def python(code: str, *, seconds: float = 10.0, memory_mb: int = 512) -> str:
-    """Return what a Python program prints, and why it failed if it did; it runs in the sandbox."""
-    found = sandbox.run(code, limits=sandbox.Limits(seconds=seconds, memory=memory_mb << 20))
+def python(code: str) -> str:
+    """Return what a Python program prints, and why it failed if it did; it runs in the sandbox, in its usual limits."""
+    found = sandbox.run(code, limits=sandbox.Limits())
     return "\n".join(filter(None, (found.output.rstrip("\n"), found.problem)))

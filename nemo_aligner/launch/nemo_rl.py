@@ -6,6 +6,7 @@ A file of settings, examples/configs/*.yaml or what ``--config`` names, and KEY=
 
 import difflib
 import shlex
+import string
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -144,15 +145,25 @@ def _prompt_file(value: Any, _: Mapping[str, Any]) -> Ours:  # noqa: ANN401
     if not path.is_file():
         raise UserError(f"data.prompt_file={value}: there is no such file", fix="name a text with {} in it")
     text = path.read_text(encoding="utf-8")
-    if text.count("{}") != 1:
+    try:
+        fields = [name for _, name, _, _ in string.Formatter().parse(text) if name is not None]
+    except ValueError:
+        fields = []
+    if fields != [""]:
         raise UserError(
-            f"{value} has {text.count('{}')} places {{}} for a problem", fix="write one {} into it"
+            f"{value} has not one {{}} for a problem",
+            fix="write {} where it stands, and {{ or }} for a brace",
         )
-    return {"model.data.prompt_template": text.replace("{}", "{prompt}").rstrip("\n")}
+    return {"model.data.prompt_template": text.format("{prompt}").rstrip("\n")}
 
 
 def _group(value: Any, given: Mapping[str, Any]) -> Ours:  # noqa: ANN401
-    return {"model.ppo.num_rollout_samples": value * given["grpo.num_generations_per_prompt"]}
+    each = given["grpo.num_generations_per_prompt"]
+    if not (isinstance(value, int) and isinstance(each, int)):
+        raise TypeError(
+            "both grpo.num_prompts_per_step and grpo.num_generations_per_prompt are whole numbers"
+        )
+    return {"model.ppo.num_rollout_samples": value * each}
 
 
 def _normalize(value: Any, given: Mapping[str, Any]) -> Ours:  # noqa: ANN401
@@ -276,8 +287,14 @@ def ours(command: Command, words: Sequence[str], folder: Path) -> list[str]:
             if value is not None:
                 found[command.keys[key]] = value
         elif key in command.rules:
-            found |= command.rules[key](value, given)
-        elif not key.startswith(_NO_EFFECT):
+            try:
+                found |= command.rules[key](value, given)
+            except (TypeError, KeyError) as error:
+                raise UserError(
+                    f"{key}={value} cannot be used: {type(error).__name__}: {error}",
+                    fix=f"write it as in {folder / command.config}",
+                ) from error
+        elif not any(key == name or key.startswith(f"{name}.") for name in _NO_EFFECT):
             near = difflib.get_close_matches(key, known, n=1)
             raise UserError(
                 f"there is no setting {key}",
@@ -310,4 +327,10 @@ def _read(command: Command, words: Sequence[str], folder: Path) -> dict[str, Any
         raise UserError(
             str(error).splitlines()[0], fix=f"correct it in {path} or on the command line"
         ) from error
-    return flat(whole)
+    given = flat(whole)
+    prompts = given.get("data.prompt_file")
+    if isinstance(prompts, str) and not Path(prompts).exists() and (folder.parents[1] / prompts).is_file():
+        given["data.prompt_file"] = str(
+            folder.parents[1] / prompts
+        )  # of a file of settings that is read elsewhere
+    return given

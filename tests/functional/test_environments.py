@@ -43,6 +43,10 @@ class Bad(Letters):
                     return None, float("nan")
                 case "reply":
                     return None
+                case "empty":
+                    return "", 0.0
+                case "half":
+                    return "\\ud800 and", 0.5
                 case "crash":
                     os._exit(1)
                 case "hang":
@@ -129,6 +133,7 @@ def test_results_do_not_depend_on_the_layout(settings: Callable, run: Callable, 
     [
         ("raise", "ZeroDivisionError: division by zero ("),
         ("nan", "ValueError: step returned the reward nan"),
+        ("empty", "the reply '' has no tokens"),
         ("reply", "TypeError: step returned None, not (reply, reward)"),
     ],
 )
@@ -237,3 +242,17 @@ def test_dynamic_sampling_asks_the_environment_again(settings: Callable, run: Ca
     steps = [line for line in metrics(tmp_path / "run") if "train_optim/loss" in line]
     assert all(line["train_rollouts/rollout_size"] == 32 for line in steps)
     assert all(line["train_rollouts/rewards/game_turns"] > 1 for line in steps)
+
+
+def test_half_a_surrogate_pair_in_a_reply_is_read(settings: Callable, run: Callable, tmp_path: Path):
+    asked = {"trainer.ppo.rewards.game.environment": "games.Bad", "trainer.ppo.max_steps": 1}
+    job = run(settings("run", "half", **asked), command=[GRPO])
+    assert job.process.returncode == 0, job.err[-3000:]
+    assert metrics(tmp_path / "run")[0]["train_rollouts/rewards"] > 0
+
+
+def test_a_name_of_a_metric_is_refused(settings: Callable, run: Callable):
+    asked = {"trainer.ppo.rewards.game_turns.function": "games.length"}
+    job = run(settings("run", **asked), command=[GRPO])
+    assert job.process.returncode == 2
+    assert "trainer.ppo.rewards.game_turns has the name of a metric of trainer.ppo.rewards.game" in job.err

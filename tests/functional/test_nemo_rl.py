@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from nemo_aligner.config.ppo import CriticFreeJob
 from nemo_aligner.config.resume import flat
 from nemo_aligner.config.sft import SFTJob
+from nemo_aligner.errors import UserError
 from nemo_aligner.launch.command import find_commands, load_script
 from nemo_aligner.launch.nemo_rl import COMMANDS, FIXED, ours
 from nemo_aligner.launch.script import compose
@@ -198,3 +199,33 @@ def test_what_is_not_there_is_named(words: str, message: str, tmp_path: Path):
     assert done.returncode == 2
     assert message in done.stderr
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("grpo.num_prompts_per_step=null", "grpo.num_prompts_per_step=None cannot be used"),
+        ("grpo.num_prompts_per_step=abc", "are whole numbers"),
+        ("policy.precision=[a]", "policy.precision=['a'] cannot be used"),
+        ("data.dataset_name=[a.jsonl,b.jsonl]", "data.dataset_name=['a.jsonl', 'b.jsonl'] cannot be used"),
+        ("data.prompt_file=5", "data.prompt_file=5 cannot be used"),
+        ("logger.log_directory=x", "there is no setting logger.log_directory"),
+        ("policy.generation.backend=vllm", "the model that learns writes its responses"),
+    ],
+)
+def test_a_value_of_another_type_is_named(words: str, message: str):
+    with pytest.raises(UserError) as found:
+        ours(COMMANDS["grpo"], [words], CONFIGS)
+    assert message in found.value.problem
+
+
+def test_a_prompt_file_has_one_place_and_doubled_braces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "cot.txt"
+    path.write_text("Write \\boxed{{}} for {}.\n")
+    words = ours(COMMANDS["grpo"], [f"data.prompt_file={path}"], CONFIGS)
+    assert any("boxed{} for {prompt}." in word for word in words)
+    path.write_text("Write \\boxed{} for {}.\n")
+    with pytest.raises(UserError, match=r"has not one \{\} for a problem"):
+        ours(COMMANDS["grpo"], [f"data.prompt_file={path}"], CONFIGS)
+    assert ours(COMMANDS["grpo"], [], CONFIGS), "the default is found from anywhere"

@@ -81,6 +81,9 @@ def test_one_of_the_hubs_cache_needs_no_network(tmp_path: Path):
 @pytest.mark.parametrize(
     ("path", "wanted"),
     [
+        ("results/model.nemo", False),
+        ("data/train.jsonl.zst", False),
+        ("acme/sums:main:test", True),
         ("acme/sums", True),
         ("acme/sums:test", True),
         ("rows/a.jsonl", False),
@@ -104,3 +107,20 @@ def test_what_is_not_there_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     with pytest.raises(UserError) as found:
         texts(folder)
     assert "nemo-aligner[datasets]" in found.value.fix
+
+
+def test_a_configuration_is_named_before_the_split(tmp_path: Path):
+    folder = tmp_path / "sums"
+    for name in ("main", "other"):
+        write(folder / name, train=[name], test=[f"{name} test"])
+    configs = "".join(
+        f"- config_name: {name}\n  data_files:\n"
+        + "".join(f"  - split: {split}\n    path: {name}/{split}-*\n" for split in ("train", "test"))
+        for name in ("main", "other")
+    )
+    (folder / "README.md").write_text(f"---\nconfigs:\n{configs}---\n")
+    assert texts(f"{folder}:other:test") == ["other test"]
+    assert texts(f"{folder}:main:train[:1]") == ["main"]
+    with pytest.raises(UserError, match="Config name is missing") as found:
+        texts(folder)
+    assert "OWNER/NAME:CONFIGURATION:SPLIT" in found.value.fix

@@ -203,3 +203,26 @@ def test_a_worker_begins_without_torch(tmp_path: Path, monkeypatch: pytest.Monke
         (reply,) = modules.call_all([{}])
     assert "nemo_aligner" in reply.value
     assert not {"torch", "numpy", "megatron"} & set(reply.value)
+
+
+def test_what_an_episode_has_started_ends_with_its_worker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Where the worker ends by itself, and where all end together."""
+    (tmp_path / "starting.py").write_text(
+        "import os, subprocess\n"
+        "class Starts:\n"
+        "    def reset(self, row, seed):\n"
+        "        self.child = subprocess.Popen(['sleep', '1000'])\n"
+        "    def step(self, turn):\n"
+        "        open(turn, 'w').write(str(self.child.pid))\n"
+        "        if turn.endswith('crash'):\n"
+        "            os._exit(1)\n"
+        "        return None, 1.0\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    begin = {"arguments": {}, "row": {}, "seed": 0}
+    with WorkerPool("reward", "starting.Starts", workers=2, seconds=30, episodes=True) as pool:
+        calls = [{"turn": str(tmp_path / name), "begin": begin} for name in ("crash", "fine")]
+        replies = pool.call_all(calls)
+        assert [reply.value for reply in replies] == [None, [None, 1.0]]
+    for name in ("crash", "fine"):
+        wait_for_end(int((tmp_path / name).read_text()))
