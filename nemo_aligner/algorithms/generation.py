@@ -41,9 +41,8 @@ HELP = "Type to the model; /new starts another conversation, /exit or Ctrl-D end
 class Rewarding:
     """The source of rewards."""
 
-    score: Callable[
-        [Rollout], Tensor
-    ]  # the [N] rewards of responses that every rank has; called by all ranks
+    # gives the [N] rewards of responses that every rank has; called by all ranks
+    score: Callable[[Rollout], Tensor]
     turns: Turns | None = None  # replies to the model's turns; None: a response is one
 
 

@@ -52,7 +52,7 @@ def right(*, response: str, row: Mapping[str, Any], **_: object) -> float:
 
 def _gym(what: str) -> Any:  # noqa: ANN401 - a module
     try:
-        import reasoning_gym
+        import reasoning_gym  # pyright: ignore[reportMissingImports]
     except ImportError as error:
         raise UserError(
             f"{what} need reasoning-gym, which is not installed", fix="pip install 'nemo-aligner[reasoning]'"
