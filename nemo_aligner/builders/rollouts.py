@@ -22,6 +22,8 @@ from nemo_aligner.run.progress import heartbeat
 
 logger = logging.getLogger(__name__)
 
+_ROWS_LOOKED_AT = 1000  # of the training prompts, spread over all of them
+
 
 def longest_rollout(job: ActorJob, pretrained: Pretrained[GPTPolicy]) -> int:
     """Positions of a prompt and its response, at most."""
@@ -83,9 +85,26 @@ def actor_prompts(
             fix=f"give more prompts, or set model.ppo.num_rollout_samples to at most {found * each}",
         )
     if world.is_logging_rank():
+        _warn_of_idle_rewards(job, train)
         others = f" and {len(validation.dataset)} validation" if validation else ""
         logger.info("%d training%s prompts; the first:\n%s", found, others, train.dataset[0].text)
     return train, validation
+
+
+def _warn_of_idle_rewards(job: ActorJob, train: PromptSource) -> None:
+    """Warn of rewards whose ``rows`` match no prompt, as a mistyped one would leave them out in silence."""
+    left = {name: reward for name, reward in job.trainer.ppo.rewards.items() if reward.rows}
+    looked = range(0, len(train.dataset), max(1, len(train.dataset) // _ROWS_LOOKED_AT))
+    for index in looked:
+        if not left:
+            return
+        row = train.dataset[index].extras
+        left = {name: reward for name, reward in left.items() if not reward.applies_to(row)}
+    for name, reward in left.items():
+        logger.warning(
+            "trainer.ppo.rewards.%s.rows=%s match none of %d training prompts that were looked at",
+            *(name, reward.rows, len(looked)),
+        )
 
 
 def _prompts(

@@ -194,6 +194,18 @@ def test_each_row_is_of_its_own_rewards(settings: Callable, run: Callable, tmp_p
             assert line["train_rollouts/logprob_difference_max"] < 1e-4
 
 
+def test_rows_that_match_no_prompt_are_reported(settings: Callable, run: Callable):
+    asked = {
+        "trainer.ppo.rewards.length.function": "games.length",
+        "trainer.ppo.rewards.length.rows": "{wnated: 1}",
+        "trainer.ppo.max_steps": 1,
+    }
+    job = run(settings("run", **asked), command=[GRPO])
+    assert job.process.returncode == 0, job.err[-3000:]
+    assert "trainer.ppo.rewards.length.rows={'wnated': 1} match none of 32 training prompts" in job.err
+    assert "trainer.ppo.rewards.game.rows" not in job.err.split("command:")[1].split("\n", 1)[1]
+
+
 def test_a_row_without_a_reward_and_one_of_two_environments_are_refused(settings: Callable, run: Callable):
     asked = {"trainer.ppo.rewards.game.rows": "{wanted: 0}"}
     job = run(settings("run", **asked), command=[GRPO])
