@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from string import ascii_letters
 
+import psutil
 import pytest
 
 from tests.functional.conftest import LAYOUTS, MIXED, ROOT
@@ -50,6 +51,9 @@ class Bad(Letters):
                 case "crash":
                     os._exit(1)
                 case "hang":
+                    time.sleep(1000)
+                case "host":
+                    os.kill(os.getppid(), 9)
                     time.sleep(1000)
         return reply
 
@@ -165,6 +169,25 @@ def test_an_environment_that_is_lost_harms_no_other(
     assert f"Of the first, {why}" in job.err
     first, *_ = metrics(tmp_path / "run")
     assert 0 < first["train_rollouts/rewards/game_lost"] < 1
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_lost_host_of_environments_ends_the_run_and_leaves_no_process(
+    settings: Callable, run: Callable, tmp_path: Path, ranks: int
+):
+    asked = {"trainer.ppo.rewards.game.environment": "games.Bad", "trainer.devices": ranks}
+    job = run(settings("run", "host", **asked), command=[GRPO])
+    assert job.process.returncode == 2
+    assert "games.Bad: the process that starts its workers is lost: " in job.err
+    assert "Traceback" not in job.err
+    folder = str(tmp_path)
+    assert not [one for one in psutil.process_iter(["cmdline", "cwd"]) if is_host_in(one, folder)]
+
+
+def is_host_in(process: psutil.Process, folder: str) -> bool:
+    return (
+        "nemo_aligner.environments.host" in (process.info["cmdline"] or []) and process.info["cwd"] == folder
+    )
 
 
 def test_each_row_is_of_its_own_rewards(settings: Callable, run: Callable, tmp_path: Path):
