@@ -193,7 +193,6 @@ class OwnCommandCopied(subprocess.Popen):
 def _forget() -> None:
     """Undo what the starter of this copy has set, as exec would."""
     GlobalHydra.instance().clear()
-    tempfile.tempdir = None
     for handler in (root := logging.getLogger()).handlers[:]:
         if isinstance(handler, logging.handlers.BufferingHandler):
             handler.buffer.clear()
@@ -213,6 +212,7 @@ def become(command: Command) -> None:
     os.chdir(command.cwd)
     os.environ.clear()
     os.environ.update(command.env)
+    tempfile.tempdir = None  # what some import has found
     for number, path in enumerate(command.output, start=1):
         file = os.open(path, os.O_WRONLY)
         os.dup2(file, number)
