@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from nemo_aligner.data.config import DataSpecConfig, PairDataConfig, SFTDataConfig, SFTSplitConfig
+from nemo_aligner.data.config import PairDataConfig, PromptDataConfig, SFTDataConfig, SFTSplitConfig
 from nemo_aligner.data.datasets import open_prompt_rows, open_response_rows, open_sft
 from nemo_aligner.data.requests import open_requests, tokens_of
 from nemo_aligner.data.text_rows import Labels, ResponseFiles, open_labeled, open_pairs
@@ -97,7 +97,7 @@ def _opened(draw: random.Random, kind: str, file: str, tokenizer: Tokenizer) -> 
     sft = SFTDataConfig(train_ds=split, validation_ds=split, chat=kind != "sft", chat_template=chat_template)
     prefix = {"train": file, "validation": file}
     pairs = PairDataConfig(data_prefix=prefix, append_eod=draw.random() < 0.5)
-    prompts, train = DataSpecConfig(data_prefix=prefix), pairs.splits.train
+    prompts, train = PromptDataConfig(data_prefix=prefix), pairs.splits.train
     labels = Labels(num_attributes=3, missing=-100.0, paired=kind == "label_pairs")
     sizes = {"max_length": length, "generates": draw.random() < 0.5}
     match kind:

@@ -5,8 +5,8 @@ import pytest
 
 from nemo_aligner.data.config import (
     ChatPromptTokens,
-    DataSpecConfig,
     PairDataConfig,
+    PromptDataConfig,
     SFTDataConfig,
     SFTSplitConfig,
     unescape,
@@ -60,14 +60,14 @@ def test_bad_data_names_key_and_value(bad):
 FILES = {"train": ["t"], "validation": ["v"]}
 
 
-@pytest.mark.parametrize("kind", [PairDataConfig, DataSpecConfig])
+@pytest.mark.parametrize("kind", [PairDataConfig, PromptDataConfig])
 def test_files_are_named_by_split(kind):
     data = kind(data_prefix=FILES)
     assert (data.splits.train, data.splits.validation) == (Split(paths=("t",)), Split(paths=("v",)))
     assert kind(data_prefix="f", splits_string="1,1", data_impl="json").splits.train.stop == 0.5
 
 
-@pytest.mark.parametrize("kind", [PairDataConfig, DataSpecConfig])
+@pytest.mark.parametrize("kind", [PairDataConfig, PromptDataConfig])
 @pytest.mark.parametrize(
     ("settings", "problem"),
     [
