@@ -220,12 +220,12 @@ def test_each_row_is_of_its_own_rewards(settings: Callable, run: Callable, tmp_p
 def test_rows_that_match_no_prompt_are_reported(settings: Callable, run: Callable):
     asked = {
         "trainer.ppo.rewards.length.function": "games.length",
-        "trainer.ppo.rewards.length.rows": "{wnated: 1}",
+        "trainer.ppo.rewards.length.rows": "{asked_for: 1}",
         "trainer.ppo.max_steps": 1,
     }
     job = run(settings("run", **asked), command=[GRPO])
     assert job.process.returncode == 0, job.err[-3000:]
-    assert "trainer.ppo.rewards.length.rows={'wnated': 1} match none of 32 training prompts" in job.err
+    assert "trainer.ppo.rewards.length.rows={'asked_for': 1} match none of 32 training prompts" in job.err
     assert "trainer.ppo.rewards.game.rows" not in job.err.split("command:")[1].split("\n", 1)[1]
 
 
