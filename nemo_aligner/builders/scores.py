@@ -51,25 +51,18 @@ def open_score(
     Raises:
         UserError: there is no such function, or no server that fits.
     """
-    if job.reward_function is not None:
-        named = {
-            "reward_function": RewardConfig(
-                function=job.reward_function, arguments=job.reward_arguments, timeout=job.reward_timeout
-            )
-        }
-        with open_called(named, setting="{}") as functions:
-            yield Rewarding(score=_by_functions(functions, requests, generator))
-    elif job.reward_environment is not None:
-        config = RewardConfig(
-            environment=job.reward_environment,
-            arguments=job.reward_arguments,
-            timeout=job.reward_timeout,
-            max_turns=job.reward_max_turns,
-        )
-        with open_called(
-            {"reward_environment": config}, setting="{}", at_once=job.batch_size
-        ) as environments:
-            yield _by_environment(environments, job, requests, generator)
+    config = RewardConfig(
+        function=job.reward_function,
+        environment=job.reward_environment,
+        arguments=job.reward_arguments,
+        timeout=job.reward_timeout,
+        max_turns=job.reward_max_turns,
+    )
+    if config.called is not None:
+        name = f"reward_{config.called[0]}"
+        with open_called({name: config}, setting="{}", at_once=job.batch_size) as called:
+            make = _by_functions if config.environment is None else _by_environment
+            yield make(called, job, requests, generator)
     elif job.reward_model is not None:
         address = ServerAddress(
             setting="reward_model",
@@ -89,25 +82,39 @@ def open_score(
             length_settings="sampling.max_length",
         )
         with connected(server, actor, stopped=[server] if server and job.reward_model.stop_at_end else []):
-            yield Rewarding(score=_by_server(RewardProxy(server), rows=job.batch_size))
+            yield _by_server(RewardProxy(server), rows=job.batch_size)
     else:
         yield None
 
 
 def _by_functions(
-    functions: Mapping[str, CalledReward], requests: RecordFile[GenerateRequest], generator: TextGenerator
-) -> Callable[[Rollout], Tensor]:
+    called: Mapping[str, CalledReward],
+    job: GenerateJob,
+    requests: RecordFile[GenerateRequest],
+    generator: TextGenerator,
+) -> Rewarding:
+    del job
+    (name,) = called
+
     def score(rollout: Rollout) -> Tensor:
         numbers = range(len(requests))[world.dp_rank() :: world.dp_size()]
         prompts = {number: _row(requests[number], generator.tokenizer) for number in numbers}
-        text = generator.response_text
+        found = score_by_functions(called, rollout, prompts, text=generator.response_text, block="")
+        return found.rewards[name]
+
+    return Rewarding(score=_reported(score))
+
+
+def _reported(score: Callable[[Rollout], Tensor]) -> Callable[[Rollout], Tensor]:
+    """``score``, whose error is a person's: there is no run to be saved first."""
+
+    def call(rollout: Rollout) -> Tensor:
         try:
-            found = score_by_functions(functions, rollout, prompts, text=text, block="")
+            return score(rollout)
         except Unwound as failed:
             raise failed.error from failed
-        return found.rewards["reward_function"]
 
-    return score
+    return call
 
 
 def _row(request: GenerateRequest, tokenizer: Tokenizer) -> Row:
@@ -135,23 +142,14 @@ def _by_environment(
     rows = {number: _row(requests[number], generator.tokenizer) for number in range(len(requests))}
     episodes = Episodes(environments, rows, draw=0)
 
-    def score(rollout: Rollout) -> Tensor:
-        try:
-            return episodes.rewards(rollout).rewards["reward_environment"]
-        except Unwound as failed:
-            raise failed.error from failed
-
-    return Rewarding(score=score, turns=episodes)
+    (name,) = called
+    return Rewarding(score=_reported(lambda rollout: episodes.rewards(rollout).rewards[name]), turns=episodes)
 
 
-def _by_server(server: RewardProxy, *, rows: int) -> Callable[[Rollout], Tensor]:
-    def score(rollout: Rollout) -> Tensor:
-        try:
-            return server.score(trim_padding(rollout, multiple=1), rows=rows).result()
-        except Unwound as lost:
-            raise lost.error from lost
-
-    return score
+def _by_server(server: RewardProxy, *, rows: int) -> Rewarding:
+    return Rewarding(
+        score=_reported(lambda rollout: server.score(trim_padding(rollout, multiple=1), rows=rows).result())
+    )
 
 
 def _longest(

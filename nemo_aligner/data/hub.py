@@ -5,6 +5,7 @@ A name is OWNER/NAME or a folder, with :SPLIT behind it where the split is not "
 rows are written once, into the hub's cache, and mapped from there as any file is.
 """
 
+import functools
 import hashlib
 import os
 import re
@@ -12,8 +13,9 @@ from pathlib import Path
 
 from nemo_aligner.errors import UserError, report_damage
 
-_NAME = re.compile(r"(?P<source>.+?)(?::(?P<split>[\w.\[\]%:-]+))?")
-_SPLIT = re.compile(r"(?:(?P<configuration>[\w.-]+):)?(?P<part>.*)")
+_NAME = re.compile(
+    r"(?P<source>.+?)(?::(?:(?P<configuration>[\w.-]+):)?(?P<split>[\w.\[\]%:+-]+))?", re.DOTALL
+)
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _FILES = (
     ".json", ".jsonl", ".gz", ".zst", ".xz", ".bz2", ".zip", ".txt", ".npy", ".bin", ".idx", ".parquet", ".csv", ".tsv",
@@ -25,7 +27,7 @@ def is_dataset(path: str | Path) -> bool:
     """True for a data set, of the hub or in a folder that has files, and False for a file."""
     if Path(path).is_file():
         return False
-    source, _ = _parts(path)
+    source, _, _ = _parts(path)
     folder = Path(source)
     if folder.is_dir():
         return any(folder.iterdir())
@@ -38,24 +40,32 @@ def rows_file(path: str | Path) -> Path:
     Raises:
         UserError: it cannot be read, has no such split, or the package is not installed.
     """
-    source, split = _parts(path)
+    source, configuration, split = _parts(path)
     folder = Path(source) if Path(source).is_dir() else _downloaded(source)
     found = [file for file in sorted(folder.rglob("*")) if file.is_file()]
     state = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in found]
-    digest = hashlib.sha256(repr((str(folder.resolve()), state, split)).encode()).hexdigest()[:16]
+    digest = hashlib.sha256(repr((str(folder.resolve()), state, configuration, split)).encode()).hexdigest()[
+        :16
+    ]
     from huggingface_hub.constants import HF_HOME
 
     target = Path(HF_HOME) / "nemo_aligner" / f"{Path(source).name}-{digest}.jsonl"
     if not target.exists():
-        _write(folder, split, target, f"{path}")
+        _write(folder, (configuration, split), target, f"{path}")
     return target
 
 
-def _parts(path: str | Path) -> tuple[str, str]:
+def _parts(path: str | Path) -> tuple[str, str | None, str]:
+    """(Name or folder, configuration, split)."""
     found = _NAME.fullmatch(str(path))
-    return (found["source"], found["split"] or "train") if found else (str(path), "train")
+    return (
+        (found["source"], found["configuration"], found["split"] or "train")
+        if found
+        else (str(path), None, "train")
+    )
 
 
+@functools.cache  # the hub is asked once, however often the data set is opened
 def _downloaded(name: str) -> Path:
     with report_damage(
         f"{name} is no file or folder here, and cannot be downloaded from the Hugging Face hub",
@@ -67,7 +77,7 @@ def _downloaded(name: str) -> Path:
         return Path(snapshot_download(name, repo_type="dataset"))
 
 
-def _write(folder: Path, split: str, target: Path, name: str) -> None:
+def _write(folder: Path, part: tuple[str | None, str], target: Path, name: str) -> None:
     try:
         import datasets
     except ImportError as error:
@@ -79,9 +89,7 @@ def _write(folder: Path, split: str, target: Path, name: str) -> None:
         f"{name} cannot be read as a data set",
         fix="name a split that it has, OWNER/NAME:SPLIT, or OWNER/NAME:CONFIGURATION:SPLIT, or one of its files",
     ):
-        found = _SPLIT.fullmatch(split)
-        assert found is not None, split
-        rows = datasets.load_dataset(str(folder), found["configuration"], split=found["part"])
+        rows = datasets.load_dataset(str(folder), part[0], split=part[1])
     target.parent.mkdir(parents=True, exist_ok=True)
     fresh = target.with_suffix(f".{os.getpid()}.tmp")
     rows.to_json(fresh, force_ascii=False)

@@ -13,13 +13,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from nemo_aligner.config.resume import flat
-from nemo_aligner.errors import UserError, report_damage
+from nemo_aligner.errors import UserError
 from nemo_aligner.launch.cli import USER_ERROR_CODE
-from nemo_aligner.launch.words import in_hydras_grammar
+from nemo_aligner.launch.words import in_hydras_grammar, read_settings, split_words
 from nemo_aligner.parallel.ranks import discover, speaks
 
 Ours = Mapping[str, object]
@@ -305,24 +305,15 @@ def ours(command: Command, words: Sequence[str], folder: Path) -> list[str]:
 
 def _read(command: Command, words: Sequence[str], folder: Path) -> dict[str, Any]:
     """All of their settings by dotted keys: those of the file, and the words' over them."""
-    path, typed, rest = folder / command.config, list[str](), iter(words)
-    for word in rest:
-        if word == "--config" or word.startswith("--config="):
-            path = Path(next(rest, "") if word == "--config" else word.removeprefix("--config="))
-        elif "=" not in word or word.startswith("-"):
+    files, typed = split_words(words)
+    for word in typed:
+        if "=" not in word or word.startswith("-"):
             raise UserError(f"{word} is no setting", fix="write KEY=VALUE, as in cluster.gpus_per_node=8")
-        else:
-            typed.append(word.removeprefix("++").removeprefix("+"))
-    if not path.is_file():
-        raise UserError(f"--config {path}: there is no such file", fix=f"name one of {folder}, or a copy")
-    with report_damage(f"{path} is not YAML", fix="correct it"):
-        config = OmegaConf.load(path)
-    if not isinstance(config, DictConfig):
-        raise UserError(f"{path} is a list", fix="write KEY: VALUE, blocks indented")
+    path = files[-1] if files else folder / command.config
+    config = read_settings(path, form=str(folder / command.config))
+    given_words = OmegaConf.from_dotlist([word.removeprefix("++").removeprefix("+") for word in typed])
     try:
-        whole: Any = OmegaConf.to_container(
-            OmegaConf.merge(config, OmegaConf.from_dotlist(typed)), resolve=True
-        )
+        whole: Any = OmegaConf.to_container(OmegaConf.merge(config, given_words), resolve=True)
     except OmegaConfBaseException as error:
         raise UserError(
             str(error).splitlines()[0], fix=f"correct it in {path} or on the command line"
@@ -330,7 +321,6 @@ def _read(command: Command, words: Sequence[str], folder: Path) -> dict[str, Any
     given = flat(whole)
     prompts = given.get("data.prompt_file")
     if isinstance(prompts, str) and not Path(prompts).exists() and (folder.parents[1] / prompts).is_file():
-        given["data.prompt_file"] = str(
-            folder.parents[1] / prompts
-        )  # of a file of settings that is read elsewhere
+        # Of a file of settings that is read elsewhere.
+        given["data.prompt_file"] = str(folder.parents[1] / prompts)
     return given

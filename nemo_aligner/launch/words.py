@@ -27,15 +27,38 @@ def full_words(words: Sequence[str], kind: type[object]) -> list[str]:
     Raises:
         UserError: a file cannot be read or has unknown keys, or a short name is mistyped.
     """
-    names, given, typed, rest = short_names(kind), list[str](), list[str](), iter(words)
+    names, (files, settings) = short_names(kind), split_words(words)
+    given = [word for path in files for word in _words_of(path, kind)]
+    typed = [_full(word, names, kind) for word in settings]
+    return [*(f"{key}={value}" for key, value in command_defaults(kind).items()), *given, *typed]
+
+
+def split_words(words: Sequence[str]) -> tuple[list[Path], list[str]]:
+    """(The files that ``--config`` names, the other words)."""
+    files, others, rest = list[Path](), list[str](), iter(words)
     for word in rest:
         if word == _OPTION:
-            given += _words_of(Path(next(rest, "")), kind)
+            files.append(Path(next(rest, "")))
         elif word.startswith(f"{_OPTION}="):
-            given += _words_of(Path(word.removeprefix(f"{_OPTION}=")), kind)
+            files.append(Path(word.removeprefix(f"{_OPTION}=")))
         else:
-            typed.append(_full(word, names, kind))
-    return [*(f"{key}={value}" for key, value in command_defaults(kind).items()), *given, *typed]
+            others.append(word)
+    return files, others
+
+
+def read_settings(path: Path, *, form: str) -> DictConfig:
+    """The settings in a YAML file, interpolations as they are; ``form`` is what shows people how they are written.
+
+    Raises:
+        UserError: it cannot be read, or holds something else.
+    """
+    if not path.is_file():
+        raise UserError(f"{_OPTION} {path}: there is no such file", fix="name a YAML file of settings")
+    with report_damage(f"{path} is not YAML", fix=f"correct it; {form} shows the form"):
+        config = OmegaConf.load(path)
+    if not isinstance(config, DictConfig):
+        raise UserError(f"{path} is a list", fix="write KEY: VALUE, blocks indented")
+    return config
 
 
 def _full(word: str, names: Mapping[str, str], kind: type[object]) -> str:
@@ -54,13 +77,7 @@ def _full(word: str, names: Mapping[str, str], kind: type[object]) -> str:
 
 
 def _words_of(path: Path, kind: type[object]) -> list[str]:
-    if not path.is_file():
-        raise UserError(f"{_OPTION} {path}: there is no such file", fix="name a YAML file of settings")
-    with report_damage(f"{path} is not YAML", fix="correct it; nemo-aligner config COMMAND shows the form"):
-        config = OmegaConf.load(path)
-    if not isinstance(config, DictConfig):
-        raise UserError(f"{path} is a list", fix="write KEY: VALUE, blocks indented")
-    values: Any = OmegaConf.to_container(config)
+    values: Any = OmegaConf.to_container(read_settings(path, form="nemo-aligner config COMMAND"))
     with located(lambda: f"{path}: "):
         refuse_unknown(values, kind)
     return [f"{key}={in_hydras_grammar(value)}" for key, value in flat(values).items()]

@@ -12,7 +12,7 @@ import pytest
 from tests.functional.conftest import LAYOUTS, MIXED, ROOT
 from tests.functional.ppo_pair import Pair
 from tests.functional.run_folder import assert_same_learning, metrics
-from tests.functional.test_grpo import assert_close_metrics
+from tests.functional.test_grpo import assert_close_metrics, toy_run
 
 GRPO = ROOT / "examples/nlp/gpt/train_gpt_grpo.py"
 CODE = """
@@ -71,27 +71,12 @@ def settings(nemo: Path, tmp_path: Path) -> Callable[..., dict[str, object]]:
     def make(name: str, does: str = "", **changed: object) -> dict[str, object]:
         rows = [{"text": f"thing {i}:", "wanted": i % 2, "does": does} for i in range(32)]
         prompts.write_text("".join(json.dumps(row) + "\n" for row in rows))
-        return {
-            "pretrained_checkpoint.restore_from_path": nemo,
-            "model.data.data_prefix": f"{{train: [{prompts}], validation: [{prompts}]}}",
+        game = {
             "trainer.ppo.rewards.game.environment": "games.Letters",
-            "model.ppo.num_rollout_samples": 32,
-            "model.ppo.num_responses_per_prompt": 4,
-            "model.ppo.num_val_samples": 8,
             "model.ppo.length_params.max_length": 12,
             "model.ppo.sampling_params.end_strings": f"[{', '.join(map(repr, ascii_letters))}]",
-            "model.ppo.rollout_micro_batch_size": 16,
-            "model.global_batch_size": 16,
-            "model.micro_batch_size": 4,
-            "model.optim.lr": 3e-3,
-            "model.optim.sched.warmup_steps": 0,
-            "trainer.precision": 32,
-            "trainer.ppo.max_steps": 8,
-            "trainer.ppo.save_interval": 2,
-            "trainer.ppo.val_check_interval": 4,
-            "exp_manager.explicit_log_dir": tmp_path / name,
-            "exp_manager.create_tensorboard_logger": False,
-        } | changed
+        }
+        return toy_run(nemo, prompts, tmp_path / name) | game | changed
 
     return make
 

@@ -18,6 +18,29 @@ def score(prompt, response, row, **_):
 """
 
 
+def toy_run(nemo: Path, prompts: Path, folder: Path) -> dict[str, object]:
+    """Settings of a run without its rewards."""
+    return {
+        "pretrained_checkpoint.restore_from_path": nemo,
+        "model.data.data_prefix": f"{{train: [{prompts}], validation: [{prompts}]}}",
+        "model.ppo.num_rollout_samples": 32,
+        "model.ppo.num_responses_per_prompt": 4,
+        "model.ppo.num_val_samples": 8,
+        "model.ppo.length_params.max_length": 8,
+        "model.ppo.rollout_micro_batch_size": 16,
+        "model.global_batch_size": 16,
+        "model.micro_batch_size": 4,
+        "model.optim.lr": 3e-3,
+        "model.optim.sched.warmup_steps": 0,
+        "trainer.precision": 32,
+        "trainer.ppo.max_steps": 8,
+        "trainer.ppo.save_interval": 2,
+        "trainer.ppo.val_check_interval": 4,
+        "exp_manager.explicit_log_dir": folder,
+        "exp_manager.create_tensorboard_logger": False,
+    }
+
+
 @pytest.fixture
 def settings(nemo: Path, tmp_path: Path) -> Callable[..., dict[str, object]]:
     """Settings of a toy run in a folder of the name."""
@@ -27,26 +50,8 @@ def settings(nemo: Path, tmp_path: Path) -> Callable[..., dict[str, object]]:
     prompts.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
     def make(name: str, **changed: object) -> dict[str, object]:
-        return {
-            "pretrained_checkpoint.restore_from_path": nemo,
-            "model.data.data_prefix": f"{{train: [{prompts}], validation: [{prompts}]}}",
-            "trainer.ppo.rewards.rule.function": "my_rewards.score",
-            "model.ppo.num_rollout_samples": 32,
-            "model.ppo.num_responses_per_prompt": 4,
-            "model.ppo.num_val_samples": 8,
-            "model.ppo.length_params.max_length": 8,
-            "model.ppo.rollout_micro_batch_size": 16,
-            "model.global_batch_size": 16,
-            "model.micro_batch_size": 4,
-            "model.optim.lr": 3e-3,
-            "model.optim.sched.warmup_steps": 0,
-            "trainer.precision": 32,
-            "trainer.ppo.max_steps": 8,
-            "trainer.ppo.save_interval": 2,
-            "trainer.ppo.val_check_interval": 4,
-            "exp_manager.explicit_log_dir": tmp_path / name,
-            "exp_manager.create_tensorboard_logger": False,
-        } | changed
+        rule = {"trainer.ppo.rewards.rule.function": "my_rewards.score"}
+        return toy_run(nemo, prompts, tmp_path / name) | rule | changed
 
     return make
 
